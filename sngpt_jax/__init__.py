@@ -1,0 +1,6 @@
+"""Sparse and compact GPTs in JAX: train at the hardware's speed, squeeze into a byte budget, score honestly.
+
+Importing this package imports nothing heavy; data preparation and the configuration run without jax.
+"""
+
+__version__ = "0.1.0"
