@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, how a recipe is loaded and overridden, and what cannot be combined.
 
-A recipe is a Python file that binds one `Config` to the name `config`. A run directory's `config.json` is the same thing as data
-and replays the run exactly. The comment beside a field is its `--help` text. Nothing here imports jax.
+A recipe is a Python file that binds one `Config` to the name `config`. A run directory's `config.json` is the same thing as
+data and replays the run exactly. The comment beside a field is its `--help` text. Nothing here imports jax.
 """
 
 import argparse
