@@ -1,0 +1,1 @@
+"""The network in flax.nnx: `gpt.py` puts the parts of the other files together."""

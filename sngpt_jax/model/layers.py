@@ -1,0 +1,27 @@
+"""Functions without parameters that every part of the model uses."""
+
+import jax
+import jax.numpy as jnp
+
+from sngpt_jax.config import ModelConfig
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations and of weights inside matrix products; "auto" is bfloat16 except on a CPU backend."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.compute_dtype)
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) over the last axis, without a gain; statistics in float32, result in x's dtype.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap · tanh(logits / cap): the identity for small logits, never beyond ±cap. Gemma 2, arXiv:2408.00118."""
+    return cap * jnp.tanh(logits / cap)

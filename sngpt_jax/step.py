@@ -1,0 +1,122 @@
+"""One optimizer step and one evaluation batch, as pure functions of arrays. Knows no files and no clock."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sngpt_jax.config import Config, ModelConfig
+from sngpt_jax.model.gpt import GPT
+from sngpt_jax.optim.groups import make_optimizer
+from sngpt_jax.parallel import BATCH_AXES, state_shardings
+
+Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
+Batch = dict[str, jax.Array]  # "inputs" and "targets", token ids
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; what a checkpoint holds."""
+
+    step: jax.Array  # int32 scalar: optimizer steps done
+    params: Params
+    opt_state: Any
+    key: jax.Array  # typed key that the run's randomness is folded from; the same all along
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """The initial parameters that `key` draws. Under `jax.eval_shape` their shapes alone."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def forward(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
+    """The pure function (params, tokens [B, T]) → logits [B, T, V] of the model that `config` describes."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+    return lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)
+
+
+def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Cross-entropy in nats [B, T], float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step, each array born on the devices that keep it."""
+
+    def init() -> TrainState:
+        key = jax.random.key(config.train.seed)
+        params = init_params(config.model, jax.random.fold_in(key, 0))
+        opt_state = make_optimizer(config.optim, params).init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key)
+
+    return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, with nothing computed: what a restore aims at."""
+    shapes = jax.eval_shape(lambda: init_state(config, mesh))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """The jitted step (state, batch [A, B/A, T], lr_multiplier) → (state, {"loss", "grad_norm"}).
+
+    The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
+    Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
+    gradient would reduce in every turn. `lr_multiplier` scales every learning rate and is traced, so that a schedule
+    driven by the clock compiles once. The state passed in is donated.
+    """
+    apply = forward(config.model)
+
+    def loss_fn(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return jnp.mean(token_losses(apply(params, inputs_BT.astype(jnp.int32)), targets_BT.astype(jnp.int32)))
+
+    def local_mean(params: Params, inputs_ABT: jax.Array, targets_ABT: jax.Array) -> tuple[jax.Array, Params]:
+        def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *batch)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
+        mean = jax.tree.map(lambda x: x / inputs_ABT.shape[0], total)
+        return jax.lax.pmean(mean, BATCH_AXES)
+
+    rows = P(None, BATCH_AXES)
+    # check_vma would insert a reduction into every microbatch's gradient, since the parameters are the same everywhere
+    global_mean = jax.shard_map(local_mean, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
+
+    def train_step(state: TrainState, batch: Batch, lr_multiplier: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.named_scope("gradient"):
+            loss, grads = global_mean(state.params, batch["inputs"], batch["targets"])
+        with jax.named_scope("optimizer"):
+            optimizer = make_optimizer(config.optim, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr_multiplier=lr_multiplier)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:
+    """The jitted function (params, batch [B, T]) → summed loss in nats of each row [B], float32, rows over all devices."""
+    apply = forward(config)
+
+    def local_sums(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        losses_BT = token_losses(apply(params, inputs_BT.astype(jnp.int32)), targets_BT.astype(jnp.int32))
+        return jnp.sum(losses_BT, axis=-1)
+
+    rows = P(BATCH_AXES)
+    sums = jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
+    return jax.jit(lambda params, batch: sums(params, batch["inputs"], batch["targets"]))
