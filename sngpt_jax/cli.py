@@ -5,6 +5,7 @@ A command's `main(argv)` returns its exit status and raises `UserError` for a mi
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,15 +39,42 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(status)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a reader, or a run killed half way, sees the old file or the new one, never a part."""
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Writes `path` so that a reader, or a run killed half way, sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_bytes_atomic` of the text's UTF-8."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def log_to_stderr() -> None:
+    """Sends the package's log lines to stderr as they are; stdout is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("sngpt_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def expand_json(argv: Sequence[str]) -> list[str]:
+    """`argv` with a bare `--json` written as `--json -`, so that the option's path may be left out."""
+    expanded: list[str] = []
+    for i, argument in enumerate(argv):
+        expanded.append(argument)
+        if argument == "--json" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            expanded.append("-")
+    return expanded
 
 
 def write_json(value: Any, destination: str | None) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation batch, as pure functions of arrays. Knows no files and no clock."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
+@functools.cache
 def forward(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
     """The pure function (params, tokens [B, T]) → logits [B, T, V] of the model that `config` describes."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(params=jax.random.key(0)))))

@@ -1,0 +1,1 @@
+"""What a model is worth: scores over a validation stream."""

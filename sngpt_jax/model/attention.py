@@ -44,7 +44,7 @@ def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.A
     K = k_BTKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BTKh, preferred_element_type=jnp.float32)
-    causal = np.tri(T, dtype=bool)
+    causal = np.tri(T, dtype=bool)[None, None, None]
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v_BTKh.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BTKh).reshape(B, T, H, h)
 

@@ -14,7 +14,7 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 from sngpt_jax.model.attention import Attention, RotaryTables, rotary_tables
 from sngpt_jax.model.embeddings import TiedEmbedding
-from sngpt_jax.model.layers import rms_norm
+from sngpt_jax.model.layers import per_channel, rms_norm
 from sngpt_jax.model.mlp import MLP
 
 
@@ -34,13 +34,12 @@ class Block(nnx.Module):
         self.mlp_scale = nnx.Param(init.ones((D,)))
 
     def __call__(self, x_BTD: jax.Array, x0_BTD: jax.Array, rotary: RotaryTables) -> jax.Array:
-        dtype = x_BTD.dtype
-        keep, mix = self.resid_mix[...].astype(dtype)
-        u_BTD = keep * x_BTD + mix * x0_BTD
+        keep_D, mix_D = self.resid_mix[...]
+        u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
-            u_BTD += self.attn_scale[...].astype(dtype) * self.attn(rms_norm(u_BTD, self.norm_eps), rotary)
+            u_BTD += per_channel(self.attn_scale[...], self.attn(rms_norm(u_BTD, self.norm_eps), rotary))
         with jax.named_scope("mlp"):
-            u_BTD += self.mlp_scale[...].astype(dtype) * self.mlp(rms_norm(u_BTD, self.norm_eps))
+            u_BTD += per_channel(self.mlp_scale[...], self.mlp(rms_norm(u_BTD, self.norm_eps)))
         return u_BTD
 
 
@@ -66,8 +65,7 @@ class GPT(nnx.Module):
         skips: list[jax.Array] = []
         for i, block in enumerate(self.blocks):
             if i >= self.num_skips and skips:
-                weight = self.skip_weights[...][i - self.num_skips].astype(x_BTD.dtype)
-                x_BTD += weight * skips.pop()
+                x_BTD += per_channel(self.skip_weights[...][i - self.num_skips], skips.pop())
             with jax.named_scope(f"block_{i}"):
                 x_BTD = block(x_BTD, x0_BTD, rotary)
             if i < self.num_skips:

@@ -25,3 +25,8 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     """cap · tanh(logits / cap): the identity for small logits, never beyond ±cap. Gemma 2, arXiv:2408.00118."""
     return cap * jnp.tanh(logits / cap)
+
+
+def per_channel(weights_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """Each channel times its own weight; float32 weights are rounded to x's dtype first."""
+    return weights_D.astype(x_BTD.dtype)[None, None, :] * x_BTD

@@ -1,0 +1,78 @@
+"""Scores a trained model on validation text: `python -m sngpt_jax.evaluate --run runs/quickstart`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sngpt_jax import cli
+from sngpt_jax.cli import UserError
+from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.metrics import progress_reporter
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.step import make_eval_step
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    run: Path  # run directory of a trained model
+    data: Path | None = None  # folder with prepared validation shards; default: the run's
+    step: int | None = None  # checkpoint to score; default: the latest
+    tokens: int = 0  # score so many tokens from the start of the stream; 0: all
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(
+        EvaluateArguments,
+        args=cli.expand_json(argv),
+        prog="python -m sngpt_jax.evaluate",
+        description="Scores a trained model: loss in nats a token and bits a byte, in standard windows.",
+    )
+    cli.log_to_stderr()
+    mesh = make_mesh()
+    model = load_model(arguments.run, mesh, arguments.step)
+    config = model.config
+    data_dir = arguments.data or Path(config.data.dir)
+    dataset = open_dataset(data_dir, config.model.vocab_size)
+    if load_tokenizer(tokenizer_path(arguments.run)).sha256 != dataset.tokenizer.sha256:
+        raise UserError(f"{data_dir}: prepared with another tokenizer than the run {arguments.run}; prepare it with the run's")
+
+    start = time.perf_counter()
+    score = score_stream(
+        model.params,
+        make_eval_step(config.model, mesh),
+        dataset.val,
+        dataset.tokenizer.token_bytes(),
+        mesh,
+        seq_len=config.data.seq_len,
+        device_batch_tokens=config.eval.device_batch_tokens,
+        max_tokens=arguments.tokens,
+        progress=progress_reporter("evaluate"),
+    )
+    seconds = time.perf_counter() - start
+    result = {
+        **score.as_dict(),
+        "bytes_per_token": score.bytes / score.tokens,
+        "windows": score.tokens // config.data.seq_len,
+        "seconds": seconds,
+        "tok_per_s": score.tokens / seconds,
+        "step": model.step,
+    }
+    if arguments.json != "-":
+        print(
+            f"step {model.step}: loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte"
+            f" over {score.tokens:,} tokens = {score.bytes:,} bytes ({seconds:.1f} s)"
+        )
+    cli.write_json(result, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

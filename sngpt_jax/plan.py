@@ -1,0 +1,127 @@
+"""What a recipe costs before it runs: `python -m sngpt_jax.plan --config golf_baseline`.
+
+Counts follow from the shapes alone; nothing is computed on a device.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from sngpt_jax import cli
+from sngpt_jax.config import Config, Overrides, parse_command
+from sngpt_jax.optim.groups import describe, format_table
+from sngpt_jax.optim.muon import newton_schulz_flops
+from sngpt_jax.parallel import make_mesh, path_name
+from sngpt_jax.step import Params, abstract_state, init_params
+
+
+def abstract_params(config: Config) -> Params:
+    """The parameters' shapes and dtypes."""
+    return jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+
+
+def parameter_groups(params: Params) -> dict[str, int]:
+    """Parameters by group: embed, attention, mlp, and the vectors that scale and mix (control)."""
+    groups: dict[str, int] = defaultdict(int)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        if name.startswith("embed/"):
+            group = "embed"
+        elif "/mlp/" in name:
+            group = "mlp"
+        elif "/attn/" in name and leaf.ndim == 2:
+            group = "attention"
+        else:
+            group = "control"
+        groups[group] += math.prod(leaf.shape)
+    return dict(groups)
+
+
+def forward_flops_per_token(config: Config) -> int:
+    """Floating-point operations of one token's forward pass: two a multiply-add.
+
+    Matrix products (the head's included, the embedding's gather not) and causal attention, where a position sees
+    (T + 1) / 2 keys on average. Element-wise work is left out, as in the usual model-FLOPs count; a training step
+    takes three times as many (a backward pass is two forward ones).
+    """
+    groups = parameter_groups(abstract_params(config))
+    products = 2 * (groups["embed"] + groups["attention"] + groups["mlp"])
+    m, T = config.model, config.data.seq_len
+    attention = m.num_layers * 2 * 2 * m.num_heads * m.head_dim * (T + 1) // 2
+    return products + attention
+
+
+def optimizer_flops(config: Config) -> int:
+    """Floating-point operations of one step's orthogonalizations, over all matrices."""
+    return sum(
+        row.count * newton_schulz_flops(row.shape, config.optim.newton_schulz_steps)
+        for row in describe(config.optim, abstract_params(config))
+        if row.group == "matrix"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def make_plan(config: Config) -> dict[str, Any]:
+    """The figures that the command prints, as nested plain values."""
+    state = abstract_state(config, make_mesh())
+    groups = parameter_groups(state.params)
+    forward = forward_flops_per_token(config)
+    parameters, optimizer = _bytes(state.params), _bytes(state.opt_state)
+    return {
+        "parameters": {"total": sum(groups.values()), **groups},
+        "flops_per_token": {"forward": forward, "train": 3 * forward},
+        "flops_per_step": {"model": 3 * forward * config.data.batch_tokens, "optimizer": optimizer_flops(config)},
+        "bytes": {"parameters": parameters, "optimizer": optimizer, "checkpoint": parameters + optimizer},
+        "tokens": {"step": config.data.batch_tokens, "run": config.data.batch_tokens * config.train.steps},
+    }
+
+
+def format_plan(config: Config, plan: dict[str, Any]) -> str:
+    """The plan for a person."""
+    p, f, b, t = plan["parameters"], plan["flops_per_token"], plan["bytes"], plan["tokens"]
+    shares = ", ".join(f"{name} {count:,}" for name, count in p.items() if name != "total")
+    model_flops, optimizer_share = plan["flops_per_step"]["model"], plan["flops_per_step"]["optimizer"]
+    lines = [
+        f"parameters   {p['total']:,} ({shares})",
+        f"FLOPs        {f['forward'] / 1e6:,.1f} M a token forward, {f['train'] / 1e6:,.1f} M in training",
+        f"step         {t['step']:,} tokens, {model_flops / 1e12:,.3f} TFLOP, and {optimizer_share / 1e12:,.3f} TFLOP to orthogonalize",
+        f"run          {config.train.steps:,} steps, {t['run'] / 1e9:,.3f} G tokens, {model_flops * config.train.steps / 1e18:,.4f} EFLOP",
+        f"memory       parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
+        f" checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
+        "",
+        format_table(describe(config.optim, abstract_params(config))),
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
+    overrides: Overrides
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parse_command(
+        PlanArguments,
+        cli.expand_json(argv),
+        program="python -m sngpt_jax.plan",
+        description="Parameters, FLOPs and bytes of a recipe, and how each tensor is optimized.",
+    )
+    plan = make_plan(arguments.overrides)
+    if arguments.json != "-":
+        print(format_plan(arguments.overrides, plan))
+    cli.write_json(plan, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

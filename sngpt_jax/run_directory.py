@@ -1,0 +1,119 @@
+"""What a run directory holds, who may write to it, and how a trained model is read back from it.
+
+    config.json     the resolved configuration; replays the run
+    tokenizer.*     the tokenizer that the model was trained with
+    metrics.jsonl   one object a line
+    checkpoints/    orbax checkpoints with their checksums
+    tensorboard/    the metrics again
+    profile/        jax.profiler traces, where asked for
+    summary.json    written when the run has finished
+"""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sngpt_jax import checkpoint
+from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
+from sngpt_jax.config import Config, differences, from_json, to_json
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.step import Params, abstract_state
+
+
+def config_path(run_dir: Path) -> Path:
+    return run_dir / "config.json"
+
+
+def checkpoint_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def summary_path(run_dir: Path) -> Path:
+    return run_dir / "summary.json"
+
+
+def tokenizer_path(run_dir: Path) -> Path:
+    """The run's own copy of its tokenizer."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (run_dir / name).is_file():
+            return run_dir / name
+    raise UserError(f"{run_dir}: no tokenizer.model or tokenizer.json; give the --run-dir of a training run")
+
+
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """Copies `tokenizer` into the run directory, or refuses another than the one that the run was started with."""
+    target = run_dir / f"tokenizer{tokenizer.path.suffix}"
+    if not target.exists():
+        write_bytes_atomic(target, tokenizer.path.read_bytes())
+    elif load_tokenizer(target).sha256 != tokenizer.sha256:
+        raise UserError(f"{target}: the run was started with another tokenizer than {tokenizer.path}; choose another --run-dir")
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of the run in `run_dir`; a `UserError` where there is no run."""
+    path = config_path(run_dir)
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{run_dir}: not a run directory (no config.json); give the --run-dir of a training run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path, config: Config) -> Iterator[None]:
+    """Holds `run_dir` for one training process, and writes its config.json at the first call.
+
+    Refuses a directory that another process is training in, or whose run has another configuration.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")  # noqa: SIM115: held for the run, closed below
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be used as a run directory: {error.strerror}; choose another --run-dir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training in it; wait for it or choose another --run-dir") from None
+        if config_path(run_dir).exists():
+            changed = differences(read_config(run_dir), config)
+            if changed:
+                raise UserError(
+                    f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"
+                )
+        else:
+            write_text_atomic(config_path(run_dir), to_json(config))
+        yield
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, None where the run has not finished."""
+    try:
+        return json.loads(summary_path(run_dir).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model read back from a run: its configuration, its parameters on the mesh, and the step they are from."""
+
+    config: Config
+    params: Params
+    step: int
+
+
+def load_model(run_dir: Path, mesh: Mesh, step: int | None = None) -> TrainedModel:
+    """The parameters of `run_dir` at checkpoint `step` (default: the latest that verifies), laid out over `mesh`."""
+    config = read_config(run_dir)
+    abstract = abstract_state(config, mesh)
+    restored = checkpoint.restore_params(checkpoint_dir(run_dir), abstract.params, step)
+    return TrainedModel(config, jax.block_until_ready(restored.state), restored.step)

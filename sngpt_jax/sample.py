@@ -1,0 +1,126 @@
+"""Text from a trained model: `python -m sngpt_jax.sample --run runs/quickstart --prompt "def "`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from sngpt_jax import cli
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import ModelConfig
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.step import Params, forward
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "top_k"))
+def _fill(
+    apply: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
+    buffer_T: jax.Array,
+    start: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_k: int,
+) -> jax.Array:
+    """Fills positions start … T-1 of `buffer_T`, each drawn from the model's distribution given the ones before it."""
+
+    def draw(position: jax.Array, buffer_T: jax.Array) -> jax.Array:
+        logits_V = apply(params, buffer_T[None])[0, position - 1]
+        if top_k:
+            threshold = jax.lax.top_k(logits_V, top_k)[0][-1]
+            logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
+        drawn = jax.random.categorical(jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
+        return buffer_T.at[position].set(token.astype(buffer_T.dtype))
+
+    return jax.lax.fori_loop(start, buffer_T.shape[0], draw, buffer_T)
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> str:
+    """The prompt continued by `max_tokens` tokens, cut at the next document's start.
+
+    Every position is a full forward pass over one fixed buffer, so one program serves the whole text. `temperature` 0
+    takes the likeliest token; `top_k` 0 keeps the whole vocabulary. Raises `UserError` where the text would not fit
+    into model.max_seq_len positions.
+    """
+    prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+    length = len(prompt_ids) + max_tokens
+    if length > config.max_seq_len:
+        raise UserError(
+            f"--prompt of {len(prompt_ids)} tokens and --max-tokens {max_tokens} exceed model.max_seq_len ="
+            f" {config.max_seq_len}; shorten one of them"
+        )
+    buffer = np.full(length, tokenizer.bos_id, np.int32)
+    buffer[: len(prompt_ids)] = prompt_ids
+    filled = _fill(
+        forward(config),
+        params,
+        jnp.asarray(buffer),
+        jnp.int32(len(prompt_ids)),
+        jax.random.key(seed),
+        jnp.float32(temperature),
+        min(top_k, config.vocab_size),
+    )
+    tokens = np.asarray(filled)
+    ends = np.flatnonzero(tokens[len(prompt_ids) :] == tokenizer.bos_id)
+    stop = len(prompt_ids) + ends[0] if len(ends) else length
+    return tokenizer.decode(tokens[1:stop])
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    run: Path  # run directory of a trained model
+    prompt: str = ""  # text to continue; empty: a new document
+    max_tokens: int = 128  # tokens to add
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
+    seed: int = 0  # of the draws
+    step: int | None = None  # checkpoint to load; default: the latest
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(
+        SampleArguments, args=cli.expand_json(argv), prog="python -m sngpt_jax.sample", description="Generates text."
+    )
+    if arguments.max_tokens < 1 or arguments.temperature < 0 or arguments.top_k < 0:
+        raise UserError("--max-tokens must be at least 1; --temperature and --top-k must not be negative")
+    cli.log_to_stderr()
+    model = load_model(arguments.run, make_mesh(), arguments.step)
+    tokenizer = load_tokenizer(tokenizer_path(arguments.run))
+    text = generate(
+        model.config.model,
+        model.params,
+        tokenizer,
+        arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    if arguments.json != "-":
+        print(text)
+    cli.write_json({"prompt": arguments.prompt, "text": text, "step": model.step}, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,126 @@
+"""Attention against a float64 numpy oracle, rotary positions against complex rotation, the implementations' choice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.config import ModelConfig
+from sngpt_jax.model.attention import Attention, apply_rotary, attend_xla, choose_implementation, rotary_tables
+
+
+def oracle_attend(q, k, v):
+    """Loops over batch, head and position in float64."""
+    B, T, H, h = q.shape
+    group = H // k.shape[2]
+    out = np.zeros((B, T, H, h))
+    for b in range(B):
+        for head in range(H):
+            kv = head // group
+            for t in range(T):
+                scores = k[b, : t + 1, kv] @ q[b, t, head] / np.sqrt(h)
+                weights = np.exp(scores - scores.max())
+                out[b, t, head] = weights @ v[b, : t + 1, kv] / weights.sum()
+    return out
+
+
+def oracle_rotary(x, base):
+    """Pairs (j, j + h/2) as complex numbers turned by -position · base^(-2j/h)."""
+    T, h = x.shape[1], x.shape[-1]
+    z = x[..., : h // 2] + 1j * x[..., h // 2 :]
+    angle = np.arange(T)[:, None] * base ** (-2 * np.arange(h // 2) / h)
+    z = z * np.exp(-1j * angle)[None, :, None, :]
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    T=st.integers(1, 9),
+    K=st.integers(1, 3),
+    group=st.integers(1, 3),
+    half=st.integers(1, 4),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_attend_equals_the_oracle(T, K, group, half, seed):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(2, T, K * group, 2 * half))
+    k, v = rng.normal(size=(2, 2, T, K, 2 * half))
+    got = attend_xla(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(got, oracle_attend(q, k, v), atol=2e-6)
+
+
+def test_attend_equals_jax_nn_in_value_and_gradient():
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 33, 6, 16))
+    k, v = (jax.random.normal(key, (2, 33, 3, 16)) for key in keys[1:3])
+    weights = jax.random.normal(keys[3], q.shape)
+    ours = jax.grad(lambda *a: jnp.sum(weights * attend_xla(*a)), argnums=(0, 1, 2))(q, k, v)
+    library = jax.grad(
+        lambda *a: jnp.sum(weights * jax.nn.dot_product_attention(*a, is_causal=True)), argnums=(0, 1, 2)
+    )(q, k, v)
+    for a, b in zip(ours, library, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("base", [100.0, 10_000.0])
+def test_rotary_equals_complex_rotation(base):
+    x = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
+    got = apply_rotary(jnp.asarray(x, jnp.float32), rotary_tables(12, 8, base))
+    np.testing.assert_allclose(got, oracle_rotary(x, base), atol=2e-6)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    rng = np.random.default_rng(0)
+    q, k = (np.tile(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 1)) for _ in range(2))
+    tables = rotary_tables(20, 16, 10_000.0)
+    q, k = (np.asarray(apply_rotary(jnp.asarray(a, jnp.float32), tables))[0, :, 0] for a in (q, k))
+    scores = q @ k.T
+    for distance in range(-5, 6):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-4)
+
+
+def test_whole_layer_equals_the_oracle():
+    config = ModelConfig(d_model=24, num_heads=4, num_kv_heads=2, compute_dtype="float32")
+    layer = Attention(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    layer.out[...] = jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)
+    layer.q_gain[...] = jnp.asarray([0.5, 1.0, 1.5, 2.0])
+    x = rng.normal(size=(2, 7, 24))
+    wq, wk, wv, wo = (np.asarray(w[...], np.float64) for w in (layer.query, layer.key, layer.value, layer.out))
+
+    def normed(a):
+        return a / np.sqrt(np.mean(a**2, -1, keepdims=True) + config.norm_eps)
+
+    q = oracle_rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 1e4) * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
+    k = oracle_rotary(normed((x @ wk).reshape(2, 7, 2, 6)), 1e4)
+    want = oracle_attend(q, k, (x @ wv).reshape(2, 7, 2, 6)).reshape(2, 7, 24) @ wo
+    got = layer(jnp.asarray(x, jnp.float32), rotary_tables(7, 6, 1e4))
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_output_projection_starts_silent():
+    layer = Attention(ModelConfig(d_model=16, num_heads=2, num_kv_heads=1), rngs=nnx.Rngs(params=jax.random.key(0)))
+    assert not np.any(layer(jnp.ones((1, 3, 16)), rotary_tables(3, 8, 1e4)))
+
+
+@pytest.mark.parametrize(
+    ("requested", "backend", "dtype", "choice"),
+    [
+        ("auto", "cpu", "float32", "xla"),
+        ("auto", "gpu", "bfloat16", "cudnn"),
+        ("auto", "gpu", "float32", "xla"),
+        ("xla", "gpu", "bfloat16", "xla"),
+        ("cudnn", "gpu", "bfloat16", "cudnn"),
+    ],
+)
+def test_choice_is_stated_once(requested, backend, dtype, choice, caplog):
+    choose_implementation.cache_clear()
+    with caplog.at_level("INFO", logger="sngpt_jax"):
+        for _ in range(3):
+            assert choose_implementation(requested, backend, dtype) == choice
+    assert len(caplog.records) == 1
+    assert choice in caplog.text

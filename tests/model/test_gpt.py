@@ -1,0 +1,122 @@
+"""The whole model: size, causality, the loss it starts from, and a literal numpy forward pass."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sngpt_jax.config import ModelConfig, load
+from sngpt_jax.model.gpt import GPT
+from sngpt_jax.step import forward, init_params, token_losses
+from tests.model.test_attention import oracle_attend, oracle_rotary
+
+TINY = ModelConfig(
+    vocab_size=61, num_layers=5, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16, compute_dtype="float32"
+)
+
+
+def random_params(config, seed=0):
+    """Parameters without the zeros and ones of the start, so that every part takes part."""
+    shapes = init_params(config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves])
+
+
+def oracle_logits(config, params, tokens):
+    """The model in float64 numpy, written from the recipe's description."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    B, T = tokens.shape
+    H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def norm(a):
+        return a / np.sqrt(np.mean(a**2, -1, keepdims=True) + config.norm_eps)
+
+    def block(w, x, x0):
+        u = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+        n, a = norm(u), w["attn"]
+        q = oracle_rotary(norm((n @ a["query"]).reshape(B, T, H, h)), config.rope_base) * a["q_gain"][:, None]
+        k = oracle_rotary(norm((n @ a["key"]).reshape(B, T, K, h)), config.rope_base)
+        y = oracle_attend(q, k, (n @ a["value"]).reshape(B, T, K, h)).reshape(B, T, -1) @ a["out"]
+        u = u + w["attn_scale"] * y
+        return u + w["mlp_scale"] * (np.maximum(norm(u) @ w["mlp"]["up"], 0) ** 2 @ w["mlp"]["down"])
+
+    x = x0 = norm(p["embed"]["table"][tokens])
+    encoder, saved = config.num_layers // 2, []
+    for i in range(encoder):
+        x = block(p["blocks"][i], x, x0)
+        saved.append(x)
+    for i in range(encoder, config.num_layers):
+        if saved:
+            x = x + p["skip_weights"][i - encoder] * saved.pop()
+        x = block(p["blocks"][i], x, x0)
+    logits = norm(x) @ p["embed"]["table"].T
+    return config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
+def test_logits_equal_the_oracle(num_layers):
+    config = ModelConfig(**{**vars(TINY), "num_layers": num_layers})
+    params = random_params(config)
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 16))
+    got = forward(config)(params, jnp.asarray(tokens))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, oracle_logits(config, params, tokens), atol=2e-4, rtol=2e-4)
+
+
+def test_bfloat16_stays_near_float32():
+    params = random_params(TINY)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 16)))
+    half = forward(ModelConfig(**{**vars(TINY), "compute_dtype": "bfloat16"}))(params, tokens)
+    full = forward(TINY)(params, tokens)
+    assert half.dtype == jnp.float32
+    assert np.linalg.norm(half - full) < 0.05 * np.linalg.norm(full)
+    assert np.any(half != full)
+
+
+def test_no_output_depends_on_a_later_token():
+    """d logits[t] / d embedding[s] is zero exactly for s > t, and nothing else is."""
+    model = GPT(TINY, rngs=nnx.Rngs(params=jax.random.key(0)))
+    graph, _ = nnx.split(model, nnx.Param)
+    params = random_params(TINY)
+    tokens = jnp.arange(16)[None]  # each token once: row s of the table is position s's input
+    untied = jnp.asarray(np.random.default_rng(2).normal(size=(61, 32)), jnp.float32)
+
+    def output(table):
+        model = nnx.merge(graph, {**params, "embed": {"table": table}})
+        encoded = model.embed.encode(tokens)
+        model.embed.encode = lambda _: encoded
+        model.embed.table = nnx.Param(untied)
+        return model(tokens)[0, :, :3]
+
+    jacobian = jax.jacobian(output)(params["embed"]["table"])[:, :, :16]  # [T, 3, S, D]
+    size = np.abs(jacobian).max(axis=(1, 3))
+    assert np.all(size[np.triu_indices(16, 1)] == 0)
+    assert np.all(size[np.tril_indices(16)] > 0)
+
+
+def test_loss_at_the_start_is_ln_v():
+    config = ModelConfig(**{**vars(TINY), "vocab_size": 1024, "d_model": 64})
+    params = init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 1024)
+    loss = token_losses(forward(config)(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+    assert loss == pytest.approx(math.log(1024), abs=0.02)
+
+
+def test_baseline_has_the_published_size():
+    shapes = jax.eval_shape(lambda: init_params(load("golf_baseline").model, jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 17_059_912
+
+
+def test_a_sequence_longer_than_the_positions_is_refused():
+    with pytest.raises(ValueError, match="17 tokens.*max_seq_len = 16"):
+        forward(TINY)(random_params(TINY), jnp.zeros((1, 17), jnp.int32))
+
+
+def test_blocks_are_named_in_the_program():
+    text = jax.jit(forward(TINY)).lower(random_params(TINY), jnp.zeros((1, 8), jnp.int32)).as_text(debug_info=True)
+    for scope in ("embed", "block_0/attention", "block_4/mlp", "head"):
+        assert scope in text
