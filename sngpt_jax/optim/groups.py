@@ -1,0 +1,155 @@
+"""Which rule updates which parameter: the groups, the optimizer built from them, and the table that shows them."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sngpt_jax.config import OptimConfig
+from sngpt_jax.optim import muon, schedules
+
+# Whole path -> group, first match wins. A two-dimensional parameter that is not a matrix of a block, such as a table or a
+# set of per-channel weights, is no linear map to orthogonalize and belongs to Adam.
+RULES: tuple[tuple[str, str], ...] = (
+    (r"embed/table", "embed"),
+    (r"blocks/\d+/attn/(query|key|value|out)", "matrix"),
+    (r"blocks/\d+/mlp/(up|down)", "matrix"),
+    (r"blocks/\d+/(attn/q_gain|attn_scale|mlp_scale|resid_mix)", "scalar"),
+    (r"skip_weights", "scalar"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the parameters of one group are updated: W ← (1 - η · weight_decay) W - η · u, η = lr × the run's multiplier."""
+
+    rule: Literal["muon", "adam"]  # what makes u of the gradients
+    lr: float  # peak learning rate
+    weight_decay: float
+
+
+def groups(config: OptimConfig) -> dict[str, Group]:
+    """The groups by name, in the order in which they are shown."""
+    return {
+        "embed": Group("adam", config.embed_lr, config.adam_weight_decay),
+        "matrix": Group("muon", config.muon_lr, config.muon_weight_decay),
+        "scalar": Group("adam", config.scalar_lr, config.adam_weight_decay),
+    }
+
+
+def path_name(path: jax.tree_util.KeyPath) -> str:
+    """A parameter's path as the rules see it, such as blocks/0/attn/query."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def group_of(name: str) -> str:
+    """The group of the parameter with the path `name`. Raises ValueError where no rule names it."""
+    for pattern, group in RULES:
+        if re.fullmatch(pattern, name):
+            return group
+    raise ValueError(f"parameter {name} belongs to no optimizer group; add a rule to sngpt_jax.optim.groups.RULES")
+
+
+def label(params: optax.Params) -> optax.Params:
+    """The tree of `params`, arrays or their abstract shapes, with the name of its group at each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path_name(path)), params)
+
+
+def _scale_by_lr_multiplier() -> optax.GradientTransformationExtraArgs:
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        lr_multiplier: jax.typing.ArrayLike,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        return optax.tree.scale(lr_multiplier, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract shapes.
+
+    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm, applies each group's rule, and returns
+    what `optax.apply_updates` adds. The scalar `lr_multiplier` may be traced: the host computes it for each step
+    (`schedules.lr_multiplier`), so a schedule driven by the wall clock compiles nothing anew.
+    """
+
+    def rule(group: Group) -> optax.GradientTransformation:
+        if group.rule == "muon":
+            dtype = jnp.dtype(config.newton_schulz_dtype)
+            direction = muon.scale_by_muon(schedules.muon_momentum(config), config.newton_schulz_steps, dtype)
+        else:
+            direction = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
+        return optax.chain(direction, optax.add_decayed_weights(group.weight_decay), optax.scale(-group.lr))
+
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    by_group = optax.partition({name: rule(group) for name, group in groups(config).items()}, label(params))
+    return optax.chain(clip, by_group, _scale_by_lr_multiplier())
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: parameters that differ in their layer only."""
+
+    path: str  # blocks/* stands for every layer; where only some have such a tensor they are listed, blocks/{7,8}
+    shape: tuple[int, ...]  # of each of the tensors
+    count: int  # tensors
+    group: str
+    rule: str
+    lr: float
+    weight_decay: float
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors of the row."""
+        return self.count * math.prod(self.shape)
+
+
+_LAYER = re.compile(r"(?<=^blocks/)\d+(?=/)")
+
+
+def describe(config: OptimConfig, params: optax.Params) -> list[Row]:
+    """One row for the tensors that differ in their layer only, by group and in the tree's order; `params` may be abstract."""
+    members: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}  # the layers of each row; none for a single tensor
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        layers = members.setdefault((group_of(name), _LAYER.sub("*", name), tuple(leaf.shape)), [])
+        layers += map(int, _LAYER.findall(name))
+    all_layers = {layer for layers in members.values() for layer in layers}
+
+    settings = groups(config)
+    rows = []
+    for (group, pattern, shape), layers in members.items():
+        listed = "{" + ",".join(map(str, sorted(layers))) + "}"
+        path_shown = pattern if set(layers) == all_layers else pattern.replace("*", listed)
+        rows.append(Row(path_shown, shape, max(len(layers), 1), group, **dataclasses.asdict(settings[group])))
+    return sorted(rows, key=lambda row: list(settings).index(row.group))
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as aligned plain text with a heading and the total number of parameters."""
+    cells = [("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")]
+    for row in rows:
+        shape = "×".join(map(str, row.shape))
+        numbers = (f"{row.count:,}", f"{row.parameters:,}", row.group, row.rule, f"{row.lr:g}", f"{row.weight_decay:g}")
+        cells.append((row.path, shape, *numbers))
+    cells.append(("total", "", f"{sum(r.count for r in rows):,}", f"{sum(r.parameters for r in rows):,}", "", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust, str.rjust, str.rjust)
+    lines = (
+        "  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)).rstrip() for line in cells
+    )
+    return "\n".join(lines)

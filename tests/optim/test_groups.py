@@ -1,0 +1,215 @@
+"""Groups: membership by path, the printed table, and whole training trajectories against numpy in float64."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sngpt_jax.config import OptimConfig
+from sngpt_jax.optim import groups
+
+L, D, F, KV, V, H = 2, 16, 32, 8, 20, 2
+
+
+def block():
+    return {
+        "attn": {"query": (D, D), "key": (D, KV), "value": (D, KV), "out": (D, D), "q_gain": (H,)},
+        "mlp": {"up": (D, F), "down": (F, D)},
+        "attn_scale": (D,),
+        "mlp_scale": (D,),
+        "resid_mix": (2, D),
+    }
+
+
+def shapes(key=str, layers=L):
+    return {
+        "embed": {"table": (V, D)},
+        "blocks": {key(i): block() for i in range(layers)},
+        "skip_weights": (layers // 2, D),
+    }
+
+
+def is_shape(node):
+    return isinstance(node, tuple)
+
+
+def abstract(**kwargs):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes(**kwargs), is_leaf=is_shape)
+
+
+def random(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32), shapes(), is_leaf=is_shape)
+
+
+def by_path(tree):
+    return {groups.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("key", [str, int])
+def test_every_parameter_has_its_group(key):
+    labels = by_path(groups.label(abstract(key=key)))
+    expected = {"embed/table": "embed", "skip_weights": "scalar"}
+    for i in range(L):
+        for name in ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/up", "mlp/down"):
+            expected[f"blocks/{i}/{name}"] = "matrix"
+        for name in ("attn/q_gain", "attn_scale", "mlp_scale", "resid_mix"):
+            expected[f"blocks/{i}/{name}"] = "scalar"
+    assert labels == expected
+
+
+@pytest.mark.parametrize("name", ["blocks/0/attn/query/extra", "xembed/table", "embed/table2", "head", "blocks/x/mlp/up"])
+def test_a_parameter_without_a_rule_is_named(name):
+    params = jnp.zeros((2, 2))
+    for part in reversed(name.split("/")):
+        params = {part: params}
+    for call in (groups.label, lambda p: groups.make_optimizer(OptimConfig(), p), lambda p: groups.describe(OptimConfig(), p)):
+        with pytest.raises(ValueError, match=rf"parameter {name} .*RULES"):
+            call(params)
+
+
+def test_a_rule_for_muon_that_meets_no_matrix_is_an_error():
+    params = {"blocks": {"0": {"mlp": {"up": jnp.zeros((2, 3, 4))}}}}
+    with pytest.raises(ValueError, match="blocks/0/mlp/up"):
+        groups.make_optimizer(OptimConfig(), params).init(params)
+
+
+# ---------------------------------------------------------------------------------------------- trajectories
+
+CONFIG = OptimConfig(
+    muon_lr=0.03, embed_lr=0.05, scalar_lr=0.02, muon_weight_decay=0.1, adam_weight_decay=0.2, muon_momentum=0.95,
+    muon_momentum_start=0.85, muon_momentum_warmup_steps=2, newton_schulz_dtype="float32", adam_b1=0.9, adam_b2=0.95,
+    adam_eps=1e-3, grad_clip=5.0,
+)  # fmt: skip
+MULTIPLIERS = (1.0, 0.5, 0.25)
+GRAD_SCALES = (1.0, 0.01, 1.0)  # clipped, left alone (norm about 0.6), clipped
+
+
+def numpy_trajectory(config, params, grads_of_step, multipliers):
+    """The documented rules, written out in float64."""
+    w = {name: np.asarray(p, np.float64) for name, p in by_path(params).items()}
+    m = {name: np.zeros_like(p) for name, p in w.items()}
+    v = {name: np.zeros_like(p) for name, p in w.items()}
+    for t, multiplier in enumerate(multipliers):
+        g = {name: np.asarray(x, np.float64) for name, x in by_path(grads_of_step(t)).items()}
+        norm = math.sqrt(sum((x**2).sum() for x in g.values()))
+        if config.grad_clip and norm > config.grad_clip:
+            g = {name: x * config.grad_clip / norm for name, x in g.items()}
+        warmup = config.muon_momentum_warmup_steps
+        share = min(t / warmup, 1.0) if warmup else 1.0
+        mu = (1 - share) * config.muon_momentum_start + share * config.muon_momentum
+        for name in w:
+            if ("/attn/" in name and "q_gain" not in name) or "/mlp/" in name:
+                m[name] = mu * m[name] + g[name]
+                left, s, right = np.linalg.svd(g[name] + mu * m[name], full_matrices=False)
+                s = s / (np.linalg.norm(s) + 1e-7)
+                for _ in range(config.newton_schulz_steps):
+                    s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+                fan_in, fan_out = w[name].shape
+                u = left * s @ right * math.sqrt(max(1.0, fan_out / fan_in))
+                lr, decay = config.muon_lr, config.muon_weight_decay
+            else:
+                b1, b2 = config.adam_b1, config.adam_b2
+                m[name] = b1 * m[name] + (1 - b1) * g[name]
+                v[name] = b2 * v[name] + (1 - b2) * g[name] ** 2
+                m_hat, v_hat = m[name] / (1 - b1 ** (t + 1)), v[name] / (1 - b2 ** (t + 1))
+                u = m_hat / (np.sqrt(v_hat) + config.adam_eps)
+                lr, decay = config.embed_lr if name == "embed/table" else config.scalar_lr, config.adam_weight_decay
+            rate = lr * multiplier
+            w[name] = (1 - rate * decay) * w[name] - rate * u
+    return w
+
+
+NO_EXTRAS = {"grad_clip": 0.0, "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0.0, "adam_weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("changes", [{}, NO_EXTRAS])
+def test_three_steps_of_every_group(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    start = params = random(0)
+
+    def grads_of_step(t):
+        return random(10 + t, GRAD_SCALES[t])
+
+    optimizer = groups.make_optimizer(config, abstract())
+    traces = []
+
+    @jax.jit
+    def step(params, state, grads, multiplier):
+        traces.append(None)
+        updates, state = optimizer.update(grads, state, params, lr_multiplier=multiplier)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for t, multiplier in enumerate(MULTIPLIERS):
+        params, state = step(params, state, grads_of_step(t), jnp.float32(multiplier))
+    assert len(traces) == 1  # a new multiplier compiles nothing anew
+
+    expected = numpy_trajectory(config, start, grads_of_step, MULTIPLIERS)
+    for name, actual in by_path(params).items():
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected[name], atol=2e-5, err_msg=name)
+
+
+def test_a_multiplier_of_zero_changes_nothing_but_the_state():
+    params = random(0)
+    optimizer = groups.make_optimizer(CONFIG, params)
+    updates, state = optimizer.update(random(1), optimizer.init(params), params, lr_multiplier=0.0)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
+
+
+def test_the_multiplier_is_required():
+    params = random(0)
+    optimizer = groups.make_optimizer(CONFIG, params)
+    with pytest.raises(TypeError, match="lr_multiplier"):
+        optimizer.update(random(1), optimizer.init(params), params)
+
+
+def test_equal_shapes_of_all_layers_share_one_orthogonalization():
+    params = abstract()
+    optimizer = groups.make_optimizer(OptimConfig(newton_schulz_steps=5), params)
+    state = jax.eval_shape(optimizer.init, params)
+    text = str(jax.make_jaxpr(lambda g, s, p: optimizer.update(g, s, p, lr_multiplier=1.0))(params, state, params))
+    different = {(D, D), (D, KV), (D, F), (F, D)}
+    assert text.count("dot_general") == 3 * 5 * len(different)
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("key", [str, int])
+def test_table_collapses_layers(key):
+    rows = {row.path: row for row in groups.describe(CONFIG, abstract(key=key, layers=11))}
+    assert rows["blocks/*/mlp/up"] == groups.Row("blocks/*/mlp/up", (D, F), 11, "matrix", "muon", 0.03, 0.1)
+    assert rows["blocks/*/resid_mix"] == groups.Row("blocks/*/resid_mix", (2, D), 11, "scalar", "adam", 0.02, 0.2)
+    assert rows["embed/table"] == groups.Row("embed/table", (V, D), 1, "embed", "adam", 0.05, 0.2)
+    assert len(rows) == 12
+    assert sum(row.parameters for row in rows.values()) == sum(math.prod(p.shape) for p in jax.tree.leaves(abstract(layers=11)))
+
+
+def test_table_lists_layers_that_differ():
+    params = abstract(layers=11)
+    params["blocks"]["2"]["mlp"]["up"] = jax.ShapeDtypeStruct((D, 2 * F), jnp.float32)
+    params["blocks"]["10"]["mlp"]["up"] = jax.ShapeDtypeStruct((D, 2 * F), jnp.float32)
+    rows = {row.path: row for row in groups.describe(CONFIG, params)}
+    assert (rows["blocks/{2,10}/mlp/up"].shape, rows["blocks/{2,10}/mlp/up"].count) == ((D, 2 * F), 2)
+    assert rows["blocks/{0,1,3,4,5,6,7,8,9}/mlp/up"].count == 9
+
+
+def test_printed_table():
+    config = dataclasses.replace(CONFIG, scalar_lr=1e-5)
+    params = {"embed": abstract()["embed"], "blocks": {"0": {"mlp": abstract()["blocks"]["0"]["mlp"]}}}
+    params["skip_weights"] = jax.ShapeDtypeStruct((1000, D), jnp.float32)
+    assert groups.format_table(groups.describe(config, params)).splitlines() == [
+        "parameter          shape    tensors  parameters  group   rule     lr  decay",
+        "embed/table        20×16          1         320  embed   adam   0.05    0.2",
+        "blocks/*/mlp/down  32×16          1         512  matrix  muon   0.03    0.1",
+        "blocks/*/mlp/up    16×32          1         512  matrix  muon   0.03    0.1",
+        "skip_weights       1000×16        1      16,000  scalar  adam  1e-05    0.2",
+        "total                             4      17,344",
+    ]

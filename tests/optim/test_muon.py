@@ -1,0 +1,208 @@
+"""Muon: the orthogonalization against a singular value decomposition and optax's, the update against numpy in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optax import contrib
+
+from sngpt_jax.optim import muon
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SHAPES = [(64, 64), (96, 32), (32, 96)]  # square, tall, wide
+
+
+def conditioned(shape, seed=0, smallest=0.05):
+    """A float32 matrix with singular values spread evenly from 1 to `smallest`, and its U Vᵀ in float64."""
+    rng = np.random.default_rng(seed)
+    rank = min(shape)
+    u = np.linalg.qr(rng.normal(size=(shape[0], rank)))[0]
+    v = np.linalg.qr(rng.normal(size=(shape[1], rank)))[0]
+    return np.float32(u * np.linspace(1.0, smallest, rank) @ v.T), u @ v.T
+
+
+def quintic_on_singular_values(matrix, steps):
+    """What the iteration computes, by algebra: the scalar polynomial applied to each singular value."""
+    u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    s = s / (np.linalg.norm(s) + 1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vt
+
+
+def cosine(a, b):
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_orthogonalizes(shape, dtype):
+    matrix, polar = conditioned(shape)
+    result = np.asarray(muon.newton_schulz(jnp.asarray(matrix), 5, dtype))
+    assert result.shape == shape and result.dtype == np.float32
+    singular = np.linalg.svd(result, compute_uv=False)
+    assert 0.63 < singular.min() and singular.max() < 1.23
+    assert cosine(result, polar) > 0.98
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_is_the_published_polynomial_of_the_singular_values(shape, steps):
+    matrix = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    result = muon.newton_schulz(jnp.asarray(matrix), steps, jnp.float32)
+    np.testing.assert_allclose(result, quintic_on_singular_values(matrix, steps), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_optax(shape):
+    matrix = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+    oracle = contrib.scale_by_muon(ns_coeffs=COEFFICIENTS, ns_steps=5, beta=0.0, eps=1e-7, nesterov=False)
+    expected, _ = oracle.update(matrix, oracle.init(matrix))
+    np.testing.assert_allclose(muon.newton_schulz(matrix, 5, jnp.float32), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_stays_near_float32(shape):
+    matrix = jnp.asarray(conditioned(shape)[0])
+    exact = muon.newton_schulz(matrix, 5, jnp.float32)
+    rounded = muon.newton_schulz(matrix, 5, jnp.bfloat16)
+    error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 0.1  # the lower bound: the products really are in bfloat16
+
+
+@settings(max_examples=20, deadline=None)
+@given(exponent=st.integers(-4, 6), seed=st.integers(0, 99))
+def test_scale_of_the_gradient_does_not_matter(exponent, seed):
+    matrix = conditioned((24, 16), seed)[0]
+    result = muon.newton_schulz(jnp.asarray(matrix * 10.0**exponent, jnp.float32), 5, jnp.float32)
+    np.testing.assert_allclose(result, muon.newton_schulz(jnp.asarray(matrix), 5, jnp.float32), atol=2e-3)
+
+
+def test_leading_axes_are_a_stack_and_zero_stays_zero():
+    stack = np.zeros((2, 3, 8, 12), np.float32)
+    stack[1, 2] = conditioned((8, 12))[0]
+    result = np.array(muon.newton_schulz(jnp.asarray(stack), 5, jnp.float32))
+    np.testing.assert_allclose(result[1, 2], muon.newton_schulz(jnp.asarray(stack[1, 2]), 5, jnp.float32), atol=1e-5)
+    result[1, 2] = 0
+    assert not result.any()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
+def test_every_product_is_a_batched_one_in_the_dtype(dtype, name):
+    jaxpr = jax.make_jaxpr(lambda x: muon.newton_schulz(x, 2, dtype))(jnp.zeros((3, 8, 6))).jaxpr
+    calls = [e for e in jaxpr.eqns for e in (e.params["jaxpr"].jaxpr.eqns if "jaxpr" in e.params else [e])]
+    products = [e for e in calls if e.primitive.name == "dot_general"]
+    assert len(products) == 2 * 3
+    for product in products:
+        assert {v.aval.str_short(short_dtypes=True).split("[")[0] for v in (*product.invars, *product.outvars)} == {name}
+        assert product.outvars[0].aval.shape[0] == 3
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(TypeError, match="bfloat16"):
+        muon.newton_schulz(jnp.ones((4, 4), jnp.bfloat16), 5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 128, 128), (3, 192, 96), (1, 64, 256)])
+def test_flops_are_the_compilers(shape, dtype):
+    program = jax.jit(lambda x: muon.newton_schulz(x, 5, dtype))
+    counted = program.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(muon.newton_schulz_flops(shape, 5), rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------- the transformation
+
+TREE_SHAPES = {"a": (16, 24), "b": {"c": (24, 16), "d": (16, 24)}, "e": (16, 16), "f": (16, 24)}
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), TREE_SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_three_updates_follow_the_formula(jit):
+    def rising(count):
+        return 0.5 + 0.1 * count
+
+    transformation = muon.scale_by_muon(rising, ns_steps=5, ns_dtype=jnp.float32)
+    update = jax.jit(transformation.update) if jit else transformation.update
+    params = random_tree(0)
+    state = transformation.init(params)
+    buffers = jax.tree.map(lambda p: np.zeros(p.shape), params)
+    for count in range(3):
+        grads = random_tree(10 + count)
+        updates, state = update(grads, state)
+        mu = 0.5 + 0.1 * count
+        buffers = jax.tree.map(lambda m, g, mu=mu: mu * m + np.asarray(g, np.float64), buffers, grads)
+        directions = jax.tree.map(lambda m, g, mu=mu: np.asarray(g, np.float64) + mu * m, buffers, grads)
+        for (path, actual), direction in zip(
+            jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(directions), strict=True
+        ):
+            fan_in, fan_out = direction.shape
+            expected = quintic_on_singular_values(direction, 5) * np.sqrt(max(1, fan_out / fan_in))
+            np.testing.assert_allclose(actual, expected, atol=1e-4, err_msg=str(path))
+        jax.tree.map(lambda m, b: np.testing.assert_allclose(m, b, rtol=1e-5, atol=1e-6), state.momentum, buffers)
+        assert int(state.count) == count + 1 and state.count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stacked_equals_matrix_by_matrix(dtype):
+    transformation = muon.scale_by_muon(0.9, ns_steps=2, ns_dtype=dtype)
+    params, grads = random_tree(0), random_tree(1)
+    together, _ = jax.jit(transformation.update)(grads, transformation.init(params))
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.03
+    for name, one in {"a": {"a": grads["a"]}, "f": {"f": grads["f"]}, "e": {"e": grads["e"]}}.items():
+        alone, _ = jax.jit(transformation.update)(one, transformation.init(one))
+        np.testing.assert_allclose(together[name], alone[name], atol=tolerance)
+
+
+def test_one_stack_for_each_shape():
+    transformation = muon.scale_by_muon(0.9, ns_steps=5)
+    params = random_tree(0)
+    text = str(jax.make_jaxpr(transformation.update)(params, transformation.init(params)))
+    assert text.count("dot_general") == 3 * 5 * 3  # products, steps, shapes: three matrices share a stack
+
+
+def test_descends_a_quadratic():
+    target = jnp.asarray(np.random.default_rng(3).normal(size=(12, 20)), jnp.float32)
+    optimizer = optax.chain(muon.scale_by_muon(0.9, ns_dtype=jnp.float32), optax.scale(-0.02))
+    value = {"w": jnp.zeros((12, 20))}
+    state = optimizer.init(value)
+
+    def distance(value):
+        return jnp.sum((value["w"] - target) ** 2)
+
+    @jax.jit
+    def step(value, state):
+        updates, state = optimizer.update(jax.grad(distance)(value), state)
+        return optax.apply_updates(value, updates), state
+
+    losses = [float(distance(value))]
+    for _ in range(30):
+        value, state = step(value, state)
+        losses.append(float(distance(value)))
+    assert all(after < before for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
+def test_only_matrices(shape):
+    with pytest.raises(ValueError, match=r"blocks/3/gain.*shape"):
+        muon.scale_by_muon(0.9).init({"blocks": {3: {"gain": jnp.zeros(shape), "up": jnp.zeros((2, 2))}}})
+
+
+def test_momentum_is_float32_for_any_gradient():
+    transformation = muon.scale_by_muon(0.9)
+    params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    updates, state = transformation.update(params, transformation.init(params))
+    assert updates["w"].dtype == state.momentum["w"].dtype == jnp.float32

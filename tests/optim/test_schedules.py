@@ -1,0 +1,152 @@
+"""Schedules: worked examples of the published formulas, and what holds for every run."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.config import OptimConfig, TrainConfig
+from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum
+
+
+def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
+    """The schedule of the challenge's training script, as written there."""
+    if warmdown_iters <= 0:
+        return 1.0
+    if max_wallclock_seconds <= 0:
+        start = max(iterations - warmdown_iters, 0)
+        return max((iterations - step) / max(warmdown_iters, 1), 0.0) if start <= step < iterations else 1.0
+    max_wallclock_ms = 1000.0 * max_wallclock_seconds
+    step_ms = elapsed_ms / max(step, 1)
+    warmdown_ms = warmdown_iters * step_ms
+    remaining_ms = max(max_wallclock_ms - elapsed_ms, 0.0)
+    return remaining_ms / max(warmdown_ms, 1e-9) if remaining_ms <= warmdown_ms else 1.0
+
+
+def wall_clock(**changes):
+    return OptimConfig(warmdown_clock="wall_clock", **changes)
+
+
+CAP = TrainConfig(steps=20_000, max_seconds=600.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "elapsed", "expected"),
+    [
+        (0, 0.0, 1.0),  # before anything has been timed
+        (5000, 250.0, 1.0),  # 50 ms a step: the last 1200 steps take 60 s, 350 s are left
+        (10_800, 540.0, 1.0),  # exactly 60 s left
+        (11_400, 570.0, 0.5),
+        (11_880, 594.0, 0.1),
+        (12_000, 600.0, 0.0),
+        (12_010, 600.5, 0.0),  # past the cap
+        (0, 3.0, 597 / 3600),  # the first step is not finished: 3 s stand for it
+    ],
+)
+def test_wall_clock_by_steps(step, elapsed, expected):
+    assert lr_multiplier(wall_clock(warmdown_steps=1200), CAP, step, elapsed) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "expected"), [(0.0, 1.0), (300.0, 1.0), (400.0, 200 / 300), (450.0, 0.5), (600.0, 0.0), (700.0, 0.0)]
+)
+@pytest.mark.parametrize("step", [0, 7, 19_999])
+def test_wall_clock_by_fraction_ignores_the_steps(step, elapsed, expected):
+    assert lr_multiplier(wall_clock(warmdown_fraction=0.5), CAP, step, elapsed) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (800, 1.0), (850, 0.75), (900, 0.5), (999, 0.005), (1000, 0.0)])
+@pytest.mark.parametrize("length", [{"warmdown_steps": 200}, {"warmdown_fraction": 0.2}])
+def test_steps(step, expected, length):
+    train = TrainConfig(steps=1000, max_seconds=600.0)  # the cap ends the run and shapes nothing
+    assert lr_multiplier(OptimConfig(**length), train, step, 599.0) == pytest.approx(expected, abs=1e-12)
+
+
+def test_floor_and_warmup():
+    optim = OptimConfig(warmup_steps=10, warmdown_steps=100, final_lr_fraction=0.1)
+    train = TrainConfig(steps=1000)
+    values = {step: lr_multiplier(optim, train, step, 0.0) for step in (0, 1, 5, 10, 900, 950, 1000)}
+    expected = {0: 0.0, 1: 0.1, 5: 0.5, 10: 1.0, 900: 1.0, 950: 0.55, 1000: 0.1}
+    assert values == pytest.approx(expected, abs=1e-12)
+
+
+def test_constant():
+    optim = OptimConfig(schedule="constant", warmup_steps=4)
+    assert [lr_multiplier(optim, CAP, step, 0.0) for step in (0, 1, 4, 20_000)] == [0.0, 0.25, 1.0, 1.0]
+
+
+@given(
+    step=st.integers(0, 30_000),
+    elapsed=st.floats(0, 900),
+    warmdown_iters=st.integers(1, 20_000),
+    seconds=st.sampled_from([0.0, 600.0]),
+)
+def test_equals_the_published_script(step, elapsed, warmdown_iters, seconds):
+    optim = OptimConfig(warmdown_steps=warmdown_iters, warmdown_clock="wall_clock" if seconds else "steps")
+    train = TrainConfig(steps=20_000, max_seconds=seconds)
+    if not seconds and step >= train.steps:
+        step %= train.steps  # the script never asks beyond its last step, and answers 1 there
+    expected = published_wall_clock(step, 1000 * elapsed, train.steps, warmdown_iters, seconds)
+    assert lr_multiplier(optim, train, step, elapsed) == pytest.approx(expected, abs=1e-9)
+
+
+@st.composite
+def runs(draw):
+    """A valid pair of configurations, any clock and length."""
+    steps = draw(st.integers(1, 5000))
+    optim = OptimConfig(
+        warmup_steps=draw(st.integers(0, 50)), warmdown_clock=draw(st.sampled_from(["steps", "wall_clock"])),
+        final_lr_fraction=draw(st.floats(0, 1)),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        optim = dataclasses.replace(optim, warmdown_steps=draw(st.integers(1, steps)))
+    else:
+        optim = dataclasses.replace(optim, warmdown_fraction=draw(st.floats(0.001, 1)))
+    return optim, TrainConfig(steps=steps, max_seconds=draw(st.floats(0.1, 1e5)))
+
+
+@given(run=runs(), step=st.integers(0, 10_000), elapsed=st.floats(0, 1e6))
+def test_bounds(run, step, elapsed):
+    optim, train = run
+    value = lr_multiplier(optim, train, step, elapsed)
+    assert type(value) is float and 0.0 <= value <= 1.0
+    if step >= optim.warmup_steps:
+        assert value >= optim.final_lr_fraction
+
+
+@given(run=runs(), seconds_a_step=st.floats(1e-3, 10))
+def test_rises_then_falls_to_the_floor_without_jumps(run, seconds_a_step):
+    """At an even pace, sampled in 200 parts of the run."""
+    optim, train = run
+    by_steps = optim.warmdown_clock == "steps"
+    last = train.steps if by_steps else train.max_seconds / seconds_a_step
+    first = 0 if by_steps or optim.warmdown_fraction else 1  # only a finished step tells how long warmdown_steps last
+    steps = sorted({max(int(last * part / 200), first) for part in range(201)})
+    values = np.array([lr_multiplier(optim, train, step, step * seconds_a_step) for step in steps])
+    peak = int(values.argmax())
+    assert (np.diff(values[: peak + 1]) >= -1e-12).all() and (np.diff(values[peak:]) <= 1e-12).all()
+
+    end = lr_multiplier(optim, train, int(last) if by_steps else int(last) + 1, train.max_seconds)
+    if int(last) >= optim.warmup_steps:
+        assert end == optim.final_lr_fraction
+    warmdown = optim.warmdown_steps or optim.warmdown_fraction * last
+    steepest = 1 / warmdown + (1 / optim.warmup_steps if optim.warmup_steps else 0)
+    assert (np.abs(np.diff(values)) <= np.diff(steps) * steepest * (1 + 1e-9) + 1e-9).all()
+
+
+@given(elapsed=st.floats(1.0, 599.0), step=st.integers(100, 20_000))
+def test_is_continuous_in_the_clock(elapsed, step):
+    optim = wall_clock(warmdown_steps=3000)
+    here, next_to_it = (lr_multiplier(optim, CAP, step, elapsed + e) for e in (0.0, 1e-6))
+    assert 0.0 <= here - next_to_it < 1e-3 * max(1.0, step / elapsed / 3000)
+
+
+def test_momentum():
+    optim = OptimConfig(muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_warmup_steps=500)
+    schedule = jax.jit(muon_momentum(optim))
+    values = [float(schedule(np.int32(count))) for count in (0, 1, 250, 500, 10_000)]
+    np.testing.assert_allclose(values, [0.85, 0.8502, 0.9, 0.95, 0.95], atol=1e-6)
+    assert muon_momentum(dataclasses.replace(optim, muon_momentum_warmup_steps=0))(0) == 0.95
