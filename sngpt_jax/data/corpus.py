@@ -1,0 +1,293 @@
+"""Where text comes from: the interpreter's own library, files, Hugging Face; and the challenge's published token shards.
+
+A source is named by one string (`FORMS`). Its documents come in a fixed order, so that the first n can be held out and an
+interrupted preparation can go on where it stopped.
+"""
+
+import hashlib
+import importlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.shards import open_shard
+from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
+
+ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
+SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a document
+
+GOLF_REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
+
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+_HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+))?")
+
+
+def documents(source: str) -> Iterator[str]:
+    """Yields the documents of `source` in their fixed order; empty ones are left out, lone surrogates become U+FFFD.
+
+    Raises `UserError` at the call for a source that is not there, and `DataError` on the way for text that is damaged.
+    """
+    if source == "stdlib":
+        texts = _stdlib_texts(_stdlib_files())
+    elif source.startswith("hub:"):
+        texts = _hub_texts(*_hub_parts(source))
+    else:
+        texts = (text for path in _text_files(source) for text in _file_texts(path))
+    return (replace_surrogates(text) for text in texts if text)
+
+
+def fingerprint(source: str) -> str:
+    """A short name for the content of `source`, cheap to find: kind, and a hash of the files' names and sizes.
+
+    It does not depend on where a folder lies or on modification times. A Hugging Face data set is known by name alone.
+    """
+    if source.startswith("hub:"):
+        name, config, split = _hub_parts(source)
+        return f"hub:{name}:{config or 'default'}@{split}"
+    if source == "stdlib":
+        kind, root, files = f"stdlib {platform.python_version()}", _stdlib_root(), _stdlib_files()
+    else:
+        kind, root, files = "files", Path(source), _text_files(source)
+        root = root if root.is_dir() else root.parent
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+    return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
+
+
+def _imported(package: str, what: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{what} needs the package {package}: pip install 'sngpt-jax[hub]'") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---------------------------------------------------------------------------------------------- the standard library
+
+
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _stdlib_files() -> list[Path]:
+    """The library's Python files without its tests, in the order of their relative paths' hashes: any prefix is a sample."""
+    root = _stdlib_root()
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise UserError(f"source stdlib: no .py files under {root}; give a file or folder of text instead")
+    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+
+
+def _stdlib_texts(files: list[Path]) -> Iterator[str]:
+    for path in files:
+        try:
+            with tokenize.open(path) as file:  # decodes as PEP 263 says
+                yield file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # the library ships a few files in no or another encoding than they declare, as fixtures
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _text_files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir() and source:  # Path("") is the current folder
+        files = [p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()]
+        if not files:
+            raise UserError(f"{path}: no text in this folder; expected files ending in {', '.join(ENDINGS)}")
+        return sorted(files, key=lambda p: p.relative_to(path).as_posix())
+    if path.is_file() and path.name.endswith(ENDINGS):
+        return [path]
+    if path.exists() and source:
+        raise UserError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
+    if source.startswith("golf:"):
+        raise UserError(f"source {source}: published token shards hold no text; a source of text is {FORMS}")
+    raise UserError(f"source {source!r}: no such file or folder; a source is {FORMS}")
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        return _parquet_texts(path)
+    kind = path.suffixes[-2] if path.suffix in (".gz", ".zst") else path.suffix
+    return _jsonl_texts(path) if kind == ".jsonl" else _txt_texts(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, line with its end) of a plain or compressed file, without a byte order mark."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    try:
+        if codec and not path.stat().st_size:
+            raise OSError("the file is empty")
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:  # reads on over members and frames
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read to its end: {' '.join(str(error).split())}") from None
+
+
+def _txt_texts(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    for _, line in _lines(path):
+        if line.rstrip("\r\n") == SEPARATOR:
+            yield "".join(lines)
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        yield _text_of(row, f"{path}:{number}")
+
+
+def _text_of(row: Any, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with the key text, found {type(row).__name__}")
+    if "text" not in row:
+        raise DataError(f"{where}: expected the key text, found {', '.join(map(repr, list(row)[:8])) or 'no keys'}")
+    if not isinstance(row["text"], str):
+        raise DataError(f"{where}: expected a string in text, found {type(row['text']).__name__}")
+    return row["text"]
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    from pyarrow import parquet  # loads a large library that only this needs
+
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise DataError(f"{path}: expected a column text, found {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):  # decodes one row group's pages at a time
+                for value in batch.column(0):
+                    row += 1
+                    yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: row {row}: not UTF-8: {error.reason} at byte {error.start} of the text") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file, or a damaged one, after row {row}: {_one_line(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face
+
+
+def _hub_parts(source: str) -> tuple[str, str | None, str]:
+    match = _HUB.fullmatch(source)
+    if not match:
+        raise UserError(f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT], such as hub:HuggingFaceFW/fineweb-edu@train")
+    return match["name"], match["config"], match["split"] or "train"
+
+
+def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
+    datasets = _imported("datasets", f"source hub:{name}")
+    row = 0
+    try:
+        for values in datasets.load_dataset(name, config, split=split, streaming=True):
+            row += 1
+            yield _text_of(values, f"hub:{name}: row {row}")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network, the hub and the data set's format raise
+        raise DataError(f"source hub:{name}: the data set fails after row {row}: {_one_line(error)}") from None
+
+
+def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
+    """Fetches the challenge's FineWeb tokens: all validation shards, the first `train_shards` training shards, the tokenizer.
+
+    They land flat in `out_dir` as `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model`. Whole files that are there
+    already are kept, so that the same call goes on after an interruption. Layout: openai/parameter-golf,
+    data/cached_challenge_fineweb.py. Raises `UserError` where the network fails or the data set lacks what is asked for.
+    """
+    hub = _imported("huggingface_hub", f"the data set {GOLF_REPO}")
+    staging = out_dir / ".download"
+
+    def fetch(name: str) -> Path:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{GOLF_REPO}: its manifest names {name!r}, which is outside the data set")
+        try:
+            return Path(hub.hf_hub_download(GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=staging))
+        except Exception as error:  # whatever the network and the hub raise
+            raise UserError(f"{GOLF_REPO}: datasets/{name} cannot be fetched: {_one_line(error)}") from None
+
+    dataset, model_path, shards = _golf_entry(fetch("manifest.json"), vocab_size)
+    if not 1 <= train_shards <= shards["train"]:
+        raise UserError(f"{GOLF_REPO}: {dataset} has {shards['train']} training shards; asked for {train_shards}")
+    model = out_dir / PurePosixPath(model_path).name
+    other = next((path for path in sorted(out_dir.glob("*.model")) if path != model), None)
+    if other:
+        raise UserError(f"{out_dir}: holds {other.name}; tokens of {model.name} go into another folder")
+    if not model.is_file():
+        fetched = fetch(model_path)
+        found = load_tokenizer(fetched).vocab_size
+        if found != vocab_size:
+            raise DataError(f"{GOLF_REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}")
+        os.replace(fetched, model)
+    for split, count in (("val", shards["val"]), ("train", train_shards)):
+        for n in range(count):
+            name = f"fineweb_{split}_{n:06d}.bin"
+            if not _whole(out_dir / name):
+                fetched = fetch(f"datasets/{dataset}/{name}")
+                open_shard(fetched)
+                os.replace(fetched, out_dir / name)
+    shutil.rmtree(staging)
+
+
+def _whole(path: Path) -> bool:
+    try:
+        open_shard(path)
+    except DataError:
+        return False
+    return True
+
+
+def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
+    """Name of the data set for `vocab_size`, path of its tokenizer, and how many shards each split has."""
+    where = f"{GOLF_REPO}: datasets/manifest.json"
+    try:
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        by_name = {entry["name"]: entry for entry in values["datasets"]}
+        name = f"fineweb10B_sp{vocab_size}"
+        if name not in by_name:
+            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))}")
+        tokenizer_name, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
+        models = {entry["name"]: str(entry["model_path"]) for entry in values["tokenizers"] if "model_path" in entry}
+        if tokenizer_name not in models:
+            raise DataError(
+                f"{where}: no SentencePiece tokenizer {tokenizer_name} for {name}; it has {', '.join(sorted(models))}"
+            )
+        return name, models[tokenizer_name], {"train": int(stats["files_train"]), "val": int(stats["files_val"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: not the layout that this program knows: {_one_line(error)}") from None

@@ -1,0 +1,374 @@
+"""Sources of text, and the published token shards, the network replaced by stand-ins."""
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data import corpus
+from sngpt_jax.data.corpus import documents, download_golf, fingerprint
+from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.tokenizer import train_sentencepiece
+
+WRAP = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def fails(source, *expected, kind=DataError):
+    with pytest.raises(kind) as error:
+        list(documents(str(source)))
+    for text in expected:
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- the standard library
+
+
+def test_stdlib_is_the_librarys_own_text_in_hash_order():
+    found = list(documents("stdlib"))
+    assert found == list(documents("stdlib"))
+    assert len(found) > 300 and sum(map(len, found)) > 5_000_000 and all(found)
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in ("this.py", "json/decoder.py"):
+        assert (root / name).read_text(encoding="utf-8") in found
+    for name in ("test/test_ast.py", "test/support/__init__.py"):
+        if (root / name).is_file():
+            assert (root / name).read_text(encoding="utf-8") not in found
+
+    def rank(name):
+        return hashlib.sha256(name.encode()).hexdigest()
+
+    names = sorted(["json/decoder.py", "this.py", "ast.py", "email/message.py", "asyncio/base_events.py"], key=rank)
+    places = [found.index((root / name).read_text(encoding="utf-8")) for name in names]
+    assert places == sorted(places)
+
+
+def test_stdlib_skips_tests_and_what_cannot_be_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    for name in (
+        "test/a.py",
+        "x/tests/a.py",
+        "idle_test/a.py",
+        "site-packages/p/a.py",
+        "config-3.11/a.py",
+        "x/__pycache__/a.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("no = 1\n")
+    (tmp_path / "latin.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode("latin-1"))
+    (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
+    (tmp_path / "cookie.py").write_bytes(b"# coding: nothing\n")
+    (tmp_path / "empty.py").write_bytes(b"")
+    (tmp_path / "data.txt").write_text("no")
+    (tmp_path / "x" / "bom.py").write_bytes(b"\xef\xbb\xbfy = 1\r\n")
+    assert sorted(documents("stdlib")) == ["# coding: latin-1\nx = 'é'\n", "y = 1\n"]
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "x" / "tests"))
+    (tmp_path / "x" / "tests" / "a.py").unlink()
+    fails("stdlib", "no .py files", kind=UserError)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("ending", WRAP)
+def test_txt(tmp_path, ending):
+    path = tmp_path / f"a.txt{ending}"
+    text = "<|endoftext|>\nfirst\n\n  line\r\n<|endoftext|>\r\n<|endoftext|>\nnot <|endoftext|>\nlast"
+    path.write_bytes(WRAP[ending](b"\xef\xbb\xbf" + text.encode()))
+    assert list(documents(str(path))) == ["first\n\n  line\r\n", "not <|endoftext|>\nlast"]
+
+
+@pytest.mark.parametrize("ending", WRAP)
+def test_jsonl(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    lines = [
+        '{"text": "one\\n", "id": 3}',
+        "",
+        '{"text": "\\ud800x\\ud83d\\ude00"}',
+        '{"text": ""}',
+        '{"url": {}, "text": "é"}',
+    ]
+    path.write_bytes(WRAP[ending]("\n".join(lines).encode()))
+    assert list(documents(str(path))) == ["one\n", "\ufffdx😀", "é"]
+
+
+def test_many_members_and_frames(tmp_path):
+    rows = [json.dumps({"text": f"document {i} " + "x" * i}) + "\n" for i in range(500)]
+    for ending in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{ending}"
+        whole = "".join(rows).encode()
+        path.write_bytes(WRAP[ending](whole[:70_001]) + WRAP[ending](b"") + WRAP[ending](whole[70_001:]))  # cut inside a line
+        assert list(documents(str(path))) == [f"document {i} " + "x" * i for i in range(500)]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("keep", [0, 1, 10, -1, -12])
+def test_truncated_compression(tmp_path, ending, keep):
+    text = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(WRAP[ending](text)[:keep])
+    fails(path, str(path), "cannot be read to its end")
+    path.write_bytes(WRAP[ending](text) + WRAP[ending](text)[: keep or 5])
+    fails(path, str(path), "cannot be read to its end")
+
+
+def test_damaged_compression(tmp_path):
+    data = bytearray(gzip.compress(os.urandom(50_000).hex().encode()))
+    data[len(data) // 2] ^= 255
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(data)
+    fails(path, str(path), "cannot be read to its end")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"text": ', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "expected an object with the key text, found list"),
+        (b'{"txt": "a", "id": 1}', "expected the key text, found 'txt', 'id'"),
+        (b'{"text": null}', "expected a string in text, found NoneType"),
+        (b'{"text": 3}', "expected a string in text, found int"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_bad_lines_name_file_and_line(tmp_path, line, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    fails(path, f"{path}:3", expected)
+    read = documents(str(path))
+    assert next(read) == "fine"  # what comes before is given
+
+
+def test_txt_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine\nbad \xe9\n")
+    fails(path, f"{path}:2", "not UTF-8")
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [f"document {i}" for i in range(1000)]
+    for kind in (pyarrow.string(), pyarrow.large_string()):
+        table = pyarrow.table({"id": list(range(1000)), "text": pyarrow.array(texts, kind)})
+        parquet.write_table(table, path, row_group_size=300)
+        assert list(documents(str(path))) == texts
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    fails(path, f"{path}: row 2", "found NoneType")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    fails(path, f"{path}: row 1", "found int")
+    parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), path)
+    fails(path, str(path), "expected a column text, found content, id")
+    parquet.write_table(pyarrow.table({"text": ["a", pyarrow.scalar("b").as_py()]}), path)
+    raw = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(np.array([0, 1, 2], "<i4")), pyarrow.py_buffer(b"a\xff")]
+    )
+    parquet.write_table(pyarrow.table({"text": raw}), path)
+    fails(path, f"{path}: row 2", "not UTF-8")
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    fails(path, str(path), "damaged")
+
+
+def test_folder_in_sorted_order(tmp_path):
+    for name, text in (
+        ("b.txt", "b"),
+        ("a/z.jsonl", '{"text": "az"}'),
+        ("a.txt", "a"),
+        ("note.md", "no"),
+        ("a/deep/c.txt", "adc"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(documents(str(tmp_path))) == ["a", "adc", "az", "b"]
+
+
+def test_sources_that_are_not_there(tmp_path):
+    for source in ("nonsense", str(tmp_path / "absent.txt"), ""):
+        with pytest.raises(UserError, match="no such file or folder; a source is stdlib, hub:NAME"):
+            documents(source)  # at the call, before anything is read
+    (tmp_path / "a.md").write_text("x")
+    fails(tmp_path, "no text in this folder", ".jsonl.zst", kind=UserError)
+    fails(tmp_path / "a.md", "expected a file ending in .txt", kind=UserError)
+    fails("golf:sp1024", "published token shards hold no text", kind=UserError)
+
+
+def test_fingerprint_follows_content_not_place_or_time(tmp_path):
+    assert fingerprint("stdlib") == fingerprint("stdlib") and platform.python_version() in fingerprint("stdlib")
+    seen = set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("abc")
+        (tmp_path / folder / "note.md").write_text(folder * 2)
+        seen.add(fingerprint(str(tmp_path / folder)))
+    os.utime(tmp_path / "one" / "a.txt", (1, 1))
+    seen.add(fingerprint(str(tmp_path / "one")))
+    assert len(seen) == 1
+    (tmp_path / "one" / "a.txt").write_text("abcd")
+    seen.add(fingerprint(str(tmp_path / "one")))
+    (tmp_path / "two" / "a.txt").rename(tmp_path / "two" / "b.txt")
+    seen.add(fingerprint(str(tmp_path / "two")))
+    assert len(seen) == 3
+    assert fingerprint("hub:a/b") == fingerprint("hub:a/b@train") != fingerprint("hub:a/b:c@train")
+    with pytest.raises(UserError):
+        fingerprint("nonsense")
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face
+
+
+def stand_in(monkeypatch, name, **functions):
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**functions))
+
+
+def test_hub_streams_the_text_column(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return iter([{"text": "one", "url": "u"}, {"text": ""}, {"text": "two\ud800"}])
+
+    stand_in(monkeypatch, "datasets", load_dataset=load_dataset)
+    assert list(documents("hub:HuggingFaceFW/fineweb-edu:sample-10BT@test")) == ["one", "two\ufffd"]
+    assert list(documents("hub:some/set")) == ["one", "two\ufffd"]
+    assert calls == [
+        (("HuggingFaceFW/fineweb-edu", "sample-10BT"), {"split": "test", "streaming": True}),
+        (("some/set", None), {"split": "train", "streaming": True}),
+    ]
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("no\nroute")
+
+    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: rows())
+    fails("hub:some/set", "hub:some/set", "after row 1", "ConnectionError: no route")
+    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: 1 / 0)
+    fails("hub:some/set", "after row 0")
+    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}])
+    fails("hub:some/set", "hub:some/set: row 2", "expected the key text, found 'content'")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
+    fails("hub:some/set", "pip install 'sngpt-jax[hub]'", kind=UserError)
+    for bad in ("hub:", "hub::c", "hub:a:b:c", "hub:a@"):
+        fails(bad, "expected hub:NAME", kind=UserError)
+
+
+# ---------------------------------------------------------------------------------------------- published shards
+
+
+def shard(tokens):
+    """The published format, written out by hand."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A local stand-in of the data set: {path in the repository: content}, and the list of what was fetched."""
+    model = train_sentencepiece(
+        ["some text of words, " * 20], tmp_path / "made.model", vocab_size=280, normalization="nmt_nfkc"
+    )
+    manifest = {
+        "datasets": [
+            {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": {"files_train": 9, "files_val": 2}},
+            {"name": "fineweb10B_sp280", "tokenizer_name": "sp_bpe_280", "stats": {"files_train": 3, "files_val": 2}},
+        ],
+        "tokenizers": [
+            {"name": "bytes", "path": "tokenizers/b.json"},
+            {"name": "sp_bpe_280", "model_path": "tokenizers/fineweb_280_bpe.model"},
+        ],
+    }
+    files = {
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        "datasets/tokenizers/fineweb_280_bpe.model": model.path.read_bytes(),
+    }
+    for split, count in (("train", 3), ("val", 2)):
+        for n in range(count):
+            files[f"datasets/datasets/fineweb10B_sp280/fineweb_{split}_{n:06d}.bin"] = shard([1, 5 + n, len(split)])
+    fetched = []
+
+    def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
+        assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
+        fetched.append(filename)
+        if filename not in files:
+            raise FileNotFoundError(f"404\n{filename}")
+        target = Path(local_dir) / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(files[filename])
+        return str(target)
+
+    stand_in(monkeypatch, "huggingface_hub", hf_hub_download=hf_hub_download)
+    return files, fetched
+
+
+def test_download_golf(tmp_path, published):
+    files, fetched = published
+    out = tmp_path / "out"
+    download_golf(out, vocab_size=280, train_shards=2)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "fineweb_280_bpe.model",
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+        "fineweb_val_000001.bin",
+    ]
+    for name, content in files.items():
+        if (out / Path(name).name).exists():
+            assert (out / Path(name).name).read_bytes() == content
+
+    fetched.clear()  # what is whole is kept; what is not is fetched again
+    whole = out / "fineweb_train_000001.bin"
+    whole.write_bytes(whole.read_bytes()[:-1])
+    download_golf(out, vocab_size=280, train_shards=3)
+    assert [Path(name).name for name in fetched] == ["manifest.json", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert whole.read_bytes() == shard([1, 6, 5])
+
+
+def golf_fails(out, *expected, vocab_size=280, train_shards=1):
+    with pytest.raises(UserError) as error:
+        download_golf(out, vocab_size=vocab_size, train_shards=train_shards)
+    for text in expected:
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
+    files, _ = published
+    out = tmp_path / "out"
+    golf_fails(out, "no fineweb10B_sp999", "fineweb10B_byte260, fineweb10B_sp280", vocab_size=999)
+    golf_fails(out, "fineweb10B_sp280 has 3 training shards; asked for 4", train_shards=4)
+    missing = files.pop("datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin")
+    golf_fails(out, "datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin cannot be fetched", "404")
+    assert (out / "fineweb_val_000000.bin").exists()  # kept for the next try
+    files["datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin"] = missing[:-2]
+    golf_fails(out, "fineweb_val_000001.bin", "truncated")
+    assert not (out / "fineweb_val_000001.bin").exists()
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "fineweb_1024_bpe.model").write_bytes(b"")
+    golf_fails(other, "holds fineweb_1024_bpe.model", "another folder")
+
+    manifest = json.loads(files["datasets/manifest.json"])
+    manifest["tokenizers"][1]["model_path"] = "../../evil.model"
+    files["datasets/manifest.json"] = json.dumps(manifest).encode()
+    golf_fails(tmp_path / "new", "outside the data set")
+    for content in (b"no json", b"[]", b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}'):
+        files["datasets/manifest.json"] = content
+        golf_fails(tmp_path / "new", "manifest.json", "not the layout")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    golf_fails(tmp_path / "new", corpus.GOLF_REPO, "pip install 'sngpt-jax[hub]'")

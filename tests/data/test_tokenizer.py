@@ -1,0 +1,355 @@
+"""Tokenizers: the bytes that tokens stand for, reversibility, training, and files that are refused."""
+
+import io
+import itertools
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data import tokenizer as module
+from sngpt_jax.data.corpus import documents
+from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates, train_sentencepiece
+
+# every character there is, surrogates too, and often those that the rules turn on
+CHARACTERS = st.one_of(
+    st.characters(exclude_categories=()), st.sampled_from(" \t\n\r▁\0\u3000\u2585\ufeffe\u0301ﬁ日本aeht<|>09")
+)
+TEXTS = st.one_of(
+    st.text(CHARACTERS), st.lists(st.sampled_from(["  ", "the", "▁", " 日", "本", "\n    ", "<|endoftext|>"])).map("".join)
+)
+EXAMPLES = ("", " ", "\u2581", " \u2581 the", "日本 the▁ 本", "the  the\n\n\treturn", "<|endoftext|><s>", "\ud800 the")
+
+MODELS = {
+    "identity": {},
+    "nmt_nfkc": {},
+    "challenge without bytes": {"byte_fallback": False, "normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False},
+    "spaces kept, without bytes": {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
+    "llama": {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "t5": {"byte_fallback": False, "normalization_rule_name": "nmt_nfkc"},
+    "dummy, spaces kept, without bytes": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+}
+BYTE_LEVEL = ["byte level", "byte level NFC"]
+
+
+def sentencepiece_model(texts, **options):
+    model = io.BytesIO()
+    base = {"model_type": "bpe", "vocab_size": 400, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **(base | options))
+    return model.getvalue()
+
+
+def byte_level(texts, normalizer=None, vocab_size=400):
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.normalizer = normalizer
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    return tok
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(itertools.islice(documents("stdlib"), 12))
+
+
+@pytest.fixture(scope="module")
+def loaded(texts, tmp_path_factory):
+    """Every kind of tokenizer by name."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    found = {}
+    for name, options in MODELS.items():
+        path = folder / f"{name}.model"
+        if name in ("identity", "nmt_nfkc"):
+            found[name] = train_sentencepiece(iter(texts), path, vocab_size=512, normalization=name)
+        else:
+            path.write_bytes(sentencepiece_model((line for text in texts for line in text.splitlines() if line), **options))
+            found[name] = load_tokenizer(path)
+    for name, normalizer in zip(BYTE_LEVEL, (None, tokenizers.normalizers.NFC()), strict=True):
+        path = folder / f"{name}.json"
+        tok = byte_level(texts, normalizer)
+        tok.add_tokens([tokenizers.AddedToken("   ", normalized=True)])  # whitespace as GPT-NeoX adds it
+        tok.save(str(path))
+        found[name] = load_tokenizer(path)
+    return found
+
+
+def counted(tokenizer, document):
+    return int(tokenizer.token_bytes().count(document.tokens[:-1], document.tokens[1:]).sum() + document.extra[:, 1].sum())
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("name", [*MODELS, *BYTE_LEVEL])
+def test_bytes_of_any_document_equal_the_normalized_text(loaded, name):
+    tokenizer = loaded[name]
+
+    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(TEXTS)
+    def check(text):
+        document = tokenizer.encode_document(text)
+        assert document.tokens[0] == tokenizer.bos_id
+        np.testing.assert_array_equal(document.tokens[1:], tokenizer.encode(text))
+        assert document.bytes == len(tokenizer.normalize(text).encode())
+        assert counted(tokenizer, document) == document.bytes
+        assert np.all(np.diff(document.extra[:, 0]) > 0) and np.all(document.extra[:, 0] > 0)
+
+    for text in EXAMPLES:
+        check = example(text)(check)
+    check()
+
+
+@pytest.mark.parametrize("name", ["identity", "nmt_nfkc", "llama", *BYTE_LEVEL])
+def test_decoding_gives_the_normalized_text_where_every_character_can_be_spelled(loaded, name):
+    tokenizer = loaded[name]
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @given(TEXTS)
+    def check(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.normalize(text)
+
+    check()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_what_each_normalizer_gives(loaded, text):
+    clean = "".join("\ufffd" if unicodedata.category(c) == "Cs" else c for c in text)
+    assert replace_surrogates(text) == clean
+    assert loaded["identity"].normalize(text) == clean
+    assert loaded["byte level"].normalize(text) == clean
+    assert loaded["llama"].normalize(text) == clean.replace("▁", " ")  # as SentencePiece reads it; the dummy prefix left out
+    assert not loaded["nmt_nfkc"].normalize(text).startswith(" ")
+
+
+def test_nfkc_folds_whitespace_and_identity_keeps_it(loaded):
+    text = " def f(x):\n\treturn  ﬁ\n"
+    assert loaded["nmt_nfkc"].normalize(text) == "def f(x): return fi"
+    assert loaded["identity"].normalize(text) == text == loaded["identity"].decode(loaded["identity"].encode(text))
+
+
+def test_a_byte_level_normalizer_is_applied(loaded):
+    tokenizer = loaded["byte level NFC"]
+    assert tokenizer.normalize("e\u0301") == "\u00e9" == tokenizer.decode(tokenizer.encode("e\u0301"))
+    assert tokenizer.encode_document("e\u0301").bytes == 2
+    assert loaded["byte level"].encode_document("e\u0301").bytes == 3
+
+
+def test_stdlib_round_trip(loaded, texts):
+    for name in ("identity", "byte level"):
+        for text in texts:
+            assert loaded[name].decode(loaded[name].encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["nmt_nfkc", "challenge without bytes", "t5"])
+def test_table_is_the_challenges_rule(loaded, name):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(loaded[name].path))
+    table = loaded[name].token_bytes()
+    assert table.base.dtype == np.int32 and len(table.base) == sp.vocab_size() == loaded[name].vocab_size
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i) or sp.is_unknown(i):
+            expected = (0, False, True)
+        elif sp.is_byte(i):
+            expected = (1, False, False)
+        else:
+            expected = (len(piece.removeprefix("▁").encode()), piece.startswith("▁"), False)
+        assert (table.base[i], table.leading_space[i], table.boundary[i]) == expected, piece
+
+
+def test_every_space_is_its_own_byte_where_whitespace_is_kept(loaded):
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(loaded["identity"].path))
+    table = loaded["identity"].token_bytes()
+    assert not table.leading_space.any()
+    for i in range(4 + 256, sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        assert table.base[i] == piece.count("▁") + len(piece.replace("▁", "").encode())
+    assert any(sp.id_to_piece(i) == "▁" * 4 for i in range(512))  # indentation is learnt
+
+
+def test_corrections_for_unknown_text(loaded):
+    tokenizer = loaded["challenge without bytes"]
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    unknown, space, the = sp.unk_id(), sp.piece_to_id("▁"), sp.piece_to_id("▁the")
+    document = tokenizer.encode_document("日本 the 日")
+    assert document.tokens.tolist() == [1, unknown, the, space, unknown]
+    assert document.extra.tolist() == [[1, 6], [2, 1], [4, 3]]  # the run of two; the space after it; the last one
+    assert document.bytes == len("日本 the 日".encode())
+    assert tokenizer.encode_document("the lot of the").extra.shape == (0, 2)
+
+
+def test_a_learnt_model_without_unknowns_needs_no_corrections(loaded):
+    for name in ("identity", "nmt_nfkc"):
+        assert not len(loaded[name].encode_document(" 日本 ▁ \0").extra)
+
+
+def test_count_by_hand():
+    table = module.TokenBytes(np.array([0, 2, 3], np.int32), np.array([False, True, False]), np.array([True, False, False]))
+    bytes_ = table.count(np.array([0, 1, 2, 1]), np.array([1, 1, 2, 0]))
+    assert bytes_.tolist() == [2, 3, 3, 0] and bytes_.dtype == np.int64
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_training_settings_and_determinism(loaded, texts, tmp_path):
+    for normalization in ("identity", "nmt_nfkc"):
+        again = train_sentencepiece(iter(texts), tmp_path / "deep" / "again.model", vocab_size=512, normalization=normalization)
+        assert again.sha256 == loaded[normalization].sha256
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["again.model"]
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(again.path))
+        assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+        assert (again.vocab_size, again.bos_id) == (512, 1)
+        assert sum(sp.is_byte(i) for i in range(512)) == 256
+        pieces = [sp.id_to_piece(i) for i in range(4 + 256, 512)]
+        assert not any(len(piece) > 1 and any(c.isdigit() for c in piece.lstrip("▁")) for piece in pieces)
+
+
+def test_training_reads_a_bounded_prefix_of_long_lines(tmp_path):
+    read = []
+
+    def stream():
+        for i in itertools.count():
+            read.append(i)
+            yield "".join(f"{'ab' * (j % 7)}c{'d' * (j % 5)} " for j in range(i, i + 20_000))  # one line of more than 200,000
+
+    tokenizer = train_sentencepiece(stream(), tmp_path / "t.model", vocab_size=290, normalization="identity")
+    assert tokenizer.vocab_size == 290
+    assert len(read) <= 290 * module.TRAINING_CHARS_PER_TOKEN // 200_000 + 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size"), [([], 512), (["hello world"], 512), (["hello world"], 100), (["\0"], 300), (["a"], 70_000)]
+)
+def test_text_that_cannot_make_the_vocabulary_is_one_line(tmp_path, texts, vocab_size):
+    path = tmp_path / "t.model"
+    with pytest.raises(UserError, match=rf"tokenizer of {vocab_size} tokens") as error:
+        train_sentencepiece(texts, path, vocab_size=vocab_size, normalization="identity")
+    assert "\n" not in str(error.value) and "src/" not in str(error.value)
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------------------------------------- byte-level BPE
+
+
+def test_byte_level_agrees_with_its_library(loaded, texts):
+    tokenizer = loaded["byte level"]
+    tok = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    for text in texts[:4]:
+        assert tokenizer.encode(text).tolist() == tok.encode(text).ids
+        assert tok.decode(tokenizer.encode(text).tolist()) == tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.bos_id == tok.token_to_id("<|endoftext|>")
+
+
+def test_special_tokens_in_text_are_text(loaded):
+    for tokenizer in loaded.values():
+        tokens = tokenizer.encode("<|endoftext|><s></s><unk>")
+        assert tokenizer.bos_id not in tokens
+
+
+def test_bytes_that_are_not_utf8_decode(loaded):
+    for name in ("identity", "byte level"):
+        tokens = loaded[name].encode("é")
+        assert loaded[name].decode(tokens[:1]) == "\ufffd"
+        assert loaded[name].decode([loaded[name].bos_id, *tokens]) == "é"
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def refused(path, match):
+    with pytest.raises(UserError, match=match) as error:
+        load_tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_tokenizer(tmp_path, loaded):
+    refused(tmp_path / "absent.model", "No such file")
+    refused(tmp_path / "a.bin", r"expected a SentencePiece \.model")
+    for name, data in (("e.model", b""), ("g.model", b"garbage" * 9), ("t.model", loaded["identity"].path.read_bytes()[:5000])):
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, "not a SentencePiece model")
+    for name, data in (("e.json", b""), ("g.json", b'{"model": 3}'), ("u.json", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, "not a tokenizer.json")
+
+
+def test_sentencepiece_models_that_do_not_serve(tmp_path, texts):
+    lines = [line for line in texts[0].splitlines() if line]
+    path = tmp_path / "t.model"
+    path.write_bytes(sentencepiece_model(lines, vocab_size=300, bos_id=-1))
+    refused(path, "no BOS")
+    path.write_bytes(sentencepiece_model(lines, vocab_size=300, treat_whitespace_as_suffix=True))
+    refused(path, "before the word")
+
+
+def changed(spec, **values):
+    """A copy of `spec` with values set at dotted paths."""
+    spec = json.loads(json.dumps(spec))
+    for where, value in values.items():
+        *folders, last = where.split("__")
+        inner = spec
+        for folder in folders:
+            inner = inner[folder]
+        inner[last] = value
+    return spec
+
+
+def test_tokenizer_jsons_that_are_not_byte_level_bpe(tmp_path, texts):
+    spec = json.loads(byte_level(texts[:2]).to_str())
+    path = tmp_path / "tokenizer.json"
+    level = spec["pre_tokenizer"]
+    strip = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    added = spec["added_tokens"][0]
+    extra = {**added, "id": 400, "content": "mark", "special": False, "lstrip": True}
+    vocab = spec["model"]["vocab"]
+    cases = [
+        (changed(spec, pre_tokenizer=None), "ByteLevel"),
+        (changed(spec, pre_tokenizer=level | {"add_prefix_space": True}), "add_prefix_space"),
+        (changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": [strip, level]}), "Split may change"),
+        (
+            changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, level]}),
+            "WhitespaceSplit",
+        ),
+        (changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "ByteLevel"),
+        (changed(spec, model__end_of_word_suffix="s", model__merges=[]), "end_of_word_suffix"),
+        (changed(spec, model__vocab={k: v for k, v in vocab.items() if k != "Ā"}), "no token for byte 0x00"),
+        (changed(spec, model__vocab=vocab | {"日本": 400}), "byte alphabet"),
+        (changed(spec, model={"type": "WordLevel", "vocab": vocab, "unk_token": "a"}), "WordLevel"),
+        (changed(spec, added_tokens=[added, extra]), "'mark'"),
+        (
+            changed(spec, normalizer={"type": "NFC"}, added_tokens=[added, extra | {"lstrip": False, "normalized": False}]),
+            "'mark'",
+        ),
+        (changed(spec, added_tokens=[added | {"content": "<|im_end|>", "id": 400}]), r"looked for <\|endoftext\|>"),
+    ]
+    for bad, match in cases:
+        path.write_text(json.dumps(bad), encoding="utf-8")
+        refused(path, match)
+
+
+def test_a_vocabulary_beyond_16_bits_is_refused(loaded, monkeypatch):
+    assert module.MAX_VOCAB == 2**16  # of the shards' uint16
+    for name in ("identity", "byte level"):
+        path, size = loaded[name].path, loaded[name].vocab_size
+        monkeypatch.setattr(module, "MAX_VOCAB", size)
+        assert load_tokenizer(path).vocab_size == size
+        monkeypatch.setattr(module, "MAX_VOCAB", size - 1)
+        refused(path, f"vocabulary of {size} tokens")
