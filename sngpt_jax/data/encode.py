@@ -1,0 +1,100 @@
+"""Tokenizes documents in parallel processes, in order. Nothing here imports jax."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+_CHUNK_CHARACTERS = 2**17  # text that a worker gets at a time: about a tenth of a second's work
+_CHUNKS_IN_FLIGHT = 3  # for each worker: one in work, the others so that it need not wait for the writer
+
+Chunk = tuple[int, list[str]]  # the first document's number, counted from 1 as lines are; the documents
+Encoded = list[tuple[np.ndarray, np.ndarray]]  # of each document: tokens uint16 [n], byte corrections int64 [m, 2]
+
+_worker_tokenizer: Tokenizer  # in a worker process
+
+
+def _start_worker(tokenizer: str) -> None:
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent is the one to act on it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:  # a pool's worker would wait for ever for a parent that was killed
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    _worker_tokenizer = load_tokenizer(Path(tokenizer))
+
+
+def _work(source: str, chunk: Chunk) -> Encoded:
+    return _encode(_worker_tokenizer, source, chunk)
+
+
+def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
+    first, texts = chunk
+    encoded = []
+    for number, text in enumerate(texts, first):
+        try:
+            document = tokenizer.encode_document(text)
+        except Exception as error:
+            raise UserError(f"{source}: document {number} cannot be tokenized: {type(error).__name__}: {error}") from error
+        encoded.append((np.asarray(document.tokens, np.uint16), document.extra))
+    return encoded
+
+
+def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
+    chunk: list[str] = []
+    size = 0
+    for number, text in enumerate(texts, first):
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield number + 1 - len(chunk), chunk
+            chunk, size = [], 0
+    if chunk:
+        yield number + 1 - len(chunk), chunk
+
+
+def _in_order(pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iterator[Chunk]) -> Iterator[Encoded]:
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_work, source, chunk))
+            if len(pending) == workers * _CHUNKS_IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a tokenizing process was killed, perhaps for memory; run it again with fewer --workers") from None
+
+
+Encoder = Callable[[str, Iterator[Chunk]], Iterator[Encoded]]
+
+
+@contextlib.contextmanager
+def encoder(tokenizer: Path, workers: int) -> Iterator[Encoder]:
+    """A function from chunks to their tokens, in order; with one worker it runs in this process."""
+    if workers == 1:
+        here = load_tokenizer(tokenizer)
+        yield lambda source, chunks: (_encode(here, source, chunk) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads the caller has
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer),))
+    try:
+        yield partial(_in_order, pool, workers)
+    finally:
+        pool.shutdown(cancel_futures=True)

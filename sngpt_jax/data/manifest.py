@@ -1,0 +1,197 @@
+"""What a folder of prepared tokens holds: `manifest.json`, and `progress.json` while it is being made.
+
+Both are read strictly: an unknown, missing or ill-typed key is an error, and a file name cannot lead out of the folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sngpt_jax.cli import UserError, write_text_atomic
+
+T = TypeVar("T")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+
+
+class DataError(UserError):
+    """Token data that is missing, damaged or of another make than asked for; names the file, what was expected and found."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the folder is made from. Two preparations with equal origins write equal bytes."""
+
+    source: str  # fingerprint of the text
+    val_source: str  # fingerprint of the validation text; empty: it is the first val_docs documents of the source
+    val_docs: int
+    tokenizer: str  # "train", or "sha256:" and the hash of the tokenizer file given
+    vocab_size: int
+    normalization: str  # of a learnt tokenizer; empty for a given one
+    shard_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The tokenizer file in the folder."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+
+
+@dataclass(frozen=True)
+class ExtraEntry:
+    """A shard's sidecar of byte corrections: int64 [n, 2] in npy format, rows (token position in the shard, bytes)."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard."""
+
+    name: str
+    tokens: int
+    documents: int  # that begin in this shard
+    bytes: int  # UTF-8 bytes of the text that its tokens stand for
+    sha256: str
+    extra: ExtraEntry | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished folder. Written last, so that a folder with a manifest is whole."""
+
+    format: int
+    origin: Origin
+    tokenizer: TokenizerEntry
+    train: tuple[ShardEntry, ...]
+    val: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class SplitProgress:
+    """How far one split has come: the next token to write is token `offset` of document `documents` of the split."""
+
+    shards: tuple[ShardEntry, ...] = ()  # complete, in place
+    documents: int = 0  # whole documents in those shards
+    offset: int = 0  # tokens of the next document in those shards
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An unfinished folder, from which a killed preparation goes on."""
+
+    format: int
+    origin: Origin
+    tokenizer: TokenizerEntry | None = None  # None until its file is in place
+    train: SplitProgress = SplitProgress()
+    val: SplitProgress = SplitProgress()
+
+
+# ---------------------------------------------------------------------------------------------- strict reading
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(typing.cast(type, kind), value, where)
+    if isinstance(kind, types.UnionType):  # the only unions are `X | None`
+        return None if value is None else _typed(typing.get_args(kind)[0], value, where)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise DataError(f"{where}: expected a list, found {type(value).__name__}")
+        return tuple(_typed(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(value) is not kind:
+        raise DataError(f"{where}: expected {kind.__name__}, found {value!r}")
+    if kind is int and value < 0:
+        raise DataError(f"{where}: expected a count of at least 0, found {value}")
+    name = where.rpartition(".")[2]
+    if name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
+        raise DataError(f"{where}: expected 64 hexadecimal digits, found {value!r}")
+    if name in ("name", "file") and (not value or value in (".", "..") or re.search(r"[/\\\0]", value)):
+        raise DataError(f"{where}: expected a plain file name, found {value!r}")
+    return value
+
+
+def _from_dict(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: expected an object, found {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    for problem, names in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
+        if names:
+            raise DataError(f"{where}: {problem} {', '.join(sorted(names))}")
+    return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _load(kind: type[T], path: Path) -> T:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if isinstance(values, dict) and values.get("format") != FORMAT:
+        raise DataError(f"{path}: expected format {FORMAT}, found {values.get('format')!r}; prepare the data again")
+    return _from_dict(kind, values, str(path))
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Reads `directory`'s manifest. Raises `DataError` in one line."""
+    path = directory / MANIFEST
+    manifest = _load(Manifest, path)
+    shards = (*manifest.val, *manifest.train)
+    names = [manifest.tokenizer.file, *(s.name for s in shards), *(s.extra.name for s in shards if s.extra)]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"{path}: names {sorted(twice)[0]} twice")
+    return manifest
+
+
+def load_progress(directory: Path) -> Progress:
+    """Reads `directory`'s journal. Raises `DataError` in one line."""
+    return _load(Progress, directory / PROGRESS)
+
+
+def save(value: Manifest | Progress, directory: Path) -> None:
+    """Writes a manifest or a journal into `directory`, atomically."""
+    name = MANIFEST if isinstance(value, Manifest) else PROGRESS
+    write_text_atomic(directory / name, json.dumps(dataclasses.asdict(value), indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- checksums
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises `DataError` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def verify(directory: str | Path) -> Manifest:
+    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError` at the first that differs."""
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
+    for shard in (*manifest.val, *manifest.train):
+        expected[shard.name] = shard.sha256
+        if shard.extra:
+            expected[shard.extra.name] = shard.extra.sha256
+    for name, sha256 in expected.items():
+        found = file_sha256(directory / name)
+        if found != sha256:
+            raise DataError(f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data again")
+    return manifest

@@ -1,0 +1,278 @@
+"""Token shards on disk, read as one endless stream.
+
+A shard is the published challenge's format: a header of 256 little-endian int32 (magic 20240520, version 1, token count,
+zeros), then that many little-endian uint16 tokens. nanoGPT's `train.bin` and `val.bin` are the tokens alone.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sngpt_jax.data.manifest import (
+    MANIFEST,
+    PROGRESS,
+    DataError,
+    Manifest,
+    ShardEntry,
+    file_sha256,
+    load_manifest,
+    verify,
+)
+from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+TOKEN = np.dtype("<u2")
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+
+_VERIFIED_BYTES = 64 * 2**20  # data sets smaller than this have their checksums verified whenever they are opened
+
+
+# ---------------------------------------------------------------------------------------------- one file
+
+
+def write_atomic(path: Path, parts: Sequence[bytes | np.ndarray]) -> str:
+    """Writes the bytes of `parts` one after the other to `path`, all or nothing; returns their SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            view = memoryview(part if isinstance(part, bytes) else part.data).cast("B")
+            digest.update(view)
+            file.write(view)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Writes `tokens` (uint16 [N], N ≥ 1) as a shard, atomically; returns the file's SHA-256."""
+    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 1 <= len(tokens) <= MAX_SHARD_TOKENS:
+        raise ValueError(f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype} {tokens.shape}")
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    return write_atomic(path, [header, np.ascontiguousarray(tokens, dtype=TOKEN)])
+
+
+def open_shard(path: Path) -> np.memmap:
+    """Maps a shard's tokens, uint16 [N]. Checks magic, version and size; raises `DataError` with expected and found."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(header) < HEADER_BYTES:
+        raise DataError(f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}")
+    magic, version, count = (int(x) for x in header.view("<i4")[:3])
+    if magic != MAGIC:
+        raise DataError(f"{path}: not a token shard: expected magic {MAGIC}, found {magic}")
+    if version != VERSION:
+        raise DataError(f"{path}: expected shard version {VERSION}, found {version}")
+    if count < 1:
+        raise DataError(f"{path}: expected at least 1 token, found a count of {count}")
+    expected = HEADER_BYTES + TOKEN.itemsize * count
+    if size != expected:
+        problem = "truncated" if size < expected else "oversized"
+        raise DataError(f"{path}: {problem}: expected {expected} bytes for {count} tokens, found {size}")
+    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def open_headerless(path: Path) -> np.memmap:
+    """Maps a file of uint16 tokens without a header (nanoGPT's form). Raises `DataError`."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if size == 0 or size % TOKEN.itemsize:
+        raise DataError(f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes")
+    tokens = np.memmap(path, dtype=TOKEN, mode="r")
+    if size >= 4 and int(tokens[0]) | int(tokens[1]) << 16 == MAGIC:
+        raise DataError(f"{path}: expected tokens alone, found a shard header; name it *_{path.stem}_000000.bin instead")
+    return tokens
+
+
+def open_extra(path: Path, tokens: int) -> np.ndarray:
+    """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending. Raises `DataError`."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
+        raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")
+    positions = rows[:, 0]
+    if len(rows) and (positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any()):
+        raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- a split as a stream
+
+_NO_EXTRA = np.zeros((0, 2), np.int64)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A mapped shard."""
+
+    path: Path
+    tokens: np.ndarray  # uint16 [N]
+    extra: np.ndarray  # int64 [n, 2]: token position in the shard, bytes that the token's own length does not count
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The shards of one split in order, as one sequence of tokens that starts again at its end. Safe to read from threads."""
+
+    shards: tuple[Shard, ...]
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise DataError("a stream of tokens needs at least one; found none")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard.tokens) for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def _extra(self) -> np.ndarray:
+        rows = [shard.extra + np.array([start, 0]) for shard, start in zip(self.shards, self._starts[:-1], strict=True)]
+        return np.concatenate([_NO_EXTRA, *rows])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Tokens start, start + 1, …, start + count - 1 of the endless stream: uint16 [count].
+
+        Position p is token p mod len(self). Raises `DataError` naming the file that holds a token outside the vocabulary.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"take({start}, {count}): neither may be negative")
+        result = np.empty(count, np.uint16)
+        position, filled = start % len(self), 0
+        index = int(np.searchsorted(self._starts, position, side="right")) - 1
+        while filled < count:
+            shard, offset = self.shards[index], position - int(self._starts[index])
+            piece = shard.tokens[offset : offset + count - filled]
+            if piece.max() >= self.vocab_size:
+                at = offset + int(np.argmax(piece >= self.vocab_size))
+                raise DataError(
+                    f"{shard.path}: expected tokens below the vocabulary size {self.vocab_size}, found {shard.tokens[at]}"
+                    f" at token {at}; the shard was made with another tokenizer or is damaged"
+                )
+            result[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            index = (index + 1) % len(self.shards)
+            position = int(self._starts[index])
+        return result
+
+    def extra(self, start: int, stop: int) -> np.ndarray:
+        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], rows (position in the stream, bytes)."""
+        first, last = np.searchsorted(self._extra[:, 0], [start, stop])
+        return self._extra[first:last]
+
+    def target_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> np.ndarray:
+        """UTF-8 bytes of each of the tokens [start, stop) given the one before it, corrections included: int64 [stop - start].
+
+        1 ≤ start ≤ stop ≤ len(self).
+        """
+        if not 1 <= start <= stop <= len(self):
+            raise ValueError(f"target_bytes({start}, {stop}) in a stream of {len(self)} tokens")
+        tokens = self.take(start - 1, stop - start + 1)
+        result = np.array(token_bytes.count(tokens[:-1], tokens[1:]), np.int64)
+        rows = self.extra(start, stop)
+        result[rows[:, 0] - start] += rows[:, 1]
+        return result
+
+
+# ---------------------------------------------------------------------------------------------- a folder
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of tokens, opened."""
+
+    directory: Path
+    train: TokenStream
+    val: TokenStream
+    tokenizer: Tokenizer
+    manifest: Manifest | None  # None for the published shards and for nanoGPT's files
+
+
+def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
+    """Maps the shards that a manifest or journal names, checking presence, headers and sizes. Raises `DataError`."""
+    shards = []
+    for entry in entries:
+        path = directory / entry.name
+        if not path.is_file():
+            raise DataError(f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data again elsewhere")
+        tokens = open_shard(path)
+        if len(tokens) != entry.tokens:
+            raise DataError(f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}")
+        extra = open_extra(directory / entry.extra.name, entry.tokens) if entry.extra else _NO_EXTRA
+        shards.append(Shard(path, tokens, extra))
+    return shards
+
+
+def _tokenizer_file(directory: Path) -> Path:
+    found = sorted(path for path in directory.iterdir() if path.suffix == ".model" or path.name == "tokenizer.json")
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{directory}: expected one tokenizer beside the shards (a .model or tokenizer.json), found {names}")
+    return found[0]
+
+
+def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
+    """The train and val shards of a folder of any of the three kinds."""
+    if manifest:
+        return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
+    train, val = (sorted(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
+    if train and val:
+        return [Shard(p, open_shard(p), _NO_EXTRA) for p in train], [Shard(p, open_shard(p), _NO_EXTRA) for p in val]
+    if (directory / "train.bin").is_file() and (directory / "val.bin").is_file():
+        plain = [Shard(p, open_headerless(p), _NO_EXTRA) for p in (directory / "train.bin", directory / "val.bin")]
+        return plain[:1], plain[1:]
+    if (directory / PROGRESS).is_file():
+        raise DataError(f"{directory}: its preparation has not finished; run the same prepare command again to go on")
+    raise DataError(
+        f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and val.bin; found none"
+    )
+
+
+def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
+    """Opens a folder of tokens for a model of `vocab_size` tokens. Raises `DataError` in one line that names the file.
+
+    With a manifest, the folder is one of `sngpt_jax.data.prepare`. Without one, shards named `*_train_*.bin` and `*_val_*.bin`
+    are read in the order of their names, else nanoGPT's `train.bin` and `val.bin`; one tokenizer file lies beside them.
+    The tokenizer's checksum and every shard's header and size are checked; the shards' checksums only in a data set smaller
+    than 64 MiB, since the others take minutes to read (`prepare --verify` does so).
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(
+            f"{directory}: no such folder; make it with:"
+            f" python -m sngpt_jax.data.prepare --source … --tokenizer … --out {directory}"
+        )
+    manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
+    train, val = _open_shards(directory, manifest)
+    path = directory / manifest.tokenizer.file if manifest else _tokenizer_file(directory)
+    if manifest and (found := file_sha256(path)) != manifest.tokenizer.sha256:
+        raise DataError(
+            f"{path}: not the tokenizer that the shards were made with:"
+            f" expected SHA-256 {manifest.tokenizer.sha256}, found {found}"
+        )
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise DataError(f"{path}: expected model.vocab_size = {vocab_size} tokens, found {tokenizer.vocab_size}")
+    if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
+        verify(directory)
+    return Dataset(directory, TokenStream(tuple(train), vocab_size), TokenStream(tuple(val), vocab_size), tokenizer, manifest)

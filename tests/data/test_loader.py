@@ -1,0 +1,170 @@
+"""The order of batches against a literal sequential reading, and the exactness of a saved position."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.data.loader import GlobalBatches, make_loader
+from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.shards import Shard, TokenStream
+
+NO_EXTRA = np.zeros((0, 2), np.int64)
+
+
+def stream_of(*shards: np.ndarray, vocab_size: int = 2**16) -> TokenStream:
+    return TokenStream(tuple(Shard(Path(f"{i}.bin"), tokens, NO_EXTRA) for i, tokens in enumerate(shards)), vocab_size)
+
+
+class PublishedStream:
+    """The challenge's token stream, told step by step: a file, a position in it, the next file at its end, for ever."""
+
+    def __init__(self, shards):
+        self.shards, self.file, self.position = shards, 0, 0
+
+    def take(self, count):
+        pieces = []
+        while count > 0:
+            available = len(self.shards[self.file]) - self.position
+            if available <= 0:
+                self.file, self.position = (self.file + 1) % len(self.shards), 0
+                continue
+            size = min(count, available)
+            pieces.append(self.shards[self.file][self.position : self.position + size])
+            self.position += size
+            count -= size
+        return np.concatenate(pieces)
+
+
+def published_batch(stream, world, batch_tokens, seq_len):
+    """One step of the published loader on `world` devices: what each takes in each of its 8 / world micro-steps, in order."""
+    accumulation = 8 // world
+    local = batch_tokens // (world * accumulation)
+    inputs, targets = [], []
+    for _ in range(accumulation):
+        chunk = stream.take((local + 1) * world)
+        for rank in range(world):
+            mine = chunk[rank * (local + 1) : (rank + 1) * (local + 1)]
+            inputs.append(mine[:-1].reshape(-1, seq_len))
+            targets.append(mine[1:].reshape(-1, seq_len))
+    return np.concatenate(inputs), np.concatenate(targets)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_order_is_the_published_loaders_on_any_number_of_devices(world):
+    shards = [np.arange(a, b, dtype=np.uint16) for a, b in ((0, 700), (700, 701), (701, 1500))]
+    published, batches = PublishedStream(shards), GlobalBatches(stream_of(*shards), batch_tokens=192, seq_len=8, slices=8)
+    for step in range(30):  # 30 x 200 tokens: wraps four times
+        inputs, targets = published_batch(published, world, 192, 8)
+        np.testing.assert_array_equal(batches[step]["inputs"], inputs)
+        np.testing.assert_array_equal(batches[step]["targets"], targets)
+        assert batches[step]["inputs"].dtype == np.uint16
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**12))
+def test_a_batch_of_a_stream_shorter_than_itself_wraps(length, slices, rows, seq_len, step):
+    tokens = np.arange(length, dtype=np.uint16)
+    batch = GlobalBatches(stream_of(tokens), slices * rows * seq_len, seq_len, slices)[step]
+    span = rows * seq_len + 1
+    positions = (step * slices + np.arange(slices))[:, None] * span + np.arange(span)
+    np.testing.assert_array_equal(batch["inputs"], (positions[:, :-1] % length).reshape(-1, seq_len))
+    np.testing.assert_array_equal(batch["targets"], (positions[:, 1:] % length).reshape(-1, seq_len))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"batch_tokens = 100 .* 8 x 8"):
+        GlobalBatches(stream_of(np.zeros(9, np.uint16)), batch_tokens=100, seq_len=8, slices=8)
+
+
+# ---------------------------------------------------------------------------------------------- the background loader
+
+
+@pytest.fixture
+def batches():
+    tokens = np.random.default_rng(0).integers(0, 2**16, 10_007).astype(np.uint16)
+    return GlobalBatches(stream_of(tokens), batch_tokens=256, seq_len=16, slices=4)
+
+
+def sums(loader):
+    return [int(batch["inputs"].astype(np.int64).sum()) for batch in loader]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_gives_the_steps_asked_for(batches):
+    expected = [int(batches[step]["inputs"].astype(np.int64).sum()) for step in range(12)]
+    with make_loader(batches, lambda b: b, num_steps=12) as loader:
+        assert sums(loader) == expected
+    with make_loader(batches, lambda b: b, num_steps=12, start_step=9) as loader:
+        assert sums(loader) == expected[9:]
+    with make_loader(batches, lambda b: b, num_steps=12, start_step=12) as loader:
+        assert sums(loader) == []
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 5, 11, 12])
+def test_saved_position_counts_what_was_taken_and_not_what_was_prefetched(batches, taken):
+    placed = []
+
+    def place(batch):
+        placed.append(1)
+        return batch
+
+    with make_loader(batches, place, num_steps=12) as loader:
+        for _ in range(taken):
+            next(loader)
+        wait_until(lambda: len(placed) >= min(12, taken + 1))  # the next one is ready in the background
+        state = json.loads(json.dumps(loader.get_state()))
+        rest = sums(loader)
+    with make_loader(batches, place, num_steps=12) as fresh:
+        fresh.set_state(state)
+        assert fresh.get_state() == state
+        assert sums(fresh) == rest
+    assert len(rest) == 12 - taken
+    with make_loader(batches, place, num_steps=12) as used:  # one that has already gone elsewhere
+        for _ in range(7):
+            next(used)
+        used.set_state(state)
+        assert sums(used) == rest
+
+
+def test_the_next_batch_is_placed_before_it_is_asked_for_in_another_thread(batches):
+    threads = []
+
+    def place(batch):
+        threads.append(threading.current_thread())
+        return batch
+
+    with make_loader(batches, place, num_steps=100) as loader:
+        wait_until(lambda: len(threads) == 2)
+        next(loader)
+        wait_until(lambda: len(threads) == 3)
+        time.sleep(0.05)
+        assert len(threads) == 3  # and no more than two ahead: they hold device memory
+        assert threading.main_thread() not in threads
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+    loader.close()
+
+
+def test_an_error_in_the_background_reaches_the_caller_and_closes_the_loader():
+    tokens = np.zeros(1000, np.uint16)
+    tokens[700] = 50
+    batches = GlobalBatches(stream_of(tokens, vocab_size=50), batch_tokens=99, seq_len=99, slices=1)
+    loader = make_loader(batches, lambda b: b, num_steps=20)
+    for _ in range(7):
+        next(loader)
+    with pytest.raises(DataError, match=r"0\.bin: expected tokens below the vocabulary size 50, found 50 at token 700"):
+        next(loader)
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)

@@ -1,0 +1,460 @@
+"""Prepared shards against a plain sequential computation, whatever the workers and however often the process is killed."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data import manifest as manifests
+from sngpt_jax.data import prepare as module
+from sngpt_jax.data.encode import cut_chunks, encoder
+from sngpt_jax.data.manifest import SplitProgress
+from sngpt_jax.data.prepare import PrepareSpec, main, prepare
+from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_extra, open_shard, write_shard
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.writer import SplitWriter
+
+WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of", "the", "▁", "🙂", "é" * 30]
+
+VOCAB = 90  # of the tokenizer that most tests use
+
+
+def write_jsonl(path, count, seed=0, longest=60):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, longest))) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """Without byte fallback, so that some characters are unknown tokens, whose bytes only preparation can count."""
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    texts = ["the river and the stone, naïve snow of 2024 x = 3\n    return é", "日本 über alles"] * 40
+    special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=VOCAB,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        **special,
+    )
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    return tmp_path / "text.jsonl", write_jsonl(tmp_path / "text.jsonl", 120)
+
+
+def spec_for(source, out, tokenizer_file, **changes):
+    settings = {"tokenizer": str(tokenizer_file), "val_docs": 7, "shard_tokens": 500} | changes
+    return PrepareSpec(source=str(source), out=str(out), **settings)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(text, tmp_path, tokenizer_file):
+    source, texts = text
+    manifest = prepare(spec_for(source, tmp_path / "out", tokenizer_file))
+    tokenizer = load_tokenizer(tokenizer_file)
+    table = tokenizer.token_bytes()
+    for split, part in (("val", texts[:7]), ("train", texts[7:])):
+        encoded = [tokenizer.encode_document(t) for t in part]
+        expected = np.concatenate([e.tokens for e in encoded])
+        assert sum(len(e.extra) for e in encoded) > 0  # so that the sidecars are tested
+        entries = getattr(manifest, split)
+        assert [e.name for e in entries] == [f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // 500))]
+        assert [e.tokens for e in entries[:-1]] == [500] * (len(entries) - 1)
+        raw = [np.fromfile(tmp_path / "out" / e.name, "<u2", offset=1024) for e in entries]
+        np.testing.assert_array_equal(np.concatenate(raw), expected)
+        assert sum(e.documents for e in entries) == len(part)
+        assert [e.documents for e in entries] == [int((r == tokenizer.bos_id).sum()) for r in raw]
+        assert sum(e.bytes for e in entries) == sum(e.bytes for e in encoded)
+
+        data = open_dataset(tmp_path / "out", VOCAB)
+        stream = getattr(data, split)
+        counted = np.concatenate([[0], stream.target_bytes(table, 1, len(stream))])  # the first is BOS
+        edges = np.cumsum([0] + [e.tokens for e in entries])
+        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [e.bytes for e in entries]
+        edges = np.cumsum([0] + [len(e.tokens) for e in encoded])
+        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [e.bytes for e in encoded]
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+    assert not (tmp_path / "out" / "progress.json").exists()
+    manifests.verify(tmp_path / "out")
+
+
+def test_validation_text_of_its_own(text, tmp_path, tokenizer_file):
+    source, texts = text
+    val_texts = write_jsonl(tmp_path / "val.jsonl", 5, seed=1)
+    spec = spec_for(source, tmp_path / "out", tokenizer_file, val_source=str(tmp_path / "val.jsonl"))
+    manifest = prepare(spec)
+    assert sum(e.documents for e in manifest.val) == len(val_texts)
+    assert sum(e.documents for e in manifest.train) == len(texts)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 499, 500, 501, 1234])
+def test_max_tokens_is_exact(text, tmp_path, tokenizer_file, max_tokens):
+    full = prepare(spec_for(text[0], tmp_path / "full", tokenizer_file))
+    manifest = prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, max_tokens=max_tokens))
+    assert sum(e.tokens for e in manifest.train) == max_tokens
+    cut, whole = (open_dataset(tmp_path / name, VOCAB).train for name in ("out", "full"))
+    np.testing.assert_array_equal(cut.take(0, max_tokens), whole.take(0, max_tokens))
+    assert manifest.val == full.val
+
+
+def test_a_learnt_tokenizer_has_not_seen_the_validation_text(tmp_path):
+    texts = ["zzzz qqqq zzzz qqqq"] * 3 + ["the river and the stone"] * 60
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source, out = str(tmp_path / "text.jsonl"), tmp_path / "out"
+    spec = PrepareSpec(source, str(out), val_docs=3, vocab_size=280, normalization="identity")
+    manifest = prepare(spec)
+    tokenizer = open_dataset(out, 280).tokenizer
+    assert manifest.tokenizer.sha256 == tokenizer.sha256
+    assert len(tokenizer.encode("river")) < 5 and len(tokenizer.encode("zzzz")) >= 4
+    assert tokenizer.decode(open_shard(out / "train_000000.bin")) == "".join(texts[3:])
+    assert prepare(spec) == manifest
+
+
+# ---------------------------------------------------------------------------------------------- the same bytes, always
+
+
+class BytesOfPair:
+    def count(self, previous, tokens):
+        return previous.astype(np.int64) * 7 + tokens
+
+
+class Killed(Exception):
+    pass
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data):
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=7), label="document lengths")
+    shard_tokens = data.draw(st.integers(1, 9), label="shard tokens")
+    limit = data.draw(st.none() | st.integers(1, sum(lengths) + 3), label="limit")
+    stops = data.draw(st.sets(st.integers(0, sum(lengths))), label="shards after which it is killed")
+    rng = np.random.default_rng(len(lengths))
+    documents = [(rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2]) for n in lengths]
+    folder = tmp_path_factory.mktemp("writer")
+    progress, stops = SplitProgress(), sorted(stops)
+
+    def on_shard(reached):
+        nonlocal progress
+        progress = reached
+        if stops and len(reached.shards) >= stops[0]:
+            stops.pop(0)
+            raise Killed
+
+    while not progress.finished:
+        with contextlib.suppress(Killed):
+            writer = SplitWriter(
+                folder,
+                "train",
+                shard_tokens=shard_tokens,
+                limit=limit,
+                token_bytes=BytesOfPair(),
+                progress=progress,
+                on_shard=on_shard,
+            )
+            for tokens, extra in documents[progress.documents :]:
+                writer.append(tokens, extra)
+            writer.finish()
+
+    total = sum(lengths) if limit is None else min(limit, sum(lengths))
+    whole = np.concatenate([tokens for tokens, _ in documents])
+    starts = np.cumsum([0, *lengths])
+    assert [e.tokens for e in progress.shards] == [min(shard_tokens, total - at) for at in range(0, total, shard_tokens)]
+    shards = [Shard(folder / e.name, open_shard(folder / e.name), np.zeros((0, 2), np.int64)) for e in progress.shards]
+    np.testing.assert_array_equal(TokenStream(tuple(shards), 1000).take(0, total), whole[:total])
+    begun = starts[:-1][starts[:-1] < total]
+    per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 7 + whole
+    rows = [[start + row[0], row[1]] for start, (_, extra) in zip(starts, documents, strict=False) for row in extra.tolist()]
+    for at, entry in zip(range(0, total, shard_tokens), progress.shards, strict=True):
+        end = min(at + shard_tokens, total)
+        here = [[position - at, count] for position, count in rows if at <= position < end]
+        assert entry.documents == int(((begun >= at) & (begun < end)).sum())
+        assert entry.bytes == int(per_token[at:end].sum()) + sum(count for _, count in here)
+        assert (open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []) == here
+
+
+def test_chunks_keep_every_document_and_its_number(monkeypatch):
+    monkeypatch.setattr("sngpt_jax.data.encode._CHUNK_CHARACTERS", 10)
+    texts = ["", "abc", "defghij", "k" * 40, "", "l"]
+    chunks = list(cut_chunks(texts, 5))
+    assert chunks == [(5, ["", "abc", "defghij"]), (8, ["k" * 40]), (9, ["", "l"])]
+    assert list(cut_chunks([], 1)) == []
+
+
+def command(*arguments, **more):
+    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *map(str, arguments)]
+    return subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_files_and_imports_no_jax(tmp_path, tokenizer_file):
+    write_jsonl(tmp_path / "text.jsonl", 2500)  # several chunks
+    one = prepare(spec_for(tmp_path / "text.jsonl", tmp_path / "one", tokenizer_file, shard_tokens=30_000))
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "jax.py").write_text("raise ImportError('jax was imported')")
+    options = ["--source", tmp_path / "text.jsonl", "--tokenizer", tokenizer_file, "--val-docs", 7, "--shard-tokens", 30_000]
+    process = command(
+        *options,
+        "--out",
+        tmp_path / "three",
+        "--workers",
+        3,
+        "--json",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "shadow")},
+    )
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    summary = json.loads(output)
+    assert summary["train"]["tokens"] == sum(e.tokens for e in one.train)
+    assert summary["train"]["documents"] == 2493 and summary["val"]["documents"] == 7
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# Runs the command and kills the process at the nth call of a function of `os`: just before it, or just after.
+DRIVER = """
+import os, signal, sys
+name, when, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+original = getattr(os, name)
+
+def counted(*arguments, **options):
+    global count
+    count -= 1
+    if count == 0 and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*arguments, **options)
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(os, name, counted)
+from sngpt_jax import cli
+from sngpt_jax.data.prepare import main
+sys.argv = sys.argv[:1] + sys.argv[4:]
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_file, workers):
+    write_jsonl(tmp_path / "text.jsonl", 2500)
+    spec = spec_for(tmp_path / "text.jsonl", tmp_path / "whole", tokenizer_file, val_docs=350, shard_tokens=20_000)
+    manifest = prepare(spec)
+    assert len(manifest.val) >= 2 and len(manifest.train) >= 8
+    options = ["--source", spec.source, "--tokenizer", tokenizer_file, "--val-docs", 350, "--shard-tokens", 20_000]
+    options = list(map(str, [*options, "--out", tmp_path / "out", "--workers", workers]))
+    seen = set()
+    moments = [("replace", "after", 2)]  # the tokenizer is in place, the journal does not know it
+    moments += [("replace", "before", 7)]  # between shards of the validation split, or at its end
+    moments += [("replace", "after", 5), ("fsync", "before", 9)]  # a file that the journal does not know; half a file
+    for moment in moments:
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, moment), *options], stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                seen.update(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+            time.sleep(0.01)
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    assert bool(seen) == (workers > 1)
+    deadline = time.monotonic() + 10
+    while any(map(running, seen)):  # no worker outlives its parent
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list((tmp_path / "out").glob("*.tmp-*"))
+    _, errors = command(*options).communicate(timeout=60)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole"), errors
+
+
+# ---------------------------------------------------------------------------------------------- again, and otherwise
+
+
+def test_a_finished_folder_is_left_as_it_is(text, tmp_path, tokenizer_file, monkeypatch):
+    spec = spec_for(text[0], tmp_path / "out", tokenizer_file)
+    first = prepare(spec)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+    def unexpected(*_):
+        raise AssertionError("read the text again")
+
+    monkeypatch.setattr(module, "documents", unexpected)
+    assert prepare(spec, workers=4) == first
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "train_000001.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000001\.bin: missing"):
+        prepare(spec)
+
+
+def test_another_preparation_in_the_same_folder_is_refused_by_the_fields_that_differ(text, tmp_path, tokenizer_file):
+    prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
+    with pytest.raises(UserError) as caught:
+        prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, shard_tokens=400, val_docs=8))
+    assert "val_docs: 7 there, 8 asked for; shard_tokens: 500 there, 400 asked for" in str(caught.value)
+    assert "tokenizer:" not in str(caught.value)
+    write_jsonl(tmp_path / "other.jsonl", 120, seed=3)
+    with pytest.raises(UserError, match=r"\(source: "):
+        prepare(spec_for(tmp_path / "other.jsonl", tmp_path / "out", tokenizer_file))
+
+
+def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(text, tmp_path, tokenizer_file, monkeypatch):
+    spec = spec_for(text[0], tmp_path / "out", tokenizer_file)
+    saved = module.save
+
+    def killed_at_third_shard(value, directory):
+        saved(value, directory)
+        if isinstance(value, manifests.Progress) and len(value.val.shards) + len(value.train.shards) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "save", killed_at_third_shard)
+        prepare(spec)
+    with pytest.raises(UserError, match="shard_tokens: 500 there, 600 asked for"):
+        prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, shard_tokens=600))
+    kept = (tmp_path / "out" / "tokenizer.model").read_bytes()
+    (tmp_path / "out" / "tokenizer.model").write_bytes(kept + b"x")
+    with pytest.raises(UserError, match=r"tokenizer\.model: changed since the preparation began"):
+        prepare(spec)
+    (tmp_path / "out" / "tokenizer.model").write_bytes(kept)
+    prepare(spec)
+    prepare(spec_for(text[0], tmp_path / "whole", tokenizer_file))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_too_few_documents_say_so_and_leave_the_folder_usable(text, tmp_path, tokenizer_file):
+    message = r"text\.jsonl holds 120 documents and --val-docs 120 leaves none .* lower --val-docs or give --val-source"
+    for tokenizer in (tokenizer_file, "train"):
+        with pytest.raises(UserError, match=message):
+            prepare(spec_for(text[0], tmp_path / "out", tokenizer, val_docs=120))
+    manifest = prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, val_docs=119))
+    assert sum(e.documents for e in manifest.train) == 1
+
+
+def test_two_preparations_do_not_write_into_one_folder(text, tmp_path, tokenizer_file):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another preparation is writing there"):
+            prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
+    prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
+
+
+def test_a_folder_of_other_shards_is_not_written_into(text, tmp_path, tokenizer_file):
+    (tmp_path / "out").mkdir()
+    write_shard(tmp_path / "out" / "fineweb_train_000000.bin", np.ones(3, np.uint16))
+    with pytest.raises(UserError, match=r"holds \.bin files that no preparation here has written"):
+        prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(text, tmp_path, tokenizer_file):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/out: cannot be written: Not a directory"):
+        prepare(spec_for(text[0], tmp_path / "file" / "out", tokenizer_file))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
+    with encoder(tokenizer_file, workers) as encode:
+        results = encode("text.jsonl", iter([(41, ["fine"]), (42, ["fine", None, "fine"])]))
+        assert len(next(results)) == 1
+        with pytest.raises(UserError) as caught:
+            next(results)
+    assert str(caught.value).startswith("text.jsonl: document 43 cannot be tokenized: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"shard_tokens": 0}, "--shard-tokens 0: expected at least 1"),
+        ({"shard_tokens": 2**31}, "--shard-tokens 2147483648: expected at most 2147483647"),
+        ({"val_docs": 0}, "--val-docs 0: expected at least 1"),
+        ({"max_tokens": -1}, "--max-tokens -1: expected at least 0"),
+        ({"vocab_size": 91}, "expected --vocab-size 91, found 90"),
+    ],
+)
+def test_impossible_options_are_refused(text, tmp_path, tokenizer_file, changes, message):
+    with pytest.raises(UserError, match=message):
+        prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer_file, capsys):
+    out = tmp_path / "out"
+    options = ["--source", str(text[0]), "--tokenizer", str(tokenizer_file), "--out", str(out), "--workers", "1"]
+    assert main([*options, "--val-docs", "7", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["val"]["documents"] == 7 and summary["train"]["documents"] == 113
+    assert summary["tokenizer"]["vocab_size"] == VOCAB
+    assert main([*options, "--json", str(tmp_path / "summary.json"), "--val-docs", "7"]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert "train: shards 1, " in capsys.readouterr().out
+
+    assert main(["--verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == summary
+    content = bytearray((out / "train_000000.bin").read_bytes())
+    content[-1] ^= 1
+    (out / "train_000000.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"train_000000\.bin: expected SHA-256"):
+        main([f"--verify={out}"])
+
+
+@pytest.mark.slow
+def test_command_errors_are_one_line_and_status_2(tmp_path, tokenizer_file):
+    process = command("--source", tmp_path / "missing.txt", "--tokenizer", tokenizer_file, "--out", tmp_path / "out")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == ""
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and "missing.txt" in errors
+
+
+def test_published_shards_are_fetched_and_opened(tmp_path, tokenizer_file, monkeypatch, capsys):
+    def download(out, *, vocab_size, train_shards):
+        assert (vocab_size, train_shards) == (VOCAB, 2)
+        out.mkdir()
+        for name in ("fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000001.bin"):
+            write_shard(out / name, np.arange(10, dtype=np.uint16))
+        (out / "fineweb_99_bpe.model").write_bytes(tokenizer_file.read_bytes())
+
+    monkeypatch.setattr(module, "download_golf", download)
+    options = ["--source", f"golf:sp{VOCAB}", "--out", str(tmp_path / "golf"), "--train-shards", "2"]
+    assert main([*options, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["train"] == {"shards": 2, "tokens": 20} and summary["tokenizer"]["file"] == "fineweb_99_bpe.model"
+    with pytest.raises(UserError, match=rf"golf:sp{VOCAB} is already tokens; it takes no --val-docs, --max-tokens"):
+        main([*options, "--val-docs", "3", "--max-tokens", "5"])
+    with pytest.raises(UserError, match="expected golf or golf:spV"):
+        main(["--source", "golf:1024", "--out", str(tmp_path / "golf")])

@@ -1,0 +1,317 @@
+"""Shards against golden bytes, the stream against plain indexing, and every way a folder can be wrong."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.data import manifest as manifests
+from sngpt_jax.data import shards
+from sngpt_jax.data.manifest import DataError, ExtraEntry, Manifest, Origin, ShardEntry, TokenizerEntry
+from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_headerless, open_shard, write_shard
+from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+
+GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
+VOCAB = 300
+
+
+# ---------------------------------------------------------------------------------------------- one file
+
+
+def test_a_shard_has_the_published_bytes(tmp_path):
+    path = tmp_path / "x.bin"
+    digest = write_shard(path, np.array([1, 0x1234, 0xFFFF], np.uint16))
+    assert path.read_bytes() == GOLDEN
+    assert digest == hashlib.sha256(GOLDEN).hexdigest()
+    assert list(open_shard(path)) == [1, 0x1234, 0xFFFF]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]  # no temporary file stays behind
+
+
+def header(magic=20240520, version=1, count=3):
+    return struct.pack("<256i", magic, version, count, *[0] * 253)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (GOLDEN[:-1], "truncated: expected 1030 bytes for 3 tokens, found 1029"),
+        (GOLDEN[:1024], "truncated: expected 1030 bytes for 3 tokens, found 1024"),
+        (GOLDEN + b"\0\0", "oversized: expected 1030 bytes for 3 tokens, found 1032"),
+        (GOLDEN[:1000], "expected a header of 1024 bytes, found a file of 1000"),
+        (b"", "expected a header of 1024 bytes, found a file of 0"),
+        (header(magic=20240521) + b"\0" * 6, "expected magic 20240520, found 20240521"),
+        (header(version=2) + b"\0" * 6, "expected shard version 1, found 2"),
+        (header(count=0), "expected at least 1 token, found a count of 0"),
+        (header(count=-1), "expected at least 1 token, found a count of -1"),
+    ],
+)
+def test_a_damaged_shard_says_what_was_expected_and_found(tmp_path, content, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        open_shard(path)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_nanogpts_files_are_tokens_alone(tmp_path):
+    path = tmp_path / "train.bin"
+    np.array([5, 50256, 7], np.uint16).tofile(path)
+    assert list(open_headerless(path)) == [5, 50256, 7]
+    for content in (b"\0\0\0", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"train.bin: expected uint16 tokens.*found {len(content)} bytes"):
+            open_headerless(path)
+    path.write_bytes(GOLDEN)
+    with pytest.raises(DataError, match="found a shard header"):
+        open_headerless(path)
+
+
+# ---------------------------------------------------------------------------------------------- the stream
+
+
+def stream_of(pieces, vocab_size=2**16, extras=None):
+    extras = extras or [np.zeros((0, 2), np.int64)] * len(pieces)
+    made = [Shard(Path(f"{i}.bin"), np.array(p, np.uint16), e) for i, (p, e) in enumerate(zip(pieces, extras, strict=True))]
+    return TokenStream(tuple(made), vocab_size)
+
+
+PIECES = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9), min_size=1, max_size=5)
+
+
+@given(PIECES, st.integers(0, 10**15), st.integers(0, 60))
+def test_take_is_indexing_modulo_the_length(pieces, start, count):
+    stream, whole = stream_of(pieces), np.concatenate([np.array(p, np.uint16) for p in pieces])
+    taken = stream.take(start, count)
+    assert taken.dtype == np.uint16 and len(stream) == len(whole)
+    np.testing.assert_array_equal(taken, whole[[(start + i) % len(whole) for i in range(count)]])
+
+
+def test_a_token_outside_the_vocabulary_names_its_file():
+    stream = stream_of([[1, 2, 9], [3, 4, 10, 11]], vocab_size=10)
+    assert list(stream.take(0, 5)) == [1, 2, 9, 3, 4]
+    with pytest.raises(DataError, match=r"1\.bin: expected tokens below the vocabulary size 10, found 10 at token 2"):
+        stream.take(2, 5)
+
+
+def test_an_empty_stream_is_refused():
+    with pytest.raises(DataError, match="at least one"):
+        TokenStream((), 10)
+
+
+class BytesOfPair:
+    """A stand-in whose length depends on both tokens, so that a shifted window shows."""
+
+    def count(self, previous, tokens):
+        return previous.astype(np.int64) * 1000 + tokens
+
+
+@given(st.data())
+def test_target_bytes_come_from_each_token_and_the_one_before_plus_corrections(data):
+    pieces = data.draw(PIECES)
+    extras = []
+    for piece in pieces:
+        rows = sorted(data.draw(st.sets(st.integers(0, len(piece) - 1))))
+        extras.append(np.array([[row, 10**9 + row] for row in rows], np.int64).reshape(-1, 2))
+    stream, whole = stream_of(pieces, extras=extras), [token for piece in pieces for token in piece]
+    expected = [0] + [whole[i - 1] * 1000 + whole[i] for i in range(1, len(whole))]
+    base = 0
+    for piece, rows in zip(pieces, extras, strict=True):
+        for row, count in rows.tolist():
+            expected[base + row] += count
+        base += len(piece)
+    start = data.draw(st.integers(1, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    counted = stream.target_bytes(BytesOfPair(), start, stop)
+    assert counted.dtype == np.int64
+    assert counted.tolist() == expected[start:stop]
+
+
+def test_target_bytes_needs_a_token_before():
+    for start, stop in ((0, 2), (2, 1), (1, 4)):
+        with pytest.raises(ValueError):
+            stream_of([[1, 2, 3]]).target_bytes(BytesOfPair(), start, stop)
+
+
+# ---------------------------------------------------------------------------------------------- a folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    texts = [f"the {word} of a small tokenizer, number {i}" for i, word in enumerate(["first", "second", "third", "plain"] * 8)]
+    train_sentencepiece(iter(texts), path, vocab_size=VOCAB, normalization="identity")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer_file):
+    """A folder with a manifest: two training shards, the second with a correction, and one validation shard."""
+    directory = tmp_path / "set"
+    directory.mkdir()
+    shutil.copy(tokenizer_file, directory / "tokenizer.model")
+    tokenizer = load_tokenizer(tokenizer_file)
+    np.save(directory / "train_000001.bin.extra.npy", np.array([[1, 4]], np.int64))
+    extra_sha256 = hashlib.sha256((directory / "train_000001.bin.extra.npy").read_bytes()).hexdigest()
+    entries = {}
+    for name, tokens in (("train_000000.bin", [1, 9, 8, 7]), ("train_000001.bin", [1, 3, 6]), ("val_000000.bin", [1, 5])):
+        extra = ExtraEntry("train_000001.bin.extra.npy", extra_sha256) if name == "train_000001.bin" else None
+        digest = write_shard(directory / name, np.array(tokens, np.uint16))
+        entries[name] = ShardEntry(name, len(tokens), 1, 3, digest, extra)
+    manifest = Manifest(
+        format=1,
+        origin=Origin("source", "", 1, "train", VOCAB, "identity", 4, 0),
+        tokenizer=TokenizerEntry("tokenizer.model", tokenizer.sha256, VOCAB, tokenizer.bos_id),
+        train=(entries["train_000000.bin"], entries["train_000001.bin"]),
+        val=(entries["val_000000.bin"],),
+    )
+    manifests.save(manifest, directory)
+    return directory
+
+
+def test_a_folder_opens_as_its_manifest_says(folder):
+    data = open_dataset(str(folder), VOCAB)
+    assert data.train.take(0, 8).tolist() == [1, 9, 8, 7, 1, 3, 6, 1]
+    assert data.val.take(0, 2).tolist() == [1, 5]
+    assert data.train.extra(0, 7).tolist() == [[5, 4]]
+    assert data.tokenizer.vocab_size == VOCAB
+    assert manifests.verify(folder) == data.manifest == manifests.load_manifest(folder)
+
+
+def edit(folder, change):
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(colour="red"), "manifest.json: unknown colour"),
+        (lambda m: m.pop("val"), "manifest.json: missing val"),
+        (lambda m: m.update(format=2), "manifest.json: expected format 1, found 2"),
+        (lambda m: m.update(train={}), "manifest.json.train: expected a list, found dict"),
+        (lambda m: m.update(tokenizer=[]), "manifest.json.tokenizer: expected an object, found list"),
+        (lambda m: m["train"][1].update(tokens="4"), "train[1].tokens: expected int, found '4'"),
+        (lambda m: m["train"][1].update(tokens=True), "train[1].tokens: expected int, found True"),
+        (lambda m: m["train"][1].update(bytes=-1), "train[1].bytes: expected a count of at least 0, found -1"),
+        (lambda m: m["train"][0].update(sha256="abc"), "train[0].sha256: expected 64 hexadecimal digits, found 'abc'"),
+        (lambda m: m["train"][0].update(name="../train_000000.bin"), "expected a plain file name, found '../train_000000.bin'"),
+        (lambda m: m["train"][0].update(name="/etc/passwd"), "expected a plain file name, found '/etc/passwd'"),
+        (lambda m: m["train"][0].update(name=".."), "expected a plain file name, found '..'"),
+        (lambda m: m["train"][1]["extra"].update(name="a\\b"), "train[1].extra.name: expected a plain file name"),
+        (lambda m: m["tokenizer"].update(file=""), "tokenizer.file: expected a plain file name, found ''"),
+        (lambda m: m["val"].append(m["train"][0]), "names train_000000.bin twice"),
+        (lambda m: m["train"][0].update(tokens=5), "train_000000.bin: expected 5 tokens as manifest.json says, found 4"),
+        (lambda m: m["val"].clear(), "at least one"),
+    ],
+)
+def test_a_wrong_manifest_is_one_line(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder, VOCAB)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", '{"format": 1}', "[]", "1"])
+def test_a_manifest_that_is_not_one_is_a_data_error(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        open_dataset(folder, VOCAB)
+
+
+def flip_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
+    def message(vocab_size=VOCAB):
+        with pytest.raises(DataError) as caught:
+            open_dataset(folder, vocab_size)
+        return str(caught.value)
+
+    assert f"expected model.vocab_size = 301 tokens, found {VOCAB}" in message(301)
+
+    shard = folder / "train_000001.bin"
+    whole = shard.read_bytes()
+    flip_last_byte(shard)  # within the vocabulary and of the right size: only the checksum tells
+    assert "train_000001.bin: expected SHA-256" in message()
+    shard.write_bytes(whole[:-2])
+    assert "train_000001.bin: truncated" in message()
+    shard.unlink()
+    assert "train_000001.bin: missing" in message()
+    shard.write_bytes(whole)
+
+    sidecar = folder / "train_000001.bin.extra.npy"
+    for rows in ([[3, 1]], [[-1, 1]], [[1, 1], [1, 1]], [[1, 1, 1]]):
+        np.save(sidecar, np.array(rows, np.int64))
+        assert "train_000001.bin.extra.npy: expected" in message()
+    np.save(sidecar, np.array([{}]), allow_pickle=True)
+    assert "train_000001.bin.extra.npy: cannot be read" in message()
+    np.save(sidecar, np.array([[1, 5]], np.int64))
+    assert "train_000001.bin.extra.npy: expected SHA-256" in message()
+    np.save(sidecar, np.array([[1, 4]], np.int64))
+    open_dataset(folder, VOCAB)
+
+    train_sentencepiece(iter(["quite another text"] * 50), folder / "tokenizer.model", vocab_size=275, normalization="identity")
+    assert "not the tokenizer that the shards were made with" in message()
+    (folder / "tokenizer.model").unlink()
+    assert "tokenizer.model: cannot be read" in message()
+
+
+def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
+    monkeypatch.setattr(shards, "_VERIFIED_BYTES", 0)
+    flip_last_byte(folder / "train_000001.bin")
+    open_dataset(folder, VOCAB)
+    with pytest.raises(DataError, match=r"train_000001\.bin: expected SHA-256"):
+        manifests.verify(folder)
+
+
+def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
+    shutil.copy(tokenizer_file, tmp_path / "fineweb_300_bpe.model")
+    for name, tokens in (("train_000001", [4, 5]), ("train_000000", [1, 2, 3]), ("val_000000", [1, 9])):
+        write_shard(tmp_path / f"fineweb_{name}.bin", np.array(tokens, np.uint16))
+    data = open_dataset(tmp_path, VOCAB)
+    assert data.train.take(0, 5).tolist() == [1, 2, 3, 4, 5]
+    assert data.val.take(0, 2).tolist() == [1, 9]
+    assert data.manifest is None
+    shutil.copy(tokenizer_file, tmp_path / "other.model")
+    with pytest.raises(DataError, match=r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"):
+        open_dataset(tmp_path, VOCAB)
+
+
+def test_nanogpts_folder(tmp_path, tokenizer_file):
+    np.array([1, 2, 3], np.uint16).tofile(tmp_path / "train.bin")
+    np.array([7], np.uint16).tofile(tmp_path / "val.bin")
+    with pytest.raises(DataError, match="expected one tokenizer"):
+        open_dataset(tmp_path, VOCAB)
+    shutil.copy(tokenizer_file, tmp_path / "small.model")
+    data = open_dataset(tmp_path, VOCAB)
+    assert data.train.take(0, 3).tolist() == [1, 2, 3] and len(data.val) == 1
+
+
+def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"no such folder; make it with: python -m sngpt_jax\.data\.prepare"):
+        open_dataset(tmp_path / "nowhere", VOCAB)
+    with pytest.raises(DataError, match=r"expected manifest\.json, shards named"):
+        open_dataset(tmp_path, VOCAB)
+    manifests.save(manifests.Progress(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path)
+    with pytest.raises(DataError, match="run the same prepare command again"):
+        open_dataset(tmp_path, VOCAB)
+
+
+def test_a_journal_reads_back_as_written(tmp_path):
+    split = manifests.SplitProgress((ShardEntry("a.bin", 1, 1, 2, "0" * 64, ExtraEntry("a.npy", "1" * 64)),), 3, 4, True)
+    origin = Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)
+    progress = manifests.Progress(1, origin, TokenizerEntry("t.model", "2" * 64, 5, 1), train=split)
+    for value in (progress, dataclasses.replace(progress, tokenizer=None)):
+        manifests.save(value, tmp_path)
+        assert manifests.load_progress(tmp_path) == value
