@@ -203,7 +203,7 @@ def _piece_bytes(piece: str) -> int:
 def _training_chunks(documents: Iterable[str], chars: int) -> Iterator[str]:
     """The first `chars` characters of text in chunks. SentencePiece skips long lines whole, so it must not see any."""
     for text in documents:
-        text = replace_surrogates(text[:chars]).replace("\0", " ")  # it skips what holds NUL, too
+        text = replace_surrogates(text[:chars]).replace("\u2585", " ")  # its mark for unknown text: it skips what holds one
         yield from (text[start : start + _CHUNK_CHARS] for start in range(0, len(text), _CHUNK_CHARS))
         chars -= len(text)
         if chars <= 0:
@@ -298,8 +298,9 @@ class ByteLevelTokenizer(Tokenizer):
         self._tok = tok
         self._text = [b""] * self.vocab_size  # of special tokens and of unused ids: none
         alphabet = _byte_alphabet()
+        added = {token["content"] for token in spec["added_tokens"]}  # written as they are, in no alphabet
         for piece, i in spec["model"]["vocab"].items():
-            self._text[i] = bytes(alphabet[c] for c in piece) if piece not in special else b""
+            self._text[i] = b"" if piece in added else bytes(alphabet[c] for c in piece)
         for token in spec["added_tokens"]:
             self._text[token["id"]] = b"" if token["special"] else token["content"].encode()
         self._special = np.zeros(self.vocab_size, bool)

@@ -37,6 +37,7 @@ MODELS = {
     },
     "llama": {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
     "t5": {"byte_fallback": False, "normalization_rule_name": "nmt_nfkc"},
+    "runs folded, first space kept": {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
     "dummy, spaces kept, without bytes": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
 }
 BYTE_LEVEL = ["byte level", "byte level NFC"]
@@ -73,12 +74,15 @@ def texts():
 def loaded(texts, tmp_path_factory):
     """Every kind of tokenizer by name."""
     folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "rules.tsv").write_text("20 20\t20\n")  # two spaces become one
     found = {}
     for name, options in MODELS.items():
         path = folder / f"{name}.model"
         if name in ("identity", "nmt_nfkc"):
             found[name] = train_sentencepiece(iter(texts), path, vocab_size=512, normalization=name)
         else:
+            if name == "runs folded, first space kept":
+                options = options | {"normalization_rule_tsv": str(folder / "rules.tsv")}
             path.write_bytes(sentencepiece_model((line for text in texts for line in text.splitlines() if line), **options))
             found[name] = load_tokenizer(path)
     for name, normalizer in zip(BYTE_LEVEL, (None, tokenizers.normalizers.NFC()), strict=True):
@@ -235,6 +239,14 @@ def test_training_reads_a_bounded_prefix_of_long_lines(tmp_path):
     assert len(read) <= 290 * module.TRAINING_CHARS_PER_TOKEN // 200_000 + 1
 
 
+def test_training_reads_text_that_holds_reserved_characters(tmp_path):
+    for i, reserved in enumerate(("\u2585", "\0", "\ud800")):
+        path = tmp_path / f"{i}.model"
+        assert train_sentencepiece(
+            [f"some words {reserved} and more words"] * 9, path, vocab_size=280, normalization="identity"
+        )
+
+
 @pytest.mark.parametrize(
     ("texts", "vocab_size"), [([], 512), (["hello world"], 512), (["hello world"], 100), (["\0"], 300), (["a"], 70_000)]
 )
@@ -256,6 +268,15 @@ def test_byte_level_agrees_with_its_library(loaded, texts):
         assert tokenizer.encode(text).tolist() == tok.encode(text).ids
         assert tok.decode(tokenizer.encode(text).tolist()) == tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.bos_id == tok.token_to_id("<|endoftext|>")
+
+
+def test_added_tokens_may_also_stand_in_the_vocabulary(loaded, tmp_path):
+    spec = json.loads(loaded["byte level"].path.read_text(encoding="utf-8"))
+    spec["model"]["vocab"]["   "] = spec["added_tokens"][-1]["id"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    document = load_tokenizer(path).encode_document("a   b")
+    assert len(document.tokens) == 1 + 3 and counted(load_tokenizer(path), document) == document.bytes == 5
 
 
 def test_special_tokens_in_text_are_text(loaded):
