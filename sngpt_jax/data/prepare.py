@@ -40,10 +40,10 @@ from sngpt_jax.data.manifest import (
     verify,
 )
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, open_entries, write_atomic
-from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
 
-_REPORT_SECONDS = 5.0  # between two lines of progress where there is no terminal
+_FIRST_REPORT, _NEXT_REPORT = 2.0, 10.0  # seconds before and between lines of progress where there is no terminal
 _LEARNT_VOCAB_SIZE = 1024
 
 
@@ -62,11 +62,16 @@ class PrepareSpec:
     max_tokens: int = 0  # training tokens after which to stop; 0: no limit
 
 
+def _cpus() -> int:
+    """The processors that this process may use, which a batch scheduler limits; macOS has no such set."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Arguments(PrepareSpec):
     """Text to token shards. `--verify DIR` alone reads a finished folder back and compares every checksum."""
 
-    workers: int = len(os.sched_getaffinity(0))  # processes that tokenize
+    workers: int = _cpus()  # processes that tokenize
     train_shards: int = 80  # of a golf source: how many of its training shards to fetch
     json: str = ""  # print the summary as one JSON object (--json), or write it to a file (--json PATH)
 
@@ -96,13 +101,13 @@ def _reporter(out: Path) -> Iterator[Callable[[str, int, int], None]]:
             task = bar.add_task(f"{out}: reading")
             yield lambda split, count, tokens: bar.update(task, description=line(split, count, tokens))
         return
-    next_line = start + _REPORT_SECONDS
+    next_line = start + _FIRST_REPORT
 
     def report(split: str, count: int, tokens: int) -> None:
         nonlocal next_line
         if time.monotonic() >= next_line:
             print(line(split, count, tokens), file=sys.stderr, flush=True)
-            next_line = time.monotonic() + _REPORT_SECONDS
+            next_line = time.monotonic() + _NEXT_REPORT
 
     yield report
 
@@ -201,6 +206,10 @@ def _begin_or_resume(out: Path, origin: Origin) -> Progress:
     return progress
 
 
+def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    return TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id)
+
+
 def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerEntry:
     if spec.tokenizer == "train":
         path = out / "tokenizer.model"
@@ -211,7 +220,7 @@ def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerE
         path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
         write_atomic(path, [Path(spec.tokenizer).read_bytes()])
         tokenizer = load_tokenizer(path)
-    return TokenizerEntry(path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id)
+    return _tokenizer_entry(tokenizer)
 
 
 def _write_splits(spec: PrepareSpec, out: Path, progress: Progress, workers: int) -> Progress:
@@ -238,21 +247,16 @@ def _write_splits(spec: PrepareSpec, out: Path, progress: Progress, workers: int
 
             limit = spec.max_tokens if split == "train" and spec.max_tokens else None
             writer = SplitWriter(
-                out,
-                split,
-                shard_tokens=spec.shard_tokens,
-                limit=limit,
-                token_bytes=token_bytes,
-                progress=done,
-                on_shard=on_shard,
+                out, split, spec.shard_tokens, limit=limit, token_bytes=token_bytes, progress=done, on_shard=on_shard
             )
             left = itertools.islice(texts[split], done.documents, None)
             first = done.documents + 1 + (spec.val_docs if split == "train" and not spec.val_source else 0)
-            for tokens, extra in itertools.chain.from_iterable(encode(sources[split], cut_chunks(left, first))):
+            for chunk in encode(sources[split], cut_chunks(left, first)):
+                for tokens, extra in chunk:
+                    writer.append(tokens, extra)
+                report(split, writer.documents, writer.tokens)
                 if writer.full:
                     break
-                writer.append(tokens, extra)
-                report(split, writer.documents, writer.tokens)
             writer.finish()
     return progress
 
@@ -305,10 +309,11 @@ def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
     if not (name.startswith("sp") and name[2:].isdecimal()):
         raise UserError(f"--source {spec.source}: expected golf or golf:spV with a vocabulary size V, such as golf:sp1024")
     vocab_size = int(name[2:])
-    differing = [key for key, value in asdict(PrepareSpec(spec.source, spec.out)).items() if getattr(spec, key) != value]
+    plain = PrepareSpec(spec.source, spec.out, vocab_size=vocab_size if spec.vocab_size else 0)
+    differing = [key for key, value in asdict(plain).items() if getattr(spec, key) != value]
     if differing:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
-        raise UserError(f"--source {spec.source} is already tokens; it takes no {options}")
+        raise UserError(f"--source {spec.source} is already tokens; it takes no {options} but its own")
     download_golf(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
     return open_dataset(spec.out, vocab_size)
 
@@ -326,9 +331,7 @@ def _summary(out: str, manifest: Manifest) -> dict[str, Any]:
 
 def _golf_summary(out: str, data: Dataset) -> dict[str, Any]:
     totals = {name: {"shards": len(s.shards), "tokens": len(s)} for name, s in (("train", data.train), ("val", data.val))}
-    file = next(path.name for path in sorted(data.directory.iterdir()) if path.suffix == ".model")
-    tokenizer = TokenizerEntry(file, data.tokenizer.sha256, data.tokenizer.vocab_size, data.tokenizer.bos_id)
-    return {"dir": out, "tokenizer": asdict(tokenizer), **totals}
+    return {"dir": out, "tokenizer": asdict(_tokenizer_entry(data.tokenizer)), **totals}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -340,6 +343,7 @@ def main(argv: Sequence[str]) -> int:
     kind: Any = VerifyArguments if any(a.split("=")[0] == "--verify" for a in argv) else Arguments
     arguments = tyro.cli(kind, args=argv, prog="python -m sngpt_jax.data.prepare", config=(tyro.conf.FlagConversionOff,))
     if isinstance(arguments, VerifyArguments):
+        print(f"{arguments.verify}: reading every file back", file=sys.stderr, flush=True)
         summary = _summary(arguments.verify, verify(arguments.verify))
     else:
         spec = PrepareSpec(**{key: getattr(arguments, key) for key in PrepareSpec.__dataclass_fields__})

@@ -25,8 +25,8 @@ class SplitWriter:
         self,
         directory: Path,
         split: str,
-        *,
         shard_tokens: int,
+        *,
         limit: int | None,
         token_bytes: TokenBytes,
         progress: SplitProgress,
@@ -55,7 +55,9 @@ class SplitWriter:
         return self._capacity == 0
 
     def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
-        """Appends the next document: its tokens uint16 [n], BOS first, and its byte corrections int64 [m, 2]."""
+        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m, 2]. When full, nothing."""
+        if self.full:
+            return
         while self._offset < len(tokens) and not self.full:
             piece = tokens[self._offset : self._offset + self._capacity - self._filled]
             stop = self._offset + len(piece)

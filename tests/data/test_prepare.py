@@ -171,13 +171,7 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     while not progress.finished:
         with contextlib.suppress(Killed):
             writer = SplitWriter(
-                folder,
-                "train",
-                shard_tokens=shard_tokens,
-                limit=limit,
-                token_bytes=BytesOfPair(),
-                progress=progress,
-                on_shard=on_shard,
+                folder, "train", shard_tokens, limit=limit, token_bytes=BytesOfPair(), progress=progress, on_shard=on_shard
             )
             for tokens, extra in documents[progress.documents :]:
                 writer.append(tokens, extra)
@@ -444,17 +438,19 @@ def test_command_errors_are_one_line_and_status_2(tmp_path, tokenizer_file):
 def test_published_shards_are_fetched_and_opened(tmp_path, tokenizer_file, monkeypatch, capsys):
     def download(out, *, vocab_size, train_shards):
         assert (vocab_size, train_shards) == (VOCAB, 2)
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         for name in ("fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000001.bin"):
             write_shard(out / name, np.arange(10, dtype=np.uint16))
         (out / "fineweb_99_bpe.model").write_bytes(tokenizer_file.read_bytes())
 
     monkeypatch.setattr(module, "download_golf", download)
     options = ["--source", f"golf:sp{VOCAB}", "--out", str(tmp_path / "golf"), "--train-shards", "2"]
-    assert main([*options, "--json"]) == 0
+    assert main([*options, "--json", "--vocab-size", str(VOCAB)]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["train"] == {"shards": 2, "tokens": 20} and summary["tokenizer"]["file"] == "fineweb_99_bpe.model"
     with pytest.raises(UserError, match=rf"golf:sp{VOCAB} is already tokens; it takes no --val-docs, --max-tokens"):
         main([*options, "--val-docs", "3", "--max-tokens", "5"])
+    with pytest.raises(UserError, match=r"takes no --vocab-size but its own"):
+        main([*options, "--vocab-size", "91"])
     with pytest.raises(UserError, match="expected golf or golf:spV"):
         main(["--source", "golf:1024", "--out", str(tmp_path / "golf")])
