@@ -1,0 +1,348 @@
+"""Checkpoints: orbax writes the arrays, a record beside them says that they are whole, and only what has a record is trusted.
+
+For each saved step a run's `checkpoints/` holds the folder `STEP` (an orbax checkpoint of the state's leaves, each under its
+path in the tree) and the file `STEP.json`, its record: the caller's extra values, the validation value, each leaf's shape and
+dtype, and the SHA-256 of every file of the folder. The record is written, atomically, after the last of those files, so it is
+the commit: a folder without one is an unfinished save. The hashes are there because orbax loads a flipped byte without a word.
+
+Old steps are deleted here and not by orbax's preservation policies, which would delete them once orbax has finished the new
+step, before the new step has its record: a kill in between would leave nothing to trust.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sngpt_jax.cli import UserError, write_text_atomic
+
+logger = logging.getLogger("sngpt_jax")
+# orbax's threads log the traceback of a failed write (a full disk, say) once per layer, and then raise the same error to us.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, is damaged, is not there, or does not fit the state asked for."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state read back, with what was saved beside it."""
+
+    step: int
+    state: Any  # the tree asked for, with arrays for its leaves, placed by its shardings
+    extra: dict[str, Any]  # as given to `save`, through JSON
+    value: float | None  # validation value given to `save`
+    warnings: tuple[str, ...]  # one line each, already logged: newer checkpoints that could not be used
+
+
+@dataclass(frozen=True)
+class _Record:
+    step: int
+    value: float | None
+    extra: dict[str, Any]
+    leaves: dict[str, str]  # path in the tree -> dtype[shape]
+    files: dict[str, str]  # path in the step's folder -> SHA-256
+
+
+def _folder(directory: Path, step: int) -> Path:
+    return directory / f"{step:08d}"
+
+
+def _record_path(directory: Path, step: int) -> Path:
+    return directory / f"{step:08d}.json"
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+def _record_text(record: _Record) -> str:
+    """The record as JSON, with a hash of itself; raises `ValueError` or `TypeError` for extra values that JSON cannot hold."""
+    body = json.dumps(asdict(record), sort_keys=True, allow_nan=False)
+    return f'{{"record": {body}, "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
+
+
+def _read_record(directory: Path, step: int) -> _Record:
+    path = _record_path(directory, step)
+    try:
+        stored = json.loads(path.read_bytes())
+        body = json.dumps(stored["record"], sort_keys=True).encode()
+        if hashlib.sha256(body).hexdigest() == stored["sha256"]:
+            return _Record(**stored["record"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{_folder(directory, step)}: unfinished, it has no record {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        pass  # bytes that are not UTF-8, not JSON, or not of this form: damaged, as below
+    raise CheckpointError(f"{path}: the record is damaged")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _verified_record(directory: Path, step: int) -> _Record:
+    """The record of `step`, once every file that it names has the bytes that were written."""
+    record = _read_record(directory, step)
+    folder = _folder(directory, step)
+    for name, expected in record.files.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} cannot be read: {error.strerror}") from None
+        if found != expected:
+            raise CheckpointError(f"{folder}: {name} is damaged: SHA-256 {found[:12]}…, recorded {expected[:12]}…")
+    return record
+
+
+def _steps_on_disk(directory: Path) -> list[int]:
+    """Steps with a folder or a record, finished or not, ascending."""
+    names = {path.name.removesuffix(".json") for path in directory.glob("*")}
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _finished(directory: Path) -> Iterator[_Record]:
+    for step in _steps_on_disk(directory):
+        try:
+            yield _read_record(directory, step)
+        except CheckpointError:
+            continue  # unfinished or damaged; `restore` says so if it comes to it
+
+
+def _best(records: Iterable[_Record]) -> int | None:
+    scored = [(record.value, record.step) for record in records if record.value is not None]
+    return min(scored)[1] if scored else None
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps whose save finished, ascending. Their bytes are verified only by `restore`."""
+    return [record.step for record in _finished(directory)]
+
+
+def best_step(directory: Path) -> int | None:
+    """The finished step with the lowest validation value, the earliest of equals; None where none has a value."""
+    return _best(_finished(directory))
+
+
+def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Leaves by their path in the tree, such as `params/blocks/0/w`, and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same path")
+    return named, structure
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str], *, partial: bool) -> None:
+    names = list(asked) + [name for name in saved if name not in asked and not partial]
+    problems = [
+        f"{name or 'the state'}: saved {saved.get(name, 'nothing')}, expected {asked.get(name, 'nothing')}"
+        for name in names
+        if saved.get(name) != asked.get(name)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{folder}: does not fit the state asked for: {'; '.join(problems[:3])}{more}")
+
+
+def _load(directory: Path, record: _Record, abstract_state: Any, *, partial: bool) -> Any:
+    folder = _folder(directory, record.step)
+    leaves, structure = _flatten(abstract_state)
+    _check_fit(folder, record.leaves, {name: _describe(leaf) for name, leaf in leaves.items()}, partial=partial)
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
+        for name, leaf in leaves.items()
+    }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # what may be left out is checked above
+    with context:
+        arrays = ocp.load(folder.absolute(), abstract)
+    return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
+
+
+def _restore(directory: Path, abstract_state: Any, step: int | None, *, partial: bool) -> Restored | None:
+    candidates = _steps_on_disk(directory)
+    if step is not None:
+        if step not in candidates:
+            available = ", ".join(map(str, steps(directory))) or "none"
+            raise CheckpointError(f"{directory}: no checkpoint of step {step}; available: {available}")
+        candidates = [step]
+    broken: list[str] = []
+    for candidate in reversed(candidates):
+        try:
+            record = _verified_record(directory, candidate)
+        except CheckpointError as error:
+            broken.append(str(error))
+            continue
+        state = _load(directory, record, abstract_state, partial=partial)
+        warnings = (f"{'; '.join(broken)}; taking {_folder(directory, candidate)} instead",) if broken else ()
+        for warning in warnings:
+            logger.warning(warning)
+        return Restored(candidate, state, record.extra, record.value, warnings)
+    if broken:
+        raise CheckpointError(f"no usable checkpoint: {'; '.join(broken)}")
+    return None
+
+
+def restore(directory: Path, abstract_state: Any, step: int | None = None) -> Restored | None:
+    """Reads the newest checkpoint that is whole, or that of `step`; None where `directory` holds no checkpoint at all.
+
+    Every file is verified against the record first. Newer checkpoints that are unfinished or damaged are passed over with a
+    warning that names them and the one taken; a `step` that was asked for is never replaced by another.
+
+    Args:
+      directory: a run's `checkpoints` folder. Nothing in it is changed.
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore to, whatever the devices at the time of the
+        save; a leaf without a sharding goes to the first device. Typed PRNG keys are leaves like any other.
+      step: the step to read; None takes the newest that is whole.
+
+    Raises:
+      CheckpointError: `step` is not there or is damaged, no checkpoint is whole, or leaves differ in path, shape or dtype.
+    """
+    return _restore(directory, abstract_state, step, partial=False)
+
+
+def restore_params(directory: Path, abstract_params: Any, step: int | None = None) -> Restored:
+    """`restore` for the part of the state under `params` alone: only its arrays are read, and `state` is that part.
+
+    Raises `CheckpointError` as `restore` does, and where there is no checkpoint.
+    """
+    restored = _restore(directory, {"params": abstract_params}, step, partial=True)
+    if restored is None:
+        raise CheckpointError(f"{directory}: holds no checkpoint; train first, or give the run that was trained")
+    return replace(restored, state=restored.state["params"])
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class Checkpointer:
+    """Saves a run's state in the background and keeps the newest steps and the best one.
+
+    Used as a context manager, by the process (or processes) that own the run: entering clears what a killed save left behind,
+    leaving waits for the save under way. A save that is under way when the interpreter ends without that is lost.
+    """
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        """`directory` is made if need be; `keep` ≥ 1 newest steps stay, beside the one with the lowest validation value."""
+        if keep < 1:
+            raise ValueError(f"keep = {keep} must be at least 1")
+        self._directory = directory.absolute()
+        self._keep = keep
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for leftover in self._directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(leftover)
+                for leftover in self._directory.glob("*.json.tmp-*"):
+                    leftover.unlink()
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot hold checkpoints: {error}") from error
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any], *, value: float | None = None) -> None:
+        """Saves `state` as of `step`. Returns once the arrays are on the host; they may be donated or overwritten then.
+
+        Waits for the save before it, if that is still under way. A step that is there already, whole, is kept as it is: the
+        same step of the same run is the same state. Steps newer than `step` belong to a continuation that was given up
+        (`restore` passed them over); they are deleted with the other old steps once this one is finished.
+
+        Args:
+          state: a tree of `jax.Array` without empty arrays, typed PRNG keys included.
+          extra: JSON values to keep beside it: data position, seconds elapsed, best value …; no NaN or infinity.
+          value: validation value by which the best step is known, lower is better.
+
+        Raises:
+          CheckpointError: this save could not start, or the one before it failed (full disk, folder gone or unwritable).
+        """
+        self.wait()
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"value = {value} is not a finite number")
+        leaves, _ = _flatten(state)
+        record = _Record(step, value, dict(extra), {name: _describe(leaf) for name, leaf in leaves.items()}, {})
+        _record_text(record)  # extra values that JSON cannot hold are the caller's error, now rather than in the background
+        with contextlib.suppress(CheckpointError):
+            _verified_record(self._directory, step)
+            return
+        context = ocp.Context()
+        # Made in the background, a folder that cannot be made leaves orbax threads waiting 300 s for it at exit.
+        context.asynchronous.create_directories_asynchronously = False
+        try:
+            with context:
+                response = ocp.save_async(_folder(self._directory, step), leaves, overwrite=True)
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._pending = self._executor.submit(self._finish, response, record)
+
+    def _finish(self, response: "ocp.AsyncResponse[None]", record: _Record) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                files = _hash_files(_folder(self._directory, record.step))
+                write_text_atomic(_record_path(self._directory, record.step), _record_text(replace(record, files=files)))
+                self._prune(record.step)
+        except Exception as error:  # orbax raises ValueError for a full disk, so nothing narrower would do
+            raise self._failure(record.step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{_folder(self._directory, step)}: the checkpoint could not be saved: {error}")
+
+    def _prune(self, latest: int) -> None:
+        """Deletes every step but the newest ones up to `latest`, which is finished, and the best of those up to it."""
+        finished = [record for record in _finished(self._directory) if record.step <= latest]
+        kept = {record.step for record in finished[-self._keep :]} | {_best(finished)}
+        for step in _steps_on_disk(self._directory):
+            if step not in kept:
+                _record_path(self._directory, step).unlink(missing_ok=True)  # first: a folder half deleted has no record
+                if (folder := _folder(self._directory, step)).exists():
+                    shutil.rmtree(folder)
+
+    def wait(self) -> None:
+        """Blocks until the last save is finished, recorded and older steps are deleted; raises its `CheckpointError`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, then gives up the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            logger.error(str(failure))  # the error under way says more, and its exit status counts
