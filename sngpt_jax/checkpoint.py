@@ -56,7 +56,8 @@ class _Record:
     files: dict[str, str]  # path in the step's folder -> SHA-256
 
 
-def _folder(directory: Path, step: int) -> Path:
+def step_folder(directory: Path, step: int) -> Path:
+    """Where in `directory` orbax keeps the arrays of `step`."""
     return directory / f"{step:08d}"
 
 
@@ -81,7 +82,7 @@ def _read_record(directory: Path, step: int) -> _Record:
         if hashlib.sha256(body).hexdigest() == stored["sha256"]:
             return _Record(**stored["record"])
     except FileNotFoundError:
-        raise CheckpointError(f"{_folder(directory, step)}: unfinished, it has no record {path.name}") from None
+        raise CheckpointError(f"{step_folder(directory, step)}: unfinished, it has no record {path.name}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -101,7 +102,7 @@ def _hash_files(folder: Path) -> dict[str, str]:
 def _verified_record(directory: Path, step: int) -> _Record:
     """The record of `step`, once every file that it names has the bytes that were written."""
     record = _read_record(directory, step)
-    folder = _folder(directory, step)
+    folder = step_folder(directory, step)
     for name, expected in record.files.items():
         try:
             found = _sha256(folder / name)
@@ -170,7 +171,7 @@ def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str],
 
 
 def _load(directory: Path, record: _Record, abstract_state: Any, *, partial: bool) -> Any:
-    folder = _folder(directory, record.step)
+    folder = step_folder(directory, record.step)
     leaves, structure = _flatten(abstract_state)
     _check_fit(folder, record.leaves, {name: _describe(leaf) for name, leaf in leaves.items()}, partial=partial)
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -200,7 +201,7 @@ def _restore(directory: Path, abstract_state: Any, step: int | None, *, partial:
             broken.append(str(error))
             continue
         state = _load(directory, record, abstract_state, partial=partial)
-        warnings = (f"{'; '.join(broken)}; taking {_folder(directory, candidate)} instead",) if broken else ()
+        warnings = (f"{'; '.join(broken)}; taking {step_folder(directory, candidate)} instead",) if broken else ()
         for warning in warnings:
             logger.warning(warning)
         return Restored(candidate, state, record.extra, record.value, warnings)
@@ -295,7 +296,7 @@ class Checkpointer:
         context.asynchronous.create_directories_asynchronously = False
         try:
             with context:
-                response = ocp.save_async(_folder(self._directory, step), leaves, overwrite=True)
+                response = ocp.save_async(step_folder(self._directory, step), leaves, overwrite=True)
         except OSError as error:
             raise self._failure(step, error) from error
         self._pending = self._executor.submit(self._finish, response, record)
@@ -304,14 +305,14 @@ class Checkpointer:
         try:
             response.result()
             if jax.process_index() == 0:
-                files = _hash_files(_folder(self._directory, record.step))
+                files = _hash_files(step_folder(self._directory, record.step))
                 write_text_atomic(_record_path(self._directory, record.step), _record_text(replace(record, files=files)))
                 self._prune(record.step)
         except Exception as error:  # orbax raises ValueError for a full disk, so nothing narrower would do
             raise self._failure(record.step, error) from error
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{_folder(self._directory, step)}: the checkpoint could not be saved: {error}")
+        return CheckpointError(f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error}")
 
     def _prune(self, latest: int) -> None:
         """Deletes every step but the newest ones up to `latest`, which is finished, and the best of those up to it."""
@@ -320,7 +321,7 @@ class Checkpointer:
         for step in _steps_on_disk(self._directory):
             if step not in kept:
                 _record_path(self._directory, step).unlink(missing_ok=True)  # first: a folder half deleted has no record
-                if (folder := _folder(self._directory, step)).exists():
+                if (folder := step_folder(self._directory, step)).exists():
                     shutil.rmtree(folder)
 
     def wait(self) -> None:

@@ -1,0 +1,353 @@
+"""Metrics: JSON lines that read back bit for bit and survive kills, TensorBoard beside them, exact console text, speed."""
+
+import io
+import json
+import math
+import re
+import struct
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.metrics import (
+    Console,
+    MetricsWriter,
+    StepMeter,
+    format_duration,
+    format_step,
+    peak_flops,
+    progress_reporter,
+    read_metrics,
+)
+
+RECORD = {
+    "step": 120,
+    "train_loss": 3.21454,
+    "lr": 0.04,
+    "grad_norm": 0.53219,
+    "tokens": 983040,
+    "step_ms": 123.44,
+    "tok_per_s": 66400.4,
+    "mfu": 0.41234,
+    "eta": 192.0,
+}
+VAL = {"step": 120, "val_loss": 3.2, "val_bpb": 1.9, "val_best": 1.85, "val_seconds": 2.51}
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_a_line_is_json_that_begins_with_its_step(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+        writer.write({"train_loss": 0.1 + 0.2, "step": 1, "note": "a\nb"})
+        text = (tmp_path / "metrics.jsonl").read_text()  # flushed, before close
+    assert text == '{"step": 1, "train_loss": 0.30000000000000004, "note": "a\\nb"}\n'
+
+
+@given(st.floats(width=64) | st.floats(width=32))
+def test_floats_come_back_bit_equal_and_non_finite_as_null(tmp_path_factory, value):
+    run_dir = tmp_path_factory.mktemp("run")
+    with MetricsWriter(run_dir, resume_step=None) as writer:
+        writer.write({"step": 0, "train_loss": value})
+    (line,) = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["train_loss"]
+    if math.isfinite(value):
+        assert struct.pack("d", found) == struct.pack("d", value)
+    else:
+        assert found is None
+
+
+def write_run(run_dir, steps, resume_step):
+    with MetricsWriter(run_dir, resume_step=resume_step) as writer:
+        for step in steps:
+            writer.write({"step": step, "train_loss": 1 / (step + 3)})
+            if step % 4 == 0:
+                writer.write({"step": step, "val_loss": math.nan, "val_bpb": 1 / (step + 7)})
+
+
+@pytest.mark.parametrize("torn", [0, 1, 5, 30])
+def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path, torn):
+    write_run(tmp_path / "whole", range(1, 21), None)
+    write_run(tmp_path / "killed", range(1, 15), None)
+    path = tmp_path / "killed" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: -torn or None])
+    write_run(tmp_path / "killed", range(9, 21), 8)
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["metrics.jsonl", "tensorboard"]
+    write_run(tmp_path / "killed", [1], None)  # a new start, where no checkpoint was left
+    assert [r["step"] for r in read_metrics(path)] == [1]
+
+
+def test_only_the_last_line_may_be_torn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "x": null}\n{"step": 2}\n{"step": 3, "x')
+    assert read_metrics(path) == [{"step": 1, "x": None}, {"step": 2}]
+    for bad in ('{"step": 1', "[]", '{"x": 1}', '{"step": "1"}', ""):
+        path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a metrics record"):
+            read_metrics(path)
+    path.write_text("")
+    assert read_metrics(path) == []
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metrics(tmp_path / "absent.jsonl")
+
+
+def test_an_unwritable_run_directory_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        MetricsWriter(tmp_path / "file", resume_step=None)
+
+
+def read_events(run_dir) -> list[Event]:
+    """TFRecord framing by hand: length u64, its checksum u32, the bytes, their checksum u32."""
+    events = []
+    for path in sorted((run_dir / "tensorboard").glob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return events
+
+
+def test_tensorboard_has_the_same_numbers_grouped(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=8) as writer:
+        writer.write({"step": 9, "train_loss": 0.5, "lr": 0.25, "tokens": 7, "note": "text"})
+        writer.write({"step": 9, "val_bpb": math.inf})
+    events = read_events(tmp_path)
+    scalars = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
+    expected = {("train/loss", 9): 0.5, ("train/lr", 9): 0.25, ("train/tokens", 9): 7.0, ("val/bpb", 9): math.inf}
+    assert scalars == expected
+    assert [e.step for e in events if e.HasField("session_log")] == [9]  # what TensorBoard drops earlier events from
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def test_the_meter_against_arithmetic():
+    clock = Clock()
+    meter = StepMeter(tokens_per_step=1000, flops_per_token=6e6, peak_flops=1e11, clock=clock)
+    assert meter.eta(5) is None
+    with pytest.raises(ValueError):
+        meter.stop(1)
+    meter.start(0)
+    clock.now += 0.5
+    assert meter.stop(1) == pytest.approx({"step_ms": 500, "tok_per_s": 2000, "mfu": 0.12})
+    clock.now += 2.0
+    assert meter.stop(5) == pytest.approx({"step_ms": 500, "tok_per_s": 2000, "mfu": 0.12})  # four steps between two reads
+    clock.now += 60.0  # a validation
+    meter.start(5)
+    clock.now += 0.25
+    assert meter.stop(6)["step_ms"] == pytest.approx(250)
+    assert meter.eta(10) == pytest.approx(5.0)  # median of 0.5, 0.5, 0.25
+    with pytest.raises(ValueError):
+        meter.stop(6)
+    assert "mfu" not in StepMeter(1, 1, None, clock=clock).__dict__
+    without = StepMeter(1000, 6e6, None, clock=clock)
+    without.start(0)
+    clock.now += 1
+    assert set(without.stop(1)) == {"step_ms", "tok_per_s"}
+
+
+@given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=80))
+def test_eta_is_the_median_of_the_last_32(seconds):
+    clock = Clock()
+    meter = StepMeter(1, 1.0, None, clock=clock)
+    meter.start(0)
+    for step, duration in enumerate(seconds, 1):
+        clock.now += duration
+        meter.stop(step)
+    assert meter.eta(7) == pytest.approx(7 * np.median(seconds[-32:]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA H100", None),  # could be any of three
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_dense_peaks(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def test_the_console_line_to_the_letter():
+    assert format_step(RECORD, 2000) == (
+        "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.0400 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s"
+    )
+    assert format_step(VAL, 2000) == "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ best 1.8500 │ 2.5 s"
+    assert format_step({"step": 2000, "train_loss": math.nan, "eta": None}, 2000) == "step 02000/02000 (100.0%) │ loss nan"
+    assert format_step({"step": 7, "step_ms": 12345.6}, 1_000_000) == "step 0000007/1000000 ( 0.0%) │ 12.35 s"
+
+
+def test_the_line_fits_with_every_number_large():
+    large = RECORD | {
+        "step": 99_999,
+        "train_loss": 10.8258,
+        "grad_norm": 0.0123,
+        "step_ms": 9999.9,
+        "tok_per_s": 1_234_567.0,
+    }
+    assert len(format_step(large | {"eta": 273_600.0}, 100_000)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0s"),
+        (0.44, "0.4s"),
+        (9.94, "9.9s"),
+        (9.96, "10s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (192, "3m12s"),
+        (3599.6, "1h00m"),
+        (7500, "2h05m"),
+        (86399, "1d00h"),
+        (273_600, "3d04h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def parse_duration(text: str) -> float:
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(float(number) * unit[letter] for number, letter in re.findall(r"([\d.]+)([smhd])", text))
+
+
+@given(st.floats(0, 1e7))
+def test_durations_say_what_they_stand_for(seconds):
+    text = format_duration(seconds)
+    assert parse_duration(text) == pytest.approx(seconds, rel=0.021, abs=0.051)  # half an hour of a day, half a tenth
+    assert len(text) <= 7
+
+
+# ---------------------------------------------------------------------------------------------- console
+
+
+def test_piped_lines_are_plain_and_come_at_their_time():
+    clock, out = Clock(), io.StringIO()
+    with Console(4000, stream=out, clock=clock) as console:
+        for step in range(1, 4001):
+            clock.now += 0.1
+            console.step({"step": step, "train_loss": 1.0})
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue() and max(map(len, lines)) <= 120
+    printed = [int(re.match(r"step (\d+)/", line)[1]) for line in lines]
+    assert printed[:10] == list(range(1, 11)) and printed[-1] == 4000
+    gaps = np.diff(printed[9:-1]) * 0.1
+    assert gaps.min() >= 2.0 - 1e-6 and gaps.max() <= 4.2  # a hundredth of 400 s at the end
+    assert printed == sorted(set(printed))
+
+
+def test_the_last_step_is_printed_even_when_the_run_ends_early():
+    clock, out = Clock(), io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Console(4000, stream=out, clock=clock) as console:
+        for step in range(1, 20):
+            console.step({"step": step})
+        raise KeyboardInterrupt
+    assert out.getvalue().splitlines()[-1].startswith("step 00019/04000") and out.getvalue().count("00019/") == 1
+
+
+def test_header_table_warning_validation_and_long_lines():
+    out = io.StringIO()
+    with Console(2000, stream=out) as console:
+        console.header("model [bold]", [("parameters", "17,059,912"), ("d", "512")])
+        console.table("groups", ["tensor", "lr"], [["blocks/*/[w]", "0.04"], ["embed", "0.005"]])
+        console.warning("checkpoint 20 is damaged")
+        console.validation(VAL)
+        console.print("sample:\n" + "x" * 500)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[:3] == ["model [bold]", "  parameters  17,059,912", "  d           512"]
+    assert any(re.fullmatch(r" *blocks/\*/\[w\] +0\.04", line) for line in lines)
+    assert any(re.fullmatch(r" *embed +0\.005", line) for line in lines)
+    assert "warning: checkpoint 20 is damaged" in lines and format_step(VAL, 2000) in lines
+    assert lines[-2:] == ["sample:", "x" * 119 + "…"] and max(map(len, lines)) <= 120
+
+
+def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    clock, out = Clock(), Terminal()
+    with Console(2000, stream=out, clock=clock) as console:
+        for step in range(1, 31):
+            console.step(RECORD | {"step": step})
+        console.validation(VAL)
+        deadline = time.monotonic() + 10
+        while "00030/02000" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)  # the live line is drawn by its own thread
+        assert "00030/02000" in out.getvalue()
+    text = out.getvalue()
+    assert "\x1b[" in text and "\x1b[?25h" in text  # the cursor is given back
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert format_step(RECORD | {"step": 3}, 2000) in plain and format_step(VAL, 2000) in plain
+
+
+def test_a_step_that_is_not_printed_costs_little():
+    console = Console(100_000, stream=io.StringIO())
+    for step in range(1, 11):
+        console.step(RECORD | {"step": step})
+    start = time.perf_counter()
+    for step in range(11, 2011):
+        console.step(RECORD | {"step": step})
+    assert (time.perf_counter() - start) / 2000 < 50e-6
+
+
+def test_progress_speaks_after_two_seconds_and_ends():
+    clock, out = Clock(), io.StringIO()
+    report = progress_reporter("evaluate", stream=out, clock=clock)
+    for done in range(1, 101):
+        clock.now += 0.125  # exact in binary
+        report(done, 100)
+    assert out.getvalue().splitlines() == [
+        "evaluate: 16/100 (16.0%), 2.0s, 10s left",
+        "evaluate: 56/100 (56.0%), 7.0s, 5.5s left",
+        "evaluate: 96/100 (96.0%), 12s, 0.5s left",
+        "evaluate: 100/100 (100.0%), 12s",
+    ]
+    quick, out = Clock(), io.StringIO()
+    report = progress_reporter("evaluate", stream=out, clock=quick)
+    for done in range(1, 101):
+        report(done, 100)
+    assert out.getvalue() == ""
+    clock, terminal = Clock(), Terminal()
+    report = progress_reporter("evaluate", stream=terminal, clock=clock)
+    for done in range(1, 41):
+        clock.now += 0.125
+        report(done, 40)
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("evaluate: 40/40 (100.0%), 5.0s\n")
