@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError
 
 T = TypeVar("T")
@@ -201,6 +202,8 @@ def _problems(config: Config) -> Iterator[str]:
         yield str(error)
     if e.tokens and e.tokens < d.seq_len:
         yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"
+    if e.sample_tokens and len(e.sample_prompt.encode()) + 1 + e.sample_tokens > m.max_seq_len:  # a token is a byte or more
+        yield f"eval.sample_prompt and eval.sample_tokens = {e.sample_tokens} exceed model.max_seq_len = {m.max_seq_len}"
 
 
 def profile_window(train: TrainConfig) -> tuple[int, int] | None:
@@ -246,42 +249,9 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value` as read from JSON checked against the annotation `kind`; integers serve as floats, nothing else is converted."""
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(typing.cast(type, kind), value, where)
-    if typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind) and isinstance(value, str):
-            return value
-        raise ConfigError(f"{where} = {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where} = {value!r} is of type {type(value).__name__}; it takes {kind.__name__}")
-    return value
-
-
-def _from_dict(kind: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} is of type {type(values).__name__}; it takes an object with the fields of {kind.__name__}")
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            raise ConfigError(f"{where}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    missing = [name for name in hints if name not in values]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
 def from_json(text: str, where: str) -> Config:
     """The `Config` in the text of a `config.json`; `where` names it in errors. Raises `ConfigError`."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from None
-    return validate(_from_dict(Config, values, where))
+    return validate(typed_json.loads(Config, text, where, ConfigError))
 
 
 def _recipe_path(name: str) -> Path:

@@ -3,6 +3,7 @@
 The mesh has two axes: the batch is split over both, a parameter over `fsdp` where a rule below says so.
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def batch_placer(mesh: Mesh, num_microbatches: int | None = None) -> Callable[[d
     sharding = NamedSharding(mesh, spec)
 
     def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        placed = {}
+        placed: dict[str, jax.Array] = {}
         for name, rows in batch.items():
             if num_microbatches is not None:
                 rows = rows.reshape(num_microbatches, -1, *rows.shape[1:])
@@ -57,3 +58,9 @@ def batch_placer(mesh: Mesh, num_microbatches: int | None = None) -> Callable[[d
         return placed
 
     return place
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` (~ is the home directory) for later processes; empty: keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))

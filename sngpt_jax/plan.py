@@ -88,12 +88,13 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
     """The plan for a person."""
     p, f, b, t = plan["parameters"], plan["flops_per_token"], plan["bytes"], plan["tokens"]
     shares = ", ".join(f"{name} {count:,}" for name, count in p.items() if name != "total")
-    model_flops, optimizer_share = plan["flops_per_step"]["model"], plan["flops_per_step"]["optimizer"]
+    step, run = plan["flops_per_step"], config.train.steps
     lines = [
         f"parameters   {p['total']:,} ({shares})",
         f"FLOPs        {f['forward'] / 1e6:,.1f} M a token forward, {f['train'] / 1e6:,.1f} M in training",
-        f"step         {t['step']:,} tokens, {model_flops / 1e12:,.3f} TFLOP, and {optimizer_share / 1e12:,.3f} TFLOP to orthogonalize",
-        f"run          {config.train.steps:,} steps, {t['run'] / 1e9:,.3f} G tokens, {model_flops * config.train.steps / 1e18:,.4f} EFLOP",
+        f"step         {t['step']:,} tokens, {step['model'] / 1e12:,.3f} TFLOP"
+        f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize",
+        f"run          {run:,} steps, {t['run'] / 1e9:,.3f} G tokens, {step['model'] * run / 1e18:,.4f} EFLOP",
         f"memory       parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
         f" checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
         "",

@@ -1,12 +1,12 @@
 """What a run directory holds, who may write to it, and how a trained model is read back from it.
 
-    config.json     the resolved configuration; replays the run
-    tokenizer.*     the tokenizer that the model was trained with
-    metrics.jsonl   one object a line
-    checkpoints/    orbax checkpoints with their checksums
-    tensorboard/    the metrics again
-    profile/        jax.profiler traces, where asked for
-    summary.json    written when the run has finished
+config.json     the resolved configuration; replays the run
+tokenizer.*     the tokenizer that the model was trained with
+metrics.jsonl   one object a line
+checkpoints/    orbax checkpoints with their checksums
+tensorboard/    the metrics again
+profile/        jax.profiler traces, where asked for
+summary.json    written when the run has finished
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint
@@ -75,7 +74,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")  # noqa: SIM115: held for the run, closed below
+        lock = (run_dir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be used as a run directory: {error.strerror}; choose another --run-dir") from None
     with lock:
@@ -114,6 +113,5 @@ class TrainedModel:
 def load_model(run_dir: Path, mesh: Mesh, step: int | None = None) -> TrainedModel:
     """The parameters of `run_dir` at checkpoint `step` (default: the latest that verifies), laid out over `mesh`."""
     config = read_config(run_dir)
-    abstract = abstract_state(config, mesh)
-    restored = checkpoint.restore_params(checkpoint_dir(run_dir), abstract.params, step)
-    return TrainedModel(config, jax.block_until_ready(restored.state), restored.step)
+    restored = checkpoint.restore_params(checkpoint_dir(run_dir), abstract_state(config, mesh).params, step)
+    return TrainedModel(config, restored.state, restored.step)

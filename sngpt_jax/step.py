@@ -72,7 +72,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted step (state, batch [A, B/A, T], lr_multiplier) → (state, {"loss", "grad_norm"}).
 
     The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
@@ -105,13 +105,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch, 
             optimizer = make_optimizer(config.optim, state.params)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr_multiplier=lr_multiplier)
             params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:
+def make_eval_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (params, batch [B, T]) → summed loss in nats of each row [B], float32, rows over all devices."""
     apply = forward(config)
 
@@ -122,3 +122,9 @@ def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch],
     rows = P(BATCH_AXES)
     sums = jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
     return jax.jit(lambda params, batch: sums(params, batch["inputs"], batch["targets"]))
+
+
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether every number in `params` is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))

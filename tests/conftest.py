@@ -1,4 +1,4 @@
-"""Every test runs on the CPU, with silent broadcasting between ranks an error."""
+"""Every test runs on eight CPU devices, with silent broadcasting between ranks an error."""
 
 import os
 
@@ -6,4 +6,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+jax.config.update("jax_num_cpu_devices", 8)  # not XLA_FLAGS, which the processes that tests start would inherit
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -13,6 +13,7 @@ import optax
 
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import muon, schedules
+from sngpt_jax.parallel import path_name
 
 # Whole path -> group, first match wins. A two-dimensional parameter that is not a matrix of a block, such as a table or a
 # set of per-channel weights, is no linear map to orthogonalize and belongs to Adam.
@@ -41,11 +42,6 @@ def groups(config: OptimConfig) -> dict[str, Group]:
         "matrix": Group("muon", config.muon_lr, config.muon_weight_decay),
         "scalar": Group("adam", config.scalar_lr, config.adam_weight_decay),
     }
-
-
-def path_name(path: jax.tree_util.KeyPath) -> str:
-    """A parameter's path as the rules see it, such as blocks/0/attn/query."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def group_of(name: str) -> str:

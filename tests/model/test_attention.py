@@ -58,9 +58,9 @@ def test_attend_equals_jax_nn_in_value_and_gradient():
     k, v = (jax.random.normal(key, (2, 33, 3, 16)) for key in keys[1:3])
     weights = jax.random.normal(keys[3], q.shape)
     ours = jax.grad(lambda *a: jnp.sum(weights * attend_xla(*a)), argnums=(0, 1, 2))(q, k, v)
-    library = jax.grad(
-        lambda *a: jnp.sum(weights * jax.nn.dot_product_attention(*a, is_causal=True)), argnums=(0, 1, 2)
-    )(q, k, v)
+    library = jax.grad(lambda *a: jnp.sum(weights * jax.nn.dot_product_attention(*a, is_causal=True)), argnums=(0, 1, 2))(
+        q, k, v
+    )
     for a, b in zip(ours, library, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -1,0 +1,203 @@
+"""Recipes load, replay and override; what cannot run is refused in one line that names the fields."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Overrides,
+    TrainConfig,
+    differences,
+    from_json,
+    load,
+    microbatches,
+    parse_command,
+    recipe_name,
+    to_json,
+    validate,
+)
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+GOOD = Config(optim=OptimConfig(warmdown_steps=100))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    config: str
+    overrides: Overrides
+
+
+def parse(*argv):
+    return parse_command(Arguments, argv, program="test", description="A command.").overrides
+
+
+def changed(section, **fields):
+    return dataclasses.replace(GOOD, **{section: dataclasses.replace(getattr(GOOD, section), **fields)})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_by_path_and_by_name_and_says_what_it_is(path, monkeypatch, tmp_path):
+    assert load(str(path)) == load(path.stem)
+    assert "launch.sh train --config" in path.read_text()
+    monkeypatch.chdir(tmp_path)
+    assert load(path.stem) == load(str(path))
+
+
+def test_a_run_replays_from_its_json(tmp_path):
+    config = parse("--config", "quickstart", "--train.steps", "7", "--model.rope-base", "5000")
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    assert parse("--config", str(file)) == config
+    assert differences(load("quickstart"), config) == ["model.rope_base: 10000.0 -> 5000.0", "train.steps: 300 -> 7"]
+
+
+def test_names_of_runs(tmp_path):
+    assert recipe_name("quickstart") == recipe_name("configs/quickstart.py") == "quickstart"
+    assert recipe_name(str(tmp_path / "mine" / "config.json")) == "mine"
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "named"),
+    [
+        ("model", {"num_heads": 3}, ["model.d_model = 512", "model.num_heads = 3"]),
+        ("model", {"d_model": 24, "num_heads": 8}, ["model.d_model / model.num_heads = 3"]),
+        ("model", {"num_kv_heads": 3}, ["model.num_heads = 8", "model.num_kv_heads = 3"]),
+        ("model", {"num_layers": 0}, ["model.num_layers = 0"]),
+        ("model", {"max_seq_len": 512}, ["data.seq_len = 1024", "model.max_seq_len = 512"]),
+        ("model", {"norm_eps": float("nan")}, ["model.norm_eps"]),
+        ("model", {"logit_soft_cap": 0.0}, ["model.logit_soft_cap"]),
+        ("model", {"attention": "cudnn", "compute_dtype": "float32"}, ["model.attention", "model.compute_dtype"]),
+        ("data", {"batch_tokens": 524_289}, ["data.batch_tokens = 524289", "data.slices", "data.seq_len"]),
+        ("train", {"device_batch_tokens": 512}, ["train.device_batch_tokens = 512", "data.seq_len = 1024"]),
+        ("train", {"profile_steps": "8:5"}, ["train.profile_steps = '8:5'"]),
+        ("train", {"profile_steps": "5-8"}, ["train.profile_steps"]),
+        ("train", {"steps": 50}, ["optim.warmdown_steps", "train.steps = 50"]),
+        ("train", {"max_seconds": -1.0}, ["train.max_seconds"]),
+        ("optim", {"warmdown_fraction": 0.5}, ["optim.warmdown_steps", "optim.warmdown_fraction"]),
+        ("optim", {"schedule": "constant"}, ["optim.schedule", "optim.warmdown_steps"]),
+        ("optim", {"warmdown_clock": "wall_clock"}, ["optim.warmdown_clock", "train.max_seconds"]),
+        ("optim", {"muon_momentum": 1.0}, ["optim.muon_momentum"]),
+        ("eval", {"tokens": 5}, ["eval.tokens = 5"]),
+    ],
+)
+def test_an_impossible_combination_names_its_fields(section, fields, named):
+    with pytest.raises(ConfigError) as error:
+        validate(changed(section, **fields))
+    assert all(name in str(error.value) for name in named)
+    assert "\n" not in str(error.value)
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"num_kv_heads.*rope_base"):
+        validate(changed("model", num_kv_heads=3, rope_base=0.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["model"].update(num_layer=3), "unknown key 'num_layer'; did you mean 'num_layers'"),
+        (lambda c: c["model"].update(num_layers="9"), "model.num_layers: expected int, found '9' of type str"),
+        (lambda c: c["model"].update(num_layers=True), "model.num_layers: expected int, found True of type bool"),
+        (lambda c: c["model"].update(num_layers=9.0), "model.num_layers: expected int, found 9.0 of type float"),
+        (lambda c: c["model"].update(attention="flash"), "model.attention: expected one of auto, xla, cudnn, found 'flash'"),
+        (lambda c: c["model"].update(attention=["xla"]), "model.attention"),
+        (lambda c: c.update(model=[]), "model: expected an object, found list"),
+        (lambda c: c.pop("train"), "missing train"),
+        (lambda c: c["data"].pop("dir"), "missing dir"),
+        (lambda c: c["model"].update(norm_eps=float("inf")), "model.norm_eps"),
+    ],
+)
+def test_a_broken_json_is_one_line(change, said):
+    values = json.loads(to_json(GOOD))
+    change(values)
+    with pytest.raises(ConfigError) as error:
+        from_json(json.dumps(values), "here")
+    assert said in str(error.value)
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
+)
+def test_json_of_any_shape_is_a_config_or_a_config_error(value):
+    with pytest.raises(ConfigError):
+        from_json(json.dumps(value), "here")
+
+
+def test_integers_serve_as_floats_in_json():
+    values = json.loads(to_json(GOOD))
+    values["model"]["rope_base"] = 10_000
+    assert from_json(json.dumps(values), "here") == GOOD
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("config = 3", "found int"),
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))", "model.num_heads = 7"),
+        ("syntax error", "SyntaxError"),
+    ],
+)
+def test_a_broken_recipe_is_one_line(text, said, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load(str(tmp_path / "mine.py"))
+
+
+def test_an_unknown_recipe_suggests():
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        load("quickstat")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--train.stps", "5"],
+        ["--train.steps", "five"],
+        ["--model.attention", "flash"],
+        ["--model.num-heads", "3"],
+        ["--config", "missing.py"],
+    ],
+)
+def test_a_wrong_command_line_exits_2_without_a_traceback_or_jax(argv):
+    code = "import sys, sngpt_jax.cli as c, tests.test_config as t; c.run(lambda a: t.parse(*a) and 0)"
+    config = [] if "--config" in argv else ["--config", "quickstart"]
+    done = subprocess.run([sys.executable, "-c", code, *config, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert argv[0].lstrip("-").split(".")[-1].replace("-", "_") in (done.stderr + done.stdout).replace("-", "_")
+
+
+@given(sequences=st.integers(1, 64), devices=st.integers(1, 8), fit=st.integers(1, 16), seq_len=st.sampled_from([8, 128]))
+def test_microbatches_are_equal_and_fit_and_few(sequences, devices, fit, seq_len):
+    if sequences % devices:
+        with pytest.raises(ConfigError, match=r"do not divide over"):
+            microbatches(sequences * seq_len, fit * seq_len, seq_len, devices)
+        return
+    count = microbatches(sequences * seq_len, fit * seq_len, seq_len, devices)
+    per_device = sequences // devices
+    assert per_device % count == 0
+    assert per_device // count <= fit
+    assert not any(per_device % n == 0 and per_device // n <= fit for n in range(1, count))
+
+
+def test_importing_the_configuration_imports_no_jax():
+    code = "import sys, sngpt_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_defaults_are_valid_but_for_the_schedule_they_leave_open():
+    assert validate(Config(ModelConfig(), OptimConfig(schedule="constant"), DataConfig(), TrainConfig()))
