@@ -270,9 +270,9 @@ class Checkpointer:
     def save(self, step: int, state: Any, extra: Mapping[str, Any], *, value: float | None = None) -> None:
         """Saves `state` as of `step`. Returns once the arrays are on the host; they may be donated or overwritten then.
 
-        Waits for the save before it, if that is still under way. A step that is there already, whole, is kept as it is: the
-        same step of the same run is the same state. Steps newer than `step` belong to a continuation that was given up
-        (`restore` passed them over); they are deleted with the other old steps once this one is finished.
+        Waits for the save before it, if that is still under way. Of a step that is there already, whole, only `extra` and
+        `value` are written anew: the same step of the same run has the same arrays. Steps newer than `step` belong to a
+        continuation that was given up (`restore` passed them over); they are deleted with the old ones when this is finished.
 
         Args:
           state: a tree of `jax.Array` without empty arrays, typed PRNG keys included.
@@ -289,7 +289,9 @@ class Checkpointer:
         record = _Record(step, value, dict(extra), {name: _describe(leaf) for name, leaf in leaves.items()}, {})
         _record_text(record)  # extra values that JSON cannot hold are the caller's error, now rather than in the background
         with contextlib.suppress(CheckpointError):
-            _verified_record(self._directory, step)
+            whole = _verified_record(self._directory, step)
+            record = replace(record, files=whole.files, value=whole.value if value is None else value)
+            self._pending = self._executor.submit(self._finish, None, record)
             return
         context = ocp.Context()
         # Made in the background, a folder that cannot be made leaves orbax threads waiting 300 s for it at exit.
@@ -301,13 +303,16 @@ class Checkpointer:
             raise self._failure(step, error) from error
         self._pending = self._executor.submit(self._finish, response, record)
 
-    def _finish(self, response: "ocp.AsyncResponse[None]", record: _Record) -> None:
+    def _finish(self, response: "ocp.AsyncResponse[None] | None", record: _Record) -> None:
         try:
-            response.result()
-            if jax.process_index() == 0:
-                files = _hash_files(step_folder(self._directory, record.step))
-                write_text_atomic(_record_path(self._directory, record.step), _record_text(replace(record, files=files)))
-                self._prune(record.step)
+            if response is not None:
+                response.result()
+            if jax.process_index() != 0:
+                return
+            if response is not None:
+                record = replace(record, files=_hash_files(step_folder(self._directory, record.step)))
+            write_text_atomic(_record_path(self._directory, record.step), _record_text(record))
+            self._prune(record.step)
         except Exception as error:  # orbax raises ValueError for a full disk, so nothing narrower would do
             raise self._failure(record.step, error) from error
 

@@ -264,11 +264,17 @@ def test_a_run_goes_on_over_a_broken_step(two_steps, tmp_path):
     assert sorted(p.name for p in directory.iterdir()) == ["00000003", "00000003.json"]
 
 
-def test_a_whole_step_is_not_written_again(two_steps, tmp_path):
+def test_a_whole_step_gets_a_new_record_and_keeps_its_arrays(two_steps, tmp_path):
     directory = shutil.copytree(two_steps, tmp_path / "copy")
-    before = (directory / "00000002.json").stat().st_mtime_ns
-    save_steps(directory, (2, None))
-    assert (directory / "00000002.json").stat().st_mtime_ns == before
+    written = [path.stat().st_mtime_ns for path in files_of(directory, 2)[:-1]]
+    with Checkpointer(directory, keep=1) as checkpointer:
+        checkpointer.save(2, make_state(2), {"elapsed": 1.5}, value=0.5)
+        checkpointer.save(2, make_state(2), {"elapsed": 2.5})  # without a value of its own
+    restored = restore(directory, abstract(make_state(0)))
+    assert (restored.step, restored.extra, restored.value) == (2, {"elapsed": 2.5}, 0.5)
+    assert_bit_equal(restored.state, make_state(2))
+    assert [path.stat().st_mtime_ns for path in files_of(directory, 2)[:-1]] == written
+    assert steps(directory) == [2]
 
 
 # ---------------------------------------------------------------------------------------------- failures
