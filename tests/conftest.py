@@ -8,3 +8,24 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # not XLA_FLAGS, which the processes that tests start would inherit
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_run
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of tests/tiny_run.py, with its data prepared."""
+    return tiny_run.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_trained(tiny_recipe: Path) -> Path:
+    """The run directory of that recipe, trained without interruption on one device by a process of its own."""
+    directory = tiny_recipe.parent / "uninterrupted"
+    done = tiny_run.run("train", "--config", tiny_recipe, "--run-dir", directory)
+    assert done.returncode == 0, done.stderr
+    return directory

@@ -1,0 +1,248 @@
+"""Whole runs: what a run leaves, and that nothing is lost when it is killed, stopped, diverges or is moved."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax import checkpoint
+from sngpt_jax.config import load
+from sngpt_jax.metrics import read_metrics
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.step import TrainState, abstract_state
+from tests import tiny_run
+
+pytestmark = pytest.mark.slow
+
+
+def train(recipe: Path, directory: Path, *arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    return tiny_run.run("train", "--config", recipe, "--run-dir", directory, *arguments, devices=devices)
+
+
+def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = tiny_run.command("train", "--config", recipe, "--run-dir", directory, *arguments)
+    return subprocess.Popen(
+        command,
+        cwd=tiny_run.ROOT,
+        env=tiny_run.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    """Until `path` exists; the process must not end before."""
+    for _ in range(30_000):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError(f"{path} did not appear")
+
+
+def final_state(recipe: Path, directory: Path) -> TrainState:
+    mesh = make_mesh(jax.devices()[:1])
+    restored = checkpoint.restore(directory / "checkpoints", abstract_state(load(str(recipe)), mesh))
+    assert restored is not None
+    assert restored.step == 20
+    return restored.state
+
+
+def losses(directory: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of every loss logged, in order."""
+    return [
+        (record["step"], name, record[name])
+        for record in read_metrics(directory / "metrics.jsonl")
+        for name in ("train_loss", "val_loss", "val_bpb")
+        if name in record
+    ]
+
+
+def assert_same_run(recipe: Path, a: Path, b: Path) -> None:
+    """Parameters, optimizer state, step, key and logged losses are equal bit for bit."""
+    first, second = final_state(recipe, a), final_state(recipe, b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
+    assert losses(a) == losses(b)
+
+
+def test_a_run_leaves_what_it_should(tiny_recipe, tiny_trained):
+    names = {path.name for path in tiny_trained.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "tokenizer.model"} <= names
+    summary = json.loads((tiny_trained / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (20, 20 * 2048)
+    assert summary["val_bpb"] < 0.95 * summary["untrained_val_bpb"]
+    records = read_metrics(tiny_trained / "metrics.jsonl")
+    steps = [record for record in records if "train_loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 21))
+    assert {"train_loss", "lr", "grad_norm", "tokens", "tok_per_s", "step_ms"} <= steps[0].keys()
+    assert [record["lr"] for record in steps][-2:] == pytest.approx([0.04 * 0.2, 0.04 * 0.1])
+    assert [record["step"] for record in records if "val_loss" in record] == [0, 10, 20]
+    assert load(str(tiny_trained / "config.json")) == load(str(tiny_recipe))
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, tiny_trained, tmp_path):
+    process = start(tiny_recipe, tmp_path / "run")
+    wait_for(process, tmp_path / "run" / "checkpoints" / "00000010.json")
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run" / "summary.json").exists(), "it was finished before it could be killed"
+    done = train(tiny_recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 10" in done.stdout
+    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_trained, tmp_path, number, status):
+    process = start(tiny_recipe, tmp_path / "run")
+    wait_for(process, tmp_path / "run" / "checkpoints" / "00000010.json")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert "Traceback" not in stderr
+    (again,) = re.findall(r"to go on: python -m sngpt_jax\.(.*)", stderr)
+    (saved,) = {int(p.stem) for p in (tmp_path / "run" / "checkpoints").glob("*.json")} - {10}
+    done = tiny_run.run(*again.split())
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {saved}" in done.stdout
+    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+
+
+def test_a_run_resumes_on_another_number_of_devices(tiny_recipe, tiny_trained, tmp_path):
+    process = start(tiny_recipe, tmp_path / "run")
+    wait_for(process, tmp_path / "run" / "checkpoints" / "00000010.json")
+    process.kill()
+    process.communicate()
+    done = train(tiny_recipe, tmp_path / "run", devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu" in done.stdout
+    ours, theirs = losses(tmp_path / "run"), losses(tiny_trained)
+    assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
+    np.testing.assert_allclose([e[2] for e in ours], [e[2] for e in theirs], atol=1e-5)
+
+
+def test_eight_devices_train_the_same_losses(tiny_recipe, tiny_trained, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", devices=8)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose([e[2] for e in losses(tmp_path / "run")], [e[2] for e in losses(tiny_trained)], atol=1e-5)
+
+
+def test_a_broken_latest_checkpoint_falls_back(tiny_recipe, tiny_trained, tmp_path):
+    os.system(f"cp -r {tiny_trained} {tmp_path / 'run'}")
+    (tmp_path / "run" / "summary.json").unlink()
+    files = [path for path in (tmp_path / "run" / "checkpoints" / "00000020").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    done = train(tiny_recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 10" in done.stdout
+    (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert "00000020" in warning
+    assert "00000010" in warning
+    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+
+
+def test_a_finished_run_prints_its_summary_again(tiny_recipe, tiny_trained):
+    before = (tiny_trained / "metrics.jsonl").read_bytes()
+    done = train(tiny_recipe, tiny_trained)
+    assert done.returncode == 0
+    assert "finished" in done.stdout
+    assert (tiny_trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_in_the_same_directory_is_refused(tiny_recipe, tiny_trained):
+    done = train(tiny_recipe, tiny_trained, "--optim.muon-lr", "0.01", "--train.steps", "30")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "optim.muon_lr: 0.04 -> 0.01" in done.stderr
+    assert "train.steps: 20 -> 30" in done.stderr
+
+
+def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_recipe, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", "--optim.scalar-lr", "1e30", "--train.checkpoint-every", "1")
+    assert done.returncode == 3
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(r"step \d+", error)
+    assert "checkpoint" in error
+    assert "Traceback" not in done.stderr
+    for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
+        restored = checkpoint.restore_params(
+            tmp_path / "run" / "checkpoints", abstract_state(load(str(tiny_recipe)), make_mesh()).params, step
+        )
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.state))
+
+
+def test_the_wall_clock_ends_the_schedule_and_the_run(tiny_recipe, tmp_path):
+    arguments = ("--train.steps", "100000", "--train.max-seconds", "3", "--optim.warmdown-clock", "wall_clock")
+    done = train(tiny_recipe, tmp_path / "run", *arguments, "--eval.every", "0", "--train.checkpoint-every", "0")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 3.0 <= summary["train_seconds"] < 5.0
+    rates = [record["lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in record]
+    assert rates[0] == pytest.approx(0.04)
+    assert rates[-1] < 0.005
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_a_profile_is_written(tiny_recipe, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", "--train.profile-steps", "5:8")
+    assert done.returncode == 0, done.stderr
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert b"train" in trace.read_bytes()
+
+
+def test_two_processes_cannot_train_in_one_directory(tiny_recipe, tmp_path):
+    first = start(tiny_recipe, tmp_path / "run", "--train.steps", "1000")
+    wait_for(first, tmp_path / "run" / "config.json")
+    second = train(tiny_recipe, tmp_path / "run", "--train.steps", "1000")
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert "another process is training in it" in second.stderr
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused_before_anything_compiles(tiny_recipe, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", devices=3)
+    assert done.returncode == 2
+    assert "do not divide over 3 devices" in done.stderr
+    assert "compil" not in done.stdout
+
+
+def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
+    summary = json.loads((tiny_trained / "summary.json").read_text())
+    done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert result["bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
+    assert (result["tokens"], result["windows"], result["step"]) == (2048, 64, 20)
+    other = json.loads(tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json", devices=8).stdout)
+    assert other["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--run", "/nonexistent"], "/nonexistent: not a run directory"),
+        (["--run", "{run}", "--step", "7"], "available: 10, 20"),
+        (["--run", "{run}", "--data", "/nonexistent"], "/nonexistent"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(tiny_trained, arguments, said):
+    done = tiny_run.run("evaluate", *(a.format(run=tiny_trained) for a in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

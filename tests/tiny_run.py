@@ -1,0 +1,56 @@
+"""A run small enough to train inside a test: its text, its recipe, and how to start its commands."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sngpt_jax.data.prepare import PrepareSpec, prepare
+
+ROOT = Path(__file__).parents[1]
+
+RECIPE = """
+from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    model=ModelConfig(vocab_size=320, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, mlp_dim=64, max_seq_len=32),
+    optim=OptimConfig(warmdown_fraction=0.5, muon_momentum_warmup_steps=10, newton_schulz_dtype="float32"),
+    data=DataConfig(dir={data!r}, batch_tokens=2048, seq_len=32),
+    train=TrainConfig(steps=20, device_batch_tokens=64, checkpoint_every=10, compilation_cache={cache!r}),
+    eval=EvalConfig(every=10, tokens=2048, device_batch_tokens=1024),
+)
+"""
+
+
+def make(folder: Path) -> Path:
+    """Prepares data from invented text in `folder` and writes the recipe; returns the recipe's path."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(20, 200))) for _ in range(300)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
+    spec = PrepareSpec(
+        source=str(folder / "text.txt"), out=str(folder / "data"), val_docs=20, vocab_size=320, normalization="identity"
+    )
+    prepare(spec, workers=1)
+    recipe = folder / "tiny.py"
+    recipe.write_text(RECIPE.format(data=str(folder / "data"), cache=str(folder / "cache")))
+    return recipe
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"sngpt_jax.{name}", *map(str, arguments)]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The environment for a command on so many CPU devices."""
+    kept = {name: value for name, value in os.environ.items() if not re.match("XLA_FLAGS", name)}
+    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def run(name: str, *arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(
+        command(name, *arguments), cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
+    )
