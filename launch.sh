@@ -8,24 +8,24 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
-commands="train evaluate export sample plan report prepare bench interop test"
 
 fail() {
   echo "launch.sh: $*" >&2
   exit 2
 }
 
+usage="usage: ./launch.sh train|evaluate|export|sample|plan|report|prepare|bench|interop|test [arguments]"
 command=${1:-}
-[ $# -gt 0 ] && shift
-case " $commands " in
-*" $command "*) [ -n "$command" ] || fail "usage: ./launch.sh <${commands// /|}> [arguments]" ;;
-*) fail "unknown command '$command'; one of: $commands" ;;
+case "$command" in
+train | evaluate | export | sample | plan | report | bench | interop) module=sngpt_jax.$command ;;
+prepare) module=sngpt_jax.data.prepare ;;
+test) module=pytest ;;
+"") fail "$usage" ;;
+*) fail "unknown command '$command'; $usage" ;;
 esac
-
-module="sngpt_jax.$command"
-[ "$command" = prepare ] && module=sngpt_jax.data.prepare
+shift
 path="$here/${module//.//}"
-[ "$command" = test ] || [ -e "$path.py" ] || [ -e "$path/__main__.py" ] || fail "this version has no command '$command'"
+[ "$module" = pytest ] || [ -e "$path.py" ] || [ -e "$path/__main__.py" ] || fail "this version has no command '$command'"
 
 # ------------------------------------------------------------------------------------------------ the environment
 
@@ -61,8 +61,5 @@ fi
 
 # ------------------------------------------------------------------------------------------------ the command
 
-if [ "$command" = test ]; then
-  cd "$here"
-  exec "$venv/bin/python" -m pytest "$@"
-fi
+[ "$command" = test ] && cd "$here"
 exec "$venv/bin/python" -m "$module" "$@"

@@ -91,7 +91,8 @@ class DataConfig:
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"  # of a learnt tokenizer; identity keeps all whitespace
     batch_tokens: int = 524_288  # tokens of one optimizer step, over all devices
     seq_len: int = 1024  # T, tokens of one training sequence
-    slices: int = 8  # runs of consecutive sequences in a batch; data order depends on it, never on the devices
+    slices: int = 8  # runs of consecutive tokens in a batch; data order depends on it, never on the devices
+    shuffle: bool = False  # take the stream's slices in a random order, new each epoch, instead of one after the other
 
 
 @dataclass(frozen=True)
@@ -249,9 +250,9 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, where: str) -> Config:
-    """The `Config` in the text of a `config.json`; `where` names it in errors. Raises `ConfigError`."""
-    return validate(typed_json.loads(Config, text, where, ConfigError))
+def read_json(path: Path) -> Config:
+    """The configuration that a `config.json` holds. Raises `ConfigError`."""
+    return validate(typed_json.parse(Config, typed_json.read(path, ConfigError), str(path), ConfigError))
 
 
 def _recipe_path(name: str) -> Path:
@@ -273,10 +274,7 @@ def load(name: str) -> Config:
     """The configuration that a recipe file, a bare recipe name, or a `config.json` holds. Recipes are code and are run."""
     path = _recipe_path(name)
     if path.suffix == ".json":
-        try:
-            return from_json(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        return read_json(path)
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:

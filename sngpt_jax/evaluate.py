@@ -10,10 +10,10 @@ import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
+from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.evaluation.bpb import score_stream
-from sngpt_jax.metrics import progress_reporter
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model, tokenizer_path
 from sngpt_jax.step import make_eval_step

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
-from sngpt_jax.config import Config, differences, from_json, to_json
+from sngpt_jax.config import Config, differences, read_json, to_json
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.step import Params, abstract_state
 
@@ -57,13 +57,9 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
 
 def read_config(run_dir: Path) -> Config:
     """The configuration of the run in `run_dir`; a `UserError` where there is no run."""
-    path = config_path(run_dir)
-    try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{run_dir}: not a run directory (no config.json); give the --run-dir of a training run") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not config_path(run_dir).exists():
+        raise UserError(f"{run_dir}: not a run directory (no config.json); give the --run-dir of a training run")
+    return read_json(config_path(run_dir))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sngpt_jax.step import Params, forward
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "top_k"))
-def _fill(
+def fill(
     apply: Callable[[Params, jax.Array], jax.Array],
     params: Params,
     buffer_T: jax.Array,
@@ -70,7 +70,7 @@ def generate(
         )
     buffer = np.full(length, tokenizer.bos_id, np.int32)
     buffer[: len(prompt_ids)] = prompt_ids
-    filled = _fill(
+    filled = fill(
         forward(config),
         params,
         jnp.asarray(buffer),

@@ -9,7 +9,6 @@ Training time, which a wall-clock schedule follows, leaves out compilation, vali
 import json
 import math
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +21,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax import __version__, checkpoint, cli, run_directory
-from sngpt_jax.cli import EXIT_NON_FINITE, UserError, write_text_atomic
+from sngpt_jax.cli import EXIT_NON_FINITE, write_text_atomic
 from sngpt_jax.config import Config, Overrides, microbatches, parse_command, profile_window, recipe_name
+from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, Loader, make_loader
-from sngpt_jax.data.shards import Dataset, open_dataset
+from sngpt_jax.data.recipe import prepared_data
+from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Score, score_stream
-from sngpt_jax.metrics import Console, MetricsWriter, StepMeter, peak_flops
+from sngpt_jax.metrics import MetricsWriter, StepMeter, peak_flops
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.schedules import lr_multiplier
 from sngpt_jax.parallel import batch_placer, make_mesh, use_compilation_cache
@@ -58,35 +59,6 @@ class Position:
     best_val_loss: float | None = None
     first_val_bpb: float | None = None  # of the untrained model
     data: dict[str, Any] = field(default_factory=dict)  # the loader's position
-
-
-def prepare_command(config: Config) -> list[str]:
-    """The command that makes the recipe's data folder."""
-    d = config.data
-    options = {
-        "--source": d.source,
-        "--val-source": d.val_source,
-        "--val-docs": "" if d.val_source else str(d.val_docs),
-        "--tokenizer": d.tokenizer,
-        "--vocab-size": str(config.model.vocab_size),
-        "--normalization": d.normalization,
-        "--out": d.dir,
-    }
-    return ["python", "-m", "sngpt_jax.data.prepare", *(word for pair in options.items() if pair[1] for word in pair)]
-
-
-def prepared_data(config: Config) -> Dataset:
-    """The recipe's data; prepared first where that has not been done (or not finished) and its source is on this machine."""
-    directory = Path(config.data.dir)
-    ready = (directory / "manifest.json").exists() or (any(directory.glob("*.bin")) and not list(directory.glob("progress*")))
-    if not ready and config.data.source:
-        command = prepare_command(config)
-        if config.data.source.startswith(("hub:", "golf")):
-            raise UserError(f"data.dir = {directory} has no data, and its source is on the network; run: {shlex.join(command)}")
-        status = subprocess.run([sys.executable, *command[1:]]).returncode  # a process without jax: its workers start fast
-        if status:
-            raise SystemExit(status)
-    return open_dataset(directory, config.model.vocab_size)
 
 
 @dataclass
@@ -256,7 +228,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     # 2. Data.
     data = prepared_data(config)
     run_directory.keep_tokenizer(directory, data.tokenizer)
-    batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices)
+    batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices, t.seed if d.shuffle else None)
     place = batch_placer(mesh, accumulation)
 
     # 3. What it will cost, and how each tensor is optimized, before anything is computed.

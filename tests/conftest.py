@@ -2,18 +2,17 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import jax
-
-jax.config.update("jax_num_cpu_devices", 8)  # not XLA_FLAGS, which the processes that tests start would inherit
-jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests import tiny_run
+
+jax.config.update("jax_num_cpu_devices", 8)  # not XLA_FLAGS, which the processes that tests start would inherit
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")

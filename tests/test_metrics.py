@@ -1,11 +1,8 @@
-"""Metrics: JSON lines that read back bit for bit and survive kills, TensorBoard beside them, exact console text, speed."""
+"""Metrics: JSON lines that read back bit for bit and survive kills, TensorBoard beside them, speed."""
 
-import io
 import json
 import math
-import re
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -15,13 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from sngpt_jax.cli import UserError
 from sngpt_jax.metrics import (
-    Console,
     MetricsWriter,
     StepMeter,
-    format_duration,
-    format_step,
     peak_flops,
-    progress_reporter,
     read_metrics,
 )
 
@@ -36,7 +29,6 @@ RECORD = {
     "mfu": 0.41234,
     "eta": 192.0,
 }
-VAL = {"step": 120, "val_loss": 3.2, "val_bpb": 1.9, "val_best": 1.85, "val_seconds": 2.51}
 
 
 class Clock:
@@ -45,11 +37,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -198,156 +185,3 @@ def test_eta_is_the_median_of_the_last_32(seconds):
 )
 def test_dense_peaks(kind, peak):
     assert peak_flops(kind) == peak
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def test_the_console_line_to_the_letter():
-    assert format_step(RECORD, 2000) == (
-        "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.0400 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s"
-    )
-    assert format_step(VAL, 2000) == "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ best 1.8500 │ 2.5 s"
-    assert format_step({"step": 2000, "train_loss": math.nan, "eta": None}, 2000) == "step 02000/02000 (100.0%) │ loss nan"
-    assert format_step({"step": 7, "step_ms": 12345.6}, 1_000_000) == "step 0000007/1000000 ( 0.0%) │ 12.35 s"
-
-
-def test_the_line_fits_with_every_number_large():
-    large = RECORD | {
-        "step": 99_999,
-        "train_loss": 10.8258,
-        "grad_norm": 0.0123,
-        "step_ms": 9999.9,
-        "tok_per_s": 1_234_567.0,
-    }
-    assert len(format_step(large | {"eta": 273_600.0}, 100_000)) <= 120
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0s"),
-        (0.44, "0.4s"),
-        (9.94, "9.9s"),
-        (9.96, "10s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (192, "3m12s"),
-        (3599.6, "1h00m"),
-        (7500, "2h05m"),
-        (86399, "1d00h"),
-        (273_600, "3d04h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
-
-
-def parse_duration(text: str) -> float:
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(float(number) * unit[letter] for number, letter in re.findall(r"([\d.]+)([smhd])", text))
-
-
-@given(st.floats(0, 1e7))
-def test_durations_say_what_they_stand_for(seconds):
-    text = format_duration(seconds)
-    assert parse_duration(text) == pytest.approx(seconds, rel=0.021, abs=0.051)  # half an hour of a day, half a tenth
-    assert len(text) <= 7
-
-
-# ---------------------------------------------------------------------------------------------- console
-
-
-def test_piped_lines_are_plain_and_come_at_their_time():
-    clock, out = Clock(), io.StringIO()
-    with Console(4000, stream=out, clock=clock) as console:
-        for step in range(1, 4001):
-            clock.now += 0.1
-            console.step({"step": step, "train_loss": 1.0})
-    lines = out.getvalue().splitlines()
-    assert "\x1b" not in out.getvalue() and max(map(len, lines)) <= 120
-    printed = [int(re.match(r"step (\d+)/", line)[1]) for line in lines]
-    assert printed[:10] == list(range(1, 11)) and printed[-1] == 4000
-    gaps = np.diff(printed[9:-1]) * 0.1
-    assert gaps.min() >= 2.0 - 1e-6 and gaps.max() <= 4.2  # a hundredth of 400 s at the end
-    assert printed == sorted(set(printed))
-
-
-def test_the_last_step_is_printed_even_when_the_run_ends_early():
-    clock, out = Clock(), io.StringIO()
-    with pytest.raises(KeyboardInterrupt), Console(4000, stream=out, clock=clock) as console:
-        for step in range(1, 20):
-            console.step({"step": step})
-        raise KeyboardInterrupt
-    assert out.getvalue().splitlines()[-1].startswith("step 00019/04000") and out.getvalue().count("00019/") == 1
-
-
-def test_header_table_warning_validation_and_long_lines():
-    out = io.StringIO()
-    with Console(2000, stream=out) as console:
-        console.header("model [bold]", [("parameters", "17,059,912"), ("d", "512")])
-        console.table("groups", ["tensor", "lr"], [["blocks/*/[w]", "0.04"], ["embed", "0.005"]])
-        console.warning("checkpoint 20 is damaged")
-        console.validation(VAL)
-        console.print("sample:\n" + "x" * 500)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert lines[:3] == ["model [bold]", "  parameters  17,059,912", "  d           512"]
-    assert any(re.fullmatch(r" *blocks/\*/\[w\] +0\.04", line) for line in lines)
-    assert any(re.fullmatch(r" *embed +0\.005", line) for line in lines)
-    assert "warning: checkpoint 20 is damaged" in lines and format_step(VAL, 2000) in lines
-    assert lines[-2:] == ["sample:", "x" * 119 + "…"] and max(map(len, lines)) <= 120
-
-
-def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "160")
-    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    clock, out = Clock(), Terminal()
-    with Console(2000, stream=out, clock=clock) as console:
-        for step in range(1, 31):
-            console.step(RECORD | {"step": step})
-        console.validation(VAL)
-        deadline = time.monotonic() + 10
-        while "00030/02000" not in out.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.05)  # the live line is drawn by its own thread
-        assert "00030/02000" in out.getvalue()
-    text = out.getvalue()
-    assert "\x1b[" in text and "\x1b[?25h" in text  # the cursor is given back
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    assert format_step(RECORD | {"step": 3}, 2000) in plain and format_step(VAL, 2000) in plain
-
-
-def test_a_step_that_is_not_printed_costs_little():
-    console = Console(100_000, stream=io.StringIO())
-    for step in range(1, 11):
-        console.step(RECORD | {"step": step})
-    start = time.perf_counter()
-    for step in range(11, 2011):
-        console.step(RECORD | {"step": step})
-    assert (time.perf_counter() - start) / 2000 < 50e-6
-
-
-def test_progress_speaks_after_two_seconds_and_ends():
-    clock, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 101):
-        clock.now += 0.125  # exact in binary
-        report(done, 100)
-    assert out.getvalue().splitlines() == [
-        "evaluate: 16/100 (16.0%), 2.0s, 10s left",
-        "evaluate: 56/100 (56.0%), 7.0s, 5.5s left",
-        "evaluate: 96/100 (96.0%), 12s, 0.5s left",
-        "evaluate: 100/100 (100.0%), 12s",
-    ]
-    quick, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=quick)
-    for done in range(1, 101):
-        report(done, 100)
-    assert out.getvalue() == ""
-    clock, terminal = Clock(), Terminal()
-    report = progress_reporter("evaluate", stream=terminal, clock=clock)
-    for done in range(1, 41):
-        clock.now += 0.125
-        report(done, 40)
-    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("evaluate: 40/40 (100.0%), 5.0s\n")

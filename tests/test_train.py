@@ -1,5 +1,6 @@
 """Whole runs: what a run leaves, and that nothing is lost when it is killed, stopped, diverges or is moved."""
 
+import itertools
 import json
 import os
 import re
@@ -194,7 +195,7 @@ def test_the_wall_clock_ends_the_schedule_and_the_run(tiny_recipe, tmp_path):
     rates = [record["lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in record]
     assert rates[0] == pytest.approx(0.04)
     assert rates[-1] < 0.005
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_a_profile_is_written(tiny_recipe, tmp_path):

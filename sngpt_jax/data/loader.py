@@ -14,6 +14,7 @@ from typing import Any, Generic, SupportsIndex, TypeVar
 import grain
 import numpy as np
 
+from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import TokenStream
 
 T = TypeVar("T")
@@ -29,17 +30,25 @@ class GlobalBatches:
     With n = batch_tokens / slices, slice i of step s is the n + 1 tokens of the endless stream at (s · slices + i) · (n + 1);
     its first n are inputs and its last n targets, cut into n / T sequences. A batch is its slices in order. With 8 slices this
     is the order of the challenge's loader on 1, 2, 4 or 8 devices, where a device's micro-batch is one slice.
+
+    With a `shuffle_seed` an epoch is the whole slices that the stream holds, each once, in an order drawn from seed and epoch.
     """
 
     stream: TokenStream
     batch_tokens: int  # of one step: B · T
     seq_len: int  # T
     slices: int  # must divide batch_tokens into whole sequences
+    shuffle_seed: int | None = None  # take an epoch's slices in a random order of their own; None: one after the other
 
     def __post_init__(self) -> None:
         if min(self.batch_tokens, self.seq_len, self.slices) < 1 or self.batch_tokens % (self.slices * self.seq_len):
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens} is not a multiple of slices x seq_len = {self.slices} x {self.seq_len}"
+            )
+        if self.shuffle_seed is not None and not self._epoch_slices:
+            raise DataError(
+                f"the training stream has {len(self.stream)} tokens, less than one slice of data.batch_tokens / data.slices + 1"
+                f" = {self.batch_tokens // self.slices + 1}: prepare more text, or raise data.slices"
             )
 
     def __len__(self) -> int:
@@ -47,11 +56,25 @@ class GlobalBatches:
 
     def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
         span = self.batch_tokens // self.slices + 1
-        tokens = self.stream.take(operator.index(step) * self.slices * span, self.slices * span).reshape(self.slices, span)
+        first = operator.index(step) * self.slices
+        if self.shuffle_seed is None:
+            tokens = self.stream.take(first * span, self.slices * span).reshape(self.slices, span)
+        else:
+            tokens = np.stack([self.stream.take(self._shuffled(first + i) * span, span) for i in range(self.slices)])
         return {
             "inputs": tokens[:, :-1].reshape(-1, self.seq_len),
             "targets": tokens[:, 1:].reshape(-1, self.seq_len),
         }
+
+    def _shuffled(self, index: int) -> int:
+        """The place in the stream, in slices, of the run's slice number `index`; grain's permutation needs no table."""
+        epoch, index = divmod(index, self._epoch_slices)
+        (seed,) = np.random.SeedSequence([self.shuffle_seed or 0, epoch]).generate_state(1)
+        return grain.experimental.index_shuffle(index, max_index=self._epoch_slices - 1, seed=int(seed), rounds=4)
+
+    @property
+    def _epoch_slices(self) -> int:
+        return len(self.stream) // (self.batch_tokens // self.slices + 1)
 
 
 class Loader(Iterator[T], Generic[T]):

@@ -7,12 +7,11 @@ import dataclasses
 import hashlib
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError, write_text_atomic
 
 T = TypeVar("T")
@@ -105,45 +104,21 @@ class Progress:
 # ---------------------------------------------------------------------------------------------- strict reading
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(typing.cast(type, kind), value, where)
-    if isinstance(kind, types.UnionType):  # the only unions are `X | None`
-        return None if value is None else _typed(typing.get_args(kind)[0], value, where)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise DataError(f"{where}: expected a list, found {type(value).__name__}")
-        return tuple(_typed(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if type(value) is not kind:
-        raise DataError(f"{where}: expected {kind.__name__}, found {value!r}")
-    if kind is int and value < 0:
+def _check(name: str, value: Any, where: str) -> None:
+    """What a field of that name may hold, beyond its type."""
+    if type(value) is int and value < 0:
         raise DataError(f"{where}: expected a count of at least 0, found {value}")
-    name = where.rpartition(".")[2]
     if name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
         raise DataError(f"{where}: expected 64 hexadecimal digits, found {value!r}")
     if name in ("name", "file") and (not value or value in (".", "..") or re.search(r"[/\\\0]", value)):
         raise DataError(f"{where}: expected a plain file name, found {value!r}")
-    return value
-
-
-def _from_dict(kind: type[T], values: Any, where: str) -> T:
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: expected an object, found {type(values).__name__}")
-    hints = typing.get_type_hints(kind)
-    for problem, names in (("unknown", values.keys() - hints.keys()), ("missing", hints.keys() - values.keys())):
-        if names:
-            raise DataError(f"{where}: {problem} {', '.join(sorted(names))}")
-    return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _load(kind: type[T], path: Path) -> T:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    values = typed_json.read(path, DataError)
     if isinstance(values, dict) and values.get("format") != FORMAT:
         raise DataError(f"{path}: expected format {FORMAT}, found {values.get('format')!r}; prepare the data again")
-    return _from_dict(kind, values, str(path))
+    return typed_json.parse(kind, values, str(path), DataError, _check)
 
 
 def load_manifest(directory: Path) -> Manifest:

@@ -7,6 +7,7 @@ preparation was killed and started again.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import os
@@ -60,6 +61,13 @@ class PrepareSpec:
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"  # of a learnt tokenizer; identity keeps all whitespace
     shard_tokens: int = 100_000_000  # tokens in a shard
     max_tokens: int = 0  # training tokens after which to stop; 0: no limit
+
+
+def command_line(spec: PrepareSpec) -> list[str]:
+    """The command that prepares `spec`, without the options that are at their defaults."""
+    given = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
+    options = [word for f in given for word in (f"--{f.name.replace('_', '-')}", str(getattr(spec, f.name)))]
+    return ["python", "-m", "sngpt_jax.data.prepare", *options]
 
 
 def _cpus() -> int:
@@ -163,11 +171,23 @@ def _origin(spec: PrepareSpec) -> Origin:
     )
 
 
-def _refuse_other(out: Path, old: Origin, new: Origin) -> None:
+def _differing(old: Origin, new: Origin) -> list[str]:
     there, asked = asdict(old), asdict(new)
-    differing = [f"{name}: {there[name]!r} there, {asked[name]!r} asked for" for name in asked if there[name] != asked[name]]
-    if differing:
-        raise UserError(f"{out}: holds another preparation's data ({'; '.join(differing)}); give another --out, or delete it")
+    return [f"{name}: {there[name]!r} there, {asked[name]!r} asked for" for name in asked if there[name] != asked[name]]
+
+
+def differing(spec: PrepareSpec, manifest: Manifest) -> list[str]:
+    """How the text and tokens of a finished folder differ from what `spec` would make: a line each, none where they agree.
+
+    The size of the shards and of the whole may differ. Raises `UserError` where the source or tokenizer is not there.
+    """
+    there = manifest.origin
+    return _differing(there, replace(_origin(spec), shard_tokens=there.shard_tokens, max_tokens=there.max_tokens))
+
+
+def _refuse_other(out: Path, old: Origin, new: Origin) -> None:
+    if lines := _differing(old, new):
+        raise UserError(f"{out}: holds another preparation's data ({'; '.join(lines)}); give another --out, or delete it")
 
 
 def _finished(out: Path, origin: Origin) -> Manifest | None:
@@ -336,10 +356,7 @@ def _golf_summary(out: str, data: Dataset) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status. Raises `UserError`."""
-    argv = list(argv)
-    for i, argument in enumerate(argv):  # --json alone means stdout
-        if argument == "--json" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            argv[i] = "--json=-"
+    argv = cli.expand_json(argv)
     kind: Any = VerifyArguments if any(a.split("=")[0] == "--verify" for a in argv) else Arguments
     arguments = tyro.cli(kind, args=argv, prog="python -m sngpt_jax.data.prepare", config=(tyro.conf.FlagConversionOff,))
     if isinstance(arguments, VerifyArguments):

@@ -76,6 +76,32 @@ def test_a_batch_of_a_stream_shorter_than_itself_wraps(length, slices, rows, seq
     np.testing.assert_array_equal(batch["targets"], (positions[:, 1:] % length).reshape(-1, seq_len))
 
 
+def starts_of(batches, steps):
+    """Where in the stream each slice of so many steps begins; the stream holds its own positions."""
+    rows = batches.batch_tokens // batches.slices // batches.seq_len
+    return np.concatenate([batches[step]["inputs"][::rows, 0] for step in steps])
+
+
+def test_a_shuffled_epoch_takes_every_slice_once_in_an_order_of_its_own():
+    stream = stream_of(np.arange(0, 700, dtype=np.uint16), np.arange(700, 2049, dtype=np.uint16))
+    batches = GlobalBatches(stream, batch_tokens=64, seq_len=8, slices=4, shuffle_seed=3)  # 120 whole slices of 17, 30 steps
+    epochs = [starts_of(batches, range(30 * i, 30 * i + 30)) for i in range(3)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(0, 120 * 17, 17))
+    assert np.corrcoef(np.arange(120), epochs[0])[0, 1] < 0.5
+    assert np.any(epochs[0] != epochs[1]) and np.any(epochs[1] != epochs[2])
+    other = GlobalBatches(stream, batch_tokens=64, seq_len=8, slices=4, shuffle_seed=4)
+    assert np.any(starts_of(other, range(30)) != epochs[0])
+    inputs, targets = batches[7]["inputs"].astype(int), batches[7]["targets"].astype(int)
+    np.testing.assert_array_equal(targets, inputs + 1)
+    np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(8))
+
+
+def test_a_stream_shorter_than_a_slice_cannot_be_shuffled():
+    with pytest.raises(DataError, match="16 tokens, less than one slice .* = 17"):
+        GlobalBatches(stream_of(np.arange(16, dtype=np.uint16)), 64, 8, 4, shuffle_seed=0)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"batch_tokens = 100 .* 8 x 8"):
         GlobalBatches(stream_of(np.zeros(9, np.uint16)), batch_tokens=100, seq_len=8, slices=8)

@@ -194,7 +194,7 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(colour="red"), "manifest.json: unknown colour"),
+        (lambda m: m.update(colour="red"), "manifest.json: unknown key 'colour'"),
         (lambda m: m.pop("val"), "manifest.json: missing val"),
         (lambda m: m.update(format=2), "manifest.json: expected format 1, found 2"),
         (lambda m: m.update(train={}), "manifest.json.train: expected a list, found dict"),

@@ -1,0 +1,58 @@
+"""The plan's counts against published totals, the compiler's own FLOP count, and the bytes of a real state."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax import plan
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.step import abstract_state, forward, init_state
+
+
+def test_baseline_counts():
+    totals = plan.make_plan(load("golf_baseline"))
+    parameters = totals["parameters"]
+    assert parameters["total"] == sum(count for name, count in parameters.items() if name != "total") == 17_059_912
+    assert parameters["embed"] == 1024 * 512
+    assert parameters["mlp"] == 9 * 2 * 512 * 1024
+    assert totals["bytes"]["parameters"] == 4 * 17_059_912
+    assert totals["tokens"] == {"step": 524_288, "run": 524_288 * 20_000}
+
+
+def test_forward_flops_agree_with_the_compiler():
+    """XLA counts the whole T x T attention and a few element-wise operations; the plan counts its causal half."""
+    config = Config(
+        model=ModelConfig(num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=1024, max_seq_len=128),
+        optim=OptimConfig(schedule="constant"),
+        data=DataConfig(batch_tokens=1024, seq_len=128),
+        train=TrainConfig(steps=1),
+    )
+    T, m = 128, config.model
+    tokens = jax.ShapeDtypeStruct((2, T), np.int32)
+    cost = jax.jit(forward(m)).lower(plan.abstract_params(config), tokens).compile().cost_analysis()
+    masked_half = m.num_layers * 2 * 2 * m.d_model * (T - 1) // 2
+    assert cost["flops"] / (2 * T) == pytest.approx(plan.forward_flops_per_token(config) + masked_half, rel=0.05)
+
+
+def test_bytes_are_those_of_a_real_state(tiny_recipe):
+    config = load(str(tiny_recipe))
+    state = init_state(config, make_mesh(jax.devices()[:1]))
+    totals = plan.make_plan(config)["bytes"]
+    assert totals["parameters"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert totals["optimizer"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    abstract = abstract_state(config, make_mesh(jax.devices()[:1]))
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+
+
+def test_the_command_prints_text_or_json(capsys, tmp_path):
+    assert plan.main(["--config", "golf_baseline"]) == 0
+    text = capsys.readouterr().out
+    assert "17,059,912" in text
+    assert "blocks/*/attn/query" in text
+    assert plan.main(["--config", "golf_baseline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 17_059_912
+    assert plan.main(["--config", "golf_baseline", "--json", str(tmp_path / "plan.json")]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["parameters"]["total"] == 17_059_912

@@ -1,0 +1,74 @@
+"""Sampling: greedy equals step-by-step recomputation, temperature and top-k draw from the right distribution, seeds repeat."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import load
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.sample import fill, generate
+from sngpt_jax.step import forward
+from tests import tiny_run
+
+LOGITS = jnp.asarray([0.0, 1.0, 2.0, 3.0, -1.0])
+
+
+def constant_model(params, tokens_BT):
+    """The same distribution everywhere."""
+    return jnp.broadcast_to(LOGITS, (*tokens_BT.shape, 5))
+
+
+def draws(temperature, top_k, count=4000):
+    tokens = fill(constant_model, None, jnp.zeros(count + 1, jnp.int32), 1, jax.random.key(0), temperature, top_k)
+    return np.bincount(np.asarray(tokens)[1:], minlength=5) / count
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 2, 5])
+def test_frequencies_follow_the_distribution(temperature, top_k):
+    logits = np.asarray(LOGITS, np.float64) / temperature
+    kept = np.argsort(logits)[-top_k:] if top_k else np.arange(5)
+    want = np.zeros(5)
+    want[kept] = np.exp(logits[kept]) / np.exp(logits[kept]).sum()
+    np.testing.assert_allclose(draws(temperature, top_k), want, atol=0.03)
+    assert np.all(draws(temperature, top_k)[want == 0] == 0)
+
+
+def test_temperature_0_takes_the_likeliest():
+    np.testing.assert_array_equal(draws(0.0, 0), [0, 0, 0, 1, 0])
+
+
+@pytest.mark.slow
+def test_greedy_text_equals_recomputation(tiny_trained):
+    model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
+    tokenizer = load_tokenizer(tokenizer_path(tiny_trained))
+    ids = [tokenizer.bos_id, *tokenizer.encode("abc")]
+    prompt_length = len(ids)
+    for _ in range(12):
+        logits = forward(model.config.model)(model.params, jnp.asarray([ids]))
+        ids.append(int(np.argmax(logits[0, -1])))
+    stop = ids.index(tokenizer.bos_id, prompt_length) if tokenizer.bos_id in ids[prompt_length:] else len(ids)
+    text = generate(model.config.model, model.params, tokenizer, "abc", max_tokens=12, temperature=0.0)
+    assert text == tokenizer.decode(ids[1:stop])
+
+
+@pytest.mark.slow
+def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained):
+    first = tiny_run.run("sample", "--run", tiny_trained, "--prompt", "abc", "--max-tokens", "20", "--seed", "1", "--json")
+    again = tiny_run.run("sample", "--run", tiny_trained, "--prompt", "abc", "--max-tokens", "20", "--seed", "1", "--json")
+    other = tiny_run.run("sample", "--run", tiny_trained, "--prompt", "abc", "--max-tokens", "20", "--seed", "2", "--json")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == again.stdout != other.stdout
+    assert json.loads(first.stdout)["text"].startswith("abc")
+
+
+def test_a_text_that_does_not_fit_is_refused(tiny_recipe):
+    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+    with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
+        generate(load(str(tiny_recipe)).model, {}, tokenizer, "abc", max_tokens=32)
