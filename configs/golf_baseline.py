@@ -1,12 +1,11 @@
-"""The challenge's own baseline: 9 layers, d = 512, 1024-token vocabulary, 17,059,912 parameters.
+"""The parameter-golf challenge's own baseline: 9 layers, d = 512, 1024-token vocabulary, 17,059,912 parameters.
 
-Reproduces  the parameter-golf baseline: bits per byte on FineWeb after 10 minutes on 8×H100, artifact under 16,000,000 bytes.
-Published   1.2244 bits per byte (quantized artifact); 43.54 ms a step, 13,780 steps in 600 s.
-Data        ./launch.sh prepare --source golf --vocab-size 1024 --tokenizer published --out data/fineweb_sp1024
-Run         ./launch.sh train --config configs/golf_baseline.py          (8×H100; one H100 takes about 8 times as long)
-Differs     weights, optimizer state and the embedding keep float32 masters; logits are never rounded to bfloat16; no
-            20 priming steps, since compilation happens before the clock starts; validation takes no part in the 600 s.
-Not run here at full size: speed and score are not measured on a GPU.
+Published  1.2244 bits per byte on FineWeb (quantized artifact); 43.54 ms a step, 13,780 steps in 600 s on 8×H100.
+Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/fineweb_sp1024
+8×H100     ./launch.sh train --config configs/golf_baseline.py
+1×H100     ./launch.sh train --config configs/golf_baseline.py --train.max-seconds 4800
+Here       float32 master weights and optimizer state, the embedding's included; logits never rounded to bfloat16; no priming
+           steps, since compilation happens before the clock starts. Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig

@@ -32,9 +32,10 @@ config = Config(
         source="stdlib",
         val_docs=40,
         normalization="identity",
-        batch_tokens=4096,
+        batch_tokens=2048,
         seq_len=256,
+        shuffle=True,
     ),
-    train=TrainConfig(steps=300, device_batch_tokens=1024, checkpoint_every=100),
+    train=TrainConfig(steps=400, device_batch_tokens=1024, checkpoint_every=100),
     eval=EvalConfig(every=100, tokens=65_536, device_batch_tokens=4096, sample_prompt="def ", sample_tokens=120),
 )
