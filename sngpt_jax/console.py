@@ -1,6 +1,7 @@
 """What a person sees of a run on the console: one line a step, a live one on a terminal, plain ones otherwise."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -39,7 +40,7 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("val_loss", lambda x: f"loss {x:.4f}"),
     ("val_bpb", lambda x: f"bpb {x:.4f}"),
     ("val_seconds", lambda x: f"{x:.1f} s"),
-    ("lr", lambda x: f"lr {x:.4f}"),
+    ("lr", lambda x: f"lr {x:.3g}"),
     ("grad_norm", lambda x: f"grad {x:.3g}"),
     ("step_ms", lambda x: f"{x:.1f} ms" if x < 999.95 else f"{x / 1e3:.2f} s"),
     ("tok_per_s", lambda x: f"{x:,.0f} tok/s"),
@@ -49,7 +50,7 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 def format_step(record: Mapping[str, Any], total_steps: int) -> str:
-    """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.0400 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s`.
+    """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s`.
 
     A record with validation numbers begins with `val` instead. What a record lacks is left out; `eta` is in seconds.
     """
@@ -119,7 +120,9 @@ class Console:
         width = max((len(name) for name, _ in rows), default=0)
         self.print(title, "bold")
         for name, value in rows:
-            self.print(f"  {name:<{width}}  {value}")
+            for line in textwrap.wrap(value, WIDTH - width - 4) or [""]:
+                self.print(f"  {name:<{width}}  {line}")
+                name = ""
 
     def step(self, record: Record) -> None:
         """A training step's record: shown live, and printed when its turn has come."""

@@ -231,23 +231,11 @@ def train(config: Config, directory: Path, console: Console) -> int:
     batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices, t.seed if d.shuffle else None)
     place = batch_placer(mesh, accumulation)
 
-    # 3. What it will cost, and how each tensor is optimized, before anything is computed.
+    # 3. What was asked for, what it will cost, and how each tensor is optimized, before anything is computed.
     plan = make_plan(config)
-    device_kind = jax.devices()[0].device_kind
-    peak = peak_flops(device_kind)
-    cap = f", at most {t.max_seconds:g} s" if t.max_seconds else ""
-    console.header(
-        f"sngpt_jax {__version__}",
-        [
-            ("run", str(directory)),
-            ("devices", f"{mesh.devices.size} x {device_kind}"),
-            ("data", f"{len(data.train):,} training tokens, {len(data.val):,} for validation"),
-            ("parameters", f"{plan['parameters']['total']:,}"),
-            ("step", f"{d.batch_tokens:,} tokens in {accumulation} microbatch{'es' * (accumulation > 1)}"),
-            ("training", f"{t.steps:,} steps, {plan['tokens']['run']:,} tokens{cap}"),
-            ("FLOPs", f"{plan['flops_per_token']['train'] / 1e6:,.1f} M a token, peak {peak or float('nan'):.3g}/s a device"),
-        ],
-    )
+    peak = peak_flops(jax.devices()[0].device_kind)
+    console.header("configuration", settings(config))
+    console.header(f"sngpt_jax {__version__}", derived(config, directory, data, plan, accumulation, mesh))
     for line in format_table(describe(config.optim, abstract_params(config))).splitlines():
         console.print(line)
 
@@ -312,6 +300,31 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 )
                 console.print(f"sample:\n{text}")
             return 0
+
+
+def settings(config: Config) -> list[tuple[str, str]]:
+    """Every field with its value, a section a row."""
+    return [(name, ", ".join(f"{k} {v!r}" for k, v in section.items())) for name, section in asdict(config).items()]
+
+
+def derived(
+    config: Config, directory: Path, data: Dataset, plan: dict[str, Any], accumulation: int, mesh: Mesh
+) -> list[tuple[str, str]]:
+    """What the configuration comes to on this machine, for the head of the log."""
+    device_kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(device_kind)
+    peak_text = f", {peak / 1e12:,.0f} T a second at most on each device" if peak else ""
+    cap = f", at most {config.train.max_seconds:g} s" if config.train.max_seconds else ""
+    batch = f"{config.data.batch_tokens:,} tokens in {accumulation} microbatch{'es' * (accumulation > 1)}"
+    return [
+        ("run", str(directory)),
+        ("devices", f"{mesh.devices.size} x {device_kind}"),
+        ("data", f"{len(data.train):,} training tokens, {len(data.val):,} for validation"),
+        ("parameters", f"{plan['parameters']['total']:,}"),
+        ("step", batch),
+        ("training", f"{config.train.steps:,} steps, {plan['tokens']['run']:,} tokens{cap}"),
+        ("FLOPs", f"{plan['flops_per_token']['train'] / 1e6:,.1f} M a token{peak_text}"),
+    ]
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:

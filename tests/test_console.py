@@ -41,7 +41,7 @@ class Terminal(io.StringIO):
 
 def test_the_console_line_to_the_letter():
     assert format_step(RECORD, 2000) == (
-        "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.0400 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s"
+        "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s"
     )
     assert format_step(VAL, 2000) == "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ 2.5 s"
     assert format_step({"step": 2000, "train_loss": math.nan, "eta": None}, 2000) == "step 02000/02000 (100.0%) │ loss nan"
