@@ -29,34 +29,43 @@ path="$here/${module//.//}"
 
 # ------------------------------------------------------------------------------------------------ the environment
 
-extras=()
-command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && extras+=(cuda13)
-[ "$command" = test ] && extras+=(test)
+wanted=(base)
+case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
+[ "$command" = test ] && wanted+=(test)
+if [ "$command" = prepare ]; then
+  case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac
+fi
 
-# What is installed is remembered as the checksum of pyproject.toml and one file for each extra: as long as they are
-# there, nothing is asked of pip. Extras once installed stay.
-stamp="$venv/.installed-$(cksum <"$here/pyproject.toml" | tr ' ' '-')"
-missing=()
-[ -e "$stamp" ] || missing+=(base)
-for extra in ${extras[@]+"${extras[@]}"}; do
-  [ -e "$stamp-$extra" ] || missing+=("$extra")
-done
+# What is installed is remembered in one file a part, named after what it came from: this checkout's place and its
+# pyproject.toml. As long as the files are there, nothing is asked of pip.
+stamp="$venv/.installed-$( (cat "$here/pyproject.toml" && echo "$here") | cksum | cut -d ' ' -f 1)"
 
-if [ ${#missing[@]} -gt 0 ]; then
-  python=${PYTHON:-python3}
+is_installed() { # of the parts wanted, is none missing?
+  "$venv/bin/python" -c '' 2>/dev/null || return 1
+  for part in "${wanted[@]}"; do [ -e "$stamp-$part" ] || return 1; done
+}
+
+install() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "needs Python 3.11 or newer as '$python'; name another with PYTHON=/path/to/python3 ./launch.sh …"
-  (
-    flock 9 2>/dev/null || true # two first calls at once would install over each other
-    wanted=$(IFS=,; echo "${extras[*]-}")
-    echo "launch.sh: installing sngpt-jax${wanted:+[$wanted]} into $venv (once)" >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, one half made, or of a Python that is gone
+    "$python" -m venv --clear "$venv" ||
       fail "could not make a virtual environment at $venv (on Debian and Ubuntu: apt-get install python3-venv)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$here${wanted:+[$wanted]}" >&2 ||
-      fail "the installation failed: see pip's message above"
-    touch "$stamp"
-    for extra in ${extras[@]+"${extras[@]}"}; do touch "$stamp-$extra"; done
-  ) 9>"$here/.venv.lock"
+  fi
+  [ -e "$stamp-base" ] || rm -f "$venv"/.installed-* # of another pyproject.toml, or another place
+  extras=$(IFS=,; echo "${wanted[*]:1}")
+  echo "launch.sh: installing sngpt-jax${extras:+[$extras]} into $venv (once)" >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$here${extras:+[$extras]}" >&2 ||
+    fail "the installation failed: see pip's message above"
+  for part in "${wanted[@]}"; do : >"$stamp-$part"; done
+}
+
+if ! is_installed; then
+  python=${PYTHON:-python3}
+  exec 9>"$here/.venv.lock" # two first calls at once would install over each other
+  command -v flock >/dev/null && flock 9
+  is_installed || install
+  exec 9>&-
 fi
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -11,62 +11,100 @@ ROOT = Path(__file__).parents[1]
 FAKE_PYTHON = """#!/bin/sh
 echo "$0 $*" >> "{log}"
 case "$*" in
-*"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+*"-m venv"*) for last; do :; done; rm -rf "$last"; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
 esac
 """
+
+
+def write_executable(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what launch.sh looks at, and a python3 that writes down how it is called instead of running."""
-    root = tmp_path / "checkout"
+    root = tmp_path / "a checkout"
     root.mkdir()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    write_executable(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")  # a machine without a GPU, whatever this one has
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "sngpt_jax", root / "sngpt_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    python = tmp_path / "python3"
-    python.write_text(FAKE_PYTHON.format(log=tmp_path / "log"))
-    python.chmod(0o755)
+    write_executable(tmp_path / "python3", FAKE_PYTHON.format(log=tmp_path / "log"))
     return root
 
 
-def launch(checkout, *arguments, path=""):
+def launch(checkout, *arguments):
     """Runs launch.sh with the recording python3; returns what it did, a line a call."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
-    env = {"PATH": f"{path}:/usr/bin:/bin".lstrip(":"), "PYTHON": str(checkout.parent / "python3")}
+    env = {"PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin", "PYTHON": str(checkout.parent / "python3")}
     done = subprocess.run([checkout / "launch.sh", *arguments], env=env, cwd=checkout.parent, capture_output=True, text=True)
     return done, log.read_text().splitlines() if log.exists() else []
+
+
+def installed(calls):
+    """What pip was asked to install, a call each."""
+    return [call.partition("--editable ")[2] for call in calls if "pip install" in call]
 
 
 def test_first_call_installs_and_the_second_only_runs(checkout):
     done, calls = launch(checkout, "train", "--config", "a b.py")
     assert done.returncode == 0, done.stderr
     assert any("-m venv" in call for call in calls)
-    assert any(call.endswith(f"--editable {checkout}") for call in calls)
+    assert installed(calls) == [str(checkout)]
     assert calls[-1].endswith("-m sngpt_jax.train --config a b.py")
     done, calls = launch(checkout, "prepare", "--source", "stdlib")
-    assert [call.partition(" ")[2] for call in calls] == ["-m sngpt_jax.data.prepare --source stdlib"]
+    assert installed(calls) == []
+    assert calls[-1].endswith("-m sngpt_jax.data.prepare --source stdlib")
 
 
-def test_test_adds_its_extra_and_a_changed_pyproject_installs_again(checkout):
+def test_extras_are_installed_when_a_command_needs_them(checkout):
     launch(checkout, "train")
     _, calls = launch(checkout, "test", "-k", "x")
-    assert any(call.endswith(f"--editable {checkout}[test]") for call in calls)
+    assert installed(calls) == [f"{checkout}[test]"]
     assert calls[-1].endswith("-m pytest -k x")
-    with open(checkout / "pyproject.toml", "a") as file:
-        file.write("# changed\n")
-    _, calls = launch(checkout, "test")
-    assert any("--editable" in call for call in calls)
+    assert installed(launch(checkout, "test")[1]) == []
+    assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
+    assert installed(launch(checkout, "train")[1]) == []
 
 
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
-    tools = checkout.parent / "tools"
-    tools.mkdir()
-    (tools / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n")
-    (tools / "nvidia-smi").chmod(0o755)
-    _, calls = launch(checkout, "train", path=str(tools))
-    assert any(call.endswith(f"--editable {checkout}[cuda13]") for call in calls)
+    write_executable(checkout.parent / "tools" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n")
+    assert installed(launch(checkout, "train")[1]) == [f"{checkout}[cuda13]"]
+
+
+def test_a_changed_pyproject_and_a_moved_checkout_install_again(checkout):
+    launch(checkout, "train")
+    with open(checkout / "pyproject.toml", "a") as file:
+        file.write("# changed\n")
+    assert installed(launch(checkout, "train")[1]) == [str(checkout)]
+    moved = checkout.rename(checkout.parent / "moved")
+    assert installed(launch(moved, "train")[1]) == [str(moved)]
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(checkout):
+    launch(checkout, "train")
+    (checkout / ".venv" / "bin" / "python").unlink()
+    done, calls = launch(checkout, "train")
+    assert done.returncode == 0, done.stderr
+    assert any("-m venv" in call for call in calls)
+    assert installed(calls) == [str(checkout)]
+
+
+def test_a_failed_installation_is_tried_again(checkout):
+    python = checkout.parent / "python3"
+    working = python.read_text()
+    write_executable(python, working + 'case "$*" in *"pip install"*) exit 1 ;; esac\n')
+    done, _ = launch(checkout, "train")
+    assert done.returncode == 2
+    assert "installation failed" in done.stderr
+    write_executable(checkout / ".venv" / "bin" / "python", working)
+    done, calls = launch(checkout, "train")
+    assert done.returncode == 0, done.stderr
+    assert installed(calls) == [str(checkout)]
 
 
 @pytest.mark.parametrize(
@@ -75,10 +113,11 @@ def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
         ([], "usage"),
         (["trian"], "unknown command 'trian'"),
         (["train evaluate"], "unknown command"),
-        (["bench"], "no command 'bench'"),
+        (["sample"], "no command"),
     ],
 )
 def test_what_it_cannot_run_is_one_line_and_status_2(checkout, arguments, said):
+    (checkout / "sngpt_jax" / "sample.py").unlink()
     done, calls = launch(checkout, *arguments)
     assert done.returncode == 2
     assert said in done.stderr
@@ -87,7 +126,7 @@ def test_what_it_cannot_run_is_one_line_and_status_2(checkout, arguments, said):
 
 
 def test_a_python_that_is_too_old_is_named(checkout):
-    (checkout.parent / "python3").write_text("#!/bin/sh\nexit 1\n")
+    write_executable(checkout.parent / "python3", "#!/bin/sh\nexit 1\n")
     done, _ = launch(checkout, "train")
     assert done.returncode == 2
     assert "needs Python 3.11 or newer" in done.stderr
