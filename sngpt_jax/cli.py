@@ -7,6 +7,7 @@ A command's `main(argv)` returns its exit status and raises `UserError` for a mi
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,14 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def command(module: str, *arguments: str) -> str:
+    """A command line for a person to paste: `module` run by this interpreter, which may not be the one named python."""
+    interpreter = Path(sys.executable)
+    if interpreter.is_relative_to(Path.cwd()):
+        interpreter = interpreter.relative_to(Path.cwd())
+    return shlex.join([str(interpreter), "-m", module, *arguments])
+
+
 def log_to_stderr() -> None:
     """Sends the package's log lines to stderr as they are; stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
@@ -83,4 +92,7 @@ def write_json(value: Any, destination: str | None) -> None:
     if destination == "-":
         print(text)
     elif destination:
-        write_text_atomic(Path(destination), text + "\n")
+        try:
+            write_text_atomic(Path(destination), text + "\n")
+        except OSError as error:
+            raise UserError(f"--json {destination}: cannot be written: {error.strerror}; give the path of a file") from None

@@ -102,21 +102,21 @@ class TrainConfig:
     steps: int = 20_000  # optimizer steps
     max_seconds: float = 0.0  # wall-clock training time that ends the run, compilation and validation left out; 0: no cap
     device_batch_tokens: int = 65_536  # most tokens in one device's microbatch; the rest is gradient accumulation
-    seed: int = 1337  # of the initial weights
+    seed: int = 1337  # of the initial weights and of data.shuffle
     log_every: int = 1  # steps between lines of metrics
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, beside the one with the best validation loss
-    profile_steps: str = ""  # FIRST:LAST steps to trace into the run's profile/ folder, for xprof
+    profile_steps: str = ""  # FIRST:LAST steps, counted from 1, to trace into the run's profile/ folder, for xprof
     compilation_cache: str = "~/.cache/sngpt_jax/xla"  # folder of compiled programs shared by runs; empty: none
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Validation during training, and what `evaluate` does by default."""
+    """Validation during training, and the sample at its end."""
 
     every: int = 1000  # steps between validations while training; 0: only at the end
-    tokens: int = 0  # validation tokens scored, from the start of the stream; 0: all
-    device_batch_tokens: int = 65_536  # most tokens one device scores at a time
+    tokens: int = 0  # validation tokens scored while training, from the start of the stream; 0: all
+    device_batch_tokens: int = 65_536  # most tokens one device scores at a time, also in `evaluate`
     sample_prompt: str = ""  # prompt of the sample that a finished training run prints
     sample_tokens: int = 0  # length of that sample; 0: none
 
@@ -203,8 +203,10 @@ def _problems(config: Config) -> Iterator[str]:
         yield str(error)
     if e.tokens and e.tokens < d.seq_len:
         yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"
-    if e.sample_tokens and len(e.sample_prompt.encode()) + 1 + e.sample_tokens > m.max_seq_len:  # a token is a byte or more
-        yield f"eval.sample_prompt and eval.sample_tokens = {e.sample_tokens} exceed model.max_seq_len = {m.max_seq_len}"
+    if e.sample_tokens >= m.max_seq_len:
+        yield f"eval.sample_tokens = {e.sample_tokens} leaves no room for a prompt in model.max_seq_len = {m.max_seq_len}"
+    if m.vocab_size > 2**16:
+        yield f"model.vocab_size = {m.vocab_size} exceeds 65536; tokens are stored as uint16"
 
 
 def profile_window(train: TrainConfig) -> tuple[int, int] | None:
@@ -212,9 +214,9 @@ def profile_window(train: TrainConfig) -> tuple[int, int] | None:
     if not train.profile_steps:
         return None
     first, colon, last = train.profile_steps.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < train.steps):
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= train.steps):
         raise ConfigError(
-            f"train.profile_steps = {train.profile_steps!r} is not FIRST:LAST with FIRST <= LAST < train.steps, such as 5:8"
+            f"train.profile_steps = {train.profile_steps!r} is not FIRST:LAST with 1 <= FIRST <= LAST <= train.steps = {train.steps}"
         )
     return int(first), int(last)
 
@@ -277,19 +279,20 @@ def load(name: str) -> Config:
         return read_json(path)
     try:
         config = runpy.run_path(str(path)).get("config")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: the recipe does not run: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: a recipe binds a sngpt_jax.config.Config to the name `config`; found {type(config).__name__}"
         )
-    return validate(config)
+    # Python checks no types: a recipe is held to the same rules as a config.json
+    return validate(typed_json.parse(Config, dataclasses.asdict(config), str(path), ConfigError))
 
 
 def recipe_name(name: str) -> str:
-    """The name under which runs of `--config name` are kept: the recipe's, or that of the run whose config.json it is."""
+    """The name under which runs of `--config name` are kept: the recipe's, or NAME-replay for the config.json of a run NAME."""
     path = Path(name)
-    return path.resolve().parent.name if path.suffix == ".json" else path.stem
+    return f"{path.resolve().parent.name}-replay" if path.suffix == ".json" else path.stem
 
 
 def differences(old: Config, new: Config) -> list[str]:

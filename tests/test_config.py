@@ -61,12 +61,15 @@ def test_a_run_replays_from_its_json(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
     assert parse("--config", str(file)) == config
-    assert differences(load("quickstart"), config) == ["model.rope_base: 10000.0 -> 5000.0", "train.steps: 300 -> 7"]
+    assert differences(load("quickstart"), config) == [
+        "model.rope_base: 10000.0 -> 5000.0",
+        f"train.steps: {load('quickstart').train.steps} -> 7",
+    ]
 
 
 def test_names_of_runs(tmp_path):
     assert recipe_name("quickstart") == recipe_name("configs/quickstart.py") == "quickstart"
-    assert recipe_name(str(tmp_path / "mine" / "config.json")) == "mine"
+    assert recipe_name(str(tmp_path / "mine" / "config.json")) == "mine-replay"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,8 @@ def test_names_of_runs(tmp_path):
         ("train", {"device_batch_tokens": 512}, ["train.device_batch_tokens = 512", "data.seq_len = 1024"]),
         ("train", {"profile_steps": "8:5"}, ["train.profile_steps = '8:5'"]),
         ("train", {"profile_steps": "5-8"}, ["train.profile_steps"]),
+        ("train", {"profile_steps": "0:3"}, ["train.profile_steps"]),
+        ("train", {"profile_steps": "3:20001"}, ["train.profile_steps", "train.steps = 20000"]),
         ("train", {"steps": 50}, ["optim.warmdown_steps", "train.steps = 50"]),
         ("train", {"max_seconds": -1.0}, ["train.max_seconds"]),
         ("optim", {"warmdown_fraction": 0.5}, ["optim.warmdown_steps", "optim.warmdown_fraction"]),
@@ -91,6 +96,8 @@ def test_names_of_runs(tmp_path):
         ("optim", {"warmdown_clock": "wall_clock"}, ["optim.warmdown_clock", "train.max_seconds"]),
         ("optim", {"muon_momentum": 1.0}, ["optim.muon_momentum"]),
         ("eval", {"tokens": 5}, ["eval.tokens = 5"]),
+        ("eval", {"sample_tokens": 1024}, ["eval.sample_tokens = 1024", "model.max_seq_len = 1024"]),
+        ("model", {"vocab_size": 70_000}, ["model.vocab_size = 70000"]),
     ],
 )
 def test_an_impossible_combination_names_its_fields(section, fields, named):
@@ -143,6 +150,17 @@ def test_integers_serve_as_floats_in_json(tmp_path):
         ("import nothing_of_that_name", "ModuleNotFoundError"),
         ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))", "model.num_heads = 7"),
         ("syntax error", "SyntaxError"),
+        ("import sys\nsys.exit(0)", "SystemExit"),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers='2'))",
+            "model.num_layers: expected int",
+        ),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=2.0))",
+            "model.num_layers: expected int",
+        ),
+        ("from sngpt_jax.config import *\nconfig = Config(eval=None)", "eval: expected an object, found NoneType"),
+        ("from sngpt_jax.config import *\nconfig = Config(optim=OptimConfig(newton_schulz_dtype='fp32'))", "expected one of"),
     ],
 )
 def test_a_broken_recipe_is_one_line(text, said, tmp_path):
