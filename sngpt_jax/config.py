@@ -216,7 +216,8 @@ def profile_window(train: TrainConfig) -> tuple[int, int] | None:
     first, colon, last = train.profile_steps.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= train.steps):
         raise ConfigError(
-            f"train.profile_steps = {train.profile_steps!r} is not FIRST:LAST with 1 <= FIRST <= LAST <= train.steps = {train.steps}"
+            f"train.profile_steps = {train.profile_steps!r} is not FIRST:LAST"
+            f" with 1 <= FIRST <= LAST <= train.steps = {train.steps}"
         )
     return int(first), int(last)
 

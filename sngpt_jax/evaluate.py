@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m sngpt_jax.evaluate",
         description="Scores a trained model: loss in nats a token and bits a byte, in standard windows.",
     )
+    if arguments.tokens < 0:
+        raise UserError(f"--tokens {arguments.tokens} is negative; 0 scores all of the stream")
     cli.log_to_stderr()
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step)

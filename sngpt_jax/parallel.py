@@ -3,7 +3,6 @@
 The mesh has two axes: the batch is split over both, a parameter over `fsdp` where a rule below says so.
 """
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,9 +57,3 @@ def batch_placer(mesh: Mesh, num_microbatches: int | None = None) -> Callable[[d
         return placed
 
     return place
-
-
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (~ is the home directory) for later processes; empty: keeps none."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))

@@ -13,16 +13,16 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
-from sngpt_jax import checkpoint
+from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, differences, read_json, to_json
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import Params, abstract_state
 
 
@@ -46,15 +46,6 @@ def tokenizer_path(run_dir: Path) -> Path:
     raise UserError(f"{run_dir}: no tokenizer.model or tokenizer.json; give the --run-dir of a training run")
 
 
-def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
-    """Copies `tokenizer` into the run directory, or refuses another than the one that the run was started with."""
-    target = run_dir / f"tokenizer{tokenizer.path.suffix}"
-    if not target.exists():
-        write_bytes_atomic(target, tokenizer.path.read_bytes())
-    elif load_tokenizer(target).sha256 != tokenizer.sha256:
-        raise UserError(f"{target}: the run was started with another tokenizer than {tokenizer.path}; choose another --run-dir")
-
-
 def read_config(run_dir: Path) -> Config:
     """The configuration of the run in `run_dir`; a `UserError` where there is no run."""
     if not config_path(run_dir).exists():
@@ -64,7 +55,7 @@ def read_config(run_dir: Path) -> Config:
 
 @contextlib.contextmanager
 def claim(run_dir: Path, config: Config) -> Iterator[None]:
-    """Holds `run_dir` for one training process, and writes its config.json at the first call.
+    """Holds `run_dir` for one training process.
 
     Refuses a directory that another process is training in, or whose run has another configuration.
     """
@@ -78,23 +69,60 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run_dir}: another process is training in it; wait for it or choose another --run-dir") from None
+        except OSError as error:  # a file system without locks
+            raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
         if config_path(run_dir).exists():
             changed = differences(read_config(run_dir), config)
             if changed:
                 raise UserError(
                     f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"
                 )
-        else:
-            write_text_atomic(config_path(run_dir), to_json(config))
         yield
 
 
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, None where the run has not finished."""
+def begin(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Makes a claimed directory the run of `config`: keeps its config.json and tokenizer, or finds the same ones there.
+
+    To be called once nothing can be wrong with the recipe any more, so that a mistake leaves no run behind.
+    """
+    kept = run_dir / f"tokenizer{tokenizer.path.suffix}"
+    if kept.exists() and load_tokenizer(kept).sha256 != tokenizer.sha256:
+        raise UserError(f"{kept}: the run was started with another tokenizer than {tokenizer.path}; choose another --run-dir")
     try:
-        return json.loads(summary_path(run_dir).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if not kept.exists():
+            write_bytes_atomic(kept, tokenizer.path.read_bytes())
+        if not config_path(run_dir).exists():
+            write_text_atomic(config_path(run_dir), to_json(config))
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another --run-dir") from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a finished run."""
+
+    steps: int
+    tokens: int
+    val_loss: float
+    val_bpb: float
+    val_tokens: int
+    best_val_loss: float
+    untrained_val_bpb: float | None  # None where the untrained model was not validated
+    train_seconds: float
+    tok_per_s: float
+    parameters: int
+    checkpoint: str
+
+
+def read_summary(run_dir: Path) -> Summary | None:
+    """The summary of a finished run, None where the run has not finished."""
+    if not summary_path(run_dir).exists():
         return None
+    return typed_json.parse(Summary, typed_json.read(summary_path(run_dir), UserError), str(summary_path(run_dir)), UserError)
+
+
+def write_summary(run_dir: Path, summary: Summary) -> None:
+    write_text_atomic(summary_path(run_dir), json.dumps(asdict(summary), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -109,5 +137,6 @@ class TrainedModel:
 def load_model(run_dir: Path, mesh: Mesh, step: int | None = None) -> TrainedModel:
     """The parameters of `run_dir` at checkpoint `step` (default: the latest that verifies), laid out over `mesh`."""
     config = read_config(run_dir)
+    use_compilation_cache(config.train.compilation_cache)
     restored = checkpoint.restore_params(checkpoint_dir(run_dir), abstract_state(config, mesh).params, step)
     return TrainedModel(config, restored.state, restored.step)

@@ -1,7 +1,9 @@
-"""The loop's edges to the world: the clock, signals, the profiler."""
+"""A process's edges to the world: the clock, signals, the profiler, the compilation cache."""
 
 import contextlib
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +53,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
+        print(f"{self.received.name}: stopping and saving; a second one ends at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -65,25 +68,32 @@ class StopSignals:
         self._restore()
 
 
-class ProfileWindow:
-    """Traces steps first … last into `directory` with jax.profiler, for xprof; nothing where `window` is None."""
+class Profiler:
+    """Traces steps first … last, counted from 1, into `directory` for xprof; nothing where `window` is None."""
 
     def __init__(self, directory: Path, window: tuple[int, int] | None) -> None:
         self._directory, self._window, self._tracing = directory, window, False
 
-    def before(self, step: int) -> None:
-        """To be called before `step` is dispatched."""
-        if self._window and not self._tracing and self._window[0] <= step <= self._window[1]:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
+    def begins_with(self, step: int) -> bool:
+        """Whether a trace is to be started before `step` is dispatched; also within the window, where a resumed run starts."""
+        return self._window is not None and not self._tracing and self._window[0] <= step <= self._window[1]
 
-    def after(self, step: int) -> None:
-        """To be called when the results of `step` have been read."""
-        if self._window and step >= self._window[1]:
-            self.close()
+    def ends_with(self, step: int) -> bool:
+        """Whether the trace is to be stopped once `step` has ended."""
+        return self._window is not None and self._tracing and step == self._window[1]
 
-    def close(self) -> None:
+    def start(self) -> None:
+        jax.profiler.start_trace(str(self._directory))
+        self._tracing = True
+
+    def stop(self) -> None:
         """Ends a trace that is running, and writes it."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing, self._window = False, None
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` (~ is the home directory) for later processes; empty: keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))

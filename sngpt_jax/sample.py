@@ -1,6 +1,7 @@
 """Text from a trained model: `python -m sngpt_jax.sample --run runs/quickstart --prompt "def "`."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(
         SampleArguments, args=cli.expand_json(argv), prog="python -m sngpt_jax.sample", description="Generates text."
     )
-    if arguments.max_tokens < 1 or arguments.temperature < 0 or arguments.top_k < 0:
-        raise UserError("--max-tokens must be at least 1; --temperature and --top-k must not be negative")
+    if arguments.max_tokens < 1 or not 0 <= arguments.temperature < math.inf or arguments.top_k < 0:
+        raise UserError("--max-tokens must be at least 1; --temperature and --top-k must be numbers from 0 up")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.log_to_stderr()
     model = load_model(arguments.run, make_mesh(), arguments.step)
     tokenizer = load_tokenizer(tokenizer_path(arguments.run))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.config import Config, ModelConfig
@@ -45,9 +45,16 @@ def forward(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
     return lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)
 
 
-def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Cross-entropy in nats [B, T], float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+@functools.cache
+def losses(config: ModelConfig) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """The pure function (params, inputs [B, T], targets [B, T]) → cross-entropy in nats [B, T], float32."""
+    apply = forward(config)
+
+    def token_losses(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        logits_BTV = apply(params, inputs_BT.astype(jnp.int32))
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT.astype(jnp.int32))
+
+    return token_losses
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
@@ -80,10 +87,9 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     gradient would reduce in every turn. `lr_multiplier` scales every learning rate and is traced, so that a schedule
     driven by the clock compiles once. The state passed in is donated.
     """
-    apply = forward(config.model)
 
     def loss_fn(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return jnp.mean(token_losses(apply(params, inputs_BT.astype(jnp.int32)), targets_BT.astype(jnp.int32)))
+        return jnp.mean(losses(config.model)(params, inputs_BT, targets_BT))
 
     def local_mean(params: Params, inputs_ABT: jax.Array, targets_ABT: jax.Array) -> tuple[jax.Array, Params]:
         def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -108,19 +114,20 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    # the state comes back laid out as it went in, so that the compiled step can be called on its own result
+    layout = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, mesh)))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, P())))
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (params, batch [B, T]) → summed loss in nats of each row [B], float32, rows over all devices."""
-    apply = forward(config)
+    """The jitted function (params, batch [B, T]) → summed loss in nats of each row [B], float32, known to every process."""
 
-    def local_sums(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        losses_BT = token_losses(apply(params, inputs_BT.astype(jnp.int32)), targets_BT.astype(jnp.int32))
-        return jnp.sum(losses_BT, axis=-1)
+    def row_sums(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        local = jnp.sum(losses(config)(params, inputs_BT, targets_BT), axis=-1)
+        return jax.lax.all_gather(local, BATCH_AXES, tiled=True)
 
     rows = P(BATCH_AXES)
-    sums = jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
+    sums = jax.shard_map(row_sums, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
     return jax.jit(lambda params, batch: sums(params, batch["inputs"], batch["targets"]))
 
 

@@ -19,6 +19,8 @@ def test_baseline_counts():
     assert parameters["embed"] == 1024 * 512
     assert parameters["mlp"] == 9 * 2 * 512 * 1024
     assert totals["bytes"]["parameters"] == 4 * 17_059_912
+    square, wide, tall = 4 * 512**3 + 2 * 512**3, 4 * 512**2 * 1024 + 2 * 512**3, 4 * 256**2 * 512 + 2 * 256**3
+    assert totals["flops_per_step"]["optimizer"] == 9 * 5 * (2 * square + 2 * wide + 2 * tall)
     assert totals["tokens"] == {"step": 524_288, "run": 524_288 * 20_000}
 
 

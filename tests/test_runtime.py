@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from sngpt_jax.runtime import ProfileWindow, StopSignals, Stopwatch
+from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
 
 
 def test_the_stopwatch_leaves_out_pauses():
@@ -46,19 +46,31 @@ def test_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_profiler_runs_from_first_to_last(monkeypatch, tmp_path):
+def traced(monkeypatch, folder, window, first, last):
+    """Starts, stops and steps in order, as the loop drives the profiler."""
     calls = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda path: calls.append(("start", path)))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append(("stop",)))
-    window = ProfileWindow(tmp_path, (2, 3))
-    for step in range(6):
-        window.before(step)
+    monkeypatch.setattr("jax.profiler.start_trace", lambda path: calls.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
+    profiler = Profiler(folder, window)
+    for step in range(first, last + 1):
+        if profiler.begins_with(step):
+            profiler.start()
         calls.append(step)
-        window.after(step)
-    window.close()
-    assert calls == [0, 1, ("start", str(tmp_path)), 2, 3, ("stop",), 4, 5]
-    calls.clear()
-    window = ProfileWindow(tmp_path, (2, 30))
-    window.before(2)
-    window.close()
-    assert calls == [("start", str(tmp_path)), ("stop",)]
+        if profiler.ends_with(step):
+            profiler.stop()
+    profiler.stop()
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("window", "first", "want"),
+    [
+        (None, 1, [1, 2, 3, 4, 5]),
+        ((2, 3), 1, [1, "start", 2, 3, "stop", 4, 5]),
+        ((4, 9), 1, [1, 2, 3, "start", 4, 5, "stop"]),
+        ((2, 4), 3, ["start", 3, 4, "stop", 5]),
+        ((1, 2), 3, [3, 4, 5]),
+    ],
+)
+def test_the_profiler_runs_from_first_to_last(monkeypatch, tmp_path, window, first, want):
+    assert traced(monkeypatch, tmp_path, window, first, 5) == want

@@ -44,15 +44,29 @@ def test_temperature_0_takes_the_likeliest():
     np.testing.assert_array_equal(draws(0.0, 0), [0, 0, 0, 1, 0])
 
 
+def test_a_text_ends_where_the_next_document_begins(monkeypatch, tiny_recipe):
+    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+    a, b = (int(tokenizer.encode(letter)[0]) for letter in "ab")
+
+    def counting_model(params, tokens_BT):
+        """Says a, b, BOS, a at positions 1, 2, 3, 4 after a prompt of nothing."""
+        order = jnp.asarray([a, b, tokenizer.bos_id, a, a, a])
+        return 10.0 * jax.nn.one_hot(order, tokenizer.vocab_size)[None, : tokens_BT.shape[1]]
+
+    monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: counting_model)
+    config = load(str(tiny_recipe)).model
+    assert generate(config, {}, tokenizer, "", max_tokens=4, temperature=0.0) == "ab"
+
+
 @pytest.mark.slow
 def test_greedy_text_equals_recomputation(tiny_trained):
     model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
     tokenizer = load_tokenizer(tokenizer_path(tiny_trained))
     ids = [tokenizer.bos_id, *tokenizer.encode("abc")]
-    prompt_length = len(ids)
+    prompt_length, apply = len(ids), jax.jit(forward(model.config.model))
     for _ in range(12):
-        logits = forward(model.config.model)(model.params, jnp.asarray([ids]))
-        ids.append(int(np.argmax(logits[0, -1])))
+        padded = jnp.asarray([ids + [0] * (32 - len(ids))])  # one shape, one program
+        ids.append(int(np.argmax(apply(model.params, padded)[0, len(ids) - 1])))
     stop = ids.index(tokenizer.bos_id, prompt_length) if tokenizer.bos_id in ids[prompt_length:] else len(ids)
     text = generate(model.config.model, model.params, tokenizer, "abc", max_tokens=12, temperature=0.0)
     assert text == tokenizer.decode(ids[1:stop])

@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +15,7 @@ import pytest
 
 from sngpt_jax import checkpoint
 from sngpt_jax.config import load
+from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.metrics import read_metrics
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.step import TrainState, abstract_state
@@ -41,12 +42,16 @@ def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen
 
 def wait_for(process: subprocess.Popen[str], path: Path) -> None:
     """Until `path` exists; the process must not end before."""
-    for _ in range(30_000):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
-    raise AssertionError(f"{path} did not appear")
+    try:
+        for _ in range(60_000):
+            if path.exists():
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        raise AssertionError(f"{path} did not appear")
+    except BaseException:
+        process.kill()
+        raise
 
 
 def final_state(recipe: Path, directory: Path) -> TrainState:
@@ -112,8 +117,8 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_traine
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == status
     assert "Traceback" not in stderr
-    (again,) = re.findall(r"to go on: python -m sngpt_jax\.(.*)", stderr)
-    (saved,) = {int(p.stem) for p in (tmp_path / "run" / "checkpoints").glob("*.json")} - {10}
+    (again,) = re.findall(r"to go on: \S+ -m sngpt_jax\.(.*)", stderr)
+    saved = max(checkpoint.steps(tmp_path / "run" / "checkpoints"))
     done = tiny_run.run(*again.split())
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {saved}" in done.stdout
@@ -140,7 +145,7 @@ def test_eight_devices_train_the_same_losses(tiny_recipe, tiny_trained, tmp_path
 
 
 def test_a_broken_latest_checkpoint_falls_back(tiny_recipe, tiny_trained, tmp_path):
-    os.system(f"cp -r {tiny_trained} {tmp_path / 'run'}")
+    shutil.copytree(tiny_trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     files = [path for path in (tmp_path / "run" / "checkpoints" / "00000020").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -194,7 +199,7 @@ def test_the_wall_clock_ends_the_schedule_and_the_run(tiny_recipe, tmp_path):
     assert 3.0 <= summary["train_seconds"] < 5.0
     rates = [record["lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in record]
     assert rates[0] == pytest.approx(0.04)
-    assert rates[-1] < 0.005
+    assert rates[-1] < 0.01
     assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
@@ -202,7 +207,70 @@ def test_a_profile_is_written(tiny_recipe, tmp_path):
     done = train(tiny_recipe, tmp_path / "run", "--train.profile-steps", "5:8")
     assert done.returncode == 0, done.stderr
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
-    assert b"train" in trace.read_bytes()
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    numbers = {dict(event.stats).get("step_num") for event in events if event.name == "train"}
+    assert numbers == {5, 6, 7, 8}
+
+
+def test_the_clock_goes_on_in_a_resumed_run_and_leaves_out_validation(tiny_recipe, tmp_path):
+    arguments = ("--train.steps", "40", "--train.max-seconds", "1000", "--eval.every", "5")
+    process = start(tiny_recipe, tmp_path / "run", *arguments)
+    wait_for(process, tmp_path / "run" / "checkpoints" / "00000020.json")
+    process.kill()
+    process.communicate()
+    assert train(tiny_recipe, tmp_path / "run", *arguments).returncode == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    elapsed = [record["elapsed_seconds"] for record in records if "elapsed_seconds" in record]
+    assert elapsed == sorted(elapsed)
+    timed = sum(record["step_ms"] for record in records if "step_ms" in record) / 1e3
+    assert elapsed[-1] == pytest.approx(timed, rel=0.1, abs=0.1)
+    assert sum(record["val_seconds"] for record in records if "val_seconds" in record) > 0.1 * elapsed[-1]
+    scores = [record["val_loss"] for record in records if "val_loss" in record]
+    assert len(scores) == 9
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"] == min(scores)
+
+
+def test_a_mistake_leaves_no_run_behind(tiny_recipe, tiny_trained, tmp_path):
+    assert train(tiny_recipe, tmp_path / "run", "--data.dir", "/nonexistent").returncode == 2
+    assert train(tiny_recipe, tmp_path / "run", devices=3).returncode == 2
+    done = train(tiny_recipe, tmp_path / "run", "--train.steps", "2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_killed_before_its_summary_does_not_validate_twice(tiny_recipe, tiny_trained, tmp_path):
+    shutil.copytree(tiny_trained, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train(tiny_recipe, tmp_path / "run").returncode == 0
+    assert losses(tmp_path / "run") == losses(tiny_trained)
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", tiny_trained))
+    assert {**ours, "checkpoint": ""} == {**theirs, "checkpoint": ""}
+
+
+def test_another_tokenizer_in_the_run_is_refused(tiny_recipe, tiny_trained, tmp_path):
+    shutil.copytree(tiny_trained, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    documents = (tiny_recipe.parent / "text.txt").read_text().split("\n<|endoftext|>\n")
+    train_sentencepiece(documents[:100], tmp_path / "run" / "tokenizer.model", vocab_size=320, normalization="identity")
+    done = train(tiny_recipe, tmp_path / "run")
+    assert done.returncode == 2
+    assert "another tokenizer" in done.stderr
+    done = tiny_run.run("evaluate", "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert "another tokenizer" in done.stderr
+
+
+def test_log_every_and_shuffle_do_what_they_say(tiny_recipe, tiny_trained, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", "--train.log-every", "7", "--data.shuffle", "True")
+    assert done.returncode == 0, done.stderr
+    ours = {(step, name): value for step, name, value in losses(tmp_path / "run") if name == "train_loss"}
+    theirs = {(step, name): value for step, name, value in losses(tiny_trained)}
+    assert [step for step, _ in ours] == [7, 14, 20]
+    assert all(theirs[key] != value for key, value in ours.items())
 
 
 def test_two_processes_cannot_train_in_one_directory(tiny_recipe, tmp_path):

@@ -39,15 +39,15 @@ class Score:
 
 def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> int:
     """How many standard windows a stream of `num_tokens` holds, at most `max_tokens` targets (0: no limit)."""
+    if max_tokens and max_tokens < seq_len:
+        raise UserError(f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len} tokens")
     windows = (num_tokens - 1) // seq_len
-    if max_tokens:
-        windows = min(windows, max_tokens // seq_len)
     if windows < 1:
         raise UserError(
             f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 = {seq_len + 1}:"
             " hold out more documents (prepare --val-docs) or score shorter sequences"
         )
-    return windows
+    return min(windows, max_tokens // seq_len) if max_tokens else windows
 
 
 def _batches(stream: TokenStream, windows: int, seq_len: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
@@ -77,7 +77,7 @@ def score_stream(
     """Scores `stream`; losses are summed over a row on the device in float32 and over rows on the host in float64.
 
     A batch is dispatched before the one before it is read, so that the device does not wait for the host.
-    `progress(done, total)` is told of windows as they are read.
+    `progress(done, total)` is told of windows as they are read; what it raises ends the scoring.
     """
     windows = standard_windows(len(stream), seq_len, max_tokens)
     num_devices = mesh.devices.size
@@ -102,5 +102,5 @@ def score_stream(
         read(*pending)
 
     tokens = windows * seq_len
-    total_bytes = int(stream.target_bytes(token_bytes, 1, tokens + 1).sum())
+    total_bytes = stream.count_bytes(token_bytes, 1, tokens + 1)
     return Score(loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes)

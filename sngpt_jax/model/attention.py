@@ -11,7 +11,7 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import compute_dtype, rms_norm
+from sngpt_jax.model.layers import compute_dtype, platform, rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -44,7 +44,8 @@ def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.A
     K = k_BTKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BTKh, preferred_element_type=jnp.float32)
-    causal = np.tri(T, dtype=bool)[None, None, None]
+    position = jnp.arange(T)  # a mask made on the device: as a constant it would stand in the program once a layer
+    causal = (position[:, None] >= position[None, :])[None, None, None]
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v_BTKh.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BTKh).reshape(B, T, H, h)
 
@@ -58,14 +59,16 @@ ATTEND = {"xla": attend_xla, "cudnn": attend_cudnn}
 
 
 @functools.cache
-def choose_implementation(requested: str, backend: str, dtype: str) -> Implementation:
-    """The attention that runs for `requested` on this backend and dtype; logs the choice and its reason once."""
+def choose_implementation(requested: str, platform: str, dtype: str, head_dim: int) -> Implementation:
+    """The attention that runs for `requested` on this platform, dtype and head size; logs the choice and its reason once."""
     if requested != "auto":
         choice, reason = requested, "asked for by model.attention"
-    elif backend == "gpu" and dtype == "bfloat16":
-        choice, reason = "cudnn", "bfloat16 on a GPU"
+    elif platform != "cuda" or dtype != "bfloat16":
+        choice, reason = "xla", f"{dtype} on {platform}; cudnn serves bfloat16 on an NVIDIA GPU"
+    elif head_dim % 8 or head_dim > 128:
+        choice, reason = "xla", f"head size {head_dim}; cudnn serves multiples of 8 up to 128"
     else:
-        choice, reason = "xla", f"{dtype} on {backend}; cudnn serves bfloat16 on a GPU"
+        choice, reason = "cudnn", "bfloat16 on an NVIDIA GPU"
     logger.info("attention: %s (%s)", choice, reason)
     return "cudnn" if choice == "cudnn" else "xla"
 
@@ -77,7 +80,7 @@ class Attention(nnx.Module):
         D, H, K, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         self.num_heads, self.num_kv_heads, self.norm_eps = H, K, config.norm_eps
         dtype = compute_dtype(config)
-        self.implementation = choose_implementation(config.attention, jax.default_backend(), dtype.name)
+        self.implementation = choose_implementation(config.attention, platform(), dtype.name, h)
         self.query = nnx.Param(init.fan_in_uniform(rngs.params(), (D, H * h)))
         self.key = nnx.Param(init.fan_in_uniform(rngs.params(), (D, K * h)))
         self.value = nnx.Param(init.fan_in_uniform(rngs.params(), (D, K * h)))

@@ -108,19 +108,30 @@ def test_output_projection_starts_silent():
 
 
 @pytest.mark.parametrize(
-    ("requested", "backend", "dtype", "choice"),
+    ("requested", "platform", "dtype", "head_dim", "choice"),
     [
-        ("auto", "cpu", "float32", "xla"),
-        ("auto", "gpu", "bfloat16", "cudnn"),
-        ("auto", "gpu", "float32", "xla"),
-        ("xla", "gpu", "bfloat16", "xla"),
-        ("cudnn", "gpu", "bfloat16", "cudnn"),
+        ("auto", "cpu", "float32", 64, "xla"),
+        ("auto", "cuda", "bfloat16", 64, "cudnn"),
+        ("auto", "cuda", "bfloat16", 128, "cudnn"),
+        ("auto", "cuda", "bfloat16", 256, "xla"),
+        ("auto", "cuda", "bfloat16", 20, "xla"),
+        ("auto", "cuda", "float32", 64, "xla"),
+        ("auto", "rocm", "bfloat16", 64, "xla"),
+        ("xla", "cuda", "bfloat16", 64, "xla"),
+        ("cudnn", "cuda", "bfloat16", 64, "cudnn"),
     ],
 )
-def test_choice_is_stated_once(requested, backend, dtype, choice, caplog):
+def test_choice_is_stated_once(requested, platform, dtype, head_dim, choice, caplog):
     choose_implementation.cache_clear()
     with caplog.at_level("INFO", logger="sngpt_jax"):
         for _ in range(3):
-            assert choose_implementation(requested, backend, dtype) == choice
+            assert choose_implementation(requested, platform, dtype, head_dim) == choice
     assert len(caplog.records) == 1
     assert choice in caplog.text
+
+
+def test_the_mask_is_no_constant_of_the_program():
+    """A [T, T] constant a layer would make the program grow with T squared."""
+    q = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, 512, 1, 8), jnp.float32)
+    assert len(jax.jit(attend_xla).lower(q, k, k).as_text()) < 20_000

@@ -1,21 +1,28 @@
 """The whole model: size, causality, the loss it starts from, and a literal numpy forward pass."""
 
+import dataclasses
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig, load
+from sngpt_jax.model import layers
 from sngpt_jax.model.gpt import GPT
-from sngpt_jax.step import forward, init_params, token_losses
+from sngpt_jax.step import forward, init_params, losses
 from tests.model.test_attention import oracle_attend, oracle_rotary
 
 TINY = ModelConfig(
     vocab_size=61, num_layers=5, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16, compute_dtype="float32"
 )
+
+
+def changed(**fields):
+    return dataclasses.replace(TINY, **fields)
 
 
 def random_params(config, seed=0):
@@ -59,10 +66,10 @@ def oracle_logits(config, params, tokens):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
 def test_logits_equal_the_oracle(num_layers):
-    config = ModelConfig(**{**vars(TINY), "num_layers": num_layers})
+    config = changed(num_layers=num_layers)
     params = random_params(config)
     tokens = np.random.default_rng(1).integers(0, 61, (2, 16))
-    got = forward(config)(params, jnp.asarray(tokens))
+    got = jax.jit(forward(config))(params, jnp.asarray(tokens))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, oracle_logits(config, params, tokens), atol=2e-4, rtol=2e-4)
 
@@ -70,11 +77,41 @@ def test_logits_equal_the_oracle(num_layers):
 def test_bfloat16_stays_near_float32():
     params = random_params(TINY)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 16)))
-    half = forward(ModelConfig(**{**vars(TINY), "compute_dtype": "bfloat16"}))(params, tokens)
+    half = forward(changed(compute_dtype="bfloat16"))(params, tokens)
     full = forward(TINY)(params, tokens)
     assert half.dtype == jnp.float32
     assert np.linalg.norm(half - full) < 0.05 * np.linalg.norm(full)
     assert np.any(half != full)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_bfloat16_keeps_softmax_statistics_and_logits_in_float32():
+    """In a bfloat16 model the products alone are bfloat16: exponentials, square roots and the head's result are not."""
+    half = changed(compute_dtype="bfloat16")
+    jaxpr = jax.make_jaxpr(losses(half))(random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32))
+    seen = {}
+    for equation in equations(jaxpr.jaxpr):
+        if equation.primitive.name in ("exp", "rsqrt", "tanh", "log", "dot_general"):
+            dtypes = seen.setdefault(equation.primitive.name, set())
+            dtypes.add(equation.invars[0].aval.dtype.name)
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape[-1] == half.vocab_size:
+            assert equation.outvars[0].aval.dtype == jnp.float32
+    assert seen.pop("dot_general") == {"bfloat16"}
+    assert seen == {name: {"float32"} for name in ("exp", "rsqrt", "tanh", "log")}
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")])
+def test_auto_dtype_is_that_of_the_device(platform, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "platform", lambda: platform)
+    assert layers.compute_dtype(changed(compute_dtype="auto")) == jnp.dtype(dtype)
+    assert layers.compute_dtype(TINY) == jnp.float32
 
 
 def test_no_output_depends_on_a_later_token():
@@ -99,10 +136,10 @@ def test_no_output_depends_on_a_later_token():
 
 
 def test_loss_at_the_start_is_ln_v():
-    config = ModelConfig(**{**vars(TINY), "vocab_size": 1024, "d_model": 64})
+    config = changed(vocab_size=1024, d_model=64)
     params = init_params(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 1024)
-    loss = token_losses(forward(config)(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+    loss = jax.jit(losses(config))(params, tokens[:, :-1], tokens[:, 1:]).mean()
     assert loss == pytest.approx(math.log(1024), abs=0.02)
 
 

@@ -1,0 +1,235 @@
+"""The training loop: steps, and between them validation and checkpoints that the training clock does not count.
+
+The loop sends step N to the device and then reads the metrics of step N-1, so the device does not wait for the host.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sngpt_jax import checkpoint, run_directory
+from sngpt_jax.config import Config
+from sngpt_jax.console import Console, progress_reporter
+from sngpt_jax.data.loader import Loader
+from sngpt_jax.data.shards import Dataset
+from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.metrics import MetricsWriter, StepMeter
+from sngpt_jax.optim.schedules import lr_multiplier
+from sngpt_jax.run_directory import Summary
+from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
+from sngpt_jax.step import Batch, Metrics, TrainState, all_finite, make_eval_step
+
+
+class NonFinite(Exception):
+    """The run has diverged: a loss or a parameter is no longer a finite number."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A score and the step it is of."""
+
+    step: int
+    loss: float
+    bpb: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, beside its arrays; kept in every checkpoint."""
+
+    elapsed_seconds: float = 0.0  # of training
+    first: Validation | None = None  # of the untrained model
+    best_val_loss: float | None = None
+    latest: Validation | None = None
+    data: dict[str, int] | None = None  # the loader's position
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Position":
+        """The position that `asdict` made these values of."""
+        scores = {name: Validation(**values[name]) for name in ("first", "latest") if values[name]}
+        return cls(**{**values, **scores})
+
+
+@dataclass
+class Run:
+    """The loop, with what it works on."""
+
+    config: Config
+    console: Console
+    mesh: Mesh
+    data: Dataset
+    state: TrainState
+    done: int  # steps sent so far
+    position: Position
+    train_step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
+    loader: Loader[Batch]
+    writer: MetricsWriter
+    checkpoints: checkpoint.Checkpointer
+    meter: StepMeter
+    profiler: Profiler
+    signals: StopSignals
+    sent: tuple[int, float, Metrics] | None = None  # the step on the device whose metrics have not been read
+
+    def __post_init__(self) -> None:
+        self.eval_step = make_eval_step(self.config.model, self.mesh)
+        self.token_bytes = self.data.tokenizer.token_bytes()
+        self.stopwatch = Stopwatch(self.position.elapsed_seconds)
+
+    def loop(self) -> None:
+        """Steps until the recipe's last one or its wall-clock cap; raises `Stopped` on a signal. Every step is read then."""
+        train, every = self.config.train, self.config.eval.every
+        if self.done == 0 and every:
+            self.aside(validating=True, saving=False)
+        self.meter.start(self.done)
+        while self.done < train.steps:
+            if train.max_seconds and self.stopwatch.seconds >= train.max_seconds:
+                break
+            self.step()
+            validating = bool(every) and self.done % every == 0
+            saving = bool(train.checkpoint_every) and self.done % train.checkpoint_every == 0
+            if (validating or saving) and self.done < train.steps:
+                self.aside(validating, saving)
+            if self.signals.received:
+                self.read()
+                raise Stopped
+        self.read()
+
+    def step(self) -> None:
+        """Sends one step to the device, then reads the one before it."""
+        config, number = self.config, self.done + 1
+        if self.profiler.begins_with(number):
+            self.off_the_clock(self.profiler.start)
+        multiplier = lr_multiplier(config.optim, config.train, self.done, self.stopwatch.seconds)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            batch = next(self.loader)
+            self.state, metrics = self.train_step(self.state, batch, np.float32(multiplier))
+        self.read()
+        self.done, self.sent = number, (number, multiplier, metrics)
+        self.checkpoints.check()
+        if self.profiler.ends_with(number):
+            self.off_the_clock(self.profiler.stop)
+
+    def read(self) -> None:
+        """Waits for the step that was sent, if there is one, and logs it."""
+        if self.sent is None:
+            return
+        (step, multiplier, metrics), self.sent = self.sent, None
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        train = self.config.train
+        if step % train.log_every == 0 or step == train.steps or not math.isfinite(loss):
+            record = {
+                "step": step,
+                "train_loss": loss,
+                "lr": multiplier * self.config.optim.muon_lr,
+                "grad_norm": grad_norm,
+                "tokens": step * self.config.data.batch_tokens,
+                "elapsed_seconds": self.stopwatch.seconds,
+                **self.meter.stop(step),
+            }
+            self.writer.write(record)
+            self.console.step({**record, "eta": self.seconds_left(step)})
+        if not math.isfinite(loss):
+            raise NonFinite(f"the loss of step {step:,} is {loss}")
+
+    def off_the_clock(self, work: Callable[[], None]) -> None:
+        """Does `work` once every step has been read, outside of the training time."""
+        self.read()
+        with self.stopwatch.paused():
+            work()
+        self.meter.start(self.done)
+
+    def aside(self, validating: bool, saving: bool) -> None:
+        """Validates, saves, or both, off the clock."""
+
+        def work() -> None:
+            if validating:
+                self.validate()
+            if saving:
+                self.save()
+
+        self.off_the_clock(work)
+
+    def seconds_left(self, step: int) -> float:
+        """Training seconds from the end of `step` to the end of the run, at the speed of late."""
+        left = self.meter.eta(self.config.train.steps - step) or 0.0
+        cap = self.config.train.max_seconds
+        return min(left, max(cap - self.stopwatch.seconds, 0.0)) if cap else left
+
+    def validate(self) -> None:
+        """Scores the validation stream with the parameters as they are, and logs it; a score that is there already stands."""
+        if self.position.latest and self.position.latest.step == self.done:
+            return
+        config, start, report = self.config, time.perf_counter(), progress_reporter("validation")
+
+        def progress(done: int, total: int) -> None:
+            if self.signals.received:
+                raise Stopped
+            report(done, total)
+
+        score = score_stream(
+            self.state.params,
+            self.eval_step,
+            self.data.val,
+            self.token_bytes,
+            self.mesh,
+            seq_len=config.data.seq_len,
+            device_batch_tokens=config.eval.device_batch_tokens,
+            max_tokens=config.eval.tokens,
+            progress=progress,
+        )
+        if not math.isfinite(score.loss):
+            raise NonFinite(f"the validation loss after step {self.done:,} is {score.loss}")
+        seconds = time.perf_counter() - start
+        record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb, "val_seconds": seconds}
+        self.writer.write(record)
+        self.console.validation(record)
+        best = self.position.best_val_loss
+        latest = Validation(self.done, score.loss, score.bpb, score.tokens)
+        self.position = replace(
+            self.position,
+            first=latest if self.done == 0 else self.position.first,
+            best_val_loss=score.loss if best is None else min(best, score.loss),
+            latest=latest,
+        )
+
+    def save(self) -> None:
+        """Begins to save the state as of the last step."""
+        if not all_finite(self.state.params):
+            raise NonFinite(f"a parameter is not finite after step {self.done:,}")
+        self.position = replace(self.position, elapsed_seconds=self.stopwatch.seconds, data=self.loader.get_state())
+        latest = self.position.latest
+        value = latest.loss if latest and latest.step == self.done else None
+        self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
+
+    def finish(self, directory: Path) -> Summary:
+        """Validates and saves the trained model; returns the run's summary."""
+        self.aside(validating=True, saving=True)
+        self.checkpoints.wait()
+        first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
+        assert latest is not None and best is not None
+        tokens, seconds = self.done * self.config.data.batch_tokens, self.position.elapsed_seconds
+        return Summary(
+            steps=self.done,
+            tokens=tokens,
+            val_loss=latest.loss,
+            val_bpb=latest.bpb,
+            val_tokens=latest.tokens,
+            best_val_loss=best,
+            untrained_val_bpb=first.bpb if first else None,
+            train_seconds=seconds,
+            tok_per_s=tokens / seconds,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            checkpoint=str(checkpoint.step_folder(run_directory.checkpoint_dir(directory), self.done)),
+        )
