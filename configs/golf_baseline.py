@@ -4,8 +4,8 @@ Published  1.2244 bits per byte on FineWeb (quantized artifact); 43.54 ms a step
 Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/fineweb_sp1024
 8×H100     ./launch.sh train --config configs/golf_baseline.py
 1×H100     ./launch.sh train --config configs/golf_baseline.py --train.max-seconds 4800
-Here       float32 master weights and optimizer state, the embedding's included; logits never rounded to bfloat16; no priming
-           steps, since compilation happens before the clock starts. Speed and score: not measured on a GPU.
+Here       float32 master weights and optimizer state, the embedding's included; logits never rounded to bfloat16; one priming
+           step instead of 20, off the clock as there. Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
