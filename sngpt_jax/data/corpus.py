@@ -8,11 +8,15 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import os
 import platform
 import re
+import shlex
 import shutil
+import sys
 import sysconfig
+import tempfile
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -21,8 +25,8 @@ from typing import Any
 import pyarrow
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.manifest import DataError
-from sngpt_jax.data.shards import open_shard
+from sngpt_jax.data.manifest import DataError, file_sha256
+from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
 
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -31,6 +35,7 @@ SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a
 
 GOLF_REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
 
+_HASHED_BYTES = 256 * 2**20  # text below this size is known by its content: hashing so much takes a fifth of a second
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+))?")
 
@@ -50,9 +55,10 @@ def documents(source: str) -> Iterator[str]:
 
 
 def fingerprint(source: str) -> str:
-    """A short name for the content of `source`, cheap to find: kind, and a hash of the files' names and sizes.
+    """A short name for the content of `source`: its kind, how many files, and a hash of their names and contents.
 
-    It does not depend on where a folder lies or on modification times. A Hugging Face data set is known by name alone.
+    Text of 256 MiB or more is known by its files' names, sizes and modification times, a Hugging Face data set by its name.
+    Where a folder lies does not matter.
     """
     if source.startswith("hub:"):
         name, config, split = _hub_parts(source)
@@ -62,17 +68,23 @@ def fingerprint(source: str) -> str:
     else:
         kind, root, files = "files", Path(source), _text_files(source)
         root = root if root.is_dir() else root.parent
+    stats = [path.stat() for path in files]
+    by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+    for path, stat in zip(files, stats, strict=True):
+        content = file_sha256(path) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
+        digest.update(f"{path.relative_to(root).as_posix()}\0{content}\0".encode())
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 
 
 def _imported(package: str, what: str) -> Any:
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{what} needs the package {package}: pip install 'sngpt-jax[hub]'") from None
+        pip = shlex.join([sys.executable, "-m", "pip", "install", package])
+        raise UserError(f"{what} needs the package {package}; install it: {pip}") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry; the last failure is an exception
+    return module
 
 
 def _one_line(error: BaseException) -> str:
@@ -232,25 +244,27 @@ def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     data/cached_challenge_fineweb.py. Raises `UserError` where the network fails or the data set lacks what is asked for.
     """
     hub = _imported("huggingface_hub", f"the data set {GOLF_REPO}")
-    staging = out_dir / ".download"
 
-    def fetch(name: str) -> Path:
+    def fetch(name: str, folder: Path) -> Path:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"{GOLF_REPO}: its manifest names {name!r}, which is outside the data set")
         try:
-            return Path(hub.hf_hub_download(GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=staging))
+            return Path(hub.hf_hub_download(GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=folder))
         except Exception as error:  # whatever the network and the hub raise
             raise UserError(f"{GOLF_REPO}: datasets/{name} cannot be fetched: {_one_line(error)}") from None
 
-    dataset, model_path, shards = _golf_entry(fetch("manifest.json"), vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset, model_path, shards = _golf_entry(fetch("manifest.json", Path(folder)), vocab_size)
     if not 1 <= train_shards <= shards["train"]:
         raise UserError(f"{GOLF_REPO}: {dataset} has {shards['train']} training shards; asked for {train_shards}")
     model = out_dir / PurePosixPath(model_path).name
     other = next((path for path in sorted(out_dir.glob("*.model")) if path != model), None)
     if other:
         raise UserError(f"{out_dir}: holds {other.name}; tokens of {model.name} go into another folder")
+    staging = out_dir / DOWNLOAD  # from here until its removal the folder counts as unfinished
+    staging.mkdir(parents=True, exist_ok=True)
     if not model.is_file():
-        fetched = fetch(model_path)
+        fetched = fetch(model_path, staging)
         found = load_tokenizer(fetched).vocab_size
         if found != vocab_size:
             raise DataError(f"{GOLF_REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}")
@@ -259,7 +273,7 @@ def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
         for n in range(count):
             name = f"fineweb_{split}_{n:06d}.bin"
             if not _whole(out_dir / name):
-                fetched = fetch(f"datasets/{dataset}/{name}")
+                fetched = fetch(f"datasets/{dataset}/{name}", staging)
                 open_shard(fetched)
                 os.replace(fetched, out_dir / name)
     shutil.rmtree(staging)

@@ -97,11 +97,6 @@ class Loader(Iterator[T], Generic[T]):
         """The position after the last batch that was taken, whatever has been prefetched; it survives JSON."""
         return self._iterator.get_state()
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position that `get_state` gave, of this loader or of another over the same batches."""
-        self._iterator.set_state(state)
-        self._iterator.start_prefetch()
-
     def close(self) -> None:
         """Stops the threads; what they are reading is dropped. A second call does nothing."""
         self._iterator.close()
@@ -114,14 +109,20 @@ class Loader(Iterator[T], Generic[T]):
 
 
 def make_loader(
-    batches: GlobalBatches, place: Callable[[dict[str, np.ndarray]], T], *, num_steps: int, start_step: int = 0
+    batches: GlobalBatches,
+    place: Callable[[dict[str, np.ndarray]], T],
+    *,
+    num_steps: int,
+    state: dict[str, int] | None = None,
 ) -> Loader[T]:
-    """A loader of the batches of steps start_step, …, num_steps - 1.
+    """A loader of the batches of steps 0, …, num_steps - 1, or of those after the position `state`.
 
+    `state` is what `Loader.get_state` gave, of any loader over the same batches.
     `place` turns a host batch into what the training step takes, such as arrays on the devices; it runs in the background
     threads, so that the transfer of the next batch overlaps the computation on this one.
     """
     read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READY)
     iterator = iter(grain.MapDataset.source(batches)[:num_steps].map(place).to_iter_dataset(read))
-    iterator.set_state({"next_index": start_step})
+    if state is not None:
+        iterator.set_state(state)
     return Loader(iterator)

@@ -7,7 +7,6 @@ preparation was killed and started again.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import itertools
 import os
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -24,7 +23,7 @@ import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.corpus import documents, download_golf, fingerprint
+from sngpt_jax.data.corpus import documents, download_golf
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.manifest import (
     FORMAT,
@@ -40,34 +39,13 @@ from sngpt_jax.data.manifest import (
     save,
     verify,
 )
-from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, open_entries, write_atomic
+from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, open_entries, write_hashed
+from sngpt_jax.data.spec import COMMAND, PrepareSpec, differing_fields, origin_of
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
 
 _FIRST_REPORT, _NEXT_REPORT = 2.0, 10.0  # seconds before and between lines of progress where there is no terminal
-_LEARNT_VOCAB_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class PrepareSpec:
-    """What to prepare, and where to."""
-
-    source: str  # stdlib, a .txt, .jsonl[.gz|.zst] or .parquet file, a folder, hub:NAME[:CONFIG][@SPLIT], golf[:spV]
-    out: str  # folder that gets the shards, the tokenizer and manifest.json
-    tokenizer: str = "train"  # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
-    val_source: str = ""  # validation text of its own; empty: the source's first val_docs documents
-    val_docs: int = 50_000  # documents held out for validation when there is no val_source
-    vocab_size: int = 0  # tokens of the tokenizer: to learn (0: 1024), or that a given one must have (0: any number)
-    normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"  # of a learnt tokenizer; identity keeps all whitespace
-    shard_tokens: int = 100_000_000  # tokens in a shard
-    max_tokens: int = 0  # training tokens after which to stop; 0: no limit
-
-
-def command_line(spec: PrepareSpec) -> list[str]:
-    """The command that prepares `spec`, without the options that are at their defaults."""
-    given = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
-    options = [word for f in given for word in (f"--{f.name.replace('_', '-')}", str(getattr(spec, f.name)))]
-    return ["python", "-m", "sngpt_jax.data.prepare", *options]
+_GOLF_VOCAB_SIZE = 1024
 
 
 def _cpus() -> int:
@@ -151,42 +129,8 @@ def _val_documents(spec: PrepareSpec) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- the folder
 
 
-def _origin(spec: PrepareSpec) -> Origin:
-    """What decides the files' bytes: hashes in place of names, and nothing of the options that do not matter here."""
-    tokenizer, vocab_size, normalization = "train", spec.vocab_size or _LEARNT_VOCAB_SIZE, str(spec.normalization)
-    if spec.tokenizer != "train":
-        given = load_tokenizer(Path(spec.tokenizer))
-        if spec.vocab_size not in (0, given.vocab_size):
-            raise UserError(f"--tokenizer {spec.tokenizer}: expected --vocab-size {spec.vocab_size}, found {given.vocab_size}")
-        tokenizer, vocab_size, normalization = f"sha256:{given.sha256}", given.vocab_size, ""
-    return Origin(
-        source=fingerprint(spec.source),
-        val_source=fingerprint(spec.val_source) if spec.val_source else "",
-        val_docs=0 if spec.val_source else spec.val_docs,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        normalization=normalization,
-        shard_tokens=spec.shard_tokens,
-        max_tokens=spec.max_tokens,
-    )
-
-
-def _differing(old: Origin, new: Origin) -> list[str]:
-    there, asked = asdict(old), asdict(new)
-    return [f"{name}: {there[name]!r} there, {asked[name]!r} asked for" for name in asked if there[name] != asked[name]]
-
-
-def differing(spec: PrepareSpec, manifest: Manifest) -> list[str]:
-    """How the text and tokens of a finished folder differ from what `spec` would make: a line each, none where they agree.
-
-    The size of the shards and of the whole may differ. Raises `UserError` where the source or tokenizer is not there.
-    """
-    there = manifest.origin
-    return _differing(there, replace(_origin(spec), shard_tokens=there.shard_tokens, max_tokens=there.max_tokens))
-
-
 def _refuse_other(out: Path, old: Origin, new: Origin) -> None:
-    if lines := _differing(old, new):
+    if lines := differing_fields(old, asdict(new)).values():
         raise UserError(f"{out}: holds another preparation's data ({'; '.join(lines)}); give another --out, or delete it")
 
 
@@ -238,7 +182,7 @@ def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerE
         tokenizer = train_sentencepiece(texts, path, vocab_size=origin.vocab_size, normalization=spec.normalization)
     else:
         path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
-        write_atomic(path, [Path(spec.tokenizer).read_bytes()])
+        write_hashed(path, Path(spec.tokenizer).read_bytes())
         tokenizer = load_tokenizer(path)
     return _tokenizer_entry(tokenizer)
 
@@ -312,7 +256,7 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
             raise UserError(f"{option} {value}: expected at least {least}")
     if spec.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
-    out, origin = Path(spec.out), _origin(spec)
+    out, origin = Path(spec.out), origin_of(spec)
     if manifest := _finished(out, origin):  # before the lock: a finished folder may be read-only
         return manifest
     try:
@@ -324,16 +268,20 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
-    """Fetches the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them. Raises `UserError`."""
-    name = spec.source.removeprefix("golf").removeprefix(":") or "sp1024"
-    if not (name.startswith("sp") and name[2:].isdecimal()):
+    """Fetches the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them. Raises `UserError`.
+
+    V is the vocabulary size; where the source does not name it, `spec.vocab_size`, or 1024.
+    """
+    named = spec.source.removeprefix("golf").removeprefix(":")
+    if named and not (named.startswith("sp") and named[2:].isdecimal()):
         raise UserError(f"--source {spec.source}: expected golf or golf:spV with a vocabulary size V, such as golf:sp1024")
-    vocab_size = int(name[2:])
+    vocab_size = int(named[2:]) if named else spec.vocab_size or _GOLF_VOCAB_SIZE
     plain = PrepareSpec(spec.source, spec.out, vocab_size=vocab_size if spec.vocab_size else 0)
     differing = [key for key, value in asdict(plain).items() if getattr(spec, key) != value]
     if differing:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
         raise UserError(f"--source {spec.source} is already tokens; it takes no {options} but its own")
+    print(f"{spec.out}: fetching the published shards of {vocab_size} tokens", file=sys.stderr, flush=True)
     download_golf(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
     return open_dataset(spec.out, vocab_size)
 
@@ -358,7 +306,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status. Raises `UserError`."""
     argv = cli.expand_json(argv)
     kind: Any = VerifyArguments if any(a.split("=")[0] == "--verify" for a in argv) else Arguments
-    arguments = tyro.cli(kind, args=argv, prog="python -m sngpt_jax.data.prepare", config=(tyro.conf.FlagConversionOff,))
+    arguments = tyro.cli(kind, args=argv, prog=cli.command(COMMAND), config=(tyro.conf.FlagConversionOff,))
     if isinstance(arguments, VerifyArguments):
         print(f"{arguments.verify}: reading every file back", file=sys.stderr, flush=True)
         summary = _summary(arguments.verify, verify(arguments.verify))

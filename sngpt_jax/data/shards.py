@@ -5,7 +5,6 @@ zeros), then that many little-endian uint16 tokens. nanoGPT's `train.bin` and `v
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sngpt_jax import cli
+from sngpt_jax.cli import write_bytes_atomic
 from sngpt_jax.data.manifest import (
     MANIFEST,
     PROGRESS,
@@ -31,25 +32,19 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
+DOWNLOAD = ".download"  # a folder that is there while published shards are fetched into the folder above it
+
+_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: the count takes 8 bytes a token
 _VERIFIED_BYTES = 64 * 2**20  # data sets smaller than this have their checksums verified whenever they are opened
 
 
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def write_atomic(path: Path, parts: Sequence[bytes | np.ndarray]) -> str:
-    """Writes the bytes of `parts` one after the other to `path`, all or nothing; returns their SHA-256 in hexadecimal."""
-    digest = hashlib.sha256()
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        for part in parts:
-            view = memoryview(part if isinstance(part, bytes) else part.data).cast("B")
-            digest.update(view)
-            file.write(view)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return digest.hexdigest()
+def write_hashed(path: Path, content: bytes) -> str:
+    """Writes `content` to `path`, all or nothing; returns its SHA-256 in hexadecimal."""
+    write_bytes_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -58,7 +53,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
         raise ValueError(f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype} {tokens.shape}")
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    return write_atomic(path, [header, np.ascontiguousarray(tokens, dtype=TOKEN)])
+    return write_hashed(path, b"".join([header.data, np.ascontiguousarray(tokens, dtype=TOKEN).data]))
 
 
 def open_shard(path: Path) -> np.memmap:
@@ -115,7 +110,7 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------- a split as a stream
 
-_NO_EXTRA = np.zeros((0, 2), np.int64)
+NO_EXTRA = np.zeros((0, 2), np.int64)
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ class TokenStream:
     @cached_property
     def _extra(self) -> np.ndarray:
         rows = [shard.extra + np.array([start, 0]) for shard, start in zip(self.shards, self._starts[:-1], strict=True)]
-        return np.concatenate([_NO_EXTRA, *rows])
+        return np.concatenate([NO_EXTRA, *rows])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -193,6 +188,13 @@ class TokenStream:
         result[rows[:, 0] - start] += rows[:, 1]
         return result
 
+    def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> int:
+        """The sum of `target_bytes` over the same tokens, in blocks, so that it takes little memory however many they are."""
+        total = 0
+        for block in range(start, stop, _COUNT_BLOCK):
+            total += int(self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum())
+        return total
+
 
 # ---------------------------------------------------------------------------------------------- a folder
 
@@ -218,9 +220,16 @@ def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
         tokens = open_shard(path)
         if len(tokens) != entry.tokens:
             raise DataError(f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}")
-        extra = open_extra(directory / entry.extra.name, entry.tokens) if entry.extra else _NO_EXTRA
+        extra = open_extra(directory / entry.extra.name, entry.tokens) if entry.extra else NO_EXTRA
         shards.append(Shard(path, tokens, extra))
     return shards
+
+
+def unfinished(directory: Path) -> bool:
+    """Whether a preparation or a download of published shards into this folder has begun and not ended."""
+    if (directory / MANIFEST).is_file():  # written last
+        return False
+    return (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
 
 
 def _tokenizer_file(directory: Path) -> Path:
@@ -235,14 +244,14 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
     """The train and val shards of a folder of any of the three kinds."""
     if manifest:
         return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
+    if unfinished(directory):
+        raise DataError(f"{directory}: its preparation has not finished; run the same prepare command again to go on")
     train, val = (sorted(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
     if train and val:
-        return [Shard(p, open_shard(p), _NO_EXTRA) for p in train], [Shard(p, open_shard(p), _NO_EXTRA) for p in val]
+        return [Shard(p, open_shard(p), NO_EXTRA) for p in train], [Shard(p, open_shard(p), NO_EXTRA) for p in val]
     if (directory / "train.bin").is_file() and (directory / "val.bin").is_file():
-        plain = [Shard(p, open_headerless(p), _NO_EXTRA) for p in (directory / "train.bin", directory / "val.bin")]
+        plain = [Shard(p, open_headerless(p), NO_EXTRA) for p in (directory / "train.bin", directory / "val.bin")]
         return plain[:1], plain[1:]
-    if (directory / PROGRESS).is_file():
-        raise DataError(f"{directory}: its preparation has not finished; run the same prepare command again to go on")
     raise DataError(
         f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and val.bin; found none"
     )
@@ -259,8 +268,8 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(
-            f"{directory}: no such folder; make it with:"
-            f" python -m sngpt_jax.data.prepare --source … --tokenizer … --out {directory}"
+            f"{directory.absolute()}: no such folder; say where the data are (train: --data.dir DIR, evaluate: --data DIR), or"
+            f" make it with: {cli.command('sngpt_jax.data.prepare', '--out', str(directory))} --source … --tokenizer …"
         )
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)

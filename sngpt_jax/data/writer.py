@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.data.manifest import ExtraEntry, ShardEntry, SplitProgress
-from sngpt_jax.data.shards import TOKEN, open_entries, write_atomic, write_shard
-from sngpt_jax.data.tokenizer import TokenBytes
-
-_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: the count takes 8 bytes a token
+from sngpt_jax.data.shards import NO_EXTRA, TOKEN, Shard, TokenStream, open_entries, write_hashed, write_shard
+from sngpt_jax.data.tokenizer import MAX_VOCAB, TokenBytes
 
 
 class SplitWriter:
@@ -90,12 +88,12 @@ class SplitWriter:
             file = io.BytesIO()
             np.save(file, extra, allow_pickle=False)
             sidecar_name = f"{name}.extra.npy"
-            sidecar = ExtraEntry(sidecar_name, write_atomic(self._directory / sidecar_name, [file.getvalue()]))
+            sidecar = ExtraEntry(sidecar_name, write_hashed(self._directory / sidecar_name, file.getvalue()))
         entry = ShardEntry(
             name=name,
             tokens=len(tokens),
             documents=self._begun,
-            bytes=self._count_bytes(tokens) + int(extra[:, 1].sum()),
+            bytes=self._count_bytes(Shard(self._directory / name, tokens, extra)),
             sha256=write_shard(self._directory / name, tokens),
             extra=sidecar,
         )
@@ -104,11 +102,7 @@ class SplitWriter:
         self._on_shard(self.progress)
         self._begin_shard()
 
-    def _count_bytes(self, tokens: np.ndarray) -> int:
-        total, previous = 0, int(tokens[0]) if self._previous is None else self._previous  # a split begins with BOS: 0 bytes
-        for start in range(0, len(tokens), _COUNT_BLOCK):
-            block = tokens[start : start + _COUNT_BLOCK]
-            before = np.concatenate([np.array([previous], block.dtype), block[:-1]])
-            total += int(self._token_bytes.count(before, block).sum())
-            previous = int(block[-1])
-        return total
+    def _count_bytes(self, shard: Shard) -> int:
+        previous = shard.tokens[0] if self._previous is None else self._previous  # a split begins with BOS: 0 bytes
+        before = Shard(shard.path, np.array([previous], TOKEN), NO_EXTRA)
+        return TokenStream((before, shard), MAX_VOCAB).count_bytes(self._token_bytes, 1, 1 + len(shard.tokens))

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -20,6 +21,7 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.data import corpus
 from sngpt_jax.data.corpus import documents, download_golf, fingerprint
 from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.shards import unfinished
 from sngpt_jax.data.tokenizer import train_sentencepiece
 
 WRAP = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -216,7 +218,7 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     os.utime(tmp_path / "one" / "a.txt", (1, 1))
     seen.add(fingerprint(str(tmp_path / "one")))
     assert len(seen) == 1
-    (tmp_path / "one" / "a.txt").write_text("abcd")
+    (tmp_path / "one" / "a.txt").write_text("abd")  # of the same size
     seen.add(fingerprint(str(tmp_path / "one")))
     (tmp_path / "two" / "a.txt").rename(tmp_path / "two" / "b.txt")
     seen.add(fingerprint(str(tmp_path / "two")))
@@ -224,6 +226,18 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     assert fingerprint("hub:a/b") == fingerprint("hub:a/b@train") != fingerprint("hub:a/b:c@train")
     with pytest.raises(UserError):
         fingerprint("nonsense")
+
+
+def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_HASHED_BYTES", 6)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("abc")
+        os.utime(tmp_path / name, (1, 1))
+    monkeypatch.setattr(corpus, "file_sha256", lambda path: pytest.fail("read the text"))
+    first = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == first
+    os.utime(tmp_path / "b.txt", ns=(1, 2))
+    assert fingerprint(str(tmp_path)) != first
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face
@@ -261,7 +275,7 @@ def test_hub_failures_are_one_line(monkeypatch):
     stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}])
     fails("hub:some/set", "hub:some/set: row 2", "expected the key text, found 'content'")
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
-    fails("hub:some/set", "pip install 'sngpt-jax[hub]'", kind=UserError)
+    fails("hub:some/set", f"{sys.executable} -m pip install datasets", kind=UserError)
     for bad in ("hub:", "hub::c", "hub:a:b:c", "hub:a@"):
         fails(bad, "expected hub:NAME", kind=UserError)
 
@@ -371,4 +385,26 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
         files["datasets/manifest.json"] = content
         golf_fails(tmp_path / "new", "manifest.json", "not the layout")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    golf_fails(tmp_path / "new", corpus.GOLF_REPO, "pip install 'sngpt-jax[hub]'")
+    golf_fails(tmp_path / "new", corpus.GOLF_REPO, f"{sys.executable} -m pip install huggingface_hub")
+
+
+def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, published):
+    files, _ = published
+    out = tmp_path / "out"
+    golf_fails(out, "asked for 9", train_shards=9)
+    assert not out.exists()  # nothing was begun
+    missing = files.pop("datasets/datasets/fineweb10B_sp280/fineweb_train_000001.bin")
+    golf_fails(out, "fineweb_train_000001.bin cannot be fetched", train_shards=2)
+    assert unfinished(out) and (out / "fineweb_train_000000.bin").exists()
+    files["datasets/datasets/fineweb10B_sp280/fineweb_train_000001.bin"] = missing
+    download_golf(out, vocab_size=280, train_shards=2)
+    assert not unfinished(out)
+    manifest = files.pop("datasets/manifest.json")
+    golf_fails(out, "manifest.json cannot be fetched", train_shards=3)  # as without a network
+    assert manifest and not unfinished(out)
+
+
+def test_the_hubs_retries_are_not_shown(published, tmp_path, caplog):
+    download_golf(tmp_path / "out", vocab_size=280, train_shards=1)
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+    assert not caplog.records

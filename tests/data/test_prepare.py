@@ -23,8 +23,9 @@ from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import prepare as module
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.manifest import SplitProgress
-from sngpt_jax.data.prepare import PrepareSpec, main, prepare
+from sngpt_jax.data.prepare import main, prepare
 from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_extra, open_shard, write_shard
+from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
 
@@ -372,6 +373,16 @@ def test_a_folder_of_other_shards_is_not_written_into(text, tmp_path, tokenizer_
         prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
 
 
+def test_the_same_text_for_training_and_validation_is_refused(text, tmp_path, tokenizer_file):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "text.jsonl").write_bytes(text[0].read_bytes())
+    for val_source in (text[0], copy):
+        with pytest.raises(UserError, match="is the same text as --source .*text.jsonl"):
+            prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, val_source=str(val_source)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(text, tmp_path, tokenizer_file):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out: cannot be written: Not a directory"):
@@ -454,3 +465,16 @@ def test_published_shards_are_fetched_and_opened(tmp_path, tokenizer_file, monke
         main([*options, "--vocab-size", "91"])
     with pytest.raises(UserError, match="expected golf or golf:spV"):
         main(["--source", "golf:1024", "--out", str(tmp_path / "golf")])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], 1024), (["--vocab-size", "1024"], 1024), (["--vocab-size", "4096"], 4096)]
+)
+def test_golf_alone_means_the_vocabulary_asked_for(tmp_path, monkeypatch, options, expected):
+    def download(out, *, vocab_size, train_shards):
+        raise Killed(vocab_size)
+
+    monkeypatch.setattr(module, "download_golf", download)
+    with pytest.raises(Killed) as caught:
+        main(["--source", "golf", "--out", str(tmp_path), *options])
+    assert caught.value.args == (expected,)

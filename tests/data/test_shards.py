@@ -6,12 +6,14 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sngpt_jax import cli
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import shards
 from sngpt_jax.data.manifest import DataError, ExtraEntry, Manifest, Origin, ShardEntry, TokenizerEntry
@@ -131,6 +133,28 @@ def test_target_bytes_come_from_each_token_and_the_one_before_plus_corrections(d
     counted = stream.target_bytes(BytesOfPair(), start, stop)
     assert counted.dtype == np.int64
     assert counted.tolist() == expected[start:stop]
+
+
+@given(PIECES, st.integers(1, 7), st.data())
+def test_count_bytes_is_the_sum_however_it_is_cut(pieces, block, data):
+    extras = [np.array([[len(piece) - 1, 10**9]], np.int64) for piece in pieces]
+    stream, whole = stream_of(pieces, extras=extras), [token for piece in pieces for token in piece]
+    ends = set(np.cumsum([len(piece) for piece in pieces]) - 1)
+    expected = [0] + [whole[i - 1] * 1000 + whole[i] + 10**9 * (i in ends) for i in range(1, len(whole))]
+    start = data.draw(st.integers(1, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    with mock.patch.object(shards, "_COUNT_BLOCK", block):
+        assert stream.count_bytes(BytesOfPair(), start, stop) == sum(expected[start:stop])
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path / "a.bin", np.ones(3, np.uint16))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_target_bytes_needs_a_token_before():
@@ -298,14 +322,30 @@ def test_nanogpts_folder(tmp_path, tokenizer_file):
     assert data.train.take(0, 3).tolist() == [1, 2, 3] and len(data.val) == 1
 
 
-def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"no such folder; make it with: python -m sngpt_jax\.data\.prepare"):
-        open_dataset(tmp_path / "nowhere", VOCAB)
+def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        open_dataset("no where", VOCAB)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'no where'}: no such folder; ")
+    assert "--data.dir DIR" in message and "--data DIR" in message
+    assert f"{cli.command('sngpt_jax.data.prepare')} --out 'no where' --source" in message
     with pytest.raises(DataError, match=r"expected manifest\.json, shards named"):
         open_dataset(tmp_path, VOCAB)
     manifests.save(manifests.Progress(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path)
     with pytest.raises(DataError, match="run the same prepare command again"):
         open_dataset(tmp_path, VOCAB)
+
+
+def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tokenizer_file):
+    shutil.copy(tokenizer_file, tmp_path / "fineweb_300_bpe.model")
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", np.array([1, 2], np.uint16))
+    (tmp_path / ".download").mkdir()
+    with pytest.raises(DataError, match="run the same prepare command again"):
+        open_dataset(tmp_path, VOCAB)
+    (tmp_path / ".download").rmdir()
+    open_dataset(tmp_path, VOCAB)
 
 
 def test_a_journal_reads_back_as_written(tmp_path):
