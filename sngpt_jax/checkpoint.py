@@ -26,6 +26,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sngpt_jax.cli import UserError, write_text_atomic
+from sngpt_jax.parallel import path_name
 
 logger = logging.getLogger("sngpt_jax")
 # orbax's threads log the traceback of a failed write (a full disk, say) once per layer, and then raise the same error to us.
@@ -43,8 +44,6 @@ class Restored:
     step: int
     state: Any  # the tree asked for, with arrays for its leaves, placed by its shardings
     extra: dict[str, Any]  # as given to `save`, through JSON
-    value: float | None  # validation value given to `save`
-    warnings: tuple[str, ...]  # one line each, already logged: newer checkpoints that could not be used
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,7 @@ def _finished(directory: Path) -> Iterator[_Record]:
 
 
 def _best(records: Iterable[_Record]) -> int | None:
+    """The step with the lowest validation value, the earliest of equals; None where none has a value."""
     scored = [(record.value, record.step) for record in records if record.value is not None]
     return min(scored)[1] if scored else None
 
@@ -140,15 +140,10 @@ def steps(directory: Path) -> list[int]:
     return [record.step for record in _finished(directory)]
 
 
-def best_step(directory: Path) -> int | None:
-    """The finished step with the lowest validation value, the earliest of equals; None where none has a value."""
-    return _best(_finished(directory))
-
-
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by their path in the tree, such as `params/blocks/0/w`, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named = {path_name(path): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
         raise ValueError("two leaves of the state have the same path")
     return named, structure
@@ -158,8 +153,8 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str], *, partial: bool) -> None:
-    names = list(asked) + [name for name in saved if name not in asked and not partial]
+def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str]) -> None:
+    names = list(asked) + [name for name in saved if name not in asked]
     problems = [
         f"{name or 'the state'}: saved {saved.get(name, 'nothing')}, expected {asked.get(name, 'nothing')}"
         for name in names
@@ -170,23 +165,26 @@ def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str],
         raise CheckpointError(f"{folder}: does not fit the state asked for: {'; '.join(problems[:3])}{more}")
 
 
-def _load(directory: Path, record: _Record, abstract_state: Any, *, partial: bool) -> Any:
+def _load(directory: Path, record: _Record, abstract: Any, parts: Iterable[str] | None) -> Any:
     folder = step_folder(directory, record.step)
-    leaves, structure = _flatten(abstract_state)
-    _check_fit(folder, record.leaves, {name: _describe(leaf) for name, leaf in leaves.items()}, partial=partial)
+    leaves, structure = _flatten(abstract)
+    saved = record.leaves
+    if parts is not None:
+        saved = {name: leaf for name, leaf in saved.items() if any(f"{name}/".startswith(f"{part}/") for part in parts)}
+    _check_fit(folder, saved, {name: _describe(leaf) for name, leaf in leaves.items()})
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
+    targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
         for name, leaf in leaves.items()
     }
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # what may be left out is checked above
     with context:
-        arrays = ocp.load(folder.absolute(), abstract)
+        arrays = ocp.load(folder.absolute(), targets)
     return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
 
 
-def _restore(directory: Path, abstract_state: Any, step: int | None, *, partial: bool) -> Restored | None:
+def _restore(directory: Path, abstract: Any, step: int | None, parts: Iterable[str] | None) -> Restored | None:
     candidates = _steps_on_disk(directory)
     if step is not None:
         if step not in candidates:
@@ -200,18 +198,22 @@ def _restore(directory: Path, abstract_state: Any, step: int | None, *, partial:
         except CheckpointError as error:
             broken.append(str(error))
             continue
-        state = _load(directory, record, abstract_state, partial=partial)
-        warnings = (f"{'; '.join(broken)}; taking {step_folder(directory, candidate)} instead",) if broken else ()
-        for warning in warnings:
-            logger.warning(warning)
-        return Restored(candidate, state, record.extra, record.value, warnings)
-    if broken:
-        raise CheckpointError(f"no usable checkpoint: {'; '.join(broken)}")
+        state = _load(directory, record, abstract, parts)
+        if broken:
+            logger.warning(f"{'; '.join(broken)}; taking {step_folder(directory, candidate)} instead")
+        return Restored(candidate, state, record.extra)
+    if step is not None:
+        raise CheckpointError(f"{'; '.join(broken)}; choose another step, or put back a copy of this one")
+    if any(_record_path(directory, candidate).exists() for candidate in candidates):
+        remedy = f"delete {directory} to start over, or put back a copy of it"
+        raise CheckpointError(f"no usable checkpoint: {'; '.join(broken)}; {remedy}")
+    if broken:  # a kill in the first save: nothing is lost that was ever finished
+        logger.warning(f"{'; '.join(broken)}; passed over, and no other checkpoint is there")
     return None
 
 
 def restore(directory: Path, abstract_state: Any, step: int | None = None) -> Restored | None:
-    """Reads the newest checkpoint that is whole, or that of `step`; None where `directory` holds no checkpoint at all.
+    """Reads the newest checkpoint that is whole, or that of `step`; None where no save into `directory` was ever finished.
 
     Every file is verified against the record first. Newer checkpoints that are unfinished or damaged are passed over with a
     warning that names them and the one taken; a `step` that was asked for is never replaced by another.
@@ -223,20 +225,21 @@ def restore(directory: Path, abstract_state: Any, step: int | None = None) -> Re
       step: the step to read; None takes the newest that is whole.
 
     Raises:
-      CheckpointError: `step` is not there or is damaged, no checkpoint is whole, or leaves differ in path, shape or dtype.
+      CheckpointError: `step` is not there or not whole, saves were finished but none is whole any more, or leaves differ in
+        path, shape or dtype.
     """
-    return _restore(directory, abstract_state, step, partial=False)
+    return _restore(directory, abstract_state, step, parts=None)
 
 
-def restore_params(directory: Path, abstract_params: Any, step: int | None = None) -> Restored:
-    """`restore` for the part of the state under `params` alone: only its arrays are read, and `state` is that part.
+def restore_parts(directory: Path, abstract: dict[str, Any], step: int | None = None) -> Restored:
+    """`restore` for some of the state's top level, such as `{"params": ...}`: only their arrays are read.
 
     Raises `CheckpointError` as `restore` does, and where there is no checkpoint.
     """
-    restored = _restore(directory, {"params": abstract_params}, step, partial=True)
+    restored = _restore(directory, abstract, step, parts=abstract)
     if restored is None:
         raise CheckpointError(f"{directory}: holds no checkpoint; train first, or give the run that was trained")
-    return replace(restored, state=restored.state["params"])
+    return restored
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -280,7 +283,8 @@ class Checkpointer:
           value: validation value by which the best step is known, lower is better.
 
         Raises:
-          CheckpointError: this save could not start, or the one before it failed (full disk, folder gone or unwritable).
+          CheckpointError: this save could not start, or the one before it failed (full disk, folder gone or unwritable), which
+          `check` and `wait` say earlier.
         """
         self.wait()
         if value is not None and not math.isfinite(value):
@@ -317,7 +321,8 @@ class Checkpointer:
             raise self._failure(record.step, error) from error
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error}")
+        remedy = "free space or mend the folder, then start again: the run resumes from the last finished checkpoint"
+        return CheckpointError(f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error}; {remedy}")
 
     def _prune(self, latest: int) -> None:
         """Deletes every step but the newest ones up to `latest`, which is finished, and the best of those up to it."""
@@ -328,6 +333,11 @@ class Checkpointer:
                 _record_path(self._directory, step).unlink(missing_ok=True)  # first: a folder half deleted has no record
                 if (folder := step_folder(self._directory, step)).exists():
                     shutil.rmtree(folder)
+
+    def check(self) -> None:
+        """Raises the `CheckpointError` of a background save that has failed by now. Never waits, so a step can afford it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until the last save is finished, recorded and older steps are deleted; raises its `CheckpointError`."""

@@ -17,6 +17,7 @@ import rich.text
 from sngpt_jax.metrics import Record
 
 WIDTH = 120  # columns that no line passes where there is no terminal
+BAR_WIDTH = 16
 
 
 def format_duration(seconds: float) -> str:
@@ -49,16 +50,30 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 )
 
 
-def format_step(record: Mapping[str, Any], total_steps: int) -> str:
+# What a line too long for the terminal does without, first to last.
+_DISPENSABLE = ("grad_norm", "lr", "step_ms", "percent", "mfu", "tok_per_s")
+
+
+def format_step(record: Mapping[str, Any], total_steps: int, width: int | None = None) -> str:
     """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s`.
 
-    A record with validation numbers begins with `val` instead. What a record lacks is left out; `eta` is in seconds.
+    A record with validation numbers begins with `val` instead. What a record lacks is left out, and what matters least until
+    the line fits `width` columns, if it can; `eta` is in seconds.
     """
     digits = max(5, len(str(total_steps)))
     head = "val " if any(name.startswith("val_") for name in record) else "step"
     step = record["step"]
-    place = f"{head} {step:0{digits}d}/{total_steps:0{digits}d} ({step / total_steps:5.1%})"
-    return " │ ".join([place, *(show(record[name]) for name, show in _COLUMNS if record.get(name) is not None)])
+    place = f"{head} {step:0{digits}d}/{total_steps:0{digits}d}"
+    percent = f" ({step / total_steps:5.1%})"
+    shown = {name: show(record[name]) for name, show in _COLUMNS if record.get(name) is not None}
+    for name in ("", *_DISPENSABLE):  # whole first
+        if name == "percent":
+            percent = ""
+        shown.pop(name, None)
+        line = " │ ".join([place + percent, *shown.values()])
+        if width is None or len(line) <= width:
+            break
+    return line
 
 
 class Console:
@@ -101,9 +116,12 @@ class Console:
         """The live line; called four times a second by rich's own thread, so that a step costs only keeping its record."""
         if self._latest is None:
             return rich.text.Text("starting …", style="dim")
+        record, columns = self._latest, self._rich.width
+        text = rich.text.Text(format_step(record, self._total, columns), no_wrap=True, overflow="ellipsis")
+        if len(format_step(record, self._total)) + BAR_WIDTH + 1 > columns:
+            return text
         line = rich.table.Table.grid(padding=(0, 1))
-        bar = rich.progress_bar.ProgressBar(total=self._total, completed=float(self._latest["step"]), width=16)
-        line.add_row(bar, rich.text.Text(format_step(self._latest, self._total), no_wrap=True, overflow="ellipsis"))
+        line.add_row(rich.progress_bar.ProgressBar(self._total, float(record["step"]), width=BAR_WIDTH), text)
         return line
 
     def print(self, text: str, style: str = "") -> None:

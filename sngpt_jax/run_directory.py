@@ -138,5 +138,5 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None) -> TrainedMod
     """The parameters of `run_dir` at checkpoint `step` (default: the latest that verifies), laid out over `mesh`."""
     config = read_config(run_dir)
     use_compilation_cache(config.train.compilation_cache)
-    restored = checkpoint.restore_params(checkpoint_dir(run_dir), abstract_state(config, mesh).params, step)
-    return TrainedModel(config, restored.state, restored.step)
+    restored = checkpoint.restore_parts(checkpoint_dir(run_dir), {"params": abstract_state(config, mesh).params}, step)
+    return TrainedModel(config, restored.state["params"], restored.step)

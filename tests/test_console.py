@@ -48,15 +48,26 @@ def test_the_console_line_to_the_letter():
     assert format_step({"step": 7, "step_ms": 12345.6}, 1_000_000) == "step 0000007/1000000 ( 0.0%) │ 12.35 s"
 
 
+LARGE = RECORD | {"step": 99_999, "train_loss": 10.8258, "grad_norm": 0.0123, "step_ms": 9999.9, "tok_per_s": 1_234_567.0}
+
+
 def test_the_line_fits_with_every_number_large():
-    large = RECORD | {
-        "step": 99_999,
-        "train_loss": 10.8258,
-        "grad_norm": 0.0123,
-        "step_ms": 9999.9,
-        "tok_per_s": 1_234_567.0,
-    }
-    assert len(format_step(large | {"eta": 273_600.0}, 100_000)) <= 120
+    assert len(format_step(LARGE | {"eta": 273_600.0}, 100_000)) <= 120
+
+
+def test_a_narrow_line_leaves_out_what_matters_least():
+    tail = "66,400 tok/s │ mfu 41.2% │ eta 3m12s"
+    assert [format_step(RECORD, 2000, width) for width in (111, 110, 97, 87, 76, 68, 56)] == [
+        f"step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │ {tail}",
+        f"step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ {tail}",
+        f"step 00120/02000 ( 6.0%) │ loss 3.2145 │ 123.4 ms │ {tail}",
+        f"step 00120/02000 ( 6.0%) │ loss 3.2145 │ {tail}",
+        f"step 00120/02000 │ loss 3.2145 │ {tail}",
+        "step 00120/02000 │ loss 3.2145 │ 66,400 tok/s │ eta 3m12s",
+        "step 00120/02000 │ loss 3.2145 │ eta 3m12s",
+    ]
+    assert len(format_step(LARGE, 100_000, 80)) <= 80 and "mfu" in format_step(LARGE, 100_000, 80)
+    assert format_step(RECORD, 2000, 1) == "step 00120/02000 │ loss 3.2145 │ eta 3m12s"  # nothing more to leave out
 
 
 @pytest.mark.parametrize(
@@ -127,24 +138,50 @@ def test_header_validation_and_long_lines():
     assert lines[-2:] == ["sample:", "x" * 119 + "…"] and max(map(len, lines)) <= 120
 
 
-def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
+def as_terminal(monkeypatch, columns: int) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize(("columns", "has_bar"), [(80, False), (120, False), (160, True)])
+def test_the_live_line_fits_the_terminal(monkeypatch, columns, has_bar):
+    as_terminal(monkeypatch, columns)
+    out = Terminal()
+    with Console(2000, stream=out, clock=Clock()) as console:
+        for step in range(1, 12):  # the eleventh is not printed
+            console.step(RECORD | {"step": step})
+        await_text(out, "00011/02000")
+        (live,) = {line.rstrip() for line in re.split(r"[\r\n]", plain(out.getvalue())) if "00011/02000" in line}
+    assert len(live) <= columns and "…" not in live and ("━" in live) == has_bar
+    for name in ("loss", "tok/s", "mfu", "eta 3m12s", "lr", "grad", "ms"):
+        assert (name in live) == (columns > 80 or name not in ("lr", "grad", "ms")), name
+
+
+def await_text(out: Terminal, text: str) -> None:
+    """The live line is drawn by its own thread."""
+    deadline = time.monotonic() + 10
+    while text not in out.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert text in out.getvalue()
+
+
+def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
+    as_terminal(monkeypatch, 160)
     clock, out = Clock(), Terminal()
     with Console(2000, stream=out, clock=clock) as console:
         for step in range(1, 31):
             console.step(RECORD | {"step": step})
         console.validation(VAL)
-        deadline = time.monotonic() + 10
-        while "00030/02000" not in out.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.05)  # the live line is drawn by its own thread
-        assert "00030/02000" in out.getvalue()
+        await_text(out, "00030/02000")
     text = out.getvalue()
     assert "\x1b[" in text and "\x1b[?25h" in text  # the cursor is given back
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    assert format_step(RECORD | {"step": 3}, 2000) in plain and format_step(VAL, 2000) in plain
+    assert format_step(RECORD | {"step": 3}, 2000) in plain(text) and format_step(VAL, 2000) in plain(text)
 
 
 def test_a_step_that_is_not_printed_costs_little():

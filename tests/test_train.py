@@ -185,9 +185,8 @@ def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_r
     assert "checkpoint" in error
     assert "Traceback" not in done.stderr
     for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
-        restored = checkpoint.restore_params(
-            tmp_path / "run" / "checkpoints", abstract_state(load(str(tiny_recipe)), make_mesh()).params, step
-        )
+        params = abstract_state(load(str(tiny_recipe)), make_mesh()).params
+        restored = checkpoint.restore_parts(tmp_path / "run" / "checkpoints", {"params": params}, step)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(restored.state))
 
 
