@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import io
 import json
-import logging
 import os
 import platform
 import re
@@ -78,13 +77,12 @@ def fingerprint(source: str) -> str:
 
 
 def _imported(package: str, what: str) -> Any:
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it tells of every retry; the last failure is an exception
     try:
-        module = importlib.import_module(package)
+        return importlib.import_module(package)
     except ImportError:
         pip = shlex.join([sys.executable, "-m", "pip", "install", package])
         raise UserError(f"{what} needs the package {package}; install it: {pip}") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry; the last failure is an exception
-    return module
 
 
 def _one_line(error: BaseException) -> str:
