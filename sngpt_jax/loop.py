@@ -30,6 +30,11 @@ from sngpt_jax.step import Batch, Metrics, TrainState, all_finite, make_eval_ste
 class NonFinite(Exception):
     """The run has diverged: a loss or a parameter is no longer a finite number."""
 
+    def __init__(self, message: str, good: int) -> None:
+        """`good`: the last step after which the parameters are known to give a finite loss."""
+        super().__init__(message)
+        self.good = good
+
 
 class Stopped(Exception):
     """A signal asked the run to stop."""
@@ -141,7 +146,7 @@ class Run:
             self.writer.write(record)
             self.console.step({**record, "eta": self.seconds_left(step)})
         if not math.isfinite(loss):
-            raise NonFinite(f"the loss of step {step:,} is {loss}")
+            raise NonFinite(f"the loss of step {step:,} is {loss}", good=step - 2)
 
     def off_the_clock(self, work: Callable[[], None]) -> None:
         """Does `work` once every step has been read, outside of the training time."""
@@ -190,7 +195,7 @@ class Run:
             progress=progress,
         )
         if not math.isfinite(score.loss):
-            raise NonFinite(f"the validation loss after step {self.done:,} is {score.loss}")
+            raise NonFinite(f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1)
         seconds = time.perf_counter() - start
         record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb, "val_seconds": seconds}
         self.writer.write(record)
@@ -207,7 +212,7 @@ class Run:
     def save(self) -> None:
         """Begins to save the state as of the last step."""
         if not all_finite(self.state.params):
-            raise NonFinite(f"a parameter is not finite after step {self.done:,}")
+            raise NonFinite(f"a parameter is not finite after step {self.done:,}", good=self.done - 1)
         self.position = replace(self.position, elapsed_seconds=self.stopwatch.seconds, data=self.loader.get_state())
         latest = self.position.latest
         value = latest.loss if latest and latest.step == self.done else None

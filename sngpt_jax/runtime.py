@@ -21,18 +21,22 @@ class Stopwatch:
         """`seconds` were spent before; `clock` returns seconds that never run backwards."""
         self._clock = clock
         self._start = clock() - seconds
+        self._paused_at: float | None = None
 
     @property
     def seconds(self) -> float:
-        return self._clock() - self._start
+        now = self._clock() if self._paused_at is None else self._paused_at
+        return now - self._start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        before = self._clock()
+        """Stands still inside; not to be nested."""
+        self._paused_at = self._clock()
         try:
             yield
         finally:
-            self._start += self._clock() - before
+            self._start += self._clock() - self._paused_at
+            self._paused_at = None
 
 
 EXIT_STATUS = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}

@@ -198,9 +198,10 @@ def main(argv: Sequence[str]) -> int:
         try:
             status = train(arguments.overrides, directory, console)
         except NonFinite as error:
-            saved = checkpoint.steps(run_directory.checkpoint_dir(directory))
-            good = f"the last checkpoint before is of step {saved[-1]:,}" if saved else "no checkpoint was saved before"
-            print(f"error: {error}; {good} ({directory}); lower the learning rates in a new --run-dir", file=sys.stderr)
+            folder = run_directory.checkpoint_dir(directory)
+            saved = [step for step in checkpoint.steps(folder) if step <= error.good]
+            good = f"the last good checkpoint is {checkpoint.step_folder(folder, saved[-1])}" if saved else "no good checkpoint"
+            print(f"error: {error}; {good}; try lower learning rates in another --run-dir", file=sys.stderr)
             return EXIT_NON_FINITE
     if status:
         print(f"stopped and saved; to go on: {again}", file=sys.stderr)
