@@ -27,8 +27,8 @@ class Stream:
         assert start + count <= len(self.tokens)
         return self.tokens[start : start + count]
 
-    def target_bytes(self, token_bytes, start, stop):
-        return token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop])
+    def count_bytes(self, token_bytes, start, stop):
+        return int(token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop]).sum())
 
 
 BYTES = TokenBytes(np.arange(V, dtype=np.int32), np.ones(V, bool), np.arange(V) == 0)
