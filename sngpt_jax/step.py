@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,6 +52,7 @@ def losses(config: ModelConfig) -> Callable[[Params, jax.Array, jax.Array], jax.
     apply = forward(config)
 
     def token_losses(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        chex.assert_equal_shape((inputs_BT, targets_BT))
         logits_BTV = apply(params, inputs_BT.astype(jnp.int32))
         return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT.astype(jnp.int32))
 

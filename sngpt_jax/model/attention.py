@@ -4,6 +4,7 @@ import functools
 import logging
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rotary: RotaryTables) -> jax.Array:
         B, T, _ = x_BTD.shape
+        chex.assert_shape(rotary, (T, self.query.shape[1] // self.num_heads // 2))
 
         def heads(weight: nnx.Param, count: int) -> jax.Array:
             return (x_BTD @ weight[...].astype(x_BTD.dtype)).reshape(B, T, count, -1)

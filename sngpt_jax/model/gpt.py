@@ -6,6 +6,7 @@ second half:                x = block(x + w ⊙ the latest unused skip, x0)
 logits = softcap(norm(x) Eᵀ)
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -56,6 +57,7 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         config = self.config
+        chex.assert_rank(tokens_BT, 2)
         T = tokens_BT.shape[1]
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")

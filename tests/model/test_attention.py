@@ -36,7 +36,7 @@ def oracle_rotary(x, base):
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)  # each shape compiles anew
 @given(
     T=st.integers(1, 9),
     K=st.integers(1, 3),

@@ -153,6 +153,13 @@ def test_a_sequence_longer_than_the_positions_is_refused():
         forward(TINY)(random_params(TINY), jnp.zeros((1, 17), jnp.int32))
 
 
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(AssertionError):
+        forward(TINY)(random_params(TINY), jnp.zeros(8, jnp.int32))
+    with pytest.raises(AssertionError):
+        losses(TINY)(random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 7), jnp.int32))
+
+
 def test_blocks_are_named_in_the_program():
     text = jax.jit(forward(TINY)).lower(random_params(TINY), jnp.zeros((1, 8), jnp.int32)).as_text(debug_info=True)
     for scope in ("embed", "block_0/attention", "block_4/mlp", "head"):
