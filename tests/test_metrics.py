@@ -18,18 +18,6 @@ from sngpt_jax.metrics import (
     read_metrics,
 )
 
-RECORD = {
-    "step": 120,
-    "train_loss": 3.21454,
-    "lr": 0.04,
-    "grad_norm": 0.53219,
-    "tokens": 983040,
-    "step_ms": 123.44,
-    "tok_per_s": 66400.4,
-    "mfu": 0.41234,
-    "eta": 192.0,
-}
-
 
 class Clock:
     def __init__(self):
