@@ -4,7 +4,7 @@
 
 Learns a tokenizer, prepares the text, trains, validates and prints a sample, in under 5 minutes on 2 CPU cores.
 The tokenizer keeps every byte of whitespace, which is syntax here. A microbatch is small so that its activations stay in
-a CPU's cache; on one GPU add --train.device-batch-tokens 4096.
+a CPU's cache; on one GPU add --train.device-batch-tokens 2048.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
