@@ -13,10 +13,11 @@ import jax
 import tyro
 
 from sngpt_jax import cli
-from sngpt_jax.config import Config, Overrides, parse_command
+from sngpt_jax.config import Config
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.muon import newton_schulz_flops
 from sngpt_jax.parallel import make_mesh, path_name
+from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.step import Params, abstract_state, init_params
 
 

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
-from sngpt_jax.config import Config, differences, read_json, to_json
+from sngpt_jax.config import Config, differences, to_json
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import Params, abstract_state
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import __version__, checkpoint, cli, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE
-from sngpt_jax.config import Config, Overrides, microbatches, parse_command, profile_window, recipe_name
+from sngpt_jax.config import Config, microbatches, profile_window
 from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, make_loader
 from sngpt_jax.data.recipe import prepared_data
@@ -30,6 +30,7 @@ from sngpt_jax.metrics import MetricsWriter, StepMeter, peak_flops
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
+from sngpt_jax.recipe import Overrides, parse_command, recipe_name
 from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import Profiler, StopSignals, use_compilation_cache
 from sngpt_jax.sample import generate

@@ -28,8 +28,8 @@ def read(path: Path, error: type[UserError]) -> Any:
 def parse(kind: type[T], value: Any, where: str, error: type[UserError], check: Check | None = None) -> T:
     """The `kind` (a dataclass) that a JSON object spells out field by field; every field must be there.
 
-    Fields may be bool, int, float, str, Literal of strings, another dataclass, `tuple[X, ...]` from a list, and `X | None`.
-    An integer serves as a float; nothing else is converted. `check` sees every plain value. Raises `error` in one line that
+    Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`, or `tuple[X, ...]` from a list or
+    tuple. An integer serves as a float; nothing else is converted. `check` sees every plain value. Raises `error` in one line that
     begins with the path of the field, `where` for the whole.
     """
 
@@ -52,7 +52,7 @@ def parse(kind: type[T], value: Any, where: str, error: type[UserError], check: 
         if isinstance(kind, types.UnionType):  # the only unions are `X | None`
             return None if value is None else parse_value(typing.get_args(kind)[0], value, where)
         if typing.get_origin(kind) is tuple:
-            if not isinstance(value, list):
+            if not isinstance(value, list | tuple):
                 raise error(f"{where}: expected a list, found {type(value).__name__}")
             return tuple(parse_value(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if typing.get_origin(kind) is Literal:

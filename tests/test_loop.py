@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from sngpt_jax import loop
-from sngpt_jax.config import load
 from sngpt_jax.evaluation.bpb import Score
 from sngpt_jax.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
 from sngpt_jax.step import TrainState
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sngpt_jax import plan
-from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
 from sngpt_jax.step import abstract_state, forward, init_state
 
 

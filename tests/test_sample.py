@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import load
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import load_model, tokenizer_path
 from sngpt_jax.sample import fill, generate
 from sngpt_jax.step import forward

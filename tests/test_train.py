@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from sngpt_jax import checkpoint
-from sngpt_jax.config import load
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.metrics import read_metrics
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
 from sngpt_jax.step import TrainState, abstract_state
 from tests import tiny_run
 

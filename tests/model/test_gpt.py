@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sngpt_jax.config import ModelConfig, load
+from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import layers
 from sngpt_jax.model.gpt import GPT
+from sngpt_jax.recipe import load
 from sngpt_jax.step import forward, init_params, losses
 from tests.model.test_attention import oracle_attend, oracle_rotary
 
