@@ -29,8 +29,8 @@ def parse(kind: type[T], value: Any, where: str, error: type[UserError], check: 
     """The `kind` (a dataclass) that a JSON object spells out field by field; every field must be there.
 
     Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`, or `tuple[X, ...]` from a list or
-    tuple. An integer serves as a float; nothing else is converted. `check` sees every plain value. Raises `error` in one line that
-    begins with the path of the field, `where` for the whole.
+    tuple. An integer serves as a float; nothing else is converted. `check` sees every plain value. Raises `error` in one
+    line that begins with the path of the field, `where` for the whole.
     """
 
     def parse_object(kind: type, values: Any, where: str) -> Any:

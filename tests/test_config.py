@@ -144,15 +144,19 @@ def test_integers_serve_as_floats_in_json(tmp_path):
     [
         ("config = 3", "found int"),
         ("import nothing_of_that_name", "ModuleNotFoundError"),
-        ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))", "model.num_heads = 7")(
-            "syntax error", "SyntaxError"
-        ),
+        ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))", "model.num_heads = 7"),
+        ("syntax error", "SyntaxError"),
         ("import sys\nsys.exit(0)", "SystemExit"),
-        ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers='2'))model.num_layers: expected int",),
-        ("from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=2.0))model.num_layers: expected int",),
-        ("from sngpt_jax.config import *\nconfig = Config(eval=None)", "eval: expected an object, found NoneType")(
-            "from sngpt_jax.config import *\nconfig = Config(optim=OptimConfig(newton_schulz_dtype='fp32'))", "expected one of"
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers='2'))",
+            "model.num_layers: expected int",
         ),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=2.0))",
+            "model.num_layers: expected int",
+        ),
+        ("from sngpt_jax.config import *\nconfig = Config(eval=None)", "eval: expected an object, found NoneType"),
+        ("from sngpt_jax.config import *\nconfig = Config(optim=OptimConfig(newton_schulz_dtype='fp32'))", "expected one of"),
     ],
 )
 def test_a_broken_recipe_is_one_line(text, said, tmp_path):
