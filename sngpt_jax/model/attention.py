@@ -1,8 +1,11 @@
-"""Causal self-attention: grouped key/value heads, normalized queries and keys with a gain, rotary positions."""
+"""Causal self-attention: grouped key/value heads, normalized queries and keys with a gain, rotary positions.
+
+Where configured: XSA, a gate on each head, and values that take in those of the first layer or an embedding of the token.
+"""
 
 import functools
 import logging
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -17,26 +20,77 @@ from sngpt_jax.model.layers import compute_dtype, platform, rms_norm
 logger = logging.getLogger("sngpt_jax")
 
 Implementation = Literal["xla", "cudnn"]
-RotaryTables = tuple[np.ndarray, np.ndarray]
 
 
-def rotary_tables(num_positions: int, width: int, base: float) -> RotaryTables:
+class Positions(NamedTuple):
+    """What the attention of every layer needs to know of the T positions, made once for all of them."""
+
+    cos: jax.Array  # [T, r/2]
+    sin: jax.Array  # [T, r/2]
+    causal: jax.Array  # [T, T], whether the position of the row sees that of the column
+
+
+def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
+    """The rotary base for sequences of `length`, raised where they are longer than `trained_len` (0: never).
+
+    base · (length / trained_len)^(width / (width - 2)) turns the slowest pair through the same angle over `length` positions
+    as before over `trained_len`. Source: "NTK-aware scaled RoPE", https://github.com/jquesnelle/yarn.
+    """
+    if not trained_len or length <= trained_len:
+        return base
+    return base * (length / trained_len) ** (width / (width - 2))
+
+
+def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), as float32 constants.
 
-    Made in float64 on the host while tracing, once for all layers. Su et al. 2021, arXiv:2104.09864.
+    Made in float64 on the host while tracing. Su et al. 2021, arXiv:2104.09864.
     """
     angles = np.arange(num_positions)[:, None] * base ** (-2.0 * np.arange(width // 2) / width)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def apply_rotary(x_BTHh: jax.Array, tables: RotaryTables) -> jax.Array:
-    """Turns each pair (j, j + h/2) of a head by its position's angle, in float32; returns x's dtype."""
+def causal_mask(num_positions: int) -> jax.Array:
+    """[T, T], true where column ≤ row. Made on the device: as a constant it would stand in the program, T² bytes."""
+    position = jnp.arange(num_positions)
+    return position[:, None] >= position[None, :]
+
+
+def make_positions(config: ModelConfig, num_positions: int) -> Positions:
+    """The positions of a sequence of that length, by the configuration's rotary width, base and NTK scaling."""
+    width = config.rotary_dims
+    cos, sin = rotary_tables(num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len))
+    return Positions(jnp.asarray(cos), jnp.asarray(sin), causal_mask(num_positions))
+
+
+def apply_rotary(x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]) -> jax.Array:
+    """Turns each pair (j, j + r/2) of a head's leading r dimensions by its position's angle; the others pass.
+
+    r is twice the width of the tables [T, r/2]. In float32; returns x's dtype.
+    """
     cos, sin = (jnp.asarray(table)[None, :, None, :] for table in tables)
-    x1, x2 = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x_BTHh.dtype)
+    half = cos.shape[-1]
+    x1, x2 = (x_BTHh[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
+    turned = [(x1 * cos + x2 * sin).astype(x_BTHh.dtype), (x2 * cos - x1 * sin).astype(x_BTHh.dtype)]
+    return jnp.concatenate([*turned, x_BTHh[..., 2 * half :]], axis=-1)
 
 
-def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+def exclude_own_value(y_BTHh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+    """y - ⟨y, v̂⟩ v̂ with v̂ = v / max(|v|, 1e-12): what a head has gathered, without the direction of its own value.
+
+    v is that of the same position and of the head's key/value group. In float32; returns y's dtype.
+    Exclusive self-attention (XSA), arXiv:2603.09078.
+    """
+    B, T, H, h = y_BTHh.shape
+    K = v_BTKh.shape[2]
+    y_BTKGh = y_BTHh.astype(jnp.float32).reshape(B, T, K, H // K, h)
+    v_BTK1h = v_BTKh.astype(jnp.float32)[:, :, :, None]
+    # squared lengths, because the gradient of |v| has no value at v = 0
+    share = jnp.sum(y_BTKGh * v_BTK1h, -1, keepdims=True) / jnp.maximum(jnp.sum(v_BTK1h**2, -1, keepdims=True), 1e-24)
+    return (y_BTKGh - share * v_BTK1h).reshape(B, T, H, h).astype(y_BTHh.dtype)
+
+
+def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal_TT: jax.Array) -> jax.Array:
     """Causal softmax(q kᵀ / √h) v in plain einsums with a float32 softmax; the scores [B, H, T, T] are materialized.
 
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245). Returns [B, T, H, h].
@@ -45,14 +99,13 @@ def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.A
     K = k_BTKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
     scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BTKh, preferred_element_type=jnp.float32)
-    position = jnp.arange(T)  # a mask made on the device: as a constant it would stand in the program once a layer
-    causal = (position[:, None] >= position[None, :])[None, None, None]
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v_BTKh.dtype)
+    weights = jax.nn.softmax(jnp.where(causal_TT[None, None, None], scores, -jnp.inf), axis=-1).astype(v_BTKh.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BTKh).reshape(B, T, H, h)
 
 
-def attend_cudnn(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+def attend_cudnn(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal_TT: jax.Array) -> jax.Array:
     """The same operation by cuDNN's fused attention: NVIDIA GPUs, bfloat16; nothing of size T² is stored."""
+    del causal_TT  # cuDNN knows
     return jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True, implementation="cudnn")
 
 
@@ -75,29 +128,65 @@ def choose_implementation(requested: str, platform: str, dtype: str, head_dim: i
 
 
 class Attention(nnx.Module):
-    """The attention half of a block, input [B, T, D] already normalized; no biases; the output projection starts at zero."""
+    """The attention half of a block, input [B, T, D] already normalized; no biases; the output projection starts at zero.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    Gated attention: each head's output times sigmoid(W x + b), nearly open at the start (W = 0, b = 4); arXiv:2505.06708.
+    Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from (1/2, 1/2); arXiv:2410.17897.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         D, H, K, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
         self.num_heads, self.num_kv_heads, self.norm_eps = H, K, config.norm_eps
         dtype = compute_dtype(config)
         self.implementation = choose_implementation(config.attention, platform(), dtype.name, h)
-        self.query = nnx.Param(init.fan_in_uniform(rngs.params(), (D, H * h)))
-        self.key = nnx.Param(init.fan_in_uniform(rngs.params(), (D, K * h)))
-        self.value = nnx.Param(init.fan_in_uniform(rngs.params(), (D, K * h)))
+        self.exclusive = layer >= config.num_layers - config.xsa_layers
+        self.gated, self.mixes_values = config.attention_gate, config.value_residual
+        self.query = nnx.Param(init.matrix(config, rngs.params(), (D, H * h)))
+        self.key = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
+        self.value = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
         self.out = nnx.Param(init.zeros((H * h, D)))
         self.q_gain = nnx.Param(config.q_gain_init * init.ones((H,)))
+        if self.gated:
+            self.gate_weight = nnx.Param(init.zeros((D, H)))
+            self.gate_bias = nnx.Param(4.0 * init.ones((H,)))
+        if self.mixes_values:
+            self.value_mix = nnx.Param(0.5 * init.ones((2,)))
 
-    def __call__(self, x_BTD: jax.Array, rotary: RotaryTables) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions: Positions,
+        *,
+        added_value: jax.Array | None = None,
+        first_value: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The half's output [B, T, D] and the values [B, T, K, h] that it attended to.
+
+        `added_value` is added to the layer's own values; `first_value` are the first layer's, for the value residual.
+        """
         B, T, _ = x_BTD.shape
-        chex.assert_shape(rotary, (T, self.query.shape[1] // self.num_heads // 2))
+        chex.assert_shape(positions.causal, (T, T))
 
         def heads(weight: nnx.Param, count: int) -> jax.Array:
             return (x_BTD @ weight[...].astype(x_BTD.dtype)).reshape(B, T, count, -1)
 
+        rotary = (positions.cos, positions.sin)
         q_BTHh = apply_rotary(rms_norm(heads(self.query, self.num_heads), self.norm_eps), rotary)
         q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
         k_BTKh = apply_rotary(rms_norm(heads(self.key, self.num_kv_heads), self.norm_eps), rotary)
         v_BTKh = heads(self.value, self.num_kv_heads)
-        y_BTHh = ATTEND[self.implementation](q_BTHh, k_BTKh, v_BTKh)
-        return y_BTHh.reshape(B, T, -1) @ self.out[...].astype(x_BTD.dtype)
+        if added_value is not None:
+            v_BTKh += added_value
+        if self.mixes_values and first_value is not None:
+            first, own = self.value_mix[...].astype(x_BTD.dtype)
+            v_BTKh = first * first_value + own * v_BTKh
+        y_BTHh = ATTEND[self.implementation](q_BTHh, k_BTKh, v_BTKh, positions.causal)
+        if self.exclusive:
+            y_BTHh = exclude_own_value(y_BTHh, v_BTKh)
+        if self.gated:
+            logits_BTH = jnp.einsum(
+                "btd,dh->bth", x_BTD, self.gate_weight[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32
+            )
+            gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
+            y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
+        return y_BTHh.reshape(B, T, -1) @ self.out[...].astype(x_BTD.dtype), v_BTKh

@@ -1,4 +1,4 @@
-"""The token embedding, which is also the output head."""
+"""From tokens to vectors: the tied embedding, which is also the output head, and what compact models add to it."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import compute_dtype, soft_cap
+from sngpt_jax.model.layers import compute_dtype, per_channel, soft_cap
 
 
 class TiedEmbedding(nnx.Module):
@@ -15,7 +15,8 @@ class TiedEmbedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.cap = config.logit_soft_cap
-        self.table = nnx.Param(init.normal(rngs.params(), (config.vocab_size, config.d_model), config.embed_init_std))
+        table = init.normal(rngs.params(), (config.vocab_size, config.d_model), config.embed_init_std)
+        self.table = nnx.Param(init.overtone(table) if config.embed_init == "overtone" else table)
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
         """Vectors [B, T, D] of token ids, in the compute dtype."""
@@ -25,3 +26,89 @@ class TiedEmbedding(nnx.Module):
         """Soft-capped logits [B, T, V]; the product accumulates in float32 and is never rounded below it."""
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, self.table[...].astype(self.dtype), preferred_element_type=jnp.float32)
         return soft_cap(logits_BTV, self.cap)
+
+
+def _previous(x: jax.Array) -> jax.Array:
+    """`x` [B, T, ...] one position later, with zeros at the first."""
+    return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+class SmearGate(nnx.Module):
+    """Blends each position with the one before it: (1 - g) ⊙ x_t + g ⊙ x_{t-1}, g = sigmoid(gate) for each channel.
+
+    The gate starts at 0, halfway; x_{-1} = 0, and with `smear_mask_bos` so is what precedes the start of any document.
+    Source: parameter-golf submission 162; the mask is of later ones.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.bos_id = config.bos_id if config.smear_mask_bos else None
+        self.gate = nnx.Param(init.zeros((config.d_model,)))
+
+    def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        g_D = jax.nn.sigmoid(self.gate[...])
+        before_BTD = _previous(x_BTD)
+        if self.bos_id is not None:
+            before_BTD = jnp.where((tokens_BT == self.bos_id)[..., None], 0, before_BTD)
+        return per_channel(1.0 - g_D, x_BTD) + per_channel(g_D, before_BTD)
+
+
+def hash_xor(tokens_BT: jax.Array, buckets: int) -> jax.Array:
+    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for the first position."""
+    tokens_BT = tokens_BT.astype(jnp.int32)
+    pairs = jnp.bitwise_xor(36313 * tokens_BT[:, 1:], 27191 * tokens_BT[:, :-1]) % (buckets - 1)
+    return jnp.concatenate([jnp.full_like(tokens_BT[:, :1], buckets - 1), pairs], axis=1)
+
+
+def hash_sum(tokens_BT: jax.Array, buckets: int) -> jax.Array:
+    """(2654435761 x_t + 40503 x_{t-1}) modulo buckets ≤ 65536, exactly, with x_{-1} = 0."""
+    x, before = (t.astype(jnp.uint32) % buckets for t in (tokens_BT, _previous(tokens_BT)))
+    # each factor is below 2^16, so that no product leaves 32 bits
+    return ((2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets) % buckets).astype(jnp.int32)
+
+
+HASHES = {"xor": hash_xor, "sum": hash_sum}
+
+
+class BigramHash(nnx.Module):
+    """A learned vector for each hashed pair of neighbouring tokens: scale · table[hash(x_t, x_{t-1})] · proj → [B, T, D].
+
+    Sources: parameter-golf submissions 162 (xor) and 740 (sum, without the scale).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dtype = compute_dtype(config)
+        self.buckets, self.hash = config.bigram_buckets, HASHES[config.bigram_hash]
+        self.table = nnx.Param(init.normal(rngs.params(), (config.bigram_buckets, config.bigram_dim), config.bigram_init_std))
+        shape = (config.bigram_dim, config.d_model)
+        self.proj = nnx.Param(init.matrix(config, rngs.params(), shape, config.bigram_proj_gain))
+        self.scaled = config.bigram_scale_init > 0
+        if self.scaled:
+            self.scale = nnx.Param(config.bigram_scale_init * init.ones(()))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        rows = self.table[...].astype(self.dtype)[self.hash(tokens_BT, self.buckets)]
+        x_BTD = rows @ self.proj[...].astype(self.dtype)
+        return self.scale[...].astype(self.dtype) * x_BTD if self.scaled else x_BTD
+
+
+class ValueEmbedding(nnx.Module):
+    """An embedding of the token for the values of some layers: one table and projection, a scale for each layer.
+
+    `__call__` → {layer: layer_scale · scale · table[x] · proj} as [B, T, K, h], to be added to the layer's values.
+    Source: modded-nanogpt's value embeddings, in the shared form of parameter-golf submission 1573.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dtype, self.layers = compute_dtype(config), config.value_embed_layers
+        self.heads = (config.num_kv_heads, config.head_dim)
+        self.table = nnx.Param(init.normal(rngs.params(), (config.vocab_size, config.value_embed_dim), 0.01))
+        shape = (config.value_embed_dim, config.num_kv_heads * config.head_dim)
+        self.proj = nnx.Param(init.matrix(config, rngs.params(), shape))
+        self.scale = nnx.Param(0.1 * init.ones(()))
+        self.layer_scale = nnx.Param(init.ones((len(self.layers),)))
+
+    def __call__(self, tokens_BT: jax.Array) -> dict[int, jax.Array]:
+        rows = self.table[...].astype(self.dtype)[tokens_BT]
+        v_BTKh = (rows @ self.proj[...].astype(self.dtype)).reshape(*tokens_BT.shape, *self.heads)
+        scales = (self.scale[...] * self.layer_scale[...]).astype(self.dtype)
+        return {layer: scales[i] * v_BTKh for i, layer in enumerate(self.layers)}

@@ -1,7 +1,8 @@
 """The compact GPT: embedding → blocks with U-Net skips → norm → tied, soft-capped head.
 
-x0 = x = norm(E[tokens])
+x0 = x = norm(E[tokens] + bigrams), blended with the previous position before or after the norm
 first half of the blocks:   x = block(x, x0), kept as a skip
+recycled core:              x = block(s ⊙ x + b, x0) for some of these blocks once more
 second half:                x = block(x + w ⊙ the latest unused skip, x0)
 logits = softcap(norm(x) Eᵀ)
 """
@@ -13,35 +14,69 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.attention import Attention, RotaryTables, rotary_tables
-from sngpt_jax.model.embeddings import TiedEmbedding
+from sngpt_jax.model.attention import Attention, Positions, make_positions
+from sngpt_jax.model.embeddings import BigramHash, SmearGate, TiedEmbedding, ValueEmbedding
 from sngpt_jax.model.layers import per_channel, rms_norm
 from sngpt_jax.model.mlp import MLP
 
 
 class Block(nnx.Module):
-    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(norm(u));  u += β ⊙ mlp(norm(u)), with learned vectors a, b, α, β.
+    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)), with learned vectors a, b, α, β.
 
-    a = α = β = 1 and b = 0 at the start. The mixing of the embedding into every block is modded-nanogpt's x0 lambda.
+    α = β = 1 at the start, and a = 1, b = 0 unless a handover from x0 to x along the depth is asked for. c = 1, or
+    1/√(layer + 1) with `ln_scale` (Sun et al. 2025, arXiv:2502.05795). The mixing of the embedding into every block is
+    modded-nanogpt's x0 lambda.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         D = config.d_model
         self.norm_eps = config.norm_eps
-        self.attn = Attention(config, rngs=rngs)
+        self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.attn = Attention(config, layer, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
-        self.resid_mix = nnx.Param(jnp.stack([init.ones((D,)), init.zeros((D,))]))
+        phased = config.resid_mix_init == "phase"
+        identity = jnp.stack([init.ones((D,)), init.zeros((D,))])
+        self.resid_mix = nnx.Param(init.phase_mix(layer, config.num_layers, D) if phased else identity)
         self.attn_scale = nnx.Param(init.ones((D,)))
         self.mlp_scale = nnx.Param(init.ones((D,)))
 
-    def __call__(self, x_BTD: jax.Array, x0_BTD: jax.Array, rotary: RotaryTables) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        x0_BTD: jax.Array,
+        positions: Positions,
+        *,
+        added_value: jax.Array | None = None,
+        first_value: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The block's output [B, T, D] and the values of its attention; the arguments are `Attention`'s."""
+
+        def normed(u_BTD: jax.Array) -> jax.Array:
+            return self.norm_scale * rms_norm(u_BTD, self.norm_eps)
+
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
-            u_BTD += per_channel(self.attn_scale[...], self.attn(rms_norm(u_BTD, self.norm_eps), rotary))
+            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, added_value=added_value, first_value=first_value)
+            u_BTD += per_channel(self.attn_scale[...], y_BTD)
         with jax.named_scope("mlp"):
-            u_BTD += per_channel(self.mlp_scale[...], self.mlp(rms_norm(u_BTD, self.norm_eps)))
-        return u_BTD
+            u_BTD += per_channel(self.mlp_scale[...], self.mlp(normed(u_BTD)))
+        return u_BTD, v_BTKh
+
+
+class RecycledCore(nnx.Module):
+    """The modulation s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0 at the start.
+
+    The blocks' own parameters are shared by their applications. Source: parameter-golf submission 1573.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(init.ones((len(config.recycle_layers), config.d_model)))
+        self.bias = nnx.Param(init.zeros((len(config.recycle_layers), config.d_model)))
+
+    def __call__(self, application: int, x_BTD: jax.Array) -> jax.Array:
+        bias_D = self.bias[...][application].astype(x_BTD.dtype)
+        return per_channel(self.scale[...][application], x_BTD) + bias_D[None, None]
 
 
 class GPT(nnx.Module):
@@ -50,10 +85,28 @@ class GPT(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = TiedEmbedding(config, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.num_skips = config.num_layers // 2
-        if self.num_skips:
-            self.skip_weights = nnx.Param(init.ones((self.num_skips, config.d_model)))
+        self.blocks = nnx.List([Block(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        if config.num_skips:
+            self.skip_weights = nnx.Param(init.ones((config.num_skips, config.d_model)))
+        if config.bigram_buckets:
+            self.bigram = BigramHash(config, rngs=rngs)
+        if config.smear != "none":
+            self.smear = SmearGate(config)
+        if config.value_embed_layers:
+            self.value_embed = ValueEmbedding(config, rngs=rngs)
+        if config.recycle_layers:
+            self.recycle = RecycledCore(config)
+
+    def encode(self, tokens_BT: jax.Array) -> jax.Array:
+        """The stream [B, T, D] that enters the first block, and every block through its mixing."""
+        config = self.config
+        x_BTD = self.embed.encode(tokens_BT)
+        if config.bigram_buckets:
+            x_BTD += self.bigram(tokens_BT)
+        if config.smear == "before_norm":
+            x_BTD = self.smear(x_BTD, tokens_BT)
+        x_BTD = rms_norm(x_BTD, config.norm_eps)
+        return self.smear(x_BTD, tokens_BT) if config.smear == "after_norm" else x_BTD
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         config = self.config
@@ -61,16 +114,24 @@ class GPT(nnx.Module):
         T = tokens_BT.shape[1]
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
-        rotary = rotary_tables(T, config.head_dim, config.rope_base)
+        positions = make_positions(config, T)
         with jax.named_scope("embed"):
-            x_BTD = x0_BTD = rms_norm(self.embed.encode(tokens_BT), config.norm_eps)
+            x_BTD = x0_BTD = self.encode(tokens_BT)
+            added_values = self.value_embed(tokens_BT) if config.value_embed_layers else {}
+        first_value = None
         skips: list[jax.Array] = []
         for i, block in enumerate(self.blocks):
-            if i >= self.num_skips and skips:
-                x_BTD += per_channel(self.skip_weights[...][i - self.num_skips], skips.pop())
+            if i == config.num_skips:
+                for application, layer in enumerate(config.recycle_layers):
+                    with jax.named_scope(f"recycle_{layer}"):
+                        x_BTD = self.recycle(application, x_BTD)
+                        x_BTD, _ = self.blocks[layer](x_BTD, x0_BTD, positions, first_value=first_value)
+            if i >= config.num_skips and skips:
+                x_BTD += per_channel(self.skip_weights[...][i - config.num_skips], skips.pop())
             with jax.named_scope(f"block_{i}"):
-                x_BTD = block(x_BTD, x0_BTD, rotary)
-            if i < self.num_skips:
+                x_BTD, value = block(x_BTD, x0_BTD, positions, added_value=added_values.get(i), first_value=first_value)
+            first_value = value if i == 0 else first_value
+            if i < config.num_skips:
                 skips.append(x_BTD)
         with jax.named_scope("head"):
             return self.embed.decode(rms_norm(x_BTD, config.norm_eps))

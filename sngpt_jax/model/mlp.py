@@ -8,13 +8,27 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 
 
+def relu2(h: jax.Array) -> jax.Array:
+    """relu(h)². So et al. 2021, arXiv:2109.08668."""
+    return jnp.square(jax.nn.relu(h))
+
+
+def leaky_relu2(h: jax.Array) -> jax.Array:
+    """leaky_relu(h, slope 0.5)²: h² above zero, h²/4 below, so never negative. Source: parameter-golf submission 740."""
+    return jnp.square(jax.nn.leaky_relu(h, 0.5))
+
+
+ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
+
+
 class MLP(nnx.Module):
-    """x → relu(x W_up)² W_down, no biases; W_down starts at zero. Squared ReLU: So et al. 2021, arXiv:2109.08668."""
+    """x → activation(x W_up) W_down, no biases; W_down starts at zero."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.up = nnx.Param(init.fan_in_uniform(rngs.params(), (config.d_model, config.mlp_dim)))
+        self.activation = ACTIVATIONS[config.mlp_activation]
+        self.up = nnx.Param(init.matrix(config, rngs.params(), (config.d_model, config.mlp_dim)))
         self.down = nnx.Param(init.zeros((config.mlp_dim, config.d_model)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = x_BTD @ self.up[...].astype(x_BTD.dtype)
-        return jnp.square(jax.nn.relu(h_BTF)) @ self.down[...].astype(x_BTD.dtype)
+        return self.activation(h_BTF) @ self.down[...].astype(x_BTD.dtype)

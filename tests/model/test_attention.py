@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model.attention import Attention, apply_rotary, attend_xla, choose_implementation, rotary_tables
+from sngpt_jax.model.attention import (
+    Attention,
+    apply_rotary,
+    attend_xla,
+    causal_mask,
+    choose_implementation,
+    make_positions,
+    rotary_tables,
+)
 
 
 def oracle_attend(q, k, v):
@@ -48,7 +56,7 @@ def test_attend_equals_the_oracle(T, K, group, half, seed):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(2, T, K * group, 2 * half))
     k, v = rng.normal(size=(2, 2, T, K, 2 * half))
-    got = attend_xla(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    got = attend_xla(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), causal_mask(T))
     np.testing.assert_allclose(got, oracle_attend(q, k, v), atol=2e-6)
 
 
@@ -57,7 +65,7 @@ def test_attend_equals_jax_nn_in_value_and_gradient():
     q = jax.random.normal(keys[0], (2, 33, 6, 16))
     k, v = (jax.random.normal(key, (2, 33, 3, 16)) for key in keys[1:3])
     weights = jax.random.normal(keys[3], q.shape)
-    ours = jax.grad(lambda *a: jnp.sum(weights * attend_xla(*a)), argnums=(0, 1, 2))(q, k, v)
+    ours = jax.grad(lambda *a: jnp.sum(weights * attend_xla(*a, causal_mask(33))), argnums=(0, 1, 2))(q, k, v)
     library = jax.grad(lambda *a: jnp.sum(weights * jax.nn.dot_product_attention(*a, is_causal=True)), argnums=(0, 1, 2))(
         q, k, v
     )
@@ -85,7 +93,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_whole_layer_equals_the_oracle():
     config = ModelConfig(d_model=24, num_heads=4, num_kv_heads=2, compute_dtype="float32")
-    layer = Attention(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+    layer = Attention(config, 0, rngs=nnx.Rngs(params=jax.random.key(0)))
     rng = np.random.default_rng(0)
     layer.out[...] = jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)
     layer.q_gain[...] = jnp.asarray([0.5, 1.0, 1.5, 2.0])
@@ -98,13 +106,15 @@ def test_whole_layer_equals_the_oracle():
     q = oracle_rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 1e4) * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
     k = oracle_rotary(normed((x @ wk).reshape(2, 7, 2, 6)), 1e4)
     want = oracle_attend(q, k, (x @ wv).reshape(2, 7, 2, 6)).reshape(2, 7, 24) @ wo
-    got = layer(jnp.asarray(x, jnp.float32), rotary_tables(7, 6, 1e4))
+    got, value = layer(jnp.asarray(x, jnp.float32), make_positions(config, 7))
     np.testing.assert_allclose(got, want, atol=3e-5)
+    np.testing.assert_allclose(value, (x @ wv).reshape(2, 7, 2, 6), atol=3e-5)
 
 
 def test_output_projection_starts_silent():
-    layer = Attention(ModelConfig(d_model=16, num_heads=2, num_kv_heads=1), rngs=nnx.Rngs(params=jax.random.key(0)))
-    assert not np.any(layer(jnp.ones((1, 3, 16)), rotary_tables(3, 8, 1e4)))
+    config = ModelConfig(d_model=16, num_heads=2, num_kv_heads=1)
+    layer = Attention(config, 0, rngs=nnx.Rngs(params=jax.random.key(0)))
+    assert not np.any(layer(jnp.ones((1, 3, 16)), make_positions(config, 3))[0])
 
 
 @pytest.mark.parametrize(
@@ -134,4 +144,5 @@ def test_the_mask_is_no_constant_of_the_program():
     """A [T, T] constant a layer would make the program grow with T squared."""
     q = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
     k = jax.ShapeDtypeStruct((1, 512, 1, 8), jnp.float32)
-    assert len(jax.jit(attend_xla).lower(q, k, k).as_text()) < 20_000
+    program = jax.jit(lambda q, k, v: attend_xla(q, k, v, causal_mask(512)))
+    assert len(program.lower(q, k, k).as_text()) < 20_000
