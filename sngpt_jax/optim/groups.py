@@ -15,14 +15,17 @@ from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import muon, schedules
 from sngpt_jax.parallel import path_name
 
-# Whole path -> group, first match wins. A two-dimensional parameter that is not a matrix of a block, such as a table or a
-# set of per-channel weights, is no linear map to orthogonalize and belongs to Adam.
+# Whole path -> group, first match wins. Among the parameters with two axes the matrices of the blocks and those behind the
+# bigram and value tables are linear maps that Muon can orthogonalize. Tables and sets of per-channel weights are none.
 RULES: tuple[tuple[str, str], ...] = (
     (r"embed/table", "embed"),
+    (r"(bigram|value_embed)/table", "table"),
     (r"blocks/\d+/attn/(query|key|value|out)", "matrix"),
     (r"blocks/\d+/mlp/(up|down)", "matrix"),
-    (r"blocks/\d+/(attn/q_gain|attn_scale|mlp_scale|resid_mix)", "scalar"),
-    (r"skip_weights", "scalar"),
+    (r"(bigram|value_embed)/proj", "projection"),
+    (r"blocks/\d+/(attn_scale|mlp_scale|resid_mix)", "scalar"),
+    (r"blocks/\d+/attn/(q_gain|gate_weight|gate_bias|value_mix)", "scalar"),
+    (r"skip_weights|smear/gate|bigram/scale|value_embed/(scale|layer_scale)|recycle/(scale|bias)", "scalar"),
 )
 
 
@@ -37,10 +40,14 @@ class Group:
 
 def groups(config: OptimConfig) -> dict[str, Group]:
     """The groups by name, in the order in which they are shown."""
+    matrix = Group("muon", config.muon_lr, config.muon_weight_decay)
+    scalar = Group("adam", config.scalar_lr, config.adam_weight_decay)
     return {
         "embed": Group("adam", config.embed_lr, config.adam_weight_decay),
-        "matrix": Group("muon", config.muon_lr, config.muon_weight_decay),
-        "scalar": Group("adam", config.scalar_lr, config.adam_weight_decay),
+        "table": Group("adam", config.table_lr, config.adam_weight_decay),
+        "matrix": matrix,
+        "projection": matrix if config.projection_rule == "muon" else scalar,
+        "scalar": scalar,
     }
 
 
@@ -55,6 +62,19 @@ def group_of(name: str) -> str:
 def label(params: optax.Params) -> optax.Params:
     """The tree of `params`, arrays or their abstract shapes, with the name of its group at each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path_name(path)), params)
+
+
+def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
+    """`grads` scaled down to the global L2 norm `max_norm` where theirs is larger; a `max_norm` of 0 leaves them alone.
+
+    Where `grad_clip_scope` is global, `make_optimizer` calls it on the mean of the devices' gradients. Where it is device, the
+    training step calls it on each device's own gradient before they are averaged. Source: Pascanu et al., "On the difficulty
+    of training recurrent neural networks" (https://arxiv.org/abs/1211.5063).
+    """
+    if not max_norm:
+        return grads
+    clipped, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
+    return clipped
 
 
 def _scale_by_lr_multiplier() -> optax.GradientTransformationExtraArgs:
@@ -75,22 +95,30 @@ def _scale_by_lr_multiplier() -> optax.GradientTransformationExtraArgs:
 def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract shapes.
 
-    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm, applies each group's rule, and returns
-    what `optax.apply_updates` adds. The scalar `lr_multiplier` may be traced: the host computes it for each step
-    (`schedules.lr_multiplier`), so a schedule driven by the wall clock compiles nothing anew.
+    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with `grad_clip_scope` = device it leaves
+    that to each device), applies each group's rule, and returns what `optax.apply_updates` adds. The scalar `lr_multiplier`
+    may be traced: the host computes it for each step (`schedules.step_controls`), so a schedule driven by the wall clock
+    compiles nothing anew.
     """
 
     def rule(group: Group) -> optax.GradientTransformation:
         if group.rule == "muon":
-            dtype = jnp.dtype(config.newton_schulz_dtype)
-            direction = muon.scale_by_muon(schedules.muon_momentum(config), config.newton_schulz_steps, dtype)
+            direction = muon.scale_by_muon(
+                schedules.muon_momentum(config),
+                config.newton_schulz_steps,
+                jnp.dtype(config.newton_schulz_dtype),
+                jnp.dtype(config.muon_momentum_dtype),
+            )
         else:
             direction = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
         return optax.chain(direction, optax.add_decayed_weights(group.weight_decay), optax.scale(-group.lr))
 
-    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-    by_group = optax.partition({name: rule(group) for name, group in groups(config).items()}, label(params))
-    return optax.chain(clip, by_group, _scale_by_lr_multiplier())
+    max_norm = config.grad_clip if config.grad_clip_scope == "global" else 0.0
+    clip_all = optax.stateless(lambda grads, _: clip(grads, max_norm))
+    labels = label(params)
+    present = set(jax.tree.leaves(labels))  # a group without members keeps no state
+    by_group = optax.partition({name: rule(group) for name, group in groups(config).items() if name in present}, labels)
+    return optax.chain(clip_all, by_group, _scale_by_lr_multiplier())
 
 
 # ---------------------------------------------------------------------------------------------- the table

@@ -54,19 +54,23 @@ def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> int:
 
 
 class MuonState(NamedTuple):
-    """What Muon remembers: the number of updates taken (int32) and the momentum, float32 in the parameters' tree."""
+    """What Muon remembers: the number of updates taken (int32) and the momentum, in the parameters' tree."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name for it, though a tuple has a method `count`
     momentum: optax.Updates
 
 
 def scale_by_muon(
-    momentum: float | Callable[[jax.Array], jax.Array], ns_steps: int = 5, ns_dtype: jax.typing.DTypeLike = jnp.bfloat16
+    momentum: float | Callable[[jax.Array], jax.Array],
+    ns_steps: int = 5,
+    ns_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    momentum_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """Replaces gradients G of matrices W [fan_in, fan_out] by orthogonalized Nesterov momentum, to be descended.
 
     With μ = `momentum`, a number or a function of the count of updates taken:
     M ← μ M + G, then √max(1, fan_out / fan_in) · newton_schulz(G + μ M).
+    Both lines are float32; M is rounded to `momentum_dtype` where it is kept for the next update.
 
     Matrices of equal shape are orthogonalized as one stack: a few large batched products instead of many small ones.
     `init` raises ValueError naming the first parameter that is not a matrix.
@@ -77,12 +81,12 @@ def scale_by_muon(
             if len(leaf.shape) != 2:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(f"Muon takes matrices only; {name} has shape {tuple(leaf.shape)}")
-        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=jnp.float32))
+        return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=momentum_dtype))
 
     def update(grads: optax.Updates, state: MuonState, params: optax.Params | None = None) -> tuple[optax.Updates, MuonState]:
         del params
         mu = momentum(state.count) if callable(momentum) else momentum
-        buffers = jax.tree.map(lambda m, g: mu * m + g, state.momentum, grads)
+        buffers = jax.tree.map(lambda m, g: mu * m.astype(jnp.float32) + g, state.momentum, grads)
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda m, g: g + mu * m, buffers, grads))
         same_shape = defaultdict(list)
         for index, leaf in enumerate(leaves):
@@ -92,6 +96,7 @@ def scale_by_muon(
             stack = math.sqrt(max(1.0, fan_out / fan_in)) * stack
             for i, matrix in zip(indices, stack, strict=True):
                 leaves[i] = matrix
-        return jax.tree.unflatten(tree, leaves), MuonState(optax.safe_increment(state.count), buffers)
+        kept = optax.tree.cast(buffers, momentum_dtype)
+        return jax.tree.unflatten(tree, leaves), MuonState(optax.safe_increment(state.count), kept)
 
     return optax.GradientTransformation(init, update)

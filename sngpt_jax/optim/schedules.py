@@ -1,8 +1,8 @@
-"""How the learning rates and Muon's momentum change over a run.
+"""How the learning rates and Muon's momentum change over a run, and when averages and the exported grid come in.
 
-`lr_multiplier` is a pure function of what the host knows before a step: the number of steps finished and the training seconds
-spent on them. All groups' learning rates are multiplied by it. It is the smaller of two lines, so a warmdown that begins
-early cuts a warmup short:
+`step_controls` and its `lr_multiplier` are pure functions of what the host knows before a step: the number of steps finished
+and the training seconds spent on them. All groups' learning rates are multiplied by `lr_multiplier`. It is the smaller of
+two lines, so a warmdown that begins early cuts a warmup short:
 
   warmup     step / warmup_steps: 0 at step 0, 1 from step warmup_steps on.
   warmdown   final + (1 - final) * left, where final = final_lr_fraction and left, between 1 and 0, is the share of the
@@ -20,8 +20,14 @@ schedule: a run that the other ends first ends before its warmdown does. elapsed
 before the first step has finished it counts as finished, and before any time has passed left is 1. The wall-clock form is
 that of the public Parameter Golf training script (https://github.com/openai/parameter-golf). The last step begins one step
 before the end: its multiplier is just above final.
+
+The warmdown's line, and not the warmup's, also decides from when on snapshots are averaged (SWA: below swa_below, at every
+step whose number, counted from 1, swa_every divides) and weights are put on the exported grid (QAT: below qat_below).
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import optax
 
 from sngpt_jax.config import OptimConfig, TrainConfig
@@ -41,11 +47,33 @@ def _share_of_warmdown_left(optim: OptimConfig, train: TrainConfig, step: int, e
     return left / length if left < length else 1.0
 
 
+def _warmdown(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float) -> float:
+    final = optim.final_lr_fraction
+    return final + (1.0 - final) * _share_of_warmdown_left(optim, train, step, elapsed_seconds)
+
+
 def lr_multiplier(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float) -> float:
     """The factor in [0, 1] on every learning rate of the step after `step` finished ones that took `elapsed_seconds`."""
     rise = min(step / optim.warmup_steps, 1.0) if optim.warmup_steps else 1.0
-    final = optim.final_lr_fraction
-    return min(rise, final + (1.0 - final) * _share_of_warmdown_left(optim, train, step, elapsed_seconds))
+    return min(rise, _warmdown(optim, train, step, elapsed_seconds))
+
+
+class StepControls(NamedTuple):
+    """What the host decides for one step. The step takes it traced, so that a decision compiles nothing anew."""
+
+    lr_multiplier: np.float32  # on every learning rate
+    swa: np.bool_  # whether the weights after the step are a snapshot of the mean (SWA)
+    qat: np.bool_  # whether the step sees its weights on the exported grid
+
+
+def step_controls(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float) -> StepControls:
+    """The decisions for the step after `step` finished ones that took `elapsed_seconds`."""
+    below = _warmdown(optim, train, step, elapsed_seconds)
+    return StepControls(
+        lr_multiplier=np.float32(lr_multiplier(optim, train, step, elapsed_seconds)),
+        swa=np.bool_(optim.swa_every > 0 and (step + 1) % optim.swa_every == 0 and below < optim.swa_below),
+        qat=np.bool_(below < optim.qat_below),  # never below 0
+    )
 
 
 def muon_momentum(optim: OptimConfig) -> optax.Schedule:

@@ -1,0 +1,200 @@
+"""Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a compiled program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.config import ExportConfig
+from sngpt_jax.optim import qat
+
+BITS = [2, 4, 5, 6, 8]
+fake_quantize = jax.jit(qat.fake_quantize, static_argnums=(1, 2))
+
+
+def numpy_scale(matrix, bits, floor):
+    """The stored scales [..., 1, out] by the documented formula, as float64 of what float16 holds."""
+    q_max = 2 ** (bits - 1) - 1
+    absmax = np.abs(np.asarray(matrix)).max(-2, keepdims=True)
+    scale = np.maximum(absmax * np.float32(1 / q_max), np.float32(max(floor, 2**-14)))
+    return scale.astype(np.float16).astype(np.float64)
+
+
+def numpy_fake_quantize(matrix, bits, floor):
+    """The grid's nearest matrix, and where rounding is so close to a tie that float32 may go the other way."""
+    q_max = 2 ** (bits - 1) - 1
+    scale = numpy_scale(matrix, bits, floor)
+    quotient = np.asarray(matrix, np.float64) / scale
+    near_tie = np.abs(np.abs(quotient - np.trunc(quotient)) - 0.5) < 1e-5
+    return np.clip(np.rint(quotient), -q_max, q_max) * scale, near_tie
+
+
+def random_matrix(seed, shape=(24, 16), magnitude=0.1):
+    """Channels of very different sizes, so that one scale cannot serve two."""
+    rng = np.random.default_rng(seed)
+    sizes = magnitude * 4.0 ** rng.uniform(-1, 1, size=(*shape[:-2], 1, shape[-1]))
+    return jnp.asarray(sizes * rng.normal(size=shape), jnp.float32)
+
+
+cases = {
+    "seed": st.integers(0, 10_000),
+    "bits": st.sampled_from(BITS),
+    "magnitude": st.sampled_from([1e-6, 1e-3, 0.1, 10.0]),
+    "floor": st.sampled_from([1e-12, 1 / 15, 1.0]),
+}
+
+
+@settings(max_examples=50, deadline=None)
+@given(**cases, shape=st.sampled_from([(24, 16), (2, 3, 12, 8)]))
+def test_is_the_nearest_matrix_on_the_grid(seed, bits, magnitude, floor, shape):
+    matrix = random_matrix(seed, shape, magnitude)
+    result = fake_quantize(matrix, bits, floor)
+    expected, near_tie = numpy_fake_quantize(matrix, bits, floor)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(np.where(near_tie, 0, result), np.where(near_tie, 0, expected))
+    assert near_tie.mean() < 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(**cases)
+def test_holds_for_every_matrix(seed, bits, magnitude, floor):
+    matrix = random_matrix(seed, (200, 6), magnitude)
+    result = np.asarray(fake_quantize(matrix, bits, floor))
+    np.testing.assert_array_equal(fake_quantize(jnp.asarray(result), bits, floor), result)  # idempotent
+    assert all(len(np.unique(channel)) <= 2**bits - 1 for channel in result.T)
+    error = np.abs(result.astype(np.float64) - np.asarray(matrix, np.float64))
+    assert (error <= numpy_scale(matrix, bits, floor) / 2 * (1 + 1e-6)).all()
+    np.testing.assert_array_equal(fake_quantize(-matrix, bits, floor), -result)  # symmetric
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("exponent", [-13, -3, 0, 4])
+def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits, exponent):
+    q_max = 2 ** (bits - 1) - 1
+    codes = np.random.default_rng(bits).integers(-q_max, q_max + 1, size=(40, 5))
+    codes[0] = q_max
+    matrix = np.float32(codes * 2.0**exponent)
+    np.testing.assert_array_equal(fake_quantize(jnp.asarray(matrix), bits, 1e-12), matrix)
+
+
+def test_a_worked_example():
+    """Two bits more than ternary: q_max is 3. The second channel's grid is a hundredth of the first one's."""
+    matrix = jnp.asarray([[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]], jnp.float32)
+    expected = [[3.0, 0.75], [1.0, -0.25], [2.0, 0.0], [2.0, 0.0], [-1.0, 0.25]]  # halves go to the even code
+    np.testing.assert_array_equal(qat.fake_quantize(matrix, 3, 1e-12), expected)
+
+
+def test_zero_channels_and_vanishing_ones_stay_finite():
+    matrix = np.zeros((8, 3), np.float32)
+    matrix[0, 1] = 1e-30
+    matrix[0, 2] = 1.0
+    result = fake_quantize(jnp.asarray(matrix), 5, 1e-12)
+    np.testing.assert_array_equal(result[:, :2], 0)
+    np.testing.assert_allclose(result[0, 2], 1.0, rtol=1e-3)
+
+
+def test_the_scale_is_half_precision():
+    """1 / 15 is no float16: what comes back is 15 times the nearest one, in a compiled program too."""
+    result = fake_quantize(jnp.ones((1, 1)), 5, 1e-12)
+    assert float(result[0, 0]) == 15 * float(np.float16(1 / 15)) != 1.0
+
+
+# ---------------------------------------------------------------------------------------------- a tree of parameters
+
+BLOCK = {
+    "attn": {"query": (8, 8), "key": (8, 4), "value": (8, 4), "out": (8, 8), "q_gain": (2,), "gate_weight": (8, 2)},
+    "mlp": {"up": (8, 12), "down": (12, 8)},
+    "resid_mix": (2, 8),
+}
+SHAPES = {
+    "embed": {"table": (20, 8)},
+    "bigram": {"table": (9, 6), "proj": (6, 8), "scale": ()},
+    "value_embed": {"table": (20, 6), "proj": (6, 4), "scale": (), "layer_scale": (2,)},
+    "blocks": {"0": BLOCK, "11": BLOCK},
+    "recycle": {"scale": (2, 8), "bias": (2, 8)},
+    "skip_weights": (1, 8),
+    "smear": {"gate": (8,)},
+}
+MIXED = ExportConfig(mlp_bits=5, attention_bits=6, projection_bits=8, scale_floor=1e-3)
+
+
+def parameters(seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def bits_by_path(export):
+    """The matrices with a grid, by name."""
+    names = {"bigram/proj": export.projection_bits, "value_embed/proj": export.projection_bits}
+    for layer in ("0", "11"):
+        names |= {f"blocks/{layer}/mlp/{name}": export.mlp_bits for name in ("up", "down")}
+        names |= {f"blocks/{layer}/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")}
+    return {name: bits for name, bits in names.items() if bits != 16}
+
+
+@pytest.mark.parametrize(
+    "export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16), ExportConfig(mlp_bits=4)]
+)
+def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
+    params = by_path(parameters())
+    result = by_path(jax.jit(lambda p: qat.on_grid(p, export))(parameters()))
+    bits = bits_by_path(export)
+    for name, value in result.items():
+        if name in bits:
+            expected, near_tie = numpy_fake_quantize(params[name], bits[name], export.scale_floor)
+            np.testing.assert_array_equal(np.where(near_tie, 0, value), np.where(near_tie, 0, expected), err_msg=name)
+            assert not np.array_equal(value, params[name])
+        else:
+            np.testing.assert_array_equal(value, params[name], err_msg=name)
+
+
+def test_no_grid_at_all_is_the_identity():
+    params = parameters()
+    none = ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16)
+    assert all(a is b for a, b in zip(jax.tree.leaves(qat.on_grid(params, none)), jax.tree.leaves(params), strict=True))
+
+
+def test_the_switch_chooses_to_the_last_bit():
+    params = parameters()
+    params["blocks"]["0"]["mlp"]["up"] = params["blocks"]["0"]["mlp"]["up"].at[0].set(-0.0)
+    call = jax.jit(lambda p, on: qat.straight_through(p, MIXED, on))
+    for on, expected in ((False, params), (True, jax.jit(lambda p: qat.on_grid(p, MIXED))(params))):
+        for name, value in by_path(call(params, np.bool_(on))).items():
+            assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), name
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_gradient_passes_as_if_there_were_no_grid(on):
+    """Of f(w) = sum(c w²): 2 c v at the values v that f has seen, for every parameter."""
+    params, c = parameters(), parameters(1)
+
+    def f(p):
+        seen = qat.straight_through(p, MIXED, jnp.asarray(on))
+        return sum(jnp.sum(a * b**2) for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True))
+
+    seen = qat.on_grid(params, MIXED) if on else params
+    for name, gradient in by_path(jax.jit(jax.grad(f))(params)).items():
+        np.testing.assert_allclose(gradient, 2 * by_path(c)[name] * by_path(seen)[name], rtol=1e-6, err_msg=name)
+
+
+def test_switching_compiles_nothing_and_changes_the_loss():
+    params, x = parameters(), jnp.asarray(np.random.default_rng(2).normal(size=(5, 8)), jnp.float32)
+
+    @jax.jit
+    def loss(p, switch):
+        block = qat.straight_through(p, MIXED, switch)["blocks"]["0"]["mlp"]
+        return jnp.mean(jnp.square(x @ block["up"] @ block["down"]))
+
+    off, on = float(loss(params, np.bool_(False))), float(loss(params, np.bool_(True)))
+    assert loss._cache_size() == 1
+    assert 1e-5 < abs(on - off) / off < 0.1
+    program = loss.lower(params, np.bool_(False)).compile().as_text()
+    assert "round-nearest-even" in program and "reduce-precision" in program
