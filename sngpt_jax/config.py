@@ -12,6 +12,8 @@ from typing import Literal
 
 from sngpt_jax.cli import UserError
 
+Weights = Literal["final", "swa", "ema"]  # those after the last step, the mean of snapshots, the exponential moving average
+
 
 class ConfigError(UserError):
     """A configuration that cannot be read or cannot run; names the fields and what would do."""
@@ -147,7 +149,7 @@ class EvalConfig:
     every: int = 1000  # steps between validations while training; 0: only at the end
     tokens: int = 0  # validation tokens scored while training, from the start of the stream; 0: all
     device_batch_tokens: int = 65_536  # most tokens one device scores at a time, also in `evaluate`
-    weights: Literal["final", "swa", "ema"] = "final"  # which ones the other commands take: the last step's, or an average
+    weights: Weights = "final"  # which ones the other commands take: the last step's, or an average
     sample_prompt: str = ""  # prompt of the sample that a finished training run prints
     sample_tokens: int = 0  # length of that sample; 0: none
 

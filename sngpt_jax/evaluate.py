@@ -10,10 +10,12 @@ import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
+from sngpt_jax.config import Weights
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model, tokenizer_path
 from sngpt_jax.step import make_eval_step
@@ -24,6 +26,8 @@ class EvaluateArguments:
     run: Path  # run directory of a trained model
     data: Path | None = None  # folder with prepared validation shards; default: the run's
     step: int | None = None  # checkpoint to score; default: the latest
+    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    fake_quantize: bool = False  # score the weights as they stand on the grid of the run's export settings
     tokens: int = 0  # score so many tokens from the start of the stream; 0: all
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
 
@@ -39,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--tokens {arguments.tokens} is negative; 0 scores all of the stream")
     cli.log_to_stderr()
     mesh = make_mesh()
-    model = load_model(arguments.run, mesh, arguments.step)
+    model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     config = model.config
+    params = on_grid(model.params, config.export) if arguments.fake_quantize else model.params
     data_dir = arguments.data or Path(config.data.dir)
     dataset = open_dataset(data_dir, config.model.vocab_size)
     if load_tokenizer(tokenizer_path(arguments.run)).sha256 != dataset.tokenizer.sha256:
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
     start = time.perf_counter()
     score = score_stream(
-        model.params,
+        params,
         make_eval_step(config.model, mesh),
         dataset.val,
         dataset.tokenizer.token_bytes(),
@@ -66,10 +71,13 @@ def main(argv: Sequence[str]) -> int:
         "seconds": seconds,
         "tok_per_s": score.tokens / seconds,
         "step": model.step,
+        "weights": model.weights,
+        "fake_quantized": arguments.fake_quantize,
     }
     if arguments.json != "-":
+        which = f"{model.weights} weights" + (" on the export grid" if arguments.fake_quantize else "")
         print(
-            f"step {model.step}: loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte"
+            f"step {model.step}, {which}: loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte"
             f" over {score.tokens:,} tokens = {score.bytes:,} bytes ({seconds:.1f} s)"
         )
     cli.write_json(result, arguments.json)

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint, run_directory
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, Weights
 from sngpt_jax.console import Console, progress_reporter
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.bpb import Score, score_stream
 from sngpt_jax.metrics import MetricsWriter, StepMeter
-from sngpt_jax.optim.schedules import lr_multiplier
+from sngpt_jax.optim.schedules import StepControls, step_controls
 from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
-from sngpt_jax.step import Batch, Metrics, TrainState, all_finite, make_eval_step
+from sngpt_jax.step import Batch, Metrics, Params, TrainState, all_finite, make_eval_step
 
 
 class NonFinite(Exception):
@@ -62,8 +61,8 @@ class Position:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
-        """The position that `asdict` made these values of."""
-        scores = {name: Validation(**values[name]) for name in ("first", "latest") if values[name]}
+        """The position that `asdict` made these values of; of no values, that of a run's start."""
+        scores = {name: Validation(**values[name]) for name in ("first", "latest") if values.get(name)}
         return cls(**{**values, **scores})
 
 
@@ -78,14 +77,14 @@ class Run:
     state: TrainState
     done: int  # steps sent so far
     position: Position
-    train_step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
+    train_step: Callable[[TrainState, Batch, StepControls], tuple[TrainState, Metrics]]
     loader: Loader[Batch]
     writer: MetricsWriter
     checkpoints: checkpoint.Checkpointer
     meter: StepMeter
     profiler: Profiler
     signals: StopSignals
-    sent: tuple[int, float, Metrics] | None = None  # the step on the device whose metrics have not been read
+    sent: tuple[int, StepControls, Metrics] | None = None  # the step on the device whose metrics have not been read
 
     def __post_init__(self) -> None:
         self.eval_step = make_eval_step(self.config.model, self.mesh)
@@ -116,12 +115,12 @@ class Run:
         config, number = self.config, self.done + 1
         if self.profiler.begins_with(number):
             self.off_the_clock(self.profiler.start)
-        multiplier = lr_multiplier(config.optim, config.train, self.done, self.stopwatch.seconds)
+        controls = step_controls(config.optim, config.train, self.done, self.stopwatch.seconds)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(self.loader)
-            self.state, metrics = self.train_step(self.state, batch, np.float32(multiplier))
+            self.state, metrics = self.train_step(self.state, batch, controls)
         self.read()
-        self.done, self.sent = number, (number, multiplier, metrics)
+        self.done, self.sent = number, (number, controls, metrics)
         self.checkpoints.check()
         if self.profiler.ends_with(number):
             self.off_the_clock(self.profiler.stop)
@@ -130,17 +129,18 @@ class Run:
         """Waits for the step that was sent, if there is one, and logs it."""
         if self.sent is None:
             return
-        (step, multiplier, metrics), self.sent = self.sent, None
+        (step, controls, metrics), self.sent = self.sent, None
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         train = self.config.train
         if step % train.log_every == 0 or step == train.steps or not math.isfinite(loss):
             record = {
                 "step": step,
                 "train_loss": loss,
-                "lr": multiplier * self.config.optim.muon_lr,
+                "lr": float(controls.lr_multiplier) * self.config.optim.muon_lr,
                 "grad_norm": grad_norm,
                 "tokens": step * self.config.data.batch_tokens,
                 "elapsed_seconds": self.stopwatch.seconds,
+                **({"qat": bool(controls.qat)} if self.config.optim.qat_below else {}),
                 **self.meter.stop(step),
             }
             self.writer.write(record)
@@ -172,19 +172,17 @@ class Run:
         cap = self.config.train.max_seconds
         return min(left, max(cap - self.stopwatch.seconds, 0.0)) if cap else left
 
-    def validate(self) -> None:
-        """Scores the validation stream with the parameters as they are, and logs it; a score that is there already stands."""
-        if self.position.latest and self.position.latest.step == self.done:
-            return
-        config, start, report = self.config, time.perf_counter(), progress_reporter("validation")
+    def score(self, params: Params) -> Score:
+        """The score of `params` on the validation stream; raises `Stopped` on a signal."""
+        config, report = self.config, progress_reporter("validation")
 
         def progress(done: int, total: int) -> None:
             if self.signals.received:
                 raise Stopped
             report(done, total)
 
-        score = score_stream(
-            self.state.params,
+        return score_stream(
+            params,
             self.eval_step,
             self.data.val,
             self.token_bytes,
@@ -194,6 +192,13 @@ class Run:
             max_tokens=config.eval.tokens,
             progress=progress,
         )
+
+    def validate(self) -> None:
+        """Scores the validation stream with the parameters as they are, and logs it; a score that is there already stands."""
+        if self.position.latest and self.position.latest.step == self.done:
+            return
+        start = time.perf_counter()
+        score = self.score(self.state.params)
         if not math.isfinite(score.loss):
             raise NonFinite(f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1)
         seconds = time.perf_counter() - start
@@ -218,9 +223,23 @@ class Run:
         value = latest.loss if latest and latest.step == self.done else None
         self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
 
+    def averages(self) -> dict[Weights, Params]:
+        """The averages of the weights that hold something by now."""
+        found: dict[Weights, Params] = {}
+        if self.state.swa is not None and int(self.state.swa.count):
+            found["swa"] = self.state.swa.mean
+        if self.state.ema is not None:
+            found["ema"] = self.state.ema
+        return found
+
     def finish(self, directory: Path) -> Summary:
         """Validates and saves the trained model; returns the run's summary."""
         self.aside(validating=True, saving=True)
+        averaged = {}
+        for name, params in self.averages().items():
+            score = averaged[name] = self.score(params)
+            record = {"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb}
+            self.writer.write(record)
         self.checkpoints.wait()
         first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
         assert latest is not None and best is not None
@@ -233,6 +252,8 @@ class Run:
             val_tokens=latest.tokens,
             best_val_loss=best,
             untrained_val_bpb=first.bpb if first else None,
+            swa_val_bpb=averaged["swa"].bpb if "swa" in averaged else None,
+            ema_val_bpb=averaged["ema"].bpb if "ema" in averaged else None,
             train_seconds=seconds,
             tok_per_s=tokens / seconds,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),

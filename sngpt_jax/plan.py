@@ -4,6 +4,7 @@ Counts follow from the shapes alone; nothing is computed on a device.
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,35 +27,42 @@ def abstract_params(config: Config) -> Params:
     return jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
 
 
+_GROUPS = (  # the first pattern that a parameter's path matches
+    (r"embed/table", "embed"),
+    (r"bigram/.*", "bigram"),
+    (r"value_embed/.*", "value_embed"),
+    (r"blocks/\d+/mlp/.*", "mlp"),
+    (r"blocks/\d+/attn/(query|key|value|out|gate_weight)", "attention"),
+    (r".*", "control"),
+)
+
+
 def parameter_groups(params: Params) -> dict[str, int]:
-    """Parameters by group: embed, attention, mlp, and the vectors that scale and mix (control)."""
+    """Parameters by group: embed, bigram, value_embed, attention, mlp, and the vectors that scale and mix (control)."""
     groups: dict[str, int] = defaultdict(int)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        if name.startswith("embed/"):
-            group = "embed"
-        elif "/mlp/" in name:
-            group = "mlp"
-        elif "/attn/" in name and leaf.ndim == 2:
-            group = "attention"
-        else:
-            group = "control"
-        groups[group] += math.prod(leaf.shape)
+        groups[next(group for pattern, group in _GROUPS if re.fullmatch(pattern, name))] += math.prod(leaf.shape)
     return dict(groups)
 
 
 def forward_flops_per_token(config: Config) -> int:
     """Floating-point operations of one token's forward pass: two a multiply-add.
 
-    Matrix products (the head's included, the embedding's gather not) and causal attention, where a position sees
-    (T + 1) / 2 keys on average. Element-wise work is left out, as in the usual model-FLOPs count; a training step
-    takes three times as many (a backward pass is two forward ones).
+    Matrix products (the head's included, lookups not), once for each time that a block is applied, and causal attention,
+    where a position sees (T + 1) / 2 keys on average. Element-wise work is left out, as in the usual model-FLOPs count; a
+    training step takes three times as many (a backward pass is two forward ones).
     """
-    groups = parameter_groups(abstract_params(config))
-    products = 2 * (groups["embed"] + groups["attention"] + groups["mlp"])
     m, T = config.model, config.data.seq_len
-    attention = m.num_layers * 2 * 2 * m.num_heads * m.head_dim * (T + 1) // 2
-    return products + attention
+    uses = {str(layer): 1 + m.recycle_layers.count(layer) for layer in range(m.num_layers)}
+    multiplied = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        name = path_name(path)
+        if re.fullmatch(r"embed/table|(bigram|value_embed)/proj", name):
+            multiplied += math.prod(leaf.shape)
+        elif matrix := re.fullmatch(r"blocks/(\d+)/(attn|mlp)/(query|key|value|out|gate_weight|up|down)", name):
+            multiplied += uses[matrix[1]] * math.prod(leaf.shape)
+    return 2 * multiplied + sum(uses.values()) * 2 * 2 * m.num_heads * m.head_dim * (T + 1) // 2
 
 
 def optimizer_flops(config: Config) -> int:
@@ -62,7 +70,7 @@ def optimizer_flops(config: Config) -> int:
     return sum(
         row.count * newton_schulz_flops(row.shape, config.optim.newton_schulz_steps)
         for row in describe(config.optim, abstract_params(config))
-        if row.group == "matrix"
+        if row.rule == "muon"
     )
 
 
@@ -75,12 +83,17 @@ def make_plan(config: Config) -> dict[str, Any]:
     state = abstract_state(config, make_mesh())
     groups = parameter_groups(state.params)
     forward = forward_flops_per_token(config)
-    parameters, optimizer = _bytes(state.params), _bytes(state.opt_state)
+    parameters, optimizer, averages = _bytes(state.params), _bytes(state.opt_state), _bytes((state.ema, state.swa))
     return {
         "parameters": {"total": sum(groups.values()), **groups},
         "flops_per_token": {"forward": forward, "train": 3 * forward},
         "flops_per_step": {"model": 3 * forward * config.data.batch_tokens, "optimizer": optimizer_flops(config)},
-        "bytes": {"parameters": parameters, "optimizer": optimizer, "checkpoint": parameters + optimizer},
+        "bytes": {
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "averages": averages,
+            "checkpoint": parameters + optimizer + averages,
+        },
         "tokens": {"step": config.data.batch_tokens, "run": config.data.batch_tokens * config.train.steps},
     }
 
@@ -97,7 +110,7 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
         f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize",
         f"run          {run:,} steps, {t['run'] / 1e9:,.3f} G tokens, {step['model'] * run / 1e18:,.4f} EFLOP",
         f"memory       parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
-        f" checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
+        f" averages {b['averages'] / 1e6:,.1f} MB, checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
         "",
         format_table(describe(config.optim, abstract_params(config))),
     ]

@@ -15,13 +15,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
-from sngpt_jax.config import Config, differences, to_json
+from sngpt_jax.config import Config, Weights, differences, to_json
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.optim.averaging import SWA
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import Params, abstract_state
@@ -113,6 +117,8 @@ class Summary:
     tok_per_s: float
     parameters: int
     checkpoint: str
+    swa_val_bpb: float | None  # of the averages of the weights, None where the recipe keeps none
+    ema_val_bpb: float | None
 
 
 def read_summary(run_dir: Path) -> Summary | None:
@@ -133,11 +139,32 @@ class TrainedModel:
     config: Config
     params: Params
     step: int
+    weights: Weights  # which ones they are
 
 
-def load_model(run_dir: Path, mesh: Mesh, step: int | None = None) -> TrainedModel:
-    """The parameters of `run_dir` at checkpoint `step` (default: the latest that verifies), laid out over `mesh`."""
+def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None) -> TrainedModel:
+    """The weights of `run_dir` at checkpoint `step`, laid out over `mesh`.
+
+    `step` None: the latest that verifies. `weights`: those of the last step (final) or an average (swa, ema); None: what the
+    run's eval.weights says. Raises `UserError` where the run keeps no such average, or has no snapshot in it yet.
+    """
     config = read_config(run_dir)
     use_compilation_cache(config.train.compilation_cache)
-    restored = checkpoint.restore_parts(checkpoint_dir(run_dir), {"params": abstract_state(config, mesh).params}, step)
-    return TrainedModel(config, restored.state["params"], restored.step)
+    weights = weights or config.eval.weights
+    state = abstract_state(config, mesh)
+    part: dict[str, Any] = {"params": state.params} if weights == "final" else {weights: getattr(state, weights)}
+    if None in part.values():
+        field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
+        raise UserError(f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take --weights final")
+    restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)
+    (params,) = restored.state.values()
+    if isinstance(params, SWA):
+        if not int(params.count):
+            raise UserError(
+                f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
+                " take a later --step or --weights final"
+            )
+        params = params.mean
+    # an average of tables may be kept in less than the master weights' float32
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return TrainedModel(config, params, restored.step, weights)

@@ -14,7 +14,7 @@ import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import ModelConfig
+from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model, tokenizer_path
@@ -95,6 +95,7 @@ class SampleArguments:
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     seed: int = 0  # of the draws
     step: int | None = None  # checkpoint to load; default: the latest
+    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
 
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.log_to_stderr()
-    model = load_model(arguments.run, make_mesh(), arguments.step)
+    model = load_model(arguments.run, make_mesh(), arguments.step, arguments.weights)
     tokenizer = load_tokenizer(tokenizer_path(arguments.run))
     text = generate(
         model.config.model,
@@ -121,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.json != "-":
         print(text)
-    cli.write_json({"prompt": arguments.prompt, "text": text, "step": model.step}, arguments.json)
+    cli.write_json({"prompt": arguments.prompt, "text": text, "step": model.step, "weights": model.weights}, arguments.json)
     return 0
 
 

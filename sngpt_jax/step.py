@@ -15,7 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.model.gpt import GPT
-from sngpt_jax.optim.groups import make_optimizer
+from sngpt_jax.optim import averaging, qat
+from sngpt_jax.optim.averaging import SWA
+from sngpt_jax.optim.groups import clip, make_optimizer
+from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import BATCH_AXES, state_shardings
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
@@ -32,6 +35,8 @@ class TrainState:
     params: Params
     opt_state: Any
     key: jax.Array  # typed key that the run's randomness is folded from; the same all along
+    ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
+    swa: SWA | None = None  # mean of snapshots of params, where the recipe keeps one
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -59,14 +64,24 @@ def losses(config: ModelConfig) -> Callable[[Params, jax.Array, jax.Array], jax.
     return token_losses
 
 
+def begin(config: Config, params: Params) -> TrainState:
+    """The state before the first step of a run that starts from `params`."""
+    o = config.optim
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(o, params).init(params),
+        key=jax.random.key(config.train.seed),
+        ema=averaging.init_ema(o, params) if o.ema_decay else None,
+        swa=averaging.init_swa(o, params) if o.swa_every else None,
+    )
+
+
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """The state before the first step, each array born on the devices that keep it."""
 
     def init() -> TrainState:
-        key = jax.random.key(config.train.seed)
-        params = init_params(config.model, jax.random.fold_in(key, 0))
-        opt_state = make_optimizer(config.optim, params).init(params)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state, key=key)
+        return begin(config, init_params(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0)))
 
     return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
 
@@ -82,13 +97,14 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step (state, batch [A, B/A, T], lr_multiplier) → (state, {"loss", "grad_norm"}).
+    """The jitted step (state, batch [A, B/A, T], controls) → (state, {"loss", "grad_norm"}).
 
     The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
     Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
-    gradient would reduce in every turn. `lr_multiplier` scales every learning rate and is traced, so that a schedule
-    driven by the clock compiles once. The state passed in is donated.
+    gradient would reduce in every turn. `controls` are what the host decides for the step; they are traced, so that a
+    schedule driven by the clock compiles once. The state passed in is donated.
     """
+    o = config.optim
 
     def loss_fn(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         return jnp.mean(losses(config.model)(params, inputs_BT, targets_BT))
@@ -99,22 +115,32 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
-        mean = jax.tree.map(lambda x: x / inputs_ABT.shape[0], total)
-        return jax.lax.pmean(mean, BATCH_AXES)
+        loss, grads = jax.tree.map(lambda x: x / inputs_ABT.shape[0], total)
+        if o.grad_clip_scope == "device":
+            grads = clip(grads, o.grad_clip)
+        return jax.lax.pmean((loss, grads), BATCH_AXES)
 
     rows = P(None, BATCH_AXES)
     # check_vma would insert a reduction into every microbatch's gradient, since the parameters are the same everywhere
     global_mean = jax.shard_map(local_mean, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
 
-    def train_step(state: TrainState, batch: Batch, lr_multiplier: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, controls: StepControls) -> tuple[TrainState, Metrics]:
+        params = state.params
+        if o.qat_below:
+            # outside of the differentiated function, once a step: the gradient passes through the rounding as it is
+            params = qat.straight_through(params, config.export, controls.qat)
         with jax.named_scope("gradient"):
-            loss, grads = global_mean(state.params, batch["inputs"], batch["targets"])
+            loss, grads = global_mean(params, batch["inputs"], batch["targets"])
         with jax.named_scope("optimizer"):
-            optimizer = make_optimizer(config.optim, state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr_multiplier=lr_multiplier)
+            optimizer = make_optimizer(o, state.params)
+            multiplier = controls.lr_multiplier
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr_multiplier=multiplier)
             params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("averages"):
+            ema = averaging.update_ema(state.ema, params, o.ema_decay) if state.ema is not None else None
+            swa = averaging.update_swa(state.swa, params, controls.swa) if state.swa is not None else None
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, ema, swa), metrics
 
     # the state comes back laid out as it went in, so that the compiled step can be called on its own result
     layout = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, mesh)))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax import __version__, checkpoint, cli, run_directory
-from sngpt_jax.cli import EXIT_NON_FINITE
+from sngpt_jax.cli import EXIT_NON_FINITE, UserError
 from sngpt_jax.config import Config, microbatches, profile_window
 from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, make_loader
@@ -28,6 +28,7 @@ from sngpt_jax.data.shards import Dataset
 from sngpt_jax.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.metrics import MetricsWriter, StepMeter, peak_flops
 from sngpt_jax.optim.groups import describe, format_table
+from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
 from sngpt_jax.recipe import Overrides, parse_command, recipe_name
@@ -54,6 +55,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
 
     # 2. Data.
     data = prepared_data(config)
+    if config.model.smear_mask_bos and data.tokenizer.bos_id != config.model.bos_id:
+        raise UserError(f"model.bos_id = {config.model.bos_id}, but the tokenizer's is {data.tokenizer.bos_id}; set it to that")
     batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices, t.seed if d.shuffle else None)
     place = batch_placer(mesh, accumulation)
 
@@ -80,9 +83,10 @@ def train(config: Config, directory: Path, console: Console) -> int:
         console.print("compiling the training step …")
         start = time.perf_counter()
         example = place(batches[done])
-        program = make_train_step(config, mesh).lower(state, example, np.float32(1)).compile()
+        controls = StepControls(np.float32(0), np.bool_(False), np.bool_(False))
+        program = make_train_step(config, mesh).lower(state, example, controls).compile()
         if t.max_seconds:  # what a program does at its first call alone is no part of the time that drives the schedule
-            jax.block_until_ready(program(jax.tree.map(jnp.copy, state), example, np.float32(0)))
+            jax.block_until_ready(program(jax.tree.map(jnp.copy, state), example, controls))
         console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
         # 6. The loop.
@@ -122,7 +126,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         if config.eval.sample_tokens:
             text = generate(
                 config.model,
-                run.state.params,
+                run.averages().get(config.eval.weights, run.state.params),
                 data.tokenizer,
                 config.eval.sample_prompt,
                 max_tokens=config.eval.sample_tokens,
@@ -169,6 +173,11 @@ def print_summary(console: Console, summary: Summary) -> None:
             ("training", f"{summary.steps:,} steps, {summary.tokens:,} tokens in {summary.train_seconds:,.1f} s"),
             ("speed", f"{summary.tok_per_s:,.0f} tok/s"),
             ("validation", f"loss {summary.val_loss:.4f} nats/token, {summary.val_bpb:.4f} bits/byte{ratio}"),
+            *(
+                (f"{name} weights", f"{bpb:.4f} bits/byte")
+                for name, bpb in (("SWA", summary.swa_val_bpb), ("EMA", summary.ema_val_bpb))
+                if bpb is not None
+            ),
             ("checkpoint", summary.checkpoint),
         ],
     )

@@ -5,11 +5,14 @@ import functools
 import re
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import Config, DataConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.optim.qat import on_grid
+from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.step import (
     abstract_state,
@@ -38,6 +41,10 @@ CONFIG = Config(
 )
 
 
+def controls(lr_multiplier=1.0, swa=False, qat=False):
+    return StepControls(np.float32(lr_multiplier), np.bool_(swa), np.bool_(qat))
+
+
 def host_batch(seed=0):
     tokens = np.random.default_rng(seed).integers(0, 97, (16, 17)).astype(np.uint16)
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
@@ -56,7 +63,7 @@ def run(num_devices, num_microbatches):
     place = batch_placer(mesh, num_microbatches)
     metrics = []
     for i in range(3):
-        state, m = step(state, place(host_batch(i)), np.float32(1.0))
+        state, m = step(state, place(host_batch(i)), controls(1.0))
         metrics.append({name: float(value) for name, value in m.items()})
     assert int(state.step) == 3
     return metrics
@@ -97,7 +104,7 @@ def test_devices_reduce_once_a_step_and_not_in_the_loop():
     mesh = make_mesh()
     state = abstract_state(CONFIG, mesh)
     batch = batch_placer(mesh, 2)(host_batch())
-    text = step_of(8).lower(state, batch, np.float32(1)).compile().as_text()
+    text = step_of(8).lower(state, batch, controls(1)).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     reducing = [
         name for name, body in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S) if " all-reduce(" in body
@@ -110,7 +117,7 @@ def test_devices_reduce_once_a_step_and_not_in_the_loop():
 def test_the_state_passed_in_gives_up_its_memory():
     mesh = make_mesh(jax.devices()[:1])
     state = init_state(CONFIG, mesh)
-    step_of(1)(state, batch_placer(mesh, 1)(host_batch()), np.float32(1.0))
+    step_of(1)(state, batch_placer(mesh, 1)(host_batch()), controls(1.0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
@@ -120,9 +127,9 @@ def test_learning_rate_is_traced_and_zero_moves_nothing():
     programs = step._cache_size()
     place = batch_placer(mesh, 1)
     before = jax.tree.map(np.asarray, init_state(CONFIG, mesh).params)
-    state, _ = step(init_state(CONFIG, mesh), place(host_batch()), np.float32(0.0))
+    state, _ = step(init_state(CONFIG, mesh), place(host_batch()), controls(0.0))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), before)
-    state, _ = step(state, place(host_batch()), np.float32(0.5))
+    state, _ = step(state, place(host_batch()), controls(0.5))
     assert np.any(before["embed"]["table"] != np.asarray(state.params["embed"]["table"]))
     assert step._cache_size() <= programs + 1
 
@@ -132,7 +139,7 @@ def test_training_lowers_the_loss():
     state, step, place = init_state(CONFIG, mesh), step_of(1), batch_placer(mesh, 1)
     losses = []
     for _ in range(15):
-        state, metrics = step(state, place(host_batch()), np.float32(1.0))
+        state, metrics = step(state, place(host_batch()), controls(1.0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -171,3 +178,87 @@ def test_all_finite():
     assert all_finite({"a": jnp.ones(3), "b": {"c": jnp.zeros(())}})
     assert not all_finite({"a": jnp.ones(3), "b": {"c": jnp.asarray(jnp.nan)}})
     assert not all_finite({"a": jnp.asarray([1.0, jnp.inf])})
+
+
+# ---------------------------------------------------------------------------------------------- averages and quantization
+
+LATE = dataclasses.replace(
+    CONFIG,
+    optim=dataclasses.replace(
+        CONFIG.optim, schedule="linear_warmdown", warmdown_steps=4, ema_decay=0.9, swa_every=2, swa_below=0.9, qat_below=0.5
+    ),
+    export=ExportConfig(mlp_bits=5, attention_bits=6),
+)
+
+
+@functools.cache
+def late_step():
+    return make_train_step(LATE, make_mesh(jax.devices()[:1]))
+
+
+def test_averages_are_those_of_the_weights_after_each_step():
+    mesh = make_mesh(jax.devices()[:1])
+    state, step, place = init_state(LATE, mesh), late_step(), batch_placer(mesh, 1)
+    ema = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
+    taken = []
+    for i, take in enumerate((False, True, False, True, True)):
+        state, _ = step(state, place(host_batch(i)), controls(swa=take))
+        params = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
+        ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, params)
+        taken += [params] if take else []
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), state.ema, ema)
+        assert int(state.swa.count) == len(taken)
+    mean = jax.tree.map(lambda *p: np.mean(p, axis=0), *taken)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), state.swa.mean, mean)
+
+
+def test_quantization_switches_on_in_the_compiled_step():
+    """The loss is then that of the weights on the grid, the gradient theirs, and the master weights take the update."""
+    mesh = make_mesh(jax.devices()[:1])
+    step, place = late_step(), batch_placer(mesh, 1)
+    trained, _ = step(init_state(LATE, mesh), place(host_batch()), controls())  # no output projection is zero any more
+    programs = step._cache_size()
+    start = jax.tree.map(np.asarray, trained.params)
+
+    def fresh():
+        state = init_state(LATE, mesh)
+        params = jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), start, state.params)
+        return dataclasses.replace(state, params=params)
+
+    batch = host_batch(1)
+    inputs, targets = (jnp.asarray(batch[name], jnp.int32) for name in ("inputs", "targets"))
+    mean = jax.jit(jax.value_and_grad(lambda p: losses(LATE.model)(p, inputs, targets).mean()))
+    seen = {}
+    for on in (False, True):
+        state, metrics = step(fresh(), place(batch), controls(0.0, qat=on))
+        loss, grads = mean(on_grid(start, LATE.export) if on else start)
+        assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
+        norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(grads)))
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), start)
+        seen[on] = float(metrics["loss"])
+    assert abs(seen[True] - seen[False]) > 1e-5
+    assert step._cache_size() == programs, "switching compiled the step anew"
+
+
+def test_gradients_clipped_on_each_device_depend_on_the_devices():
+    """Each device's gradient has its own norm, so that the mean of the clipped ones is not the clipped mean."""
+    optim = dataclasses.replace(CONFIG.optim, grad_clip=0.3, grad_clip_scope="device")
+    config = dataclasses.replace(CONFIG, optim=optim)
+    norms = {}
+    for devices in (1, 8):
+        mesh = make_mesh(jax.devices()[:devices])
+        state, step = init_state(config, mesh), make_train_step(config, mesh)
+        _, metrics = step(state, batch_placer(mesh, 1)(host_batch()), controls())
+        norms[devices] = float(metrics["grad_norm"])
+    params = init_state(config, make_mesh(jax.devices()[:1])).params
+    batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch().items()}
+    gradient = jax.jit(jax.grad(lambda p, x, y: losses(config.model)(p, x, y).mean()))
+    total = 0.0
+    for rows in np.split(np.arange(16), 8):
+        flat = jax.flatten_util.ravel_pytree(gradient(params, batch["inputs"][rows], batch["targets"][rows]))[0]
+        flat = np.asarray(flat, np.float64)
+        total = total + flat * min(1.0, 0.3 / np.linalg.norm(flat)) / 8
+    assert norms[1] == pytest.approx(0.3, rel=1e-5)
+    assert norms[8] == pytest.approx(np.linalg.norm(total), rel=1e-5)
+    assert norms[8] < 0.3
