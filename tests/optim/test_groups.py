@@ -12,7 +12,7 @@ import pytest
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import groups
 
-L, D, F, KV, V, H = 2, 16, 32, 8, 20, 2
+L, D, F, KV, V, H, BUCKETS, DIM = 2, 16, 32, 8, 20, 2, 10, 6
 
 
 def block():
@@ -26,6 +26,7 @@ def block():
 
 
 def shapes(key=str, layers=L):
+    """A plain model."""
     return {
         "embed": {"table": (V, D)},
         "blocks": {key(i): block() for i in range(layers)},
@@ -33,25 +34,59 @@ def shapes(key=str, layers=L):
     }
 
 
+def every_shape():
+    """A model of one layer with every parameter that there can be."""
+    tree = shapes(layers=1)
+    tree["blocks"]["0"]["attn"] |= {"gate_weight": (D, H), "gate_bias": (H,), "value_mix": (2,)}
+    return tree | {
+        "bigram": {"table": (BUCKETS, DIM), "proj": (DIM, D), "scale": ()},
+        "value_embed": {"table": (V, DIM), "proj": (DIM, KV), "scale": (), "layer_scale": (2,)},
+        "recycle": {"scale": (2, D), "bias": (2, D)},
+        "smear": {"gate": (D,)},
+        "skip_weights": (3, D),
+    }
+
+
+MEMBERS = {
+    "embed": ["embed/table"],
+    "table": ["bigram/table", "value_embed/table"],
+    "matrix": [f"blocks/0/attn/{name}" for name in ("query", "key", "value", "out")] + ["blocks/0/mlp/up", "blocks/0/mlp/down"],
+    "projection": ["bigram/proj", "value_embed/proj"],
+    "scalar": [f"blocks/0/attn/{name}" for name in ("q_gain", "gate_weight", "gate_bias", "value_mix")]
+    + [f"blocks/0/{name}" for name in ("attn_scale", "mlp_scale", "resid_mix")]
+    + ["bigram/scale", "value_embed/scale", "value_embed/layer_scale", "recycle/scale", "recycle/bias"]
+    + ["smear/gate", "skip_weights"],
+}
+
+
 def is_shape(node):
     return isinstance(node, tuple)
 
 
+def as_abstract(tree):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=is_shape)
+
+
 def abstract(**kwargs):
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes(**kwargs), is_leaf=is_shape)
+    return as_abstract(shapes(**kwargs))
 
 
-def random(seed, scale=1.0):
+def random(seed, scale=1.0, tree=None):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32), shapes(), is_leaf=is_shape)
+    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32), tree or shapes(), is_leaf=is_shape)
 
 
 def by_path(tree):
     return {groups.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def test_every_parameter_of_every_technique_has_its_group():
+    expected = {name: group for group, names in MEMBERS.items() for name in names}
+    assert by_path(groups.label(as_abstract(every_shape()))) == expected
+
+
 @pytest.mark.parametrize("key", [str, int])
-def test_every_parameter_has_its_group(key):
+def test_every_layer_has_its_groups(key):
     labels = by_path(groups.label(abstract(key=key)))
     expected = {"embed/table": "embed", "skip_weights": "scalar"}
     for i in range(L):
@@ -62,7 +97,9 @@ def test_every_parameter_has_its_group(key):
     assert labels == expected
 
 
-@pytest.mark.parametrize("name", ["blocks/0/attn/query/extra", "xembed/table", "embed/table2", "head", "blocks/x/mlp/up"])
+@pytest.mark.parametrize(
+    "name", ["blocks/0/attn/query/extra", "xembed/table", "embed/table2", "head", "blocks/x/mlp/up", "bigram/bias"]
+)
 def test_a_parameter_without_a_rule_is_named(name):
     params = jnp.zeros((2, 2))
     for part in reversed(name.split("/")):
@@ -81,29 +118,42 @@ def test_a_rule_for_muon_that_meets_no_matrix_is_an_error():
 # ---------------------------------------------------------------------------------------------- trajectories
 
 CONFIG = OptimConfig(
-    muon_lr=0.03, embed_lr=0.05, scalar_lr=0.02, muon_weight_decay=0.1, adam_weight_decay=0.2, muon_momentum=0.95,
-    muon_momentum_start=0.85, muon_momentum_warmup_steps=2, newton_schulz_dtype="float32", adam_b1=0.9, adam_b2=0.95,
-    adam_eps=1e-3, grad_clip=5.0,
+    muon_lr=0.03, embed_lr=0.05, table_lr=0.04, scalar_lr=0.02, muon_weight_decay=0.1, adam_weight_decay=0.2,
+    muon_momentum=0.95, muon_momentum_start=0.85, muon_momentum_warmup_steps=2, newton_schulz_steps=2,
+    newton_schulz_dtype="float32", adam_b1=0.9, adam_b2=0.95, adam_eps=1e-3, grad_clip=5.0,
 )  # fmt: skip
 MULTIPLIERS = (1.0, 0.5, 0.25)
-GRAD_SCALES = (1.0, 0.01, 1.0)  # clipped, left alone (norm about 0.6), clipped
+GRAD_SCALES = (1.0, 0.01, 1.0)  # clipped (norm about 57), left alone, clipped
 
 
 def numpy_trajectory(config, params, grads_of_step, multipliers):
     """The documented rules, written out in float64."""
+    adam, decay_muon, decay_adam = "adam", config.muon_weight_decay, config.adam_weight_decay
+    settings = {
+        "embed": (adam, config.embed_lr, decay_adam),
+        "table": (adam, config.table_lr, decay_adam),
+        "matrix": ("muon", config.muon_lr, decay_muon),
+        "projection": ("muon", config.muon_lr, decay_muon),
+        "scalar": (adam, config.scalar_lr, decay_adam),
+    }
+    if config.projection_rule == adam:
+        settings["projection"] = settings["scalar"]
+    clips = config.grad_clip and config.grad_clip_scope == "global"
+    setting_of = {name: settings[group] for group, names in MEMBERS.items() for name in names}
     w = {name: np.asarray(p, np.float64) for name, p in by_path(params).items()}
     m = {name: np.zeros_like(p) for name, p in w.items()}
     v = {name: np.zeros_like(p) for name, p in w.items()}
     for t, multiplier in enumerate(multipliers):
         g = {name: np.asarray(x, np.float64) for name, x in by_path(grads_of_step(t)).items()}
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
-        if config.grad_clip and norm > config.grad_clip:
+        if clips and norm > config.grad_clip:
             g = {name: x * config.grad_clip / norm for name, x in g.items()}
         warmup = config.muon_momentum_warmup_steps
         share = min(t / warmup, 1.0) if warmup else 1.0
         mu = (1 - share) * config.muon_momentum_start + share * config.muon_momentum
         for name in w:
-            if ("/attn/" in name and "q_gain" not in name) or "/mlp/" in name:
+            rule, lr, decay = setting_of[name]
+            if rule == "muon":
                 m[name] = mu * m[name] + g[name]
                 left, s, right = np.linalg.svd(g[name] + mu * m[name], full_matrices=False)
                 s = s / (np.linalg.norm(s) + 1e-7)
@@ -111,31 +161,30 @@ def numpy_trajectory(config, params, grads_of_step, multipliers):
                     s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
                 fan_in, fan_out = w[name].shape
                 u = left * s @ right * math.sqrt(max(1.0, fan_out / fan_in))
-                lr, decay = config.muon_lr, config.muon_weight_decay
             else:
                 b1, b2 = config.adam_b1, config.adam_b2
                 m[name] = b1 * m[name] + (1 - b1) * g[name]
                 v[name] = b2 * v[name] + (1 - b2) * g[name] ** 2
                 m_hat, v_hat = m[name] / (1 - b1 ** (t + 1)), v[name] / (1 - b2 ** (t + 1))
                 u = m_hat / (np.sqrt(v_hat) + config.adam_eps)
-                lr, decay = config.embed_lr if name == "embed/table" else config.scalar_lr, config.adam_weight_decay
             rate = lr * multiplier
             w[name] = (1 - rate * decay) * w[name] - rate * u
     return w
 
 
 NO_EXTRAS = {"grad_clip": 0.0, "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0.0, "adam_weight_decay": 0.0}
+OTHER_RULES = {"projection_rule": "adam", "grad_clip_scope": "device"}
 
 
-@pytest.mark.parametrize("changes", [{}, NO_EXTRAS])
+@pytest.mark.parametrize("changes", [{}, NO_EXTRAS, OTHER_RULES])
 def test_three_steps_of_every_group(changes):
     config = dataclasses.replace(CONFIG, **changes)
-    start = params = random(0)
+    start = params = random(0, tree=every_shape())
 
     def grads_of_step(t):
-        return random(10 + t, GRAD_SCALES[t])
+        return random(10 + t, GRAD_SCALES[t], every_shape())
 
-    optimizer = groups.make_optimizer(config, abstract())
+    optimizer = groups.make_optimizer(config, as_abstract(every_shape()))
     traces = []
 
     @jax.jit
@@ -153,6 +202,31 @@ def test_three_steps_of_every_group(changes):
     for name, actual in by_path(params).items():
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected[name], atol=2e-5, err_msg=name)
+
+
+def test_clip():
+    grads = {"a": jnp.full((3, 4), 2.0), "b": {"c": jnp.full((4,), 4.0)}}  # norm sqrt(12 * 4 + 4 * 16) = sqrt(112)
+    for max_norm in (0.0, 11.0):
+        jax.tree.map(np.testing.assert_array_equal, groups.clip(grads, max_norm), grads)
+    clipped = groups.clip(grads, 0.3)
+    assert math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(clipped))) == pytest.approx(0.3, rel=1e-6)
+    np.testing.assert_allclose(clipped["b"]["c"], 4 * 0.3 / math.sqrt(112), rtol=1e-6)
+
+
+def test_a_group_without_members_keeps_no_state():
+    assert set(groups.make_optimizer(CONFIG, abstract()).init(abstract())[1].inner_states) == {"embed", "matrix", "scalar"}
+
+
+def test_the_momentum_of_both_muon_groups_has_the_dtype_asked_for():
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(CONFIG, muon_momentum_dtype=dtype)
+        params = as_abstract(every_shape())
+        state = jax.eval_shape(groups.make_optimizer(config, params).init, params)
+        inner = state[1].inner_states
+        for group in ("matrix", "projection"):
+            momentum = inner[group].inner_state[0].momentum
+            assert {leaf.dtype for leaf in jax.tree.leaves(momentum)} == {jnp.dtype(dtype)}
+            assert len(jax.tree.leaves(momentum)) == len(MEMBERS[group])
 
 
 def test_a_multiplier_of_zero_changes_nothing_but_the_state():
@@ -180,6 +254,44 @@ def test_equal_shapes_of_all_layers_share_one_orthogonalization():
 
 
 # ---------------------------------------------------------------------------------------------- the table
+
+
+# Rule, peak learning rate and decay of each group, as the authors' scripts and logs have them: (rule, lr, decay)
+SYSTEMS = {
+    "#333": (
+        {"muon_lr": 0.025, "embed_lr": 0.035, "table_lr": 0.035, "scalar_lr": 0.025, "projection_rule": "muon",
+         "muon_weight_decay": 0.04, "adam_weight_decay": 0.04},
+        {"embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
+         "projection": ("muon", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04)},
+    ),
+    "#465": (
+        {"muon_lr": 0.02, "embed_lr": 0.03, "table_lr": 0.03, "scalar_lr": 0.02, "projection_rule": "muon",
+         "muon_weight_decay": 0.04, "adam_weight_decay": 0.01},
+        {"embed": ("adam", 0.03, 0.01), "table": ("adam", 0.03, 0.01), "matrix": ("muon", 0.02, 0.04),
+         "projection": ("muon", 0.02, 0.04), "scalar": ("adam", 0.02, 0.01)},
+    ),
+    "#1573": (
+        {"muon_lr": 0.025, "embed_lr": 0.035, "table_lr": 0.035, "scalar_lr": 0.025, "projection_rule": "adam",
+         "muon_weight_decay": 0.04, "adam_weight_decay": 0.04},
+        {"embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
+         "projection": ("adam", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04)},
+    ),
+    "#740": (
+        {"muon_lr": 0.02, "embed_lr": 0.03, "table_lr": 0.02, "scalar_lr": 0.02, "projection_rule": "adam",
+         "muon_weight_decay": 0.04, "adam_weight_decay": 0.0},
+        {"embed": ("adam", 0.03, 0.0), "table": ("adam", 0.02, 0.0), "matrix": ("muon", 0.02, 0.04),
+         "projection": ("adam", 0.02, 0.0), "scalar": ("adam", 0.02, 0.0)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_groups_of_the_published_systems(system):
+    changes, expected = SYSTEMS[system]
+    rows = groups.describe(OptimConfig(**changes), as_abstract(every_shape()))
+    group_of = {name.replace("blocks/0", "blocks/*"): group for group, names in MEMBERS.items() for name in names}
+    assert {row.path: (row.rule, row.lr, row.weight_decay) for row in rows} == {p: expected[g] for p, g in group_of.items()}
+    assert list(dict.fromkeys(row.group for row in rows)) == ["embed", "table", "matrix", "projection", "scalar"]
 
 
 @pytest.mark.parametrize("key", [str, int])

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -206,3 +207,19 @@ def test_momentum_is_float32_for_any_gradient():
     params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
     updates, state = transformation.update(params, transformation.init(params))
     assert updates["w"].dtype == state.momentum["w"].dtype == jnp.float32
+
+
+def test_bfloat16_momentum_is_rounded_only_where_it_is_kept():
+    """Each update from the momentum kept before it, in float64."""
+    transformation = muon.scale_by_muon(0.9, ns_steps=1, ns_dtype=jnp.float32, momentum_dtype=jnp.bfloat16)
+    update = jax.jit(transformation.update)
+    shape = (8, 12)
+    state = transformation.init({"w": jnp.zeros(shape)})
+    for seed in range(3):
+        grad = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        exact = 0.9 * np.asarray(state.momentum["w"], np.float64) + grad
+        updates, state = update({"w": jnp.asarray(grad)}, state)
+        assert state.momentum["w"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(state.momentum["w"], exact.astype(ml_dtypes.bfloat16))
+        expected = quintic_on_singular_values(grad + 0.9 * exact, 1) * np.sqrt(12 / 8)
+        np.testing.assert_allclose(updates["w"], expected, atol=1e-5)

@@ -1,5 +1,7 @@
 """Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a compiled program."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,25 +33,25 @@ def numpy_fake_quantize(matrix, bits, floor):
     return np.clip(np.rint(quotient), -q_max, q_max) * scale, near_tie
 
 
-def random_matrix(seed, shape=(24, 16), magnitude=0.1):
-    """Channels of very different sizes, so that one scale cannot serve two."""
+def random_matrix(seed, magnitude):
+    """A stack of two, with channels of very different sizes, so that one scale cannot serve two."""
     rng = np.random.default_rng(seed)
-    sizes = magnitude * 4.0 ** rng.uniform(-1, 1, size=(*shape[:-2], 1, shape[-1]))
-    return jnp.asarray(sizes * rng.normal(size=shape), jnp.float32)
+    sizes = magnitude * 4.0 ** rng.uniform(-1, 1, size=(2, 1, 5))
+    return jnp.asarray(sizes * rng.normal(size=(2, 150, 5)), jnp.float32)
 
 
 cases = {
     "seed": st.integers(0, 10_000),
-    "bits": st.sampled_from(BITS),
+    "grid": st.sampled_from([(2, 1e-12), (5, 1e-12), (5, 1 / 15), (6, 1.0), (8, 1e-12)]),  # bits and floor: few programs
     "magnitude": st.sampled_from([1e-6, 1e-3, 0.1, 10.0]),
-    "floor": st.sampled_from([1e-12, 1 / 15, 1.0]),
 }
 
 
 @settings(max_examples=50, deadline=None)
-@given(**cases, shape=st.sampled_from([(24, 16), (2, 3, 12, 8)]))
-def test_is_the_nearest_matrix_on_the_grid(seed, bits, magnitude, floor, shape):
-    matrix = random_matrix(seed, shape, magnitude)
+@given(**cases)
+def test_is_the_nearest_matrix_on_the_grid(seed, grid, magnitude):
+    bits, floor = grid
+    matrix = random_matrix(seed, magnitude)
     result = fake_quantize(matrix, bits, floor)
     expected, near_tie = numpy_fake_quantize(matrix, bits, floor)
     assert result.dtype == jnp.float32
@@ -59,23 +61,23 @@ def test_is_the_nearest_matrix_on_the_grid(seed, bits, magnitude, floor, shape):
 
 @settings(max_examples=40, deadline=None)
 @given(**cases)
-def test_holds_for_every_matrix(seed, bits, magnitude, floor):
-    matrix = random_matrix(seed, (200, 6), magnitude)
+def test_holds_for_every_matrix(seed, grid, magnitude):
+    bits, floor = grid
+    matrix = random_matrix(seed, magnitude)
     result = np.asarray(fake_quantize(matrix, bits, floor))
     np.testing.assert_array_equal(fake_quantize(jnp.asarray(result), bits, floor), result)  # idempotent
-    assert all(len(np.unique(channel)) <= 2**bits - 1 for channel in result.T)
+    assert all(len(np.unique(channel)) <= 2**bits - 1 for one in result for channel in one.T)
     error = np.abs(result.astype(np.float64) - np.asarray(matrix, np.float64))
     assert (error <= numpy_scale(matrix, bits, floor) / 2 * (1 + 1e-6)).all()
     np.testing.assert_array_equal(fake_quantize(-matrix, bits, floor), -result)  # symmetric
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("exponent", [-13, -3, 0, 4])
-def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits, exponent):
+def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits):
     q_max = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(bits).integers(-q_max, q_max + 1, size=(40, 5))
     codes[0] = q_max
-    matrix = np.float32(codes * 2.0**exponent)
+    matrix = np.float32(codes * 2.0 ** np.array([-14, -8, -1, 0, 6]))
     np.testing.assert_array_equal(fake_quantize(jnp.asarray(matrix), bits, 1e-12), matrix)
 
 
@@ -112,7 +114,7 @@ SHAPES = {
     "embed": {"table": (20, 8)},
     "bigram": {"table": (9, 6), "proj": (6, 8), "scale": ()},
     "value_embed": {"table": (20, 6), "proj": (6, 4), "scale": (), "layer_scale": (2,)},
-    "blocks": {"0": BLOCK, "11": BLOCK},
+    "blocks": {"11": BLOCK},
     "recycle": {"scale": (2, 8), "bias": (2, 8)},
     "skip_weights": (1, 8),
     "smear": {"gate": (8,)},
@@ -134,15 +136,12 @@ def by_path(tree):
 def bits_by_path(export):
     """The matrices with a grid, by name."""
     names = {"bigram/proj": export.projection_bits, "value_embed/proj": export.projection_bits}
-    for layer in ("0", "11"):
-        names |= {f"blocks/{layer}/mlp/{name}": export.mlp_bits for name in ("up", "down")}
-        names |= {f"blocks/{layer}/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")}
+    names |= {f"blocks/11/mlp/{name}": export.mlp_bits for name in ("up", "down")}
+    names |= {f"blocks/11/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")}
     return {name: bits for name, bits in names.items() if bits != 16}
 
 
-@pytest.mark.parametrize(
-    "export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16), ExportConfig(mlp_bits=4)]
-)
+@pytest.mark.parametrize("export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16)])
 def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
     params = by_path(parameters())
     result = by_path(jax.jit(lambda p: qat.on_grid(p, export))(parameters()))
@@ -164,25 +163,27 @@ def test_no_grid_at_all_is_the_identity():
 
 def test_the_switch_chooses_to_the_last_bit():
     params = parameters()
-    params["blocks"]["0"]["mlp"]["up"] = params["blocks"]["0"]["mlp"]["up"].at[0].set(-0.0)
+    params["blocks"]["11"]["mlp"]["up"] = params["blocks"]["11"]["mlp"]["up"].at[0].set(-0.0)
     call = jax.jit(lambda p, on: qat.straight_through(p, MIXED, on))
     for on, expected in ((False, params), (True, jax.jit(lambda p: qat.on_grid(p, MIXED))(params))):
         for name, value in by_path(call(params, np.bool_(on))).items():
             assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), name
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_the_gradient_passes_as_if_there_were_no_grid(on):
+def test_the_gradient_passes_as_if_there_were_no_grid():
     """Of f(w) = sum(c w²): 2 c v at the values v that f has seen, for every parameter."""
     params, c = parameters(), parameters(1)
 
-    def f(p):
-        seen = qat.straight_through(p, MIXED, jnp.asarray(on))
-        return sum(jnp.sum(a * b**2) for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True))
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient_and_seen(p, on):
+        seen = qat.straight_through(p, MIXED, on)
+        return sum(jnp.sum(a * b**2) for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True)), seen
 
-    seen = qat.on_grid(params, MIXED) if on else params
-    for name, gradient in by_path(jax.jit(jax.grad(f))(params)).items():
-        np.testing.assert_allclose(gradient, 2 * by_path(c)[name] * by_path(seen)[name], rtol=1e-6, err_msg=name)
+    for on in (False, True):
+        gradient, seen = map(by_path, gradient_and_seen(params, np.bool_(on)))
+        for name, factor in by_path(c).items():
+            np.testing.assert_allclose(gradient[name], 2 * np.asarray(factor) * seen[name], rtol=1e-6, err_msg=name)
 
 
 def test_switching_compiles_nothing_and_changes_the_loss():
@@ -190,7 +191,7 @@ def test_switching_compiles_nothing_and_changes_the_loss():
 
     @jax.jit
     def loss(p, switch):
-        block = qat.straight_through(p, MIXED, switch)["blocks"]["0"]["mlp"]
+        block = qat.straight_through(p, MIXED, switch)["blocks"]["11"]["mlp"]
         return jnp.mean(jnp.square(x @ block["up"] @ block["down"]))
 
     off, on = float(loss(params, np.bool_(False))), float(loss(params, np.bool_(True)))

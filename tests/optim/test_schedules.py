@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sngpt_jax.config import OptimConfig, TrainConfig
-from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum
+from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum, step_controls
 
 
 def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
@@ -142,6 +142,68 @@ def test_is_continuous_in_the_clock(elapsed, step):
     optim = wall_clock(warmdown_steps=3000)
     here, next_to_it = (lr_multiplier(optim, CAP, step, elapsed + e) for e in (0.0, 1e-6))
     assert 0.0 <= here - next_to_it < 1e-3 * max(1.0, step / elapsed / 3000)
+
+
+# ---------------------------------------------------------------------------------------------- snapshots and the grid
+
+
+@pytest.mark.parametrize(
+    ("below", "warmdown_steps", "seconds_a_step", "steps", "first", "count"),
+    [
+        (0.4, 3000, 0.07586, 7910, 6750, 24),
+        (0.5, 3000, 0.10000, 5999, 4550, 29),
+        (0.2, 3500, 0.11002, 5449, 4800, 13),
+    ],
+)
+def test_snapshots_of_the_published_runs(below, warmdown_steps, seconds_a_step, steps, first, count):
+    """Number and first of each run's snapshots, every 50 steps. The pace is that before the first, a little above the mean."""
+    optim = wall_clock(warmdown_steps=warmdown_steps, swa_every=50, swa_below=below)
+    taken = [step + 1 for step in range(steps) if step_controls(optim, CAP, step, step * seconds_a_step).swa]
+    assert (taken[0], len(taken)) == (first, count)
+    assert taken == list(range(first, steps + 1, 50))
+
+
+def test_quantization_of_the_published_run_begins_with_its_step():
+    """The same pace as above: that run logged 4,929 finished steps when its multiplier first was below 0.15."""
+    optim = wall_clock(warmdown_steps=3500, qat_below=0.15)
+    assert [bool(step_controls(optim, CAP, step, step * 0.11002).qat) for step in (0, 4928, 4929, 5448)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_controls_by_steps():
+    optim = OptimConfig(warmdown_steps=100, swa_every=10, swa_below=0.5, qat_below=0.25, final_lr_fraction=0.1)
+    train = TrainConfig(steps=1000)
+    fractions = {step: 0.1 + 0.9 * (1000 - step) / 100 for step in range(900, 1000)}
+    for step in range(1000):
+        controls, fraction = step_controls(optim, train, step, 0.0), fractions.get(step, 1.0)
+        assert controls.lr_multiplier == np.float32(fraction)
+        assert controls.swa == (fraction < 0.5 and (step + 1) % 10 == 0)
+        assert controls.qat == (fraction < 0.25)
+    assert sum(step_controls(optim, train, step, 0.0).swa for step in range(1000)) == 5  # 960, 970, …, 1000
+
+
+def test_controls_are_numpy_scalars():
+    controls = step_controls(wall_clock(warmdown_steps=1200, swa_every=50), CAP, 11_400, 570.0)
+    assert [type(value) for value in controls] == [np.float32, np.bool_, np.bool_]
+
+
+def test_a_warmup_is_no_warmdown():
+    """The learning rate is low at the start as well, and nothing is averaged or quantized for it."""
+    optim = OptimConfig(warmup_steps=500, warmdown_steps=100, swa_every=1, swa_below=1.0, qat_below=1.0)
+    controls = [step_controls(optim, TrainConfig(steps=1000), step, 0.0) for step in range(1000)]
+    assert (
+        [i for i, c in enumerate(controls) if c.swa] == [i for i, c in enumerate(controls) if c.qat] == list(range(901, 1000))
+    )
+
+
+@given(run=runs(), step=st.integers(0, 10_000), elapsed=st.floats(0, 1e6))
+def test_nothing_is_averaged_or_quantized_unless_asked(run, step, elapsed):
+    optim, train = run
+    assert step_controls(optim, train, step, elapsed) == (np.float32(lr_multiplier(optim, train, step, elapsed)), False, False)
 
 
 def test_momentum():
