@@ -223,7 +223,7 @@ def random_state(config: ModelConfig, dialect: Dialect, seed: int) -> State:
     state: State = {}
 
     def near(center: float, name: str, *shape: int) -> None:
-        state[name] = (center + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+        state[name] = np.asarray(center + 0.3 * rng.standard_normal(shape), np.float32)
 
     def matrix(name: str, *shape: int) -> None:
         """[..., out, in], such that a normalized input gives a normalized output."""
