@@ -22,7 +22,6 @@ from sngpt_jax.interop import InteropError, export_state_dict, import_state_dict
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import load_model
-from sngpt_jax.step import forward
 from tests import golf_oracle, tiny_run
 
 SIZE = {"vocab_size": 96, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 24}
@@ -282,8 +281,8 @@ def checkpoint_file(tiny_recipe, tmp_path) -> tuple[Path, dict[str, np.ndarray],
     return write_file(tmp_path / "final_model.safetensors", state), state, config
 
 
-def test_import_then_load_then_export(tiny_recipe, checkpoint_file, tmp_path, capsys):
-    file, state, config = checkpoint_file
+def test_import_then_export(tiny_recipe, checkpoint_file, tmp_path, capsys):
+    file, state, _ = checkpoint_file
     run_dir = tmp_path / "run"
     arguments = ["import", file, "--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES, *AVERAGES]
     code, out, err = status(arguments, capsys)
@@ -291,20 +290,16 @@ def test_import_then_load_then_export(tiny_recipe, checkpoint_file, tmp_path, ca
     assert f"imported {file} into {run_dir}/checkpoints/00000000" in out
     assert (run_dir / "tokenizer.model").read_bytes() == (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
 
-    tokens = np.random.default_rng(13).integers(0, config.vocab_size, (1, 32))
-    expected = golf_oracle.logits(state, config, tokens)
-    for weights in ("final", "ema"):
-        model = load_model(run_dir, make_mesh(), weights=weights)
-        assert (model.step, model.config.model) == (0, config)
-        np.testing.assert_allclose(forward(config)(model.params, jnp.asarray(tokens)), expected, atol=1e-4)
     with pytest.raises(cli.UserError, match="no snapshot was taken up to step 0"):
         load_model(run_dir, make_mesh(), weights="swa")
 
-    code, out, err = status(["export", "--run", run_dir, "--out", tmp_path / "out.safetensors", "--weights", "final"], capsys)
-    assert code == 0, err
     total = sum(tensor.size for tensor in state.values())
-    assert f"{len(state)} tensors, {total:,} parameters of step 0, final weights" in out
-    equal(safetensors.numpy.load_file(tmp_path / "out.safetensors"), state)
+    for weights in ("final", "ema"):
+        out_file = tmp_path / f"{weights}.safetensors"
+        code, out, err = status(["export", "--run", run_dir, "--out", out_file, "--weights", weights], capsys)
+        assert code == 0, err
+        assert f"{len(state)} tensors, {total:,} parameters of step 0, {weights} weights" in out
+        equal(safetensors.numpy.load_file(out_file), state)
 
     code, out, err = status(arguments, capsys)
     assert (code, out) == (2, "")
@@ -319,7 +314,7 @@ def test_imported_runs_are_scored_and_trained_on(tiny_recipe, checkpoint_file, t
     recipe = ["--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES, "--train.steps", "4", "--eval.tokens", "1024"]
     assert status(["import", file, *recipe], capsys)[0] == 0
 
-    stream = open_dataset(tiny_recipe.parent / "data", config.vocab_size).val.read(0, 1025).astype(np.int64)
+    stream = open_dataset(tiny_recipe.parent / "data", config.vocab_size).val.take(0, 1025).astype(np.int64)
     logits = golf_oracle.logits(state, config, stream[:-1].reshape(-1, 32))
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = -np.mean(np.take_along_axis(log_p.reshape(1024, -1), stream[1:, None], axis=1))
