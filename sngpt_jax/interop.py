@@ -213,7 +213,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(state, dict):
         raise InteropError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors by name (a model's state_dict)")
     others = [
-        f"{name!r} is a {type(value).__name__}"
+        f"{name!r} is of type {type(value).__name__}"
         for name, value in state.items()
         if not (isinstance(name, str) and isinstance(value, torch.Tensor))
     ]
@@ -291,7 +291,8 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer |
             cli.write_text_atomic(run_directory.config_path(run_dir), to_json(config))
         with Checkpointer(folder, keep=config.train.keep_checkpoints) as checkpoints:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            checkpoints.save(0, initial_state(config, params, make_mesh()), extra={})
+            mesh = make_mesh(jax.devices()[:1])  # nothing is computed, and a checkpoint is restored to any devices
+            checkpoints.save(0, initial_state(config, params, mesh), extra={})
     return step_folder(folder, 0)
 
 
@@ -355,7 +356,7 @@ def export_command(argv: Sequence[str]) -> int:
     if out.suffix != ".safetensors":
         raise InteropError(f"--out {out}: expected a file named *.safetensors")
     cli.log_to_stderr()
-    trained = run_directory.load_model(arguments.run, make_mesh(), arguments.step, arguments.weights)
+    trained = run_directory.load_model(arguments.run, make_mesh(jax.devices()[:1]), arguments.step, arguments.weights)
     state = export_state_dict(nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.params))
     try:
         cli.write_bytes_atomic(out, safetensors.numpy.save(state))

@@ -239,8 +239,8 @@ def test_pt_files_of_something_else(tmp_path):
     torch = pytest.importorskip("torch")
     for value, reason in [
         (torch.ones(2), "holds a Tensor, expected a dict of tensors"),
-        ({"model": {"x": torch.ones(2)}, "step": 3}, "'model' is a dict, 'step' is a int; save that part"),
-        ({0: torch.ones(2)}, "0 is a Tensor"),
+        ({"model": {"x": torch.ones(2)}, "step": 3}, "'model' is of type dict, 'step' is of type int; save that part"),
+        ({0: torch.ones(2)}, "0 is of type Tensor"),
         (Path("code"), "cannot be read as a .pt file"),  # a class that weights_only does not allow
     ]:
         torch.save(value, tmp_path / "model.pt")
