@@ -10,6 +10,8 @@ import numpy as np
 
 # ------------------------------------------------------------------------------------------------ the comparison
 
+RUN_ONCE = {"xla_backend_optimization_level": 0}  # for programs of tests, whose compilation takes longer than they do
+
 
 def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
     """`jax_fn` in float32 equals `numpy_fn` in float64, and so does the gradient of a random weighting of its output.
@@ -29,7 +31,7 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
         out = jax_fn(*tree.unflatten(leaves))
         return jnp.vdot(weight.astype(np.float32), out), out
 
-    (_, got), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(leaves32)
+    (_, got), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True), compiler_options=RUN_ONCE)(leaves32)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=tol * np.abs(want).max(), err_msg="value")
 
@@ -102,10 +104,10 @@ def gate_heads(y, u, weight, bias):
     return y * sigmoid(u @ weight + bias)[..., None]
 
 
-def attention(config, layer, p, u, *, own_v=None, first_v=None):
+def attention(config, layer, p, u, *, added_v=None, first_v=None):
     """The attention half of block `layer` of normalized u; returns its output and the values before their mixing.
 
-    `own_v` is the value embedding to add, `first_v` layer 0's values, where there are any.
+    `added_v` is the value embedding to add, `first_v` layer 0's values, where there are any.
     """
     B, T, _ = u.shape
     H, K, h, width = config.num_heads, config.num_kv_heads, config.head_dim, config.rope_dims or config.head_dim
@@ -113,8 +115,8 @@ def attention(config, layer, p, u, *, own_v=None, first_v=None):
     q = rotary(rms_norm((u @ p["query"]).reshape(B, T, H, h), config.norm_eps), width, base) * p["q_gain"][:, None]
     k = rotary(rms_norm((u @ p["key"]).reshape(B, T, K, h), config.norm_eps), width, base)
     raw_v = (u @ p["value"]).reshape(B, T, K, h)
-    if own_v is not None:
-        raw_v = raw_v + own_v
+    if added_v is not None:
+        raw_v = raw_v + added_v
     v = raw_v
     if config.value_residual and first_v is not None:
         v = p["value_mix"][0] * first_v + p["value_mix"][1] * raw_v
@@ -200,11 +202,11 @@ def phase_mix(layer, num_layers):
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-def block(config, layer, p, x, x0, *, own_v=None, first_v=None):
+def block(config, layer, p, x, x0, *, added_v=None, first_v=None):
     """Returns the block's output and its values before their mixing."""
     scale = 1 / np.sqrt(layer + 1) if config.ln_scale else 1.0
     u = p["resid_mix"][0] * x + p["resid_mix"][1] * x0
-    y, raw_v = attention(config, layer, p["attn"], scale * rms_norm(u, config.norm_eps), own_v=own_v, first_v=first_v)
+    y, raw_v = attention(config, layer, p["attn"], scale * rms_norm(u, config.norm_eps), added_v=added_v, first_v=first_v)
     u = u + p["attn_scale"] * y
     activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.mlp_activation]
     hidden = activation(scale * rms_norm(u, config.norm_eps) @ p["mlp"]["up"])
@@ -229,8 +231,8 @@ def gpt(config, p, tokens):
     embedded = value_embedding(config, p["value_embed"], tokens) if config.value_embed_layers else {}
     encoder, saved, first_v = config.num_layers // 2, [], None
 
-    def apply(layer, x, own_v=None):
-        return block(config, layer, p["blocks"][layer], x, x0, own_v=own_v, first_v=first_v)
+    def apply(layer, x, added_v=None):
+        return block(config, layer, p["blocks"][layer], x, x0, added_v=added_v, first_v=first_v)
 
     for layer in range(config.num_layers):
         if layer == encoder:

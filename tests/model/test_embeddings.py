@@ -1,0 +1,202 @@
+"""Smear, bigram hashes and value embeddings: formulas, the integers exactly, causality, and where each does nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.model.embeddings import BigramHash, SmearGate, ValueEmbedding, hash_sum, hash_xor
+from sngpt_jax.step import losses
+from tests import oracles
+from tests.model.test_techniques import (
+    BIGRAM,
+    TINY,
+    TOKENS,
+    VALUE_EMBED,
+    changed,
+    functional,
+    initial_params,
+    logits,
+    random_params,
+)
+
+HASHES = [(hash_xor, oracles.hash_xor), (hash_sum, oracles.hash_sum)]
+RNGS = {"rngs": nnx.Rngs(params=jax.random.key(0))}
+X = np.random.default_rng(0).normal(size=(*TOKENS.shape, TINY.d_model))
+
+
+# ---------------------------------------------------------------------------------------------- smear
+
+
+def smear_of(masked):
+    return functional(SmearGate(changed(smear="after_norm", smear_mask_bos=masked)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_smear_equals_the_formula(masked):
+    fn, params = smear_of(masked)
+    starts = TOKENS == TINY.bos_id if masked else None
+    oracles.check(lambda p, x: fn(p, x, TOKENS), lambda p, x: oracles.smear(x, p["gate"], starts), params, X)
+
+
+def test_gate_is_the_share_of_the_previous_position():
+    fn, params = smear_of(False)
+    x = jnp.asarray(X, jnp.float32)
+    closed, open_ = ({"gate": jnp.full_like(params["gate"], value)} for value in (-200.0, 200.0))
+    assert np.array_equal(fn(closed, x, TOKENS), x)
+    assert np.array_equal(fn(open_, x, TOKENS)[:, 1:], x[:, :-1])
+    assert not np.any(fn(open_, x, TOKENS)[:, 0])
+
+
+def test_a_masked_document_takes_nothing_from_the_one_before():
+    fn, params = smear_of(True)
+    out = fn(params, jnp.asarray(X, jnp.float32), TOKENS)
+    np.testing.assert_allclose(out[:, 4], (1 - oracles.sigmoid(np.asarray(params["gate"]))) * X[:, 4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_smear_reads_its_own_and_the_previous_position_alone(masked):
+    fn, params = smear_of(masked)
+    jacobian = jax.jacobian(lambda x: fn(params, x, TOKENS[:1])[0].sum(-1))(jnp.asarray(X[:1], jnp.float32))
+    reads = np.any(jacobian[:, 0] != 0, axis=-1)  # [T out, T in]
+    T = TOKENS.shape[1]
+    want = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
+    if masked:
+        want[TOKENS[0] == TINY.bos_id] = np.eye(T, dtype=bool)[TOKENS[0] == TINY.bos_id]
+    assert np.array_equal(reads, want)
+
+
+@pytest.mark.parametrize("order", ["after_norm", "before_norm"])
+def test_model_with_a_closed_smear_is_the_plain_one(order):
+    params = {**random_params(changed(smear=order)), "smear": {"gate": jnp.full(TINY.d_model, -200.0)}}
+    np.testing.assert_allclose(logits(changed(smear=order), params), logits(TINY), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- bigram
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 65535), min_size=5, max_size=5),
+    buckets=st.one_of(st.integers(2, 65536), st.sampled_from([2, 3, 2048, 4096, 65535, 65536])),
+)
+@pytest.mark.parametrize(("ours", "oracle"), HASHES)
+def test_hash_equals_exact_integers(ours, oracle, tokens, buckets):
+    got = ours(jnp.asarray([tokens], jnp.int32), buckets)
+    assert got.dtype == jnp.int32
+    assert np.array_equal(got, oracle([tokens], buckets))
+    assert np.all((got >= 0) & (got < buckets))
+
+
+@pytest.mark.parametrize(("ours", "oracle"), HASHES)
+@pytest.mark.parametrize("buckets", [2048, 3000, 65536])
+def test_hash_of_the_largest_tokens(ours, oracle, buckets):
+    """Products beyond 2^31: int32 wraps in the xor hash, and the sum is exact all the same."""
+    tokens = np.array([[65535, 65535, 65535, 65534, 0, 65535, 59140, 59138, 1]])
+    assert np.array_equal(ours(jnp.asarray(tokens, jnp.int32), buckets), oracle(tokens, buckets))
+
+
+def test_hashes_of_two_tokens_by_hand():
+    """36313·5 = 181565 and 27191·3 = 81573 differ in the bits of 261016 = 2047·127 + 1047."""
+    tokens = jnp.asarray([[3, 5]])
+    assert hash_xor(tokens, 2048).tolist() == [[2047, 1047]]
+    assert hash_sum(tokens, 4096).tolist() == [[3347, 2842]]
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 64), (4, 16)])
+def test_the_reserved_bucket_is_the_first_positions_alone(shape):
+    tokens = np.random.default_rng(0).integers(0, 65536, shape)
+    for buckets in (2, 5, 2048):
+        reserved = np.asarray(hash_xor(jnp.asarray(tokens), buckets)) == buckets - 1
+        assert np.all(reserved[:, 0]) and not np.any(reserved[:, 1:])
+
+
+@pytest.mark.parametrize(("ours", "oracle"), HASHES)
+def test_hash_does_not_depend_on_the_tokens_dtype(ours, oracle):
+    tokens = np.array([[65535, 40000, 7]], np.uint16)
+    assert np.array_equal(ours(jnp.asarray(tokens), 4096), oracle(tokens, 4096))
+
+
+@pytest.mark.parametrize(("ours", "oracle"), HASHES)
+def test_hash_reads_its_own_and_the_previous_token_in_their_order(ours, oracle):
+    base = np.asarray(ours(jnp.asarray(TOKENS), 4096))
+    for at in range(TOKENS.shape[1]):
+        moved = TOKENS.copy()
+        moved[:, at] = 23
+        same = np.asarray(ours(jnp.asarray(moved), 4096)) == base
+        assert np.all(np.delete(same, [at, at + 1][: TOKENS.shape[1] - at], axis=1))
+        assert at + 1 == TOKENS.shape[1] or not np.any(same[:, at + 1])
+    assert ours(jnp.asarray([[2, 9]]), 4096)[0, 1] != ours(jnp.asarray([[9, 2]]), 4096)[0, 1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"bigram_hash": "sum"}, {"bigram_hash": "sum", "bigram_scale_init": 0.0}])
+def test_bigram_equals_the_formula(fields):
+    config = changed(**BIGRAM, **fields)
+    fn, params = functional(BigramHash(config, **RNGS))
+    assert ("scale" in params) == (fields.get("bigram_scale_init") != 0.0)
+    oracles.check(lambda p: fn(p, TOKENS), lambda p: oracles.bigram(config, p, TOKENS), params)
+
+
+@pytest.mark.parametrize("silenced", ["table", "scale"])
+def test_model_with_a_silent_bigram_is_the_plain_one(silenced):
+    config = changed(**BIGRAM)
+    params = random_params(config)
+    params["bigram"] = {**params["bigram"], silenced: 0.0 * params["bigram"][silenced]}
+    assert np.array_equal(logits(config, params), logits(TINY))
+
+
+def test_bigram_is_silent_at_the_start_and_learns():
+    """The table is zero, its projection is not: were both, no gradient would ever reach either."""
+    config = changed(**BIGRAM)
+    params = initial_params(config)
+    assert not np.any(params["bigram"]["table"])
+
+    def loss(table):
+        bigram = {**params["bigram"], "table": table}
+        return losses(config)({**params, "bigram": bigram}, TOKENS[:, :-1], TOKENS[:, 1:]).mean()
+
+    assert np.any(jax.jit(jax.grad(loss), compiler_options=oracles.RUN_ONCE)(params["bigram"]["table"]))
+
+
+# ---------------------------------------------------------------------------------------------- value embedding
+
+
+def test_value_embedding_equals_the_formula():
+    config = changed(**VALUE_EMBED)
+    fn, params = functional(ValueEmbedding(config, **RNGS))
+    assert set(fn(params, TOKENS)) == set(config.value_embed_layers)
+    for layer in config.value_embed_layers:
+        oracles.check(
+            lambda p, layer=layer: fn(p, TOKENS)[layer],
+            lambda p, layer=layer: oracles.value_embedding(config, p, TOKENS)[layer],
+            params,
+        )
+
+
+@pytest.mark.parametrize("silenced", ["table", "proj", "scale", "layer_scale"])
+def test_model_with_a_silent_value_embedding_is_the_plain_one(silenced):
+    config = changed(**VALUE_EMBED)
+    params = random_params(config)
+    params["value_embed"] = {**params["value_embed"], silenced: 0.0 * params["value_embed"][silenced]}
+    np.testing.assert_allclose(logits(config, params), logits(TINY), rtol=0, atol=1e-5)
+
+
+def test_each_scale_belongs_to_its_layer():
+    """With the scale of one layer zero, the model is the one that embeds at the other alone."""
+    config = changed(**VALUE_EMBED)
+    params = random_params(config)
+    for j, other in ((0, 1), (1, 3)):
+        silent = {**params["value_embed"], "layer_scale": params["value_embed"]["layer_scale"].at[j].set(0.0)}
+        alone = {**params["value_embed"], "layer_scale": params["value_embed"]["layer_scale"][1 - j][None]}
+        single = dataclasses.replace(config, value_embed_layers=(other,))
+        np.testing.assert_allclose(
+            logits(config, {**params, "value_embed": silent}),
+            logits(single, {**params, "value_embed": alone}),
+            rtol=0,
+            atol=1e-5,
+        )

@@ -1,0 +1,47 @@
+"""The MLP's activations and its width."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sngpt_jax.config import ModelConfig
+from sngpt_jax.model.mlp import ACTIVATIONS, MLP
+from sngpt_jax.recipe import load
+from tests import oracles
+from tests.model.test_techniques import TINY, changed, functional
+
+ORACLES = {"relu2": oracles.relu2, "leaky_relu2": oracles.leaky_relu2}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_activation_equals_the_formula(name):
+    oracles.check(ACTIVATIONS[name], ORACLES[name], np.random.default_rng(0).normal(size=(50,)))
+
+
+def test_activations_by_hand():
+    h = jnp.asarray([-3.0, -1.0, 0.0, 0.5, 2.0])
+    assert ACTIVATIONS["relu2"](h).tolist() == [0.0, 0.0, 0.0, 0.25, 4.0]
+    assert ACTIVATIONS["leaky_relu2"](h).tolist() == [2.25, 0.25, 0.0, 0.25, 4.0]
+    slopes = {name: jax.vmap(jax.grad(f))(h).tolist() for name, f in ACTIVATIONS.items()}
+    assert slopes == {"relu2": [0.0, 0.0, 0.0, 1.0, 4.0], "leaky_relu2": [-1.5, -0.5, 0.0, 1.0, 4.0]}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_layer_equals_the_formula(name):
+    config = changed(mlp_activation=name)
+    fn, params = functional(MLP(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    x = np.random.default_rng(0).normal(size=(2, 3, TINY.d_model))
+    oracles.check(fn, lambda p, x: ORACLES[name](x @ p["up"]) @ p["down"], params, x)
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(2.75, 1408), (3.0, 1536), (0.001, 1)])
+def test_width_is_any(multiple, width):
+    config = ModelConfig(mlp_dim=max(int(multiple * 512), 1), compute_dtype="float32")
+    shapes = nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    assert shapes.up.shape == (512, width) and shapes.down.shape == (width, 512)
+
+
+def test_recipes_may_have_a_fractional_multiple():
+    assert load("golf_11l_xsa4").model.mlp_dim == int(2.75 * 512)
