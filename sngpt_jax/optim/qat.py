@@ -31,7 +31,7 @@ def fake_quantize(matrix: jax.Array, bits: int, scale_floor: float) -> jax.Array
     """The matrix nearest to `matrix` [..., in, out], float32, on the grid of `bits` that its output channels span.
 
     scale = float16(max(absmax over in / q_max, scale_floor, SMALLEST_SCALE)), for each output channel;
-    result = scale · clip(round(matrix / scale), -q_max, q_max), float32, halves rounded to even. Zeros stay zero.
+    result = scale · round(matrix / scale), float32, halves rounded to even. Zeros stay zero.
     """
     q_max = 2 ** (bits - 1) - 1
     # times 1 / q_max is what XLA makes of a division by a constant: written out, it is the same float32 everywhere
@@ -39,7 +39,8 @@ def fake_quantize(matrix: jax.Array, bits: int, scale_floor: float) -> jax.Array
     scale = jnp.maximum(scale, max(scale_floor, SMALLEST_SCALE))
     # to float16 and back, in a form that no compiler may leave out as needless
     scale = jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10)
-    return scale * jnp.clip(jnp.round(matrix / scale), -q_max, q_max)
+    # nothing to clip: a scale rounded down to float16 leaves a quotient of at most q_max · (1 + 2^-11), less than q_max + 1/2
+    return scale * jnp.round(matrix / scale)
 
 
 def on_grid(params: optax.Params, export: ExportConfig) -> optax.Params:
