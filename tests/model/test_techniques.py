@@ -134,6 +134,7 @@ def test_logits_equal_the_oracle(name):
     np.testing.assert_allclose(logits(config), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["9l_xsa_ngram", "12l_recycled"])
 def test_gradients_of_the_whole_model_equal_the_oracle(name):
     config = changed(**STACKS[name])
