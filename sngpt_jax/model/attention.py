@@ -85,9 +85,10 @@ def exclude_own_value(y_BTHh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
     K = v_BTKh.shape[2]
     y_BTKGh = y_BTHh.astype(jnp.float32).reshape(B, T, K, H // K, h)
     v_BTK1h = v_BTKh.astype(jnp.float32)[:, :, :, None]
-    # squared lengths, because the gradient of |v| has no value at v = 0
-    share = jnp.sum(y_BTKGh * v_BTK1h, -1, keepdims=True) / jnp.maximum(jnp.sum(v_BTK1h**2, -1, keepdims=True), 1e-24)
-    return (y_BTKGh - share * v_BTK1h).reshape(B, T, H, h).astype(y_BTHh.dtype)
+    # the floor is inside of the root, where the gradient is 0 at v = 0 and nothing underflows near it
+    unit_BTK1h = v_BTK1h * jax.lax.rsqrt(jnp.maximum(jnp.sum(v_BTK1h**2, -1, keepdims=True), 1e-24))
+    share = jnp.sum(y_BTKGh * unit_BTK1h, -1, keepdims=True)
+    return (y_BTKGh - share * unit_BTK1h).reshape(B, T, H, h).astype(y_BTHh.dtype)
 
 
 def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal_TT: jax.Array) -> jax.Array:

@@ -39,9 +39,14 @@ def newton_schulz(matrices: jax.Array, steps: int, dtype: jax.typing.DTypeLike =
     norms = jnp.linalg.norm(matrices, axis=(-2, -1), keepdims=True)
     x = (matrices / (norms + 1e-7)).astype(dtype)
     x = x.mT if tall else x  # x xᵀ then has the smaller of the two sizes
+
+    def combine(a: float, left: jax.Array, b: float, right: jax.Array) -> jax.Array:
+        # in float32: a bfloat16 product would round the coefficients first, 3.4445 to 3.4375
+        return (a * left.astype(jnp.float32) + b * right.astype(jnp.float32)).astype(dtype)
+
     for _ in range(steps):
         gram = product(x, x.mT)
-        x = _A * x + product(_B * gram + _C * product(gram, gram), x)
+        x = combine(_A, x, 1.0, product(combine(_B, gram, _C, product(gram, gram)), x))
     x = x.mT if tall else x
     return x.astype(jnp.float32)
 

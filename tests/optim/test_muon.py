@@ -74,7 +74,8 @@ def test_bfloat16_stays_near_float32(shape):
     exact = muon.newton_schulz(matrix, 5, jnp.float32)
     rounded = muon.newton_schulz(matrix, 5, jnp.bfloat16)
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
-    assert 1e-4 < error < 0.1  # the lower bound: the products really are in bfloat16
+    # the products really are in bfloat16, and nothing else is: coefficients rounded to it would leave 0.04
+    assert 1e-4 < error < 0.025
 
 
 @settings(max_examples=20, deadline=None)
