@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from sngpt_jax import cli, run_directory
 from sngpt_jax.checkpoint import Checkpointer, step_folder
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ModelConfig, Weights, to_json
+from sngpt_jax.config import Config, ModelConfig, Weights
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.model.gpt import GPT
@@ -285,10 +285,7 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer |
     with run_directory.claim(run_dir, config):
         if folder.is_dir() and any(folder.iterdir()):
             raise InteropError(f"{folder}: holds checkpoints already; choose another --run-dir")
-        if tokenizer:
-            run_directory.begin(run_dir, config, tokenizer)
-        else:
-            cli.write_text_atomic(run_directory.config_path(run_dir), to_json(config))
+        run_directory.begin(run_dir, config, tokenizer)
         with Checkpointer(folder, keep=config.train.keep_checkpoints) as checkpoints:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
             mesh = make_mesh(jax.devices()[:1])  # nothing is computed, and a checkpoint is restored to any devices

@@ -20,6 +20,7 @@ from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Score, score_stream
 from sngpt_jax.metrics import MetricsWriter, StepMeter
+from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls, step_controls
 from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
@@ -223,23 +224,24 @@ class Run:
         value = latest.loss if latest and latest.step == self.done else None
         self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
 
-    def averages(self) -> dict[Weights, Params]:
-        """The averages of the weights that hold something by now."""
-        found: dict[Weights, Params] = {}
+    def weights(self) -> dict[Weights, Params]:
+        """The last step's weights and the averages of them that hold something by now."""
+        found: dict[Weights, Params] = {"final": self.state.params}
         if self.state.swa is not None and int(self.state.swa.count):
-            found["swa"] = self.state.swa.mean
+            found["swa"] = averaged_weights(self.state.swa)
         if self.state.ema is not None:
-            found["ema"] = self.state.ema
+            found["ema"] = averaged_weights(self.state.ema)
         return found
 
     def finish(self, directory: Path) -> Summary:
-        """Validates and saves the trained model; returns the run's summary."""
+        """Validates and saves the trained model, and validates its averages; returns the run's summary."""
         self.aside(validating=True, saving=True)
-        averaged = {}
-        for name, params in self.averages().items():
-            score = averaged[name] = self.score(params)
-            record = {"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb}
-            self.writer.write(record)
+        bpb: dict[Weights, float] = {}
+        for name, params in self.weights().items():
+            if name != "final":
+                score = self.score(params)
+                self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
+                bpb[name] = score.bpb
         self.checkpoints.wait()
         first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
         assert latest is not None and best is not None
@@ -252,8 +254,8 @@ class Run:
             val_tokens=latest.tokens,
             best_val_loss=best,
             untrained_val_bpb=first.bpb if first else None,
-            swa_val_bpb=averaged["swa"].bpb if "swa" in averaged else None,
-            ema_val_bpb=averaged["ema"].bpb if "ema" in averaged else None,
+            swa_val_bpb=bpb.get("swa"),
+            ema_val_bpb=bpb.get("ema"),
             train_seconds=seconds,
             tok_per_s=tokens / seconds,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),

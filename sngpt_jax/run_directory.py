@@ -17,15 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sngpt_jax.optim.averaging import SWA
+from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import Params, abstract_state
@@ -85,16 +83,17 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def begin(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
+def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Makes a claimed directory the run of `config`: keeps its config.json and tokenizer, or finds the same ones there.
 
-    To be called once nothing can be wrong with the recipe any more, so that a mistake leaves no run behind.
+    `tokenizer` is None where it is not known, for weights from elsewhere, which can be scored and not sampled from. To be
+    called once nothing can be wrong with the recipe any more, so that a mistake leaves no run behind.
     """
-    kept = run_dir / f"tokenizer{tokenizer.path.suffix}"
-    if kept.exists() and load_tokenizer(kept).sha256 != tokenizer.sha256:
+    kept = run_dir / f"tokenizer{tokenizer.path.suffix}" if tokenizer else None
+    if tokenizer and kept and kept.exists() and load_tokenizer(kept).sha256 != tokenizer.sha256:
         raise UserError(f"{kept}: the run was started with another tokenizer than {tokenizer.path}; choose another --run-dir")
     try:
-        if not kept.exists():
+        if tokenizer and kept and not kept.exists():
             write_bytes_atomic(kept, tokenizer.path.read_bytes())
         if not config_path(run_dir).exists():
             write_text_atomic(config_path(run_dir), to_json(config))
@@ -157,14 +156,11 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
         field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
         raise UserError(f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take --weights final")
     restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)
-    (params,) = restored.state.values()
-    if isinstance(params, SWA):
-        if not int(params.count):
-            raise UserError(
-                f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
-                " take a later --step or --weights final"
-            )
-        params = params.mean
-    # an average of tables may be kept in less than the master weights' float32
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    (found,) = restored.state.values()
+    if isinstance(found, SWA) and not int(found.count):
+        raise UserError(
+            f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
+            " take a later --step or --weights final"
+        )
+    params = found if weights == "final" else averaged_weights(found)
     return TrainedModel(config, params, restored.step, weights)

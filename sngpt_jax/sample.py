@@ -27,11 +27,12 @@ def fill(
     params: Params,
     buffer_T: jax.Array,
     start: jax.Array,
+    stop: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
     top_k: int,
 ) -> jax.Array:
-    """Fills positions start … T-1 of `buffer_T`, each drawn from the model's distribution given the ones before it."""
+    """Fills positions start … stop-1 of `buffer_T`, each drawn from the model's distribution given the ones before it."""
 
     def draw(position: jax.Array, buffer_T: jax.Array) -> jax.Array:
         logits_V = apply(params, buffer_T[None])[0, position - 1]
@@ -42,7 +43,7 @@ def fill(
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
         return buffer_T.at[position].set(token.astype(buffer_T.dtype))
 
-    return jax.lax.fori_loop(start, buffer_T.shape[0], draw, buffer_T)
+    return jax.lax.fori_loop(start, stop, draw, buffer_T)
 
 
 def generate(
@@ -69,18 +70,20 @@ def generate(
             f"--prompt of {len(prompt_ids)} tokens and --max-tokens {max_tokens} exceed model.max_seq_len ="
             f" {config.max_seq_len}; shorten one of them"
         )
-    buffer = np.full(length, tokenizer.bos_id, np.int32)
+    # with NTK scaling the rotary base follows from the length, and the model knows that of its training
+    buffer = np.full(config.max_seq_len if config.rope_ntk_len else length, tokenizer.bos_id, np.int32)
     buffer[: len(prompt_ids)] = prompt_ids
     filled = fill(
         forward(config),
         params,
         jnp.asarray(buffer),
         jnp.int32(len(prompt_ids)),
+        jnp.int32(length),
         jax.random.key(seed),
         jnp.float32(temperature),
         min(top_k, config.vocab_size),
     )
-    tokens = np.asarray(filled)
+    tokens = np.asarray(filled)[:length]
     ends = np.flatnonzero(tokens[len(prompt_ids) :] == tokenizer.bos_id)
     stop = len(prompt_ids) + ends[0] if len(ends) else length
     return tokenizer.decode(tokens[1:stop])

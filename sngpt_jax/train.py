@@ -124,9 +124,14 @@ def train(config: Config, directory: Path, console: Console) -> int:
         run_directory.write_summary(directory, summary)
         print_summary(console, summary)
         if config.eval.sample_tokens:
+            weights = run.weights()
+            if config.eval.weights not in weights:
+                console.print(
+                    f"eval.weights = {config.eval.weights}: no snapshot was taken; the sample is of the final weights"
+                )
             text = generate(
                 config.model,
-                run.averages().get(config.eval.weights, run.state.params),
+                weights.get(config.eval.weights, run.state.params),
                 data.tokenizer,
                 config.eval.sample_prompt,
                 max_tokens=config.eval.sample_tokens,

@@ -1,5 +1,6 @@
 """Sampling: greedy equals step-by-step recomputation, temperature and top-k draw from the right distribution, seeds repeat."""
 
+import dataclasses
 import json
 
 import jax
@@ -25,7 +26,7 @@ def constant_model(params, tokens_BT):
 
 
 def draws(temperature, top_k, count=4000):
-    tokens = fill(constant_model, None, jnp.zeros(count + 1, jnp.int32), 1, jax.random.key(0), temperature, top_k)
+    tokens = fill(constant_model, None, jnp.zeros(count + 1, jnp.int32), 1, count + 1, jax.random.key(0), temperature, top_k)
     return np.bincount(np.asarray(tokens)[1:], minlength=5) / count
 
 
@@ -56,6 +57,23 @@ def test_a_text_ends_where_the_next_document_begins(monkeypatch, tiny_recipe):
     monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: counting_model)
     config = load(str(tiny_recipe)).model
     assert generate(config, {}, tokenizer, "", max_tokens=4, temperature=0.0) == "ab"
+
+
+def test_with_ntk_scaling_the_model_sees_the_length_of_its_training(tiny_recipe, monkeypatch):
+    """The rotary base follows from the length there, so a short text needs the long buffer."""
+    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+    lengths = []
+
+    def model(params, tokens_BT):
+        lengths.append(tokens_BT.shape[1])
+        return jnp.zeros((1, tokens_BT.shape[1], tokenizer.vocab_size)).at[..., 5].set(1.0)
+
+    config = load(str(tiny_recipe)).model
+    for ntk, expected in ((0, 4), (16, config.max_seq_len)):
+        monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: lambda *arguments: model(*arguments))
+        text = generate(dataclasses.replace(config, rope_ntk_len=ntk), {}, tokenizer, "", max_tokens=3, temperature=0.0)
+        assert text == tokenizer.decode([5, 5, 5])
+        assert lengths.pop() == expected
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_a_run_leaves_what_it_should(tiny_recipe, tiny_trained):
     steps = [record for record in records if "train_loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 21))
     assert {"train_loss", "lr", "grad_norm", "tokens", "tok_per_s", "step_ms"} <= steps[0].keys()
-    assert [record["lr"] for record in steps][-2:] == pytest.approx([0.04 * 0.2, 0.04 * 0.1])
+    assert [record["lr"] for record in steps][-2:] == pytest.approx([0.04 * 2 / 15, 0.04 / 15])
     assert [record["step"] for record in records if "val_loss" in record] == [0, 10, 20]
     assert load(str(tiny_trained / "config.json")) == load(str(tiny_recipe))
 
@@ -302,6 +302,11 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     assert result["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
     assert result["bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
     assert (result["tokens"], result["windows"], result["step"]) == (2048, 64, 20)
+    for name in ("swa", "ema"):
+        done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--weights", name, "--json")
+        average = json.loads(done.stdout)
+        assert average["bpb"] == pytest.approx(summary[f"{name}_val_bpb"], rel=1e-6)
+        assert abs(average["bpb"] - result["bpb"]) > 1e-4
     other = json.loads(tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json", devices=8).stdout)
     assert other["loss"] == pytest.approx(result["loss"], rel=1e-6)
 
@@ -312,6 +317,7 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
         (["--run", "/nonexistent"], "/nonexistent: not a run directory"),
         (["--run", "{run}", "--step", "7"], "available: 10, 20"),
         (["--run", "{run}", "--data", "/nonexistent"], "/nonexistent"),
+        (["--run", "{run}", "--weights", "mean"], "swa"),
     ],
 )
 def test_evaluate_refuses_in_one_line(tiny_trained, arguments, said):

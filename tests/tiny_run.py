@@ -16,7 +16,14 @@ from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimC
 
 config = Config(
     model=ModelConfig(vocab_size=320, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, mlp_dim=64, max_seq_len=32),
-    optim=OptimConfig(warmdown_fraction=0.5, muon_momentum_warmup_steps=10, newton_schulz_dtype="float32"),
+    optim=OptimConfig(
+        warmdown_fraction=0.75,
+        muon_momentum_warmup_steps=10,
+        newton_schulz_dtype="float32",
+        ema_decay=0.9,
+        swa_every=2,
+        swa_below=0.8,  # from step 10, that of the first checkpoint
+    ),
     data=DataConfig(dir={data!r}, batch_tokens=2048, seq_len=32),
     train=TrainConfig(steps=20, device_batch_tokens=64, checkpoint_every=10, compilation_cache={cache!r}),
     eval=EvalConfig(every=10, tokens=2048, device_batch_tokens=1024),

@@ -71,3 +71,9 @@ def update_swa(swa: SWA, params: optax.Params, take: jax.typing.ArrayLike) -> SW
         return jnp.where(take, after.astype(mean.dtype), mean)
 
     return SWA(count=count, mean=jax.tree.map(update, swa.mean, params))
+
+
+def averaged_weights(average: optax.Params | SWA) -> optax.Params:
+    """The weights that an EMA or the mean of an `SWA` stands for, float32 as the model's own."""
+    mean = average.mean if isinstance(average, SWA) else average
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mean)

@@ -1,0 +1,60 @@
+"""Which weights a run directory gives out: those of the last step, or an average where there is one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax import run_directory
+from sngpt_jax.checkpoint import Checkpointer
+from sngpt_jax.cli import UserError
+from sngpt_jax.optim.averaging import update_swa
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
+from sngpt_jax.run_directory import load_model
+from sngpt_jax.step import init_state
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe, tmp_path_factory):
+    """A run without an EMA: its SWA is empty at step 0 and holds twice the weights at step 1."""
+    run_dir = tmp_path_factory.mktemp("run")
+    config = load(str(tiny_recipe))
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, ema_decay=0.0, average_table_dtype="bfloat16"),
+        eval=dataclasses.replace(config.eval, weights="swa"),
+    )
+    run_directory.begin(run_dir, config, None)
+    state = init_state(config, make_mesh(jax.devices()[:1]))
+    later = dataclasses.replace(state, swa=update_swa(state.swa, jax.tree.map(lambda p: 2 * p, state.params), True))
+    with Checkpointer(run_directory.checkpoint_dir(run_dir), keep=2) as checkpoints:
+        checkpoints.save(0, state, extra={})
+        checkpoints.save(1, later, extra={})
+    return run_dir, state.params
+
+
+def test_the_weights_asked_for_are_given(run):
+    run_dir, params = run
+    mesh = make_mesh(jax.devices()[:1])
+    final, mean = load_model(run_dir, mesh, weights="final"), load_model(run_dir, mesh, weights="swa")
+    assert (final.weights, final.step, mean.weights, mean.step) == ("final", 1, "swa", 1)
+    for given, average, p in zip(*map(jax.tree.leaves, (final.params, mean.params, params)), strict=True):
+        np.testing.assert_array_equal(given, p)
+        assert average.dtype == np.float32  # whatever the average is kept in
+        np.testing.assert_allclose(average, 2 * p, rtol=2**-8)
+    assert load_model(run_dir, mesh).weights == "swa", "the recipe says so"
+
+
+@pytest.mark.parametrize(
+    ("step", "weights", "said"),
+    [
+        (None, "ema", "--weights ema: the run .* keeps no such average .optim.ema_decay = 0.; take --weights final"),
+        (0, "swa", "--weights swa: no snapshot was taken up to step 0"),
+        (0, None, "--weights swa: no snapshot was taken up to step 0"),
+    ],
+)
+def test_an_average_that_is_not_there_is_an_error(run, step, weights, said):
+    with pytest.raises(UserError, match=said):
+        load_model(run[0], make_mesh(jax.devices()[:1]), step, weights)
