@@ -1,4 +1,7 @@
-"""Every test runs on eight CPU devices, with silent broadcasting between ranks an error."""
+"""Every test runs on eight CPU devices, with silent broadcasting between ranks an error.
+
+Programs are compiled without optimizing their machine code: here they take longer to compile than to run.
+"""
 
 import os
 
@@ -11,7 +14,11 @@ import pytest
 
 from tests import tiny_run
 
-jax.config.update("jax_num_cpu_devices", 8)  # not XLA_FLAGS, which the processes that tests start would inherit
+jax.config.update("jax_num_cpu_devices", 8)
+inherited = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{inherited} --xla_backend_optimization_level=0"
+jax.devices()  # the flags are read here; processes that tests start are not to inherit them
+os.environ["XLA_FLAGS"] = inherited
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -10,8 +10,6 @@ import numpy as np
 
 # ------------------------------------------------------------------------------------------------ the comparison
 
-RUN_ONCE = {"xla_backend_optimization_level": 0}  # for programs of tests, whose compilation takes longer than they do
-
 
 def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
     """`jax_fn` in float32 equals `numpy_fn` in float64, and so does the gradient of a random weighting of its output.
@@ -31,7 +29,7 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
         out = jax_fn(*tree.unflatten(leaves))
         return jnp.vdot(weight.astype(np.float32), out), out
 
-    (_, got), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True), compiler_options=RUN_ONCE)(leaves32)
+    (_, got), grads = jax.jit(jax.value_and_grad(weighted, has_aux=True))(leaves32)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=tol * np.abs(want).max(), err_msg="value")
 

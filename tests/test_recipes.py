@@ -16,7 +16,6 @@ from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
 from sngpt_jax.recipe import load
 from sngpt_jax.step import init_state, losses, make_train_step
-from tests.oracles import RUN_ONCE
 
 PUBLISHED = {  # parameters; measured TFLOP/s of a GPU and M tok/s of a GPU, whose quotient is M FLOPs a token
     "golf_baseline": (17_059_912, None),
@@ -93,7 +92,7 @@ def few_steps(config: Config, steps: int) -> list[float]:
     def controls(late: bool) -> StepControls:
         return StepControls(np.float32(1), np.bool_(late), np.bool_(late))
 
-    step = make_train_step(config, mesh).lower(state, batch, controls(False)).compile(compiler_options=RUN_ONCE)
+    step = make_train_step(config, mesh).lower(state, batch, controls(False)).compile()
     for i in range(steps):
         state, metrics = step(state, batch, controls(i >= steps - 2))
         seen.append(float(metrics["loss"]))
@@ -133,6 +132,8 @@ def test_a_shrunk_recipe_learns(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOLF)
 def test_a_recipe_takes_its_first_steps_at_full_width(name):
-    seen = few_steps(changed(load(name), data={"batch_tokens": 512, "seq_len": 64}), 4)
+    """With two of the five Newton–Schulz steps, in float32: at this batch they are nearly all of a CPU's work."""
+    optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}
+    seen = few_steps(changed(load(name), optim=optim, data={"batch_tokens": 512, "seq_len": 64}), 3)
     assert seen[0] == pytest.approx(math.log(1024), abs=0.1)
     assert seen[-1] < seen[0] - 0.3

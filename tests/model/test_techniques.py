@@ -102,12 +102,12 @@ def random_params(config, seed=0):
 
 @functools.cache
 def initial_params(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(3)), compiler_options=oracles.RUN_ONCE)()
+    return jax.jit(lambda: init_params(config, jax.random.key(3)))()
 
 
 @functools.cache
 def compiled(config):
-    return jax.jit(forward(config), compiler_options=oracles.RUN_ONCE)
+    return jax.jit(forward(config))
 
 
 def logits(config, params=None, tokens=TOKENS):

@@ -11,6 +11,7 @@ import pytest
 
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import groups
+from sngpt_jax.recipe import load
 
 L, D, F, KV, V, H, BUCKETS, DIM = 2, 16, 32, 8, 20, 2, 10, 6
 
@@ -259,40 +260,34 @@ def test_equal_shapes_of_all_layers_share_one_orthogonalization():
 
 # Rule, peak learning rate and decay of each group, as the authors' scripts and logs have them: (rule, lr, decay)
 SYSTEMS = {
-    "#333": (
-        {"muon_lr": 0.025, "embed_lr": 0.035, "table_lr": 0.035, "scalar_lr": 0.025, "projection_rule": "muon",
-         "muon_weight_decay": 0.04, "adam_weight_decay": 0.04},
-        {"embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
-         "projection": ("muon", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04)},
-    ),
-    "#465": (
-        {"muon_lr": 0.02, "embed_lr": 0.03, "table_lr": 0.03, "scalar_lr": 0.02, "projection_rule": "muon",
-         "muon_weight_decay": 0.04, "adam_weight_decay": 0.01},
-        {"embed": ("adam", 0.03, 0.01), "table": ("adam", 0.03, 0.01), "matrix": ("muon", 0.02, 0.04),
-         "projection": ("muon", 0.02, 0.04), "scalar": ("adam", 0.02, 0.01)},
-    ),
-    "#1573": (
-        {"muon_lr": 0.025, "embed_lr": 0.035, "table_lr": 0.035, "scalar_lr": 0.025, "projection_rule": "adam",
-         "muon_weight_decay": 0.04, "adam_weight_decay": 0.04},
-        {"embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
-         "projection": ("adam", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04)},
-    ),
-    "#740": (
-        {"muon_lr": 0.02, "embed_lr": 0.03, "table_lr": 0.02, "scalar_lr": 0.02, "projection_rule": "adam",
-         "muon_weight_decay": 0.04, "adam_weight_decay": 0.0},
-        {"embed": ("adam", 0.03, 0.0), "table": ("adam", 0.02, 0.0), "matrix": ("muon", 0.02, 0.04),
-         "projection": ("adam", 0.02, 0.0), "scalar": ("adam", 0.02, 0.0)},
-    ),
+    "golf_11l_xsa4": {
+        "embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
+        "projection": ("muon", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04),
+    },
+    "golf_10l_int5mlp": {
+        "embed": ("adam", 0.03, 0.01), "table": ("adam", 0.03, 0.01), "matrix": ("muon", 0.02, 0.04),
+        "projection": ("muon", 0.02, 0.04), "scalar": ("adam", 0.02, 0.01),
+    },
+    "golf_12l_recycled": {
+        "embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
+        "projection": ("adam", 0.025, 0.04), "scalar": ("adam", 0.025, 0.04),
+    },
+    "golf_9l_xsa_ngram": {
+        "embed": ("adam", 0.03, 0.0), "table": ("adam", 0.02, 0.0), "matrix": ("muon", 0.02, 0.04),
+        "projection": ("adam", 0.02, 0.0), "scalar": ("adam", 0.02, 0.0),
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_groups_of_the_published_systems(system):
-    changes, expected = SYSTEMS[system]
-    rows = groups.describe(OptimConfig(**changes), as_abstract(every_shape()))
+@pytest.mark.parametrize("recipe", SYSTEMS)
+def test_groups_of_the_published_systems(recipe):
+    optim, expected = load(recipe).optim, SYSTEMS[recipe]
+    rows = groups.describe(optim, as_abstract(every_shape()))
     group_of = {name.replace("blocks/0", "blocks/*"): group for group, names in MEMBERS.items() for name in names}
     assert {row.path: (row.rule, row.lr, row.weight_decay) for row in rows} == {p: expected[g] for p, g in group_of.items()}
     assert list(dict.fromkeys(row.group for row in rows)) == ["embed", "table", "matrix", "projection", "scalar"]
+    assert (optim.muon_momentum_start, optim.muon_momentum, optim.muon_momentum_warmup_steps) == (0.92, 0.99, 1500)
+    assert (optim.adam_b1, optim.adam_b2, optim.adam_eps, optim.grad_clip) == (0.9, 0.95, 1e-8, 0.3)
 
 
 @pytest.mark.parametrize("key", [str, int])
