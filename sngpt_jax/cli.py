@@ -87,11 +87,16 @@ def expand_json(argv: Sequence[str]) -> list[str]:
 
 
 def write_json(value: Any, destination: str | None) -> None:
-    """Prints `value` as one JSON object on stdout (`destination` "-"), or writes it to the file `destination` names."""
+    """Prints `value` as one JSON object on stdout (`destination` "-"), or writes it to the file `destination` names.
+
+    No `destination`: does nothing. The value holds no NaN or infinity.
+    """
+    if not destination:
+        return
     text = json.dumps(value, indent=2, allow_nan=False)
     if destination == "-":
         print(text)
-    elif destination:
+    else:
         try:
             write_text_atomic(Path(destination), text + "\n")
         except OSError as error:

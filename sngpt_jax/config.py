@@ -257,6 +257,12 @@ def _problems(config: Config) -> Iterator[str]:
         yield (
             f"optim.warmup_steps + optim.warmdown_steps = {o.warmup_steps + o.warmdown_steps} exceeds train.steps = {t.steps}"
         )
+    if o.swa_every > t.steps:
+        yield f"optim.swa_every = {o.swa_every} exceeds train.steps = {t.steps}: no snapshot would ever be taken"
+    if o.grad_clip_scope == "device" and not o.grad_clip:
+        yield "optim.grad_clip_scope = device clips nothing with optim.grad_clip = 0"
+    if x.scale_floor > 1:
+        yield f"export.scale_floor = {x.scale_floor} is more than 1, wider than any weights"
     if o.swa_every and o.swa_below <= o.final_lr_fraction:
         yield f"optim.swa_below = {o.swa_below} is never reached with optim.final_lr_fraction = {o.final_lr_fraction}"
     if o.qat_below and o.qat_below <= o.final_lr_fraction:
@@ -288,6 +294,8 @@ def _model_problems(m: ModelConfig) -> Iterator[str]:
         yield f"model.rope_dims = {m.rope_dims} is not an even number up to the head size, {m.head_dim}"
     if m.rope_ntk_len and m.rotary_dims <= 2:
         yield f"model.rope_ntk_len has nothing to scale with {m.rotary_dims} rotary dimensions; it needs 4 or more"
+    if m.rope_ntk_len >= m.max_seq_len:
+        yield f"model.rope_ntk_len = {m.rope_ntk_len} is never exceeded with model.max_seq_len = {m.max_seq_len}"
     if m.xsa_layers > m.num_layers:
         yield f"model.xsa_layers = {m.xsa_layers} exceeds model.num_layers = {m.num_layers}"
     if len(set(m.value_embed_layers)) < len(m.value_embed_layers) or max(m.value_embed_layers, default=0) >= m.num_layers:

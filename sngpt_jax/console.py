@@ -109,8 +109,7 @@ class Console:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._latest is not None and not self._latest_is_printed:
-            self._print_step(self._latest)
+        self.flush()
 
     def _status(self) -> rich.console.RenderableType:
         """The live line; called four times a second by rich's own thread, so that a step costs only keeping its record."""
@@ -149,6 +148,11 @@ class Console:
         if self._printed < 10 or now >= self._next or record["step"] == self._total:
             self._next = now + min(max((now - self._start) / 100, 2.0), 30.0)
             self._print_step(record)
+
+    def flush(self) -> None:
+        """Prints the latest step, if its turn had not come."""
+        if self._latest is not None and not self._latest_is_printed:
+            self._print_step(self._latest)
 
     def _print_step(self, record: Record) -> None:
         self._printed += 1

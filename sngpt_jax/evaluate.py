@@ -1,24 +1,29 @@
 """Scores a trained model on validation text: `python -m sngpt_jax.evaluate --run runs/quickstart`."""
 
+import logging
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Weights
+from sngpt_jax.config import ExportConfig, Weights, validate
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.evaluation.bpb import score_stream
-from sngpt_jax.optim.qat import on_grid
+from sngpt_jax.optim.qat import has_grid, on_grid
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.recipe import peek
+from sngpt_jax.run_directory import load_model, read_config, tokenizer_path
 from sngpt_jax.step import make_eval_step
+
+logger = logging.getLogger("sngpt_jax")
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,20 @@ class EvaluateArguments:
     data: Path | None = None  # folder with prepared validation shards; default: the run's
     step: int | None = None  # checkpoint to score; default: the latest
     weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
-    fake_quantize: bool = False  # score the weights as they stand on the grid of the run's export settings
+    fake_quantize: bool = False  # put the matrices on the export grid first; tables stay as they are
+    export: ExportConfig = field(default_factory=ExportConfig)  # that grid; default: the run's
     tokens: int = 0  # score so many tokens from the start of the stream; 0: all
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
 
 
 def main(argv: Sequence[str]) -> int:
+    run = peek(argv, "--run")
+    missing: Any = tyro.MISSING
+    default = EvaluateArguments(Path(run), export=read_config(Path(run)).export) if run else EvaluateArguments(missing)
     arguments = tyro.cli(
         EvaluateArguments,
         args=cli.expand_json(argv),
+        default=default,
         prog="python -m sngpt_jax.evaluate",
         description="Scores a trained model: loss in nats a token and bits a byte, in standard windows.",
     )
@@ -44,11 +54,18 @@ def main(argv: Sequence[str]) -> int:
     cli.log_to_stderr()
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
-    config = model.config
+    config = validate(replace(model.config, export=arguments.export))
+    if arguments.fake_quantize and not has_grid(config.export):
+        raise UserError("--fake-quantize has no grid: export.mlp_bits, attention_bits and projection_bits are all 16")
+    if config.export != model.config.export and not arguments.fake_quantize:
+        raise UserError("--export options change nothing without --fake-quantize")
     params = on_grid(model.params, config.export) if arguments.fake_quantize else model.params
     data_dir = arguments.data or Path(config.data.dir)
     dataset = open_dataset(data_dir, config.model.vocab_size)
-    if load_tokenizer(tokenizer_path(arguments.run)).sha256 != dataset.tokenizer.sha256:
+    kept = tokenizer_path(arguments.run)
+    if kept is None:
+        logger.info(f"{arguments.run} keeps no tokenizer: taking that of {data_dir}")
+    elif load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
         raise UserError(f"{data_dir}: prepared with another tokenizer than the run {arguments.run}; prepare it with the run's")
 
     start = time.perf_counter()
@@ -63,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
         max_tokens=arguments.tokens,
         progress=progress_reporter("evaluate"),
     )
+    if not math.isfinite(score.loss):
+        raise UserError(f"{arguments.run}: the loss of step {model.step} is {score.loss}; take an earlier --step")
     seconds = time.perf_counter() - start
     result = {
         **score.as_dict(),

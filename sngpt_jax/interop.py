@@ -7,6 +7,7 @@ The scripts keep a plain dictionary of tensors with linear weights [out, in]; ou
 are stacked into four banks. `tensors_of` is the one table of what corresponds to what; both directions follow it.
 """
 
+import pickle
 import sys
 import zipfile
 from collections import defaultdict
@@ -150,7 +151,7 @@ def import_state_dict(state: Mapping[str, Any], model_config: ModelConfig) -> GP
       model_config: what the checkpoint is of; shapes alone do not tell its RoPE, activation or XSA layers.
 
     Raises:
-      InteropError: tensors are missing, left over, of another shape or of no float dtype; it lists them all.
+      InteropError: tensors are missing, left over, of another shape, of no float dtype or not finite; it lists them all.
     """
     graph, abstract = nnx.split(_abstract(model_config))
     leaves, structure = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(abstract))
@@ -163,9 +164,15 @@ def import_state_dict(state: Mapping[str, Any], model_config: ModelConfig) -> GP
     problems = list(_problems(state, expected))
     if problems:
         raise InteropError(f"not a checkpoint of the configured model: {'; '.join(problems)}")
+    broken: dict[str, None] = {}
     for c in table:
-        tensor = np.asarray(state[c.name] if c.entry is None else state[c.name][c.entry]).astype(np.float32)
+        with np.errstate(over="ignore"):  # found below
+            tensor = np.asarray(state[c.name] if c.entry is None else state[c.name][c.entry]).astype(np.float32)
+        if not np.all(np.isfinite(tensor)):
+            broken[c.name] = None
         c.view(params[c.path])[...] = -tensor if c.negated else tensor
+    if broken:
+        raise InteropError(f"not finite in float32: {', '.join(broken)}")
     return nnx.merge(graph, jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in params.values()]))
 
 
@@ -209,7 +216,12 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InteropError(
             f"{path}: reading it needs PyTorch, which is not installed; run: {cli.command('pip', 'install', 'torch')}"
         ) from None
-    state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and containers; no code of the file's is run
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and containers; no code of the file's is run
+    except pickle.UnpicklingError:
+        raise InteropError(
+            f"{path}: damaged, or holds other Python objects than tensors; save the model's state_dict()"
+        ) from None
     if not isinstance(state, dict):
         raise InteropError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors by name (a model's state_dict)")
     others = [
@@ -299,7 +311,7 @@ def _tokenizer(file: str, config: Config) -> Tokenizer | None:
         try:
             return open_dataset(config.data.dir, config.model.vocab_size).tokenizer
         except UserError as error:
-            print(f"no tokenizer is kept with the run, and none was given with --tokenizer: {error}", file=sys.stderr)
+            print(f"the run will keep no tokenizer, which sampling needs: give --tokenizer ({error})", file=sys.stderr)
             return None
     tokenizer = load_tokenizer(file)
     if tokenizer.vocab_size != config.model.vocab_size:

@@ -26,6 +26,9 @@ from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
 from sngpt_jax.step import Batch, Metrics, Params, TrainState, all_finite, make_eval_step
 
+FIRST_SNAPSHOT = "the first snapshot in the mean of the weights (SWA)"
+ON_GRID = "the matrices are on the exported grid from here on (QAT)"
+
 
 class NonFinite(Exception):
     """The run has diverged: a loss or a parameter is no longer a finite number."""
@@ -58,6 +61,7 @@ class Position:
     first: Validation | None = None  # of the untrained model
     best_val_loss: float | None = None
     latest: Validation | None = None
+    averages: dict[Weights, float] | None = None  # validation BPB of each average that the trained model keeps
     data: dict[str, int] | None = None  # the loader's position
 
     @classmethod
@@ -91,6 +95,9 @@ class Run:
         self.eval_step = make_eval_step(self.config.model, self.mesh)
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
+        self.announced: set[str] = set()  # what has been said once
+        if self.state.swa is not None and int(self.state.swa.count):
+            self.announced.add(FIRST_SNAPSHOT)
 
     def loop(self) -> None:
         """Steps until the recipe's last one or its wall-clock cap; raises `Stopped` on a signal. Every step is read then."""
@@ -110,6 +117,7 @@ class Run:
                 self.read()
                 raise Stopped
         self.read()
+        self.console.flush()
 
     def step(self) -> None:
         """Sends one step to the device, then reads the one before it."""
@@ -117,6 +125,10 @@ class Run:
         if self.profiler.begins_with(number):
             self.off_the_clock(self.profiler.start)
         controls = step_controls(config.optim, config.train, self.done, self.stopwatch.seconds)
+        for text, on in ((FIRST_SNAPSHOT, controls.swa), (ON_GRID, controls.qat)):
+            if on and text not in self.announced:
+                self.announced.add(text)
+                self.console.print(f"step {number:,}: {text}")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(self.loader)
             self.state, metrics = self.train_step(self.state, batch, controls)
@@ -235,13 +247,16 @@ class Run:
 
     def finish(self, directory: Path) -> Summary:
         """Validates and saves the trained model, and validates its averages; returns the run's summary."""
-        self.aside(validating=True, saving=True)
-        bpb: dict[Weights, float] = {}
-        for name, params in self.weights().items():
-            if name != "final":
-                score = self.score(params)
-                self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
-                bpb[name] = score.bpb
+        self.aside(validating=True, saving=False)
+        bpb: dict[Weights, float] = self.position.averages or {}
+        if self.position.averages is None:  # else they were scored before an interruption
+            for name, params in self.weights().items():
+                if name != "final":
+                    score = self.score(params)
+                    self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
+                    bpb[name] = score.bpb
+            self.position = replace(self.position, averages=bpb)
+        self.aside(validating=False, saving=True)
         self.checkpoints.wait()
         first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
         assert latest is not None and best is not None

@@ -53,6 +53,9 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _tag(name: str) -> str:
+    average, is_average, what = name.partition("_val_")
+    if is_average:
+        return f"val/{average}_{what}"
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name.removeprefix('train_')}"
 
 

@@ -69,18 +69,23 @@ def recipe_name(name: str) -> str:
 Overrides = Annotated[Config, tyro.conf.arg(name="")]  # a command's field of this type becomes `--section.field value` options
 
 
+def peek(argv: Sequence[str], option: str) -> str:
+    """The value that `argv` gives `option`, or nothing: what other options' defaults depend on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value", default="")
+    return str(parser.parse_known_args(argv)[0].value)
+
+
 def parse_command(kind: type[T], argv: Sequence[str], *, program: str, description: str) -> T:
     """Parses `argv` into the dataclass `kind`, whose fields include `config: str` and `overrides: Overrides`.
 
     `--config` is loaded first, so that `--help` shows the recipe's own values as defaults. tyro prints its usage box for
     an unknown or mistyped option and exits with status 2. The result's `overrides` is the validated configuration.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="")
-    known, _ = first.parse_known_args(argv)
-    base = load(known.config) if known.config else Config()
+    name = peek(argv, "--config")
+    base = load(name) if name else Config()
     settings = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
-    default: Any = typing.cast(Any, kind)(config=known.config or tyro.MISSING, overrides=base)
+    default: Any = typing.cast(Any, kind)(config=name or tyro.MISSING, overrides=base)
     arguments: Any = tyro.cli(kind, args=list(argv), prog=program, description=description, config=settings, default=default)
     validate(arguments.overrides)
     return arguments

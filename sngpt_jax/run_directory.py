@@ -41,12 +41,12 @@ def summary_path(run_dir: Path) -> Path:
     return run_dir / "summary.json"
 
 
-def tokenizer_path(run_dir: Path) -> Path:
-    """The run's own copy of its tokenizer."""
+def tokenizer_path(run_dir: Path) -> Path | None:
+    """The run's own copy of its tokenizer; None where weights were imported without one."""
     for name in ("tokenizer.model", "tokenizer.json"):
         if (run_dir / name).is_file():
             return run_dir / name
-    raise UserError(f"{run_dir}: no tokenizer.model or tokenizer.json; give the --run-dir of a training run")
+    return None
 
 
 def read_config(run_dir: Path) -> Config:

@@ -52,6 +52,7 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str,
     *,
+    seq_len: int,
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -60,8 +61,8 @@ def generate(
     """The prompt continued by `max_tokens` tokens, cut at the next document's start.
 
     Every position is a full forward pass over one fixed buffer, so one program serves the whole text. `temperature` 0
-    takes the likeliest token; `top_k` 0 keeps the whole vocabulary. Raises `UserError` where the text would not fit
-    into model.max_seq_len positions.
+    takes the likeliest token; `top_k` 0 keeps the whole vocabulary; `seq_len` is the training's. Raises `UserError` where
+    the text would not fit into model.max_seq_len positions.
     """
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
     length = len(prompt_ids) + max_tokens
@@ -71,7 +72,7 @@ def generate(
             f" {config.max_seq_len}; shorten one of them"
         )
     # with NTK scaling the rotary base follows from the length, and the model knows that of its training
-    buffer = np.full(config.max_seq_len if config.rope_ntk_len else length, tokenizer.bos_id, np.int32)
+    buffer = np.full(max(length, seq_len) if config.rope_ntk_len else length, tokenizer.bos_id, np.int32)
     buffer[: len(prompt_ids)] = prompt_ids
     filled = fill(
         forward(config),
@@ -112,12 +113,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.log_to_stderr()
     model = load_model(arguments.run, make_mesh(), arguments.step, arguments.weights)
-    tokenizer = load_tokenizer(tokenizer_path(arguments.run))
+    kept = tokenizer_path(arguments.run)
+    if kept is None:
+        raise UserError(f"{arguments.run}: keeps no tokenizer; import its weights with --tokenizer into another --run-dir")
+    tokenizer = load_tokenizer(kept)
     text = generate(
         model.config.model,
         model.params,
         tokenizer,
         arguments.prompt,
+        seq_len=model.config.data.seq_len,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,

@@ -134,6 +134,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 weights.get(config.eval.weights, run.state.params),
                 data.tokenizer,
                 config.eval.sample_prompt,
+                seq_len=config.data.seq_len,
                 max_tokens=config.eval.sample_tokens,
                 temperature=0.8,
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 from tests import tiny_run
 
@@ -21,6 +22,9 @@ jax.devices()  # the flags are read here; processes that tests start are not to 
 os.environ["XLA_FLAGS"] = inherited
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax import cli, interop
+from sngpt_jax import cli, evaluate, interop, sample
+from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.interop import InteropError, export_state_dict, import_state_dict, read_state_dict
@@ -139,6 +140,14 @@ def test_any_combination_survives_the_round_trip(
     own_script = gate or residual or config.value_embed_layers or config.recycle_layers
     state = golf_oracle.random_state(config, "banked" if own_script else "plain", seed=6)
     equal(export_state_dict(import_state_dict(state, config)), state)
+
+
+def test_numbers_that_are_not_finite_in_float32_are_refused():
+    state = golf_oracle.random_state(LIKE_465, "plain", seed=8)
+    state["tok_emb.weight"] = np.full_like(state["tok_emb.weight"], np.nan)
+    state["smear.gate"] = np.full(state["smear.gate"].shape, 1e300)
+    with pytest.raises(InteropError, match=r"not finite in float32: tok_emb.weight, smear.gate$"):
+        import_state_dict(state, LIKE_465)
 
 
 def test_the_layout_is_read_from_the_names():
@@ -332,13 +341,18 @@ def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_pat
     arguments = ["import", checkpoint_file[0], "--config", tiny_recipe, *OVERRIDES, "--data.dir", tmp_path / "none"]
     code, _, err = status([*arguments, "--run-dir", tmp_path / "bare"], capsys)
     assert code == 0
-    assert len([line for line in err.splitlines() if line.startswith("no tokenizer is kept with the run")]) == 1
+    assert len([line for line in err.splitlines() if line.startswith("the run will keep no tokenizer")]) == 1
     assert not list((tmp_path / "bare").glob("tokenizer*"))
+    data = tiny_recipe.parent / "data"
+    assert evaluate.main(["--run", str(tmp_path / "bare"), "--data", str(data), "--tokens", "512", "--weights", "final"]) == 0
+    assert "bits/byte" in capsys.readouterr().out
+    with pytest.raises(UserError, match="keeps no tokenizer; import its weights with --tokenizer"):
+        sample.main(["--run", str(tmp_path / "bare"), "--weights", "final"])
     assert load_model(tmp_path / "bare", make_mesh()).step == 0
 
     tokenizer = tiny_recipe.parent / "data" / "tokenizer.model"
     code, _, err = status([*arguments, "--run-dir", tmp_path / "given", "--tokenizer", tokenizer], capsys)
-    assert (code, "no tokenizer" in err) == (0, False)
+    assert (code, "keep no tokenizer" in err) == (0, False)
     assert (tmp_path / "given" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
 

@@ -17,23 +17,98 @@ from sngpt_jax.plan import abstract_params, make_plan
 from sngpt_jax.recipe import load
 from sngpt_jax.step import init_state, losses, make_train_step
 
-PUBLISHED = {  # parameters; measured TFLOP/s of a GPU and M tok/s of a GPU, whose quotient is M FLOPs a token
+SIZES = {  # parameters; the rate and speed of a GPU reckoned for the submission's run, whose quotient is M FLOPs a token
     "golf_baseline": (17_059_912, None),
     "golf_11l_xsa4": (25_388_121, 190 / (6.91 / 8)),
     "golf_10l_int5mlp": (24_730_705, 204 / (7.86 / 8)),
     "golf_12l_recycled": (29_406_940, 258 / (7.14 / 8)),
     "golf_9l_xsa_ngram": (17_650_248, 180 / (9.04 / 8)),
 }
-GOLF = [name for name in PUBLISHED if name != "golf_baseline"]
+GOLF = [name for name in SIZES if name != "golf_baseline"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_the_published_ones(name):
-    parameters, mflops = PUBLISHED[name]
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_submissions(name):
+    parameters, mflops = SIZES[name]
     plan = make_plan(load(name))
     assert plan["parameters"]["total"] == parameters
     if mflops:
         assert plan["flops_per_token"]["train"] / 1e6 == pytest.approx(mflops, rel=0.01)
+
+
+# What the submissions' descriptions and code say of each, beside the rates and decays that tests/optim/test_groups.py holds
+SETTINGS = {
+    "golf_11l_xsa4": {
+        "model": {
+            "num_layers": 11, "mlp_dim": 1408, "mlp_activation": "relu2", "rope_dims": 0, "rope_base": 50_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 4, "ln_scale": False, "smear": "after_norm", "bigram_buckets": 2048,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 22**-0.5,
+            "embed_init": "overtone", "resid_mix_init": "phase", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.4, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 524_288, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "scale_floor": 1e-12},
+        "eval": {"weights": "swa"},
+    },
+    "golf_10l_int5mlp": {
+        "model": {
+            "num_layers": 10, "mlp_dim": 1536, "mlp_activation": "relu2", "rope_dims": 0, "rope_base": 10_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 0, "ln_scale": False, "smear": "after_norm", "bigram_buckets": 4096,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 20**-0.5,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.5, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "scale_floor": 1e-12},
+        "eval": {"weights": "swa"},
+    },
+    "golf_12l_recycled": {
+        "model": {
+            "num_layers": 12, "mlp_dim": 1536, "mlp_activation": "leaky_relu2", "rope_dims": 16, "rope_base": 10_000.0,
+            "rope_ntk_len": 1024, "xsa_layers": 4, "ln_scale": True, "smear": "after_norm", "bigram_buckets": 2048,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 1.0,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (3, 4), "attention_gate": True,
+            "value_residual": True, "value_embed_layers": (10, 11), "value_embed_dim": 128,
+        },
+        "optim": {"warmdown_steps": 3500, "swa_every": 50, "swa_below": 0.2, "ema_decay": 0.997, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 5, "scale_floor": 1 / 15},
+        "eval": {"weights": "swa"},
+    },
+    "golf_9l_xsa_ngram": {
+        "model": {
+            "num_layers": 9, "mlp_dim": 1024, "mlp_activation": "leaky_relu2", "rope_dims": 16, "rope_base": 10_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 9, "ln_scale": True, "smear": "before_norm", "bigram_buckets": 4096,
+            "bigram_hash": "sum", "bigram_init_std": 1.0, "bigram_scale_init": 0.0, "bigram_proj_gain": 1.0,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3500, "swa_every": 0, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 8, "attention_bits": 8, "scale_floor": 1 / 127},
+        "eval": {"weights": "final"},
+    },
+}  # fmt: skip
+IN_ALL = {
+    "model": {
+        "vocab_size": 1024, "d_model": 512, "num_heads": 8, "num_kv_heads": 4, "max_seq_len": 2048, "q_gain_init": 1.5,
+        "bigram_dim": 128, "matrix_init": "orthogonal", "embed_init_std": 0.005, "logit_soft_cap": 30.0,
+        "smear_mask_bos": False,
+    },
+    "optim": {
+        "schedule": "linear_warmdown", "warmdown_clock": "wall_clock", "warmup_steps": 0, "final_lr_fraction": 0.0,
+        "newton_schulz_steps": 5, "average_table_dtype": "float32",
+    },
+    "data": {"slices": 8, "shuffle": False},
+    "train": {"max_seconds": 600.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLF)
+def test_settings_are_those_of_the_submission(name):
+    recipe = load(name)
+    for expected in (SETTINGS[name], IN_ALL):
+        for section, fields in expected.items():
+            assert {field: getattr(getattr(recipe, section), field) for field in fields} == fields
 
 
 def changed(config, **sections):
@@ -72,6 +147,10 @@ def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
     assert len(rows) == 1 + bool(model.bigram_buckets) + bool(model.value_embed_layers)
     assert max(math.prod(e.outvars[0].aval.shape) for e in gathers) == 2 * T * model.d_model
 
+    # in a bfloat16 model only logits and attention scores, which are float32 themselves, enter a product as float32
+    shapes = [v.aval.shape for e in found if e.primitive.name == "dot_general" for v in e.invars if v.aval.dtype == jnp.float32]
+    assert all(shape[-1] == model.vocab_size or shape.count(T) == 2 for shape in shapes), shapes
+
     # the tables of rotary positions enter once, and the causal mask is made once
     large = [np.shape(c) for c in program.consts if np.size(c) > 1]
     assert sorted(large) == [(T, model.rotary_dims // 2)] * 2
@@ -103,21 +182,26 @@ def few_steps(config: Config, steps: int) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("name", GOLF)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_shrunk_recipe_learns(name):
+    """At half of its depth, 1/16 of its width."""
     recipe = load(name)
-    width = recipe.model.d_model
+    width, half = recipe.model.d_model, recipe.model.num_layers // 2
     config = changed(
         recipe,
         model={
             "vocab_size": 64,
+            "num_layers": half,
+            "xsa_layers": min(recipe.model.xsa_layers, half),
+            "value_embed_layers": tuple(layer - half for layer in recipe.model.value_embed_layers),
+            "recycle_layers": tuple(layer - 2 for layer in recipe.model.recycle_layers),
             "d_model": 32,
             "num_heads": 2,
             "num_kv_heads": 1,
             "mlp_dim": recipe.model.mlp_dim * 32 // width,
             "rope_dims": min(recipe.model.rope_dims, 4),
             "rope_ntk_len": min(recipe.model.rope_ntk_len, 8),
-            "bigram_buckets": 32,
+            "bigram_buckets": min(recipe.model.bigram_buckets, 32),
             "bigram_dim": 8,
             "value_embed_dim": 8,
         },
@@ -130,7 +214,7 @@ def test_a_shrunk_recipe_learns(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GOLF)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_recipe_takes_its_first_steps_at_full_width(name):
     """With two of the five Newton–Schulz steps, in float32: at this batch they are nearly all of a CPU's work."""
     optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}

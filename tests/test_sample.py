@@ -56,7 +56,7 @@ def test_a_text_ends_where_the_next_document_begins(monkeypatch, tiny_recipe):
 
     monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: counting_model)
     config = load(str(tiny_recipe)).model
-    assert generate(config, {}, tokenizer, "", max_tokens=4, temperature=0.0) == "ab"
+    assert generate(config, {}, tokenizer, "", seq_len=32, max_tokens=4, temperature=0.0) == "ab"
 
 
 def test_with_ntk_scaling_the_model_sees_the_length_of_its_training(tiny_recipe, monkeypatch):
@@ -69,9 +69,11 @@ def test_with_ntk_scaling_the_model_sees_the_length_of_its_training(tiny_recipe,
         return jnp.zeros((1, tokens_BT.shape[1], tokenizer.vocab_size)).at[..., 5].set(1.0)
 
     config = load(str(tiny_recipe)).model
-    for ntk, expected in ((0, 4), (16, config.max_seq_len)):
+    for ntk, expected in ((0, 4), (16, 24)):
         monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: lambda *arguments: model(*arguments))
-        text = generate(dataclasses.replace(config, rope_ntk_len=ntk), {}, tokenizer, "", max_tokens=3, temperature=0.0)
+        text = generate(
+            dataclasses.replace(config, rope_ntk_len=ntk), {}, tokenizer, "", seq_len=24, max_tokens=3, temperature=0.0
+        )
         assert text == tokenizer.decode([5, 5, 5])
         assert lengths.pop() == expected
 
@@ -86,7 +88,7 @@ def test_greedy_text_equals_recomputation(tiny_trained):
         padded = jnp.asarray([ids + [0] * (32 - len(ids))])  # one shape, one program
         ids.append(int(np.argmax(apply(model.params, padded)[0, len(ids) - 1])))
     stop = ids.index(tokenizer.bos_id, prompt_length) if tokenizer.bos_id in ids[prompt_length:] else len(ids)
-    text = generate(model.config.model, model.params, tokenizer, "abc", max_tokens=12, temperature=0.0)
+    text = generate(model.config.model, model.params, tokenizer, "abc", seq_len=32, max_tokens=12, temperature=0.0)
     assert text == tokenizer.decode(ids[1:stop])
 
 
@@ -103,4 +105,4 @@ def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained):
 def test_a_text_that_does_not_fit_is_refused(tiny_recipe):
     tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
     with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
-        generate(load(str(tiny_recipe)).model, {}, tokenizer, "abc", max_tokens=32)
+        generate(load(str(tiny_recipe)).model, {}, tokenizer, "abc", seq_len=32, max_tokens=32)

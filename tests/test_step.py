@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax.config import Config, DataConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.optim.groups import make_optimizer
 from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
@@ -185,7 +186,15 @@ def test_all_finite():
 LATE = dataclasses.replace(
     CONFIG,
     optim=dataclasses.replace(
-        CONFIG.optim, schedule="linear_warmdown", warmdown_steps=4, ema_decay=0.9, swa_every=2, swa_below=0.9, qat_below=0.5
+        CONFIG.optim,
+        schedule="linear_warmdown",
+        warmdown_steps=4,
+        muon_weight_decay=0.5,
+        adam_weight_decay=0.5,
+        ema_decay=0.9,
+        swa_every=2,
+        swa_below=0.9,
+        qat_below=0.5,
     ),
     export=ExportConfig(mlp_bits=5, attention_bits=6),
 )
@@ -237,6 +246,13 @@ def test_quantization_switches_on_in_the_compiled_step():
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), start)
         seen[on] = float(metrics["loss"])
+
+        # one real step: the rule of the gradients at those weights, and the decay of the masters
+        state, _ = step(fresh(), place(batch), controls(1.0, qat=on))
+        optimizer = make_optimizer(LATE.optim, start)
+        updates, _ = jax.jit(optimizer.update)(grads, fresh().opt_state, start, lr_multiplier=1.0)
+        wanted = jax.tree.map(lambda p, u: p + u, start, updates)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), state.params, wanted)
     assert abs(seen[True] - seen[False]) > 1e-5
     assert step._cache_size() == programs, "switching compiled the step anew"
 

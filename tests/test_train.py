@@ -1,5 +1,6 @@
 """Whole runs: what a run leaves, and that nothing is lost when it is killed, stopped, diverges or is moved."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 
 from sngpt_jax import checkpoint
+from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.metrics import read_metrics
+from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
-from sngpt_jax.step import TrainState, abstract_state
+from sngpt_jax.run_directory import load_model
+from sngpt_jax.step import TrainState, abstract_state, make_eval_step
 from tests import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -302,6 +307,26 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     assert result["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
     assert result["bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
     assert (result["tokens"], result["windows"], result["step"]) == (2048, 64, 20)
+    mesh = make_mesh(jax.devices()[:1])
+    config, model = load(str(tiny_trained / "config.json")), load_model(tiny_trained, mesh)
+    done = tiny_run.run(
+        "evaluate", "--run", tiny_trained, "--tokens", "2048", "--fake-quantize", "--export.mlp-bits", "3", "--json"
+    )
+    coarse = json.loads(done.stdout)
+    data = open_dataset(Path(config.data.dir), config.model.vocab_size)
+    on_three_bits = score_stream(
+        on_grid(model.params, dataclasses.replace(config.export, mlp_bits=3)),
+        make_eval_step(config.model, mesh),
+        data.val,
+        data.tokenizer.token_bytes(),
+        mesh,
+        seq_len=config.data.seq_len,
+        device_batch_tokens=1024,
+        max_tokens=2048,
+    )
+    assert coarse["fake_quantized"] and not result["fake_quantized"]
+    assert coarse["loss"] == pytest.approx(on_three_bits.loss, rel=1e-5)
+    assert abs(coarse["loss"] - result["loss"]) > 1e-4
     for name in ("swa", "ema"):
         done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--weights", name, "--json")
         average = json.loads(done.stdout)
@@ -318,6 +343,8 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
         (["--run", "{run}", "--step", "7"], "available: 10, 20"),
         (["--run", "{run}", "--data", "/nonexistent"], "/nonexistent"),
         (["--run", "{run}", "--weights", "mean"], "swa"),
+        (["--run", "{run}", "--export.mlp-bits", "5"], "change nothing without --fake-quantize"),
+        (["--run", "{run}", "--export.mlp-bits", "9", "--fake-quantize"], "export.mlp_bits = 9"),
     ],
 )
 def test_evaluate_refuses_in_one_line(tiny_trained, arguments, said):

@@ -185,9 +185,8 @@ class Attention(nnx.Module):
         if self.exclusive:
             y_BTHh = exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
-            logits_BTH = jnp.einsum(
-                "btd,dh->bth", x_BTD, self.gate_weight[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32
-            )
+            # rounded to the compute dtype first, so that the backward products are not float32 either
+            logits_BTH = (x_BTD @ self.gate_weight[...].astype(x_BTD.dtype)).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
         return y_BTHh.reshape(B, T, -1) @ self.out[...].astype(x_BTD.dtype), v_BTKh

@@ -52,7 +52,7 @@ class Block(nnx.Module):
         """The block's output [B, T, D] and the values of its attention; the arguments are `Attention`'s."""
 
         def normed(u_BTD: jax.Array) -> jax.Array:
-            return self.norm_scale * rms_norm(u_BTD, self.norm_eps)
+            return rms_norm(u_BTD, self.norm_eps, self.norm_scale)
 
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)

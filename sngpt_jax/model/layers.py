@@ -21,13 +21,13 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.compute_dtype)
 
 
-def rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x²) + eps) over the last axis, without a gain; statistics in float32, result in x's dtype.
+def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:
+    """scale · x / sqrt(mean(x²) + eps) over the last axis, without a gain; all in float32, result in x's dtype.
 
     Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (x32 * (scale * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps))).astype(x.dtype)
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:

@@ -43,6 +43,11 @@ def fake_quantize(matrix: jax.Array, bits: int, scale_floor: float) -> jax.Array
     return scale * jnp.round(matrix / scale)
 
 
+def has_grid(export: ExportConfig) -> bool:
+    """Whether any matrix is exported on a grid."""
+    return any(getattr(export, field) != NO_GRID for _, field in RULES)
+
+
 def on_grid(params: optax.Params, export: ExportConfig) -> optax.Params:
     """`params` with each matrix that `export` puts on a grid replaced by its nearest one there."""
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sngpt_jax.config import OptimConfig, TrainConfig
 from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum, step_controls
+from sngpt_jax.recipe import load
 
 
 def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
@@ -148,16 +149,16 @@ def test_is_continuous_in_the_clock(elapsed, step):
 
 
 @pytest.mark.parametrize(
-    ("below", "warmdown_steps", "seconds_a_step", "steps", "first", "count"),
+    ("recipe", "seconds_a_step", "steps", "first", "count"),
     [
-        (0.4, 3000, 0.07586, 7910, 6750, 24),
-        (0.5, 3000, 0.10000, 5999, 4550, 29),
-        (0.2, 3500, 0.11002, 5449, 4800, 13),
+        ("golf_11l_xsa4", 0.07586, 7910, 6750, 24),
+        ("golf_10l_int5mlp", 0.10000, 5999, 4550, 29),
+        ("golf_12l_recycled", 0.11002, 5449, 4800, 13),
     ],
 )
-def test_snapshots_of_the_published_runs(below, warmdown_steps, seconds_a_step, steps, first, count):
+def test_snapshots_of_the_published_runs(recipe, seconds_a_step, steps, first, count):
     """Number and first of each run's snapshots, every 50 steps. The pace is that before the first, a little above the mean."""
-    optim = wall_clock(warmdown_steps=warmdown_steps, swa_every=50, swa_below=below)
+    optim = load(recipe).optim
     taken = [step + 1 for step in range(steps) if step_controls(optim, CAP, step, step * seconds_a_step).swa]
     assert (taken[0], len(taken)) == (first, count)
     assert taken == list(range(first, steps + 1, 50))
@@ -165,7 +166,7 @@ def test_snapshots_of_the_published_runs(below, warmdown_steps, seconds_a_step, 
 
 def test_quantization_of_the_published_run_begins_with_its_step():
     """The same pace as above: that run logged 4,929 finished steps when its multiplier first was below 0.15."""
-    optim = wall_clock(warmdown_steps=3500, qat_below=0.15)
+    optim = dataclasses.replace(load("golf_12l_recycled").optim, qat_below=0.15)
     assert [bool(step_controls(optim, CAP, step, step * 0.11002).qat) for step in (0, 4928, 4929, 5448)] == [
         False,
         False,
