@@ -247,16 +247,16 @@ class Run:
 
     def finish(self, directory: Path) -> Summary:
         """Validates and saves the trained model, and validates its averages; returns the run's summary."""
-        self.aside(validating=True, saving=False)
+        self.aside(validating=True, saving=True)
         bpb: dict[Weights, float] = self.position.averages or {}
-        if self.position.averages is None:  # else they were scored before an interruption
-            for name, params in self.weights().items():
-                if name != "final":
-                    score = self.score(params)
-                    self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
-                    bpb[name] = score.bpb
+        averages = {name: params for name, params in self.weights().items() if name != "final"}
+        if averages and self.position.averages is None:  # else they were scored before an interruption
+            for name, params in averages.items():
+                score = self.score(params)
+                self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
+                bpb[name] = score.bpb
             self.position = replace(self.position, averages=bpb)
-        self.aside(validating=False, saving=True)
+            self.aside(validating=False, saving=True)  # the same arrays, so only the position is written anew
         self.checkpoints.wait()
         first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
         assert latest is not None and best is not None
