@@ -1,16 +1,16 @@
-"""An oracle of the compact GPTs: their forward pass in numpy float64, over the tensors of the original PyTorch scripts.
+"""Checkpoints of the original PyTorch scripts: invented ones, and what they compute in numpy float64.
 
-It shares no code with the package's model and no layout either: names and [out, in] matrices are the scripts' own. In `banked`
-checkpoints the blocks' matrices are stacked into four tensors; in `plain` ones each is a tensor of its own. Which techniques
-are on follows from the `ModelConfig`.
+Names and [out, in] matrices are the scripts' own. In `banked` checkpoints the blocks' matrices are stacked into four tensors;
+in `plain` ones each is a tensor of its own. Which techniques are on follows from the `ModelConfig`.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from sngpt_jax.config import ModelConfig
+from tests import oracles
 
 Dialect = Literal["plain", "banked"]
 State = dict[str, np.ndarray]
@@ -18,197 +18,50 @@ State = dict[str, np.ndarray]
 
 def logits(state: Mapping[str, np.ndarray], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Soft-capped logits [B, T, V] of `tokens` [B, T], all in float64."""
+    return oracles.gpt(config, params_of(state, config), tokens)
+
+
+def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
+    """What the tensors mean, written out: nested under the model's own names, matrices [in, out]."""
     w = {name: np.asarray(tensor, np.float64) for name, tensor in state.items()}
-    x = x0 = embed(w, config, tokens)
-    values: list[np.ndarray] = []  # layer 0's, once it has run
-
-    def block(i: int, x: np.ndarray, value_embedding: np.ndarray | None) -> np.ndarray:
-        return apply_block(w, config, i, x, x0, values, value_embedding)
-
-    first_half = config.num_layers // 2
-    skips = []
-    for i in range(first_half):
-        x = block(i, x, value_embedding(w, config, i, tokens))
-        skips.append(x)
-    for j, i in enumerate(config.recycle_layers):
-        x = w[f"recycle_mods.{j}.scale"] * x + w[f"recycle_mods.{j}.bias"]
-        x = block(i, x, None)
-    for i in range(first_half, config.num_layers):
-        if skips:
-            x = x + w["skip_weights"][i - first_half] * skips.pop()
-        x = block(i, x, value_embedding(w, config, i, tokens))
-
-    raw = rms_norm(x, config) @ w["tok_emb.weight"].T
-    return config.logit_soft_cap * np.tanh(raw / config.logit_soft_cap)
-
-
-# ---------------------------------------------------------------------------------------------- embeddings
-
-
-def embed(w: State, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    x = w["tok_emb.weight"][tokens]
-    if config.bigram_buckets and config.bigram_hash == "xor":
-        x = x + bigram(w, "bigram", hash_xor(tokens, config.bigram_buckets))
-    elif config.bigram_buckets:
-        x = x + bigram(w, "bigram_hash", hash_sum(tokens, config.bigram_buckets))
+    params: dict[str, Any] = {"embed": {"table": w["tok_emb.weight"]}, "skip_weights": w.get("skip_weights")}
     if config.smear == "after_norm":
-        return smear(rms_norm(x, config), sigmoid(w["smear.gate"]), config, tokens)
-    if config.smear == "before_norm":  # here the gate is the share of the current position
-        return rms_norm(smear(x, 1 - sigmoid(w["smear_gate"]), config, tokens), config)
-    return rms_norm(x, config)
+        params["smear"] = {"gate": w["smear.gate"]}
+    if config.smear == "before_norm":  # here the gate is the share of the current position: sigmoid(-g) = 1 - sigmoid(g)
+        params["smear"] = {"gate": -w["smear_gate"]}
+    if config.bigram_buckets:
+        prefix = "bigram" if config.bigram_hash == "xor" else "bigram_hash"
+        params["bigram"] = {"table": w[f"{prefix}.embed.weight"], "proj": w[f"{prefix}.proj.weight"].T}
+        if config.bigram_scale_init:
+            params["bigram"]["scale"] = w[f"{prefix}.scale"]
+    if config.value_embed_layers:
+        params["value_embed"] = {
+            "table": w["ve_shared.embed.weight"],
+            "proj": w["ve_shared.proj.weight"].T,
+            "scale": w["ve_shared.scale"],
+            "layer_scale": [w[f"ve_layer_scales.{j}"][0] for j in range(len(config.value_embed_layers))],
+        }
+    applications = range(len(config.recycle_layers))
+    params["recycle"] = {name: [w[f"recycle_mods.{j}.{name}"] for j in applications] for name in ("scale", "bias")}
+    params["blocks"] = [block_of(w, config, i) for i in range(config.num_layers)]
+    return params
 
 
-def smear(x: np.ndarray, previous_share: np.ndarray, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    out = np.empty_like(x)
-    for t in range(x.shape[1]):
-        before = x[:, t - 1] if t else np.zeros_like(x[:, 0])
-        if config.smear_mask_bos:
-            before = np.where(tokens[:, t, None] == config.bos_id, 0.0, before)
-        out[:, t] = (1 - previous_share) * x[:, t] + previous_share * before
-    return out
-
-
-def bigram(w: State, prefix: str, buckets: np.ndarray) -> np.ndarray:
-    return w.get(f"{prefix}.scale", 1.0) * (w[f"{prefix}.embed.weight"][buckets] @ w[f"{prefix}.proj.weight"].T)
-
-
-def hash_xor(tokens: np.ndarray, buckets: int) -> np.ndarray:
-    """Bucket of each position; the last one is kept for the first position of a sequence."""
-    out = np.full(tokens.shape, buckets - 1)
-    for b, row in enumerate(tokens.tolist()):
-        for t in range(1, len(row)):
-            out[b, t] = ((36313 * row[t]) ^ (27191 * row[t - 1])) % (buckets - 1)
-    return out
-
-
-def hash_sum(tokens: np.ndarray, buckets: int) -> np.ndarray:
-    """Bucket of each position; token 0 stands before a sequence."""
-    return np.array(
-        [[(2654435761 * a + 40503 * b) % buckets for a, b in zip(r, [0, *r], strict=False)] for r in tokens.tolist()]
-    )
-
-
-def value_embedding(w: State, config: ModelConfig, layer: int, tokens: np.ndarray) -> np.ndarray | None:
-    """What `layer` adds to its values [B, T, K·h], None for a layer that adds nothing."""
-    if layer not in config.value_embed_layers:
-        return None
-    scale = w["ve_shared.scale"] * w[f"ve_layer_scales.{config.value_embed_layers.index(layer)}"]
-    return scale * (w["ve_shared.embed.weight"][tokens] @ w["ve_shared.proj.weight"].T)
-
-
-# ---------------------------------------------------------------------------------------------- blocks
-
-
-def apply_block(
-    w: State,
-    config: ModelConfig,
-    i: int,
-    x: np.ndarray,
-    x0: np.ndarray,
-    values: list[np.ndarray],
-    value_embedding: np.ndarray | None,
-) -> np.ndarray:
-    """Block i. `values` is empty before layer 0, which puts its values there for the others."""
-    scale = 1 / np.sqrt(i + 1) if config.ln_scale else 1.0
-    keep, mix = w[f"blocks.{i}.resid_mix"]
-    u = keep * x + mix * x0
-    u = u + w[f"blocks.{i}.attn_scale"] * attention(w, config, i, scale * rms_norm(u, config), values, value_embedding)
-    up, down = mlp_matrices(w, i)
-    return u + w[f"blocks.{i}.mlp_scale"] * (activation(scale * rms_norm(u, config) @ up.T, config) @ down.T)
-
-
-def attention(
-    w: State,
-    config: ModelConfig,
-    i: int,
-    u: np.ndarray,
-    values: list[np.ndarray],
-    value_embedding: np.ndarray | None,
-) -> np.ndarray:
-    B, T, _ = u.shape
-    H, K, h = config.num_heads, config.num_kv_heads, config.d_model // config.num_heads
-    query, key, value, out = attention_matrices(w, config, i)
-    q = (u @ query.T).reshape(B, T, H, h)
-    k = (u @ key.T).reshape(B, T, K, h)
-    v = u @ value.T
-    if value_embedding is not None:
-        v = v + value_embedding
-    v = v.reshape(B, T, K, h)
-    if config.value_residual and values:
-        first_share, own_share = w[f"blocks.{i}.attn.vr_lambda"]
-        v = first_share * values[0] + own_share * v
-    if not values:
-        values.append(v)
-
-    q = rotate(rms_norm(q, config), config) * w[f"blocks.{i}.attn.q_gain"][:, None]
-    k = rotate(rms_norm(k, config), config)
-    y = np.empty((B, T, H, h))
-    for head in range(H):
-        group = head // (H // K)
-        y[:, :, head] = causal_mean(q[:, :, head], k[:, :, group], v[:, :, group])
-        if i >= config.num_layers - config.xsa_layers:
-            y[:, :, head] = without_direction(y[:, :, head], v[:, :, group])
-        if config.attention_gate:
-            weight, bias = w[f"blocks.{i}.attn.attn_gate.weight"][head], w[f"blocks.{i}.attn.attn_gate.bias"][head]
-            y[:, :, head] *= sigmoid(u @ weight + bias)[..., None]
-    return y.reshape(B, T, H * h) @ out.T
-
-
-def causal_mean(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One head's values [B, T, h], each position's averaged over it and those before with the weights softmax(q k / √h)."""
-    out = np.empty_like(v)
-    for t in range(q.shape[1]):
-        scores = np.einsum("bh,bsh->bs", q[:, t], k[:, : t + 1]) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        out[:, t] = np.einsum("bs,bsh->bh", weights / weights.sum(axis=1, keepdims=True), v[:, : t + 1])
-    return out
-
-
-def without_direction(y: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """XSA: y less its component along v."""
-    unit = v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-12)
-    return y - (y * unit).sum(axis=-1, keepdims=True) * unit
-
-
-def rotate(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """x [B, T, heads, h] with the pairs (j, j + r/2) of its first r dimensions turned back by their position's angle."""
-    T, h = x.shape[1], x.shape[-1]
-    r = config.rope_dims or h
-    base = config.rope_base
-    if config.rope_ntk_len and config.rope_ntk_len < T:
-        base *= (T / config.rope_ntk_len) ** (r / (r - 2))
-    pairs = x[..., : r // 2] + 1j * x[..., r // 2 : r]
-    angles = np.arange(T)[:, None] / base ** (2 * np.arange(r // 2) / r)
-    turned = pairs * np.exp(-1j * angles)[None, :, None, :]
-    return np.concatenate([turned.real, turned.imag, x[..., r:]], axis=-1)
-
-
-def attention_matrices(w: State, config: ModelConfig, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Query, key, value and output matrices of block i, each [out, in]."""
+def block_of(w: State, config: ModelConfig, i: int) -> dict[str, Any]:
+    block, attn, L = f"blocks.{i}", f"blocks.{i}.attn", config.num_layers
     if "qo_bank" in w:
-        L = config.num_layers
-        return w["qo_bank"][i], w["kv_bank"][i], w["kv_bank"][L + i], w["qo_bank"][L + i]
-    attn = f"blocks.{i}.attn"
-    return w[f"{attn}.c_q.weight"], w[f"{attn}.c_k.weight"], w[f"{attn}.c_v.weight"], w[f"{attn}.proj.weight"]
-
-
-def mlp_matrices(w: State, i: int) -> tuple[np.ndarray, np.ndarray]:
-    if "mlp_up_bank" in w:
-        return w["mlp_up_bank"][i], w["mlp_down_bank"][i]
-    return w[f"blocks.{i}.mlp.fc.weight"], w[f"blocks.{i}.mlp.proj.weight"]
-
-
-def activation(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-    slope = {"relu2": 0.0, "leaky_relu2": 0.5}[config.mlp_activation]
-    return np.where(x > 0, x, slope * x) ** 2
-
-
-def rms_norm(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+        query, key, value, out = w["qo_bank"][i], w["kv_bank"][i], w["kv_bank"][L + i], w["qo_bank"][L + i]
+        up, down = w["mlp_up_bank"][i], w["mlp_down_bank"][i]
+    else:
+        query, key, value, out = (w[f"{attn}.{name}.weight"] for name in ("c_q", "c_k", "c_v", "proj"))
+        up, down = w[f"{block}.mlp.fc.weight"], w[f"{block}.mlp.proj.weight"]
+    gains = {"query": query.T, "key": key.T, "value": value.T, "out": out.T, "q_gain": w[f"{attn}.q_gain"]}
+    if config.attention_gate:
+        gains |= {"gate_weight": w[f"{attn}.attn_gate.weight"].T, "gate_bias": w[f"{attn}.attn_gate.bias"]}
+    if config.value_residual:
+        gains["value_mix"] = w[f"{attn}.vr_lambda"]
+    scales = {name: w[f"{block}.{name}"] for name in ("attn_scale", "mlp_scale", "resid_mix")}
+    return {"attn": gains, "mlp": {"up": up.T, "down": down.T}, **scales}
 
 
 # ---------------------------------------------------------------------------------------------- invented checkpoints

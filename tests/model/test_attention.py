@@ -18,30 +18,7 @@ from sngpt_jax.model.attention import (
     make_positions,
     rotary_tables,
 )
-
-
-def oracle_attend(q, k, v):
-    """Loops over batch, head and position in float64."""
-    B, T, H, h = q.shape
-    group = H // k.shape[2]
-    out = np.zeros((B, T, H, h))
-    for b in range(B):
-        for head in range(H):
-            kv = head // group
-            for t in range(T):
-                scores = k[b, : t + 1, kv] @ q[b, t, head] / np.sqrt(h)
-                weights = np.exp(scores - scores.max())
-                out[b, t, head] = weights @ v[b, : t + 1, kv] / weights.sum()
-    return out
-
-
-def oracle_rotary(x, base):
-    """Pairs (j, j + h/2) as complex numbers turned by -position · base^(-2j/h)."""
-    T, h = x.shape[1], x.shape[-1]
-    z = x[..., : h // 2] + 1j * x[..., h // 2 :]
-    angle = np.arange(T)[:, None] * base ** (-2 * np.arange(h // 2) / h)
-    z = z * np.exp(-1j * angle)[None, :, None, :]
-    return np.concatenate([z.real, z.imag], axis=-1)
+from tests import oracles
 
 
 @settings(max_examples=10, deadline=None)  # each shape compiles anew
@@ -57,7 +34,7 @@ def test_attend_equals_the_oracle(T, K, group, half, seed):
     q = rng.normal(size=(2, T, K * group, 2 * half))
     k, v = rng.normal(size=(2, 2, T, K, 2 * half))
     got = attend_xla(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), causal_mask(T))
-    np.testing.assert_allclose(got, oracle_attend(q, k, v), atol=2e-6)
+    np.testing.assert_allclose(got, oracles.attend(q, k, v), atol=2e-6)
 
 
 def test_attend_equals_jax_nn_in_value_and_gradient():
@@ -77,7 +54,7 @@ def test_attend_equals_jax_nn_in_value_and_gradient():
 def test_rotary_equals_complex_rotation(base):
     x = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
     got = apply_rotary(jnp.asarray(x, jnp.float32), rotary_tables(12, 8, base))
-    np.testing.assert_allclose(got, oracle_rotary(x, base), atol=2e-6)
+    np.testing.assert_allclose(got, oracles.rotary(x, 8, base), atol=2e-6)
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -103,9 +80,9 @@ def test_whole_layer_equals_the_oracle():
     def normed(a):
         return a / np.sqrt(np.mean(a**2, -1, keepdims=True) + config.norm_eps)
 
-    q = oracle_rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 1e4) * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
-    k = oracle_rotary(normed((x @ wk).reshape(2, 7, 2, 6)), 1e4)
-    want = oracle_attend(q, k, (x @ wv).reshape(2, 7, 2, 6)).reshape(2, 7, 24) @ wo
+    q = oracles.rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 6, 1e4) * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
+    k = oracles.rotary(normed((x @ wk).reshape(2, 7, 2, 6)), 6, 1e4)
+    want = oracles.attend(q, k, (x @ wv).reshape(2, 7, 2, 6)).reshape(2, 7, 24) @ wo
     got, value = layer(jnp.asarray(x, jnp.float32), make_positions(config, 7))
     np.testing.assert_allclose(got, want, atol=3e-5)
     np.testing.assert_allclose(value, (x @ wv).reshape(2, 7, 2, 6), atol=3e-5)

@@ -15,7 +15,7 @@ from sngpt_jax.model import layers
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.recipe import load
 from sngpt_jax.step import forward, init_params, losses
-from tests.model.test_attention import oracle_attend, oracle_rotary
+from tests import oracles
 
 TINY = ModelConfig(
     vocab_size=61, num_layers=5, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16, compute_dtype="float32"
@@ -34,37 +34,6 @@ def random_params(config, seed=0):
     return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves])
 
 
-def oracle_logits(config, params, tokens):
-    """The model in float64 numpy, written from the recipe's description."""
-    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    B, T = tokens.shape
-    H, K, h = config.num_heads, config.num_kv_heads, config.head_dim
-
-    def norm(a):
-        return a / np.sqrt(np.mean(a**2, -1, keepdims=True) + config.norm_eps)
-
-    def block(w, x, x0):
-        u = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-        n, a = norm(u), w["attn"]
-        q = oracle_rotary(norm((n @ a["query"]).reshape(B, T, H, h)), config.rope_base) * a["q_gain"][:, None]
-        k = oracle_rotary(norm((n @ a["key"]).reshape(B, T, K, h)), config.rope_base)
-        y = oracle_attend(q, k, (n @ a["value"]).reshape(B, T, K, h)).reshape(B, T, -1) @ a["out"]
-        u = u + w["attn_scale"] * y
-        return u + w["mlp_scale"] * (np.maximum(norm(u) @ w["mlp"]["up"], 0) ** 2 @ w["mlp"]["down"])
-
-    x = x0 = norm(p["embed"]["table"][tokens])
-    encoder, saved = config.num_layers // 2, []
-    for i in range(encoder):
-        x = block(p["blocks"][i], x, x0)
-        saved.append(x)
-    for i in range(encoder, config.num_layers):
-        if saved:
-            x = x + p["skip_weights"][i - encoder] * saved.pop()
-        x = block(p["blocks"][i], x, x0)
-    logits = norm(x) @ p["embed"]["table"].T
-    return config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap)
-
-
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
 def test_logits_equal_the_oracle(num_layers):
     config = changed(num_layers=num_layers)
@@ -72,7 +41,8 @@ def test_logits_equal_the_oracle(num_layers):
     tokens = np.random.default_rng(1).integers(0, 61, (2, 16))
     got = jax.jit(forward(config))(params, jnp.asarray(tokens))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, oracle_logits(config, params, tokens), atol=2e-4, rtol=2e-4)
+    wanted = oracles.gpt(config, jax.tree.map(lambda a: np.asarray(a, np.float64), params), tokens)
+    np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_bfloat16_stays_near_float32():
