@@ -220,7 +220,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and containers; no code of the file's is run
     except pickle.UnpicklingError:
         raise InteropError(
-            f"{path}: damaged, or holds other Python objects than tensors; save the model's state_dict()"
+            f"{path}: cannot be read as a {path.suffix} file of nothing but tensors; save the model's state_dict()"
         ) from None
     if not isinstance(state, dict):
         raise InteropError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors by name (a model's state_dict)")

@@ -250,7 +250,7 @@ def test_pt_files_of_something_else(tmp_path):
         (torch.ones(2), "holds a Tensor, expected a dict of tensors"),
         ({"model": {"x": torch.ones(2)}, "step": 3}, "'model' is of type dict, 'step' is of type int; save that part"),
         ({0: torch.ones(2)}, "0 is of type Tensor"),
-        (Path("code"), "cannot be read as a .pt file"),  # a class that weights_only does not allow
+        (Path("code"), "cannot be read as a .pt file of nothing but tensors"),  # a class that weights_only does not allow
     ]:
         torch.save(value, tmp_path / "model.pt")
         with pytest.raises(InteropError, match=reason):
