@@ -334,7 +334,7 @@ def test_imported_runs_are_scored_and_trained_on(tiny_recipe, checkpoint_file, t
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["val_loss"] == pytest.approx(expected, abs=1e-5)
-    assert lines[-1]["val_loss"] < expected
+    assert [line["val_loss"] for line in lines if "val_loss" in line][-1] < expected
 
 
 def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_path, capsys):
