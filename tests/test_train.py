@@ -45,11 +45,11 @@ def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen
     )
 
 
-def wait_for(process: subprocess.Popen[str], path: Path) -> None:
-    """Until `path` exists; the process must not end before."""
+def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -> None:
+    """Until `path` exists and contains that; the process must not end before."""
     try:
         for _ in range(60_000):
-            if path.exists():
+            if path.exists() and containing in path.read_text():
                 return
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.002)
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, tiny_trained, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_trained, tmp_path, number, status):
     process = start(tiny_recipe, tmp_path / "run")
-    wait_for(process, tmp_path / "run" / "checkpoints" / "00000010.json")
+    wait_for(process, tmp_path / "run" / "metrics.jsonl", "train_loss")
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == status
@@ -184,7 +184,16 @@ def test_another_configuration_in_the_same_directory_is_refused(tiny_recipe, tin
 
 def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_recipe, tmp_path):
     """The rate grows until the run breaks; the checkpoint named is the newest whose own next loss was finite."""
-    rates = ("--optim.scalar-lr", "1e30", "--optim.schedule", "constant", "--optim.warmdown-fraction", "0")
+    rates = (
+        "--optim.scalar-lr",
+        "1e30",
+        "--optim.schedule",
+        "constant",
+        "--optim.swa-every",
+        "0",
+        "--optim.warmdown-fraction",
+        "0",
+    )
     warmup = ("--optim.warmup-steps", "4", "--train.checkpoint-every", "1", "--train.keep-checkpoints", "9")
     done = train(tiny_recipe, tmp_path / "run", *rates, *warmup)
     assert done.returncode == 3
