@@ -1,9 +1,12 @@
 """The device mesh, and which array is laid out how over it.
 
-The mesh has two axes: the batch is split over both, a parameter over `fsdp` where a rule below says so.
+The mesh has two axes. The batch is split over both. Along `fsdp` the devices share out the parameters, and all that is kept
+beside them in their shapes: gradients, optimizer state, averages. A step gathers the weights once, computes with whole ones,
+and scatters the gradient once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). `gather` and `reduce_mean` do so inside
+`jax.shard_map`, so that neither depends on what a partitioner makes of a loop.
 """
 
-import re
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,16 +15,23 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sngpt_jax.cli import UserError
+
 BATCH_AXES = ("data", "fsdp")
 
-# The first rule whose pattern is found in a leaf's path decides how that leaf (and its optimizer state) is laid out.
-PARAMETER_RULES: tuple[tuple[str, P], ...] = ((r".*", P()),)
+_LEAST_ELEMENTS = 2**12  # of an array that is worth a collective operation of its own
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them), with every device on the `data` axis."""
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp") over `devices` (default: all of them), with `fsdp` neighbours on the second axis.
+
+    Raises `UserError` where `fsdp` does not divide their number.
+    """
     devices = jax.devices() if devices is None else devices
-    return Mesh(np.asarray(devices).reshape(-1, 1), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    if fsdp < 1 or len(devices) % fsdp:
+        fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise UserError(f"train.fsdp = {fsdp} does not divide the {len(devices)} devices; set it to one of: {fitting}")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -29,14 +39,69 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+# ---------------------------------------------------------------------------------------------- parameters and their like
+
+
+def partition_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+    """How an array of this shape is laid out: along which of its axes, if any, it is split over `fsdp`.
+
+    Split is the largest axis that the devices divide. Of equal ones it is the first: pieces of that are contiguous in memory,
+    so that gathering them moves nothing twice. Vectors, scalars and arrays of fewer than 4,096 elements stay whole.
+
+    The shape alone decides, so that a parameter's moments and averages lie where it lies.
+    """
+    size = mesh.shape["fsdp"]
+    if size == 1 or len(shape) < 2 or math.prod(shape) < _LEAST_ELEMENTS:
+        return P()
+    divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
+    if not divisible:
+        return P()
+    split = max(divisible, key=lambda axis: shape[axis])  # the first of equals
+    return P(*(None,) * split, "fsdp")
+
+
+def partition_specs(mesh: Mesh, tree: Any) -> Any:
+    """The `partition_spec` of every leaf of `tree`, arrays or their abstract forms."""
+    return jax.tree.map(lambda leaf: partition_spec(mesh, np.shape(leaf)), tree)
+
+
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A `NamedSharding` for every leaf of `tree` (parameters, or a whole training state), by `PARAMETER_RULES`."""
+    """A `NamedSharding` for every leaf of `tree` (parameters, or a whole training state), by `partition_spec`."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(mesh, np.shape(leaf))), tree)
 
-    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        spec = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, path_name(path)))
-        return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+def _split_axis(spec: P) -> int | None:
+    return spec.index("fsdp") if "fsdp" in spec else None
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Each device's pieces of arrays laid out by `specs` → the whole arrays. Inside `shard_map` with `check_vma=False`."""
+
+    def whole(piece: jax.Array, spec: P) -> jax.Array:
+        axis = _split_axis(spec)
+        return piece if axis is None else jax.lax.all_gather(piece, "fsdp", axis=axis, tiled=True)
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def reduce_mean(tree: Any, specs: Any) -> Any:
+    """Whole arrays that differ from device to device → each device's pieces, by `specs`, of their mean over all devices.
+
+    Inside `shard_map` with `check_vma=False`.
+    """
+
+    def mean(x: jax.Array, spec: P) -> jax.Array:
+        axis = _split_axis(spec)
+        if axis is None:
+            return jax.lax.pmean(x, BATCH_AXES)
+        # pieces first, so that the devices along `data` exchange 1/fsdp of the bytes
+        piece = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(piece, "data") / jax.lax.axis_size(BATCH_AXES)
+
+    return jax.tree.map(mean, tree, specs)
+
+
+# ---------------------------------------------------------------------------------------------- batches
 
 
 def batch_placer(mesh: Mesh, num_microbatches: int | None = None) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
