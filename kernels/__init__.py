@@ -1,0 +1,1 @@
+"""Operations for accelerators. Imports jax and numpy, never sngpt_jax."""
