@@ -1,7 +1,8 @@
 """What a run measures of itself: `metrics.jsonl` and TensorBoard, and the speed of its steps.
 
 A record is a flat mapping. `step` counts the optimizer steps done; `train_loss`, `lr`, `grad_norm`, `tokens`, `step_ms`,
-`tok_per_s` and `mfu` (a fraction) are a training step's, names that begin with `val_` a validation's.
+`tok_per_s` and `mfu` (a fraction) are a training step's, names that begin with `val_` a validation's. A name with a slash says
+itself where TensorBoard groups it.
 """
 
 import json
@@ -53,6 +54,8 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _tag(name: str) -> str:
+    if "/" in name:
+        return name
     average, is_average, what = name.partition("_val_")
     if is_average:
         return f"val/{average}_{what}"

@@ -106,11 +106,11 @@ def read_events(run_dir) -> list[Event]:
 def test_tensorboard_has_the_same_numbers_grouped(tmp_path):
     with MetricsWriter(tmp_path, resume_step=8) as writer:
         writer.write({"step": 9, "train_loss": 0.5, "lr": 0.25, "tokens": 7, "note": "text"})
-        writer.write({"step": 9, "val_bpb": math.inf})
+        writer.write({"step": 9, "val_bpb": math.inf, "code/level0/dead": 0.75})
     events = read_events(tmp_path)
     scalars = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
     expected = {("train/loss", 9): 0.5, ("train/lr", 9): 0.25, ("train/tokens", 9): 7.0, ("val/bpb", 9): math.inf}
-    assert scalars == expected
+    assert scalars == expected | {("code/level0/dead", 9): 0.75}
     assert [e.step for e in events if e.HasField("session_log")] == [9]  # what TensorBoard drops earlier events from
 
 

@@ -1,0 +1,376 @@
+"""The health of sparse codes: sums against float64 loops over tokens, shares at their thresholds, devices, partial batches."""
+
+import dataclasses
+import functools
+import json
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.cayley import dictionary
+from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from sngpt_jax.evaluation.health import Health, Sums, accumulate, layer_sums, make_health_step, score_health, summarize
+from sngpt_jax.metrics import MetricsWriter
+from sngpt_jax.model.cayley import CodeState, Taps, code_state
+from sngpt_jax.parallel import batch_placer, make_mesh
+from sngpt_jax.step import init_params, init_statistics, join, tapped_losses
+
+MODEL = ModelConfig(
+    family="pre_norm",
+    vocab_size=61,
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=2,
+    mlp_dim=32,
+    max_seq_len=8,
+    levels="4,4,0;6,6,8;8,5,16",
+    positions="learned",
+    compute_dtype="float32",
+)
+LEVELS = MODEL.cayley_levels
+D, F, T = 16, 256, 8
+RANGES = [(0, 16), (16, 64), (64, 256)]
+COLUMNS = [slice(0, 4), slice(4, 10), slice(10, 15)]
+
+
+def random_code(rng, layers=None):
+    shape = () if layers is None else (layers,)
+    return CodeState(
+        mean=rng.normal(0, 0.3, (*shape, D)).astype(np.float32),
+        std=rng.uniform(0.5, 3, (*shape, F)).astype(np.float32),
+        bias=rng.normal(0, 0.5, (*shape, F)).astype(np.float32),
+        last_fired=np.zeros((*shape, F), np.int32),
+    )
+
+
+def random_ids(rng, tokens):
+    """Distinct features of each level, parents and children as they fall."""
+    levels = [(np.arange(*ids), columns.stop - columns.start) for ids, columns in zip(RANGES, COLUMNS, strict=True)]
+    rows = [np.concatenate([rng.choice(ids, k, replace=False) for ids, k in levels]) for _ in range(tokens)]
+    return np.array(rows, np.int32)
+
+
+def child_set(parent, level, generators):
+    """The children of a parent by their definition."""
+    below, (n, _, degree) = LEVELS[level - 1][0], LEVELS[level]
+    elements = {0}
+    for b in dictionary.child_generators(below, n, degree, generators):
+        elements |= {u ^ b for u in elements}
+    return {int(parent) ^ u for u in elements if u >> below}
+
+
+def oracle(x_ND, ids_NA, code, config=MODEL):
+    """One layer's sums and its duplicate candidates, one token at a time."""
+    x_ND, mean, std, bias = (np.asarray(a, np.float64) for a in (x_ND, *code[:3]))
+    counts, activations, z_min = np.zeros(F, int), np.zeros(F), np.full(3, np.inf)
+    cos = mean_square = 0.0
+    duplicates = np.zeros(3)
+    for x, ids in zip(x_ND, ids_NA, strict=True):
+        x_hat = np.zeros(D)
+        for level, columns in enumerate(COLUMNS):
+            for f in ids[columns]:
+                v = dictionary.atoms(f, D)
+                score = v @ (x - mean)
+                z = score / max(std[f], 1e-3)
+                c = max((z if config.forward_standardized else score) + bias[f], 0)
+                counts[f] += 1
+                activations[f] += c
+                z_min[level] = min(z_min[level], z)
+                x_hat += c * v
+            if level:
+                candidates = [child_set(f, level, config.generators) for f in ids[COLUMNS[level - 1]]]
+                duplicates[level] += sum(map(len, candidates)) - len(set().union(*candidates))
+        if np.any(x) and np.any(x_hat):
+            cos += x @ x_hat / np.linalg.norm(x) / np.linalg.norm(x_hat)
+        mean_square += np.mean(x_hat**2)
+    return counts, activations, z_min, cos, mean_square, duplicates
+
+
+def check(sums, health, layer, expected, tokens, generators="spread"):
+    counts, activations, z_min, cos, mean_square, duplicates = expected
+    assert int(sums.tokens[layer]) == tokens
+    np.testing.assert_array_equal(sums.counts[layer], counts)
+    np.testing.assert_allclose(sums.activations[layer], activations, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(sums.min_z[layer], z_min, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sums.cos[layer], cos, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sums.mean_square[layer], mean_square, rtol=1e-4)
+    np.testing.assert_allclose(health.duplicates[layer], duplicates / tokens, rtol=1e-12)
+    assert generators == "prefix" or duplicates[1:].all()  # else the comparison shows nothing
+    np.testing.assert_allclose(health.cos[layer], cos / tokens, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(health.rms[layer], math.sqrt(mean_square / tokens), rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- on the devices
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("standardized", [True, False])
+@pytest.mark.parametrize("generators", ["spread", "prefix"])
+def test_one_layers_sums_are_those_of_a_loop_over_tokens(standardized, generators, dtype):
+    config = dataclasses.replace(MODEL, forward_standardized=standardized, generators=generators)
+    rng = np.random.default_rng(0)
+    code = random_code(rng)
+    x_BPD = np.array(jnp.asarray(rng.normal(0, 1, (5, 6, D)), dtype))
+    x_BPD[0, 0] = 0
+    ids_BPA = random_ids(rng, 30).reshape(5, 6, -1)
+    counted = np.array([True, False, True, True, False])
+    code.std[3] = 0  # divided by 1e-3
+    code.bias[ids_BPA[2, 3]] = -1e6  # nothing is active there
+    taps = Taps(jnp.asarray(x_BPD), jnp.asarray(ids_BPA))
+    sums = jax.jit(functools.partial(layer_sums, config))(taps, jax.tree.map(jnp.asarray, code), jnp.asarray(counted))
+    sums = accumulate(None, jax.tree.map(lambda a: a[None], sums))
+    health = summarize(config, CodeState(*(a[None] for a in code)), sums, 1)
+    expected = oracle(x_BPD[counted].reshape(-1, D), ids_BPA[counted].reshape(-1, 15), code, config)
+    check(sums, health, 0, expected, 18, generators)
+
+
+@functools.cache
+def random_model():
+    """Variables of a model whose codes are no longer those of the start."""
+    rng = np.random.default_rng(2)
+    variables = jax.jit(lambda key: join(init_params(MODEL, key), init_statistics(MODEL)))(jax.random.key(3))
+    code = random_code(rng, MODEL.num_layers)
+    for i, block in enumerate(variables["blocks"].values()):
+        block["code"] = {
+            "mean": jnp.asarray(code.mean[i]),
+            "std": jnp.asarray(code.std[i]),
+            "bias": jnp.asarray(code.bias[i]),
+            "last_fired": jnp.asarray(rng.integers(0, 300, F).astype(np.int32)),
+        }
+    return variables
+
+
+@functools.cache
+def health_step(devices):
+    mesh = make_mesh(jax.devices()[:devices])
+    return mesh, make_health_step(MODEL, mesh)
+
+
+def test_a_models_sums_are_those_of_its_taps():
+    mesh, step = health_step(1)
+    variables = random_model()
+    tokens = np.random.default_rng(4).integers(0, 61, (4, T + 1)).astype(np.uint16)
+    counted = np.array([True, True, False, True])
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "counted": counted}
+    sums = accumulate(None, step(variables, batch_placer(mesh)(batch)))
+    _, taps = jax.jit(tapped_losses(MODEL))(variables, tokens[:, :-1], tokens[:, 1:], jnp.arange(T))
+    code = code_state(variables)
+    health = summarize(MODEL, code, sums, 300)
+    for layer in range(MODEL.num_layers):
+        x, ids = (np.asarray(a[layer])[counted].reshape(-1, a.shape[-1]) for a in taps)
+        check(sums, health, layer, oracle(x, ids, CodeState(*(a[layer] for a in code))), 3 * T)
+
+
+# ---------------------------------------------------------------------------------------------- on the host
+
+
+def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
+    """One layer's sums by hand; a selected feature's mean activation is 1 where `activations` says nothing else."""
+    return Sums(
+        tokens=np.array([tokens]),
+        counts=np.asarray(counts)[None],
+        activations=np.asarray(counts if activations is None else activations, float)[None],
+        min_z=np.array([[-1.5, 0.25, 2.0]]),
+        repeats=np.array([repeats]),
+        cos=np.array([tokens * 0.75]),
+        mean_square=np.array([tokens * 2.25]),
+    )
+
+
+def fresh_code(last_fired=None):
+    zeros = np.zeros((1, F), np.float32)
+    fired = np.zeros((1, F), np.int32) if last_fired is None else np.asarray(last_fired, np.int32)[None]
+    return CodeState(mean=np.zeros((1, D), np.float32), std=zeros + 1, bias=zeros, last_fired=fired)
+
+
+def test_a_feature_at_a_tenth_of_an_even_spread_is_alive():
+    # 400 tokens: a tenth of 400·4/16, 400·6/48 and 400·5/192 is 10, 5 and 1.04
+    counts = np.full(F, 100)
+    counts[:4] = [0, 9, 10, 11]
+    counts[16:19] = [4, 5, 6]
+    counts[64:68] = [0, 1, 2, 3]
+    health = summarize(MODEL, fresh_code(), host_sums(400, counts), 1)
+    np.testing.assert_allclose(health.dead, [[2 / 16, 1 / 48, 2 / 192]])
+
+
+@given(tokens=st.integers(1, 10**6), count=st.integers(0, 10**5))
+def test_the_threshold_is_exact(tokens, count):
+    health = summarize(MODEL, fresh_code(), host_sums(tokens, np.full(F, count)), 1)
+    expected = [count < Fraction(tokens * k, 10 * size) for k, size in ((4, 16), (6, 48), (5, 192))]
+    assert health.dead.tolist() == [[float(dead) for dead in expected]]
+
+
+def test_a_zombie_is_alive_and_below_a_tenth_of_the_median_of_those_alive():
+    counts = np.full(F, 100)
+    strength = np.full(F, 2.0)
+    strength[:3] = [0.0, 0.199, 0.2]  # the third is at the threshold
+    strength[16:64] = 0  # a level whose median is 0
+    counts[64 : 64 + 100], strength[64 : 64 + 100] = 1, 0.001  # dead, so neither zombies nor in the median
+    strength[64 + 100] = 0.1
+    health = summarize(MODEL, fresh_code(), host_sums(400 * 100, counts, counts * strength), 1)
+    assert health.dead.tolist() == [[1, 1, 1]] and not health.zombies.any()  # all too seldom for so many tokens
+    health = summarize(MODEL, fresh_code(), host_sums(400, counts, counts * strength), 1)
+    np.testing.assert_allclose(health.dead, [[0, 0, 100 / 192]])
+    np.testing.assert_allclose(health.zombies, [[2 / 16, 0, 1 / 192]])
+
+
+@pytest.mark.parametrize(
+    ("step", "last_fired", "silent"),
+    [
+        (250, [0, 1, 149, 150, 151, 250], 4),  # the last 100 steps are 151 … 250
+        (101, [0, 1, 2, 3, 100, 101], 2),
+        (100, [0, 1, 2, 50, 99, 100], 1),
+        (7, [0, 0, 0, 1, 2, 7], 3),  # of all seven
+    ],
+)
+def test_silent_features_did_not_fire_in_the_last_100_steps(step, last_fired, silent):
+    fired = np.full(F, step)
+    fired[64:70] = last_fired
+    health = summarize(MODEL, fresh_code(fired), host_sums(1, np.ones(F)), step)
+    np.testing.assert_allclose(health.silent, [[0, 0, silent / 192]])
+
+
+def test_before_the_first_step_nothing_can_be_silent():
+    assert np.isnan(summarize(MODEL, fresh_code(), host_sums(1, np.ones(F)), 0).silent).all()
+
+
+def test_statistics_by_level():
+    code = random_code(np.random.default_rng(5), layers=1)
+    health = summarize(MODEL, code, host_sums(50, np.ones(F), repeats=(0, 25, 10)), 1)
+    scores = dictionary.atoms(np.arange(F), D) @ code.mean[0].astype(np.float64)
+    np.testing.assert_allclose(health.mu_mean[0], [np.abs(scores[slice(*r)]).mean() for r in RANGES], rtol=1e-5)
+    # why not the plain mean: it is one coordinate of the mean, the same at every level
+    np.testing.assert_allclose([scores[slice(*r)].mean() for r in RANGES], code.mean[0, 0] / 4, rtol=1e-6)
+    np.testing.assert_allclose(health.sigma_mean[0], [code.std[0, slice(*r)].mean() for r in RANGES], rtol=1e-6)
+    children = [set().union(*(child_set(f, i, "spread") for f in range(*RANGES[i - 1]))) for i in (1, 2)]
+    np.testing.assert_array_equal(health.reachable[0], [16, *map(len, children)])
+    np.testing.assert_allclose(health.duplicates[0], [0, 25 * 6 / 50, 10 * 12 / 50])
+    assert health.min_z.tolist() == [[-1.5, 0.25, 2.0]]
+    assert (health.tokens, health.cos.tolist(), health.rms.tolist()) == (50, [0.75], [1.5])
+
+
+def test_sums_of_batches_add_up_without_rounding_to_float32():
+    big = host_sums(2**31 - 1, np.full(F, 2**31 - 1), np.full(F, 2.0**24))
+    narrow = [a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in big]
+    total = accumulate(accumulate(None, Sums(*narrow)), Sums(*narrow)._replace(min_z=np.array([[-2.0, 3.0, 2.0]])))
+    total = accumulate(total, Sums(*narrow)._replace(activations=np.ones((1, F), np.float32)))
+    assert total.tokens[0] == total.counts[0, 7] == 3 * (2**31 - 1)
+    assert total.activations[0, 7] == 2**25 + 1
+    assert total.min_z.tolist() == [[-2.0, 0.25, 2.0]]
+
+
+# ---------------------------------------------------------------------------------------------- what is logged
+
+
+def by_hand(**changes):
+    """The health of 2 layers with 3 levels."""
+    per_level = {f.name: np.zeros((2, 3)) for f in dataclasses.fields(Health) if f.name not in ("tokens", "cos", "rms")}
+    shares = {
+        "dead": np.array([[0, 0.002, 0.02], [0, 0.004, 0.022]]),
+        "silent": np.array([[0, 0.0002, 0.004]] * 2),
+        "zombies": np.array([[0, 0, 1.0]] * 2),
+    }
+    layers = {"cos": np.array([0.8, 0.86]), "rms": np.array([1.0, 2.0])}
+    return Health(tokens=40, **(per_level | shares | layers | changes))
+
+
+def test_the_record_has_every_layer_and_level_and_their_means():
+    record = by_hand().record()
+    per_level = ["dead", "silent", "zombies", "reachable", "mu_mean", "sigma_mean", "min_z", "duplicates"]
+    places = ["", "layer00/", "layer01/"]
+    expected = {f"code/{place}level{level}/{name}" for place in places for level in range(3) for name in per_level}
+    expected |= {f"code/{place}{name}" for place in places for name in ("cos", "rms")} | {"code/tokens"}
+    assert set(record) == expected
+    assert all(type(value) in (int, float) for value in record.values())
+    assert (record["code/layer00/level2/dead"], record["code/layer01/level1/dead"]) == (0.02, 0.004)
+    assert record["code/level2/dead"] == pytest.approx(0.021)
+    assert (record["code/layer01/cos"], record["code/rms"], record["code/tokens"]) == (0.86, 1.5, 40)
+
+
+def test_the_line_is_short_and_no_share_above_zero_reads_as_zero():
+    assert by_hand().line() == "code │ dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 % │ cos 0.83"
+
+
+def test_numbers_that_are_not_finite_break_nothing(tmp_path):
+    health = by_hand(silent=np.full((2, 3), np.nan), min_z=np.full((2, 3), np.inf), cos=np.array([np.nan, 1]))
+    assert health.line().startswith("code │ dead 0.0/0.3/2.1 % │ silent –/–/– % │")
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+        writer.write({"step": 3, **health.record()})
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert written["code/level0/silent"] is None and written["code/layer01/level2/dead"] == 0.022
+    nan = host_sums(400, np.full(F, 100), np.full(F, np.nan))
+    assert summarize(MODEL, fresh_code(), nan, 3).zombies.tolist() == [[0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------------------- over a stream
+
+
+class Stream:
+    """A stream of tokens in memory."""
+
+    def __init__(self, length):
+        self.tokens = np.random.default_rng(1).integers(1, 61, length).astype(np.uint16)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def take(self, start, count):
+        assert start + count <= len(self.tokens)
+        return self.tokens[start : start + count]
+
+
+def run_config(health_tokens):
+    eval_config = EvalConfig(health_tokens=health_tokens, device_batch_tokens=4 * T)
+    return Config(model=MODEL, data=DataConfig(seq_len=T, batch_tokens=64, slices=1), eval=eval_config)
+
+
+@pytest.mark.parametrize(
+    ("health_tokens", "devices", "windows"),
+    [(1, 1, 1), (T, 8, 1), (5 * T, 1, 5), (7 * T - 1, 1, 6), (19 * T, 8, 19), (10**6, 8, 124)],
+)
+def test_every_window_of_the_start_counts_once(health_tokens, devices, windows):
+    """A step that "selects" the inputs that count and adds up the targets over them."""
+    stream, progress = Stream(1000), []
+
+    def step(variables, batch):
+        counted = np.asarray(batch["counted"])
+        inputs, targets = (np.asarray(batch[name])[counted].reshape(-1) for name in ("inputs", "targets"))
+        assert len(counted) % devices == 0
+        sums = host_sums(inputs.size, np.bincount(inputs, minlength=F), np.bincount(inputs, targets, minlength=F))
+        return Sums(*(np.repeat(a, 2, axis=0) for a in sums))
+
+    seen = []
+    mesh = make_mesh(jax.devices()[:devices])
+
+    def spy(variables, batch):
+        seen.append(step(variables, batch))
+        return seen[-1]
+
+    health = score_health(
+        run_config(health_tokens), random_model(), spy, stream, mesh, step=9, progress=lambda *a: progress.append(a)
+    )
+    total = functools.reduce(accumulate, seen, None)
+    inputs, targets = stream.tokens[: windows * T], stream.tokens[1 : windows * T + 1]
+    assert health.tokens == windows * T
+    np.testing.assert_array_equal(total.counts[1], np.bincount(inputs, minlength=F))
+    np.testing.assert_array_equal(total.activations[1], np.bincount(inputs, targets, minlength=F))
+    assert progress[-1] == (windows, windows) and len(progress) == len(seen) == math.ceil(windows / (4 * devices))
+
+
+def test_devices_and_batches_change_nothing():
+    """Eleven windows: in batches of four on one device, and in one of sixteen on eight."""
+    variables, found = random_model(), []
+    for devices in (1, 8):
+        mesh, step = health_step(devices)
+        found.append(score_health(run_config(11 * T), variables, step, Stream(200), mesh, step=200))
+    one, eight = (health.record() for health in found)
+    assert one["code/tokens"] == eight["code/tokens"] == 88
+    assert 0 < one["code/level2/dead"] < 1 and 0 < one["code/level2/silent"] < 1
+    assert one == pytest.approx(eight, rel=1e-4, abs=1e-6)
