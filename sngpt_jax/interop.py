@@ -314,8 +314,8 @@ def _tokenizer(file: str, config: Config) -> Tokenizer | None:
             print(f"the run will keep no tokenizer, which sampling needs: give --tokenizer ({error})", file=sys.stderr)
             return None
     tokenizer = load_tokenizer(file)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(f"{file}: expected model.vocab_size = {config.model.vocab_size} tokens, found {tokenizer.vocab_size}")
+    if tokenizer.vocab_size > (rows := config.model.vocab_size):
+        raise UserError(f"{file}: expected at most model.vocab_size = {rows} tokens, found {tokenizer.vocab_size}")
     return tokenizer
 
 

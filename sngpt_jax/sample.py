@@ -21,7 +21,7 @@ from sngpt_jax.run_directory import load_model, tokenizer_path
 from sngpt_jax.step import Params, forward
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "top_k"))
+@functools.partial(jax.jit, static_argnames=("apply", "top_k", "vocab_size"))
 def fill(
     apply: Callable[[Params, jax.Array], jax.Array],
     params: Params,
@@ -31,11 +31,15 @@ def fill(
     key: jax.Array,
     temperature: jax.Array,
     top_k: int,
+    vocab_size: int,
 ) -> jax.Array:
-    """Fills positions start … stop-1 of `buffer_T`, each drawn from the model's distribution given the ones before it."""
+    """Fills positions start … stop-1 of `buffer_T`, each drawn from the model's distribution given the ones before it.
+
+    Drawn are tokens below `vocab_size`, the tokenizer's: the model's table may have more rows, which no text has trained.
+    """
 
     def draw(position: jax.Array, buffer_T: jax.Array) -> jax.Array:
-        logits_V = apply(params, buffer_T[None])[0, position - 1]
+        logits_V = apply(params, buffer_T[None])[0, position - 1, :vocab_size]
         if top_k:
             threshold = jax.lax.top_k(logits_V, top_k)[0][-1]
             logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
@@ -82,7 +86,8 @@ def generate(
         jnp.int32(length),
         jax.random.key(seed),
         jnp.float32(temperature),
-        min(top_k, config.vocab_size),
+        min(top_k, tokenizer.vocab_size),
+        tokenizer.vocab_size,
     )
     tokens = np.asarray(filled)[:length]
     ends = np.flatnonzero(tokens[len(prompt_ids) :] == tokenizer.bos_id)

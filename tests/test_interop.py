@@ -356,6 +356,9 @@ def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_pat
     assert (tmp_path / "given" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
 
+TOO_LARGE = ["--tokenizer", "{tokenizer}", "--model.vocab-size", "319"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -368,6 +371,10 @@ def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_pat
             "absent.npz: cannot be read: No such",
         ),
         (["import", "{tmp}", "--config", "{recipe}", "--run-dir", "{tmp}/run"], "expected a file named"),
+        (
+            ["import", "{file}", "--config", "{recipe}", "--run-dir", "{tmp}/run", *TOO_LARGE],
+            "tokenizer.model: expected at most model.vocab_size = 319 tokens, found 320",
+        ),
         (["export", "--run", "{tmp}/run", "--out", "{tmp}/x.safetensors"], "run: not a run directory"),
         (["export", "--run", "{tmp}/run", "--out", "{tmp}/x.pt"], "x.pt: expected a file named \\*.safetensors"),
         (["convert"], "expected import or export after sngpt_jax.interop, found convert"),
@@ -375,7 +382,8 @@ def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_pat
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_run(tiny_recipe, checkpoint_file, tmp_path, capsys, arguments, reason):
-    names = {"file": checkpoint_file[0], "recipe": tiny_recipe, "tmp": tmp_path}
+    tokenizer = tiny_recipe.parent / "data" / "tokenizer.model"
+    names = {"file": checkpoint_file[0], "recipe": tiny_recipe, "tmp": tmp_path, "tokenizer": tokenizer}
     code, out, err = status([argument.format(**names) for argument in arguments], capsys)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()

@@ -25,8 +25,9 @@ def constant_model(params, tokens_BT):
     return jnp.broadcast_to(LOGITS, (*tokens_BT.shape, 5))
 
 
-def draws(temperature, top_k, count=4000):
-    tokens = fill(constant_model, None, jnp.zeros(count + 1, jnp.int32), 1, count + 1, jax.random.key(0), temperature, top_k)
+def draws(temperature, top_k, vocab_size=5, count=4000):
+    buffer, key = jnp.zeros(count + 1, jnp.int32), jax.random.key(0)
+    tokens = fill(constant_model, None, buffer, 1, count + 1, key, temperature, top_k, vocab_size)
     return np.bincount(np.asarray(tokens)[1:], minlength=5) / count
 
 
@@ -43,6 +44,28 @@ def test_frequencies_follow_the_distribution(temperature, top_k):
 
 def test_temperature_0_takes_the_likeliest():
     np.testing.assert_array_equal(draws(0.0, 0), [0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 2), (1.0, 3)])
+def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_k):
+    """Of the five rows the tokenizer has three; the likeliest of all is not among them."""
+    logits = np.asarray(LOGITS[:3], np.float64) if temperature else np.array([-np.inf, -np.inf, 0.0])
+    logits = np.where(logits < np.sort(logits)[-top_k or 0], -np.inf, logits)
+    want = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(draws(temperature, top_k, vocab_size=3)[:3], want, atol=0.03)
+    assert np.all(draws(temperature, top_k, vocab_size=3)[3:] == 0)
+
+
+def test_a_text_of_a_model_with_more_rows_than_tokens_can_be_read(tiny_recipe, monkeypatch):
+    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+    config = dataclasses.replace(load(str(tiny_recipe)).model, vocab_size=tokenizer.vocab_size + 7)
+
+    def model(params, tokens_BT):
+        return jnp.zeros((*tokens_BT.shape, config.vocab_size)).at[..., 5].set(1.0).at[..., tokenizer.vocab_size :].set(9.0)
+
+    monkeypatch.setattr("sngpt_jax.sample.forward", lambda config: model)
+    text = generate(config, {}, tokenizer, "", seq_len=8, max_tokens=3, temperature=0.0, top_k=config.vocab_size)
+    assert text == tokenizer.decode([5, 5, 5])
 
 
 def test_a_text_ends_where_the_next_document_begins(monkeypatch, tiny_recipe):

@@ -40,7 +40,7 @@ from sngpt_jax.data.manifest import (
     verify,
 )
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, open_entries, write_hashed
-from sngpt_jax.data.spec import COMMAND, PrepareSpec, differing_fields, origin_of
+from sngpt_jax.data.spec import COMMAND, PrepareSpec, check_size, differing_fields, origin_of
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
 
@@ -270,13 +270,14 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
     """Fetches the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them. Raises `UserError`.
 
-    V is the vocabulary size; where the source does not name it, `spec.vocab_size`, or 1024.
+    V is the vocabulary size, at most `spec.vocab_size`; where the source does not name it, just that, or 1024.
     """
     named = spec.source.removeprefix("golf").removeprefix(":")
     if named and not (named.startswith("sp") and named[2:].isdecimal()):
         raise UserError(f"--source {spec.source}: expected golf or golf:spV with a vocabulary size V, such as golf:sp1024")
     vocab_size = int(named[2:]) if named else spec.vocab_size or _GOLF_VOCAB_SIZE
-    plain = PrepareSpec(spec.source, spec.out, vocab_size=vocab_size if spec.vocab_size else 0)
+    check_size(spec, f"--source {spec.source}", vocab_size)
+    plain = PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size)
     differing = [key for key, value in asdict(plain).items() if getattr(spec, key) != value]
     if differing:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in differing)

@@ -258,7 +258,8 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
-    """Opens a folder of tokens for a model of `vocab_size` tokens. Raises `DataError` in one line that names the file.
+    """Opens a folder of tokens for a model whose table has `vocab_size` rows, one for each token of the folder's tokenizer
+    or more. Raises `DataError` in one line that names the file.
 
     With a manifest, the folder is one of `sngpt_jax.data.prepare`. Without one, shards named `*_train_*.bin` and `*_val_*.bin`
     are read in the order of their names, else nanoGPT's `train.bin` and `val.bin`; one tokenizer file lies beside them.
@@ -280,8 +281,9 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
             f" expected SHA-256 {manifest.tokenizer.sha256}, found {found}"
         )
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise DataError(f"{path}: expected model.vocab_size = {vocab_size} tokens, found {tokenizer.vocab_size}")
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(f"{path}: expected at most model.vocab_size = {vocab_size} tokens, found {tokenizer.vocab_size}")
     if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
         verify(directory)
-    return Dataset(directory, TokenStream(tuple(train), vocab_size), TokenStream(tuple(val), vocab_size), tokenizer, manifest)
+    train_stream, val_stream = (TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val))
+    return Dataset(directory, train_stream, val_stream, tokenizer, manifest)

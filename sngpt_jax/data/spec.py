@@ -24,7 +24,7 @@ class PrepareSpec:
     tokenizer: str = "train"  # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
     val_source: str = ""  # validation text of its own; empty: the source's first val_docs documents
     val_docs: int = 50_000  # documents held out for validation when there is no val_source
-    vocab_size: int = 0  # tokens of the tokenizer: to learn or of golf (0: 1024), or that a given one must have (0: any)
+    vocab_size: int = 0  # tokens of the tokenizer to learn or of golf (0: 1024), or the most of a given one (0: any)
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"  # of a learnt tokenizer; identity keeps all whitespace
     shard_tokens: int = 100_000_000  # tokens in a shard
     max_tokens: int = 0  # training tokens after which to stop; 0: no limit
@@ -54,11 +54,16 @@ def _tokenizer_fields(spec: PrepareSpec) -> dict[str, Any]:
     return {"tokenizer": f"sha256:{given.sha256}", "vocab_size": given.vocab_size, "normalization": ""}
 
 
+def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
+    """Raises `UserError` where `what` has more tokens than `spec` allows; a model's rows beyond them do no harm."""
+    if 0 < spec.vocab_size < vocab_size:
+        raise UserError(f"{what}: expected at most --vocab-size {spec.vocab_size} tokens, found {vocab_size}")
+
+
 def origin_of(spec: PrepareSpec) -> Origin:
     """What decides the files' bytes: hashes in place of names, and nothing of the options that do not matter here."""
     fields = _source_fields(spec) | _val_fields(spec) | _tokenizer_fields(spec)
-    if spec.vocab_size not in (0, fields["vocab_size"]):
-        raise UserError(f"--tokenizer {spec.tokenizer}: expected --vocab-size {spec.vocab_size}, found {fields['vocab_size']}")
+    check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
         raise UserError(
             f"--val-source {spec.val_source} is the same text as --source {spec.source}: the model would be scored on what it"

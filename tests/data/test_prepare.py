@@ -406,7 +406,7 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
         ({"shard_tokens": 2**31}, "--shard-tokens 2147483648: expected at most 2147483647"),
         ({"val_docs": 0}, "--val-docs 0: expected at least 1"),
         ({"max_tokens": -1}, "--max-tokens -1: expected at least 0"),
-        ({"vocab_size": 91}, "expected --vocab-size 91, found 90"),
+        ({"vocab_size": 89}, "expected at most --vocab-size 89 tokens, found 90"),
     ],
 )
 def test_impossible_options_are_refused(text, tmp_path, tokenizer_file, changes, message):
@@ -456,13 +456,13 @@ def test_published_shards_are_fetched_and_opened(tmp_path, tokenizer_file, monke
 
     monkeypatch.setattr(module, "download_golf", download)
     options = ["--source", f"golf:sp{VOCAB}", "--out", str(tmp_path / "golf"), "--train-shards", "2"]
-    assert main([*options, "--json", "--vocab-size", str(VOCAB)]) == 0
+    assert main([*options, "--json", "--vocab-size", str(VOCAB + 6)]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["train"] == {"shards": 2, "tokens": 20} and summary["tokenizer"]["file"] == "fineweb_99_bpe.model"
     with pytest.raises(UserError, match=rf"golf:sp{VOCAB} is already tokens; it takes no --val-docs, --max-tokens"):
         main([*options, "--val-docs", "3", "--max-tokens", "5"])
-    with pytest.raises(UserError, match=r"takes no --vocab-size but its own"):
-        main([*options, "--vocab-size", "91"])
+    with pytest.raises(UserError, match=rf"golf:sp{VOCAB}: expected at most --vocab-size 89 tokens, found {VOCAB}"):
+        main([*options, "--vocab-size", "89"])
     with pytest.raises(UserError, match="expected golf or golf:spV"):
         main(["--source", "golf:1024", "--out", str(tmp_path / "golf")])
 

@@ -117,8 +117,33 @@ def test_other_settings_are_refused_without_the_text_too(prepared, tmp_path):
     assert "val_docs: 5 there" in refusal(changed(prepared, val_docs=6))
 
 
-def test_another_vocabulary_is_refused(prepared):
-    assert "expected model.vocab_size = 300 tokens, found 280" in refusal(replace(prepared, model=ModelConfig(vocab_size=300)))
+def test_a_learnt_vocabulary_has_the_models_size(prepared):
+    larger, smaller = (replace(prepared, model=ModelConfig(vocab_size=size)) for size in (300, 270))
+    assert "vocab_size: 280 there, 300 asked for" in refusal(larger)
+    assert "expected at most model.vocab_size = 270 tokens, found 280" in refusal(smaller)
+
+
+def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
+    given = changed(prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model"))
+    data = prepared_data(replace(given, model=ModelConfig(vocab_size=300)))
+    assert data.tokenizer.vocab_size == data.train.vocab_size == VOCAB
+    assert data.train.take(0, len(data.train)).max() < VOCAB
+    assert prepared_data(replace(given, model=ModelConfig(vocab_size=VOCAB))).manifest == data.manifest  # as it is
+    assert "expected at most model.vocab_size = 270" in refusal(replace(given, model=ModelConfig(vocab_size=270)))
+    # without a manifest there is no telling who learnt it
+    bare = changed(prepared, source="")
+    (tmp_path / "data" / "manifest.json").unlink()
+    (tmp_path / "data" / "train_000000.bin").rename(tmp_path / "data" / "a_train_0.bin")
+    (tmp_path / "data" / "val_000000.bin").rename(tmp_path / "data" / "a_val_0.bin")
+    assert prepared_data(replace(bare, model=ModelConfig(vocab_size=300))).tokenizer.vocab_size == VOCAB
+
+
+def test_a_given_vocabulary_that_is_too_large_is_refused_before_anything_is_prepared(prepared, tmp_path, capfd):
+    given = changed(prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model"))
+    with pytest.raises(SystemExit):
+        prepared_data(replace(given, model=ModelConfig(vocab_size=270)))
+    assert "tokenizer.model: expected at most --vocab-size 270 tokens, found 280" in capfd.readouterr().err
+    assert not (tmp_path / "given").exists()
 
 
 def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
