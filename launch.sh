@@ -14,11 +14,12 @@ fail() {
   exit 2
 }
 
-usage="usage: ./launch.sh train|evaluate|export|sample|plan|report|prepare|bench|interop|test [arguments]"
+usage="usage: ./launch.sh train|evaluate|export|sample|plan|features|report|prepare|bench|interop|test [arguments]"
 command=${1:-}
 case "$command" in
 train | evaluate | export | sample | plan | report | bench | interop) module=sngpt_jax.$command ;;
 prepare) module=sngpt_jax.data.prepare ;;
+features) module=sngpt_jax.evaluation.features ;;
 test) module=pytest ;;
 "") fail "$usage" ;;
 *) fail "unknown command '$command'; $usage" ;;

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import tyro
 
 from sngpt_jax import cli
+from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import ExportConfig, Weights, validate
+from sngpt_jax.config import ExportConfig, Weights
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import load_tokenizer

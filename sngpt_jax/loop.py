@@ -24,7 +24,7 @@ from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls, step_controls
 from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
-from sngpt_jax.step import Batch, Metrics, Params, TrainState, all_finite, make_eval_step
+from sngpt_jax.step import Batch, Metrics, TrainState, Variables, all_finite, make_eval_step
 
 FIRST_SNAPSHOT = "the first snapshot in the mean of the weights (SWA)"
 ON_GRID = "the matrices are on the exported grid from here on (QAT)"
@@ -185,8 +185,8 @@ class Run:
         cap = self.config.train.max_seconds
         return min(left, max(cap - self.stopwatch.seconds, 0.0)) if cap else left
 
-    def score(self, params: Params) -> Score:
-        """The score of `params` on the validation stream; raises `Stopped` on a signal."""
+    def score(self, variables: Variables) -> Score:
+        """The score of `variables` on the validation stream; raises `Stopped` on a signal."""
         config, report = self.config, progress_reporter("validation")
 
         def progress(done: int, total: int) -> None:
@@ -195,7 +195,7 @@ class Run:
             report(done, total)
 
         return score_stream(
-            params,
+            variables,
             self.eval_step,
             self.data.val,
             self.token_bytes,
@@ -211,7 +211,7 @@ class Run:
         if self.position.latest and self.position.latest.step == self.done:
             return
         start = time.perf_counter()
-        score = self.score(self.state.params)
+        score = self.score(self.state.variables())
         if not math.isfinite(score.loss):
             raise NonFinite(f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1)
         seconds = time.perf_counter() - start
@@ -236,23 +236,23 @@ class Run:
         value = latest.loss if latest and latest.step == self.done else None
         self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
 
-    def weights(self) -> dict[Weights, Params]:
-        """The last step's weights and the averages of them that hold something by now."""
-        found: dict[Weights, Params] = {"final": self.state.params}
+    def weights(self) -> dict[Weights, Variables]:
+        """The last step's weights and the averages of them that hold something by now, with the statistics."""
+        found: dict[Weights, Variables] = {"final": self.state.variables()}
         if self.state.swa is not None and int(self.state.swa.count):
-            found["swa"] = averaged_weights(self.state.swa)
+            found["swa"] = self.state.variables(averaged_weights(self.state.swa))
         if self.state.ema is not None:
-            found["ema"] = averaged_weights(self.state.ema)
+            found["ema"] = self.state.variables(averaged_weights(self.state.ema))
         return found
 
     def finish(self, directory: Path) -> Summary:
         """Validates and saves the trained model, and validates its averages; returns the run's summary."""
         self.aside(validating=True, saving=True)
         bpb: dict[Weights, float] = self.position.averages or {}
-        averages = {name: params for name, params in self.weights().items() if name != "final"}
+        averages = {name: variables for name, variables in self.weights().items() if name != "final"}
         if averages and self.position.averages is None:  # else they were scored before an interruption
-            for name, params in averages.items():
-                score = self.score(params)
+            for name, variables in averages.items():
+                score = self.score(variables)
                 self.writer.write({"step": self.done, f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb})
                 bpb[name] = score.bpb
             self.position = replace(self.position, averages=bpb)

@@ -29,6 +29,8 @@ def abstract_params(config: Config) -> Params:
 
 _GROUPS = (  # the first pattern that a parameter's path matches
     (r"embed/table", "embed"),
+    (r"positions/table", "positions"),
+    (r"blocks/\d+/code/bias", "sae_bias"),
     (r"bigram/.*", "bigram"),
     (r"value_embed/.*", "value_embed"),
     (r"blocks/\d+/mlp/.*", "mlp"),
@@ -38,7 +40,8 @@ _GROUPS = (  # the first pattern that a parameter's path matches
 
 
 def parameter_groups(params: Params) -> dict[str, int]:
-    """Parameters by group: embed, bigram, value_embed, attention, mlp, and the vectors that scale and mix (control)."""
+    """Parameters by group, those that there are: embed, positions, sae_bias (of sparse codes), bigram, value_embed,
+    attention, mlp, and the vectors that scale and mix (control)."""
     groups: dict[str, int] = defaultdict(int)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
@@ -81,18 +84,21 @@ def _bytes(tree: Any) -> int:
 def make_plan(config: Config) -> dict[str, Any]:
     """The figures that the command prints, as nested plain values."""
     state = abstract_state(config, make_mesh())
-    groups = parameter_groups(state.params)
+    groups = {"positions": 0, "sae_bias": 0, **parameter_groups(state.params)}
+    total, positions, sae_bias = sum(groups.values()), groups["positions"], groups["sae_bias"]
     forward = forward_flops_per_token(config)
     parameters, optimizer, averages = _bytes(state.params), _bytes(state.opt_state), _bytes((state.ema, state.swa))
+    statistics = _bytes(state.statistics)
     return {
-        "parameters": {"total": sum(groups.values()), **groups},
+        "parameters": {"total": total, "backbone": total - positions - sae_bias, **groups},
         "flops_per_token": {"forward": forward, "train": 3 * forward},
         "flops_per_step": {"model": 3 * forward * config.data.batch_tokens, "optimizer": optimizer_flops(config)},
         "bytes": {
             "parameters": parameters,
             "optimizer": optimizer,
             "averages": averages,
-            "checkpoint": parameters + optimizer + averages,
+            "statistics": statistics,
+            "checkpoint": parameters + optimizer + averages + statistics,
         },
         "tokens": {"step": config.data.batch_tokens, "run": config.data.batch_tokens * config.train.steps},
     }
@@ -101,7 +107,7 @@ def make_plan(config: Config) -> dict[str, Any]:
 def format_plan(config: Config, plan: dict[str, Any]) -> str:
     """The plan for a person."""
     p, f, b, t = plan["parameters"], plan["flops_per_token"], plan["bytes"], plan["tokens"]
-    shares = ", ".join(f"{name} {count:,}" for name, count in p.items() if name != "total")
+    shares = ", ".join(f"{name} {count:,}" for name, count in p.items() if name not in ("total", "backbone") and count)
     step, run = plan["flops_per_step"], config.train.steps
     lines = [
         f"parameters   {p['total']:,} ({shares})",
@@ -110,7 +116,8 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
         f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize",
         f"run          {run:,} steps, {t['run'] / 1e9:,.3f} G tokens, {step['model'] * run / 1e18:,.4f} EFLOP",
         f"memory       parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
-        f" averages {b['averages'] / 1e6:,.1f} MB, checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
+        f" averages {b['averages'] / 1e6:,.1f} MB, statistics {b['statistics'] / 1e6:,.1f} MB,"
+        f" checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
         "",
         format_table(describe(config.optim, abstract_params(config))),
     ]

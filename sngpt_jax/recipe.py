@@ -1,7 +1,7 @@
 """A configuration read from a recipe, a run's config.json, and the command line.
 
 A recipe is a Python file that binds one `Config` to the name `config`. A run directory's `config.json` is the same thing as
-data and replays the run exactly. Nothing here imports jax.
+data and replays the run exactly.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from sngpt_jax import typed_json
-from sngpt_jax.config import Config, ConfigError, validate
+from sngpt_jax.checks import validate
+from sngpt_jax.config import Config, ConfigError
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
-from sngpt_jax.step import Params, abstract_state
+from sngpt_jax.step import Variables, abstract_state, join
 
 
 def config_path(run_dir: Path) -> Path:
@@ -133,10 +133,10 @@ def write_summary(run_dir: Path, summary: Summary) -> None:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model read back from a run: its configuration, its parameters on the mesh, and the step they are from."""
+    """A model read back from a run: its configuration, its variables on the mesh, and the step they are from."""
 
     config: Config
-    params: Params
+    params: Variables  # with the statistics of sparse codes in their places
     step: int
     weights: Weights  # which ones they are
 
@@ -151,16 +151,17 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
     use_compilation_cache(config.train.compilation_cache)
     weights = weights or config.eval.weights
     state = abstract_state(config, mesh)
-    part: dict[str, Any] = {"params": state.params} if weights == "final" else {weights: getattr(state, weights)}
-    if None in part.values():
+    name = "params" if weights == "final" else weights
+    part: dict[str, Any] = {name: getattr(state, name), "statistics": state.statistics}
+    if part[name] is None:
         field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
         raise UserError(f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take --weights final")
     restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)
-    (found,) = restored.state.values()
+    found = restored.state[name]
     if isinstance(found, SWA) and not int(found.count):
         raise UserError(
             f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
             " take a later --step or --weights final"
         )
     params = found if weights == "final" else averaged_weights(found)
-    return TrainedModel(config, params, restored.step, weights)
+    return TrainedModel(config, join(params, restored.state["statistics"]), restored.step, weights)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import chex
@@ -14,16 +14,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.config import Config, ModelConfig
+from sngpt_jax.model import cayley, loss
+from sngpt_jax.model.cayley import Statistic, Taps
 from sngpt_jax.model.gpt import GPT
+from sngpt_jax.model.pre_norm import PreNormGPT
 from sngpt_jax.optim import averaging, qat
 from sngpt_jax.optim.averaging import SWA
 from sngpt_jax.optim.groups import clip, make_optimizer
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.parallel import BATCH_AXES, state_shardings
+from sngpt_jax.parallel import BATCH_AXES, gather, partition_specs, reduce_mean, state_shardings
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
+Variables = dict[str, Any]  # the same with the statistics of sparse codes in their places: all that a model computes with
 Batch = dict[str, jax.Array]  # "inputs" and "targets", token ids
 Metrics = dict[str, jax.Array]
+
+SAMPLE = 1  # what the run's key is folded with for the positions of the codes' samples; 0 is for the initial parameters
 
 
 @jax.tree_util.register_dataclass
@@ -37,31 +43,87 @@ class TrainState:
     key: jax.Array  # typed key that the run's randomness is folded from; the same all along
     ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
     swa: SWA | None = None  # mean of snapshots of params, where the recipe keeps one
+    statistics: Params = field(default_factory=dict)  # of the sparse codes, where the model has them
+
+    def variables(self, params: Params | None = None) -> Variables:
+        """What the model computes with: the statistics and the parameters, or other `params` in their place."""
+        return join(self.params if params is None else params, self.statistics)
+
+
+# ---------------------------------------------------------------------------------------------- the model as functions
+
+
+def join(params: Params, statistics: Params) -> Variables:
+    """Two trees of different leaves as one."""
+    both = {**statistics, **params}
+    return {
+        name: join(params[name], statistics[name]) if name in params and name in statistics else both[name] for name in both
+    }
+
+
+def _model(config: ModelConfig, key: jax.Array) -> GPT | PreNormGPT:
+    rngs = nnx.Rngs(params=key)
+    return GPT(config, rngs=rngs) if config.family == "compact" else PreNormGPT(config, rngs=rngs)
+
+
+@functools.cache
+def _graph(config: ModelConfig) -> Any:
+    return nnx.graphdef(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """The initial parameters that `key` draws. Under `jax.eval_shape` their shapes alone."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(_model(config, key), nnx.Param))
+
+
+def init_statistics(config: ModelConfig) -> Params:
+    """The statistics of the sparse codes at the start; nothing where the model has no code."""
+    return nnx.to_pure_dict(nnx.state(_model(config, jax.random.key(0)), Statistic)) if config.levels else {}
+
+
+def abstract_variables(config: ModelConfig) -> Variables:
+    """The shapes and dtypes of a model's variables."""
+    return jax.eval_shape(lambda: join(init_params(config, jax.random.key(0)), init_statistics(config)))
 
 
 @functools.cache
-def forward(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
-    """The pure function (params, tokens [B, T]) → logits [B, T, V] of the model that `config` describes."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
-    return lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT)
+def forward(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
+    """The pure function (variables, tokens [B, T]) → logits [B, T, V] of the model that `config` describes."""
+    return lambda variables, tokens_BT: nnx.merge(_graph(config), variables)(tokens_BT)
 
 
 @functools.cache
-def losses(config: ModelConfig) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-    """The pure function (params, inputs [B, T], targets [B, T]) → cross-entropy in nats [B, T], float32."""
-    apply = forward(config)
+def losses(config: ModelConfig) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
+    """The pure function (variables, inputs [B, T], targets [B, T]) → cross-entropy in nats [B, T], float32."""
+    apply = tapped_losses(config)
+    return lambda variables, inputs_BT, targets_BT: apply(variables, inputs_BT, targets_BT, jnp.arange(0))[0]
 
-    def token_losses(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+
+Tapped = Callable[[Variables, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Taps | None]]
+
+
+@functools.cache
+def tapped_losses(config: ModelConfig) -> Tapped:
+    """`losses` that takes positions [P] too, and gives what the sparse codes saw there besides; None without codes."""
+    return _with_taps(config, loss.token_losses)
+
+
+def _with_taps(config: ModelConfig, cross_entropy: Callable[..., jax.Array]) -> Tapped:
+    def apply(
+        variables: Variables, inputs_BT: jax.Array, targets_BT: jax.Array, tapped_P: jax.Array
+    ) -> tuple[jax.Array, Taps | None]:
         chex.assert_equal_shape((inputs_BT, targets_BT))
-        logits_BTV = apply(params, inputs_BT.astype(jnp.int32))
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT.astype(jnp.int32))
+        model = nnx.merge(_graph(config), variables)
+        inputs_BT, targets_BT = inputs_BT.astype(jnp.int32), targets_BT.astype(jnp.int32)
+        x_BTD, taps = model.tapped_hidden(inputs_BT, tapped_P) if config.levels else (model.hidden(inputs_BT), None)
+        with jax.named_scope("head"):
+            cap, chunk = config.logit_soft_cap, config.logit_chunk
+            return cross_entropy(x_BTD, model.embed.table[...], targets_BT, cap=cap, chunk=chunk), taps
 
-    return token_losses
+    return apply
+
+
+# ---------------------------------------------------------------------------------------------- the state
 
 
 def begin(config: Config, params: Params) -> TrainState:
@@ -74,6 +136,7 @@ def begin(config: Config, params: Params) -> TrainState:
         key=jax.random.key(config.train.seed),
         ema=averaging.init_ema(o, params) if o.ema_decay else None,
         swa=averaging.init_swa(o, params) if o.swa_every else None,
+        statistics=init_statistics(config.model),
     )
 
 
@@ -101,62 +164,83 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
     The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
     Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
-    gradient would reduce in every turn. `controls` are what the host decides for the step; they are traced, so that a
+    gradient would reduce in every turn. Weights that are spread over `fsdp` are gathered once, before the first microbatch.
+    Sparse codes see the statistics of the steps before; theirs are updated once, from a sample of all microbatches and
+    devices. `controls` are what the host decides for the step; they are traced, so that a
     schedule driven by the clock compiles once. The state passed in is donated.
     """
-    o = config.optim
+    o, d = config.optim, config.data
+    mean_loss = _with_taps(config.model, loss.mean_loss)
+    shapes = jax.eval_shape(lambda: init_state(config, mesh))
+    layout = partition_specs(mesh, shapes.params)
 
-    def loss_fn(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return jnp.mean(losses(config.model)(params, inputs_BT, targets_BT))
+    def loss_fn(params: Params, statistics: Params, *batch: jax.Array) -> tuple[jax.Array, Taps | None]:
+        return mean_loss(join(params, statistics), *batch)
 
-    def local_mean(params: Params, inputs_ABT: jax.Array, targets_ABT: jax.Array) -> tuple[jax.Array, Params]:
-        def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *batch)), None
+    def local_mean(
+        params: Params, statistics: Params, step: jax.Array, tapped_P: jax.Array, inputs_ABT: jax.Array, targets_ABT: jax.Array
+    ) -> tuple[jax.Array, Params, Params]:
+        params = gather(params, layout)
+
+        def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, Taps | None]:
+            (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, statistics, *batch, tapped_P)
+            return jax.tree.map(jnp.add, total, (loss, grads)), taps
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
+        total, taps = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
         loss, grads = jax.tree.map(lambda x: x / inputs_ABT.shape[0], total)
         if o.grad_clip_scope == "device":
             grads = clip(grads, o.grad_clip)
-        return jax.lax.pmean((loss, grads), BATCH_AXES)
+        if taps is not None:
+            with jax.named_scope("statistics"):
+                taps = jax.tree.map(lambda x_ALBP: jnp.swapaxes(x_ALBP, 0, 1), taps)
+                statistics = cayley.update_statistics(statistics, taps, step, BATCH_AXES)
+        return jax.lax.pmean(loss, BATCH_AXES), reduce_mean(grads, layout), statistics
 
     rows = P(None, BATCH_AXES)
     # check_vma would insert a reduction into every microbatch's gradient, since the parameters are the same everywhere
-    global_mean = jax.shard_map(local_mean, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
+    global_mean = jax.shard_map(
+        local_mean, mesh=mesh, in_specs=(layout, P(), P(), P(), rows, rows), out_specs=(P(), layout, P()), check_vma=False
+    )
 
     def train_step(state: TrainState, batch: Batch, controls: StepControls) -> tuple[TrainState, Metrics]:
         params = state.params
         if o.qat_below:
             # outside of the differentiated function, once a step: the gradient passes through the rounding as it is
             params = qat.straight_through(params, config.export, controls.qat)
+        tapped_P = jnp.arange(0)
+        if config.model.levels:
+            key = jax.random.fold_in(state.key, SAMPLE)
+            tapped_P = cayley.sample_positions(key, state.step, d.seq_len, d.batch_tokens // d.seq_len)
         with jax.named_scope("gradient"):
-            loss, grads = global_mean(params, batch["inputs"], batch["targets"])
+            loss, grads, statistics = global_mean(
+                params, state.statistics, state.step + 1, tapped_P, batch["inputs"], batch["targets"]
+            )
         with jax.named_scope("optimizer"):
             optimizer = make_optimizer(o, state.params)
-            multiplier = controls.lr_multiplier
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr_multiplier=multiplier)
+            rates = {"lr_multiplier": controls.lr_multiplier, "adam_lr_multiplier": controls.adam_lr_multiplier}
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **rates)
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("averages"):
             ema = averaging.update_ema(state.ema, params, o.ema_decay) if state.ema is not None else None
             swa = averaging.update_swa(state.swa, params, controls.swa) if state.swa is not None else None
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, state.key, ema, swa), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, ema, swa, statistics), metrics
 
     # the state comes back laid out as it went in, so that the compiled step can be called on its own result
-    layout = state_shardings(mesh, jax.eval_shape(lambda: init_state(config, mesh)))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, NamedSharding(mesh, P())))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(mesh, shapes), NamedSharding(mesh, P())))
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (params, batch [B, T]) → summed loss in nats of each row [B], float32, known to every process."""
+    """The jitted function (variables, batch [B, T]) → summed loss in nats of each row [B], float32, known to all processes."""
+    layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
-    def row_sums(params: Params, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        local = jnp.sum(losses(config)(params, inputs_BT, targets_BT), axis=-1)
+    def row_sums(variables: Variables, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        local = jnp.sum(losses(config)(gather(variables, layout), inputs_BT, targets_BT), axis=-1)
         return jax.lax.all_gather(local, BATCH_AXES, tiled=True)
 
-    rows = P(BATCH_AXES)
-    sums = jax.shard_map(row_sums, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
-    return jax.jit(lambda params, batch: sums(params, batch["inputs"], batch["targets"]))
+    sums = jax.shard_map(row_sums, mesh=mesh, in_specs=(layout, rows, rows), out_specs=P(), check_vma=False)
+    return jax.jit(lambda variables, batch: sums(variables, batch["inputs"], batch["targets"]))
 
 
 @jax.jit

@@ -48,8 +48,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
     Raises `NonFinite` where the run has diverged, `UserError` where the machine or the directory does not fit the recipe.
     """
     # 1. Devices: how the sequences of a step are dealt out.
-    mesh = make_mesh()
     d, t = config.data, config.train
+    mesh = make_mesh(fsdp=t.fsdp)
     accumulation = microbatches(d.batch_tokens, t.device_batch_tokens, d.seq_len, mesh.devices.size)
     use_compilation_cache(t.compilation_cache)
 
@@ -83,7 +83,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         console.print("compiling the training step …")
         start = time.perf_counter()
         example = place(batches[done])
-        controls = StepControls(np.float32(0), np.bool_(False), np.bool_(False))
+        controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
         program = make_train_step(config, mesh).lower(state, example, controls).compile()
         if t.max_seconds:  # what a program does at its first call alone is no part of the time that drives the schedule
             jax.block_until_ready(program(jax.tree.map(jnp.copy, state), example, controls))
@@ -131,7 +131,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 )
             text = generate(
                 config.model,
-                weights.get(config.eval.weights, run.state.params),
+                weights.get(config.eval.weights, weights["final"]),
                 data.tokenizer,
                 config.eval.sample_prompt,
                 seq_len=config.data.seq_len,

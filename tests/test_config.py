@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sngpt_jax.checks import validate
 from sngpt_jax.config import (
     Config,
     ConfigError,
@@ -21,7 +22,6 @@ from sngpt_jax.config import (
     differences,
     microbatches,
     to_json,
-    validate,
 )
 from sngpt_jax.recipe import Overrides, load, parse_command, read_json, recipe_name
 

@@ -169,7 +169,7 @@ def few_steps(config: Config, steps: int) -> list[float]:
     seen = []
 
     def controls(late: bool) -> StepControls:
-        return StepControls(np.float32(1), np.bool_(late), np.bool_(late))
+        return StepControls(np.float32(1), np.float32(1), np.bool_(late), np.bool_(late))
 
     step = make_train_step(config, mesh).lower(state, batch, controls(False)).compile()
     for i in range(steps):

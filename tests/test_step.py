@@ -43,7 +43,7 @@ CONFIG = Config(
 
 
 def controls(lr_multiplier=1.0, swa=False, qat=False):
-    return StepControls(np.float32(lr_multiplier), np.bool_(swa), np.bool_(qat))
+    return StepControls(np.float32(lr_multiplier), np.float32(lr_multiplier), np.bool_(swa), np.bool_(qat))
 
 
 def host_batch(seed=0):

@@ -1,6 +1,7 @@
-"""Causal self-attention: grouped key/value heads, normalized queries and keys with a gain, rotary positions.
+"""Causal self-attention: grouped key/value heads.
 
-Where configured: XSA, a gate on each head, and values that take in those of the first layer or an embedding of the token.
+Where configured: normalized queries and keys with a gain, rotary positions, XSA, a gate on each head, and values that take
+in those of the first layer or an embedding of the token.
 """
 
 import functools
@@ -25,8 +26,7 @@ Implementation = Literal["xla", "cudnn"]
 class Positions(NamedTuple):
     """What the attention of every layer needs to know of the T positions, made once for all of them."""
 
-    cos: jax.Array  # [T, r/2]
-    sin: jax.Array  # [T, r/2]
+    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines [T, r/2]; None: positions are in the stream already
     causal: jax.Array  # [T, T], whether the position of the row sees that of the column
 
 
@@ -58,9 +58,12 @@ def causal_mask(num_positions: int) -> jax.Array:
 
 def make_positions(config: ModelConfig, num_positions: int) -> Positions:
     """The positions of a sequence of that length, by the configuration's rotary width, base and NTK scaling."""
+    causal = causal_mask(num_positions)
+    if config.positions == "learned":
+        return Positions(None, causal)
     width = config.rotary_dims
     cos, sin = rotary_tables(num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len))
-    return Positions(jnp.asarray(cos), jnp.asarray(sin), causal_mask(num_positions))
+    return Positions((jnp.asarray(cos), jnp.asarray(sin)), causal)
 
 
 def apply_rotary(x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]) -> jax.Array:
@@ -129,7 +132,7 @@ def choose_implementation(requested: str, platform: str, dtype: str, head_dim: i
 
 
 class Attention(nnx.Module):
-    """The attention half of a block, input [B, T, D] already normalized; no biases; the output projection starts at zero.
+    """The attention half of a block, input [B, T, D] already normalized; no biases.
 
     Gated attention: each head's output times sigmoid(W x + b), nearly open at the start (W = 0, b = 4); arXiv:2505.06708.
     Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from (1/2, 1/2); arXiv:2410.17897.
@@ -141,12 +144,13 @@ class Attention(nnx.Module):
         dtype = compute_dtype(config)
         self.implementation = choose_implementation(config.attention, platform(), dtype.name, h)
         self.exclusive = layer >= config.num_layers - config.xsa_layers
-        self.gated, self.mixes_values = config.attention_gate, config.value_residual
+        self.qk_norm, self.gated, self.mixes_values = config.qk_norm, config.attention_gate, config.value_residual
         self.query = nnx.Param(init.matrix(config, rngs.params(), (D, H * h)))
         self.key = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
         self.value = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
-        self.out = nnx.Param(init.zeros((H * h, D)))
-        self.q_gain = nnx.Param(config.q_gain_init * init.ones((H,)))
+        self.out = nnx.Param(init.residual_output(config, rngs, (H * h, D)))
+        if self.qk_norm:
+            self.q_gain = nnx.Param(config.q_gain_init * init.ones((H,)))
         if self.gated:
             self.gate_weight = nnx.Param(init.zeros((D, H)))
             self.gate_bias = nnx.Param(4.0 * init.ones((H,)))
@@ -171,10 +175,13 @@ class Attention(nnx.Module):
         def heads(weight: nnx.Param, count: int) -> jax.Array:
             return (x_BTD @ weight[...].astype(x_BTD.dtype)).reshape(B, T, count, -1)
 
-        rotary = (positions.cos, positions.sin)
-        q_BTHh = apply_rotary(rms_norm(heads(self.query, self.num_heads), self.norm_eps), rotary)
-        q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
-        k_BTKh = apply_rotary(rms_norm(heads(self.key, self.num_kv_heads), self.norm_eps), rotary)
+        q_BTHh, k_BTKh = heads(self.query, self.num_heads), heads(self.key, self.num_kv_heads)
+        if self.qk_norm:
+            q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
+        if positions.rotary:
+            q_BTHh, k_BTKh = apply_rotary(q_BTHh, positions.rotary), apply_rotary(k_BTKh, positions.rotary)
+        if self.qk_norm:
+            q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
         v_BTKh = heads(self.value, self.num_kv_heads)
         if added_value is not None:
             v_BTKh += added_value

@@ -5,8 +5,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model import init
-from sngpt_jax.model.layers import compute_dtype, per_channel, soft_cap
+from sngpt_jax.model import init, loss
+from sngpt_jax.model.layers import compute_dtype, per_channel
+
+
+class LearnedPositions(nnx.Module):
+    """One vector for each absolute position: `positions(T)` → [T, D] in the compute dtype. Radford et al. 2018 (GPT)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.dtype = compute_dtype(config)
+        self.table = nnx.Param(init.normal(rngs.params(), (config.max_seq_len, config.d_model), config.embed_init_std))
+
+    def __call__(self, num_positions: int) -> jax.Array:
+        return self.table[...][:num_positions].astype(self.dtype)
 
 
 class TiedEmbedding(nnx.Module):
@@ -23,9 +34,8 @@ class TiedEmbedding(nnx.Module):
         return self.table[...].astype(self.dtype)[tokens_BT]
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
-        """Soft-capped logits [B, T, V]; the product accumulates in float32 and is never rounded below it."""
-        logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, self.table[...].astype(self.dtype), preferred_element_type=jnp.float32)
-        return soft_cap(logits_BTV, self.cap)
+        """Logits [B, T, V] of what the model's `hidden` gives."""
+        return loss.logits(x_BTD, self.table[...], self.cap)
 
 
 def _previous(x: jax.Array) -> jax.Array:

@@ -108,7 +108,8 @@ class GPT(nnx.Module):
         x_BTD = rms_norm(x_BTD, config.norm_eps)
         return self.smear(x_BTD, tokens_BT) if config.smear == "after_norm" else x_BTD
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """What the head multiplies, [B, T, D]."""
         config = self.config
         chex.assert_rank(tokens_BT, 2)
         T = tokens_BT.shape[1]
@@ -133,5 +134,9 @@ class GPT(nnx.Module):
             first_value = value if i == 0 else first_value
             if i < config.num_skips:
                 skips.append(x_BTD)
+        return rms_norm(x_BTD, config.norm_eps)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = self.hidden(tokens_BT)
         with jax.named_scope("head"):
-            return self.embed.decode(rms_norm(x_BTD, config.norm_eps))
+            return self.embed.decode(x_BTD)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 
@@ -24,7 +25,19 @@ def orthogonal(key: jax.Array, shape: Shape, gain: float = 1.0) -> jax.Array:
 
 def matrix(config: ModelConfig, key: jax.Array, shape: Shape, gain: float = 1.0) -> jax.Array:
     """A matrix [in, out] that does not start at zero, by `config.matrix_init`; `gain` is the orthogonal one's."""
+    if config.matrix_init == "normal":
+        return normal(key, shape, config.matrix_init_std)
     return orthogonal(key, shape, gain) if config.matrix_init == "orthogonal" else fan_in_uniform(key, shape)
+
+
+def residual_output(config: ModelConfig, rngs: nnx.Rngs, shape: Shape) -> jax.Array:
+    """A matrix [in, out] whose output is added to the stream: zero, so that its branch is silent at step 0.
+
+    With `matrix_init` = normal it is GPT-2's instead: N(0, (std / √(2L))²), for the 2L branches that add up.
+    """
+    if config.matrix_init == "normal":
+        return normal(rngs.params(), shape, config.matrix_init_std * (2 * config.num_layers) ** -0.5)
+    return zeros(shape)
 
 
 def normal(key: jax.Array, shape: Shape, std: float) -> jax.Array:
@@ -33,7 +46,7 @@ def normal(key: jax.Array, shape: Shape, std: float) -> jax.Array:
 
 
 def zeros(shape: Shape) -> jax.Array:
-    """All zero: an output projection that starts so leaves its residual branch silent at step 0."""
+    """All zero."""
     return jnp.zeros(shape, jnp.float32)
 
 

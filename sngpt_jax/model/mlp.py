@@ -18,16 +18,21 @@ def leaky_relu2(h: jax.Array) -> jax.Array:
     return jnp.square(jax.nn.leaky_relu(h, 0.5))
 
 
-ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
+def gelu(h: jax.Array) -> jax.Array:
+    """h Φ(h) with the exact normal distribution function Φ. Hendrycks & Gimpel 2016, arXiv:1606.08415."""
+    return jax.nn.gelu(h, approximate=False)
+
+
+ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2, "gelu": gelu}
 
 
 class MLP(nnx.Module):
-    """x → activation(x W_up) W_down, no biases; W_down starts at zero."""
+    """x → activation(x W_up) W_down, no biases."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[config.mlp_activation]
         self.up = nnx.Param(init.matrix(config, rngs.params(), (config.d_model, config.mlp_dim)))
-        self.down = nnx.Param(init.zeros((config.mlp_dim, config.d_model)))
+        self.down = nnx.Param(init.residual_output(config, rngs, (config.mlp_dim, config.d_model)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = x_BTD @ self.up[...].astype(x_BTD.dtype)

@@ -18,13 +18,15 @@ from sngpt_jax.parallel import path_name
 # Whole path -> group, first match wins. Among the parameters with two axes the matrices of the blocks and those behind the
 # bigram and value tables are linear maps that Muon can orthogonalize. Tables and sets of per-channel weights are none.
 RULES: tuple[tuple[str, str], ...] = (
-    (r"embed/table", "embed"),
+    (r"(embed|positions)/table", "embed"),
     (r"(bigram|value_embed)/table", "table"),
     (r"blocks/\d+/attn/(query|key|value|out)", "matrix"),
     (r"blocks/\d+/mlp/(up|down)", "matrix"),
     (r"(bigram|value_embed)/proj", "projection"),
     (r"blocks/\d+/(attn_scale|mlp_scale|resid_mix)", "scalar"),
     (r"blocks/\d+/attn/(q_gain|gate_weight|gate_bias|value_mix)", "scalar"),
+    (r"blocks/\d+/(attn_norm|mlp_norm)|final_norm", "scalar"),
+    (r"blocks/\d+/code/bias", "code_bias"),
     (r"skip_weights|smear/gate|bigram/scale|value_embed/(scale|layer_scale)|recycle/(scale|bias)", "scalar"),
 )
 
@@ -48,6 +50,7 @@ def groups(config: OptimConfig) -> dict[str, Group]:
         "matrix": matrix,
         "projection": matrix if config.projection_rule == "muon" else scalar,
         "scalar": scalar,
+        "code_bias": Group("adam", config.scalar_lr, 0.0),  # most are seldom selected and would only decay
     }
 
 
@@ -77,17 +80,19 @@ def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
     return clipped
 
 
-def _scale_by_lr_multiplier() -> optax.GradientTransformationExtraArgs:
+def _scale_by_lr_multiplier(rule: Literal["muon", "adam"]) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
         lr_multiplier: jax.typing.ArrayLike,
+        adam_lr_multiplier: jax.typing.ArrayLike | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        return optax.tree.scale(lr_multiplier, updates), state
+        own = adam_lr_multiplier if rule == "adam" and adam_lr_multiplier is not None else lr_multiplier
+        return optax.tree.scale(own, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -96,9 +101,9 @@ def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientT
     """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract shapes.
 
     `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with `grad_clip_scope` = device it leaves
-    that to each device), applies each group's rule, and returns what `optax.apply_updates` adds. The scalar `lr_multiplier`
-    may be traced: the host computes it for each step (`schedules.step_controls`), so a schedule driven by the wall clock
-    compiles nothing anew.
+    that to each device), applies each group's rule, and returns what `optax.apply_updates` adds. The scalar `lr_multiplier`,
+    and `adam_lr_multiplier` where Adam's groups have another, may be traced: the host computes them for each step
+    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew.
     """
 
     def rule(group: Group) -> optax.GradientTransformation:
@@ -111,14 +116,15 @@ def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientT
             )
         else:
             direction = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
-        return optax.chain(direction, optax.add_decayed_weights(group.weight_decay), optax.scale(-group.lr))
+        decay, scale = optax.add_decayed_weights(group.weight_decay), optax.scale(-group.lr)
+        return optax.chain(direction, decay, scale, _scale_by_lr_multiplier(group.rule))
 
     max_norm = config.grad_clip if config.grad_clip_scope == "global" else 0.0
     clip_all = optax.stateless(lambda grads, _: clip(grads, max_norm))
     labels = label(params)
     present = set(jax.tree.leaves(labels))  # a group without members keeps no state
     by_group = optax.partition({name: rule(group) for name, group in groups(config).items() if name in present}, labels)
-    return optax.chain(clip_all, by_group, _scale_by_lr_multiplier())
+    return optax.chain(clip_all, by_group)
 
 
 # ---------------------------------------------------------------------------------------------- the table

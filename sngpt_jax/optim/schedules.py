@@ -1,8 +1,9 @@
 """How the learning rates and Muon's momentum change over a run, and when averages and the exported grid come in.
 
 `step_controls` and its `lr_multiplier` are pure functions of what the host knows before a step: the number of steps finished
-and the training seconds spent on them. All groups' learning rates are multiplied by `lr_multiplier`. It is the smaller of
-two lines, so a warmdown that begins early cuts a warmup short:
+and the training seconds spent on them. All groups' learning rates are multiplied by `lr_multiplier`, Adam's by one that ends
+at adam_final_lr_fraction where that is given. It is the smaller of two lines, so a warmdown that begins early cuts a warmup
+short:
 
   warmup     step / warmup_steps: 0 at step 0, 1 from step warmup_steps on.
   warmdown   final + (1 - final) * left, where final = final_lr_fraction and left, between 1 and 0, is the share of the
@@ -47,21 +48,27 @@ def _share_of_warmdown_left(optim: OptimConfig, train: TrainConfig, step: int, e
     return left / length if left < length else 1.0
 
 
-def _warmdown(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float) -> float:
-    final = optim.final_lr_fraction
+def _warmdown(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float, final: float | None = None) -> float:
+    final = optim.final_lr_fraction if final is None else final
     return final + (1.0 - final) * _share_of_warmdown_left(optim, train, step, elapsed_seconds)
 
 
-def lr_multiplier(optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float) -> float:
-    """The factor in [0, 1] on every learning rate of the step after `step` finished ones that took `elapsed_seconds`."""
+def lr_multiplier(
+    optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float, final: float | None = None
+) -> float:
+    """The factor in [0, 1] on the learning rates of the step after `step` finished ones that took `elapsed_seconds`.
+
+    `final` is where the warmdown ends; None: at `final_lr_fraction`.
+    """
     rise = min(step / optim.warmup_steps, 1.0) if optim.warmup_steps else 1.0
-    return min(rise, _warmdown(optim, train, step, elapsed_seconds))
+    return min(rise, _warmdown(optim, train, step, elapsed_seconds, final))
 
 
 class StepControls(NamedTuple):
     """What the host decides for one step. The step takes it traced, so that a decision compiles nothing anew."""
 
-    lr_multiplier: np.float32  # on every learning rate
+    lr_multiplier: np.float32  # on the learning rates of Muon's groups
+    adam_lr_multiplier: np.float32  # on those of Adam's
     swa: np.bool_  # whether the weights after the step are a snapshot of the mean (SWA)
     qat: np.bool_  # whether the step sees its weights on the exported grid
 
@@ -71,6 +78,7 @@ def step_controls(optim: OptimConfig, train: TrainConfig, step: int, elapsed_sec
     below = _warmdown(optim, train, step, elapsed_seconds)
     return StepControls(
         lr_multiplier=np.float32(lr_multiplier(optim, train, step, elapsed_seconds)),
+        adam_lr_multiplier=np.float32(lr_multiplier(optim, train, step, elapsed_seconds, optim.adam_final_lr_fraction)),
         swa=np.bool_(optim.swa_every > 0 and (step + 1) % optim.swa_every == 0 and below < optim.swa_below),
         qat=np.bool_(below < optim.qat_below),  # never below 0
     )

@@ -204,7 +204,8 @@ def test_a_warmup_is_no_warmdown():
 @given(run=runs(), step=st.integers(0, 10_000), elapsed=st.floats(0, 1e6))
 def test_nothing_is_averaged_or_quantized_unless_asked(run, step, elapsed):
     optim, train = run
-    assert step_controls(optim, train, step, elapsed) == (np.float32(lr_multiplier(optim, train, step, elapsed)), False, False)
+    rate = np.float32(lr_multiplier(optim, train, step, elapsed))
+    assert step_controls(optim, train, step, elapsed) == (rate, rate, False, False)
 
 
 def test_momentum():
