@@ -32,8 +32,8 @@ def encode_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """The sparse parity code of x and its reconstruction.
 
-    With the atoms v_f of `dictionary.atoms`, z_f = ⟨x - mean, v_f⟩ / max(std_f, 1e-3) and y_f = z_f + bias_f, the k_0 features of
-    level 0 with the largest y are selected, then at every further level the k with the largest y among the set of
+    With the atoms v_f of `dictionary.atoms`, z_f = ⟨x - mean, v_f⟩ / max(std_f, 1e-3) and y_f = z_f + bias_f, the k_0 features
+    of level 0 with the largest y are selected, then at every further level the k with the largest y among the set of
     children of the features just selected, equal ones by the lower id. The reconstruction is Σ c_f v_f over all selected
     features with c_f = max(y_f, 0), or max(⟨x - mean, v_f⟩ + bias_f, 0) where not `forward_standardized`. Sums are float32.
 

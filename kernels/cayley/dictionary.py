@@ -1,10 +1,10 @@
 """The dictionary of parity features: atoms, levels, and which children a feature has. Host side, numpy only.
 
-A feature is an integer f, its atom a character of F_2^n read at d = 2^t points: v_f[α] = d^(-1/2) · (-1)^popc(f & w[α]). The low
-t bits of f choose a row of the Walsh-Hadamard matrix, the higher bits a quadratic sign mask made of traces of cubes in GF(2^t).
-The masks are bent or almost bent, so that atoms are nearly orthogonal (Kerdock codes and mutually unbiased bases: Calderbank,
-Cameron, Kantor and Seidel, "Z4-Kerdock codes, orthogonal spreads, and extremal Euclidean line-sets", 1997; Gold, "Maximal
-recursive sequences with 3-valued recursive cross-correlation functions", 1968).
+A feature is an integer f, its atom a character of F_2^n read at d = 2^t points: v_f[α] = d^(-1/2) · (-1)^popc(f & w[α]).
+The low t bits of f choose a row of the Walsh-Hadamard matrix, the higher bits a quadratic sign mask, a trace of cubes in
+GF(2^t). Most masks are bent or almost bent, so that atoms are nearly orthogonal. Sources: Gold, "Maximal recursive
+sequences with 3-valued recursive cross-correlation functions" (1968); Calderbank, Cameron, Kantor and Seidel, "Z4-Kerdock
+codes, orthogonal spreads, and extremal Euclidean line-sets" (1997).
 
 Field elements are integers, bit i the coefficient of z^i, g = 2 a generator. ⊕ is XOR and popc the number of one bits.
 """

@@ -14,31 +14,25 @@ STD_FLOOR = 1e-3
 
 
 class Code(NamedTuple):
-    """The code of N tokens; A = Σk features each, level by level, within a level by descending y."""
+    """The code of N tokens; A = Σk features each, level by level, within a level by descending y, equal ones by id."""
 
     x_hat: np.ndarray  # [N, d]
     ids: np.ndarray  # int64 [N, A]
     c: np.ndarray  # [N, A]: the coefficients
 
 
-def _child_set(parent: int, levels: Levels, level: int, generators: Generators) -> set[int]:
+def scores(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n]. Divided at the end, so that equal sums give equal scores."""
+    return dictionary.signs(ids, len(x)) @ np.asarray(x, np.float64) / np.sqrt(len(x))
+
+
+def child_steps(levels: Levels, level: int, generators: Generators) -> set[int]:
+    """The u with a new part: the children of a parent f are the f ⊕ u."""
     below, (n, _, degree) = levels[level - 1][0], levels[level]
     elements = {0}
     for b in dictionary.child_generators(below, n, degree, generators):
         elements |= {u ^ b for u in elements}
-    return {parent ^ u for u in elements if u >> below}
-
-
-def _best(candidates: set[int], y: np.ndarray, k: int) -> list[int]:
-    """The k candidates with the largest y, equal ones by the lower id."""
-    return sorted(candidates, key=lambda f: (-y[f], f))[:k]
-
-
-def all_scores(x: np.ndarray, n_last: int) -> np.ndarray:
-    """⟨x, v_f⟩ for x [N, d] and every f < 2^n_last: [N, 2^n_last]."""
-    d = x.shape[-1]
-    blocks = [np.arange(start, start + d) for start in range(0, 2**n_last, d)]
-    return np.concatenate([np.asarray(x, np.float64) @ dictionary.atoms(block, d).T for block in blocks], axis=1)
+    return {u for u in elements if u >> below}
 
 
 def encode_decode(
@@ -53,20 +47,24 @@ def encode_decode(
 ) -> Code:
     """The code of x [N, d] as `kernels.cayley.encode_decode` describes it; `mean` [d], `std` and `bias` [2^n_last]."""
     x, mean, std, bias = (np.asarray(a, np.float64) for a in (x, mean, std, bias))
-    scores = all_scores(x - mean, levels[-1][0])
-    y = scores / np.maximum(std, STD_FLOOR) + bias
-    ids = []
-    for token in range(len(x)):
-        selected = _best(set(range(2 ** levels[0][0])), y[token], levels[0][1])
-        path = list(selected)
-        for level in range(1, len(levels)):
-            candidates = set().union(*(_child_set(f, levels, level, generators) for f in selected))
-            selected = _best(candidates, y[token], levels[level][1])
-            path += selected
-        ids.append(path)
-    ids = np.array(ids, np.int64).reshape(len(x), -1)
-    forwarded = y if forward_standardized else scores + bias
-    c = np.maximum(np.take_along_axis(forwarded, ids, axis=1), 0)
+    steps = [child_steps(levels, level, generators) for level in range(1, len(levels))]
+    active = sum(k for _, k, _ in levels)
+    ids, c = np.zeros((len(x), active), np.int64), np.zeros((len(x), active))
+    for token, centred in enumerate(x - mean):
+        chosen: list[tuple[float, int, float]] = []  # (-y, id, coefficient), of all levels
+        selected = chosen  # of the level before
+        candidates = set(range(2 ** levels[0][0]))
+        for level, (_, k, _) in enumerate(levels):
+            if level:
+                candidates = {parent ^ u for _, parent, _ in selected for u in steps[level - 1]}
+            f = np.array(list(candidates))
+            z = scores(centred, f)
+            y = z / np.maximum(std[f], STD_FLOOR) + bias[f]
+            coefficients = np.maximum(y if forward_standardized else z + bias[f], 0)
+            selected = sorted(zip((-y).tolist(), f.tolist(), coefficients.tolist(), strict=True))[:k]
+            chosen += selected
+        ids[token] = [f for _, f, _ in chosen]
+        c[token] = [coefficient for _, _, coefficient in chosen]
     return Code(np.einsum("na,nad->nd", c, dictionary.atoms(ids, x.shape[-1])), ids, c)
 
 
@@ -83,10 +81,7 @@ def gradients(
     return np.einsum("na,nad->nd", g, v), dbias
 
 
-def update_statistics(
-    mean: np.ndarray, std: np.ndarray, sample: np.ndarray, decay: float = 0.99
-) -> tuple[np.ndarray, np.ndarray]:
-    """The running mean [d] and standard deviations of the scores [2^n_last] after a step whose sample is [N, d]."""
-    sample = np.asarray(sample, np.float64)
-    scores = all_scores(sample, int(np.log2(len(std))))
-    return decay * mean + (1 - decay) * sample.mean(0), decay * std + (1 - decay) * scores.std(0)
+def update_statistics(mean: np.ndarray, std: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The running mean [d] and standard deviations of the scores [2^n_last] after a step whose sample of inputs is [N, d]."""
+    everything = np.array([scores(x, np.arange(len(std))) for x in sample])
+    return 0.99 * mean + 0.01 * np.mean(sample, 0, np.float64), 0.99 * std + 0.01 * everything.std(0)

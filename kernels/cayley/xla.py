@@ -1,12 +1,12 @@
-"""The operation in plain jax: any accelerator and the CPU.
+"""The operation in plain jax: any accelerator and the CPU. The definition is in `reference`.
 
-How it computes (the definition is in `reference`): level 0 is one Walsh-Hadamard transform. Parents of later levels fall into
-groups with the same children (`dictionary.children`), and the scores of one group's children are a product of x, its signs flipped
-by the group's representative, with a ±1 matrix that all groups share: v_{f⊕u} = √d · v_f · v_u, elementwise. x itself is scored and
-the mean enters through the offsets, y_f = ⟨x, v_f⟩/σ_f + (b_f - ⟨m, v_f⟩/σ_f): products of a bfloat16 x with ±1 are exact.
+Level 0 is one Walsh-Hadamard transform. The parents of later levels fall into groups with the same children
+(`dictionary.children`). The scores of a group's children are a product of x, its signs flipped by the group's
+representative, with a ±1 matrix that all groups share, because v_{f⊕u} = √d · v_f · v_u elementwise. x itself is scored and
+the mean enters through offsets, y_f = ⟨x, v_f⟩/σ_f + (b_f - ⟨m, v_f⟩/σ_f): the products of a bfloat16 x with ±1 are exact.
 
-Tokens are processed in chunks; beside the tables [2^n_last] memory is that of one chunk's candidates. Legend: C tokens of a chunk,
-k parents, A active features of all levels, d width.
+Tokens are processed in chunks: beside tables [2^n_last] the memory is that of one chunk's candidates. Legend: C tokens of a
+chunk, k selected of a level, A of all levels, d width, F = 2^n_last features.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,9 @@ ACTIVE_BIT = 30  # of a saved id: c > 0
 EXACT = lax.Precision.HIGHEST  # of float32 products with ±1; a GPU's default rounds the float32 to TF32
 
 
-def encode_chunks(rows: int, bytes_per_row: int, budget: int) -> tuple[int, int]:
-    """(chunks, rows of each) that cover `rows` in the fewest chunks within the budget, as evenly as possible."""
-    chunks = -(-rows // max(1, budget // bytes_per_row))
+def _chunks(rows: int, bytes_per_row: int, budget: int) -> tuple[int, int]:
+    """(chunks, rows of each): the fewest chunks within the budget, at least one, as even as possible."""
+    chunks = max(1, -(-rows // max(1, budget // bytes_per_row)))
     return chunks, -(-rows // chunks)
 
 
@@ -39,9 +39,7 @@ def _map_rows(function: Callable, arrays: tuple[jax.Array, ...], bytes_per_row: 
 
     def run(budget: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         rows = arrays[0].shape[0]
-        if rows == 0:
-            return function(*arrays)
-        chunks, size = encode_chunks(rows, bytes_per_row, budget)
+        chunks, size = _chunks(rows, bytes_per_row, budget)
         if chunks == 1:
             return function(*arrays)
         missing = chunks * size - rows  # the padding repeats the last row
@@ -79,7 +77,7 @@ def _high_signs(d: int, n_last: int) -> jax.Array:
 
 
 def all_scores(x: jax.Array, n_last: int) -> jax.Array:
-    """⟨x, v_f⟩ for every f < 2^n_last: x [..., d] → float32 [..., 2^n_last]. For a few vectors; memory is that of the result."""
+    """⟨x, v_f⟩ for every f < 2^n_last: x [..., d] → float32 [..., 2^n_last]. For a few vectors: nothing is chunked."""
     d = x.shape[-1]
     high = _high_signs(d, n_last).reshape((1,) * (x.ndim - 1) + (-1, d))
     flipped = x.astype(jnp.float32)[..., None, :] * high
@@ -94,11 +92,13 @@ def sum_squared_scores(x: jax.Array, n_last: int) -> jax.Array:
 
 
 def _score_at(x: jax.Array, atom_signs: jax.Array) -> jax.Array:
+    """⟨x, v⟩: x [C, d], signs of atoms [C, A, d] → float32 [C, A]."""
     d = x.shape[-1]
     return jnp.einsum("cd,cad->ca", x.astype(jnp.float32), atom_signs, precision=EXACT) / np.float32(np.sqrt(d))
 
 
 def _combine(coefficients: jax.Array, atom_signs: jax.Array) -> jax.Array:
+    """Σ coefficient · v: coefficients [C, A], signs of atoms [C, A, d] → float32 [C, d]."""
     d = atom_signs.shape[-1]
     return jnp.einsum("ca,cad->cd", coefficients / np.float32(np.sqrt(d)), atom_signs, precision=EXACT)
 
@@ -146,14 +146,14 @@ def _select(
     """The k largest of y [C, N] in each row, equal ones by the lower id: their values and positions [C, k].
 
     A NaN counts as +inf and is returned as that; positions that are not allowed are never taken. `top_k` prefers the lower
-    position among equals. Where that left out one equal to the last taken (seldom: the rows of a chunk are only then looked at
-    again), the equal ones with the lowest of ids() [C, N] are taken instead.
+    position among equals. Where that leaves out one equal to the last taken, which is rare, the rows of the chunk are looked
+    at again and the equals with the lowest of ids() [C, N] are taken.
     """
     keys = jnp.maximum(jnp.where(jnp.isnan(y), jnp.inf, y), jnp.finfo(jnp.float32).min)
     if allowed is not None:
         keys = jnp.where(allowed, keys, -jnp.inf)
     values, positions = lax.top_k(keys, k)
-    last = values[:, -1:]
+    last = jnp.min(values, axis=1, keepdims=True)  # by a slice the CPU's compiler would no longer see a top_k, but sort
     tied = jnp.any(jnp.sum(keys == last, axis=1) > jnp.sum(values == last, axis=1))
 
     def by_id() -> jax.Array:
@@ -170,30 +170,25 @@ def _encode_chunk(
     """x [C, d] → (x_hat [C, d], ids [C, A], c > 0 [C, A])."""
     rows, d = x.shape
     sums = hadamard(x)
-    y, ids = _select(
-        sums * tables.scale[None, :d] + tables.offset[None, :d],
-        levels[0][1],
-        lambda: jnp.broadcast_to(jnp.arange(d, dtype=jnp.int32), (rows, d)),
-    )
+    y = sums * tables.scale[None, :d] + tables.offset[None, :d]
+    y, ids = _select(y, levels[0][1], lambda: jnp.broadcast_to(jnp.arange(d, dtype=jnp.int32), (rows, d)))
     all_ids, all_y, all_sums = [ids], [y], [jnp.take_along_axis(sums, ids, axis=1)]
     for level in range(1, len(levels)):
         table = dictionary.children(levels, generators, level)
         representatives, steps = jnp.asarray(table.representatives), jnp.asarray(table.steps)
         child_ids = representatives[:, None] ^ steps[None, :]  # [groups, members]
         groups = jnp.asarray(table.group_of_parent)[ids]  # [C, k]
-        same = groups[:, :, None] == groups[:, None, :]
-        first = jnp.argmax(same, axis=2) == jnp.arange(groups.shape[1])[None]  # [C, k]: no parent before has that group
+        earlier = np.tri(groups.shape[1], k=-1, dtype=bool)[None]
+        repeated = jnp.any((groups[:, :, None] == groups[:, None, :]) & earlier, axis=2)  # [C, k], of one before
+
         flipped = x[:, None, :] * signs(representatives[groups], d, x.dtype)
         matrix = jnp.asarray(dictionary.signs(table.steps, d).T, x.dtype)
         sums = jnp.einsum("ckd,dm->ckm", flipped, matrix, precision=EXACT, preferred_element_type=jnp.float32)
         y = sums * tables.scale[child_ids][groups] + tables.offset[child_ids][groups]
-        allowed = jnp.broadcast_to(first[:, :, None], y.shape)
-        y, positions = _select(
-            y.reshape(rows, -1),
-            levels[level][1],
-            lambda child_ids=child_ids, groups=groups: child_ids[groups].reshape(rows, -1),
-            allowed.reshape(rows, -1),
-        )
+        allowed = jnp.broadcast_to(~repeated[:, :, None], y.shape)
+
+        candidates = partial(_candidate_ids, child_ids, groups)
+        y, positions = _select(y.reshape(rows, -1), levels[level][1], candidates, allowed.reshape(rows, -1))
         parent, member = jnp.divmod(positions, len(table.steps))
         ids = representatives[jnp.take_along_axis(groups, parent, axis=1)] ^ steps[member]
         all_ids.append(ids)
@@ -204,6 +199,11 @@ def _encode_chunk(
         c = jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids]
     c = jnp.maximum(c, 0)
     return _combine(c, signs(ids, d)).astype(x.dtype), ids, c > 0
+
+
+def _candidate_ids(child_ids: jax.Array, groups: jax.Array) -> jax.Array:
+    """child_ids [groups, members] of groups [C, k]: [C, k · members]."""
+    return child_ids[groups].reshape(groups.shape[0], -1)
 
 
 def _bytes_per_token(levels: Levels, d: int, itemsize: int, generators: Generators) -> int:

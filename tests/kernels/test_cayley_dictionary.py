@@ -1,0 +1,197 @@
+"""The dictionary against algebra and against sums done the long way."""
+
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.cayley import dictionary, reference
+
+SMALL = ((10, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 1024
+LARGE = ((11, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 2048
+TINY = ((7, 8, 0), (10, 16, 32), (12, 32, 32))  # d = 128
+
+
+def prime_factors(n: int) -> set[int]:
+    factors, p = set(), 2
+    while p * p <= n:
+        while n % p == 0:
+            factors.add(p)
+            n //= p
+        p += 1
+    return factors | ({n} if n > 1 else set())
+
+
+@pytest.mark.parametrize("t", range(2, 19))
+def test_polynomials_are_primitive(t: int) -> None:
+    order = 2**t - 1
+    assert dictionary.PRIMITIVE_POLYNOMIALS[t].bit_length() == t + 1
+    assert dictionary.power(2, order, t) == 1
+    assert all(dictionary.power(2, order // p, t) != 1 for p in prime_factors(order))
+
+
+def test_field_against_polynomial_division() -> None:
+    t, modulus = 6, dictionary.PRIMITIVE_POLYNOMIALS[6]
+    for a, b in itertools.product(range(2**t), repeat=2):
+        product = 0
+        for i in range(t):
+            product ^= (a << i) * (b >> i & 1)
+        for i in reversed(range(t, 2 * t)):
+            if product >> i & 1:
+                product ^= modulus << (i - t)
+        assert dictionary.multiply(a, b, t) == product
+
+
+@pytest.mark.parametrize("t", [3, 4, 10])
+def test_trace_is_linear_balanced_and_frobenius_invariant(t: int) -> None:
+    elements = np.arange(2**t)
+    trace = dictionary.trace(elements, t)
+    assert set(trace) == {0, 1} and trace.sum() == 2 ** (t - 1)
+    assert (dictionary.trace(elements ^ 5, t) == trace ^ dictionary.trace(5, t)).all()
+    assert (dictionary.trace(dictionary.multiply(elements, elements, t), t) == trace).all()
+
+
+def test_mask_basis_at_1024() -> None:
+    """Five elements g·s^i and five of the subfield GF(2^5) together span GF(2^10)."""
+    basis = dictionary.mask_basis(10)
+    assert len(np.unique(dictionary.span(basis))) == 2**10
+    assert all(dictionary.power(m, 2**5, 10) == m for m in basis[5:])  # x^32 = x there
+    assert all(dictionary.power(m, 2**5, 10) != m for m in basis[:5])
+
+
+@pytest.mark.parametrize("d", [4, 8, 64, 128])
+def test_atoms_of_a_coset_of_the_masks_are_an_orthonormal_basis(d: int) -> None:
+    for mask in range(0, d * d, d)[:8]:
+        basis = dictionary.atoms(mask + np.arange(d), d)
+        np.testing.assert_allclose(basis @ basis.T, np.eye(d), atol=1e-12)
+
+
+def test_first_level_is_the_walsh_hadamard_matrix() -> None:
+    matrix = np.ones((1, 1))
+    while len(matrix) < 16:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    np.testing.assert_array_equal(dictionary.atoms(np.arange(16), 16), matrix / 4)
+
+
+def test_levels_0_and_1_at_1024_are_32_mutually_unbiased_bases() -> None:
+    products = np.abs(dictionary.inner_products(1024, 15))
+    assert set(products[1:1024]) == {0}  # f ⊕ f' without a mask: inside one basis
+    assert set(products[1024:]) == {1 / 32}
+    basis = dictionary.atoms(7 * 1024 + np.arange(1024), 1024)
+    other = dictionary.atoms(29 * 1024 + np.arange(0, 1024, 8), 1024)
+    np.testing.assert_allclose(np.abs(basis @ other.T), 1 / 32, atol=1e-12)
+
+
+def test_coherence() -> None:
+    assert dictionary.coherence(1024, 15) == 1 / 32
+    assert dictionary.coherence(1024, 17) == 1 / 16
+    assert dictionary.coherence(2048, 17) == 1 / 32
+
+
+def test_masks_of_level_2_that_are_not_bent() -> None:
+    products = np.abs(dictionary.inner_products(1024, 17)).reshape(128, 1024)
+    assert np.count_nonzero(products[32:].max(1) > 1 / 32) == 33
+
+
+@given(st.integers(0, 2**17 - 1), st.integers(0, 2**17 - 1), st.integers(0, 2**17 - 1))
+def test_inner_products_depend_on_the_sum_of_the_ids_alone(f: int, g: int, shift: int) -> None:
+    a, b, c, e = dictionary.atoms(np.array([f, g, f ^ shift, g ^ shift]), 1024)
+    np.testing.assert_allclose([a @ b, c @ e], inner_products()[f ^ g], atol=1e-12)
+
+
+@functools.cache
+def inner_products() -> np.ndarray:
+    return dictionary.inner_products(1024, 17)
+
+
+def test_reachable_counts() -> None:
+    assert [dictionary.reachable(SMALL, level) for level in range(3)] == [1024, 31744, 98304]
+    assert [dictionary.reachable(LARGE, level) for level in range(3)] == [2048, 30720, 98304]
+
+
+@pytest.mark.parametrize(("levels", "generators"), [(SMALL, "spread"), (LARGE, "spread"), (TINY, "spread"), (SMALL, "prefix")])
+def test_every_id_has_the_possible_parents_that_the_definition_states(levels: dictionary.Levels, generators: str) -> None:
+    for level in (1, 2):
+        parents = np.array(dictionary.level_range(levels, level - 1))
+        own = dictionary.level_range(levels, level)
+        steps = np.array(sorted(reference.child_steps(levels, level, generators)))
+        counts = np.zeros(own.stop, np.int64)
+        for u in steps:
+            counts[parents ^ u] += 1  # distinct ids for distinct parents
+        assert not counts[: own.start].any()
+        counts = counts[own.start :]
+        assert counts.sum() == len(parents) * len(steps)
+        if generators == "prefix":  # a tree over all lower ids: those below the parents' own have no children here
+            assert (len(steps), set(counts)) == ((31, {1}), (3, {0, 1}))[level - 1]
+        elif level == 1:
+            assert (len(steps), set(counts)) == {SMALL: (248, {8}), LARGE: (240, {16}), TINY: (28, {4})}[levels]
+        else:
+            fewest, most = {SMALL: (56, 64), LARGE: (56, 64), TINY: (6, 8)}[levels]
+            assert len(steps) == (24 if levels is TINY else 192) and (counts.min(), counts.max()) == (fewest, most)
+        assert np.count_nonzero(counts) == dictionary.reachable(levels, level, generators)
+
+
+@pytest.mark.parametrize("generators", ["spread", "prefix"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_groups_of_parents_are_the_parents_with_equal_child_sets(level: int, generators: str) -> None:
+    steps = reference.child_steps(TINY, level, generators)
+    table = dictionary.children(TINY, generators, level)
+    naive = [frozenset(f ^ u for u in steps) for f in range(2 ** TINY[level - 1][0])]
+    grouped = [frozenset((r ^ table.steps).tolist()) for r in table.representatives]
+    assert [grouped[g] for g in table.group_of_parent] == naive
+    assert sum(map(len, grouped)) == len(frozenset().union(*grouped))  # no two have a child in common
+    sizes = np.bincount([table.group_of_parent[f] for f in dictionary.level_range(TINY, level - 1)])
+    assert table.most_parents.tolist() == sorted(np.pad(sizes, (0, len(grouped) - len(sizes))).tolist(), reverse=True)
+
+
+def test_fewest_candidates_is_that_of_the_worst_parents() -> None:
+    table = dictionary.children(SMALL, "spread", 1)
+    assert [table.fewest_candidates(n) for n in (1, 8, 9, 16)] == [248, 248, 496, 496]
+    group = np.flatnonzero(table.group_of_parent == 3)
+    steps = reference.child_steps(SMALL, 1, "spread")
+    assert len(group) == 8 and len({int(f) ^ u for f in group for u in steps}) == 248
+
+
+@pytest.mark.parametrize(
+    ("levels", "d", "complaint"),
+    [
+        (((9, 4, 0),), 1024, "n = 9; with width 1024 it must be log2(1024) = 10"),
+        (((10, 4, 0),), 1000, "power of two from 4 to 2^18, got 1000"),
+        (((1, 1, 0),), 2, "power of two from 4 to 2^18, got 2"),
+        (((19, 4, 0),), 2**19, "power of two from 4 to 2^18, got 524288"),
+        (((10, 4, 0), (10, 4, 32)), 1024, "must exceed the n = 10"),
+        (((5, 4, 0), (8, 4, 8), (11, 4, 8)), 32, "with width 32 at most 10"),
+        (((10, 4, 0), (19, 4, 512), (20, 4, 16)), 1024, "field of 2^19"),
+        (((10, 4, 2),), 1024, "degree 2; it has no parents"),
+        (((10, 4, 0), (15, 4, 48)), 1024, "degree 48; it must be a power of two"),
+        (((10, 4, 0), (15, 4, 16)), 1024, "degree 16; its 5 new bits need at least 32"),
+        (((3, 4, 0), (4, 4, 64)), 8, "not independent"),
+        (((10, 0, 0),), 1024, "k = 0; expected 1 to 1024"),
+        (((10, 1025, 0),), 1024, "k = 1025; expected 1 to 1024"),
+        (((10, 8, 0), (15, 249, 256)), 1024, "level 1 has k = 249; expected 1 to 248"),
+        ((), 1024, "at least one"),
+        (((10, 8),), 1024, "at least one"),
+    ],
+)
+def test_impossible_levels(levels: dictionary.Levels, d: int, complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)) as error:
+        dictionary.check_levels(levels, d)
+    assert "\n" not in str(error.value)
+
+
+def test_levels_of_the_published_models_are_possible() -> None:
+    for levels, d in ((SMALL, 1024), (SMALL[:2], 1024), (SMALL[:1], 1024), (LARGE, 2048), (LARGE[:2], 2048), (TINY, 128)):
+        dictionary.check_levels(levels, d)
+        dictionary.check_levels(levels, d, "prefix")
+
+
+def test_degree_does_not_bind_prefix_children() -> None:
+    dictionary.check_levels(((10, 16, 0), (15, 32, 3)), 1024, "prefix")
+    with pytest.raises(ValueError, match="k = 497; expected 1 to 496"):
+        dictionary.check_levels(((10, 16, 0), (15, 497, 256)), 1024, "prefix")
+    with pytest.raises(ValueError, match='"spread" or "prefix"'):
+        dictionary.check_levels(((10, 16, 0),), 1024, "random")
