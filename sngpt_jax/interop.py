@@ -138,7 +138,9 @@ def _problems(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]])
 
 
 def _abstract(config: ModelConfig) -> GPT:
-    """The model with shapes for its parameters."""
+    """The model with shapes for its parameters. Raises `InteropError` where none of the scripts has such a model."""
+    if config.family != "compact":
+        raise InteropError(f"model.family = {config.family}: the scripts' checkpoints are of the compact family")
     return nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(params=jax.random.key(0))))
 
 

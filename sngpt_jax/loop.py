@@ -19,6 +19,7 @@ from sngpt_jax.console import Console, progress_reporter
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Score, score_stream
+from sngpt_jax.evaluation.health import make_health_step, score_health
 from sngpt_jax.metrics import MetricsWriter, StepMeter
 from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls, step_controls
@@ -93,6 +94,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.eval_step = make_eval_step(self.config.model, self.mesh)
+        if self.config.model.levels and self.config.eval.health_tokens:
+            self.health_step = make_health_step(self.config.model, self.mesh)
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
         self.announced: set[str] = set()  # what has been said once
@@ -187,13 +190,7 @@ class Run:
 
     def score(self, variables: Variables) -> Score:
         """The score of `variables` on the validation stream; raises `Stopped` on a signal."""
-        config, report = self.config, progress_reporter("validation")
-
-        def progress(done: int, total: int) -> None:
-            if self.signals.received:
-                raise Stopped
-            report(done, total)
-
+        config = self.config
         return score_stream(
             variables,
             self.eval_step,
@@ -203,8 +200,19 @@ class Run:
             seq_len=config.data.seq_len,
             device_batch_tokens=config.eval.device_batch_tokens,
             max_tokens=config.eval.tokens,
-            progress=progress,
+            progress=self.stoppable("validation"),
         )
+
+    def stoppable(self, what: str) -> Callable[[int, int], None]:
+        """Reports the progress of `what`, done and total, and raises `Stopped` once a signal has asked for it."""
+        report = progress_reporter(what)
+
+        def progress(done: int, total: int) -> None:
+            if self.signals.received:
+                raise Stopped
+            report(done, total)
+
+        return progress
 
     def validate(self) -> None:
         """Scores the validation stream with the parameters as they are, and logs it; a score that is there already stands."""
@@ -218,6 +226,8 @@ class Run:
         record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb, "val_seconds": seconds}
         self.writer.write(record)
         self.console.validation(record)
+        if self.config.model.levels and self.config.eval.health_tokens:
+            self.log_health()
         best = self.position.best_val_loss
         latest = Validation(self.done, score.loss, score.bpb, score.tokens)
         self.position = replace(
@@ -226,6 +236,21 @@ class Run:
             best_val_loss=score.loss if best is None else min(best, score.loss),
             latest=latest,
         )
+
+    def log_health(self) -> None:
+        """Measures and logs the health of the sparse codes, on the start of the validation stream."""
+        start = time.perf_counter()
+        health = score_health(
+            self.config,
+            self.state.variables(),
+            self.health_step,
+            self.data.val,
+            self.mesh,
+            step=self.done,
+            progress=self.stoppable("code"),
+        )
+        self.writer.write({"step": self.done, **health.record(), "code/seconds": time.perf_counter() - start})
+        self.console.print(health.line())
 
     def save(self) -> None:
         """Begins to save the state as of the last step."""

@@ -77,7 +77,20 @@ def test_names_of_runs(tmp_path):
         ("model", {"num_layers": 0}, ["model.num_layers = 0"]),
         ("model", {"max_seq_len": 512}, ["data.seq_len = 1024", "model.max_seq_len = 512"]),
         ("model", {"norm_eps": float("nan")}, ["model.norm_eps"]),
-        ("model", {"logit_soft_cap": 0.0}, ["model.logit_soft_cap"]),
+        ("model", {"rope_base": 0.0}, ["model.rope_base"]),
+        ("model", {"levels": "9,4,0"}, ["model.levels", "model.family = compact"]),
+        ("model", {"positions": "learned"}, ["model.positions", "model.family = compact"]),
+        ("model", {"family": "pre_norm", "smear": "after_norm"}, ["model.smear", "model.family = pre_norm"]),
+        ("model", {"family": "pre_norm", "levels": "9,4"}, ["model.levels = '9,4'", "n,k,degree"]),
+        ("model", {"family": "pre_norm", "levels": "9,4,0;"}, ["model.levels", "n,k,degree"]),
+        ("model", {"family": "pre_norm", "levels": "10,4,0"}, ["model.levels", "model.d_model = 512", "n = 10"]),
+        ("model", {"family": "pre_norm", "levels": "9,600,0"}, ["model.levels", "k = 600"]),
+        ("model", {"family": "pre_norm", "levels": "9,16,0;12,32,24"}, ["model.levels", "degree 24"]),
+        ("model", {"family": "pre_norm", "levels": "9,16,0;19,32,1024"}, ["model.levels", "n = 19"]),
+        ("model", {"family": "pre_norm", "positions": "learned", "rope_dims": 16}, ["model.rope_dims", "model.positions"]),
+        ("model", {"matrix_init_std": -0.1}, ["model.matrix_init_std"]),
+        ("optim", {"adam_final_lr_fraction": 1.5}, ["optim.adam_final_lr_fraction = 1.5"]),
+        ("train", {"fsdp": 0}, ["train.fsdp = 0"]),
         ("model", {"attention": "cudnn", "compute_dtype": "float32"}, ["model.attention", "model.compute_dtype"]),
         ("data", {"batch_tokens": 524_289}, ["data.batch_tokens = 524289", "data.slices", "data.seq_len"]),
         ("train", {"device_batch_tokens": 512}, ["train.device_batch_tokens = 512", "data.seq_len = 1024"]),
@@ -101,6 +114,21 @@ def test_an_impossible_combination_names_its_fields(section, fields, named):
         validate(changed(section, **fields))
     assert all(name in str(error.value) for name in named)
     assert "\n" not in str(error.value)
+
+
+def test_levels_take_the_string_form():
+    config = parse("--config", "cayley_small_3l", "--model.levels", "10,16,0;15,32,256")
+    assert config.model == load("cayley_small_2l").model
+    assert config.model.cayley_levels == ((10, 16, 0), (15, 32, 256))
+    assert parse("--config", "cayley_small_3l", "--model.levels", "").model == load("cayley_small_dense").model
+
+
+def test_the_small_sparse_models_differ_in_their_levels_alone():
+    small = load("cayley_small_3l")
+    for name in ("cayley_small_2l", "cayley_small_dense"):
+        assert [line.split(":")[0] for line in differences(small, load(name))] == ["model.levels"]
+    changed = [line.split(":")[0] for line in differences(small, load("cayley_small_1l"))]
+    assert changed == ["model.levels", "train.steps"]
 
 
 def test_all_problems_are_named_at_once():

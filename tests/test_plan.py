@@ -13,10 +13,39 @@ from sngpt_jax.recipe import load
 from sngpt_jax.step import abstract_state, forward, init_state
 
 
+def parameter_groups(parameters):
+    return {name: count for name, count in parameters.items() if name not in ("total", "backbone")}
+
+
+# The cards' sizes: positions and the biases of the codes are left out of the small ones', positions are in the large ones'
+CAYLEY = {
+    "cayley_small_3l": (202_531_840, 1024 * 1024, 12 * 2**17),
+    "cayley_small_2l": (202_531_840, 1024 * 1024, 12 * 2**15),
+    "cayley_small_1l": (202_531_840, 1024 * 1024, 12 * 2**10),
+    "cayley_small_dense": (202_531_840, 1024 * 1024, 0),
+    "cayley_large_3l": (1_313_083_392 - 1024 * 2048, 1024 * 2048, 24 * 2**17),
+    "cayley_large_2l": (1_313_083_392 - 1024 * 2048, 1024 * 2048, 24 * 2**15),
+}
+
+
+@pytest.mark.parametrize("name", CAYLEY)
+def test_sizes_of_the_sparse_models(name):
+    totals = plan.make_plan(load(name))
+    parameters = totals["parameters"]
+    backbone, positions, sae_bias = CAYLEY[name]
+    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (backbone, positions, sae_bias)
+    assert parameters["total"] == backbone + positions + sae_bias == sum(parameter_groups(parameters).values())
+    assert totals["bytes"]["statistics"] == (
+        2 * 4 * sae_bias + (4 * positions // 1024) * (12 if positions == 2**20 else 24)
+    ) * bool(sae_bias)
+    assert totals["tokens"]["step"] == 1_572_864
+
+
 def test_baseline_counts():
     totals = plan.make_plan(load("golf_baseline"))
     parameters = totals["parameters"]
-    assert parameters["total"] == sum(count for name, count in parameters.items() if name != "total") == 17_059_912
+    assert parameters["total"] == sum(parameter_groups(parameters).values()) == 17_059_912
+    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (17_059_912, 0, 0)
     assert parameters["embed"] == 1024 * 512
     assert parameters["mlp"] == 9 * 2 * 512 * 1024
     assert totals["bytes"]["parameters"] == 4 * 17_059_912

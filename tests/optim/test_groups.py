@@ -39,7 +39,10 @@ def every_shape():
     """A model of one layer with every parameter that there can be."""
     tree = shapes(layers=1)
     tree["blocks"]["0"]["attn"] |= {"gate_weight": (D, H), "gate_bias": (H,), "value_mix": (2,)}
+    tree["blocks"]["0"] |= {"attn_norm": (D,), "mlp_norm": (D,), "code": {"bias": (64,)}}
     return tree | {
+        "positions": {"table": (8, D)},
+        "final_norm": (D,),
         "bigram": {"table": (BUCKETS, DIM), "proj": (DIM, D), "scale": ()},
         "value_embed": {"table": (V, DIM), "proj": (DIM, KV), "scale": (), "layer_scale": (2,)},
         "recycle": {"scale": (2, D), "bias": (2, D)},
@@ -49,14 +52,16 @@ def every_shape():
 
 
 MEMBERS = {
-    "embed": ["embed/table"],
+    "embed": ["embed/table", "positions/table"],
     "table": ["bigram/table", "value_embed/table"],
     "matrix": [f"blocks/0/attn/{name}" for name in ("query", "key", "value", "out")] + ["blocks/0/mlp/up", "blocks/0/mlp/down"],
     "projection": ["bigram/proj", "value_embed/proj"],
     "scalar": [f"blocks/0/attn/{name}" for name in ("q_gain", "gate_weight", "gate_bias", "value_mix")]
     + [f"blocks/0/{name}" for name in ("attn_scale", "mlp_scale", "resid_mix")]
     + ["bigram/scale", "value_embed/scale", "value_embed/layer_scale", "recycle/scale", "recycle/bias"]
-    + ["smear/gate", "skip_weights"],
+    + ["smear/gate", "skip_weights"]
+    + ["blocks/0/attn_norm", "blocks/0/mlp_norm", "final_norm"],
+    "code_bias": ["blocks/0/code/bias"],
 }
 
 
@@ -127,7 +132,7 @@ MULTIPLIERS = (1.0, 0.5, 0.25)
 GRAD_SCALES = (1.0, 0.01, 1.0)  # clipped (norm about 57), left alone, clipped
 
 
-def numpy_trajectory(config, params, grads_of_step, multipliers):
+def numpy_trajectory(config, params, grads_of_step, multipliers, adam_multipliers):
     """The documented rules, written out in float64."""
     adam, decay_muon, decay_adam = "adam", config.muon_weight_decay, config.adam_weight_decay
     settings = {
@@ -136,6 +141,7 @@ def numpy_trajectory(config, params, grads_of_step, multipliers):
         "matrix": ("muon", config.muon_lr, decay_muon),
         "projection": ("muon", config.muon_lr, decay_muon),
         "scalar": (adam, config.scalar_lr, decay_adam),
+        "code_bias": (adam, config.scalar_lr, 0.0),
     }
     if config.projection_rule == adam:
         settings["projection"] = settings["scalar"]
@@ -144,7 +150,7 @@ def numpy_trajectory(config, params, grads_of_step, multipliers):
     w = {name: np.asarray(p, np.float64) for name, p in by_path(params).items()}
     m = {name: np.zeros_like(p) for name, p in w.items()}
     v = {name: np.zeros_like(p) for name, p in w.items()}
-    for t, multiplier in enumerate(multipliers):
+    for t, (multiplier, adam_multiplier) in enumerate(zip(multipliers, adam_multipliers, strict=True)):
         g = {name: np.asarray(x, np.float64) for name, x in by_path(grads_of_step(t)).items()}
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
         if clips and norm > config.grad_clip:
@@ -168,7 +174,7 @@ def numpy_trajectory(config, params, grads_of_step, multipliers):
                 v[name] = b2 * v[name] + (1 - b2) * g[name] ** 2
                 m_hat, v_hat = m[name] / (1 - b1 ** (t + 1)), v[name] / (1 - b2 ** (t + 1))
                 u = m_hat / (np.sqrt(v_hat) + config.adam_eps)
-            rate = lr * multiplier
+            rate = lr * (multiplier if rule == "muon" else adam_multiplier)
             w[name] = (1 - rate * decay) * w[name] - rate * u
     return w
 
@@ -178,7 +184,8 @@ OTHER_RULES = {"projection_rule": "adam", "grad_clip_scope": "device"}
 
 
 @pytest.mark.parametrize("changes", [{}, NO_EXTRAS, OTHER_RULES])
-def test_three_steps_of_every_group(changes):
+@pytest.mark.parametrize("adam_multipliers", [None, (0.75, 0.125, 1.0)])
+def test_three_steps_of_every_group(changes, adam_multipliers):
     config = dataclasses.replace(CONFIG, **changes)
     start = params = random(0, tree=every_shape())
 
@@ -189,17 +196,18 @@ def test_three_steps_of_every_group(changes):
     traces = []
 
     @jax.jit
-    def step(params, state, grads, multiplier):
+    def step(params, state, grads, multiplier, **rates):
         traces.append(None)
-        updates, state = optimizer.update(grads, state, params, lr_multiplier=multiplier)
+        updates, state = optimizer.update(grads, state, params, lr_multiplier=multiplier, **rates)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
     for t, multiplier in enumerate(MULTIPLIERS):
-        params, state = step(params, state, grads_of_step(t), jnp.float32(multiplier))
+        rates = {"adam_lr_multiplier": jnp.float32(adam_multipliers[t])} if adam_multipliers else {}
+        params, state = step(params, state, grads_of_step(t), jnp.float32(multiplier), **rates)
     assert len(traces) == 1  # a new multiplier compiles nothing anew
 
-    expected = numpy_trajectory(config, start, grads_of_step, MULTIPLIERS)
+    expected = numpy_trajectory(config, start, grads_of_step, MULTIPLIERS, adam_multipliers or MULTIPLIERS)
     for name, actual in by_path(params).items():
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected[name], atol=2e-5, err_msg=name)
@@ -284,8 +292,9 @@ def test_groups_of_the_published_systems(recipe):
     optim, expected = load(recipe).optim, SYSTEMS[recipe]
     rows = groups.describe(optim, as_abstract(every_shape()))
     group_of = {name.replace("blocks/0", "blocks/*"): group for group, names in MEMBERS.items() for name in names}
+    expected = {**expected, "code_bias": (*expected["scalar"][:2], 0.0)}
     assert {row.path: (row.rule, row.lr, row.weight_decay) for row in rows} == {p: expected[g] for p, g in group_of.items()}
-    assert list(dict.fromkeys(row.group for row in rows)) == ["embed", "table", "matrix", "projection", "scalar"]
+    assert list(dict.fromkeys(row.group for row in rows)) == list(expected)
     assert (optim.muon_momentum_start, optim.muon_momentum, optim.muon_momentum_warmup_steps) == (0.92, 0.99, 1500)
     assert (optim.adam_b1, optim.adam_b2, optim.adam_eps, optim.grad_clip) == (0.9, 0.95, 1e-8, 0.3)
 

@@ -189,7 +189,7 @@ def test_controls_by_steps():
 
 def test_controls_are_numpy_scalars():
     controls = step_controls(wall_clock(warmdown_steps=1200, swa_every=50), CAP, 11_400, 570.0)
-    assert [type(value) for value in controls] == [np.float32, np.bool_, np.bool_]
+    assert [type(value) for value in controls] == [np.float32, np.float32, np.bool_, np.bool_]
 
 
 def test_a_warmup_is_no_warmdown():
@@ -206,6 +206,23 @@ def test_nothing_is_averaged_or_quantized_unless_asked(run, step, elapsed):
     optim, train = run
     rate = np.float32(lr_multiplier(optim, train, step, elapsed))
     assert step_controls(optim, train, step, elapsed) == (rate, rate, False, False)
+
+
+def test_the_rates_of_the_sparse_models():
+    """Linear from 0 over 200 steps, flat to step 1272, then linear to the end; one line for both rules, or two."""
+    small, large = load("cayley_small_3l"), load("cayley_large_2l")
+
+    def rates(config, step):
+        c = step_controls(config.optim, config.train, step, 0.0)
+        o = config.optim
+        return [c.lr_multiplier * o.muon_lr, *(c.adam_lr_multiplier * lr for lr in (o.embed_lr, o.scalar_lr))]
+
+    last, middle = small.train.steps, (1271.6 + 12_716) / 2
+    for step, expected in ((0, 0.0), (100, 6e-3), (200, 1.2e-2), (1271, 1.2e-2), (last, 1.5e-4)):
+        np.testing.assert_allclose(rates(small, step), [expected] * 3, rtol=1e-6)
+    np.testing.assert_allclose(rates(small, round(middle)), [(1.2e-2 + 1.5e-4) / 2] * 3, rtol=1e-4)
+    for step, muon, adam in ((100, 4e-3, 1.5e-4), (6358, 8e-3, 3e-4), (9537, 4.05e-3, 1.55e-4), (last, 1e-4, 1e-5)):
+        np.testing.assert_allclose(rates(large, step), [muon, adam, adam], rtol=1e-6)
 
 
 def test_momentum():
