@@ -14,6 +14,10 @@ Measured at validation over N tokens from the start of the stream, for each laye
 
 and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and `rms`, the root of the mean
 square of x̂'s coordinates.
+
+Cost. A token here takes a forward pass without logits, and an eighth of that again for the scores and the reconstruction of
+its features: 0.37 of a training token's time with four layers of width 128 on a CPU. H tokens at every validation are so
+0.37 · H / (eval.every · data.batch_tokens) of the training between two, less than 2 % with H below a twentieth of its tokens.
 """
 
 import math
@@ -65,7 +69,7 @@ def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
     """The sums of one layer, whose `taps` and `code` come without their dimension L, over the rows where `counted_B` is true.
 
-    One row of P positions is worked on at a time, which bounds the memory to P · (A + D) floats beside the sums.
+    One row is worked on at a time, so that beside the taps memory is that of a row.
     """
     levels = config.cayley_levels
     splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()  # where a level's ids end and the next one's begin
@@ -108,7 +112,8 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (variables, batch) → `Sums` over the batch, known to all processes.
 
-    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that are in the sums.
+    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that are in the sums. What the codes of all
+    layers take in and choose is held at once: L · (D + 2 A) numbers of 2 bytes a token in bfloat16.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
@@ -128,6 +133,8 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 # ---------------------------------------------------------------------------------------------- on the host
+
+_all_scores = jax.jit(cayley.all_scores, static_argnums=1)
 
 
 def accumulate(total: Sums | None, batch: Sums) -> Sums:
@@ -187,7 +194,7 @@ class Health:
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
     """The health after `step` optimizer steps of codes in the state `code`, whose firings are in `sums` (of `accumulate`)."""
     levels, tokens = config.cayley_levels, int(sums.tokens[0])
-    mu_LF = np.abs(np.asarray(cayley.all_scores(jnp.asarray(code.mean), levels[-1][0])))
+    mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
     std_LF, last_fired_LF = np.asarray(code.std), np.asarray(code.last_fired)
 
     def of_level(level: int) -> dict[str, np.ndarray]:
@@ -231,7 +238,7 @@ def score_health(
 
     Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one. A last batch with fewer
     windows than the others is filled up with rows that are not counted. `progress(done, total)` is told of windows as they
-    are read; what it raises ends the scoring.
+    are sent to the devices; what it raises ends the scoring.
     """
     seq_len, devices = config.data.seq_len, mesh.devices.size
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))
@@ -251,5 +258,5 @@ def score_health(
         if progress:
             progress(first + count, windows)
     assert pending is not None
-    code = jax.device_put(code_state(variables), NamedSharding(mesh, P()))
+    code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
     return summarize(config.model, code, accumulate(total, pending), step)
