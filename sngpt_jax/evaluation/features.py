@@ -1,0 +1,168 @@
+"""What the features of a run's sparse codes stand for: `python -m sngpt_jax.evaluation.features --run RUN --out page.html`.
+
+Over a slice of the validation text: the loss with only the first levels kept, how often each feature fires, and of some
+features the strongest contexts, the tokens they fire on, and the parents and children they fire with; as JSON, and as one
+HTML page to browse.
+"""
+
+import importlib.resources
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from kernels.cayley.dictionary import level_range
+from sngpt_jax import cli
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import ModelConfig, Weights
+from sngpt_jax.console import progress_reporter
+from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.evaluation.bpb import score_stream, standard_windows
+from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.step import Variables, make_eval_step
+
+BATCH_TOKENS = 16_384  # most tokens whose selections are on the host at a time
+
+
+def truncated(config: ModelConfig, variables: Variables, num_levels: int) -> tuple[ModelConfig, Variables]:
+    """The model with only the first `num_levels` levels: no level depends on a later one, so its codes are prefixes."""
+    features = 2 ** config.cayley_levels[num_levels - 1][0]
+    levels = ";".join(config.levels.split(";")[:num_levels])
+    cut = {"mean": slice(None), "std": slice(features), "bias": slice(features), "last_fired": slice(features)}
+    blocks = {
+        i: block | {"code": {name: value[cut[name]] for name, value in block["code"].items()}}
+        for i, block in variables["blocks"].items()
+    }
+    return replace(config, levels=levels), variables | {"blocks": blocks}
+
+
+def page(study: dict[str, Any]) -> str:
+    """One HTML page that needs nothing else. The data stand in it as JSON without `<`, so that no text can end them."""
+    layers = [
+        layer | {"levels": [{name: x for name, x in level.items() if name != "counts"} for level in layer["levels"]]}
+        for layer in study["layers"]
+    ]
+    data = json.dumps(study | {"layers": layers}, allow_nan=False, separators=(",", ":"))
+    template = importlib.resources.files(__package__).joinpath("features.html").read_text("utf-8")
+    return template.replace("{{study}}", data.replace("<", "\\u003c"))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class FeaturesArguments:
+    run: Path  # run directory of a trained model with a sparse code (model.levels)
+    out: Path  # the HTML page to write; opens in any browser
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    data: Path | None = None  # folder with prepared validation shards; default: the run's
+    step: int | None = None  # checkpoint to study; default: the latest
+    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    tokens: int = 65_536  # read so many tokens from the start of the stream; 0: all
+    layers: str = "all"  # layers whose features are studied, such as 0,3,11
+    features: int = 64  # of each level of each layer: half of them those that fire most; the likeliest parents are added
+    contexts: int = 8  # strongest contexts of each feature
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layers that `--layers` names, ascending."""
+    if text == "all":
+        return tuple(range(num_layers))
+    names = text.split(",")
+    if not all(name.isdecimal() and int(name) < num_layers for name in names):
+        raise UserError(f"--layers {text}: expected all, or layers from 0 to {num_layers - 1} with commas between, such as 0,1")
+    return tuple(sorted({int(name) for name in names}))
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(
+        FeaturesArguments,
+        args=cli.expand_json(argv),
+        prog="python -m sngpt_jax.evaluation.features",
+        description="Studies the features of a run's sparse codes and writes a page to browse them.",
+    )
+    if arguments.features < 1 or arguments.contexts < 1 or arguments.tokens < 0:
+        raise UserError("--features and --contexts must be at least 1; --tokens at least 0, which reads all of the stream")
+    if arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out}: is a folder; give the path of a file, such as {arguments.out}/features.html")
+    cli.log_to_stderr()
+    mesh = make_mesh()
+    model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
+    config = model.config.model
+    if not config.levels:
+        raise UserError(f'{arguments.run}: has no sparse code to study (model.levels = ""); give a run of a recipe with one')
+    layers = parse_layers(arguments.layers, config.num_layers)
+    dataset = open_dataset(arguments.data or model.config.data.dir, config.vocab_size)
+    kept = tokenizer_path(arguments.run)
+    if kept and load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
+        raise UserError(f"{dataset.directory}: not prepared with the tokenizer of {arguments.run}; prepare it with that one")
+
+    seq_len, device_batch_tokens = model.config.data.seq_len, model.config.eval.device_batch_tokens
+    windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)
+    losses = []
+    for num_levels in range(1, len(config.cayley_levels) + 1):
+        cut, variables = truncated(config, model.params, num_levels)
+        score = score_stream(
+            variables,
+            make_eval_step(cut, mesh),
+            dataset.val,
+            dataset.tokenizer.token_bytes(),
+            mesh,
+            seq_len=seq_len,
+            device_batch_tokens=device_batch_tokens,
+            max_tokens=arguments.tokens,
+            progress=progress_reporter(f"loss with {num_levels} of {len(config.cayley_levels)} levels"),
+        )
+        if not math.isfinite(score.loss):
+            raise UserError(f"{arguments.run}: the loss of step {model.step} is {score.loss}; take an earlier --step")
+        active = sum(k for _, k, _ in cut.cayley_levels)
+        losses.append({"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb})
+
+    devices = mesh.devices.size
+    rows = (
+        min(max(1, min(BATCH_TOKENS, device_batch_tokens * devices) // seq_len // devices), math.ceil(windows / devices))
+        * devices
+    )
+    piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.params)
+    study: dict[str, Any] = {
+        "run": str(arguments.run),
+        "step": model.step,
+        "weights": model.weights,
+        "data": str(dataset.directory),
+        "tokens": windows * seq_len,
+        "levels": [
+            {"n": n, "k": k, "degree": degree, "features": len(level_range(config.cayley_levels, level))}
+            for level, (n, k, degree) in enumerate(config.cayley_levels)
+        ],
+        "losses": losses,
+    } | study_slice(
+        config,
+        piece,
+        dataset.tokenizer,
+        layers,
+        features_per_level=arguments.features,
+        contexts=arguments.contexts,
+        progress=progress_reporter,
+    )
+    try:
+        cli.write_text_atomic(arguments.out, page(study))
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: cannot be written: {error.strerror}; give the path of a file") from None
+    if arguments.json != "-":
+        for row in losses:
+            kept_levels = "level 0" if row["levels"] == 1 else f"levels 0-{row['levels'] - 1}"
+            print(f"{kept_levels} kept: loss {row['loss']:.4f} nats/token, {row['bpb']:.4f} bits/byte")
+        print(f"{len(study['features']):,} features of {len(layers)} layers over {study['tokens']:,} tokens: {arguments.out}")
+    cli.write_json(study, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
