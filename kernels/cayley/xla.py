@@ -140,27 +140,33 @@ def _tables(mean: jax.Array, std: jax.Array, bias: jax.Array, n_last: int) -> _T
     return _Tables(inverse / np.float32(np.sqrt(d)), bias - mean_scores * inverse, bias - mean_scores)
 
 
+def _finite_or_inf(y: jax.Array) -> jax.Array:
+    """y, and +inf where it is NaN or ±inf: so that max(y, 0) cannot hide that a token is not finite."""
+    return jnp.where(jnp.isfinite(y), y, jnp.inf)
+
+
 def _select(
     y: jax.Array, k: int, ids: Callable[[], jax.Array], allowed: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The k largest of y [C, N] in each row, equal ones by the lower id: their values and positions [C, k].
 
-    A NaN counts as +inf and is returned as that; positions that are not allowed are never taken. `top_k` prefers the lower
-    position among equals. Where that leaves out one equal to the last taken, which is rare, the rows of the chunk are looked
-    at again and the equals with the lowest of ids() [C, N] are taken.
+    y that is not finite counts as +inf and is returned as that; positions that are not allowed are never taken. `top_k`
+    prefers the lower position among equals. Where that leaves out one equal to the last taken, which is rare, the rows of
+    the chunk are looked at again and the equals with the lowest of ids() [C, N] are taken.
     """
-    keys = jnp.maximum(jnp.where(jnp.isnan(y), jnp.inf, y), jnp.finfo(jnp.float32).min)
+    keys = _finite_or_inf(y)
     if allowed is not None:
         keys = jnp.where(allowed, keys, -jnp.inf)
     values, positions = lax.top_k(keys, k)
     last = jnp.min(values, axis=1, keepdims=True)  # by a slice the CPU's compiler would no longer see a top_k, but sort
-    tied = jnp.any(jnp.sum(keys == last, axis=1) > jnp.sum(values == last, axis=1))
+    tied = jnp.sum(keys == last, axis=1, keepdims=True) > jnp.sum(values == last, axis=1, keepdims=True)
 
     def by_id() -> jax.Array:
         equal = jnp.where(keys == last, 2**dictionary.MAX_BITS - ids(), -1)
-        return lax.top_k(jnp.where(keys > last, jnp.iinfo(jnp.int32).max, equal), k)[1]
+        lowest = lax.top_k(jnp.where(keys > last, jnp.iinfo(jnp.int32).max, equal), k)[1]
+        return jnp.where(tied, lowest, positions)  # a token's order, and so its rounding, is not to depend on its chunk
 
-    positions = lax.cond(tied, by_id, lambda: positions)
+    positions = lax.cond(jnp.any(tied), by_id, lambda: positions)
     return jnp.take_along_axis(keys, positions, axis=1), positions
 
 
@@ -187,23 +193,24 @@ def _encode_chunk(
         y = sums * tables.scale[child_ids][groups] + tables.offset[child_ids][groups]
         allowed = jnp.broadcast_to(~repeated[:, :, None], y.shape)
 
-        candidates = partial(_candidate_ids, child_ids, groups)
-        y, positions = _select(y.reshape(rows, -1), levels[level][1], candidates, allowed.reshape(rows, -1))
+        flat = (rows, groups.shape[1] * len(table.steps))  # one row of candidates a token
+        candidates = partial(_candidate_ids, child_ids, groups, flat)
+        y, positions = _select(y.reshape(flat), levels[level][1], candidates, allowed.reshape(flat))
         parent, member = jnp.divmod(positions, len(table.steps))
         ids = representatives[jnp.take_along_axis(groups, parent, axis=1)] ^ steps[member]
         all_ids.append(ids)
         all_y.append(y)
-        all_sums.append(jnp.take_along_axis(sums.reshape(rows, -1), positions, axis=1))
+        all_sums.append(jnp.take_along_axis(sums.reshape(flat), positions, axis=1))
     ids, c = jnp.concatenate(all_ids, axis=1), jnp.concatenate(all_y, axis=1)
     if not forward_standardized:
-        c = jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids]
+        c = _finite_or_inf(jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids])
     c = jnp.maximum(c, 0)
     return _combine(c, signs(ids, d)).astype(x.dtype), ids, c > 0
 
 
-def _candidate_ids(child_ids: jax.Array, groups: jax.Array) -> jax.Array:
-    """child_ids [groups, members] of groups [C, k]: [C, k · members]."""
-    return child_ids[groups].reshape(groups.shape[0], -1)
+def _candidate_ids(child_ids: jax.Array, groups: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """child_ids [groups, members] of groups [C, k], in the shape [C, k · members]."""
+    return child_ids[groups].reshape(shape)
 
 
 def _bytes_per_token(levels: Levels, d: int, itemsize: int, generators: Generators) -> int:
