@@ -91,29 +91,33 @@ class FiringCounts:
         return ids, self._pairs[level][layer][self._at(family, np.asarray(parent), ids)]
 
 
-def likeliest_parent(firing: FiringCounts, layer: int, level: int, child: int) -> int:
-    """The parent on most of the child's tokens; the lowest id of several."""
-    ids, counts = firing.parents(layer, level, child)
-    return int(ids[np.argmax(counts)])
-
-
 def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
     """The features of a layer to look at, ids ascending for each level.
 
     Of those of a level that fired: the half of `per_level` that fired most, and as many again evenly over the ranks of the
-    others. Above the last level also the likeliest parent of each feature chosen below, so that every child leads to one.
+    others. Then, from level to level down, the child that fired most with each of them, and up again the parent that fired
+    most with each: every feature leads to another one, up and down. Of equal ones the lowest id.
     """
+    levels = range(len(firing.levels))
     chosen: list[set[int]] = []
-    for level in range(len(firing.levels)):
+    for level in levels:
         owned = level_range(firing.levels, level)
         counts = firing.counts[layer, owned.start : owned.stop]
         ranked = owned.start + np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         most, others = np.split(ranked, [per_level - per_level // 2])
         even = np.linspace(0, len(others) - 1, min(per_level // 2, len(others))).round().astype(int)
         chosen.append({*most.tolist(), *others[even].tolist()})
-    for level in range(len(chosen) - 1, 0, -1):
-        chosen[level - 1] |= {likeliest_parent(firing, layer, level, child) for child in chosen[level]}
+    for level in levels[:-1]:
+        chosen[level + 1] |= {child for f in chosen[level] for child in _closest(*firing.children(layer, level, f))}
+    for level in reversed(levels[1:]):
+        chosen[level - 1] |= {parent for f in chosen[level] for parent in _closest(*firing.parents(layer, level, f))}
     return [sorted(ids) for ids in chosen]
+
+
+def _closest(ids: np.ndarray, together: np.ndarray) -> list[int]:
+    """The one of `ids` that fired most often together with a feature, if any did."""
+    best = np.lexsort((ids, -together.astype(np.int64)))[0]
+    return [int(ids[best])] if together[best] else []
 
 
 class Examples:

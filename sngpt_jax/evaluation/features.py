@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from jax.sharding import Mesh
 
 from kernels.cayley.dictionary import level_range
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.console import progress_reporter
-from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.evaluation.bpb import score_stream, standard_windows
 from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import load_model, tokenizer_path
+from sngpt_jax.run_directory import TrainedModel, load_model, tokenizer_path
 from sngpt_jax.step import Variables, make_eval_step
 
 BATCH_TOKENS = 16_384  # most tokens whose selections are on the host at a time
@@ -41,6 +42,29 @@ def truncated(config: ModelConfig, variables: Variables, num_levels: int) -> tup
         for i, block in variables["blocks"].items()
     }
     return replace(config, levels=levels), variables | {"blocks": blocks}
+
+
+def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, max_tokens: int) -> list[dict[str, Any]]:
+    """Loss and bits per byte of the validation text with one level kept, with two, … with all."""
+    losses = []
+    for num_levels in range(1, len(model.config.model.cayley_levels) + 1):
+        cut, variables = truncated(model.config.model, model.params, num_levels)
+        score = score_stream(
+            variables,
+            make_eval_step(cut, mesh),
+            dataset.val,
+            dataset.tokenizer.token_bytes(),
+            mesh,
+            seq_len=model.config.data.seq_len,
+            device_batch_tokens=model.config.eval.device_batch_tokens,
+            max_tokens=max_tokens,
+            progress=progress_reporter(f"loss with {num_levels} of {len(model.config.model.cayley_levels)} levels"),
+        )
+        if not math.isfinite(score.loss):
+            raise UserError(f"the loss of step {model.step} with {num_levels} levels is {score.loss}; take an earlier --step")
+        active = sum(k for _, k, _ in cut.cayley_levels)
+        losses.append({"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb})
+    return losses
 
 
 def page(study: dict[str, Any]) -> str:
@@ -67,7 +91,7 @@ class FeaturesArguments:
     weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
     tokens: int = 65_536  # read so many tokens from the start of the stream; 0: all
     layers: str = "all"  # layers whose features are studied, such as 0,3,11
-    features: int = 64  # of each level of each layer: half of them those that fire most; the likeliest parents are added
+    features: int = 32  # of each level of each layer, half of them those that fire most; with their closest relatives
     contexts: int = 8  # strongest contexts of each feature
 
 
@@ -106,30 +130,9 @@ def main(argv: Sequence[str]) -> int:
 
     seq_len, device_batch_tokens = model.config.data.seq_len, model.config.eval.device_batch_tokens
     windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)
-    losses = []
-    for num_levels in range(1, len(config.cayley_levels) + 1):
-        cut, variables = truncated(config, model.params, num_levels)
-        score = score_stream(
-            variables,
-            make_eval_step(cut, mesh),
-            dataset.val,
-            dataset.tokenizer.token_bytes(),
-            mesh,
-            seq_len=seq_len,
-            device_batch_tokens=device_batch_tokens,
-            max_tokens=arguments.tokens,
-            progress=progress_reporter(f"loss with {num_levels} of {len(config.cayley_levels)} levels"),
-        )
-        if not math.isfinite(score.loss):
-            raise UserError(f"{arguments.run}: the loss of step {model.step} is {score.loss}; take an earlier --step")
-        active = sum(k for _, k, _ in cut.cayley_levels)
-        losses.append({"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb})
-
-    devices = mesh.devices.size
-    rows = (
-        min(max(1, min(BATCH_TOKENS, device_batch_tokens * devices) // seq_len // devices), math.ceil(windows / devices))
-        * devices
-    )
+    losses = losses_by_level(model, dataset, mesh, arguments.tokens)
+    per_device = min(device_batch_tokens, BATCH_TOKENS // mesh.devices.size) // seq_len
+    rows = mesh.devices.size * max(1, min(per_device, math.ceil(windows / mesh.devices.size)))
     piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.params)
     study: dict[str, Any] = {
         "run": str(arguments.run),

@@ -92,23 +92,32 @@ def test_counts_equal_loops(drawn):
     assert found == pairs
 
 
-def test_the_chosen_fire_and_every_child_has_its_likeliest_parent(drawn):
-    firing, per_level = counted(*drawn), 6
+def closest(ids, together):
+    """The one that fired most often with a feature, the lowest of equals; none where none did."""
+    ranked = sorted((-int(n), int(i)) for i, n in zip(ids, together, strict=True) if n)
+    return {ranked[0][1]} if ranked else set()
+
+
+@pytest.mark.parametrize("per_level", [1, 6, 7])
+def test_chosen_are_those_that_fire_most_some_others_and_their_closest_relatives(drawn, per_level):
+    firing = counted(*drawn)
     for layer in range(LAYERS):
-        chosen = choose(firing, layer, per_level)
-        for level, ids in enumerate(chosen):
-            owned = level_range(LEVELS, level)
-            assert set(ids) <= set(owned) and all(firing.counts[layer, i] for i in ids)
-            most = sorted(owned, key=lambda i: (-firing.counts[layer, i], i))[:3]
-            assert set(most) <= set(ids)
-            if level:
-                for child in ids:
-                    parents, together = firing.parents(layer, level, child)
-                    assert parents[np.argmax(together)] in chosen[level - 1]
-        assert len(chosen[-1]) == per_level
-        ranks = np.argsort(np.argsort(-firing.counts[layer, level_range(LEVELS, 2)], kind="stable"), kind="stable")
-        fired = np.count_nonzero(firing.counts[layer, level_range(LEVELS, 2)])
-        assert sorted(ranks[np.array(chosen[-1]) - 2**6]) == [0, 1, 2, 3, pytest.approx((3 + fired - 1) / 2, abs=1), fired - 1]
+        want = []
+        for level in range(3):
+            ranked = sorted(level_range(LEVELS, level), key=lambda i: (-firing.counts[layer, i], i))
+            ranked = [i for i in ranked if firing.counts[layer, i]]
+            half = per_level // 2
+            rest = ranked[per_level - half :]
+            places = [round(i * (len(rest) - 1) / max(half - 1, 1)) for i in range(half)]
+            want.append({*ranked[: per_level - half], *(rest[place] for place in places)})
+            assert len(want[-1]) == per_level
+        for level in (0, 1):
+            for parent in set(want[level]):
+                want[level + 1] |= closest(*firing.children(layer, level, parent))
+        for level in (2, 1):
+            for child in set(want[level]):
+                want[level - 1] |= closest(*firing.parents(layer, level, child))
+        assert choose(firing, layer, per_level) == [sorted(ids) for ids in want]
 
 
 def test_few_fired_are_all_chosen():
@@ -116,7 +125,13 @@ def test_few_fired_are_all_chosen():
     row = [1, 2, 3, 17, 18, 19, 33, 81, 82, 83, 97, 145]
     firing.add(0, np.array([row]), np.ones((1, len(row))))
     assert choose(firing, 0, 100) == [row[:3], row[3:7], row[7:]]
-    assert choose(firing, 0, 1)[2] == [81]
+    assert choose(firing, 0, 1) == [[1], [17], [81]]
+
+
+def test_one_level_has_no_relatives():
+    firing = FiringCounts(LEVELS[:1], "spread", 1)
+    firing.add(0, np.array([[1, 2, 3], [1, 5, 2]]), np.ones((2, 3)))
+    assert choose(firing, 0, 2) == [[1, 2]]
 
 
 def test_examples_equal_loops(drawn):
