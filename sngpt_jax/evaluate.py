@@ -1,6 +1,5 @@
 """Scores a trained model on validation text: `python -m sngpt_jax.evaluate --run runs/quickstart`."""
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -15,16 +14,12 @@ from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ExportConfig, Weights
 from sngpt_jax.console import progress_reporter
-from sngpt_jax.data.shards import open_dataset
-from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.optim.qat import has_grid, on_grid
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import peek
-from sngpt_jax.run_directory import load_model, read_config, tokenizer_path
+from sngpt_jax.run_directory import load_model, open_data, read_config
 from sngpt_jax.step import make_eval_step
-
-logger = logging.getLogger("sngpt_jax")
 
 
 @dataclass(frozen=True)
@@ -61,13 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if config.export != model.config.export and not arguments.fake_quantize:
         raise UserError("--export options change nothing without --fake-quantize")
     params = on_grid(model.params, config.export) if arguments.fake_quantize else model.params
-    data_dir = arguments.data or Path(config.data.dir)
-    dataset = open_dataset(data_dir, config.model.vocab_size)
-    kept = tokenizer_path(arguments.run)
-    if kept is None:
-        logger.info(f"{arguments.run} keeps no tokenizer: taking that of {data_dir}")
-    elif load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
-        raise UserError(f"{data_dir}: prepared with another tokenizer than the run {arguments.run}; prepare it with the run's")
+    dataset = open_data(arguments.run, arguments.data or Path(config.data.dir), config.model.vocab_size)
 
     start = time.perf_counter()
     score = score_stream(

@@ -12,6 +12,7 @@ summary.json    written when the run has finished
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from jax.sharding import Mesh
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
+from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import Variables, abstract_state, join
+
+logger = logging.getLogger("sngpt_jax")
 
 
 def config_path(run_dir: Path) -> Path:
@@ -47,6 +51,16 @@ def tokenizer_path(run_dir: Path) -> Path | None:
         if (run_dir / name).is_file():
             return run_dir / name
     return None
+
+
+def open_data(run_dir: Path, data_dir: Path, vocab_size: int) -> Dataset:
+    """The prepared data in `data_dir`; a `UserError` where they were not made with the run's own tokenizer."""
+    dataset, kept = open_dataset(data_dir, vocab_size), tokenizer_path(run_dir)
+    if kept is None:
+        logger.info(f"{run_dir} keeps no tokenizer: taking that of {data_dir}")
+    elif load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
+        raise UserError(f"{data_dir}: prepared with another tokenizer than the run {run_dir}; prepare it with the run's")
+    return dataset
 
 
 def read_config(run_dir: Path) -> Config:

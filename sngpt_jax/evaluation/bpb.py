@@ -50,7 +50,12 @@ def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> int:
     return min(windows, max_tokens // seq_len) if max_tokens else windows
 
 
-def _batches(stream: TokenStream, windows: int, seq_len: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def rows_at_a_time(windows: int, seq_len: int, device_batch_tokens: int, num_devices: int) -> int:
+    """How many windows all devices read at a time: as many as fit, no more than there are, a multiple of the devices."""
+    return min(max(1, device_batch_tokens // seq_len), math.ceil(windows / num_devices)) * num_devices
+
+
+def window_batches(stream: TokenStream, windows: int, seq_len: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Batches of `rows` windows and how many of them count; the last one is filled up with its first window."""
     for first in range(0, windows, rows):
         count = min(rows, windows - first)
@@ -80,8 +85,7 @@ def score_stream(
     `progress(done, total)` is told of windows as they are read; what it raises ends the scoring.
     """
     windows = standard_windows(len(stream), seq_len, max_tokens)
-    num_devices = mesh.devices.size
-    rows = min(max(1, device_batch_tokens // seq_len), math.ceil(windows / num_devices)) * num_devices
+    rows = rows_at_a_time(windows, seq_len, device_batch_tokens, mesh.devices.size)
     place = batch_placer(mesh)
     nll, done = 0.0, 0
     pending: tuple[jax.Array, int] | None = None
@@ -93,7 +97,7 @@ def score_stream(
         if progress:
             progress(done, windows)
 
-    for batch, count in _batches(stream, windows, seq_len, rows):
+    for batch, count in window_batches(stream, windows, seq_len, rows):
         dispatched = eval_step(params, place(batch)), count
         if pending:
             read(*pending)

@@ -14,27 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels.cayley import all_scores, dictionary, scores_at
+from kernels.cayley import dictionary
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import Tokenizer
+from sngpt_jax.evaluation.bpb import window_batches
 from sngpt_jax.evaluation.feature_counts import Examples, FiringCounts, choose
-from sngpt_jax.model.cayley import CodeState, Taps, code_state
+from sngpt_jax.model.cayley import activations, code_state
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
 
 BEFORE, AFTER = 16, 8  # tokens of a context around the one that fired
 TOKENS, RELATIVES = 12, 16  # most tokens, parents and children listed of a feature
 BOS_MARK = "⟨bos⟩"  # how the start of a document is written
-
-
-def activations(config: ModelConfig, taps: Taps, code: CodeState) -> jax.Array:
-    """c [B, P, A] of the features that one layer selected, float32; `taps` and `code` are that layer's."""
-    mu_F = all_scores(code.mean, config.cayley_levels[-1][0])
-    score_BPA = scores_at(taps.x, taps.ids) - mu_F[taps.ids]
-    if config.forward_standardized:
-        score_BPA = score_BPA / jnp.maximum(code.std[taps.ids], 1e-3)
-    return jnp.maximum(score_BPA + code.bias[taps.ids], 0)
 
 
 def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> jax.stages.Wrapped:
@@ -47,7 +39,7 @@ def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> j
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
         taps, code = jax.tree.map(lambda array: array[np.array(layers)], (taps, code_state(variables)))
-        return taps.ids, jax.lax.map(lambda layer: activations(config, *layer), (taps, code))
+        return taps.ids, jax.lax.map(lambda layer: activations(config, *layer)[1], (taps, code))
 
     split = P(None, BATCH_AXES)
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(layout, rows), out_specs=(split, split), check_vma=False))
@@ -71,16 +63,14 @@ class Slice:
     def selections(self, progress: Callable[[int, int], None]) -> Iterator[Selection]:
         """(index of the layer, ids [N, A], activations [N, A], tokens [N], positions [N]) for batches of N tokens."""
         place, T = batch_placer(self.mesh), self.seq_len
-        for first in range(0, self.windows, self.rows):
-            count = min(self.rows, self.windows - first)
-            tokens = self.stream.take(first * T, count * T + 1)
-            fill = np.arange(self.rows) % count  # a last batch is filled up to the shape of the others
-            batch = {"inputs": tokens[:-1].reshape(count, T)[fill], "targets": tokens[1:].reshape(count, T)[fill]}
+        done = 0
+        for batch, count in window_batches(self.stream, self.windows, T, self.rows):
             ids, strengths = self.select(self.variables, place(batch))
             for layer in range(len(ids)):
                 flat = [np.asarray(array[layer])[:count].reshape(count * T, -1) for array in (ids, strengths)]
-                yield layer, flat[0], flat[1], tokens[:-1], first * T + np.arange(count * T)
-            progress(first + count, self.windows)
+                yield layer, flat[0], flat[1], batch["inputs"][:count].reshape(-1), done * T + np.arange(count * T)
+            done += count
+            progress(done, self.windows)
 
 
 # ---------------------------------------------------------------------------------------------- what is written

@@ -21,12 +21,11 @@ from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.console import progress_reporter
-from sngpt_jax.data.shards import Dataset, open_dataset
-from sngpt_jax.data.tokenizer import load_tokenizer
-from sngpt_jax.evaluation.bpb import score_stream, standard_windows
+from sngpt_jax.data.shards import Dataset
+from sngpt_jax.evaluation.bpb import rows_at_a_time, score_stream, standard_windows
 from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import TrainedModel, load_model, tokenizer_path
+from sngpt_jax.run_directory import TrainedModel, load_model, open_data
 from sngpt_jax.step import Variables, make_eval_step
 
 BATCH_TOKENS = 16_384  # most tokens whose selections are on the host at a time
@@ -123,16 +122,12 @@ def main(argv: Sequence[str]) -> int:
     if not config.levels:
         raise UserError(f'{arguments.run}: has no sparse code to study (model.levels = ""); give a run of a recipe with one')
     layers = parse_layers(arguments.layers, config.num_layers)
-    dataset = open_dataset(arguments.data or model.config.data.dir, config.vocab_size)
-    kept = tokenizer_path(arguments.run)
-    if kept and load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
-        raise UserError(f"{dataset.directory}: not prepared with the tokenizer of {arguments.run}; prepare it with that one")
+    dataset = open_data(arguments.run, arguments.data or Path(model.config.data.dir), config.vocab_size)
 
     seq_len, device_batch_tokens = model.config.data.seq_len, model.config.eval.device_batch_tokens
     windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)
     losses = losses_by_level(model, dataset, mesh, arguments.tokens)
-    per_device = min(device_batch_tokens, BATCH_TOKENS // mesh.devices.size) // seq_len
-    rows = mesh.devices.size * max(1, min(per_device, math.ceil(windows / mesh.devices.size)))
+    rows = rows_at_a_time(windows, seq_len, min(device_batch_tokens, BATCH_TOKENS // mesh.devices.size), mesh.devices.size)
     piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.params)
     study: dict[str, Any] = {
         "run": str(arguments.run),

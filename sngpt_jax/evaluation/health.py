@@ -33,11 +33,10 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import cayley
 from kernels.cayley import dictionary
-from kernels.cayley.xla import STD_FLOOR
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import TokenStream
-from sngpt_jax.evaluation.bpb import standard_windows
-from sngpt_jax.model.cayley import CodeState, Taps, code_state
+from sngpt_jax.evaluation.bpb import rows_at_a_time, standard_windows, window_batches
+from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
 
@@ -74,13 +73,10 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
     levels = config.cayley_levels
     splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()  # where a level's ids end and the next one's begin
     groups = [dictionary.children(levels, config.generators, level).group_of_parent for level in range(1, len(levels))]
-    mu_F = cayley.all_scores(code.mean, levels[-1][0])
 
     def row(total: Sums, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
-        score_PA = cayley.scores_at(x_PD, ids_PA) - mu_F[ids_PA]
-        z_PA = score_PA / jnp.maximum(code.std[ids_PA], STD_FLOOR)
-        c_PA = jnp.maximum((z_PA if config.forward_standardized else score_PA) + code.bias[ids_PA], 0)
+        z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
         x_hat_PD = cayley.combine(c_PA, ids_PA, config.d_model)
         lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
         cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)  # 0 where either vector is
@@ -242,21 +238,18 @@ def score_health(
     """
     seq_len, devices = config.data.seq_len, mesh.devices.size
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))
-    rows = min(max(1, config.eval.device_batch_tokens // seq_len), math.ceil(windows / devices)) * devices
-    place = batch_placer(mesh)
+    rows = rows_at_a_time(windows, seq_len, config.eval.device_batch_tokens, devices)
+    place, done = batch_placer(mesh), 0
     total: Sums | None = None
     pending: Sums | None = None
-    for first in range(0, windows, rows):
-        count = min(rows, windows - first)
-        tokens = stream.take(first * seq_len, count * seq_len + 1)
-        texts = {"inputs": tokens[:-1], "targets": tokens[1:]}
-        batch = {name: np.pad(text.reshape(count, seq_len), ((0, rows - count), (0, 0))) for name, text in texts.items()}
+    for batch, count in window_batches(stream, windows, seq_len, rows):
         dispatched = health_step(variables, place({**batch, "counted": np.arange(rows) < count}))
+        done += count
         if pending is not None:  # read behind the device's back
             total = accumulate(total, pending)
         pending = dispatched
         if progress:
-            progress(first + count, windows)
+            progress(done, windows)
     assert pending is not None
     code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
     return summarize(config.model, code, accumulate(total, pending), step)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import cayley
+from kernels.cayley.xla import STD_FLOOR
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 
@@ -64,6 +65,17 @@ class CayleySAE(nnx.Module):
             forward_standardized=self.forward_standardized,
             generators=self.generators,
         )
+
+
+def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.Array, jax.Array]:
+    """Standardized scores z and coefficients c, float32 [..., A], of the features that one layer selected.
+
+    z = ⟨x - mean, v⟩ / max(std, 10⁻³) without the bias; `taps` and `code` are that layer's, without their dimension L.
+    """
+    mu_F = cayley.all_scores(code.mean, config.cayley_levels[-1][0])
+    score = cayley.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
+    z = score / jnp.maximum(code.std[taps.ids], STD_FLOOR)
+    return z, jnp.maximum((z if config.forward_standardized else score) + code.bias[taps.ids], 0)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
