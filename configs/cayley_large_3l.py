@@ -3,7 +3,7 @@ r"""cayley-large-3L: the 1.3 B GPT with three levels of code, 112 of 131,072 fea
 Published  no figures are public.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
            ./launch.sh prepare --source hub:HuggingFaceFW/fineweb-edu:sample-100BT@train --tokenizer tokenizer.json \
-               --max-tokens 25000000000 --out data/fineweb_edu_gpt2
+               --val-docs 10000 --max-tokens 25000000000 --out data/fineweb_edu_gpt2
 8×H100     ./launch.sh train --config configs/cayley_large_3l.py
 1×H100     add --train.fsdp 1
 Here       batch and steps are those of the small recipe. Speed, memory and score: not measured on a GPU.
@@ -49,6 +49,7 @@ config = Config(
         source="hub:HuggingFaceFW/fineweb-edu:sample-100BT@train",
         tokenizer="tokenizer.json",
         val_docs=10_000,
+        max_tokens=25_000_000_000,
         batch_tokens=1_572_864,
         seq_len=1024,
         slices=96,

@@ -3,7 +3,7 @@ r"""The 202.5 M GPT with one level of code, 16 of 1024 features a token: stands 
 Published  the predecessor: validation loss 3.173 after 10 B tokens; its exact levels are not public.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
            ./launch.sh prepare --source hub:HuggingFaceFW/fineweb-edu:sample-100BT@train --tokenizer tokenizer.json \
-               --max-tokens 12500000000 --out data/fineweb_edu_gpt2
+               --val-docs 10000 --max-tokens 25000000000 --out data/fineweb_edu_gpt2
 2×H200     ./launch.sh train --config configs/cayley_small_1l.py
 8×H100     the same command: a step's 1536 sequences are dealt out over all devices
 Here       the schedule of its successors over half as many steps.
@@ -49,6 +49,7 @@ config = Config(
         source="hub:HuggingFaceFW/fineweb-edu:sample-100BT@train",
         tokenizer="tokenizer.json",
         val_docs=10_000,
+        max_tokens=25_000_000_000,
         batch_tokens=1_572_864,
         seq_len=1024,
         slices=96,

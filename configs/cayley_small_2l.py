@@ -3,7 +3,7 @@ r"""cayley-small-2L: the 202.5 M GPT with two levels of code, 48 of 32,768 featu
 Published  validation loss 3.1584; about 545k tok/s on 8×A100.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
            ./launch.sh prepare --source hub:HuggingFaceFW/fineweb-edu:sample-100BT@train --tokenizer tokenizer.json \
-               --max-tokens 25000000000 --out data/fineweb_edu_gpt2
+               --val-docs 10000 --max-tokens 25000000000 --out data/fineweb_edu_gpt2
 2×H200     ./launch.sh train --config configs/cayley_small_2l.py
 8×H100     the same command: a step's 1536 sequences are dealt out over all devices
 Here       the table has 50,304 rows for GPT-2's 50,257 tokens. Speed, memory and score: not measured on a GPU.
@@ -48,6 +48,7 @@ config = Config(
         source="hub:HuggingFaceFW/fineweb-edu:sample-100BT@train",
         tokenizer="tokenizer.json",
         val_docs=10_000,
+        max_tokens=25_000_000_000,
         batch_tokens=1_572_864,
         seq_len=1024,
         slices=96,

@@ -3,7 +3,7 @@ r"""cayley-small-3L: a 202.5 M GPT whose MLPs see 112 of 131,072 features a toke
 Published  validation loss 3.1330 (best), 3.1461 (last); 328k tok/s, about 17 h on 2×H200, 44.8 GB at 32 sequences a microbatch.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
            ./launch.sh prepare --source hub:HuggingFaceFW/fineweb-edu:sample-100BT@train --tokenizer tokenizer.json \
-               --max-tokens 25000000000 --out data/fineweb_edu_gpt2
+               --val-docs 10000 --max-tokens 25000000000 --out data/fineweb_edu_gpt2
 2×H200     ./launch.sh train --config configs/cayley_small_3l.py
 8×H100     the same command: a step's 1536 sequences are dealt out over all devices
 Here       the table has 50,304 rows for GPT-2's 50,257 tokens. Speed, memory and score: not measured on a GPU.
@@ -48,6 +48,7 @@ config = Config(
         source="hub:HuggingFaceFW/fineweb-edu:sample-100BT@train",
         tokenizer="tokenizer.json",
         val_docs=10_000,
+        max_tokens=25_000_000_000,
         batch_tokens=1_572_864,
         seq_len=1024,
         slices=96,

@@ -139,7 +139,7 @@ _COMPACT_ONLY = (
     "bigram_buckets",
     "resid_mix_init",
 )
-_PRE_NORM_ONLY = ("levels", "positions", "qk_norm")
+_PRE_NORM_ONLY = ("levels", "positions", "qk_norm", "generators", "forward_standardized")
 
 
 def _model_problems(m: ModelConfig) -> Iterator[str]:
@@ -147,6 +147,10 @@ def _model_problems(m: ModelConfig) -> Iterator[str]:
     for name in other:
         if getattr(m, name) != getattr(defaults, name):
             yield f"model.{name} = {getattr(m, name)!r} does nothing with model.family = {m.family}"
+    if m.family == "pre_norm" and not m.levels:
+        for name in ("generators", "forward_standardized"):
+            if getattr(m, name) != getattr(defaults, name):
+                yield f'model.{name} = {getattr(m, name)!r} does nothing with model.levels = ""'
     if m.family == "pre_norm" and m.levels:
         try:
             dictionary.check_levels(m.cayley_levels, m.d_model, m.generators)

@@ -140,6 +140,7 @@ class DataConfig:
     source: str = ""  # what to prepare when dir is empty: stdlib, a file or folder of text, golf:…, or hub:DATASET
     val_source: str = ""  # validation text of its own; empty: the source's first val_docs documents
     val_docs: int = 50_000  # documents held out for validation when there is no val_source
+    max_tokens: int = 0  # training tokens after which a preparation stops; 0: all of the source
     tokenizer: str = "train"  # a SentencePiece .model, a tokenizer.json, or train: learn one on the source
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"  # of a learnt tokenizer; identity keeps all whitespace
     batch_tokens: int = 524_288  # tokens of one optimizer step, over all devices

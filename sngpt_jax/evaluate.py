@@ -55,12 +55,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--fake-quantize has no grid: export.mlp_bits, attention_bits and projection_bits are all 16")
     if config.export != model.config.export and not arguments.fake_quantize:
         raise UserError("--export options change nothing without --fake-quantize")
-    params = on_grid(model.params, config.export) if arguments.fake_quantize else model.params
+    variables = on_grid(model.variables, config.export) if arguments.fake_quantize else model.variables
     dataset = open_data(arguments.run, arguments.data or Path(config.data.dir), config.model.vocab_size)
 
     start = time.perf_counter()
     score = score_stream(
-        params,
+        variables,
         make_eval_step(config.model, mesh),
         dataset.val,
         dataset.tokenizer.token_bytes(),

@@ -368,7 +368,7 @@ def export_command(argv: Sequence[str]) -> int:
         raise InteropError(f"--out {out}: expected a file named *.safetensors")
     cli.log_to_stderr()
     trained = run_directory.load_model(arguments.run, make_mesh(jax.devices()[:1]), arguments.step, arguments.weights)
-    state = export_state_dict(nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.params))
+    state = export_state_dict(nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.variables))
     try:
         cli.write_bytes_atomic(out, safetensors.numpy.save(state))
     except OSError as error:

@@ -226,8 +226,6 @@ class Run:
         record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb, "val_seconds": seconds}
         self.writer.write(record)
         self.console.validation(record)
-        if self.config.model.levels and self.config.eval.health_tokens:
-            self.log_health()
         best = self.position.best_val_loss
         latest = Validation(self.done, score.loss, score.bpb, score.tokens)
         self.position = replace(
@@ -236,6 +234,8 @@ class Run:
             best_val_loss=score.loss if best is None else min(best, score.loss),
             latest=latest,
         )
+        if self.config.model.levels and self.config.eval.health_tokens:
+            self.log_health()
 
     def log_health(self) -> None:
         """Measures and logs the health of the sparse codes, on the start of the validation stream."""

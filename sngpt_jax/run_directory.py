@@ -150,7 +150,7 @@ class TrainedModel:
     """A model read back from a run: its configuration, its variables on the mesh, and the step they are from."""
 
     config: Config
-    params: Variables  # with the statistics of sparse codes in their places
+    variables: Variables  # parameters, with the statistics of sparse codes in their places
     step: int
     weights: Weights  # which ones they are
 

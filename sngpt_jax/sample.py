@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(kept)
     text = generate(
         model.config.model,
-        model.params,
+        model.variables,
         tokenizer,
         arguments.prompt,
         seq_len=model.config.data.seq_len,

@@ -40,7 +40,7 @@ def test_the_weights_asked_for_are_given(run):
     mesh = make_mesh(jax.devices()[:1])
     final, mean = load_model(run_dir, mesh, weights="final"), load_model(run_dir, mesh, weights="swa")
     assert (final.weights, final.step, mean.weights, mean.step) == ("final", 1, "swa", 1)
-    for given, average, p in zip(*map(jax.tree.leaves, (final.params, mean.params, params)), strict=True):
+    for given, average, p in zip(*map(jax.tree.leaves, (final.variables, mean.variables, params)), strict=True):
         np.testing.assert_array_equal(given, p)
         assert average.dtype == np.float32  # whatever the average is kept in
         np.testing.assert_allclose(average, 2 * p, rtol=2**-8)

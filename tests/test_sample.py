@@ -109,9 +109,9 @@ def test_greedy_text_equals_recomputation(tiny_trained):
     prompt_length, apply = len(ids), jax.jit(forward(model.config.model))
     for _ in range(12):
         padded = jnp.asarray([ids + [0] * (32 - len(ids))])  # one shape, one program
-        ids.append(int(np.argmax(apply(model.params, padded)[0, len(ids) - 1])))
+        ids.append(int(np.argmax(apply(model.variables, padded)[0, len(ids) - 1])))
     stop = ids.index(tokenizer.bos_id, prompt_length) if tokenizer.bos_id in ids[prompt_length:] else len(ids)
-    text = generate(model.config.model, model.params, tokenizer, "abc", seq_len=32, max_tokens=12, temperature=0.0)
+    text = generate(model.config.model, model.variables, tokenizer, "abc", seq_len=32, max_tokens=12, temperature=0.0)
     assert text == tokenizer.decode(ids[1:stop])
 
 

@@ -1,18 +1,23 @@
 """The recipes with sparse codes: the settings of the published models, the large one's layout over devices, the small twin."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from kernels.cayley import dictionary
 from sngpt_jax.config import Config
+from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.recipe import load
 from sngpt_jax.step import abstract_state, init_state, make_train_step
 
+ROOT = Path(__file__).parents[1]
 SMALL = {"num_layers": 12, "d_model": 1024, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 4096, "vocab_size": 50_304}
 LARGE = {"num_layers": 24, "d_model": 2048, "num_heads": 16, "num_kv_heads": 16, "mlp_dim": 8192, "vocab_size": 50_257}
 BACKBONE = {
@@ -50,6 +55,18 @@ def test_settings_are_those_of_the_cards(name):
         (sizes["d_model"], 2**15 - sizes["d_model"], 2**17 - 2**15)[: len(config.model.cayley_levels)]
     ):
         assert dictionary.reachable(config.model.cayley_levels, level) == size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_that_prepares_makes_what_the_recipe_takes(name):
+    """The docstring's command, its lines joined, read by the command's own parser."""
+    text = (ROOT / "configs" / f"{name}.py").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"launch.sh prepare (.*)", text)
+    spec = tyro.cli(PrepareSpec, args=command.split())
+    data = load(name).data
+    assert spec == PrepareSpec(
+        source=data.source, out=data.dir, tokenizer=data.tokenizer, val_docs=data.val_docs, max_tokens=data.max_tokens
+    )
 
 
 def test_the_large_state_is_spread_over_eight_devices():

@@ -8,13 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cayley import dictionary
+from kernels.cayley import dictionary, reference
 from sngpt_jax import checkpoint
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from sngpt_jax.model.cayley import code_state
+from sngpt_jax.model.cayley import code_state, sample_positions
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
-from sngpt_jax.step import TrainState, abstract_state, init_state, losses, make_eval_step, make_train_step, tapped_losses
+from sngpt_jax.step import (
+    SAMPLE,
+    TrainState,
+    abstract_state,
+    init_state,
+    losses,
+    make_eval_step,
+    make_train_step,
+    tapped_losses,
+)
 
 CONFIG = Config(
     model=ModelConfig(
@@ -98,6 +107,54 @@ def test_statistics_of_a_step_are_those_of_its_tokens():
         assert 0 < fired.sum() < 1024
 
 
+@pytest.mark.parametrize(("devices", "dtype"), [(1, "float32"), (8, "float32"), (1, "bfloat16")])
+def test_a_thinned_sample_of_trained_statistics(devices, dtype):
+    """32 of 64 positions of each sequence, others at every step; from statistics that are no longer those of the start."""
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=1, max_seq_len=64, compute_dtype=dtype),
+        data=dataclasses.replace(CONFIG.data, batch_tokens=32 * 64, seq_len=64),
+    )
+    mesh, rng = make_mesh(jax.devices()[:devices]), np.random.default_rng(0)
+    tokens = rng.integers(0, 97, (32, 65)).astype(np.uint16)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    state = init_state(config, mesh)
+    code = state.statistics["blocks"][0]["code"]
+    code["mean"] = jnp.asarray(rng.normal(size=64) * 0.1, jnp.float32)
+    code["std"] = jnp.asarray(rng.uniform(0.5, 2.0, 1024), jnp.float32)
+    step, probe = make_train_step(config, mesh), jax.jit(tapped_losses(config.model))
+    seen = []
+    for number in (1, 2):
+        before, variables = on_host(state)[1]["blocks"][0]["code"], jax.device_get(state.variables())
+        positions = sample_positions(jax.random.fold_in(jax.random.key(3), SAMPLE), jnp.int32(number - 1), 64, 32)
+        _, taps = probe(variables, *(jnp.asarray(rows, jnp.int32) for rows in batch.values()), positions)
+        state, _ = step(state, batch_placer(mesh, 1)(batch), CONTROLS)
+        after = on_host(state)[1]["blocks"][0]["code"]
+        mean, std = reference.update_statistics(
+            before["mean"], before["std"], np.asarray(taps.x[0], np.float64).reshape(-1, 64)
+        )
+        tolerance = 1e-6 if dtype == "float32" else 1e-4  # rounded to bfloat16 in another order
+        np.testing.assert_allclose(after["mean"], mean, atol=tolerance)
+        np.testing.assert_allclose(after["std"], std, atol=tolerance)
+        fired = np.isin(np.arange(1024), np.asarray(taps.ids))
+        assert np.mean((after["last_fired"] == number) != fired) < 0.002
+        seen.append(set(positions.tolist()))
+    assert len(seen[0]) == 32 and seen[0] != seen[1]
+    assert all(leaf.dtype == jnp.float32 for leaf in (state.statistics["blocks"][0]["code"][name] for name in ("mean", "std")))
+
+
+def test_each_rule_has_its_own_rate():
+    mesh, step = program(1)
+    for muon, adam in ((1.0, 0.0), (0.0, 1.0)):
+        state = init_state(CONFIG, mesh)
+        before = on_host(state)[0]
+        controls = CONTROLS._replace(lr_multiplier=np.float32(muon), adam_lr_multiplier=np.float32(adam))
+        after = on_host(step(state, batch_placer(mesh, 1)(host_batch()), controls)[0])[0]
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
+        assert moved["blocks"][0]["mlp"] == {"up": muon > 0, "down": muon > 0}
+        assert moved["blocks"][0]["code"]["bias"] == moved["embed"]["table"] == moved["final_norm"] == (adam > 0)
+
+
 def test_a_step_sees_the_statistics_of_the_step_before():
     state, seen = run(2)
     mesh, _ = program(1)
@@ -120,6 +177,8 @@ def test_statistics_do_not_depend_on_devices_or_microbatches():
             for name in ("mean", "std"):
                 a, b = (tree["blocks"][block]["code"][name] for tree in (one, other))
                 np.testing.assert_allclose(a, b, atol=1e-6, err_msg=f"{devices} devices, {microbatches} microbatches: {name}")
+            fired, fired_there = (tree["blocks"][block]["code"]["last_fired"] for tree in (one, other))
+            assert np.mean(fired != fired_there) < 0.002, "but for a feature at a tie"
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jax
@@ -25,6 +24,7 @@ from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import load_model
 from sngpt_jax.step import TrainState, abstract_state, make_eval_step
 from tests import tiny_run
+from tests.tiny_run import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -34,29 +34,7 @@ def train(recipe: Path, directory: Path, *arguments: object, devices: int = 1) -
 
 
 def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = tiny_run.command("train", "--config", recipe, "--run-dir", directory, *arguments)
-    return subprocess.Popen(
-        command,
-        cwd=tiny_run.ROOT,
-        env=tiny_run.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -> None:
-    """Until `path` exists and contains that; the process must not end before."""
-    try:
-        for _ in range(60_000):
-            if path.exists() and containing in path.read_text():
-                return
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.002)
-        raise AssertionError(f"{path} did not appear")
-    except BaseException:
-        process.kill()
-        raise
+    return tiny_run.start("train", "--config", recipe, "--run-dir", directory, *arguments)
 
 
 def final_state(recipe: Path, directory: Path) -> TrainState:
@@ -324,7 +302,7 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     coarse = json.loads(done.stdout)
     data = open_dataset(Path(config.data.dir), config.model.vocab_size)
     on_three_bits = score_stream(
-        on_grid(model.params, dataclasses.replace(config.export, mlp_bits=3)),
+        on_grid(model.variables, dataclasses.replace(config.export, mlp_bits=3)),
         make_eval_step(config.model, mesh),
         data.val,
         data.tokenizer.token_bytes(),

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from sngpt_jax.data.prepare import PrepareSpec, prepare
@@ -61,3 +62,24 @@ def run(name: str, *arguments: object, devices: int = 1) -> subprocess.Completed
     return subprocess.run(
         command(name, *arguments), cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
     )
+
+
+def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """Starts a command on one device."""
+    return subprocess.Popen(
+        command(name, *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -> None:
+    """Until `path` exists and contains that; the process must not end before."""
+    try:
+        for _ in range(60_000):
+            if path.exists() and containing in path.read_text():
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        raise AssertionError(f"{path} did not appear")
+    except BaseException:
+        process.kill()
+        raise

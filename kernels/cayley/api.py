@@ -38,8 +38,9 @@ def encode_decode(
     features with c_f = max(y_f, 0), or max(⟨x - mean, v_f⟩ + bias_f, 0) where not `forward_standardized`. Sums are float32.
 
     Gradients go to x and bias through the selected features with c_f > 0, as if the selection were constant; mean and std
-    have none. The backward pass keeps the ids alone, four bytes for each selected feature. It works under jit, vmap,
-    jax.checkpoint and inside jax.shard_map(check_vma=False). Input that is not finite gives output that is not, and valid ids.
+    have none. Kept for the backward pass are the ids, four bytes for each selected feature, and std. It works under jit,
+    vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). Input that is not finite gives output that is not, and
+    valid ids.
 
     Args:
       x: [..., d], bfloat16 or float32; d is a power of two from 4 to 2^18.

@@ -10,7 +10,7 @@ import numpy as np
 from kernels.cayley import dictionary
 from kernels.cayley.dictionary import Generators, Levels
 
-STD_FLOOR = 1e-3
+STD_FLOOR = 1e-3  # of a standard deviation where it divides: part of the definition
 
 
 class Code(NamedTuple):

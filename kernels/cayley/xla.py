@@ -20,8 +20,8 @@ from jax import lax
 
 from kernels.cayley import dictionary
 from kernels.cayley.dictionary import Generators, Levels
+from kernels.cayley.reference import STD_FLOOR
 
-STD_FLOOR = 1e-3
 CPU_CHUNK_BYTES = 8 * 2**20  # about what a core's share of the caches holds
 CHUNK_BYTES = 2**30  # elsewhere: enough work for a GPU, and little beside the activations of a training step
 ACTIVE_BIT = 30  # of a saved id: c > 0
@@ -91,10 +91,11 @@ def sum_squared_scores(x: jax.Array, n_last: int) -> jax.Array:
     return lax.map(lambda high: jnp.sum(jnp.square(hadamard(x * high[None])), 0), _high_signs(d, n_last)).reshape(-1) / d
 
 
-def _score_at(x: jax.Array, atom_signs: jax.Array) -> jax.Array:
-    """⟨x, v⟩: x [C, d], signs of atoms [C, A, d] → float32 [C, A]."""
+def _score_at(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """⟨x, v_id⟩: x [C, d], ids [C, A] → float32 [C, A]. The signs are in x's dtype, in which the products are exact."""
     d = x.shape[-1]
-    return jnp.einsum("cd,cad->ca", x.astype(jnp.float32), atom_signs, precision=EXACT) / np.float32(np.sqrt(d))
+    sums = jnp.einsum("cd,cad->ca", x, signs(ids, d, x.dtype), precision=EXACT, preferred_element_type=jnp.float32)
+    return sums / np.float32(np.sqrt(d))
 
 
 def _combine(coefficients: jax.Array, atom_signs: jax.Array) -> jax.Array:
@@ -108,7 +109,7 @@ def scores_at(x: jax.Array, ids: jax.Array) -> jax.Array:
     d, active = x.shape[-1], ids.shape[-1]
 
     def chunk(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        return (_score_at(x, signs(ids, d)),)
+        return (_score_at(x, ids),)
 
     (scores,) = _map_rows(chunk, (x.reshape(-1, d), ids.reshape(-1, active)), 4 * active * d)
     return scores.reshape(ids.shape)
@@ -151,8 +152,8 @@ def _select(
     """The k largest of y [C, N] in each row, equal ones by the lower id: their values and positions [C, k].
 
     y that is not finite counts as +inf and is returned as that; positions that are not allowed are never taken. `top_k`
-    prefers the lower position among equals. Where that leaves out one equal to the last taken, which is rare, the rows of
-    the chunk are looked at again and the equals with the lowest of ids() [C, N] are taken.
+    knows no ids. Where it leaves out one equal to the last taken, which is rare, the rows of the chunk are looked at again
+    and the equals with the lowest of ids() [C, N] are taken.
     """
     keys = _finite_or_inf(y)
     if allowed is not None:
@@ -203,7 +204,8 @@ def _encode_chunk(
         all_sums.append(jnp.take_along_axis(sums.reshape(flat), positions, axis=1))
     ids, c = jnp.concatenate(all_ids, axis=1), jnp.concatenate(all_y, axis=1)
     if not forward_standardized:
-        c = _finite_or_inf(jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids])
+        raw = jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids]
+        c = jnp.where(jnp.isfinite(c), _finite_or_inf(raw), c)
     c = jnp.maximum(c, 0)
     return _combine(c, signs(ids, d)).astype(x.dtype), ids, c > 0
 
@@ -284,10 +286,9 @@ def _encode_decode_bwd(
 
     def chunk(dx_hat: jax.Array, saved: jax.Array) -> tuple[jax.Array, ...]:
         ids = saved & (2**ACTIVE_BIT - 1)
-        atom_signs = signs(ids, d)
-        g = jnp.where(saved >> ACTIVE_BIT == 1, _score_at(dx_hat, atom_signs), 0)
+        g = jnp.where(saved >> ACTIVE_BIT == 1, _score_at(dx_hat, ids), 0)
         divided = g if std is None else g / jnp.maximum(std, STD_FLOOR)[ids]
-        return _combine(divided, atom_signs).astype(dx_hat.dtype), g
+        return _combine(divided, signs(ids, d)).astype(dx_hat.dtype), g
 
     dx, g = _map_rows(chunk, (dx_hat.reshape(-1, d), saved.reshape(-1, active)), 4 * active * d)
     ids = saved.reshape(-1, active) & (2**ACTIVE_BIT - 1)

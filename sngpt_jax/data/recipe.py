@@ -33,6 +33,7 @@ def prepared_data(config: Config) -> Dataset:
         tokenizer=d.tokenizer,
         val_source=d.val_source,
         val_docs=d.val_docs,
+        max_tokens=d.max_tokens,
         vocab_size=config.model.vocab_size,
         normalization=d.normalization,
     )

@@ -20,6 +20,7 @@ from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.evaluation.bpb import window_batches
 from sngpt_jax.evaluation.feature_counts import Examples, FiringCounts, choose
+from sngpt_jax.evaluation.health import is_dead
 from sngpt_jax.model.cayley import activations, code_state
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
@@ -103,7 +104,7 @@ def overview(firing: FiringCounts, generators: dictionary.Generators, layer: int
             {
                 "reachable": dictionary.reachable(firing.levels, level, generators),
                 "fired": int(np.count_nonzero(counts)),
-                "dead": float(np.mean(10 * counts * len(owned) < tokens * k)),  # below a tenth of the mean, C = 0.1
+                "dead": float(is_dead(counts, tokens, k).mean()),
                 "histogram": np.bincount(np.frexp(counts)[1]).tolist(),  # bin 0: never; bin i: 2^(i-1) to 2^i - 1 times
                 "counts": counts.tolist(),
             }

@@ -47,7 +47,7 @@ def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, max_token
     """Loss and bits per byte of the validation text with one level kept, with two, … with all."""
     losses = []
     for num_levels in range(1, len(model.config.model.cayley_levels) + 1):
-        cut, variables = truncated(model.config.model, model.params, num_levels)
+        cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = score_stream(
             variables,
             make_eval_step(cut, mesh),
@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)
     losses = losses_by_level(model, dataset, mesh, arguments.tokens)
     rows = rows_at_a_time(windows, seq_len, min(device_batch_tokens, BATCH_TOKENS // mesh.devices.size), mesh.devices.size)
-    piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.params)
+    piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.variables)
     study: dict[str, Any] = {
         "run": str(arguments.run),
         "step": model.step,

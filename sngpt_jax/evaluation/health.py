@@ -133,6 +133,11 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
 _all_scores = jax.jit(cayley.all_scores, static_argnums=1)
 
 
+def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
+    """Which features of a level with k active ones fired too seldom; `counts` int64 [..., |V|] are over so many tokens."""
+    return RARE * counts * counts.shape[-1] < tokens * k  # in integers, so that the threshold itself is alive
+
+
 def accumulate(total: Sums | None, batch: Sums) -> Sums:
     """The sums of two sets of tokens, in int64 and float64; `total` is None before the first."""
     host = jax.tree.map(np.asarray, batch)
@@ -195,9 +200,9 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
 
     def of_level(level: int) -> dict[str, np.ndarray]:
         ids = dictionary.level_range(levels, level)
-        V, k = slice(ids.start, ids.stop), levels[level][1]
+        V = slice(ids.start, ids.stop)
         counts, activations = sums.counts[:, V], sums.activations[:, V]
-        dead = RARE * counts * len(ids) < tokens * k  # in integers, so that the threshold itself is alive
+        dead = is_dead(counts, tokens, levels[level][1])
         strength = np.where(dead, np.nan, activations / np.maximum(counts, 1))
         median = np.array(
             [np.median(row[~rare]) if not rare.all() else np.nan for row, rare in zip(strength, dead, strict=True)]
