@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,18 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_bytes_atomic` of the text's UTF-8."""
     write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises `UserError` where the file that `option` names could not be written: before the work, rather than after it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}; give the path of a file") from None
 
 
 def command(module: str, *arguments: str) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from kernels.cayley import dictionary
 from sngpt_jax import cli
 from sngpt_jax.config import Config
 from sngpt_jax.optim.groups import describe, format_table
@@ -68,6 +69,23 @@ def forward_flops_per_token(config: Config) -> int:
     return 2 * multiplied + sum(uses.values()) * 2 * 2 * m.num_heads * m.head_dim * (T + 1) // 2
 
 
+def code_flops_per_token(config: Config) -> int:
+    """Additions and multiplications of the sparse codes in one token's forward pass, as `kernels.cayley.xla` does them.
+
+    A transform for level 0, a product with a ±1 matrix for each parent of a later level, and the sum of the active atoms.
+    They are no part of the model FLOPs, which utilization is reckoned with: another way to score takes a fiftieth.
+    """
+    m = config.model
+    if not m.levels:
+        return 0
+    d, levels = m.d_model, m.cayley_levels
+    bits = d.bit_length() - 1
+    total = 2 * d * (2 ** (bits // 2) + 2 ** (bits - bits // 2)) + 2 * d * sum(k for _, k, _ in levels)
+    for level in range(1, len(levels)):
+        total += 2 * d * levels[level - 1][1] * len(dictionary.children(levels, m.generators, level).steps)
+    return m.num_layers * total
+
+
 def optimizer_flops(config: Config) -> int:
     """Floating-point operations of one step's orthogonalizations, over all matrices."""
     return sum(
@@ -91,7 +109,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     statistics = _bytes(state.statistics)
     return {
         "parameters": {"total": total, "backbone": total - positions - sae_bias, **groups},
-        "flops_per_token": {"forward": forward, "train": 3 * forward},
+        "flops_per_token": {"forward": forward, "train": 3 * forward, "code": code_flops_per_token(config)},
         "flops_per_step": {"model": 3 * forward * config.data.batch_tokens, "optimizer": optimizer_flops(config)},
         "bytes": {
             "parameters": parameters,
@@ -108,14 +126,16 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
     """The plan for a person."""
     p, f, b, t = plan["parameters"], plan["flops_per_token"], plan["bytes"], plan["tokens"]
     shares = ", ".join(f"{name} {count:,}" for name, count in p.items() if name not in ("total", "backbone") and count)
+    backbone = f"; backbone {p['backbone']:,}" if p["backbone"] != p["total"] else ""
     step, run = plan["flops_per_step"], config.train.steps
     lines = [
-        f"parameters   {p['total']:,} ({shares})",
-        f"FLOPs        {f['forward'] / 1e6:,.1f} M a token forward, {f['train'] / 1e6:,.1f} M in training",
+        f"parameters   {p['total']:,} ({shares}){backbone}",
+        f"FLOPs        {f['forward'] / 1e6:,.1f} M a token forward, {f['train'] / 1e6:,.1f} M in training"
+        + (f"; beside them the codes' {f['code'] / 1e6:,.1f} M forward" if f["code"] else ""),
         f"step         {t['step']:,} tokens, {step['model'] / 1e12:,.3f} TFLOP"
         f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize",
         f"run          {run:,} steps, {t['run'] / 1e9:,.3f} G tokens, {step['model'] * run / 1e18:,.4f} EFLOP",
-        f"memory       parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
+        f"memory       in all: parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
         f" averages {b['averages'] / 1e6:,.1f} MB, statistics {b['statistics'] / 1e6:,.1f} MB,"
         f" checkpoint {b['checkpoint'] / 1e6:,.1f} MB",
         "",

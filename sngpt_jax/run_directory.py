@@ -74,7 +74,7 @@ def read_config(run_dir: Path) -> Config:
 def claim(run_dir: Path, config: Config) -> Iterator[None]:
     """Holds `run_dir` for one training process.
 
-    Refuses a directory that another process is training in, or whose run has another configuration.
+    Refuses a directory that another process is training in, or whose run has another configuration; `train.fsdp` may differ.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,10 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
             raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
         if config_path(run_dir).exists():
             changed = differences(read_config(run_dir), config)
+            layout = [line for line in changed if line.startswith("train.fsdp:")]  # a checkpoint fits any
+            changed = [line for line in changed if line not in layout]
+            if layout and not changed:
+                logger.info(f"{run_dir} goes on with another layout of its weights: {layout[0]}")
             if changed:
                 raise UserError(
                     f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"

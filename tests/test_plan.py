@@ -41,6 +41,14 @@ def test_sizes_of_the_sparse_models(name):
     assert totals["tokens"]["step"] == 1_572_864
 
 
+def test_operations_of_the_codes():
+    """Small 3L: 16 parents with 248 children and 32 with 192, each scored over 1024 dimensions; 112 atoms summed."""
+    flops = plan.make_plan(load("cayley_small_3l"))["flops_per_token"]
+    assert flops["code"] == 12 * (2 * 1024 * (16 * 248 + 32 * 192 + 112) + 2 * 1024 * (32 + 32))
+    dense = plan.make_plan(load("cayley_small_dense"))["flops_per_token"]
+    assert dense == {**flops, "code": 0}
+
+
 def test_baseline_counts():
     totals = plan.make_plan(load("golf_baseline"))
     parameters = totals["parameters"]

@@ -58,3 +58,14 @@ def test_the_weights_asked_for_are_given(run):
 def test_an_average_that_is_not_there_is_an_error(run, step, weights, said):
     with pytest.raises(UserError, match=said):
         load_model(run[0], make_mesh(jax.devices()[:1]), step, weights)
+
+
+def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny_recipe):
+    config = load(str(tiny_recipe))
+    spread = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4, seed=1))
+    run_directory.begin(tmp_path, config, None)
+    with run_directory.claim(tmp_path, spread):
+        pass
+    with pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"), run_directory.claim(tmp_path, other):
+        pass

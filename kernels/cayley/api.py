@@ -19,6 +19,10 @@ def _announce(implementation: str, reason: str) -> None:
     log.info("cayley.encode_decode runs as %s: %s", implementation, reason)
 
 
+def _is_level(level: object) -> bool:
+    return isinstance(level, tuple) and len(level) == 3 and all(type(number) is int for number in level)
+
+
 def encode_decode(
     x: jax.Array,
     mean: jax.Array,
@@ -39,8 +43,8 @@ def encode_decode(
 
     Gradients go to x and bias through the selected features with c_f > 0, as if the selection were constant; mean and std
     have none. Kept for the backward pass are the ids, four bytes for each selected feature, and std. It works under jit,
-    vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). Input that is not finite gives output that is not, and
-    valid ids.
+    vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). An x, mean or bias that is not finite gives output
+    that is not, and valid ids.
 
     Args:
       x: [..., d], bfloat16 or float32; d is a power of two from 4 to 2^18.
@@ -62,6 +66,8 @@ def encode_decode(
         raise ValueError(f'implementation is {implementation!r}; expected "xla" or None')
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected bfloat16 or float32 with at least one axis")
+    if not isinstance(levels, tuple) or not all(_is_level(level) for level in levels):
+        raise ValueError(f"levels is {levels!r}; expected a tuple of tuples of three integers (n, k, degree)")
     check_levels(levels, x.shape[-1], generators)
     features = 2 ** levels[-1][0]
     for name, array, size in (("mean", mean, x.shape[-1]), ("std", std, features), ("bias", bias, features)):

@@ -88,7 +88,15 @@ def signs(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
 
 
 def atoms(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
-    """The unit vectors v_f of the features `ids` [...], float64 [..., d]."""
+    """The unit vectors v_f of the features `ids` [...], float64 [..., d].
+
+    Raises ValueError where d is no power of two from 4 to 2^18, or an id no integer from 0 to d² - 1.
+    """
+    if d not in (2**t for t in PRIMITIVE_POLYNOMIALS):
+        raise ValueError(f"d is {d}; expected a power of two from 4 to 2^18")
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu" or np.any((ids < 0) | (ids >= d**2)):
+        raise ValueError(f"ids hold something else than integers from 0 to d² - 1 = {d**2 - 1}")
     return signs(ids, d) / np.sqrt(d)
 
 
@@ -219,7 +227,8 @@ def check_levels(levels: Levels, d: int, generators: Generators = "spread") -> N
                 _check_spread(level, below, n, degree)
             candidates = children(levels, generators, level).fewest_candidates(levels[level - 1][1])
         if not 1 <= k <= candidates:
-            raise ValueError(f"level {level} has k = {k}; expected 1 to {candidates}, the fewest candidates it can have")
+            limit = "the fewest candidates it can have" if level else "the features it has"
+            raise ValueError(f"level {level} has k = {k}; expected 1 to {candidates}, {limit}")
 
 
 def _check_spread(level: int, below: int, n: int, degree: int) -> None:
@@ -228,6 +237,8 @@ def _check_spread(level: int, below: int, n: int, degree: int) -> None:
         raise ValueError(f"level {level} needs a field of 2^{below} elements for its children; 2^18 is the largest there is")
     if degree < 1 or degree & (degree - 1):
         raise ValueError(f"level {level} has degree {degree}; it must be a power of two")
+    if degree > 2**n:
+        raise ValueError(f"level {level} has degree {degree}; its ids have {n} bits, so that at most {2**n} can be children")
     if degree < 2 ** (n - below):
         raise ValueError(f"level {level} has degree {degree}; its {n - below} new bits need at least {2 ** (n - below)}")
     if len(np.unique(span(child_generators(below, n, degree, "spread")))) < degree:

@@ -113,8 +113,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.features < 1 or arguments.contexts < 1 or arguments.tokens < 0:
         raise UserError("--features and --contexts must be at least 1; --tokens at least 0, which reads all of the stream")
-    if arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out}: is a folder; give the path of a file, such as {arguments.out}/features.html")
+    cli.check_writable(arguments.out, "--out")
+    if arguments.json not in ("", "-"):
+        cli.check_writable(Path(arguments.json), "--json")
+        if Path(arguments.json).resolve() == arguments.out.resolve():
+            raise UserError(f"--json {arguments.json}: is the page itself; give the path of another file")
     cli.log_to_stderr()
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
@@ -157,7 +160,8 @@ def main(argv: Sequence[str]) -> int:
         for row in losses:
             kept_levels = "level 0" if row["levels"] == 1 else f"levels 0-{row['levels'] - 1}"
             print(f"{kept_levels} kept: loss {row['loss']:.4f} nats/token, {row['bpb']:.4f} bits/byte")
-        print(f"{len(study['features']):,} features of {len(layers)} layers over {study['tokens']:,} tokens: {arguments.out}")
+        count, names = len(study["features"]), ",".join(map(str, layers))
+        print(f"{count:,} features of layers {names} over {study['tokens']:,} tokens: {arguments.out}")
     cli.write_json(study, arguments.json)
     return 0
 

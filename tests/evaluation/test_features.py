@@ -265,6 +265,10 @@ def test_the_command_writes_page_and_json(variables, dataset, tiny_recipe, tmp_p
 
     with pytest.raises(UserError, match="is a folder"):
         main(["--run", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--out .*cannot be written"):
+        main(["--run", str(tmp_path), "--out", "/proc/page.html"])
+    with pytest.raises(UserError, match="is the page itself"):
+        main([*out, "--json", out[-1]])
     with pytest.raises(UserError, match="--features and --contexts must be at least 1"):
         main([*out, "--features", "0"])
     dense = dataclasses.replace(model, config=config)

@@ -196,10 +196,13 @@ def test_input_that_is_not_finite(value: float, how_many: int, forward_standardi
     np.testing.assert_array_equal(ids[others], expected_ids[others])
 
 
-def test_not_finite_bias_and_mean_reach_the_output() -> None:
+@pytest.mark.parametrize("forward_standardized", [True, False])
+def test_not_finite_statistics_and_bias_reach_the_output(forward_standardized: bool) -> None:
     x, mean, std, bias, _ = make_inputs("random", D64, 3).values()
-    program = jax.jit(lambda *a: encode_decode(*a, D64))
-    for arrays in ((x, mean * np.nan, std, bias), (x, mean, std, np.where(np.arange(len(bias)) == 5, np.nan, bias))):
+    program = jax.jit(lambda *a: encode_decode(*a, D64, forward_standardized=forward_standardized))
+    fifth = np.arange(len(bias)) == 5
+    nan_std, nan_bias = (np.where(fifth, np.nan, array) for array in (std, bias))
+    for arrays in ((x, mean * np.nan, std, bias), (x, mean, nan_std, bias), (x, mean, std, nan_bias)):
         x_hat, ids = program(*(np.float32(a) for a in arrays))
         assert not np.isfinite(x_hat).all(1).any() and ids.min() >= 0 and ids.max() < 2048
 
@@ -368,6 +371,9 @@ def test_running_statistics_from_the_helpers_are_the_references() -> None:
         ({"bias": jnp.zeros(2048, jnp.bfloat16)}, "bias is bfloat16 [2048]; expected float32 [2048]"),
         ({"implementation": "cuda"}, "implementation is 'cuda'; expected \"xla\" or None"),
         ({"generators": "random"}, "generators is 'random'"),
+        ({"levels": [[6, 4, 0]]}, "levels is [[6, 4, 0]]; expected a tuple of tuples of three integers"),
+        ({"levels": (6, 4, 0)}, "levels is (6, 4, 0); expected"),
+        ({"levels": ((6.0, 4, 0),)}, "levels is ((6.0, 4, 0),); expected"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], complaint: str) -> None:

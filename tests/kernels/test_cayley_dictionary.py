@@ -169,7 +169,7 @@ def test_fewest_candidates_is_that_of_the_worst_parents() -> None:
         (((10, 4, 2),), 1024, "degree 2; it has no parents"),
         (((10, 4, 0), (15, 4, 48)), 1024, "degree 48; it must be a power of two"),
         (((10, 4, 0), (15, 4, 16)), 1024, "degree 16; its 5 new bits need at least 32"),
-        (((3, 4, 0), (4, 4, 64)), 8, "not independent"),
+        (((3, 4, 0), (4, 4, 16)), 8, "not independent"),
         (((10, 0, 0),), 1024, "k = 0; expected 1 to 1024"),
         (((10, 1025, 0),), 1024, "k = 1025; expected 1 to 1024"),
         (((10, 8, 0), (15, 249, 256)), 1024, "level 1 has k = 249; expected 1 to 248"),
@@ -195,3 +195,14 @@ def test_degree_does_not_bind_prefix_children() -> None:
         dictionary.check_levels(((10, 16, 0), (15, 497, 256)), 1024, "prefix")
     with pytest.raises(ValueError, match='"spread" or "prefix"'):
         dictionary.check_levels(((10, 16, 0),), 1024, "random")
+
+
+@pytest.mark.parametrize(("ids", "d"), [(1, 100), (1, 2), (1, 0), (-1, 128), (2**14, 128), (1.5, 128), ([1, 2**20], 1024)])
+def test_atoms_that_are_none(ids, d):
+    with pytest.raises(ValueError, match=r"d is|ids hold"):
+        dictionary.atoms(ids, d)
+
+
+def test_a_degree_beyond_the_ids_is_refused_before_its_span_is_made():
+    with pytest.raises(ValueError, match="degree 340282366920938463463374607431768211456"):
+        dictionary.check_levels(((7, 4, 0), (14, 8, 2**128)), 128)
