@@ -214,10 +214,9 @@ def test_a_shrunk_recipe_learns(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["golf_11l_xsa4", "golf_12l_recycled"])  # which between them have every technique but one
-def test_a_recipe_takes_its_first_steps_at_full_width(name):
+def test_the_largest_recipe_takes_its_first_steps_at_full_width():
     """With two of the five Newton–Schulz steps, in float32: at this batch they are nearly all of a CPU's work."""
     optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}
-    seen = few_steps(changed(load(name), optim=optim, data={"batch_tokens": 512, "seq_len": 64}), 3)
+    seen = few_steps(changed(load("golf_12l_recycled"), optim=optim, data={"batch_tokens": 512, "seq_len": 64}), 3)
     assert seen[0] == pytest.approx(math.log(1024), abs=0.1)
     assert seen[-1] < seen[0] - 0.3
