@@ -56,9 +56,7 @@ class ModelConfig:
     bigram_init_std: float = 0.0  # standard deviation of that table at the start
     bigram_proj_gain: float = 1.0  # singular values of its projection at the start, with matrix_init = orthogonal
     bigram_scale_init: float = 0.05  # learned factor on its output, at the start; 0: no such factor
-    matrix_init: Literal["fan_in_uniform", "orthogonal", "normal"] = (
-        "fan_in_uniform"  # normal: GPT-2's; else outputs start at 0
-    )
+    matrix_init: Literal["fan_in_uniform", "orthogonal", "normal"] = "fan_in_uniform"  # but for normal, outputs start at 0
     matrix_init_std: float = 0.02  # with normal; those of the outputs into the stream are divided by sqrt(2 L)
     embed_init_std: float = 0.005  # standard deviation of the token embedding, and of learned positions, at the start
     embed_init: Literal["normal", "overtone"] = "normal"  # overtone: singular values then fall as 1 / sqrt(rank)

@@ -94,8 +94,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.eval_step = make_eval_step(self.config.model, self.mesh)
-        if self.config.model.levels and self.config.eval.health_tokens:
-            self.health_step = make_health_step(self.config.model, self.mesh)
+        measured = self.config.model.levels and self.config.eval.health_tokens
+        self.health_step = make_health_step(self.config.model, self.mesh) if measured else None
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
         self.announced: set[str] = set()  # what has been said once
@@ -234,16 +234,16 @@ class Run:
             best_val_loss=score.loss if best is None else min(best, score.loss),
             latest=latest,
         )
-        if self.config.model.levels and self.config.eval.health_tokens:
-            self.log_health()
+        if self.health_step:
+            self.log_health(self.health_step)
 
-    def log_health(self) -> None:
+    def log_health(self, health_step: jax.stages.Wrapped) -> None:
         """Measures and logs the health of the sparse codes, on the start of the validation stream."""
         start = time.perf_counter()
         health = score_health(
             self.config,
             self.state.variables(),
-            self.health_step,
+            health_step,
             self.data.val,
             self.mesh,
             step=self.done,

@@ -166,8 +166,8 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
     gradient would reduce in every turn. Weights that are spread over `fsdp` are gathered once, before the first microbatch.
     Sparse codes see the statistics of the steps before; theirs are updated once, from a sample of all microbatches and
-    devices. `controls` are what the host decides for the step; they are traced, so that a
-    schedule driven by the clock compiles once. The state passed in is donated.
+    devices. `controls` are what the host decides for the step; they are traced, so that a schedule driven by the clock
+    compiles once. The state passed in is donated.
     """
     o, d = config.optim, config.data
     mean_loss = _with_taps(config.model, loss.mean_loss)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -240,3 +241,12 @@ def test_importing_the_configuration_imports_no_jax():
 
 def test_defaults_are_valid_but_for_the_schedule_they_leave_open():
     assert validate(Config(ModelConfig(), OptimConfig(schedule="constant"), DataConfig(), TrainConfig()))
+
+
+def test_every_field_says_what_it_is():
+    """A comment that does not stand on its field's line is no help text."""
+    fields = re.findall(r"^    (\w+): .*?( #.*)?$", (ROOT / "sngpt_jax" / "config.py").read_text(), re.M)
+    bare = {name for name, comment in fields if not comment}
+    sections = {field.name for field in dataclasses.fields(Config)}
+    assert len(fields) > 80
+    assert bare == {"adam_b1", "adam_b2", "adam_eps"} | sections

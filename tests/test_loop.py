@@ -92,3 +92,16 @@ def test_a_signal_ends_a_validation_that_is_under_way(run, monkeypatch):
     with pytest.raises(Stopped):
         run.validate()
     assert run.position.latest is None
+
+
+def test_a_signal_in_the_measurement_of_health_keeps_the_validation(run, monkeypatch):
+    def health(*args, progress, **kwargs):
+        run.signals.received = "SIGTERM"
+        progress(1, 10)
+
+    monkeypatch.setattr(loop, "score_health", health)
+    run.health_step = lambda *args: None
+    run.state = TrainState(step=jnp.int32(0), params={}, opt_state={}, key=jax.random.key(0))
+    with pytest.raises(Stopped):
+        validate(run, monkeypatch, 5.0)
+    assert (run.position.latest.loss, run.position.best_val_loss) == (5.0, 5.0)

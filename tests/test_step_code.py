@@ -227,6 +227,18 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path):
     assert ends[0][0][1]["blocks"][0]["code"]["last_fired"].max() == 5
 
 
+def test_a_checkpoint_of_spread_weights_serves_any_layout(tmp_path):
+    spread, _ = run(2, devices=8, fsdp=8)
+    with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, spread, {})
+    for devices, fsdp in ((1, 1), (8, 4)):
+        mesh = make_mesh(jax.devices()[:devices], fsdp)
+        restored = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state
+        jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(spread))
+        up = restored.params["blocks"][0]["mlp"]["up"]
+        assert up.addressable_shards[0].data.size * fsdp == up.size
+
+
 def test_biases_learn_and_do_not_decay():
     decaying = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, adam_weight_decay=0.5))
     mesh = make_mesh(jax.devices()[:1])
