@@ -47,5 +47,15 @@ config = Config(
     data=DataConfig(dir="data/fineweb_sp1024", source="golf", batch_tokens=786_432, seq_len=2048),
     train=TrainConfig(steps=20_000, max_seconds=600.0, device_batch_tokens=98_304),
     eval=EvalConfig(every=1000, weights="swa"),
-    export=ExportConfig(mlp_bits=5, attention_bits=6),
+    export=ExportConfig(
+        mlp_bits=5,
+        attention_bits=6,
+        embed_bits=16,
+        table_bits=8,
+        late_key_layers=1,
+        passthrough_size=65_536,
+        control_dtype="float16",
+        codes="full",
+        codec="zstd",
+    ),
 )

@@ -51,5 +51,15 @@ config = Config(
     data=DataConfig(dir="data/fineweb_sp1024", source="golf", batch_tokens=524_288, seq_len=2048),
     train=TrainConfig(steps=20_000, max_seconds=600.0),
     eval=EvalConfig(every=1000, weights="swa"),
-    export=ExportConfig(mlp_bits=5, attention_bits=6),
+    export=ExportConfig(
+        mlp_bits=5,
+        attention_bits=6,
+        embed_bits=16,
+        table_bits=6,
+        late_key_layers=2,
+        passthrough_size=65_536,
+        codes="full",
+        prune_fraction=0.02,
+        codec="zstd",
+    ),
 )

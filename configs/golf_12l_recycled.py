@@ -60,5 +60,16 @@ config = Config(
     data=DataConfig(dir="data/fineweb_sp1024", source="golf", batch_tokens=786_432, seq_len=2048),
     train=TrainConfig(steps=20_000, max_seconds=600.0, device_batch_tokens=98_304),
     eval=EvalConfig(every=1000, weights="swa"),
-    export=ExportConfig(mlp_bits=5, attention_bits=5, scale_floor=1 / 15),
+    export=ExportConfig(
+        mlp_bits=5,
+        attention_bits=5,
+        passthrough_size=65_536,
+        control_dtype="float16",
+        clip="search",
+        table_clip="percentile",
+        clip_floor=1.0,
+        packed=True,
+        codec="lzma",
+        codec_level=9,
+    ),
 )

@@ -49,5 +49,12 @@ config = Config(
     data=DataConfig(dir="data/fineweb_sp1024", source="golf", batch_tokens=786_432, seq_len=2048),
     train=TrainConfig(steps=20_000, max_seconds=600.0, device_batch_tokens=98_304),
     eval=EvalConfig(every=1000),
-    export=ExportConfig(mlp_bits=8, attention_bits=8, scale_floor=1 / 127),
+    export=ExportConfig(
+        passthrough_size=65_536,
+        codes="full",
+        clip="percentile",
+        table_clip="percentile",
+        clip_floor=1.0,
+        codec="zstd",
+    ),
 )

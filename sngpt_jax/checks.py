@@ -99,18 +99,11 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"optim.swa_every = {o.swa_every} exceeds train.steps = {t.steps}: no snapshot would ever be taken"
     if o.grad_clip_scope == "device" and not o.grad_clip:
         yield "optim.grad_clip_scope = device clips nothing with optim.grad_clip = 0"
-    if x.scale_floor > 1:
-        yield f"export.scale_floor = {x.scale_floor} is more than 1, wider than any weights"
     if o.swa_every and o.swa_below <= o.final_lr_fraction:
         yield f"optim.swa_below = {o.swa_below} is never reached with optim.final_lr_fraction = {o.final_lr_fraction}"
     if o.qat_below and o.qat_below <= o.final_lr_fraction:
         yield f"optim.qat_below = {o.qat_below} is never reached with optim.final_lr_fraction = {o.final_lr_fraction}"
-    bits = {name: getattr(x, name) for name in ("mlp_bits", "attention_bits", "projection_bits")}
-    for name, value in bits.items():
-        if not (2 <= value <= 8 or value == 16):
-            yield f"export.{name} = {value} is neither 2 to 8 nor 16"
-    if o.qat_below and set(bits.values()) == {16}:
-        yield "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits and projection_bits are all 16"
+    yield from _export_problems(config)
     if e.weights == "swa" and not o.swa_every:
         yield "eval.weights = swa needs optim.swa_every"
     if e.weights == "ema" and not o.ema_decay:
@@ -127,6 +120,39 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"eval.health_tokens = {e.health_tokens} is less than one sequence, data.seq_len = {d.seq_len}"
     if m.vocab_size > 2**16:
         yield f"model.vocab_size = {m.vocab_size} exceeds 65536; tokens are stored as uint16"
+
+
+def _export_problems(config: Config) -> Iterator[str]:
+    x = config.export
+    for name in ("mlp_bits", "attention_bits", "projection_bits", "embed_bits", "table_bits"):
+        if not (2 <= getattr(x, name) <= 8 or getattr(x, name) == 16):
+            yield f"export.{name} = {getattr(x, name)} is neither 2 to 8 nor 16"
+    if not 50 <= x.clip_percentile <= 100:
+        yield f"export.clip_percentile = {x.clip_percentile} is not between 50 and 100"
+    for name in ("clip_sd", "table_clip_sd"):
+        if getattr(x, name) <= 0:
+            yield f"export.{name} = {getattr(x, name)} must be greater than 0"
+    if x.prune_fraction >= 1:
+        yield f"export.prune_fraction = {x.prune_fraction} leaves no weights"
+    if x.late_key_layers > config.model.num_layers:
+        yield f"export.late_key_layers = {x.late_key_layers} exceeds model.num_layers = {config.model.num_layers}"
+    if x.clip_scope == "matrix" and "search" not in (x.clip, x.table_clip):
+        yield "export.clip_scope = matrix does nothing without export.clip or export.table_clip = search"
+    if x.packed and x.codec == "rans":
+        yield "export.packed = True leaves export.codec = rans no codes to count; take zstd or lzma, or leave packed out"
+    lowest, highest = {"zstd": (1, 22), "lzma": (0, 9), "rans": (1, 22)}[x.codec]
+    if not lowest <= x.codec_level <= highest:
+        yield f"export.codec_level = {x.codec_level} is not one of export.codec = {x.codec}: {lowest} to {highest}"
+    if x.gptq and (x.gptq_block < 1 or x.gptq_tokens < config.data.seq_len):
+        yield (
+            f"export.gptq needs gptq_block = {x.gptq_block} of 1 or more, and gptq_tokens = {x.gptq_tokens}"
+            f" of one sequence or more, data.seq_len = {config.data.seq_len}"
+        )
+    if config.optim.qat_below:
+        if {x.mlp_bits, x.attention_bits, x.projection_bits} == {16}:
+            yield "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits and projection_bits are all 16"
+        if x.clip != "row_max" or x.gptq:
+            yield "optim.qat_below imitates export.clip = row_max without export.gptq, nothing else"
 
 
 # Fields of one family only, which the other one must leave at their defaults.

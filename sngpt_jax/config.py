@@ -176,14 +176,40 @@ class EvalConfig:
     sample_tokens: int = 0  # length of that sample; 0: none
 
 
+Clip = Literal["row_max", "percentile", "search", "sd"]
+
+
 @dataclass(frozen=True)
 class ExportConfig:
-    """The grid of the exported matrices, one scale for each output channel; late quantization-aware training imitates it."""
+    """How the artifact keeps each group of tensors. A grid has one scale for each row: an output channel, a table's entry.
+
+    Late quantization-aware training imitates the matrices' grid.
+    """
 
     mlp_bits: int = 8  # of the MLPs' matrices, 2 to 8; 16: half precision, no grid
     attention_bits: int = 8  # of the attention's matrices
     projection_bits: int = 16  # of the matrices behind the bigram and value tables
-    scale_floor: float = 1e-12  # least distance between two neighbours on the grid
+    embed_bits: int = 8  # of the token embedding and of learned positions
+    table_bits: int = 8  # of the bigram and value tables
+    late_key_layers: int = 0  # last so many layers keep their key matrix in half precision
+    passthrough_size: int = 0  # tensors of at most so many weights are kept in half precision
+    control_dtype: Literal["float16", "float32"] = "float32"  # of gains, scales, gates, mixing weights and statistics
+    codes: Literal["symmetric", "full"] = "symmetric"  # b bits are -q to q, q = 2^(b-1) - 1; full: also -q - 1
+    clip: Clip = "row_max"  # a matrix row's range: its largest magnitude, a percentile, the best of several, or clip_sd
+    table_clip: Clip = "row_max"  # the same for embeddings and tables
+    clip_percentile: float = 99.99984  # of a row's magnitudes, for percentile
+    clip_scope: Literal["row", "matrix"] = "row"  # search takes the percentile of least squared error for each of these
+    clip_sd: float = 12.85  # for sd: a matrix row's range in standard deviations of the row (SDClip)
+    table_clip_sd: float = 20.0  # the same for embeddings and tables
+    clip_floor: float = 0.0  # least range of a row; its scale is then at least this / q
+    prune_fraction: float = 0.0  # of each tensor's weights, the smallest, that are set to 0 first
+    gptq: bool = False  # round the blocks' matrices by what they do to training text (GPTQ), not one weight at a time
+    gptq_damping: float = 0.01  # added to the diagonal of the inputs' second moments, as a share of its mean
+    gptq_block: int = 128  # columns rounded between updates of the columns after them
+    gptq_tokens: int = 131_072  # tokens of the training shards that the second moments are taken over
+    packed: bool = False  # codes of fewer than 8 bits are put together bit by bit before the codec; else a byte each
+    codec: Literal["rans", "zstd", "lzma"] = "rans"  # rans codes by measured frequencies; what is no code goes by zstd
+    codec_level: int = 22  # of zstd, 1 to 22; of lzma, 0 to 9
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         params = state.params
         if o.qat_below:
             # outside of the differentiated function, once a step: the gradient passes through the rounding as it is
-            params = qat.straight_through(params, config.export, controls.qat)
+            params = qat.straight_through(params, config, controls.qat)
         tapped_P = jnp.arange(0)
         if config.model.levels:
             key = jax.random.fold_in(state.key, SAMPLE)

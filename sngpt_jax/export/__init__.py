@@ -1,0 +1,1 @@
+"""A trained model as a small file: quantization, packing, entropy coding, on the host in numpy."""
