@@ -1,0 +1,279 @@
+"""Second moments against the inputs that a numpy model in float64 multiplies its matrices with, and which text is refused."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from sngpt_jax.data.shards import NO_EXTRA, Dataset, Shard, TokenStream, open_shard, write_shard
+from sngpt_jax.evaluation.calibration import Observed, second_moments, sum_of_products, training_stream
+from sngpt_jax.parallel import make_mesh, path_name, state_shardings
+from tests import oracles
+from tests.model import test_pre_norm as pre_norm
+from tests.model.test_techniques import TINY, changed, random_params
+
+T = 8
+MATRICES = {"query", "key", "value", "out", "up", "down", "proj"}
+
+
+def stream_of(*pieces, vocab_size=29):
+    pieces = [np.asarray(piece, np.uint16) for piece in pieces]
+    return TokenStream(tuple(Shard(None, piece, NO_EXTRA) for piece in pieces), vocab_size)
+
+
+def random_tokens(count, vocab_size=29, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab_size, count)
+
+
+def config_of(model, device_batch_tokens=2 * T):
+    data, evaluation = DataConfig(seq_len=T), EvalConfig(device_batch_tokens=device_batch_tokens)
+    return Config(model=model, data=data, eval=evaluation)
+
+
+def moments_of(model, variables, stream, tokens, devices=1, fsdp=1, device_batch_tokens=2 * T, progress=None):
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    variables = jax.device_put(variables, state_shardings(mesh, variables))
+    return second_moments(config_of(model, device_batch_tokens), variables, stream, tokens, mesh, progress)
+
+
+def in_float64(variables):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == jnp.float32 else None), variables)
+
+
+def mean_products(*inputs):
+    """mean(x xᵀ), one position after the other."""
+    vectors = np.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs])
+    total = np.zeros((vectors.shape[1],) * 2)
+    for x in vectors:
+        total += np.outer(x, x)
+    return total / len(vectors)
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+class Recording(np.ndarray):
+    """A numpy matrix that keeps the left factors of its products."""
+
+    def __rmatmul__(self, x):
+        self.inputs.append(x)
+        return x @ self.view(np.ndarray)
+
+
+def recorded(variables, run):
+    """{path: second moment} of all matrices while the numpy model `run` computes with `variables`."""
+    found = {}
+
+    def wrap(path, leaf):
+        if path_name(path).split("/")[-1] not in MATRICES:
+            return leaf
+        found[path_name(path)] = matrix = leaf.view(Recording)
+        matrix.inputs = []
+        return matrix
+
+    run(jax.tree_util.tree_map_with_path(wrap, in_float64(variables)))
+    return {path: mean_products(*matrix.inputs) for path, matrix in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------- the moments
+
+
+def test_the_first_layers_are_those_written_out():
+    model = changed(num_layers=1)
+    params, stream = random_params(model), stream_of(random_tokens(7 * T))
+    got = moments_of(model, params, stream, 7 * T)
+
+    p, tokens = in_float64(params), stream.take(0, 7 * T).reshape(7, T)
+    block = p["blocks"][0]
+    x = oracles.rms_norm(p["embed"]["table"][tokens])
+    u = (block["resid_mix"][0] + block["resid_mix"][1]) * x
+    normed = oracles.rms_norm(u)
+    # the projection as the identity leaves what enters it
+    heads, _ = oracles.attention(model, 0, {**block["attn"], "out": np.eye(24)}, normed)
+    u = u + block["attn_scale"] * (heads @ block["attn"]["out"])
+    hidden = oracles.relu2(oracles.rms_norm(u) @ block["mlp"]["up"])
+    for name in ("query", "key", "value"):
+        close(got[f"blocks/0/attn/{name}"], mean_products(normed))
+    close(got["blocks/0/attn/out"], mean_products(heads))
+    close(got["blocks/0/mlp/up"], mean_products(oracles.rms_norm(u)))
+    close(got["blocks/0/mlp/down"], mean_products(hidden))
+    assert len(got) == 6
+
+
+COMPACT = {
+    "plain": {},
+    "recycled": {"recycle_layers": (1, 0, 1)},
+    "tables": {
+        "bigram_buckets": 13,
+        "bigram_dim": 5,
+        "value_embed_layers": (3, 1),
+        "value_embed_dim": 7,
+        "smear": "before_norm",
+    },
+    "the rest": {"value_residual": True, "attention_gate": True, "xsa_layers": 2, "ln_scale": True, "rope_dims": 4},
+}
+
+
+@pytest.mark.parametrize("name", COMPACT)
+def test_every_matrix_of_the_compact_family(name):
+    model = changed(**COMPACT[name])
+    params, stream = random_params(model), stream_of(random_tokens(3 * T))
+    got = moments_of(model, params, stream, 3 * T)
+    want = recorded(params, lambda p: oracles.gpt(model, p, stream.take(0, 3 * T).reshape(3, T)))
+    assert set(got) == set(want)
+    assert len(got) == 6 * 4 + 2 * (name == "tables")
+    for path in want:
+        close(got[path], want[path])
+
+
+def test_all_applications_of_a_recycled_layer_count():
+    """Without skips and modulation the model is a longer one, whose copies' inputs are those of the applications."""
+    model = changed(num_layers=2, recycle_layers=(0, 0))
+    params = random_params(model)
+    params["skip_weights"] = jnp.zeros_like(params["skip_weights"])
+    params["recycle"] = {"scale": jnp.ones((2, TINY.d_model)), "bias": jnp.zeros((2, TINY.d_model))}
+    longer = {name: leaf for name, leaf in params.items() if name != "recycle"}
+    longer["blocks"] = {i: params["blocks"][layer] for i, layer in enumerate((0, 0, 0, 1))}
+    longer["skip_weights"] = jnp.zeros((2, TINY.d_model))
+    stream = stream_of(random_tokens(5 * T))
+    got = moments_of(model, params, stream, 5 * T)
+    copies = moments_of(changed(num_layers=4), longer, stream, 5 * T)
+    for name in ("attn/query", "attn/out", "mlp/up", "mlp/down"):
+        applications = [copies[f"blocks/{i}/{name}"] for i in range(3)]
+        assert np.abs(applications[0] - applications[1]).max() > 1e-3
+        close(got[f"blocks/0/{name}"], np.mean(applications, axis=0))
+        close(got[f"blocks/1/{name}"], copies[f"blocks/3/{name}"])
+
+
+@pytest.mark.parametrize("name", pre_norm.VARIANTS)
+def test_every_matrix_of_the_pre_norm_family(name):
+    model = pre_norm.VARIANTS[name]
+    variables = pre_norm.random_variables(model)
+    stream = stream_of(random_tokens(3 * T, 61), vocab_size=61)
+    got = moments_of(model, variables, stream, 3 * T)
+    want = recorded(variables, lambda p: pre_norm.oracle(model, p, stream.take(0, 3 * T).reshape(3, T)))
+    assert set(got) == set(want)
+    for path in want:
+        close(got[path], want[path])
+
+
+# a matrix of 4,096 weights or more is spread over fsdp
+WIDE = ModelConfig(
+    vocab_size=29, num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, mlp_dim=80, max_seq_len=T, compute_dtype="float32"
+)
+
+
+def test_batches_and_devices_change_nothing():
+    """Eleven windows: one by one, in twos with a row to spare, and with idle devices; weights whole and spread."""
+    params, stream = random_params(WIDE), stream_of(random_tokens(6 * T), random_tokens(6 * T, seed=1))
+    one = moments_of(WIDE, params, stream, 11 * T, device_batch_tokens=T)
+    for layout in ({}, {"devices": 3}, {"devices": 8}, {"devices": 8, "fsdp": 4}):
+        other = moments_of(WIDE, params, stream, 11 * T, **layout)
+        assert set(other) == set(one)
+        for path in one:
+            np.testing.assert_allclose(other[path], one[path], rtol=0, atol=1e-6 * np.abs(one[path]).max())
+
+
+def test_windows_are_whole_and_from_the_start():
+    params, tokens = random_params(WIDE), random_tokens(12 * T)
+    seen = []
+    got = moments_of(WIDE, params, stream_of(tokens), 6 * T - 1, progress=lambda *counts: seen.append(counts))
+    short = moments_of(WIDE, params, stream_of(tokens[: 5 * T]), 5 * T)
+    longer = moments_of(WIDE, params, stream_of(tokens), 6 * T)
+    for path in got:
+        np.testing.assert_array_equal(got[path], short[path])
+        assert np.abs(got[path] - longer[path]).max() > 1e-4
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_moments_are_symmetric_definite_and_shared():
+    model = changed(num_layers=2)
+    got = moments_of(model, random_params(model), stream_of(random_tokens(20 * T)), 20 * T)
+    for path, moment in got.items():
+        assert moment.dtype == np.float64
+        np.testing.assert_array_equal(moment, moment.T, err_msg=path)
+        eigenvalues = np.linalg.eigvalsh(moment)
+        assert eigenvalues[0] > -1e-6 * eigenvalues[-1] and eigenvalues[-1] > 0, path
+    for layer in (0, 1):
+        query, key, value, out = (got[f"blocks/{layer}/attn/{name}"] for name in ("query", "key", "value", "out"))
+        assert query is key is value and out is not query
+    assert len({id(moment) for moment in got.values()}) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_not_rounded_to_the_compute_dtype(dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 500, 9)) + 1, dtype)
+    counted = np.array([True, False, True, True, False, True])
+    got = jax.jit(sum_of_products)(x, jnp.asarray(counted))
+    rows = np.asarray(x, np.float64)[counted].reshape(-1, 9)
+    assert got.dtype == jnp.float32
+    close(got, rows.T @ rows)
+
+
+def test_an_observed_matrix_cannot_be_used_unseen():
+    """A model that takes its matrices in another way is no longer calibrated, and must not seem to be."""
+    x, matrix = jnp.ones((2, 3)), Observed(jnp.ones((3, 4)), [])
+    for use in (lambda: jnp.dot(x, matrix), lambda: jnp.einsum("ij,jk->ik", x, matrix), lambda: x * matrix):
+        with pytest.raises((TypeError, ValueError)):
+            use()
+    with pytest.raises(AttributeError):
+        _ = matrix.T
+
+
+def test_numbers_of_tokens_that_do_not_fit_are_refused():
+    params, stream = random_params(WIDE), stream_of(random_tokens(5 * T))
+    for tokens in (T - 1, 5 * T + 1):
+        with pytest.raises(UserError, match=f"^export.gptq_tokens = {tokens} .* data.seq_len = 8, and the 40 tokens"):
+            moments_of(WIDE, params, stream, tokens)
+
+
+# ---------------------------------------------------------------------------------------------- which text
+
+
+@pytest.fixture
+def shard_files(tmp_path):
+    """Two training shards and a validation shard of 1,000 tokens each, all of other text."""
+    paths = [tmp_path / name for name in ("x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin")]
+    for seed, path in enumerate(paths):
+        write_shard(path, random_tokens(1000, seed=seed).astype(np.uint16))
+    return paths
+
+
+def dataset_of(train, val):
+    splits = (TokenStream(tuple(Shard(p, open_shard(p), NO_EXTRA) for p in paths), 29) for paths in (train, val))
+    return Dataset(train[0].parent, *splits, tokenizer=None, manifest=None)
+
+
+def test_training_shards_of_their_own_are_taken(shard_files):
+    first, second, val = shard_files
+    dataset = dataset_of([first, second], [val])
+    assert training_stream(dataset, 1500) is dataset.train
+
+
+def test_validation_text_is_refused(shard_files, tmp_path):
+    first, second, val = shard_files
+    tokens = np.array(open_shard(val))
+    copy, cut, longer, link = (tmp_path / f"x_train_{name}.bin" for name in ("copy", "cut", "longer", "link"))
+    shutil.copy(val, copy)
+    write_shard(cut, tokens[:300])
+    write_shard(longer, np.concatenate([tokens, random_tokens(500, seed=9).astype(np.uint16)]))
+    link.symlink_to(val)
+    for leaked in (val, copy, cut, longer, link):
+        for train in ([leaked], [leaked, second], [first, leaked]):
+            with pytest.raises(UserError) as caught:
+                training_stream(dataset_of(train, [second, val] if second not in train else [val]), 1001)
+            assert str(leaked) in str(caught.value) and str(val) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_only_shards_that_are_read_matter(shard_files):
+    first, _, val = shard_files
+    dataset = dataset_of([first, val], [val])
+    assert training_stream(dataset, 1000) is dataset.train
+    with pytest.raises(UserError, match="training shard with the text of the validation shard"):
+        training_stream(dataset, 1001)
