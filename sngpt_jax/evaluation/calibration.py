@@ -25,14 +25,16 @@ from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.policy import MATRICES, policy_of
 from sngpt_jax.step import Batch, Variables, abstract_variables, forward
 
+SAME_TEXT = 1024  # tokens; shards that begin with so many in common, or the whole of the shorter one, hold the same text
+
 Moments = dict[tuple[str, ...], Any]  # the paths of the matrices that share an input → its second moment [n, n]
 
 
 def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
     """The training tokens of `dataset`, of which the first `tokens` are to be read.
 
-    Raises `UserError` where one of the shards that hold those is a validation shard too: the two are one file, copies, or one
-    is the other's beginning. Elsewhere it is for the maker of the shards to keep the splits apart, as `prepare` does.
+    Raises `UserError` where one of the shards that hold those is a validation shard too, as the file, as a copy, or as text
+    that begins with the same 1,024 tokens. Beyond that the maker of the shards keeps the splits apart, as `prepare` does.
     """
     first = 0
     for shard in dataset.train.shards:
@@ -40,7 +42,7 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
             break
         first += len(shard.tokens)
         for held_out in dataset.val.shards:
-            count = min(tokens, len(shard.tokens), len(held_out.tokens))
+            count = min(SAME_TEXT, len(shard.tokens), len(held_out.tokens))
             if np.array_equal(shard.tokens[:count], held_out.tokens[:count]):
                 raise UserError(
                     f"{shard.path}: a training shard with the text of the validation shard {held_out.path}; GPTQ must not see"

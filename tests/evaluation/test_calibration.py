@@ -271,6 +271,23 @@ def test_validation_text_is_refused(shard_files, tmp_path):
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("common", "refused"), [(1024, True), (1023, False)])
+def test_long_shards_are_told_apart_by_their_beginnings(tmp_path, common, refused):
+    """However many tokens are to be read: a text that goes on otherwise has shown its first ones to the model."""
+    train, val = (random_tokens(5000, seed=seed).astype(np.uint16) for seed in (0, 1))
+    train[:common] = val[:common]
+    train[common] = (val[common] + 1) % 29
+    paths = [tmp_path / "x_train_000000.bin", tmp_path / "x_val_000000.bin"]
+    for path, tokens in zip(paths, (train, val), strict=True):
+        write_shard(path, tokens)
+    dataset = dataset_of(paths[:1], paths[1:])
+    if refused:
+        with pytest.raises(UserError, match="text of the validation shard"):
+            training_stream(dataset, 5000)
+    else:
+        assert training_stream(dataset, 5000) is dataset.train
+
+
 def test_only_shards_that_are_read_matter(shard_files):
     first, _, val = shard_files
     dataset = dataset_of([first, val], [val])
