@@ -128,6 +128,30 @@ def test_minified_source_behaves_alike():
     assert after["area"](after["Shape"](width=3, height=5), verbose=True) == 15
 
 
+FORMATS = [
+    """f"{', '.join(['a', 'b'])!r:>{w}} {{braces}} {n:,} {n + 1:0{w}.{p}f} {'x'}\\n{f'{n}'}" """,
+    """f'{d["key"]}' f"{w=}" "{}" """,
+    """f"{f'{w!s:^{p + 3}}'}" """,
+    """f"{n:,} {w!r}" """,
+]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_formatted_strings_are_read_by_every_python(text):
+    """No quotes inside of quotes of the same kind: Python 3.11 reads none."""
+    small = bundle.minify(ast.parse(f"x = {text.strip()}"))
+    values = {"n": 12345, "w": 9, "p": 2, "d": {"key": "value"}}
+    found = dict(values)
+    exec(small, found)
+    assert found["x"] == eval(text.strip(), values)
+    nested = [node for node in ast.walk(ast.parse(small)) if isinstance(node, ast.FormattedValue)]
+    assert not any(
+        isinstance(node, ast.JoinedStr) and field.value is not node for field in nested for node in ast.walk(field.value)
+    )
+    strings = [node for field in nested for node in ast.walk(field.value) if isinstance(node, ast.Constant)]
+    assert not any(isinstance(node.value, str) for node in strings)
+
+
 def test_a_failure_is_one_line(tree, tmp_path):
     (tmp_path / "model.pyz").write_bytes(bundle.build("app.main", tree, ["app"]).data)
     with pytest.raises(UserError) as caught:
@@ -140,15 +164,19 @@ def test_a_failure_is_one_line(tree, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    path = tmp_path_factory.mktemp("program") / "model.pyz"
-    path.write_bytes(bundle.build().data)
-    return path
+def built():
+    return bundle.build()
 
 
-def test_the_programs_files():
+@pytest.fixture
+def program(built, tmp_path):
+    (tmp_path / "program.pyz").write_bytes(built.data)
+    return tmp_path / "program.pyz"
+
+
+@pytest.mark.slow
+def test_the_programs_files(built):
     """What trains, writes or asks is not in it."""
-    built = bundle.build()
     names = {name for name, _ in built.files}
     assert {"sngpt_jax/export/scorer.py", "sngpt_jax/model/gpt.py", "kernels/cayley/xla.py", "sngpt_jax/__init__.py"} <= names
     assert not names & {f"sngpt_jax/{name}.py" for name in ("checkpoint", "recipe", "run_directory", "loop", "optim/schedules")}
@@ -157,11 +185,12 @@ def test_the_programs_files():
     assert len(built.data) < 32_000
 
 
-def test_mistakes_are_one_line(program, tmp_path):
-    done = execute(program.read_bytes(), tmp_path, tmp_path / "no.sngpt", options=["-I"])
+@pytest.mark.slow
+def test_mistakes_are_one_line(built, tmp_path):
+    done = execute(built.data, tmp_path, tmp_path / "no.sngpt", options=["-I"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tmp_path / 'no.sngpt'}: ") and done.stderr.count("\n") == 1
-    done = execute(program.read_bytes(), tmp_path, tmp_path / "no.sngpt", "--tokens", -1, options=["-I"])
+    done = execute(built.data, tmp_path, tmp_path / "no.sngpt", "--tokens", -1, options=["-I"])
     assert (done.returncode, done.stderr) == (2, "error: --tokens -1 is negative; 0 scores all of the stream\n")
 
 
@@ -201,7 +230,7 @@ SPARSE = ModelConfig(
     mlp_activation="gelu",
     positions="learned",
     qk_norm=False,
-    levels="6,8,0;8,8,4",
+    levels="5,4,0;7,8,8",
     logit_soft_cap=0.0,
     matrix_init="normal",
 )

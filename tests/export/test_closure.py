@@ -11,7 +11,7 @@ from sngpt_jax.export.closure import closure
 FILES = {
     "app/__init__.py": '''
 """A package whose own names come from a module."""
-from app.names import TITLE as title
+from .names import TITLE as title
 from app.unused import nothing
 ''',
     "app/names.py": "TITLE, SUBTITLE = 'app', 'b'\nOTHER = 1\n",
@@ -113,7 +113,7 @@ def test_modules_and_definitions(tree):
     assert found.packages == {"app", "app.deep", "extra"}
     assert found.libraries == ()  # only what is not needed imports some
     assert kept(found, "app.deep.leaf").count("def ") == 3 and "not_named" not in kept(found, "app.deep.leaf")
-    assert kept(found, "app") == "from app.names import TITLE as title"
+    assert kept(found, "app") == "from .names import TITLE as title"
     assert kept(found, "app.deep.inner") == "depth = 2"
     assert kept(found, "app.deep.chosen") == "first = 'first'"
     assert "unused" not in kept(found, "app.sibling")
