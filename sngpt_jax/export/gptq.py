@@ -13,6 +13,7 @@ so that column i is rounded with the bracket as close to 0 as its grid allows. H
 import numpy as np
 
 from sngpt_jax.cli import UserError
+from sngpt_jax.export.quantize import inverse
 
 
 def gptq(
@@ -49,7 +50,7 @@ def gptq(
     carry = lower[::-1, ::-1].T / lower.diagonal()[::-1, None]  # carry[i, j] = R_ji / R_ii
 
     weights = rows.T[order].astype(np.float64)  # [in, out], so that a column is contiguous
-    steps = scales.astype(np.float32)
+    steps, inverses = scales.astype(np.float64), inverse(scales)
     errors = np.empty_like(weights)
     codes = np.empty((rows.shape[1], rows.shape[0]), np.int8)
     for start in range(0, len(weights), block):
@@ -58,6 +59,6 @@ def gptq(
         for i in range(start, stop):
             target = targets[i - start] + carry[i, start:i] @ errors[start:i]
             # in float32, as `quantize.nearest_codes`: where nothing is carried the two agree to the last tie
-            codes[order[i]] = rounded = np.clip(np.rint(target.astype(np.float32) / steps), q_min, q_max)
-            errors[i] = weights[i] - np.float64(steps) * rounded
+            codes[order[i]] = rounded = np.clip(np.rint(target.astype(np.float32) * inverses), q_min, q_max)
+            errors[i] = weights[i] - steps * rounded
     return np.ascontiguousarray(codes.T)

@@ -42,6 +42,14 @@ class Quantized:
         return np.ascontiguousarray(rows.T) if self.transposed else rows
 
 
+Stored = Quantized | np.ndarray  # what an artifact holds of a tensor: codes and scales, or float16 or float32 as it is
+
+
+def dequantize(stored: Stored) -> np.ndarray:
+    """The tensor in float32."""
+    return stored.dequantize() if isinstance(stored, Quantized) else stored.astype(np.float32)
+
+
 def quantize(tensor: np.ndarray, policy: Policy, export: ExportConfig) -> Quantized:
     """The float32 tensor [in, out] or [entries, width] on the grid that its policy asks for, each weight on its nearest code.
 
@@ -86,10 +94,15 @@ def nearest_codes(rows: np.ndarray, scales: np.ndarray, q_min: int, q_max: int) 
     Within the grid's range a code is at most half a scale from its weight. Weights on the grid get their own codes back.
     """
     codes = np.empty(rows.shape, np.int8)
-    steps = scales.astype(np.float32)[:, None]
+    inverses = inverse(scales)[:, None]
     for block in _blocks(rows):
-        codes[block] = _rounded(rows[block] / steps[block], q_min, q_max)
+        codes[block] = _rounded(rows[block] * inverses[block], q_min, q_max)
     return codes
+
+
+def inverse(scales: np.ndarray) -> np.ndarray:
+    """1 / scale, float32. XLA turns the division in training into a product with it: so do we, and ties go the same way."""
+    return np.float32(1) / scales.astype(np.float32)
 
 
 def prune(tensor: np.ndarray, fraction: float) -> np.ndarray:
@@ -157,10 +170,9 @@ def _least_error(rows: np.ndarray, candidates: np.ndarray, policy: Policy, expor
     for block in _blocks(rows):
         weights = np.ascontiguousarray(rows[block])
         for scales, error in zip(candidates, errors, strict=True):
-            steps = scales[block].astype(np.float32)
-            quotients = weights / steps[:, None]
+            quotients = weights * inverse(scales[block])[:, None]
             rest = quotients - _rounded(quotients.copy(), q_min, q_max)
-            error[block] = np.float64(steps) ** 2 * np.vecdot(rest, rest)
+            error[block] = np.float64(scales[block]) ** 2 * np.vecdot(rest, rest)
     if export.clip_scope == "matrix":
         return candidates[errors.sum(axis=1).argmin()]
     return np.take_along_axis(candidates, errors.argmin(axis=0)[None], axis=0)[0]
