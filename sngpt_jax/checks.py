@@ -17,7 +17,7 @@ def validate(config: Config) -> Config:
 
 
 def _problems(config: Config) -> Iterator[str]:
-    m, o, d, t, e, x = config.model, config.optim, config.data, config.train, config.eval, config.export
+    m, o, d, t, e = config.model, config.optim, config.data, config.train, config.eval
     at_least_one = {
         "model": (
             "vocab_size",
@@ -151,8 +151,8 @@ def _export_problems(config: Config) -> Iterator[str]:
     if config.optim.qat_below:
         if {x.mlp_bits, x.attention_bits, x.projection_bits} == {16}:
             yield "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits and projection_bits are all 16"
-        if x.clip != "row_max" or x.gptq:
-            yield "optim.qat_below imitates export.clip = row_max without export.gptq, nothing else"
+        if x.clip == "sd" or x.gptq:
+            yield "optim.qat_below imitates ranges near a row's largest magnitude, neither export.clip = sd nor export.gptq"
 
 
 # Fields of one family only, which the other one must leave at their defaults.

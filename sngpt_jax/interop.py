@@ -32,6 +32,7 @@ from sngpt_jax.config import Config, ModelConfig, Weights
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.model.gpt import GPT
+from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import make_mesh, path_name, state_shardings
 from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.step import Params, TrainState
@@ -350,8 +351,9 @@ def import_command(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class ExportArguments:
-    run: Path  # run directory of a trained model
     out: Path  # file to write, *.safetensors
+    run: Path | None = None  # run directory of a trained model
+    artifact: Path | None = None  # or an exported model, *.sngpt
     step: int | None = None  # checkpoint to export; default: the latest
     weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
 
@@ -361,13 +363,13 @@ def export_command(argv: Sequence[str]) -> int:
         ExportArguments,
         args=list(argv),
         prog="python -m sngpt_jax.interop export",
-        description="Writes a run's weights under the names of the original PyTorch scripts.",
+        description="Writes a model's weights under the names of the original PyTorch scripts.",
     )
     out = arguments.out
     if out.suffix != ".safetensors":
         raise InteropError(f"--out {out}: expected a file named *.safetensors")
     cli.log_to_stderr()
-    trained = run_directory.load_model(arguments.run, make_mesh(jax.devices()[:1]), arguments.step, arguments.weights)
+    trained = open_model(arguments.run, arguments.artifact, make_mesh(jax.devices()[:1]), arguments.step, arguments.weights)
     state = export_state_dict(nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.variables))
     try:
         cli.write_bytes_atomic(out, safetensors.numpy.save(state))

@@ -47,6 +47,11 @@ class Policy:
         return self.bits <= 8
 
 
+def is_exported(dtype: np.dtype) -> bool:
+    """Whether tensors of this dtype are part of an artifact: floats are; the step counts of sparse codes are training's."""
+    return bool(np.issubdtype(dtype, np.floating))
+
+
 def largest_code(bits: int) -> int:
     """q of a grid of `bits` bits: codes run from -q to q."""
     return 2 ** (bits - 1) - 1

@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
-from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
-from sngpt_jax.step import Variables, abstract_state, join
+from sngpt_jax.step import abstract_state, join
+from sngpt_jax.trained_model import TrainedModel
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -51,16 +51,6 @@ def tokenizer_path(run_dir: Path) -> Path | None:
         if (run_dir / name).is_file():
             return run_dir / name
     return None
-
-
-def open_data(run_dir: Path, data_dir: Path, vocab_size: int) -> Dataset:
-    """The prepared data in `data_dir`; a `UserError` where they were not made with the run's own tokenizer."""
-    dataset, kept = open_dataset(data_dir, vocab_size), tokenizer_path(run_dir)
-    if kept is None:
-        logger.info(f"{run_dir} keeps no tokenizer: taking that of {data_dir}")
-    elif load_tokenizer(kept).sha256 != dataset.tokenizer.sha256:
-        raise UserError(f"{data_dir}: prepared with another tokenizer than the run {run_dir}; prepare it with the run's")
-    return dataset
 
 
 def read_config(run_dir: Path) -> Config:
@@ -149,16 +139,6 @@ def write_summary(run_dir: Path, summary: Summary) -> None:
     write_text_atomic(summary_path(run_dir), json.dumps(asdict(summary), indent=2) + "\n")
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model read back from a run: its configuration, its variables on the mesh, and the step they are from."""
-
-    config: Config
-    variables: Variables  # parameters, with the statistics of sparse codes in their places
-    step: int
-    weights: Weights  # which ones they are
-
-
 def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None) -> TrainedModel:
     """The weights of `run_dir` at checkpoint `step`, laid out over `mesh`.
 
@@ -182,4 +162,13 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
             " take a later --step or --weights final"
         )
     params = found if weights == "final" else averaged_weights(found)
-    return TrainedModel(config, join(params, restored.state["statistics"]), restored.step, weights)
+    kept = tokenizer_path(run_dir)
+    return TrainedModel(
+        config,
+        join(params, restored.state["statistics"]),
+        restored.step,
+        weights,
+        run_dir,
+        tokenizer_path=kept,
+        tokenizer_sha256=load_tokenizer(kept).sha256 if kept else None,
+    )

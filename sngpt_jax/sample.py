@@ -15,9 +15,9 @@ import tyro
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
-from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.data.tokenizer import Tokenizer
+from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import load_model, tokenizer_path
 from sngpt_jax.step import Params, forward
 
 
@@ -97,7 +97,8 @@ def generate(
 
 @dataclass(frozen=True)
 class SampleArguments:
-    run: Path  # run directory of a trained model
+    run: Path | None = None  # run directory of a trained model
+    artifact: Path | None = None  # or an exported model, *.sngpt
     prompt: str = ""  # text to continue; empty: a new document
     max_tokens: int = 128  # tokens to add
     temperature: float = 0.8  # 0: always the likeliest token
@@ -117,11 +118,8 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.log_to_stderr()
-    model = load_model(arguments.run, make_mesh(), arguments.step, arguments.weights)
-    kept = tokenizer_path(arguments.run)
-    if kept is None:
-        raise UserError(f"{arguments.run}: keeps no tokenizer; import its weights with --tokenizer into another --run-dir")
-    tokenizer = load_tokenizer(kept)
+    model = open_model(arguments.run, arguments.artifact, make_mesh(), arguments.step, arguments.weights)
+    tokenizer = model.tokenizer()
     text = generate(
         model.config.model,
         model.variables,

@@ -47,7 +47,9 @@ SETTINGS = {
         },
         "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.4, "ema_decay": 0.0, "qat_below": 0.0},
         "data": {"batch_tokens": 524_288, "seq_len": 2048},
-        "export": {"mlp_bits": 5, "attention_bits": 6, "scale_floor": 1e-12},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "embed_bits": 16, "table_bits": 6, "late_key_layers": 2,
+                   "control_dtype": "float32", "codes": "full", "clip": "row_max", "clip_floor": 0.0, "prune_fraction": 0.02,
+                   "packed": False, "codec": "zstd", "codec_level": 22},
         "eval": {"weights": "swa"},
     },
     "golf_10l_int5mlp": {
@@ -59,7 +61,9 @@ SETTINGS = {
         },
         "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.5, "ema_decay": 0.0, "qat_below": 0.0},
         "data": {"batch_tokens": 786_432, "seq_len": 2048},
-        "export": {"mlp_bits": 5, "attention_bits": 6, "scale_floor": 1e-12},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "embed_bits": 16, "table_bits": 8, "late_key_layers": 1,
+                   "control_dtype": "float16", "codes": "full", "clip": "row_max", "clip_floor": 0.0, "prune_fraction": 0.0,
+                   "packed": False, "codec": "zstd", "codec_level": 22},
         "eval": {"weights": "swa"},
     },
     "golf_12l_recycled": {
@@ -72,7 +76,9 @@ SETTINGS = {
         },
         "optim": {"warmdown_steps": 3500, "swa_every": 50, "swa_below": 0.2, "ema_decay": 0.997, "qat_below": 0.0},
         "data": {"batch_tokens": 786_432, "seq_len": 2048},
-        "export": {"mlp_bits": 5, "attention_bits": 5, "scale_floor": 1 / 15},
+        "export": {"mlp_bits": 5, "attention_bits": 5, "embed_bits": 8, "table_bits": 8, "late_key_layers": 0,
+                   "control_dtype": "float16", "codes": "symmetric", "clip": "search", "clip_scope": "row",
+                   "table_clip": "percentile", "clip_floor": 1.0, "packed": True, "codec": "lzma", "codec_level": 9},
         "eval": {"weights": "swa"},
     },
     "golf_9l_xsa_ngram": {
@@ -84,7 +90,9 @@ SETTINGS = {
         },
         "optim": {"warmdown_steps": 3500, "swa_every": 0, "ema_decay": 0.0, "qat_below": 0.0},
         "data": {"batch_tokens": 786_432, "seq_len": 2048},
-        "export": {"mlp_bits": 8, "attention_bits": 8, "scale_floor": 1 / 127},
+        "export": {"mlp_bits": 8, "attention_bits": 8, "embed_bits": 8, "table_bits": 8, "late_key_layers": 0,
+                   "control_dtype": "float32", "codes": "full", "clip": "percentile", "table_clip": "percentile",
+                   "clip_floor": 1.0, "prune_fraction": 0.0, "packed": False, "codec": "zstd", "codec_level": 22},
         "eval": {"weights": "final"},
     },
 }  # fmt: skip

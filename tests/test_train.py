@@ -18,8 +18,8 @@ from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.metrics import read_metrics
-from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import load_model
 from sngpt_jax.step import TrainState, abstract_state, make_eval_step
@@ -302,7 +302,9 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     coarse = json.loads(done.stdout)
     data = open_dataset(Path(config.data.dir), config.model.vocab_size)
     on_three_bits = score_stream(
-        on_grid(model.variables, dataclasses.replace(config.export, mlp_bits=3)),
+        quantize_variables(
+            model.variables, dataclasses.replace(config, export=dataclasses.replace(config.export, mlp_bits=3)), data, mesh
+        ),
         make_eval_step(config.model, mesh),
         data.val,
         data.tokenizer.token_bytes(),

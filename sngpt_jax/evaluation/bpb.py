@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.shards import TokenStream
+from sngpt_jax.config import Config
+from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.parallel import batch_placer
-from sngpt_jax.step import Batch, Params
+from sngpt_jax.step import Batch, Params, Variables, make_eval_step
 
 EvalStep = Callable[[Params, Batch], jax.Array]
 
@@ -108,3 +109,25 @@ def score_stream(
     tokens = windows * seq_len
     total_bytes = stream.count_bytes(token_bytes, 1, tokens + 1)
     return Score(loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes)
+
+
+def score_validation(
+    config: Config,
+    variables: Variables,
+    dataset: Dataset,
+    mesh: Mesh,
+    max_tokens: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as its training's."""
+    return score_stream(
+        variables,
+        make_eval_step(config.model, mesh),
+        dataset.val,
+        dataset.tokenizer.token_bytes(),
+        mesh,
+        seq_len=config.data.seq_len,
+        device_batch_tokens=config.eval.device_batch_tokens,
+        max_tokens=max_tokens,
+        progress=progress,
+    )

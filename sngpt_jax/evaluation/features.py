@@ -25,8 +25,9 @@ from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import rows_at_a_time, score_stream, standard_windows
 from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import TrainedModel, load_model, open_data
+from sngpt_jax.run_directory import load_model
 from sngpt_jax.step import Variables, make_eval_step
+from sngpt_jax.trained_model import TrainedModel
 
 BATCH_TOKENS = 16_384  # most tokens whose selections are on the host at a time
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     if not config.levels:
         raise UserError(f'{arguments.run}: has no sparse code to study (model.levels = ""); give a run of a recipe with one')
     layers = parse_layers(arguments.layers, config.num_layers)
-    dataset = open_data(arguments.run, arguments.data or Path(model.config.data.dir), config.vocab_size)
+    dataset = model.open_data(arguments.data)
 
     seq_len, device_batch_tokens = model.config.data.seq_len, model.config.eval.device_batch_tokens
     windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)

@@ -36,10 +36,10 @@ HEADER_LIMIT = 4 * 2**20  # bytes of JSON; a hundred tensors take about 15,000
 
 HEAD = struct.Struct("<8sIIQ")
 DIGEST = 32
-# What decoding takes at most: 3 bytes for each byte of the file, as it is copied to aligned words and into the coder; 32 for
-# each byte of JSON (empty objects take the most); for each code itself, its float32 weight and 8 while a stream is decoded;
-# for each float itself, its float32 weight and two copies while planes are joined.
-FILE_COST, JSON_COST, CODE_COST, FLOAT_COST = 3, 32, 13, 16
+# What decoding takes at most: 3 bytes for each byte of the file, as it is copied to aligned words and into the coder; 64 for
+# each byte of JSON, which objects of little, and tensors of one number, come near; for each code itself, its float32 weight
+# and 8 while a stream is decoded; for each float itself, its float32 weight and two copies while planes are joined.
+FILE_COST, JSON_COST, CODE_COST, FLOAT_COST = 3, 64, 13, 16
 
 T = TypeVar("T")
 
@@ -73,7 +73,9 @@ def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], storage: 
     Raises `ArtifactError` for numbers that are not finite, codes that leave their grid, and for what `decode` would not take.
     """
     draft = _table_of(tensors, storage, [0] * (len(tensors) + 3))
-    parse(as_json(metadata, draft), None)
+    with explained("metadata"):
+        draft_json = as_json(metadata, draft)
+    parse(draft_json, None)
     jobs = [(codes.size, partial(_encode_codes, codes, tensors, storage)) for codes in draft.codes]
     jobs += [(floats.size, partial(_encode_floats, floats, tensors, storage)) for floats in draft.floats]
     streams = _in_threads(jobs, threads)
@@ -250,9 +252,10 @@ def _tensor_bytes(table: Table) -> dict[str, int]:
     """Bytes of the payload by tensor. A stream that several share is dealt out by their sizes, in whole bytes."""
     found = {tensor.name: tensor.grid.length if tensor.grid else 0 for tensor in table.tensors}
     for floats in table.floats:
-        ends = itertools.accumulate((math.prod(shape) for shape in floats.parts.values()), initial=0)
-        for name, (start, end) in zip(floats.parts, itertools.pairwise(ends), strict=True):
-            found[name] += floats.length * end // floats.size - floats.length * start // floats.size
+        whole, end = floats.size, 0
+        for name, shape in floats.parts.items():
+            start, end = end, end + math.prod(shape)
+            found[name] += floats.length * end // whole - floats.length * start // whole
     return found
 
 

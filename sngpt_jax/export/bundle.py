@@ -10,6 +10,7 @@ import ast
 import bz2
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import python_minifier
 
 from sngpt_jax.cli import UserError
 from sngpt_jax.export.closure import closure
+
+logger = logging.getLogger("sngpt_jax")
 
 ROOT = Path(__file__).parents[2]
 PROJECT = ("sngpt_jax", "kernels")
@@ -148,10 +151,15 @@ def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0)
         command += ["--data", str(data.absolute()), "--tokens", str(tokens)]
     # this process may hold most of an accelerator's memory: the other one is to take no more than it needs
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryDirectory() as empty:
-        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{bundle}: fails when it is run alone: {lines[-1].removeprefix('error: ')}")
-    result: dict[str, Any] = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as output:
+        # its result goes to a file, so that no pipe can fill up while its progress is passed on
+        process = subprocess.Popen(command, cwd=empty, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
+        line = ""
+        for line in process.stderr or ():
+            logger.info("%s: %s", bundle.name, line.rstrip())
+        if process.wait():
+            said = line.strip().removeprefix("error: ") or f"exit status {process.returncode}"
+            raise UserError(f"{bundle}: fails when it is run alone: {said}")
+        output.seek(0)
+        result: dict[str, Any] = json.load(output)
     return result

@@ -24,7 +24,10 @@ LEVELS = {"rans": (1, 22), "zstd": (1, 22), "lzma": (0, 9)}
 
 
 class ArtifactError(UserError):
-    """A file that is no artifact, or a damaged or too large one."""
+    """A file that is no artifact, or a damaged or too large one. It quotes what files hold, so it is cut at 500 letters."""
+
+    def __init__(self, line: str):
+        super().__init__(line if len(line) <= 500 else f"{line[:500]} …")
 
 
 @contextmanager
@@ -173,7 +176,7 @@ def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name[:100]!r} is no name of a tensor: words joined by /, of letters, digits and _.-")
+            raise ValueError(f"no name of a tensor, words joined by /, of letters, digits and _.-: {name!r}")
     folders = {name[: slash.start()] for name in names for slash in re.finditer("/", name)}
     taken: set[str] = set()
     for name in names:
@@ -184,7 +187,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _check_tensor(tensor: Tensor) -> None:
     if len(tensor.shape) > MAX_AXES or not all(1 <= axis <= MAX_AXIS for axis in tensor.shape):
-        raise ValueError(f"expected at most {MAX_AXES} axes, each 1 to 2^40 long, found {str(tensor.shape)[:100]}")
+        raise ValueError(f"expected at most {MAX_AXES} axes, each 1 to 2^40 long, found {tensor.shape}")
     grid = tensor.grid
     if (grid is None) == (tensor.kind == "grid"):
         raise ValueError(f"kind {tensor.kind} {'without' if grid is None else 'with'} a grid")

@@ -1,5 +1,6 @@
 """Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a compiled program."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.config import ExportConfig
+from sngpt_jax.config import Config, ExportConfig, ModelConfig
 from sngpt_jax.optim import qat
 
 BITS = [2, 4, 5, 6, 8]
@@ -20,7 +21,8 @@ def numpy_scale(matrix, bits, floor):
     """The stored scales [..., 1, out] by the documented formula, as float64 of what float16 holds."""
     q_max = 2 ** (bits - 1) - 1
     absmax = np.abs(np.asarray(matrix)).max(-2, keepdims=True)
-    scale = np.maximum(absmax * np.float32(1 / q_max), np.float32(max(floor, 2**-14)))
+    reach = np.maximum(absmax, np.float32(floor))
+    scale = np.maximum(reach * np.float32(1 / q_max), np.float32(2**-14))
     return scale.astype(np.float16).astype(np.float64)
 
 
@@ -42,7 +44,7 @@ def random_matrix(seed, magnitude):
 
 cases = {
     "seed": st.integers(0, 10_000),
-    "grid": st.sampled_from([(2, 1e-12), (5, 1e-12), (5, 1 / 15), (6, 1.0), (8, 1e-12)]),  # bits and floor: few programs
+    "grid": st.sampled_from([(2, 0.0), (5, 0.0), (5, 1.0), (6, 31.0), (8, 0.0)]),  # bits and least range: few programs
     "magnitude": st.sampled_from([1e-6, 1e-3, 0.1, 10.0]),
 }
 
@@ -78,28 +80,28 @@ def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits):
     codes = np.random.default_rng(bits).integers(-q_max, q_max + 1, size=(40, 5))
     codes[0] = q_max
     matrix = np.float32(codes * 2.0 ** np.array([-14, -8, -1, 0, 6]))
-    np.testing.assert_array_equal(fake_quantize(jnp.asarray(matrix), bits, 1e-12), matrix)
+    np.testing.assert_array_equal(fake_quantize(jnp.asarray(matrix), bits, 0.0), matrix)
 
 
 def test_a_worked_example():
     """Two bits more than ternary: q_max is 3. The second channel's grid is a hundredth of the first one's."""
     matrix = jnp.asarray([[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]], jnp.float32)
     expected = [[3.0, 0.75], [1.0, -0.25], [2.0, 0.0], [2.0, 0.0], [-1.0, 0.25]]  # halves go to the even code
-    np.testing.assert_array_equal(qat.fake_quantize(matrix, 3, 1e-12), expected)
+    np.testing.assert_array_equal(qat.fake_quantize(matrix, 3, 0.0), expected)
 
 
 def test_zero_channels_and_vanishing_ones_stay_finite():
     matrix = np.zeros((8, 3), np.float32)
     matrix[0, 1] = 1e-30
     matrix[0, 2] = 1.0
-    result = fake_quantize(jnp.asarray(matrix), 5, 1e-12)
+    result = fake_quantize(jnp.asarray(matrix), 5, 0.0)
     np.testing.assert_array_equal(result[:, :2], 0)
     np.testing.assert_allclose(result[0, 2], 1.0, rtol=1e-3)
 
 
 def test_the_scale_is_half_precision():
     """1 / 15 is no float16: what comes back is 15 times the nearest one, in a compiled program too."""
-    result = fake_quantize(jnp.ones((1, 1)), 5, 1e-12)
+    result = fake_quantize(jnp.ones((1, 1)), 5, 0.0)
     assert float(result[0, 0]) == 15 * float(np.float16(1 / 15)) != 1.0
 
 
@@ -119,7 +121,8 @@ SHAPES = {
     "skip_weights": (1, 8),
     "smear": {"gate": (8,)},
 }
-MIXED = ExportConfig(mlp_bits=5, attention_bits=6, projection_bits=8, scale_floor=1e-3)
+MIXED = ExportConfig(mlp_bits=5, attention_bits=6, projection_bits=8, clip_floor=0.05)
+MODEL = ModelConfig(num_layers=12)
 
 
 def parameters(seed=0):
@@ -144,11 +147,11 @@ def bits_by_path(export):
 @pytest.mark.parametrize("export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16)])
 def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
     params = by_path(parameters())
-    result = by_path(jax.jit(lambda p: qat.on_grid(p, export))(parameters()))
+    result = by_path(jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=export)))(parameters()))
     bits = bits_by_path(export)
     for name, value in result.items():
         if name in bits:
-            expected, near_tie = numpy_fake_quantize(params[name], bits[name], export.scale_floor)
+            expected, near_tie = numpy_fake_quantize(params[name], bits[name], export.clip_floor)
             np.testing.assert_array_equal(np.where(near_tie, 0, value), np.where(near_tie, 0, expected), err_msg=name)
             assert not np.array_equal(value, params[name])
         else:
@@ -158,14 +161,28 @@ def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
 def test_no_grid_at_all_is_the_identity():
     params = parameters()
     none = ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16)
-    assert all(a is b for a, b in zip(jax.tree.leaves(qat.on_grid(params, none)), jax.tree.leaves(params), strict=True))
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(qat.on_grid(params, Config(MODEL, export=none))), jax.tree.leaves(params), strict=True)
+    )
+
+
+def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
+    """A late key matrix, and tensors that are small enough to pass."""
+    export = dataclasses.replace(MIXED, late_key_layers=1, passthrough_size=48)  # key, value and the tables' projections
+    params, result = by_path(parameters()), by_path(qat.on_grid(parameters(), Config(MODEL, export=export)))
+    changed = {name for name in params if not np.array_equal(params[name], result[name])}
+    assert changed == {f"blocks/11/{name}" for name in ("attn/query", "attn/out", "mlp/up", "mlp/down")}
+    earlier = Config(ModelConfig(num_layers=13), export=dataclasses.replace(MIXED, late_key_layers=1))
+    result = by_path(qat.on_grid(parameters(), earlier))
+    assert not np.array_equal(params["blocks/11/attn/key"], result["blocks/11/attn/key"]), "12 is the last of 13"
 
 
 def test_the_switch_chooses_to_the_last_bit():
     params = parameters()
     params["blocks"]["11"]["mlp"]["up"] = params["blocks"]["11"]["mlp"]["up"].at[0].set(-0.0)
-    call = jax.jit(lambda p, on: qat.straight_through(p, MIXED, on))
-    for on, expected in ((False, params), (True, jax.jit(lambda p: qat.on_grid(p, MIXED))(params))):
+    call = jax.jit(lambda p, on: qat.straight_through(p, Config(MODEL, export=MIXED), on))
+    for on, expected in ((False, params), (True, jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=MIXED)))(params))):
         for name, value in by_path(call(params, np.bool_(on))).items():
             assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), name
 
@@ -177,7 +194,7 @@ def test_the_gradient_passes_as_if_there_were_no_grid():
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient_and_seen(p, on):
-        seen = qat.straight_through(p, MIXED, on)
+        seen = qat.straight_through(p, Config(MODEL, export=MIXED), on)
         return sum(jnp.sum(a * b**2) for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True)), seen
 
     for on in (False, True):
@@ -191,7 +208,7 @@ def test_switching_compiles_nothing_and_changes_the_loss():
 
     @jax.jit
     def loss(p, switch):
-        block = qat.straight_through(p, MIXED, switch)["blocks"]["11"]["mlp"]
+        block = qat.straight_through(p, Config(MODEL, export=MIXED), switch)["blocks"]["11"]["mlp"]
         return jnp.mean(jnp.square(x @ block["up"] @ block["down"]))
 
     off, on = float(loss(params, np.bool_(False))), float(loss(params, np.bool_(True)))

@@ -1,0 +1,197 @@
+"""A run as one small file: `python -m sngpt_jax.export --run runs/quickstart --out model.sngpt`.
+
+Beside the artifact are written the program that decodes and scores it, `model.pyz`, and its tokenizer. Both bytes count, the
+program's and the artifact's; the tokenizer is the data's.
+"""
+
+import functools
+import logging
+import math
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import tyro
+
+import sngpt_jax
+from sngpt_jax import cli
+from sngpt_jax.checks import validate
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.console import progress_reporter
+from sngpt_jax.evaluation.bpb import score_validation
+from sngpt_jax.export import artifact, bundle, fit, report
+from sngpt_jax.export.artifact import Encoded
+from sngpt_jax.export.bundle import Bundle
+from sngpt_jax.export.pipeline import quantize_tensors
+from sngpt_jax.export.quantize import Stored, dequantize
+from sngpt_jax.export.report import GroupReport
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.quantized_model import calibrate, host_tensors
+from sngpt_jax.recipe import peek
+from sngpt_jax.run_directory import load_model, read_config
+from sngpt_jax.trained_model import TrainedModel, tokenizer_beside
+
+logger = logging.getLogger("sngpt_jax")
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    run: Path  # run directory of a trained model
+    out: Path  # artifact to write, *.sngpt; the program and the tokenizer are written beside it
+    data: Path | None = None  # folder with prepared shards, to score and to calibrate on; default: the run's
+    step: int | None = None  # checkpoint to export; default: the latest
+    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    limit: int = 0  # bytes that artifact and program may take together, or exit status 4; 0: any
+    tune_to_fit: bool = False  # search for the policy that loses least within --limit, instead of the one of --export
+    score: bool = True  # score the model before and after; without, the tensors alone are compared
+    tokens: int = 65_536  # validation tokens to score, from the start of the stream; 0: all
+    export: Annotated[ExportConfig, tyro.conf.FlagConversionOff] = field(
+        default_factory=ExportConfig
+    )  # the policy; default: the run's
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def check(arguments: ExportArguments) -> None:
+    """Raises `UserError` for what cannot work, before any work."""
+    if arguments.out.suffix != ".sngpt":
+        raise UserError(f"--out {arguments.out}: expected a file named *.sngpt")
+    if arguments.limit < 0 or arguments.tokens < 0:
+        raise UserError("--limit and --tokens are 0 or more")
+    if arguments.tune_to_fit and not arguments.limit:
+        raise UserError("--tune-to-fit needs --limit, the bytes to fit into")
+    cli.check_writable(arguments.out, "--out")
+
+
+def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:
+    """What the artifact says of itself beside its tensors."""
+    kept = model.tokenizer_path
+    return {
+        "config": asdict(config),
+        "tokenizer": {"sha256": model.tokenizer_sha256, "suffix": kept.suffix} if kept else None,
+        "step": model.step,
+        "weights": model.weights,
+        "version": sngpt_jax.__version__,
+    }
+
+
+def verify(path: Path, stored: Mapping[str, Stored]) -> None:
+    """Reads the artifact back and compares every tensor, bit by bit, with the one in memory."""
+    found = artifact.read(path).tensors
+    differing = [name for name in stored if not np.array_equal(dequantize(found[name]), dequantize(stored[name]))]
+    if found.keys() != stored.keys() or differing:
+        raise RuntimeError(f"{path}: does not hold what was exported: {differing or sorted(found.keys() ^ stored.keys())}")
+
+
+def result_of(
+    arguments: ExportArguments,
+    model: TrainedModel,
+    config: Config,
+    encoded: Encoded,
+    lines: Sequence[GroupReport],
+    program: Bundle,
+) -> dict[str, Any]:
+    """The figures of the command but for the scores, as nested plain values."""
+    total = len(encoded.data) + len(program.data)
+    return {
+        "artifact_bytes": len(encoded.data),
+        "code_bytes": len(program.data),
+        "total_bytes": total,
+        "header_bytes": encoded.header_bytes,
+        "limit": arguments.limit,
+        "fits": not arguments.limit or total <= arguments.limit,
+        "parameters": sum(line.weights for line in lines),
+        "bits_per_weight": report.as_json(lines),
+        "policy": asdict(config.export),
+        "step": model.step,
+        "weights": model.weights,
+        "program_files": dict(program.files),
+        "libraries": list(program.libraries),
+    }
+
+
+def print_result(result: dict[str, Any], lines: Sequence[GroupReport], files: Sequence[Path]) -> None:
+    """The result for a person."""
+    print(report.format_table(lines))
+    print()
+    print(f"{'artifact':<9} {result['artifact_bytes']:>12,} bytes, of which header {result['header_bytes']:,}")
+    print(f"{'program':<9} {result['code_bytes']:>12,} bytes, made of")
+    print(textwrap.fill(", ".join(result["program_files"]), 120, initial_indent="  ", subsequent_indent="  "))
+    print(textwrap.fill(f"to run with {', '.join(result['libraries'])}", 120, initial_indent="  ", subsequent_indent="  "))
+    limit, over = result["limit"], result["total_bytes"] - result["limit"]
+    verdict = "" if not limit else f", {-over:,} below the limit" if over <= 0 else f", {over:,} over the limit of {limit:,}"
+    print(f"{'total':<9} {result['total_bytes']:>12,} bytes{verdict}")
+    print(f"wrote {', '.join(map(str, files))}")
+    if scores := result.get("score"):
+        print(
+            f"bits/byte {scores['bpb_before']:.5f} before, {scores['bpb_after']:.5f} by the program from the file,"
+            f" gap {scores['gap']:+.5f}, over {scores['tokens']:,} tokens"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    run, missing = peek(argv, "--run"), cast(Any, tyro.MISSING)
+    export = read_config(Path(run)).export if run else ExportConfig()
+    arguments = tyro.cli(
+        ExportArguments,
+        args=cli.expand_json(argv),
+        default=ExportArguments(Path(run) if run else missing, missing, export=export),
+        prog="python -m sngpt_jax.export",
+        description="Quantizes and compresses a trained model into one file, verifies it, and accounts for every byte.",
+    )
+    check(arguments)
+    cli.log_to_stderr()
+    mesh = make_mesh()
+    model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
+    config = validate(replace(model.config, export=arguments.export))
+    dataset = model.open_data(arguments.data) if arguments.score or config.export.gptq else None
+    before = None
+    if arguments.score and dataset:
+        before = score_validation(config, model.variables, dataset, mesh, arguments.tokens, progress_reporter("score"))
+        if not math.isfinite(before.loss):
+            raise UserError(f"{arguments.run}: the loss of step {model.step} is {before.loss}; take an earlier --step")
+
+    program, tensors = bundle.build(), host_tensors(model.variables)
+    if arguments.tune_to_fit:
+        about = functools.partial(metadata, model)
+        config = fit.search(tensors, config, about, arguments.limit - len(program.data), tell=logger.info)
+    moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate")) if dataset else None
+    stored = quantize_tensors(tensors, config, moments, progress_reporter("quantize"))
+    storage = fit.storage_of(config.export)
+    encoded = artifact.encode(metadata(model, config), stored, storage)
+    unpacked = artifact.encode({}, stored, replace(storage, packed=False)) if storage.packed else None
+
+    out, kept = arguments.out, model.tokenizer_path
+    files = {out: encoded.data, out.with_suffix(".pyz"): program.data}
+    if kept:
+        files[tokenizer_beside(out, kept.suffix)] = kept.read_bytes()
+    for path, content in files.items():
+        cli.write_bytes_atomic(path, content)
+    verify(out, stored)
+    lines = report.report(tensors, stored, encoded, config, unpacked)
+    result = result_of(arguments, model, config, encoded, lines, program)
+    scored = bundle.run(out.with_suffix(".pyz"), out, dataset.directory if before and dataset else None, arguments.tokens)
+    if before:
+        after = scored["bpb"]
+        result["score"] = {
+            "tokens": before.tokens,
+            "bpb_before": before.bpb,
+            "bpb_after": after,
+            "gap": after - before.bpb,
+        }
+    if arguments.json != "-":
+        print_result(result, lines, list(files))
+    cli.write_json(result, arguments.json)
+    if not result["fits"]:
+        over = result["total_bytes"] - arguments.limit
+        print(f"error: {out} is {over:,} bytes over --limit {arguments.limit:,}; try --tune-to-fit", file=sys.stderr)
+        return cli.EXIT_OVER_LIMIT
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

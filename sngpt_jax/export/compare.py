@@ -1,0 +1,119 @@
+"""Export policies side by side on one trained model: `python -m sngpt_jax.export.compare --run runs/quickstart`.
+
+The four published policies, each with its own codec; variations that keep one thing the same; and SDClip, plain and by GPTQ.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sngpt_jax import cli
+from sngpt_jax.checks import validate
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.console import progress_reporter
+from sngpt_jax.evaluation.bpb import score_validation
+from sngpt_jax.export import artifact, fit
+from sngpt_jax.export.pipeline import quantize_tensors
+from sngpt_jax.export.quantize import Quantized, dequantize
+from sngpt_jax.export.report import entropy_of, relative_error
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.quantized_model import calibrate, host_tensors
+from sngpt_jax.recipe import load
+from sngpt_jax.run_directory import load_model
+from sngpt_jax.trained_model import to_variables
+
+PUBLISHED = {"#333": "golf_11l_xsa4", "#465": "golf_10l_int5mlp", "#1573": "golf_12l_recycled", "#740": "golf_9l_xsa_ngram"}
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    run: Path  # run directory of a trained model
+    data: Path | None = None  # folder with prepared shards; default: the run's
+    step: int | None = None  # checkpoint; default: the latest
+    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    passthrough_size: int = 65_536  # of all policies; the published one is for models of width 512
+    tokens: int = 0  # validation tokens to score, from the start of the stream; 0: all
+    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def policies(passthrough_size: int) -> dict[str, ExportConfig]:
+    """The policies by what a person calls them."""
+    common = ExportConfig(passthrough_size=passthrough_size, control_dtype="float16")
+    published = {name: replace(load(recipe).export, passthrough_size=passthrough_size) for name, recipe in PUBLISHED.items()}
+    fewer = published["#1573"]
+    int6 = replace(common, mlp_bits=6, attention_bits=6)
+    sd = replace(int6, clip="sd")
+    return published | {
+        "#1573, a byte a code": replace(fewer, packed=False),
+        "#1573, rANS": replace(fewer, packed=False, codec="rans", codec_level=22),
+        "#1573, rANS, no floor": replace(fewer, packed=False, codec="rans", codec_level=22, clip_floor=0.0),
+        "int5 row max, rANS": replace(common, mlp_bits=5, attention_bits=5),
+        "int6 row max, rANS": int6,
+        "int8 row max, rANS": common,
+        "int6 SDClip k=12.85, zstd": replace(sd, codec="zstd"),
+        "int6 SDClip k=12.85, rANS": sd,
+        "the same by GPTQ": replace(sd, gptq=True),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(
+        CompareArguments,
+        args=cli.expand_json(argv),
+        prog="python -m sngpt_jax.export.compare",
+        description="Exports one model by several policies: bits a weight, error, bytes and bits a byte of each.",
+    )
+    if arguments.tokens < 0 or arguments.passthrough_size < 0:
+        raise UserError("--tokens and --passthrough-size are 0 or more")
+    cli.log_to_stderr()
+    mesh = make_mesh()
+    model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
+    dataset = model.open_data(arguments.data)
+    tensors = host_tensors(model.variables)
+    score = functools.partial(score_validation, dataset=dataset, mesh=mesh, max_tokens=arguments.tokens)
+    before = score(model.config, model.variables, progress=progress_reporter("score"))
+
+    def row(name: str, export: ExportConfig) -> dict[str, Any]:
+        config: Config = validate(replace(model.config, export=export))
+        moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate"))
+        stored = quantize_tensors(tensors, config, moments)
+        encoded = artifact.encode({}, stored, fit.storage_of(export))
+        codes = [tensor for tensor in stored.values() if isinstance(tensor, Quantized)]
+        count = sum(tensor.codes.size for tensor in codes)
+        names = [name for name, tensor in stored.items() if isinstance(tensor, Quantized)]
+        variables = to_variables({name: dequantize(tensor) for name, tensor in stored.items()}, config, mesh)
+        after = score(config, variables, progress=progress_reporter(name))
+        return {
+            "policy": name,
+            "entropy": sum(map(entropy_of, codes)) / count,
+            "coded": 8 * sum(encoded.tensor_bytes[name] for name in names) / count,
+            "error": relative_error({name: tensors[name] for name in names}, stored),
+            "bytes": len(encoded.data),
+            "bpb": after.bpb,
+            "gap": after.bpb - before.bpb,
+        }
+
+    rows = []
+    if arguments.json != "-":
+        print(f"{arguments.run}, step {model.step}, {model.weights} weights: {before.bpb:.4f} bits/byte before\n")
+        print("| policy | entropy | coded | rel. error | bytes | bits/byte | gap |\n|---|---|---|---|---|---|---|")
+    for name, export in policies(arguments.passthrough_size).items():
+        rows.append(r := row(name, export))
+        if arguments.json != "-":
+            print(
+                f"| {name} | {r['entropy']:.3f} | {r['coded']:.3f} | {r['error']:.2e} | {r['bytes']:,} |"
+                f" {r['bpb']:.4f} | {r['gap']:+.4f} |",
+                flush=True,
+            )
+    result = {"run": str(arguments.run), "step": model.step, "weights": model.weights, "before": asdict(before), "rows": rows}
+    cli.write_json(result, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

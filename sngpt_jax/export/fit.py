@@ -1,0 +1,101 @@
+"""The least lossy policy under a limit of bytes, found by trying: what `export --tune-to-fit` does.
+
+Two families are tried, both coded by rANS. In the first, ranges follow each row's largest magnitude and the bits of a weight
+say how fine the grid is. In the second the grid is wide and its step is a share of the row's standard deviation; the share is
+bisected until the artifact just fits (SDClip with the range and the step told apart: what a fine step costs, the entropy
+coder measures, so that nothing need be clipped). Which loses less depends on the tails of the weights.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, ExportConfig
+from sngpt_jax.export import artifact
+from sngpt_jax.export.artifact import Storage
+from sngpt_jax.export.pipeline import quantize_tensors
+from sngpt_jax.export.report import relative_error
+
+LADDER = ((8, 8), (7, 7), (6, 6), (5, 6), (5, 5), (4, 5), (4, 4), (3, 4), (3, 3))  # bits of MLP and attention matrices
+FINEST, COARSEST = 8.0, 512.0  # ranges of an int8 grid in standard deviations: steps of 1/16 and of 4 of them
+BISECTIONS = 8  # leave the range known to 1.6 %
+
+GPTQ_RESERVE = 0.01  # of the limit, for what GPTQ adds to the size: its codes spread a little wider
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A policy that was tried, what its artifact takes, and what it loses."""
+
+    export: ExportConfig
+    bytes: int
+    error: float  # mean over the weights of their tensor's Σ (w - ŵ)² / Σ w²
+
+    def describe(self, limit: int) -> str:
+        """One line for a person."""
+        x = self.export
+        kept = f"int{x.mlp_bits} mlp, int{x.attention_bits} attention, " + (f"sd {x.clip_sd:.2f}" if x.clip == "sd" else x.clip)
+        fits = "fits" if self.bytes <= limit else f"{self.bytes - limit:,} too many"
+        return f"{kept:<36} {self.bytes:>12,} bytes  rel. error {self.error:.3e}  {fits}"
+
+
+def search(
+    tensors: Mapping[str, np.ndarray],
+    config: Config,
+    metadata: Callable[[Config], dict[str, Any]],
+    limit: int,
+    tell: Callable[[str], None],
+) -> Config:
+    """`config` with the policy of least `relative_error` whose artifact takes at most `limit` bytes.
+
+    `tell` is given a line for each policy that was tried. GPTQ is left out of the trials: it changes their order little and
+    takes minutes. Raises `UserError` where nothing fits.
+    """
+    limit = int(limit * (1 - GPTQ_RESERVE)) if config.export.gptq else limit
+    wide = replace(
+        config.export,
+        embed_bits=8,
+        table_bits=8,
+        table_clip="row_max",
+        late_key_layers=0,
+        prune_fraction=0.0,
+        clip_floor=0.0,
+        packed=False,
+        codec="rans",
+        codec_level=22,
+    )
+
+    def attempt(export: ExportConfig) -> Trial:
+        candidate = replace(config, export=replace(export, gptq=False))
+        stored = quantize_tensors(tensors, candidate)
+        size = len(artifact.encode(metadata(candidate), stored, storage_of(export)).data)
+        trial = Trial(export, size, relative_error(tensors, stored))
+        tell(trial.describe(limit))
+        return trial
+
+    trials = []
+    for mlp, attention in LADDER:
+        trials.append(attempt(replace(wide, mlp_bits=mlp, attention_bits=attention, clip="row_max")))
+        if trials[-1].bytes <= limit:
+            break  # the rest are smaller and lose more
+    wide = replace(wide, mlp_bits=8, attention_bits=8, clip="sd")
+    fine, coarse = FINEST, COARSEST
+    for _ in range(BISECTIONS):
+        middle = (fine * coarse) ** 0.5
+        trials.append(attempt(replace(wide, clip_sd=round(middle, 3))))
+        fine, coarse = (fine, middle) if trials[-1].bytes <= limit else (middle, coarse)
+    fitting = [trial for trial in trials if trial.bytes <= limit]
+    if not fitting:
+        least = min(trial.bytes for trial in trials)
+        raise UserError(
+            f"nothing fits into {limit:,} bytes of artifact: the least that was tried takes {least:,}; raise --limit"
+        )
+    return replace(config, export=min(fitting, key=lambda trial: trial.error).export)
+
+
+def storage_of(export: ExportConfig) -> Storage:
+    """How a policy's codes are put into bytes."""
+    return Storage(packed=export.packed, codec=export.codec, level=export.codec_level)
