@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -102,7 +102,8 @@ def _table_of(tensors: Mapping[str, Stored], storage: Storage, lengths: Sequence
 
 
 def _encode_codes(stream: Codes, tensors: Mapping[str, Stored], storage: Storage) -> bytes:
-    codes, (bits, q_min, *_) = cast(Quantized, tensors[stream.name]).codes, astuple(stream.grid)
+    codes = cast(Quantized, tensors[stream.name]).codes
+    bits, q_min = stream.grid.bits, stream.grid.q_min
     with explained(stream.name):
         _check_range(codes, stream.grid)
     if storage.codec == "rans":
@@ -170,8 +171,8 @@ def decode(data: bytes, memory_limit: int = MEMORY_LIMIT, threads: int | None = 
     tensors: dict[str, Stored] = {}
     for tensor in table.tensors:
         if tensor.grid:
-            bits, q_min, transposed, _ = astuple(tensor.grid)
-            tensors[tensor.name] = Quantized(next(decoded), scales[tensor.name], bits, q_min, transposed)
+            x = tensor.grid
+            tensors[tensor.name] = Quantized(next(decoded), scales[tensor.name], x.bits, x.q_min, x.transposed)
         else:
             tensors[tensor.name] = (half if tensor.kind == "float16" else single)[tensor.name]
     return Artifact(metadata, tensors, table.storage, len(data) - len(payload), _tensor_bytes(table))
@@ -207,7 +208,7 @@ def _check_memory(cost: int, limit: int) -> None:
 
 def _decode_codes(codes: Codes, stream: memoryview, storage: Storage) -> np.ndarray:
     """int8 [rows, columns]."""
-    bits, q_min, *_ = astuple(codes.grid)
+    bits, q_min = codes.grid.bits, codes.grid.q_min
     with explained(codes.name):
         if storage.codec == "rans":
             return codecs.decode_codes(stream, codes.rows, codes.columns, bits, q_min)

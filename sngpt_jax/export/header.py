@@ -134,11 +134,11 @@ class Table:
 
 
 def as_json(metadata: Mapping[str, Any], table: Table) -> bytes:
+    """The header. Raises ValueError for a number that is not finite."""
     return _canonical({"metadata": metadata, "table": asdict(table)})
 
 
 def _canonical(value: Any) -> bytes:
-    """Raises ValueError for a number that is not finite."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
