@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -63,11 +64,12 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
 def codec_alone(stored: Mapping[str, Stored], storage: Storage) -> float:
     """Seconds that the codec takes for the codes of the same tensors, in as many threads as an export has."""
     grids = sorted((t for t in stored.values() if isinstance(t, Quantized)), key=lambda t: -t.codes.size)
-    if storage.codec == "rans":
-        work = [lambda t=t: codecs.encode_codes(t.codes, t.bits, t.q_min) for t in grids]
+    codec = storage.codec
+    if codec == "rans":
+        work = [partial(codecs.encode_codes, t.codes, t.bits, t.q_min) for t in grids]
     else:
         raw = [pack(t.codes.reshape(-1), t.bits, t.q_min) if storage.packed else t.codes.tobytes() for t in grids]
-        work = [lambda r=r: codecs.compress(r, storage.codec, storage.level) for r in raw]
+        work = [partial(codecs.compress, r, codec, storage.level) for r in raw]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return timed(lambda: list(pool.map(lambda run: run(), work)))[1]
 
@@ -91,7 +93,9 @@ def main(argv: Sequence[str]) -> int:
     encoded, encode_seconds = timed(lambda: artifact.encode(about(config), stored, storage))
     codec_seconds = codec_alone(stored, storage)
     decoded, decode_seconds = timed(lambda: artifact.decode(encoded.data))
-    _, dequantize_seconds = timed(lambda: {name: dequantize(tensor) for name, tensor in decoded.tensors.items()})
+    back, dequantize_seconds = timed(lambda: {name: dequantize(tensor) for name, tensor in decoded.tensors.items()})
+    if any(not np.array_equal(back[name], dequantize(tensor)) for name, tensor in stored.items()):
+        raise RuntimeError("what was decoded is not what was encoded")
     lines = report.report(tensors, stored, encoded, config)
     total = len(encoded.data) + len(program.data)
     result: dict[str, Any] = {
@@ -114,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json != "-":
         print(report.format_table(lines))
         print(
-            f"\n{result['parameters']:,} parameters by {storage.codec}{' packed' * storage.packed}, {os.cpu_count()} processors:"
+            f"\n{result['parameters']:,} parameters by {storage.codec}{' packed' * storage.packed}, {os.cpu_count()} threads:"
             f" quantize {quantize_seconds:.2f} s + encode {encode_seconds:.2f} s = {result['ratio_to_codec']:.2f} x the codec"
             f" alone, {codec_seconds:.2f} s; decode {decode_seconds:.2f} s, to float32 {dequantize_seconds:.2f} s"
         )

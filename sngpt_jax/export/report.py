@@ -1,6 +1,6 @@
 """What an artifact costs and loses, by group of tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,13 +92,13 @@ def relative_error(original: Mapping[str, np.ndarray], stored: Mapping[str, Stor
     return total / sum(tensor.size for tensor in original.values())
 
 
-def as_json(lines: list[GroupReport]) -> dict[str, dict[str, Any]]:
+def as_json(lines: Sequence[GroupReport]) -> dict[str, dict[str, Any]]:
     """`lines` by group, and by width where a group has several."""
     several = {line.group for line in lines if sum(other.group == line.group for other in lines) > 1}
     return {f"{line.group}_{line.width}" if line.group in several else line.group: asdict(line) for line in lines}
 
 
-def format_table(lines: list[GroupReport]) -> str:
+def format_table(lines: Sequence[GroupReport]) -> str:
     """`lines` for a person."""
     head = ("group", "kept as", "tensors", "weights", "entropy", "coded", "scales", "packing", "bytes", "rel. error")
     rows = [

@@ -19,7 +19,7 @@ def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
     """The matrix nearest to `matrix` [..., in, out], float32, on the grid of `bits` that its output channels span.
 
     scale = float16(max(max(absmax over in, clip_floor) / q, SMALLEST_SCALE)), for each output channel;
-    result = scale · round(matrix / scale), float32, halves rounded to even. Zeros stay zero.
+    result = scale · round(matrix · float32(1 / scale)), float32, halves rounded to even. Zeros stay zero.
     """
     reach = jnp.maximum(jnp.max(jnp.abs(matrix), axis=-2, keepdims=True), clip_floor)
     # times 1 / q is what XLA makes of a division by a constant: written out, it is the same float32 everywhere
@@ -27,7 +27,8 @@ def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
     # to float16 and back, in a form that no compiler may leave out as needless
     scale = jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10)
     # nothing to clip: a scale rounded down to float16 leaves a quotient of at most q · (1 + 2^-11), less than q + 1/2
-    return scale * jnp.round(matrix / scale)
+    # and times 1 / scale, likewise what XLA makes of the division: so ties fall in the exporter as they fell in training
+    return scale * jnp.round(matrix * (1 / scale))
 
 
 def on_grid(params: optax.Params, config: Config) -> optax.Params:

@@ -1,6 +1,7 @@
 """The command on a trained run: what it writes, what it says of it, and that the other commands read it."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -119,7 +120,7 @@ def test_over_the_limit_is_exit_status_4_with_the_table(tiny_trained, tmp_path):
     out = tmp_path / "model.sngpt"
     done = tiny_run.run("export", "--run", tiny_trained, "--out", out, "--limit", "30000", "--no-score")
     assert done.returncode == 4, done.stderr
-    assert "over the limit of 30,000" in done.stdout and "attention   int8" in done.stdout
+    assert "over the limit of 30,000" in done.stdout and re.search(r"attention +int8", done.stdout)
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {out} is ")
     assert "bits/byte" not in done.stdout
     assert out.exists(), "what was made is there to look at"
@@ -127,7 +128,7 @@ def test_over_the_limit_is_exit_status_4_with_the_table(tiny_trained, tmp_path):
 
 def test_tune_to_fit_finds_a_policy_under_the_limit(tiny_trained, tmp_path):
     program = len(bundle.build().data)
-    limit = program + 12_000
+    limit = program + 19_000
     result, done = export(tiny_trained, tmp_path / "model.sngpt", "--limit", str(limit), "--tune-to-fit")
     tried = [line for line in done.stderr.splitlines() if "rel. error" in line]
     assert result["fits"] and result["total_bytes"] > limit - 1500, "near the limit, not far below"
