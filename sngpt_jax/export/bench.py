@@ -3,18 +3,20 @@
 The weights are drawn, so that a model of full size is at hand on any machine; what is timed does not depend on what they mean.
 """
 
+import functools
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
 
 from sngpt_jax import cli
+from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.export import artifact, bundle, codecs, fit, report
 from sngpt_jax.export.artifact import Storage
@@ -35,6 +37,7 @@ class BenchArguments:
     overrides: Overrides
     sigma: float = 0.14  # standard deviation of the drawn matrices and tables
     seed: int = 0  # of the draws
+    repeats: int = 5  # of each timing, of which the median counts
     limit: int = 16_000_000  # bytes that artifact and program may take together, for the table
     tune_to_fit: bool = False  # time the policy that `export --tune-to-fit` finds under that limit
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
@@ -55,23 +58,36 @@ def draw(config: Config, sigma: float, seed: int) -> dict[str, np.ndarray]:
     return tensors
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """The result, and the seconds it took."""
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+def codec_jobs(stored: Mapping[str, Stored], storage: Storage) -> list[Callable[[], bytes]]:
+    """The codec's part of an encoding, a call for each stream, the longest first."""
+    grids = [tensor for tensor in stored.values() if isinstance(tensor, Quantized)]
+    floats = [tensor for tensor in stored.values() if not isinstance(tensor, Quantized)] + [grid.scales for grid in grids]
+    work: list[tuple[int, Callable[[], bytes]]] = []
+    for dtype in (np.float16, np.float32):
+        if parts := [part.reshape(-1) for part in floats if part.dtype == dtype]:
+            raw = codecs.split_planes(np.concatenate(parts))
+            work.append((len(raw), functools.partial(codecs.compress, raw, storage.byte_codec, storage.level)))
+    for grid in grids:
+        if storage.codec == "rans":
+            call = functools.partial(codecs.encode_codes, grid.codes, grid.bits, grid.q_min)
+        else:
+            flat = grid.codes.reshape(-1)
+            raw = pack(flat, grid.bits, grid.q_min) if storage.packed and grid.bits < 8 else flat.tobytes()
+            call = functools.partial(codecs.compress, raw, storage.codec, storage.level)
+        work.append((grid.codes.size, call))
+    return [call for _, call in sorted(work, key=lambda job: -job[0])]
 
 
-def codec_alone(stored: Mapping[str, Stored], storage: Storage) -> float:
-    """Seconds that the codec takes for the codes of the same tensors, in as many threads as an export has."""
-    grids = sorted((t for t in stored.values() if isinstance(t, Quantized)), key=lambda t: -t.codes.size)
-    codec = storage.codec
-    if codec == "rans":
-        work = [partial(codecs.encode_codes, t.codes, t.bits, t.q_min) for t in grids]
-    else:
-        raw = [pack(t.codes.reshape(-1), t.bits, t.q_min) if storage.packed else t.codes.tobytes() for t in grids]
-        work = [partial(codecs.compress, r, codec, storage.level) for r in raw]
+def in_threads(jobs: Sequence[Callable[[], bytes]]) -> None:
+    """Runs the jobs in as many threads as an export has."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return timed(lambda: list(pool.map(lambda run: run(), work)))[1]
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
+def dequantize_all(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """All tensors in float32."""
+    return {name: dequantize(tensor) for name, tensor in tensors.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,6 +98,8 @@ def main(argv: Sequence[str]) -> int:
         description="Times the export of a model with drawn weights, and prints what its artifact takes.",
     )
     cli.log_to_stderr()
+    if arguments.repeats < 1 or not arguments.sigma > 0:
+        raise UserError("--repeats is 1 or more, --sigma more than 0")
     config, program = arguments.overrides, bundle.build()
     tensors = draw(config, arguments.sigma, arguments.seed)
     if arguments.tune_to_fit:
@@ -89,11 +107,22 @@ def main(argv: Sequence[str]) -> int:
             tensors, config, about, arguments.limit - len(program.data), tell=lambda line: print(line, flush=True)
         )
     storage = fit.storage_of(config.export)
-    stored, quantize_seconds = timed(lambda: quantize_tensors(tensors, config))
-    encoded, encode_seconds = timed(lambda: artifact.encode(about(config), stored, storage))
-    codec_seconds = codec_alone(stored, storage)
-    decoded, decode_seconds = timed(lambda: artifact.decode(encoded.data))
-    back, dequantize_seconds = timed(lambda: {name: dequantize(tensor) for name, tensor in decoded.tensors.items()})
+    times: dict[str, list[float]] = {}
+
+    def timed(part: str, work: Callable[..., T], *arguments: Any) -> T:
+        start = time.perf_counter()
+        result = work(*arguments)
+        times.setdefault(part, []).append(time.perf_counter() - start)
+        return result
+
+    for _ in range(arguments.repeats):  # all parts in turn, so that a busy moment of the machine does not fall on one alone
+        stored = timed("quantize", quantize_tensors, tensors, config)
+        encoded = timed("encode", artifact.encode, about(config), stored, storage)
+        timed("codec_alone", in_threads, codec_jobs(stored, storage))
+        decoded = timed("decode", artifact.decode, encoded.data)
+        back = timed("dequantize", dequantize_all, decoded.tensors)
+    ratios = [(q + e) / c for q, e, c in zip(times["quantize"], times["encode"], times["codec_alone"], strict=True)]
+    seconds = {part: statistics.median(found) for part, found in times.items()}
     if any(not np.array_equal(back[name], dequantize(tensor)) for name, tensor in stored.items()):
         raise RuntimeError("what was decoded is not what was encoded")
     lines = report.report(tensors, stored, encoded, config)
@@ -102,14 +131,8 @@ def main(argv: Sequence[str]) -> int:
         "config": arguments.config,
         "sigma": arguments.sigma,
         "parameters": sum(tensor.size for tensor in tensors.values()),
-        "seconds": {
-            "quantize": quantize_seconds,
-            "encode": encode_seconds,
-            "codec_alone": codec_seconds,
-            "decode": decode_seconds,
-            "dequantize": dequantize_seconds,
-        },
-        "ratio_to_codec": (quantize_seconds + encode_seconds) / codec_seconds,
+        "seconds": seconds,
+        "ratio_to_codec": statistics.median(ratios),
         "artifact_bytes": len(encoded.data),
         "code_bytes": len(program.data),
         "total_bytes": total,
@@ -119,8 +142,8 @@ def main(argv: Sequence[str]) -> int:
         print(report.format_table(lines))
         print(
             f"\n{result['parameters']:,} parameters by {storage.codec}{' packed' * storage.packed}, {os.cpu_count()} threads:"
-            f" quantize {quantize_seconds:.2f} s + encode {encode_seconds:.2f} s = {result['ratio_to_codec']:.2f} x the codec"
-            f" alone, {codec_seconds:.2f} s; decode {decode_seconds:.2f} s, to float32 {dequantize_seconds:.2f} s"
+            f" quantize {seconds['quantize']:.2f} s + encode {seconds['encode']:.2f} s, {result['ratio_to_codec']:.2f} x the"
+            f" codec alone ({seconds['codec_alone']:.2f} s); decode {seconds['decode']:.2f} s + {seconds['dequantize']:.2f} s"
         )
         print(
             f"artifact {len(encoded.data):,} + program {len(program.data):,} = {total:,} bytes,"

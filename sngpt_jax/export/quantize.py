@@ -169,10 +169,13 @@ def _least_error(rows: np.ndarray, candidates: np.ndarray, policy: Policy, expor
     q_min, q_max = code_range(policy.bits, export.codes)
     for block in _blocks(rows):
         weights = np.ascontiguousarray(rows[block])
-        for scales, error in zip(candidates, errors, strict=True):
-            quotients = weights * inverse(scales[block])[:, None]
+        for i, scales in enumerate(candidates[:, block]):
+            if i and np.array_equal(scales, candidates[i - 1, block]):  # as where clip_floor decides
+                errors[i, block] = errors[i - 1, block]
+                continue
+            quotients = weights * inverse(scales)[:, None]
             rest = quotients - _rounded(quotients.copy(), q_min, q_max)
-            error[block] = np.float64(scales[block]) ** 2 * np.vecdot(rest, rest)
+            errors[i, block] = np.float64(scales) ** 2 * np.vecdot(rest, rest)
     if export.clip_scope == "matrix":
         return candidates[errors.sum(axis=1).argmin()]
     return np.take_along_axis(candidates, errors.argmin(axis=0)[None], axis=0)[0]
