@@ -94,14 +94,13 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
     try:
         about = content.metadata
         config = validate(typed_json.parse(Config, about.get("config"), "config", ArtifactError))
-        kept: dict[str, Any] = about.get("tokenizer") or {}
-        step, weights, suffix = about.get("step"), about.get("weights"), kept.get("suffix", "")
-        if type(step) is not int or not isinstance(weights, str) or suffix not in ("", ".model", ".json"):
+        step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")
+        if type(step) is not int or not isinstance(weights, str) or not (kept is None or _names_tokenizer(kept)):
             raise ArtifactError("its metadata lack step, weights or tokenizer")
         variables = to_variables({name: dequantize(tensor) for name, tensor in content.tensors.items()}, config, mesh)
     except (ArtifactError, ConfigError) as error:
         raise ArtifactError(f"{path}: {error}; export it again with this version") from None
-    beside = tokenizer_beside(path, suffix) if suffix else None
+    beside = tokenizer_beside(path, kept["suffix"]) if kept else None
     return TrainedModel(
         config,
         variables,
@@ -109,5 +108,9 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
         weights,
         path,
         tokenizer_path=beside if beside and beside.is_file() else None,
-        tokenizer_sha256=kept.get("sha256"),
+        tokenizer_sha256=kept["sha256"] if kept else None,
     )
+
+
+def _names_tokenizer(kept: Any) -> bool:
+    return isinstance(kept, dict) and isinstance(kept.get("sha256"), str) and kept.get("suffix") in (".model", ".json")

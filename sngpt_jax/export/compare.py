@@ -37,11 +37,12 @@ class CompareArguments:
     step: int | None = None  # checkpoint; default: the latest
     weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
     passthrough_size: int = 65_536  # of all policies; the published one is for models of width 512
+    gptq_tokens: int = 131_072  # training tokens that GPTQ takes its second moments over
     tokens: int = 0  # validation tokens to score, from the start of the stream; 0: all
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
 
 
-def policies(passthrough_size: int) -> dict[str, ExportConfig]:
+def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]:
     """The policies by what a person calls them."""
     common = ExportConfig(passthrough_size=passthrough_size, control_dtype="float16")
     published = {name: replace(load(recipe).export, passthrough_size=passthrough_size) for name, recipe in PUBLISHED.items()}
@@ -57,7 +58,7 @@ def policies(passthrough_size: int) -> dict[str, ExportConfig]:
         "int8 row max, rANS": common,
         "int6 SDClip k=12.85, zstd": replace(sd, codec="zstd"),
         "int6 SDClip k=12.85, rANS": sd,
-        "the same by GPTQ": replace(sd, gptq=True),
+        "the same by GPTQ": replace(sd, gptq=True, gptq_tokens=gptq_tokens),
     }
 
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json != "-":
         print(f"{arguments.run}, step {model.step}, {model.weights} weights: {before.bpb:.4f} bits/byte before\n")
         print("| policy | entropy | coded | rel. error | bytes | bits/byte | gap |\n|---|---|---|---|---|---|---|")
-    for name, export in policies(arguments.passthrough_size).items():
+    for name, export in policies(arguments.passthrough_size, arguments.gptq_tokens).items():
         rows.append(r := row(name, export))
         if arguments.json != "-":
             print(

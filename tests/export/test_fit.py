@@ -1,0 +1,58 @@
+"""The search for the least lossy policy under a limit: what it finds really fits, and loses less than what it passed over."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, ExportConfig, ModelConfig
+from sngpt_jax.export import artifact, fit
+from sngpt_jax.export.pipeline import quantize_tensors
+from sngpt_jax.export.report import relative_error
+
+CONFIG = Config(model=ModelConfig(num_layers=1), export=ExportConfig(mlp_bits=5, packed=True, codec="lzma", codec_level=9))
+
+
+def tensors(tails):
+    """Matrices of rows that are Gaussian, or with heavy tails."""
+    rng = np.random.default_rng(0)
+    draw = rng.standard_normal if tails == "none" else lambda shape: rng.standard_t(3, shape)
+    shapes = {"blocks/0/mlp/up": (256, 512), "blocks/0/attn/query": (256, 256), "embed/table": (64, 256)}
+    return {name: np.float32(draw(shape)) for name, shape in shapes.items()}
+
+
+def size_and_error(found, config):
+    stored = quantize_tensors(found, config)
+    return len(artifact.encode({}, stored, fit.storage_of(config.export)).data), relative_error(found, stored)
+
+
+@pytest.mark.parametrize("tails", ["none", "heavy"])
+@pytest.mark.parametrize("limit", [90_000, 130_000, 180_000])
+def test_the_policy_fits_and_is_the_best_that_was_tried(tails, limit):
+    found, said = tensors(tails), []
+    config = fit.search(found, CONFIG, lambda config: {}, limit, said.append)
+    size, error = size_and_error(found, config)
+    assert limit * 0.94 < size <= limit
+    fitting = [float(re.search(r"rel. error (\S+)", line)[1]) for line in said if line.endswith("fits")]
+    assert error == pytest.approx(min(fitting), rel=1e-3)
+    assert len(said) > fit.BISECTIONS and (limit == 180_000 or any(line.endswith("too many") for line in said))
+    assert config.model == CONFIG.model and config.export.codec == "rans" and not config.export.packed
+    for bits in (3, 4, 5, 6, 7):  # a grid by the row's largest magnitude that fits loses no less
+        ladder = replace(config, export=replace(config.export, clip="row_max", mlp_bits=bits, attention_bits=bits))
+        other_size, other_error = size_and_error(found, ladder)
+        assert other_size > limit or other_error >= error * 0.999
+
+
+def test_gptq_is_given_room_for_what_it_adds():
+    gptq = replace(CONFIG, export=replace(CONFIG.export, gptq=True))
+    config = fit.search(tensors("none"), gptq, lambda config: {}, 130_000, lambda line: None)
+    assert config.export.gptq
+    size, _ = size_and_error(tensors("none"), replace(config, export=replace(config.export, gptq=False)))
+    assert size <= 130_000 * 0.99
+
+
+def test_a_limit_that_nothing_fits_is_one_line():
+    with pytest.raises(UserError, match=r"nothing fits into 1,000 bytes of artifact: the least that was tried takes \d"):
+        fit.search(tensors("none"), CONFIG, lambda config: {}, 1000, lambda line: None)
