@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     if arguments.json != "-":
         print(f"{arguments.run}, step {model.step}, {model.weights} weights: {before.bpb:.4f} bits/byte before\n")
-        print("| policy | entropy | coded | rel. error | bytes | bits/byte | gap |\n|---|---|---|---|---|---|---|")
+        print("| policy | entropy | coded | rel. MSE | bytes | bits/byte | gap |\n|---|---|---|---|---|---|---|")
     for name, export in policies(arguments.passthrough_size, arguments.gptq_tokens).items():
         rows.append(r := row(name, export))
         if arguments.json != "-":

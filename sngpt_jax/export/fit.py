@@ -39,7 +39,7 @@ class Trial:
         x = self.export
         kept = f"int{x.mlp_bits} mlp, int{x.attention_bits} attention, " + (f"sd {x.clip_sd:.2f}" if x.clip == "sd" else x.clip)
         fits = "fits" if self.bytes <= limit else f"{self.bytes - limit:,} too many"
-        return f"{kept:<36} {self.bytes:>12,} bytes  rel. error {self.error:.3e}  {fits}"
+        return f"{kept:<36} {self.bytes:>12,} bytes  rel. MSE {self.error:.3e}  {fits}"
 
 
 def search(

@@ -100,7 +100,7 @@ def as_json(lines: Sequence[GroupReport]) -> dict[str, dict[str, Any]]:
 
 def format_table(lines: Sequence[GroupReport]) -> str:
     """`lines` for a person."""
-    head = ("group", "kept as", "tensors", "weights", "entropy", "coded", "scales", "packing", "bytes", "rel. error")
+    head = ("group", "kept as", "tensors", "weights", "entropy", "coded", "scales", "packing", "bytes", "rel. MSE")
     rows = [
         (
             line.group,

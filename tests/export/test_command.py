@@ -130,10 +130,10 @@ def test_tune_to_fit_finds_a_policy_under_the_limit(tiny_trained, tmp_path):
     program = len(bundle.build().data)
     limit = program + 19_000
     result, done = export(tiny_trained, tmp_path / "model.sngpt", "--limit", str(limit), "--tune-to-fit")
-    tried = [line for line in done.stderr.splitlines() if "rel. error" in line]
+    tried = [line for line in done.stderr.splitlines() if "rel. MSE" in line]
     assert result["fits"] and result["total_bytes"] > limit - 1500, "near the limit, not far below"
     assert len(tried) >= 10 and any("too many" in line for line in tried)
-    fitting = [float(line.split("rel. error")[1].split()[0]) for line in tried if line.endswith("fits")]
+    fitting = [float(line.split("rel. MSE")[1].split()[0]) for line in tried if line.endswith("fits")]
     assert min(fitting) > 0
     assert result["policy"]["codec"] == "rans"
     assert artifact.read(tmp_path / "model.sngpt").metadata["config"]["export"] == result["policy"]

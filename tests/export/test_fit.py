@@ -35,7 +35,7 @@ def test_the_policy_fits_and_is_the_best_that_was_tried(tails, limit):
     config = fit.search(found, CONFIG, lambda config: {}, limit, said.append)
     size, error = size_and_error(found, config)
     assert limit * 0.94 < size <= limit
-    fitting = [float(re.search(r"rel. error (\S+)", line)[1]) for line in said if line.endswith("fits")]
+    fitting = [float(re.search(r"rel. MSE (\S+)", line)[1]) for line in said if line.endswith("fits")]
     assert error == pytest.approx(min(fitting), rel=1e-3)
     assert len(said) > fit.BISECTIONS and (limit == 180_000 or any(line.endswith("too many") for line in said))
     assert config.model == CONFIG.model and config.export.codec == "rans" and not config.export.packed
