@@ -148,11 +148,8 @@ def _export_problems(config: Config) -> Iterator[str]:
             f"export.gptq needs gptq_block = {x.gptq_block} of 1 or more, and gptq_tokens = {x.gptq_tokens}"
             f" of one sequence or more, data.seq_len = {config.data.seq_len}"
         )
-    if config.optim.qat_below:
-        if {x.mlp_bits, x.attention_bits, x.projection_bits} == {16}:
-            yield "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits and projection_bits are all 16"
-        if x.clip == "sd" or x.gptq:
-            yield "optim.qat_below imitates ranges near a row's largest magnitude, neither export.clip = sd nor export.gptq"
+    if x.gptq and x.prune_fraction:
+        yield f"export.gptq moves the weights that export.prune_fraction = {x.prune_fraction} sets to 0; take one of them"
 
 
 # Fields of one family only, which the other one must leave at their defaults.

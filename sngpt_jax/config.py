@@ -202,8 +202,8 @@ class ExportConfig:
     clip_sd: float = 12.85  # for sd: a matrix row's range in standard deviations of the row (SDClip)
     table_clip_sd: float = 20.0  # the same for embeddings and tables
     clip_floor: float = 0.0  # least range of a row; its scale is then at least this / q
-    prune_fraction: float = 0.0  # of each tensor's weights, the smallest, that are set to 0 first
-    gptq: bool = False  # round the blocks' matrices by what they do to training text (GPTQ), not one weight at a time
+    prune_fraction: float = 0.0  # of each matrix's and table's weights, the smallest, that are set to 0 first
+    gptq: bool = False  # round matrices by what they do to training text (GPTQ), not one weight at a time
     gptq_damping: float = 0.01  # added to the diagonal of the inputs' second moments, as a share of its mean
     gptq_block: int = 128  # columns rounded between updates of the columns after them
     gptq_tokens: int = 131_072  # tokens of the training shards that the second moments are taken over

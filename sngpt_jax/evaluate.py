@@ -67,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     score = score_validation(config, variables, dataset, mesh, arguments.tokens, progress_reporter("evaluate"))
     if not math.isfinite(score.loss):
-        raise UserError(f"{model.source}: the loss of step {model.step} is {score.loss}; take an earlier --step")
+        remedy = "export other weights" if arguments.artifact else "take an earlier --step"
+        raise UserError(f"{model.source}: the loss of step {model.step} is {score.loss}; {remedy}")
     seconds = time.perf_counter() - start
     result = {
         **score.as_dict(),

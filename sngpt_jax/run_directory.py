@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from sngpt_jax import checkpoint, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
+from sngpt_jax.data.manifest import file_sha256
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
@@ -170,5 +171,5 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
         weights,
         run_dir,
         tokenizer_path=kept,
-        tokenizer_sha256=load_tokenizer(kept).sha256 if kept else None,
+        tokenizer_sha256=file_sha256(kept) if kept else None,
     )

@@ -27,6 +27,7 @@ from sngpt_jax.data.recipe import prepared_data
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.metrics import MetricsWriter, StepMeter, peak_flops
+from sngpt_jax.optim import qat
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
@@ -61,6 +62,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
     place = batch_placer(mesh, accumulation)
 
     # 3. What was asked for, what it will cost, and how each tensor is optimized, before anything is computed.
+    if config.optim.qat_below:
+        qat.check(abstract_params(config), config)
     plan = make_plan(config)
     peak = peak_flops(jax.devices()[0].device_kind)
     console.header("configuration", settings(config))

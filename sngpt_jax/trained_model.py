@@ -1,5 +1,6 @@
 """A trained model in memory, and how one is read back from an exported artifact; `run_directory` reads them from runs."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from sngpt_jax.export.quantize import dequantize
 from sngpt_jax.parallel import path_name, state_shardings
 from sngpt_jax.policy import is_exported
 from sngpt_jax.step import Variables, abstract_variables
+
+logger = logging.getLogger("sngpt_jax")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class TrainedModel:
     def open_data(self, directory: Path | None = None) -> Dataset:
         """The prepared data in `directory`, by default the recipe's. Raises `UserError` where another tokenizer made them."""
         directory = directory or Path(self.config.data.dir)
+        if self.tokenizer_sha256 is None:
+            logger.info(f"{self.source} keeps no tokenizer: taking that of {directory}")
         dataset = open_dataset(directory, self.config.model.vocab_size)
         if self.tokenizer_sha256 not in (None, dataset.tokenizer.sha256):
             raise ConfigError(
@@ -94,6 +99,8 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
     try:
         about = content.metadata
         config = validate(typed_json.parse(Config, about.get("config"), "config", ArtifactError))
+        if config.model.num_layers > len(content.tensors):  # tracing what a file claims would take hours
+            raise ArtifactError(f"it has {len(content.tensors)} tensors for model.num_layers = {config.model.num_layers}")
         step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")
         if type(step) is not int or not isinstance(weights, str) or not (kept is None or _names_tokenizer(kept)):
             raise ArtifactError("its metadata lack step, weights or tokenizer")

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from sngpt_jax.config import Config, ConfigError, ExportConfig, ModelConfig, OptimConfig, to_json
+from sngpt_jax.config import Config, ConfigError, DataConfig, ExportConfig, ModelConfig, OptimConfig, to_json
+from sngpt_jax.data.manifest import file_sha256
 from sngpt_jax.export import artifact
 from sngpt_jax.export.artifact import ArtifactError, Storage
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import host_tensors, quantize_variables
 from sngpt_jax.step import forward, init_state
-from sngpt_jax.trained_model import from_artifact, to_variables, tokenizer_beside
+from sngpt_jax.trained_model import TrainedModel, from_artifact, to_variables, tokenizer_beside
 
 CODED = ModelConfig(
     family="pre_norm", vocab_size=64, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, mlp_dim=32, levels="4,2,0;5,2,4"
@@ -38,6 +39,7 @@ def written(path, recipe, tensors, **changes):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("model", [COMPACT, CODED], ids=["compact", "coded"])
 def test_a_model_computes_the_same_from_its_artifact(tmp_path, model, devices):
@@ -96,6 +98,32 @@ def test_a_configuration_that_cannot_run_is_one_line(tmp_path):
     path = written(tmp_path / "m.sngpt", config, host_tensors(init_state(config, mesh).variables()), config=impossible)
     with pytest.raises(ArtifactError, match=r"model.d_model = 16 is not divisible by model.num_heads = 3"):
         from_artifact(path, mesh)
+
+
+def test_layers_that_a_file_only_claims_are_not_traced(tmp_path):
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    claimed = json.loads(to_json(config))
+    claimed["model"]["num_layers"] = 100_000
+    path = written(tmp_path / "m.sngpt", config, host_tensors(init_state(config, mesh).variables()), config=claimed)
+    with pytest.raises(ArtifactError, match=r"it has \d+ tensors for model.num_layers = 100000"):
+        from_artifact(path, mesh)
+
+
+def test_another_tokenizer_than_the_models_is_refused(tiny_recipe):
+    """Beside the model, and in the data that it is to be scored on."""
+    data = tiny_recipe.parent / "data"
+    config = dataclasses.replace(config_of(COMPACT), data=DataConfig(dir=str(data)))
+    config = dataclasses.replace(config, model=dataclasses.replace(COMPACT, vocab_size=320))
+    tokenizer = next(data.glob("*.model"))
+    right, wrong = file_sha256(tokenizer), "0" * 64
+    model = TrainedModel(config, {}, 1, "final", tiny_recipe, tokenizer_path=tokenizer, tokenizer_sha256=right)
+    assert model.tokenizer().vocab_size == 320 and model.open_data().directory == data
+    other = dataclasses.replace(model, tokenizer_sha256=wrong)
+    with pytest.raises(ConfigError, match="not the tokenizer of"):
+        other.tokenizer()
+    with pytest.raises(ConfigError, match="prepared with another tokenizer than the model of"):
+        other.open_data()
+    assert dataclasses.replace(model, tokenizer_sha256=None).open_data().directory == data
 
 
 def test_the_tokenizer_lies_beside_the_artifact(tmp_path):

@@ -7,14 +7,15 @@ program's and the artifact's; the tokenizer is the data's.
 import functools
 import logging
 import math
+import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import numpy as np
 import tyro
 
 import sngpt_jax
@@ -64,7 +65,17 @@ def check(arguments: ExportArguments) -> None:
         raise UserError("--limit and --tokens are 0 or more")
     if arguments.tune_to_fit and not arguments.limit:
         raise UserError("--tune-to-fit needs --limit, the bytes to fit into")
-    cli.check_writable(arguments.out, "--out")
+    for path in outputs(arguments.out):
+        cli.check_writable(path, "--out")
+    if arguments.json not in ("", "-"):
+        if Path(arguments.json).resolve() in [path.resolve() for path in outputs(arguments.out)]:
+            raise UserError(f"--json {arguments.json}: is written by --out; give the path of another file")
+        cli.check_writable(Path(arguments.json), "--json")
+
+
+def outputs(out: Path) -> tuple[Path, Path]:
+    """The artifact and the program that scores it."""
+    return out, out.with_suffix(".pyz")
 
 
 def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:
@@ -82,9 +93,30 @@ def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:
 def verify(path: Path, stored: Mapping[str, Stored]) -> None:
     """Reads the artifact back and compares every tensor, bit by bit, with the one in memory."""
     found = artifact.read(path).tensors
-    differing = [name for name in stored if not np.array_equal(dequantize(found[name]), dequantize(stored[name]))]
-    if found.keys() != stored.keys() or differing:
-        raise RuntimeError(f"{path}: does not hold what was exported: {differing or sorted(found.keys() ^ stored.keys())}")
+    differing = sorted(found.keys() ^ stored.keys()) or [
+        name for name in stored if dequantize(found[name]).tobytes() != dequantize(stored[name]).tobytes()
+    ]
+    if differing:
+        raise RuntimeError(f"{path}: does not hold what was exported: {', '.join(differing)}")
+
+
+def publish(files: Mapping[str, bytes], folder: Path, stored: Mapping[str, Stored], data: Path | None, tokens: int) -> Any:
+    """Puts artifact, program and tokenizer, in this order, into `folder`; returns what the program says of the artifact.
+
+    They come there once the artifact is verified and the program has run: until then they lie in a hidden folder beside.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
+            made = [Path(hidden) / name for name in files]
+            for path, content in zip(made, files.values(), strict=True):
+                cli.write_bytes_atomic(path, content)
+            verify(made[0], stored)
+            said = bundle.run(made[1], made[0], data, tokens)
+            for path in reversed(made):  # the artifact last: where it is, the others are
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"--out {folder / next(iter(files))}: cannot be written: {error.strerror}") from None
+    return said
 
 
 def result_of(
@@ -157,24 +189,25 @@ def main(argv: Sequence[str]) -> int:
 
     program, tensors = bundle.build(), host_tensors(model.variables)
     if arguments.tune_to_fit:
+        if arguments.limit <= len(program.data):
+            raise UserError(f"--limit {arguments.limit:,} is less than the program alone, {len(program.data):,} bytes")
         about = functools.partial(metadata, model)
         config = fit.search(tensors, config, about, arguments.limit - len(program.data), tell=logger.info)
     moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate")) if dataset else None
     stored = quantize_tensors(tensors, config, moments, progress_reporter("quantize"))
     storage = fit.storage_of(config.export)
-    encoded = artifact.encode(metadata(model, config), stored, storage)
-    unpacked = artifact.encode({}, stored, replace(storage, packed=False)) if storage.packed else None
+    encoded = artifact.encode(metadata(model, config), stored, storage, progress=progress_reporter("encode"))
+    unpacked = None
+    if storage.packed:  # what packing costs is known by doing without
+        unpacked = artifact.encode({}, stored, replace(storage, packed=False), progress=progress_reporter("encode unpacked"))
 
-    out, kept = arguments.out, model.tokenizer_path
-    files = {out: encoded.data, out.with_suffix(".pyz"): program.data}
+    kept = model.tokenizer_path
+    files = {path.name: content for path, content in zip(outputs(arguments.out), (encoded.data, program.data), strict=True)}
     if kept:
-        files[tokenizer_beside(out, kept.suffix)] = kept.read_bytes()
-    for path, content in files.items():
-        cli.write_bytes_atomic(path, content)
-    verify(out, stored)
+        files[tokenizer_beside(arguments.out, kept.suffix).name] = kept.read_bytes()
+    scored = publish(files, arguments.out.parent, stored, dataset.directory if before and dataset else None, arguments.tokens)
     lines = report.report(tensors, stored, encoded, config, unpacked)
     result = result_of(arguments, model, config, encoded, lines, program)
-    scored = bundle.run(out.with_suffix(".pyz"), out, dataset.directory if before and dataset else None, arguments.tokens)
     if before:
         after = scored["bpb"]
         result["score"] = {
@@ -184,11 +217,12 @@ def main(argv: Sequence[str]) -> int:
             "gap": after - before.bpb,
         }
     if arguments.json != "-":
-        print_result(result, lines, list(files))
+        print_result(result, lines, [arguments.out.parent / name for name in files])
     cli.write_json(result, arguments.json)
     if not result["fits"]:
         over = result["total_bytes"] - arguments.limit
-        print(f"error: {out} is {over:,} bytes over --limit {arguments.limit:,}; try --tune-to-fit", file=sys.stderr)
+        remedy = "raise --limit" if arguments.tune_to_fit else "try --tune-to-fit"
+        print(f"error: {arguments.out} is {over:,} bytes over --limit {arguments.limit:,}; {remedy}", file=sys.stderr)
         return cli.EXIT_OVER_LIMIT
     return 0
 

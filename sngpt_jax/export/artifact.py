@@ -17,7 +17,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from sngpt_jax.export.quantize import Quantized, Stored
 
 MAGIC = b"\x89SNG\r\n\x1a\n"
 VERSION = 1
-MEMORY_LIMIT = 8 * 2**30  # bytes that decoding may take, all in all
+MEMORY_LIMIT, MEMORY_RATIO = 8 * 2**30, 48  # bytes that decoding may take, or times the file's size where that is more
 HEADER_LIMIT = 4 * 2**20  # bytes of JSON; a hundred tensors take about 15,000
 
 HEAD = struct.Struct("<8sIIQ")
@@ -67,7 +67,13 @@ class Artifact:
 # ---------------------------------------------------------------------------------------------- encode
 
 
-def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], storage: Storage, threads: int | None = None) -> Encoded:
+def encode(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    storage: Storage,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Encoded:
     """The artifact of these tensors, in this order, and of `metadata`, a JSON object; the same bytes for any `threads`.
 
     Raises `ArtifactError` for numbers that are not finite, codes that leave their grid, and for what `decode` would not take.
@@ -78,7 +84,7 @@ def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], storage: 
     parse(draft_json, None)
     jobs = [(codes.size, partial(_encode_codes, codes, tensors, storage)) for codes in draft.codes]
     jobs += [(floats.size, partial(_encode_floats, floats, tensors, storage)) for floats in draft.floats]
-    streams = _in_threads(jobs, threads)
+    streams = _in_threads(jobs, threads, progress)
     table = _table_of(tensors, storage, [len(stream) for stream in streams])
     raw = as_json(metadata, table)
     if len(raw) > HEADER_LIMIT:
@@ -87,6 +93,7 @@ def encode(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], storage: 
     payload = sum(table.lengths)
     data = b"".join([HEAD.pack(MAGIC, VERSION, len(header), payload), header, *streams])
     data += hashlib.sha256(data).digest()
+    _check_memory(FILE_COST * len(data) + JSON_COST * len(raw) + _decoding_cost(table), default_limit(len(data)))
     return Encoded(data, len(data) - payload, _tensor_bytes(table))
 
 
@@ -129,11 +136,11 @@ def _encode_floats(stream: Floats, tensors: Mapping[str, Stored], storage: Stora
 # ---------------------------------------------------------------------------------------------- decode
 
 
-def read(path: Path, memory_limit: int = MEMORY_LIMIT) -> Artifact:
+def read(path: Path, memory_limit: int | None = None) -> Artifact:
     """The artifact in the file `path`; raises `ArtifactError`, one line that begins with the path."""
     try:
         size = path.stat().st_size
-        if size > memory_limit:
+        if memory_limit is not None and size > memory_limit:
             raise ArtifactError(f"{size:,} bytes, above the limit of {memory_limit:,} bytes of memory")
         return decode(path.read_bytes(), memory_limit)
     except OSError as problem:
@@ -142,11 +149,13 @@ def read(path: Path, memory_limit: int = MEMORY_LIMIT) -> Artifact:
         raise ArtifactError(f"{path}: {problem}") from None
 
 
-def decode(data: bytes, memory_limit: int = MEMORY_LIMIT, threads: int | None = None) -> Artifact:
+def decode(data: bytes, memory_limit: int | None = None, threads: int | None = None) -> Artifact:
     """What `encode` made `data` of, without using more than about `memory_limit` bytes, `data` and float32 weights included.
 
+    No `memory_limit`: `default_limit`.
     Raises `ArtifactError` for anything else than a whole artifact of this version that fits the limit.
     """
+    memory_limit = default_limit(len(data)) if memory_limit is None else memory_limit
     header, payload = _open(data)
     with explained("header"):
         size = codecs.zstd_size(header)
@@ -176,6 +185,11 @@ def decode(data: bytes, memory_limit: int = MEMORY_LIMIT, threads: int | None = 
         else:
             tensors[tensor.name] = (half if tensor.kind == "float16" else single)[tensor.name]
     return Artifact(metadata, tensors, table.storage, len(data) - len(payload), _tensor_bytes(table))
+
+
+def default_limit(size: int) -> int:
+    """Bytes that decoding a file of `size` bytes may take: 8 GiB, more for a large file, which 3-bit weights fill up."""
+    return max(MEMORY_LIMIT, MEMORY_RATIO * size)
 
 
 def _open(data: bytes) -> tuple[memoryview, memoryview]:
@@ -260,12 +274,19 @@ def _tensor_bytes(table: Table) -> dict[str, int]:
     return found
 
 
-def _in_threads(jobs: Sequence[tuple[int, Callable[[], T]]], threads: int | None) -> list[T]:
-    """The results of jobs (size, call), in their order; the largest begin first. The first job's error that fails is raised."""
+def _in_threads(
+    jobs: Sequence[tuple[int, Callable[[], T]]], threads: int | None, progress: Callable[[int, int], None] | None = None
+) -> list[T]:
+    """The results of jobs (size, call), in their order; the largest begin first. The first error to come up is raised."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
-        futures = {i: pool.submit(jobs[i][1]) for i in order}
+        futures = {pool.submit(jobs[i][1]): i for i in order}
+        results: dict[int, T] = {}
         try:
-            return [futures[i].result() for i in range(len(jobs))]
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                if progress:
+                    progress(len(results), len(jobs))
+            return [results[i] for i in range(len(jobs))]
         finally:
             pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
+import jax
 import numpy as np
 import tyro
 
@@ -45,8 +46,6 @@ class BenchArguments:
 
 def draw(config: Config, sigma: float, seed: int) -> dict[str, np.ndarray]:
     """A model's tensors with matrices and tables from N(0, sigma²); gains and their like are ones."""
-    import jax
-
     rng, tensors = np.random.default_rng(seed), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config.model)):
         name = path_name(path)
@@ -100,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
     cli.log_to_stderr()
     if arguments.repeats < 1 or not arguments.sigma > 0:
         raise UserError("--repeats is 1 or more, --sigma more than 0")
+    if arguments.overrides.export.gptq:
+        raise UserError("--export.gptq needs a trained model and its text; compare policies with sngpt_jax.export.compare")
     config, program = arguments.overrides, bundle.build()
     tensors = draw(config, arguments.sigma, arguments.seed)
     if arguments.tune_to_fit:
@@ -109,9 +110,9 @@ def main(argv: Sequence[str]) -> int:
     storage = fit.storage_of(config.export)
     times: dict[str, list[float]] = {}
 
-    def timed(part: str, work: Callable[..., T], *arguments: Any) -> T:
+    def timed(part: str, work: Callable[..., T], *inputs: Any) -> T:
         start = time.perf_counter()
-        result = work(*arguments)
+        result = work(*inputs)
         times.setdefault(part, []).append(time.perf_counter() - start)
         return result
 

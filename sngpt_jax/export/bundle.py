@@ -151,6 +151,8 @@ def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0)
         command += ["--data", str(data.absolute()), "--tokens", str(tokens)]
     # this process may hold most of an accelerator's memory: the other one is to take no more than it needs
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not data:
+        environment["JAX_PLATFORMS"] = "cpu"  # nothing is to be computed
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as output:
         # its result goes to a file, so that no pipe can fill up while its progress is passed on
         process = subprocess.Popen(command, cwd=empty, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
@@ -159,7 +161,7 @@ def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0)
             logger.info("%s: %s", bundle.name, line.rstrip())
         if process.wait():
             said = line.strip().removeprefix("error: ") or f"exit status {process.returncode}"
-            raise UserError(f"{bundle}: fails when it is run alone: {said}")
+            raise UserError(f"{bundle.name}: fails when it is run alone: {said}")
         output.seek(0)
         result: dict[str, Any] = json.load(output)
     return result

@@ -1,9 +1,9 @@
 """The least lossy policy under a limit of bytes, found by trying: what `export --tune-to-fit` does.
 
-Two families are tried, both coded by rANS. In the first, ranges follow each row's largest magnitude and the bits of a weight
-say how fine the grid is. In the second the grid is wide and its step is a share of the row's standard deviation; the share is
-bisected until the artifact just fits (SDClip with the range and the step told apart: what a fine step costs, the entropy
-coder measures, so that nothing need be clipped). Which loses less depends on the tails of the weights.
+Tried are the recipe's own policy, half precision, and two families of grids, all but the first coded by rANS. In one family
+ranges follow each row's largest magnitude, and the bits of a weight say how fine the grid is. In the other the grid is wide and
+its step is a share of the row's standard deviation, bisected until the artifact just fits: SDClip with range and step told apart,
+since what a fine step costs the entropy coder measures, and nothing need be clipped. Which loses less depends on the tails.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,9 +37,10 @@ class Trial:
     def describe(self, limit: int) -> str:
         """One line for a person."""
         x = self.export
-        kept = f"int{x.mlp_bits} mlp, int{x.attention_bits} attention, " + (f"sd {x.clip_sd:.2f}" if x.clip == "sd" else x.clip)
+        rule = f"sd {x.clip_sd:.2f}" if x.clip == "sd" else x.clip
+        kept = f"{x.mlp_bits} bits mlp, {x.attention_bits} attention, {rule}, {x.codec}"
         fits = "fits" if self.bytes <= limit else f"{self.bytes - limit:,} too many"
-        return f"{kept:<36} {self.bytes:>12,} bytes  rel. MSE {self.error:.3e}  {fits}"
+        return f"{kept:<40} {self.bytes:>12,} bytes  rel. MSE {self.error:.3e}  {fits}"
 
 
 def search(
@@ -49,7 +50,7 @@ def search(
     limit: int,
     tell: Callable[[str], None],
 ) -> Config:
-    """`config` with the policy of least `relative_error` whose artifact takes at most `limit` bytes.
+    """`config` with the policy of least `relative_error`, of those tried, whose artifact takes at most `limit` bytes.
 
     `tell` is given a line for each policy that was tried. GPTQ is left out of the trials: it changes their order little and
     takes minutes. Raises `UserError` where nothing fits.
@@ -60,6 +61,8 @@ def search(
         embed_bits=8,
         table_bits=8,
         table_clip="row_max",
+        clip_scope="row",
+        codes="symmetric",
         late_key_layers=0,
         prune_fraction=0.0,
         clip_floor=0.0,
@@ -76,7 +79,8 @@ def search(
         tell(trial.describe(limit))
         return trial
 
-    trials = []
+    halves = replace(wide, mlp_bits=16, attention_bits=16, projection_bits=16, embed_bits=16, table_bits=16, clip="row_max")
+    trials = [attempt(config.export), attempt(halves)]
     for mlp, attention in LADDER:
         trials.append(attempt(replace(wide, mlp_bits=mlp, attention_bits=attention, clip="row_max")))
         if trials[-1].bytes <= limit:

@@ -11,9 +11,7 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.export.gptq import gptq
 from sngpt_jax.export.quantize import Stored, prune, quantize
-from sngpt_jax.policy import FLOAT16, policy_of
-
-GPTQ_GROUPS = ("mlp", "attention", "projection")
+from sngpt_jax.policy import FLOAT16, MATRICES, policy_of
 
 
 def quantize_tensors(
@@ -25,24 +23,23 @@ def quantize_tensors(
     """Float32 tensors by path, as `config.export` has them kept; in the order of their names.
 
     `moments`: the second moments [in, in] of the inputs of the matrices that GPTQ is to round. Tensors are worked on in as
-    many threads as there are processors. Raises `UserError` that names the tensor which cannot be kept.
+    many threads as there are processors, but for GPTQ. Raises `UserError` that names the tensor which cannot be kept.
     """
-    done = 0
 
     def one(name: str) -> Stored:
-        nonlocal done
         try:
-            stored = quantize_tensor(name, tensors[name], config, None if moments is None else moments.get(name))
+            return quantize_tensor(name, tensors[name], config, None if moments is None else moments.get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        done += 1
-        if progress:
-            progress(done, len(tensors))
-        return stored
 
     names = sorted(tensors, key=lambda name: -tensors[name].size)  # the largest first, so that no thread is left with it
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        stored = dict(zip(names, pool.map(one, names), strict=True))
+    # the products of GPTQ take all processors by themselves
+    with ThreadPoolExecutor(1 if config.export.gptq else os.cpu_count()) as pool:
+        stored = {}
+        for name, tensor in zip(names, pool.map(one, names), strict=True):
+            stored[name] = tensor
+            if progress:
+                progress(len(stored), len(names))
     return {name: stored[name] for name in sorted(stored)}
 
 
@@ -54,7 +51,7 @@ def quantize_tensor(name: str, tensor: np.ndarray, config: Config, moment: np.nd
     if not policy.has_grid:
         return _as_floats(tensor, policy.bits)
     nearest = quantize(tensor, policy, export)
-    if not export.gptq or policy.group not in GPTQ_GROUPS:
+    if not export.gptq or policy.group not in MATRICES:
         return nearest
     if moment is None:
         raise UserError("has no second moments of its inputs, which export.gptq rounds by")

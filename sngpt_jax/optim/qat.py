@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, ConfigError
 from sngpt_jax.parallel import path_name
 from sngpt_jax.policy import MATRICES, SMALLEST_SCALE, largest_code, policy_of
 
@@ -29,6 +29,25 @@ def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
     # nothing to clip: a scale rounded down to float16 leaves a quotient of at most q · (1 + 2^-11), less than q + 1/2
     # and times 1 / scale, likewise what XLA makes of the division: so ties fall in the exporter as they fell in training
     return scale * jnp.round(matrix * (1 / scale))
+
+
+def check(params: optax.Params, config: Config) -> None:
+    """Raises `ConfigError` where late quantization-aware training would imitate nothing that the exporter does.
+
+    `params` may be shapes alone.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    policies = [policy_of(path_name(path), leaf.shape, config) for path, leaf in leaves]
+    if not any(policy.group in MATRICES and policy.has_grid for policy in policies):
+        raise ConfigError(
+            "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits, projection_bits and passthrough_size"
+            " leave every matrix as it is"
+        )
+    if config.export.clip == "sd" or config.export.gptq:
+        raise ConfigError(
+            "optim.qat_below imitates ranges near a row's largest magnitude; train with export.clip = row_max, percentile or"
+            " search, without export.gptq (either may be used in the export)"
+        )
 
 
 def on_grid(params: optax.Params, config: Config) -> optax.Params:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import sngpt_jax
+from sngpt_jax.cli import UserError
+from sngpt_jax.export import __main__ as export_command
 from sngpt_jax.export import artifact, bundle
 from sngpt_jax.parallel import make_mesh, path_name
 from sngpt_jax.run_directory import load_model
@@ -123,6 +126,7 @@ def test_over_the_limit_is_exit_status_4_with_the_table(tiny_trained, tmp_path):
     assert "over the limit of 30,000" in done.stdout and re.search(r"attention +int8", done.stdout)
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {out} is ")
     assert "bits/byte" not in done.stdout
+    assert "sngpt_jax/export/scorer.py" in done.stdout and "to run with chex" in done.stdout, "all that was counted"
     assert out.exists(), "what was made is there to look at"
 
 
@@ -137,6 +141,48 @@ def test_tune_to_fit_finds_a_policy_under_the_limit(tiny_trained, tmp_path):
     assert min(fitting) > 0
     assert result["policy"]["codec"] == "rans"
     assert artifact.read(tmp_path / "model.sngpt").metadata["config"]["export"] == result["policy"]
+
+
+def test_the_runs_own_policy_is_the_default(tiny_trained, tmp_path):
+    """With a checkpoint, weights and GPTQ to choose, and no score."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_trained, run)
+    config = json.loads((run / "config.json").read_text())
+    config["export"] |= {"mlp_bits": 5, "packed": True, "codec": "lzma", "codec_level": 1}
+    (run / "config.json").write_text(json.dumps(config))
+    options = ["--step", "10", "--weights", "ema", "--no-score", "--export.gptq", "True", "--export.gptq-tokens", "4096"]
+    result, _ = export(run, tmp_path / "model.sngpt", *options)
+    groups = result["bits_per_weight"]
+    assert groups["mlp"]["width"] == "int5" and groups["mlp"]["packing_loss"] > 0 == groups["attention"]["packing_loss"]
+    assert (result["step"], result["weights"]) == (10, "ema") and "score" not in result
+    content = artifact.read(tmp_path / "model.sngpt")
+    assert content.storage.packed and content.metadata["version"] == sngpt_jax.__version__
+    ema = load_model(run, make_mesh(jax.devices()[:1]), 10, "ema").variables["blocks"]["0"]["mlp"]["up"]
+    error = np.abs(content.tensors["blocks/0/mlp/up"].dequantize() - ema)
+    assert 0 < error.mean() < 0.05 * np.abs(ema).mean() * 2
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def test_verification_sees_a_sign_a_missing_and_an_extra_tensor(tmp_path):
+    path, zeros = tmp_path / "m.sngpt", np.zeros(3, np.float32)
+    path.write_bytes(artifact.encode({}, {"a": zeros, "b": zeros}, artifact.Storage(False, "zstd", 1)).data)
+    export_command.verify(path, {"a": zeros, "b": zeros})
+    for other, named in (({"a": zeros, "b": -zeros}, "b"), ({"a": zeros}, "b"), ({"a": zeros, "b": zeros, "c": zeros}, "c")):
+        with pytest.raises(RuntimeError, match=f"does not hold what was exported: {named}"):
+            export_command.verify(path, other)
+
+
+def test_nothing_appears_before_the_program_has_run(tmp_path, monkeypatch):
+    def fail(*arguments):
+        assert not list(tmp_path.glob("*.sngpt")), "still hidden"
+        raise UserError("the program fails")
+
+    monkeypatch.setattr(bundle, "run", fail)
+    tensors = {"a": np.zeros(3, np.float32)}
+    data = artifact.encode({}, tensors, artifact.Storage(False, "zstd", 1)).data
+    with pytest.raises(UserError, match="the program fails"):
+        export_command.publish({"m.sngpt": data, "m.pyz": b""}, tmp_path, tensors, None, 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gptq_reads_training_text_alone_and_lowers_the_gap(tiny_trained, tmp_path):
@@ -164,13 +210,16 @@ def test_gptq_reads_training_text_alone_and_lowers_the_gap(tiny_trained, tmp_pat
     [
         (["--run", "{run}", "--out", "{tmp}/model.bin"], "expected a file named *.sngpt"),
         (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--tune-to-fit"], "--tune-to-fit needs --limit"),
+        (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--limit", "-1"], "--limit and --tokens are 0 or more"),
+        (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--json", "{tmp}/m.sngpt"], "is written by --out"),
+        (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--json", "{tmp}"], "--json {tmp}: cannot be written"),
         (["--run", "{run}", "--out", "/proc/m.sngpt"], "cannot be written"),
         (["--run", "{tmp}", "--out", "{tmp}/m.sngpt"], "not a run directory"),
         (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--export.packed", "True"], "leaves export.codec = rans no codes"),
         (["--run", "{run}", "--out", "{tmp}/m.sngpt", "--data", "{tmp}"], "{tmp}"),
         (
             ["--run", "{run}", "--out", "{tmp}/m.sngpt", "--limit", "1000", "--tune-to-fit", "--no-score"],
-            "nothing fits into",
+            "less than the program alone",
         ),
     ],
 )

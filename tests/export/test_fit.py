@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ExportConfig, ModelConfig
+from sngpt_jax.config import Config, ExportConfig, ModelConfig, OptimConfig
 from sngpt_jax.export import artifact, fit
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.report import relative_error
@@ -43,6 +44,36 @@ def test_the_policy_fits_and_is_the_best_that_was_tried(tails, limit):
         ladder = replace(config, export=replace(config.export, clip="row_max", mlp_bits=bits, attention_bits=bits))
         other_size, other_error = size_and_error(found, ladder)
         assert other_size > limit or other_error >= error * 0.999
+
+
+def test_what_it_finds_can_be_read_whatever_the_recipe_says():
+    """Fields of the recipe's policy that do not go with the one that is found are not carried over."""
+    export = ExportConfig(
+        embed_bits=4,
+        table_bits=3,
+        late_key_layers=1,
+        clip="search",
+        table_clip="search",
+        clip_scope="matrix",
+        clip_floor=9.0,
+        prune_fraction=0.5,
+        codes="full",
+        packed=True,
+        codec="zstd",
+    )
+    recipe = Config(ModelConfig(num_layers=1), OptimConfig(warmdown_fraction=0.5, qat_below=0.5), export=export)
+    found = fit.search(tensors("none"), validate(recipe), lambda config: {}, 130_000, lambda line: None)
+    x = validate(found).export
+    assert x.clip == "sd" and x.embed_bits == 8 and x.late_key_layers == 0 and x.clip_floor == 0 and x.prune_fraction == 0
+    assert size_and_error(tensors("none"), found)[1] < 0.01, "of which the recipe's own policy is far"
+
+
+def test_the_recipes_own_policy_and_half_precision_are_among_the_tried():
+    own = replace(CONFIG, export=ExportConfig(mlp_bits=8, attention_bits=8, embed_bits=8, codec="zstd", codec_level=3))
+    said = []
+    config = fit.search(tensors("none"), own, lambda config: {}, 10_000_000, said.append)
+    assert config.export.mlp_bits == config.export.embed_bits == 16
+    assert "8 bits mlp, 8 attention, row_max, zstd" in said[0]
 
 
 def test_gptq_is_given_room_for_what_it_adds():

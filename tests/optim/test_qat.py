@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.config import Config, ExportConfig, ModelConfig
+from sngpt_jax.config import Config, ConfigError, ExportConfig, ModelConfig
 from sngpt_jax.optim import qat
 
 BITS = [2, 4, 5, 6, 8]
@@ -176,6 +176,21 @@ def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
     earlier = Config(ModelConfig(num_layers=13), export=dataclasses.replace(MIXED, late_key_layers=1))
     result = by_path(qat.on_grid(parameters(), earlier))
     assert not np.array_equal(params["blocks/11/attn/key"], result["blocks/11/attn/key"]), "12 is the last of 13"
+
+
+@pytest.mark.parametrize(
+    ("export", "said"),
+    [
+        (ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16), "has no grid to train for"),
+        (ExportConfig(passthrough_size=1000), "has no grid to train for"),
+        (dataclasses.replace(MIXED, clip="sd"), "imitates ranges near a row's largest magnitude"),
+        (dataclasses.replace(MIXED, gptq=True), "imitates ranges near a row's largest magnitude"),
+    ],
+)
+def test_a_run_that_would_imitate_nothing_is_refused(export, said):
+    with pytest.raises(ConfigError, match=said):
+        qat.check(jax.eval_shape(parameters), Config(MODEL, export=export))
+    qat.check(jax.eval_shape(parameters), Config(MODEL, export=dataclasses.replace(MIXED, clip="search")))
 
 
 def test_the_switch_chooses_to_the_last_bit():
