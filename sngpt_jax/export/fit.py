@@ -2,8 +2,8 @@
 
 Tried are the recipe's own policy, half precision, and two families of grids, all but the first coded by rANS. In one family
 ranges follow each row's largest magnitude, and the bits of a weight say how fine the grid is. In the other the grid is wide and
-its step is a share of the row's standard deviation, bisected until the artifact just fits: SDClip with range and step told apart,
-since what a fine step costs the entropy coder measures, and nothing need be clipped. Which loses less depends on the tails.
+its step is a share of the row's standard deviation, bisected until the artifact just fits: SDClip with range and step told
+apart, since what a fine step costs the entropy coder measures, and nothing need be clipped.
 """
 
 from collections.abc import Callable, Mapping
