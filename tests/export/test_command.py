@@ -157,7 +157,7 @@ def test_the_runs_own_policy_is_the_default(tiny_trained, tmp_path):
     assert (result["step"], result["weights"]) == (10, "ema") and "score" not in result
     content = artifact.read(tmp_path / "model.sngpt")
     assert content.storage.packed and content.metadata["version"] == sngpt_jax.__version__
-    ema = load_model(run, make_mesh(jax.devices()[:1]), 10, "ema").variables["blocks"]["0"]["mlp"]["up"]
+    ema = load_model(run, make_mesh(jax.devices()[:1]), 10, "ema").variables["blocks"][0]["mlp"]["up"]
     error = np.abs(content.tensors["blocks/0/mlp/up"].dequantize() - ema)
     assert 0 < error.mean() < 0.05 * np.abs(ema).mean() * 2
     assert not list(tmp_path.glob(".export-*"))
