@@ -240,7 +240,7 @@ def test_quantization_switches_on_in_the_compiled_step():
     seen = {}
     for on in (False, True):
         state, metrics = step(fresh(), place(batch), controls(0.0, qat=on))
-        loss, grads = mean(on_grid(start, LATE.export) if on else start)
+        loss, grads = mean(on_grid(start, LATE) if on else start)
         assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
         norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(grads)))
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)

@@ -248,7 +248,7 @@ def test_a_browser_draws_the_page(study, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_page_and_json(variables, dataset, tiny_recipe, tmp_path, monkeypatch, capsys):
     config = load(str(tiny_recipe))
-    model = TrainedModel(dataclasses.replace(config, model=CONFIG), variables, 20, "final")
+    model = TrainedModel(dataclasses.replace(config, model=CONFIG), variables, 20, "final", tmp_path)
     monkeypatch.setattr(features, "load_model", lambda *arguments: model)
     monkeypatch.setattr(features, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     out = ["--run", str(tmp_path), "--out", str(tmp_path / "deep" / "page.html")]
