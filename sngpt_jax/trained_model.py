@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import typed_json
 from sngpt_jax.checks import validate
-from sngpt_jax.config import Config, ConfigError
+from sngpt_jax.config import Config, ConfigError, Weights
 from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.export import artifact
@@ -102,7 +102,12 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
         if config.model.num_layers > len(content.tensors):  # tracing what a file claims would take hours
             raise ArtifactError(f"it has {len(content.tensors)} tensors for model.num_layers = {config.model.num_layers}")
         step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")
-        if type(step) is not int or not isinstance(weights, str) or not (kept is None or _names_tokenizer(kept)):
+        if (
+            type(step) is not int
+            or step < 0
+            or weights not in get_args(Weights)
+            or not (kept is None or _names_tokenizer(kept))
+        ):
             raise ArtifactError("its metadata lack step, weights or tokenizer")
         variables = to_variables({name: dequantize(tensor) for name, tensor in content.tensors.items()}, config, mesh)
     except (ArtifactError, ConfigError) as error:
@@ -112,7 +117,7 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
         config,
         variables,
         step,
-        weights,
+        str(weights),
         path,
         tokenizer_path=beside if beside and beside.is_file() else None,
         tokenizer_sha256=kept["sha256"] if kept else None,

@@ -4,6 +4,7 @@ The weights are drawn, so that a model of full size is at hand on any machine; w
 """
 
 import functools
+import logging
 import os
 import statistics
 import time
@@ -30,6 +31,8 @@ from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.step import abstract_variables
 
 T = TypeVar("T")
+
+logger = logging.getLogger("sngpt_jax")
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,7 @@ def main(argv: Sequence[str]) -> int:
     config, program = arguments.overrides, bundle.build()
     tensors = draw(config, arguments.sigma, arguments.seed)
     if arguments.tune_to_fit:
-        config = fit.search(
-            tensors, config, about, arguments.limit - len(program.data), tell=lambda line: print(line, flush=True)
-        )
+        config = fit.search(tensors, config, about, arguments.limit - len(program.data), tell=logger.info)
     storage = fit.storage_of(config.export)
     times: dict[str, list[float]] = {}
 

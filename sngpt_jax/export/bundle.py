@@ -157,10 +157,14 @@ def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0)
         # its result goes to a file, so that no pipe can fill up while its progress is passed on
         process = subprocess.Popen(command, cwd=empty, env=environment, stdout=output, stderr=subprocess.PIPE, text=True)
         line = ""
-        for line in process.stderr or ():
-            logger.info("%s: %s", bundle.name, line.rstrip())
-        if process.wait():
-            said = line.strip().removeprefix("error: ") or f"exit status {process.returncode}"
+        try:
+            for line in process.stderr or ():
+                logger.info("%s: %s", bundle.name, line.rstrip())
+            status = process.wait()
+        finally:
+            process.kill()  # does nothing to one that has ended; an interrupted export leaves none behind
+        if status:
+            said = line.strip().removeprefix("error: ") or f"exit status {status}"
             raise UserError(f"{bundle.name}: fails when it is run alone: {said}")
         output.seek(0)
         result: dict[str, Any] = json.load(output)

@@ -86,6 +86,11 @@ def main(argv: Sequence[str]) -> int:
         encoded = artifact.encode({}, stored, fit.storage_of(export))
         codes = [tensor for tensor in stored.values() if isinstance(tensor, Quantized)]
         count = sum(tensor.codes.size for tensor in codes)
+        if not count:
+            raise UserError(
+                f"{name}: no tensor has more than --passthrough-size = {arguments.passthrough_size:,} weights; lower it,"
+                " such as by the square of the width over 512"
+            )
         names = [name for name, tensor in stored.items() if isinstance(tensor, Quantized)]
         variables = to_variables({name: dequantize(tensor) for name, tensor in stored.items()}, config, mesh)
         after = score(config, variables, progress=progress_reporter(name))
