@@ -88,8 +88,8 @@ def main(argv: Sequence[str]) -> int:
         count = sum(tensor.codes.size for tensor in codes)
         if not count:
             raise UserError(
-                f"{name}: no tensor has more than --passthrough-size = {arguments.passthrough_size:,} weights; lower it,"
-                " such as by the square of the width over 512"
+                f"{name}: no tensor has more than --passthrough-size = {arguments.passthrough_size:,} weights; scale it"
+                " with the square of the width, which is 512 there"
             )
         names = [name for name, tensor in stored.items() if isinstance(tensor, Quantized)]
         variables = to_variables({name: dequantize(tensor) for name, tensor in stored.items()}, config, mesh)
