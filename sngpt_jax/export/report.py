@@ -24,7 +24,7 @@ class GroupReport:
     bytes: float  # in the artifact, scales included
     entropy: float | None  # of the codes, each tensor by its own frequencies; None without a grid
     coded: float  # in the artifact, scales included
-    scales: float  # the part of `coded` that is scales
+    scales: float  # 16 bits a row, before compression
     packing_loss: float  # what packing adds to `coded`, against the same codes a byte each; 0 where they are
     error: float  # Σ (w - ŵ)² / Σ w²
 
