@@ -188,12 +188,12 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{arguments.run}: the loss of step {model.step} is {before.loss}; take an earlier --step")
 
     program, tensors = bundle.build(), host_tensors(model.variables)
+    moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate")) if dataset else None
     if arguments.tune_to_fit:
         if arguments.limit <= len(program.data):
             raise UserError(f"--limit {arguments.limit:,} is less than the program alone, {len(program.data):,} bytes")
         about = functools.partial(metadata, model)
-        config = fit.search(tensors, config, about, arguments.limit - len(program.data), tell=logger.info)
-    moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate")) if dataset else None
+        config = fit.search(tensors, config, about, arguments.limit - len(program.data), logger.info, moments)
     stored = quantize_tensors(tensors, config, moments, progress_reporter("quantize"))
     storage = fit.storage_of(config.export)
     encoded = artifact.encode(metadata(model, config), stored, storage, progress=progress_reporter("encode"))

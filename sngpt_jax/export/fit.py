@@ -23,8 +23,6 @@ LADDER = ((8, 8), (7, 7), (6, 6), (5, 6), (5, 5), (4, 5), (4, 4), (3, 4), (3, 3)
 FINEST, COARSEST = 8.0, 512.0  # ranges of an int8 grid in standard deviations: steps of 1/16 and of 4 of them
 BISECTIONS = 8  # leave the range known to 1.6 %
 
-GPTQ_RESERVE = 0.01  # of the limit, for what GPTQ adds to the size: its codes spread a little wider
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -49,13 +47,13 @@ def search(
     metadata: Callable[[Config], dict[str, Any]],
     limit: int,
     tell: Callable[[str], None],
+    moments: Mapping[str, np.ndarray] | None = None,
 ) -> Config:
     """`config` with the policy of least `relative_error`, of those tried, whose artifact takes at most `limit` bytes.
 
-    `tell` is given a line for each policy that was tried. GPTQ is left out of the trials: it changes their order little and
-    takes minutes. Raises `UserError` where nothing fits.
+    `tell` is given a line for each policy that was tried. `moments` are for GPTQ, as in `quantize_tensors`: where the recipe
+    asks for it every trial is rounded so, since that changes the size. Raises `UserError` where nothing fits.
     """
-    limit = int(limit * (1 - GPTQ_RESERVE)) if config.export.gptq else limit
     wide = replace(
         config.export,
         embed_bits=8,
@@ -72,8 +70,8 @@ def search(
     )
 
     def attempt(export: ExportConfig) -> Trial:
-        candidate = replace(config, export=replace(export, gptq=False))
-        stored = quantize_tensors(tensors, candidate)
+        candidate = replace(config, export=export)
+        stored = quantize_tensors(tensors, candidate, moments)
         size = len(artifact.encode(metadata(candidate), stored, storage_of(export)).data)
         trial = Trial(export, size, relative_error(tensors, stored))
         tell(trial.describe(limit))
