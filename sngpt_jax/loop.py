@@ -20,6 +20,7 @@ from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Score, score_stream
 from sngpt_jax.evaluation.health import make_health_step, score_health
+from sngpt_jax.evaluation.windows import standard_windows
 from sngpt_jax.metrics import MetricsWriter, StepMeter
 from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls, step_controls
@@ -197,9 +198,8 @@ class Run:
             self.data.val,
             self.token_bytes,
             self.mesh,
-            seq_len=config.data.seq_len,
+            standard_windows(len(self.data.val), config.data.seq_len, config.eval.tokens),
             device_batch_tokens=config.eval.device_batch_tokens,
-            max_tokens=config.eval.tokens,
             progress=self.stoppable("validation"),
         )
 

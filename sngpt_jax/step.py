@@ -231,16 +231,34 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(mesh, shapes), NamedSharding(mesh, P())))
 
 
-def make_eval_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch [B, T]) → summed loss in nats of each row [B], float32, known to all processes."""
+def make_eval_step(config: ModelConfig, mesh: Mesh, readings: tuple[str, ...] = ("nll",)) -> jax.stages.Wrapped:
+    """The jitted function (variables, batch) → the `readings` of `loss.token_readings` by name, [B, S], known to all processes.
+
+    The batch holds "inputs" [B, T] and "targets" [B, S] of S ≤ T scored positions in a row; where S < T also "offsets" [B], the
+    first of them in each row, and only theirs are the logits that exist. "hints" [B, S], for hint_nll.
+    """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
-    def row_sums(variables: Variables, inputs_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        local = jnp.sum(losses(config)(gather(variables, layout), inputs_BT, targets_BT), axis=-1)
-        return jax.lax.all_gather(local, BATCH_AXES, tiled=True)
+    def local(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(_graph(config), gather(variables, layout))
+        targets_BS = batch["targets"].astype(jnp.int32)
+        x_BTD = model.hidden(batch["inputs"].astype(jnp.int32))
+        if "offsets" in batch:
+            S = targets_BS.shape[1]
+            x_BTD = jax.vmap(lambda x_TD, offset: jax.lax.dynamic_slice_in_dim(x_TD, offset, S))(x_BTD, batch["offsets"])
+        with jax.named_scope("head"):
+            found = loss.token_readings(
+                x_BTD,
+                model.embed.table[...],
+                targets_BS,
+                batch.get("hints", targets_BS),
+                readings,
+                cap=config.logit_soft_cap,
+                chunk=config.logit_chunk,
+            )
+        return {name: jax.lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in found.items()}
 
-    sums = jax.shard_map(row_sums, mesh=mesh, in_specs=(layout, rows, rows), out_specs=P(), check_vma=False)
-    return jax.jit(lambda variables, batch: sums(variables, batch["inputs"], batch["targets"]))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False))
 
 
 @jax.jit

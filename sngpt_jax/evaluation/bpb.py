@@ -1,10 +1,10 @@
-"""Loss and bits per byte over a validation stream, in standard windows.
+"""Loss and bits per byte over a validation stream.
 
-The stream is cut into windows of T inputs from offset 0, and each window's T targets are scored with that window's
-context alone; a last partial window is dropped. Bits per byte divide by the UTF-8 bytes of the scored text, so that
-models with different tokenizers compare:
+Bits per byte divide by the UTF-8 bytes of the scored text, so that models with different tokenizers compare:
 
     bpb = (Σ nll / ln 2) / Σ bytes(target)
+
+`evaluation.windows` says which context each target is scored with.
 """
 
 import math
@@ -15,14 +15,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
+from sngpt_jax.evaluation.windows import WindowBatch, Windows, rows_at_a_time, standard_windows, window_batches
 from sngpt_jax.parallel import batch_placer
-from sngpt_jax.step import Batch, Params, Variables, make_eval_step
+from sngpt_jax.step import Batch, Variables, make_eval_step
 
-EvalStep = Callable[[Params, Batch], jax.Array]
+EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
+Hints = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,77 +39,85 @@ class Score:
         return asdict(self)
 
 
-def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """How many standard windows a stream of `num_tokens` holds, at most `max_tokens` targets (0: no limit)."""
-    if max_tokens and max_tokens < seq_len:
-        raise UserError(f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len} tokens")
-    windows = (num_tokens - 1) // seq_len
-    if windows < 1:
-        raise UserError(
-            f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 = {seq_len + 1}:"
-            " hold out more documents (prepare --val-docs) or score shorter sequences"
-        )
-    return min(windows, max_tokens // seq_len) if max_tokens else windows
+class Sum:
+    """A sum in float64, one number after the other: the same however the numbers are cut into pieces."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        self.total = float(np.cumsum(np.concatenate([[self.total], values]), dtype=np.float64)[-1])
 
 
-def rows_at_a_time(windows: int, seq_len: int, device_batch_tokens: int, num_devices: int) -> int:
-    """How many windows all devices read at a time: as many as fit, no more than there are, a multiple of the devices."""
-    return min(max(1, device_batch_tokens // seq_len), math.ceil(windows / num_devices)) * num_devices
+def token_scores(
+    variables: Variables,
+    eval_step: EvalStep,
+    stream: TokenStream,
+    mesh: Mesh,
+    windows: Windows,
+    *,
+    device_batch_tokens: int,
+    hints: Hints | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `eval_step` reads of the scored targets, [n] by name in their order, for one batch of windows after the other.
+
+    "targets" are there too, and the "hints" that `hints(targets)` gives for them (-1: none). A batch is dispatched before the
+    one before it is read, so that the device does not wait for the host. `progress(done, total)` is told of rows as they are
+    read; what it raises ends the scoring.
+    """
+    rows = rows_at_a_time(windows, device_batch_tokens, mesh.devices.size)
+    place = batch_placer(mesh)
+    done = 0
+    pending: tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch] | None = None
+
+    def read(on_device: dict[str, jax.Array], on_host: dict[str, np.ndarray], batch: WindowBatch) -> dict[str, np.ndarray]:
+        nonlocal done
+        found = {name: np.asarray(values)[batch.scored] for name, values in on_device.items()}
+        done += batch.count
+        if progress:
+            progress(done, windows.num_rows)
+        return found | on_host
+
+    for batch in window_batches(stream, windows, rows):
+        arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
+        if hints:
+            on_host["hints"] = hints(on_host["targets"])
+            arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
+            arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
+        dispatched = eval_step(variables, place(arrays)), on_host, batch
+        if pending:
+            yield read(*pending)
+        pending = dispatched
+    if pending:
+        yield read(*pending)
 
 
-def window_batches(stream: TokenStream, windows: int, seq_len: int, rows: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Batches of `rows` windows and how many of them count; the last one is filled up with its first window."""
-    for first in range(0, windows, rows):
-        count = min(rows, windows - first)
-        tokens = stream.take(first * seq_len, count * seq_len + 1)
-        inputs, targets = tokens[:-1].reshape(count, seq_len), tokens[1:].reshape(count, seq_len)
-        if count < rows:
-            filler = np.zeros(rows - count, np.int64)
-            inputs, targets = (np.concatenate([a, a[filler]]) for a in (inputs, targets))
-        yield {"inputs": inputs, "targets": targets}, count
+def score_of(nll: float, stream: TokenStream, token_bytes: TokenBytes, windows: Windows) -> Score:
+    """The score of the windows' targets whose losses are `nll` in all."""
+    tokens = sum(stop - start for start, stop in windows.spans())
+    total_bytes = sum(stream.count_bytes(token_bytes, start + 1, stop + 1) for start, stop in windows.spans())
+    return Score(loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes)
 
 
 def score_stream(
-    params: Params,
+    variables: Variables,
     eval_step: EvalStep,
     stream: TokenStream,
     token_bytes: TokenBytes,
     mesh: Mesh,
+    windows: Windows,
     *,
-    seq_len: int,
     device_batch_tokens: int,
-    max_tokens: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Scores `stream`; losses are summed over a row on the device in float32 and over rows on the host in float64.
-
-    A batch is dispatched before the one before it is read, so that the device does not wait for the host.
-    `progress(done, total)` is told of windows as they are read; what it raises ends the scoring.
-    """
-    windows = standard_windows(len(stream), seq_len, max_tokens)
-    rows = rows_at_a_time(windows, seq_len, device_batch_tokens, mesh.devices.size)
-    place = batch_placer(mesh)
-    nll, done = 0.0, 0
-    pending: tuple[jax.Array, int] | None = None
-
-    def read(sums: jax.Array, count: int) -> None:
-        nonlocal nll, done
-        nll += float(np.sum(np.asarray(sums)[:count], dtype=np.float64))
-        done += count
-        if progress:
-            progress(done, windows)
-
-    for batch, count in window_batches(stream, windows, seq_len, rows):
-        dispatched = eval_step(params, place(batch)), count
-        if pending:
-            read(*pending)
-        pending = dispatched
-    if pending:
-        read(*pending)
-
-    tokens = windows * seq_len
-    total_bytes = stream.count_bytes(token_bytes, 1, tokens + 1)
-    return Score(loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes)
+    """Scores `stream` in `windows`; the tokens' losses are float32, their sum float64."""
+    nll = Sum()
+    for found in token_scores(
+        variables, eval_step, stream, mesh, windows, device_batch_tokens=device_batch_tokens, progress=progress
+    ):
+        nll.add(found["nll"])
+    return score_of(nll.total, stream, token_bytes, windows)
 
 
 def score_validation(
@@ -119,15 +128,14 @@ def score_validation(
     max_tokens: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as its training's."""
+    """`score_stream` of a data set's validation tokens by a whole model, in standard windows as long as its training's."""
     return score_stream(
         variables,
         make_eval_step(config.model, mesh),
         dataset.val,
         dataset.tokenizer.token_bytes(),
         mesh,
-        seq_len=config.data.seq_len,
+        standard_windows(len(dataset.val), config.data.seq_len, max_tokens),
         device_batch_tokens=config.eval.device_batch_tokens,
-        max_tokens=max_tokens,
         progress=progress,
     )

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
-from sngpt_jax.evaluation.bpb import rows_at_a_time, window_batches
+from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs, path_name
 from sngpt_jax.policy import MATRICES, policy_of
 from sngpt_jax.step import Batch, Variables, abstract_variables, forward
@@ -141,8 +141,8 @@ def second_moments(
             f"export.gptq_tokens = {tokens} is not between one sequence, data.seq_len = {seq_len},"
             f" and the {len(stream)} tokens of the training shards; set it there"
         )
-    windows = tokens // seq_len
-    rows = rows_at_a_time(windows, seq_len, config.eval.device_batch_tokens, devices)
+    windows = Windows(tokens // seq_len * seq_len, seq_len, seq_len)
+    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, devices)
     step, place = make_moments_step(config, mesh), batch_placer(mesh)
     total: dict[tuple[str, ...], np.ndarray] = {}
     done = 0
@@ -157,10 +157,11 @@ def second_moments(
                 total[paths] = np.asarray(sum_nn, np.float64)
         done += count
         if progress:
-            progress(done, windows)
+            progress(done, windows.count)
 
-    for batch, count in window_batches(stream, windows, seq_len, rows):
-        dispatched = step(variables, place({"inputs": batch["inputs"], "counted": np.arange(rows) < count})), count
+    for batch in window_batches(stream, windows, rows):
+        arrays = {"inputs": batch.arrays["inputs"], "counted": np.arange(rows) < batch.count}
+        dispatched = step(variables, place(arrays)), batch.count
         if pending:  # read behind the device's back
             read(*pending)
         pending = dispatched
@@ -169,6 +170,6 @@ def second_moments(
 
     found: dict[str, np.ndarray] = {}
     for paths, sum_nn in total.items():
-        moment = (sum_nn + sum_nn.T) / (2 * windows * seq_len)  # a product's rounding may not be symmetric
+        moment = (sum_nn + sum_nn.T) / (2 * windows.targets)  # a product's rounding may not be symmetric
         found |= dict.fromkeys(paths, moment)
     return found

@@ -18,9 +18,9 @@ from kernels.cayley import dictionary
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import Tokenizer
-from sngpt_jax.evaluation.bpb import window_batches
 from sngpt_jax.evaluation.feature_counts import Examples, FiringCounts, choose
 from sngpt_jax.evaluation.health import is_dead
+from sngpt_jax.evaluation.windows import Windows, window_batches
 from sngpt_jax.model.cayley import activations, code_state
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
@@ -51,11 +51,10 @@ Selection = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Slice:
-    """The first `windows` windows of `seq_len` tokens of a validation stream, and the model that reads them."""
+    """The start of a validation stream in standard windows, and the model that reads them."""
 
     stream: TokenStream
-    seq_len: int
-    windows: int
+    windows: Windows
     rows: int  # windows read at a time
     mesh: Mesh
     select: Callable[..., tuple[jax.Array, jax.Array]]  # see make_selections
@@ -63,15 +62,16 @@ class Slice:
 
     def selections(self, progress: Callable[[int, int], None]) -> Iterator[Selection]:
         """(index of the layer, ids [N, A], activations [N, A], tokens [N], positions [N]) for batches of N tokens."""
-        place, T = batch_placer(self.mesh), self.seq_len
+        place, T = batch_placer(self.mesh), self.windows.seq_len
         done = 0
-        for batch, count in window_batches(self.stream, self.windows, T, self.rows):
-            ids, strengths = self.select(self.variables, place(batch))
+        for batch in window_batches(self.stream, self.windows, self.rows):
+            count, inputs = batch.count, batch.arrays["inputs"]
+            ids, strengths = self.select(self.variables, place(batch.arrays))
             for layer in range(len(ids)):
                 flat = [np.asarray(array[layer])[:count].reshape(count * T, -1) for array in (ids, strengths)]
-                yield layer, flat[0], flat[1], batch["inputs"][:count].reshape(-1), done * T + np.arange(count * T)
+                yield layer, flat[0], flat[1], inputs[:count].reshape(-1), done * T + np.arange(count * T)
             done += count
-            progress(done, self.windows)
+            progress(done, self.windows.count)
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -140,7 +140,7 @@ def study_slice(
     progress: Callable[[str], Callable[[int, int], None]],
 ) -> dict[str, Any]:
     """Reads the slice twice: once to count all features, once for the examples of the chosen ones; `layers` and `features`."""
-    levels, tokens = config.cayley_levels, piece.windows * piece.seq_len
+    levels, tokens = config.cayley_levels, piece.windows.targets
     firing = FiringCounts(levels, config.generators, len(layers))
     for layer, ids, strengths, _, _ in piece.selections(progress("counts")):
         firing.add(layer, ids, strengths)
@@ -159,7 +159,9 @@ def study_slice(
     frequency = np.bincount(piece.stream.take(0, tokens), minlength=2**16) / tokens
 
     def context(position: int, strength: float) -> dict[str, Any]:
-        first = max(position - BEFORE, position // piece.seq_len * piece.seq_len)  # the model saw nothing before its window
+        first = max(
+            position - BEFORE, position // piece.windows.seq_len * piece.windows.seq_len
+        )  # the model saw nothing before its window
         around = piece.stream.take(first, min(position + 1 + AFTER, len(piece.stream)) - first)
         at = position - first
         return {

@@ -22,8 +22,9 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import rows_at_a_time, score_stream, standard_windows
+from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
+from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model
 from sngpt_jax.step import Variables, make_eval_step
@@ -44,7 +45,7 @@ def truncated(config: ModelConfig, variables: Variables, num_levels: int) -> tup
     return replace(config, levels=levels), variables | {"blocks": blocks}
 
 
-def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, max_tokens: int) -> list[dict[str, Any]]:
+def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, windows: Windows) -> list[dict[str, Any]]:
     """Loss and bits per byte of the validation text with one level kept, with two, … with all."""
     losses = []
     for num_levels in range(1, len(model.config.model.cayley_levels) + 1):
@@ -55,9 +56,8 @@ def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, max_token
             dataset.val,
             dataset.tokenizer.token_bytes(),
             mesh,
-            seq_len=model.config.data.seq_len,
+            windows,
             device_batch_tokens=model.config.eval.device_batch_tokens,
-            max_tokens=max_tokens,
             progress=progress_reporter(f"loss with {num_levels} of {len(model.config.model.cayley_levels)} levels"),
         )
         if not math.isfinite(score.loss):
@@ -128,17 +128,17 @@ def main(argv: Sequence[str]) -> int:
     layers = parse_layers(arguments.layers, config.num_layers)
     dataset = model.open_data(arguments.data)
 
-    seq_len, device_batch_tokens = model.config.data.seq_len, model.config.eval.device_batch_tokens
-    windows = standard_windows(len(dataset.val), seq_len, arguments.tokens)
-    losses = losses_by_level(model, dataset, mesh, arguments.tokens)
-    rows = rows_at_a_time(windows, seq_len, min(device_batch_tokens, BATCH_TOKENS // mesh.devices.size), mesh.devices.size)
-    piece = Slice(dataset.val, seq_len, windows, rows, mesh, make_selections(config, mesh, layers), model.variables)
+    windows = standard_windows(len(dataset.val), model.config.data.seq_len, arguments.tokens)
+    losses = losses_by_level(model, dataset, mesh, windows)
+    most = min(model.config.eval.device_batch_tokens, BATCH_TOKENS // mesh.devices.size)
+    rows = rows_at_a_time(windows, most, mesh.devices.size)
+    piece = Slice(dataset.val, windows, rows, mesh, make_selections(config, mesh, layers), model.variables)
     study: dict[str, Any] = {
         "run": str(arguments.run),
         "step": model.step,
         "weights": model.weights,
         "data": str(dataset.directory),
-        "tokens": windows * seq_len,
+        "tokens": windows.targets,
         "levels": [
             {"n": n, "k": k, "degree": degree, "features": len(level_range(config.cayley_levels, level))}
             for level, (n, k, degree) in enumerate(config.cayley_levels)

@@ -35,7 +35,7 @@ from kernels import cayley
 from kernels.cayley import dictionary
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import TokenStream
-from sngpt_jax.evaluation.bpb import rows_at_a_time, standard_windows, window_batches
+from sngpt_jax.evaluation.windows import rows_at_a_time, standard_windows, window_batches
 from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
@@ -243,18 +243,18 @@ def score_health(
     """
     seq_len, devices = config.data.seq_len, mesh.devices.size
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))
-    rows = rows_at_a_time(windows, seq_len, config.eval.device_batch_tokens, devices)
+    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, devices)
     place, done = batch_placer(mesh), 0
     total: Sums | None = None
     pending: Sums | None = None
-    for batch, count in window_batches(stream, windows, seq_len, rows):
-        dispatched = health_step(variables, place({**batch, "counted": np.arange(rows) < count}))
-        done += count
+    for batch in window_batches(stream, windows, rows):
+        dispatched = health_step(variables, place({**batch.arrays, "counted": np.arange(rows) < batch.count}))
+        done += batch.count
         if pending is not None:  # read behind the device's back
             total = accumulate(total, pending)
         pending = dispatched
         if progress:
-            progress(done, windows)
+            progress(done, windows.count)
     assert pending is not None
     code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
     return summarize(config.model, code, accumulate(total, pending), step)

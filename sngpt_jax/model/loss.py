@@ -53,6 +53,51 @@ def token_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *
     return losses_n1C.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
+READINGS = ("nll", "greedy", "entropy", "mass", "hint_nll")
+
+
+def token_readings(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    hints_BT: jax.Array,
+    readings: tuple[str, ...],
+    *,
+    cap: float,
+    chunk: int,
+) -> dict[str, jax.Array]:
+    """What an evaluation asks of each token's distribution p, [B, T] by name; logits as in `token_losses`.
+
+    nll: -ln p(target); greedy: whether the target is the likeliest; entropy: of p in nats; mass: Σ p; hint_nll: -ln p(hint).
+    float32 but for greedy. Not for differentiation.
+    """
+    weights_VD = table_VD.astype(x_BTD.dtype)
+
+    def of_chunk(batch: tuple[jax.Array, jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        x_BCD, targets_BC, hints_BC = batch
+        logits_BCV = logits(x_BCD, weights_VD, cap)
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+
+        def nll(ids_BC: jax.Array) -> jax.Array:
+            return log_z_BC - jnp.take_along_axis(logits_BCV, ids_BC[..., None], axis=-1)[..., 0]
+
+        p_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+        known = {
+            "nll": lambda: nll(targets_BC),
+            "greedy": lambda: jnp.argmax(logits_BCV, axis=-1) == targets_BC,
+            "entropy": lambda: log_z_BC - jnp.sum(p_BCV * logits_BCV, axis=-1),
+            "mass": lambda: jnp.sum(p_BCV, axis=-1),
+            "hint_nll": lambda: nll(hints_BC),
+        }
+        return {name: known[name]() for name in readings}
+
+    batch = (x_BTD, targets_BT, hints_BT)
+    if not chunk:
+        return of_chunk(batch)
+    found = jax.lax.map(of_chunk, tuple(_chunks(values, chunk) for values in batch))
+    return {name: value.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape) for name, value in found.items()}
+
+
 def mean_loss(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int) -> jax.Array:
     """The mean of `token_losses`, a float32 scalar, differentiable in x and the table in reverse mode.
 
