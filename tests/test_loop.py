@@ -30,7 +30,7 @@ def run(tiny_recipe):
         config=load(str(tiny_recipe)),
         console=Recorder(),
         mesh=make_mesh(jax.devices()[:1]),
-        data=SimpleNamespace(val=None, tokenizer=SimpleNamespace(token_bytes=lambda: None)),
+        data=SimpleNamespace(val=range(5000), tokenizer=SimpleNamespace(token_bytes=lambda: None)),
         state=TrainState(step=jnp.int32(0), params={"w": jnp.ones(3)}, opt_state={}, key=jax.random.key(0)),
         done=0,
         position=Position(),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax.config import Config, DataConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.model.loss import READINGS
 from sngpt_jax.optim.groups import make_optimizer
 from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.optim.schedules import StepControls
@@ -145,15 +146,33 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_eval_sums_each_row():
-    mesh = make_mesh()
+@pytest.mark.parametrize("scored", [None, 5])
+def test_eval_reads_the_scored_positions(scored):
+    """Whole rows, and five positions of each from another place in every row."""
+    mesh, batch = make_mesh(), host_batch()
     params = init_state(CONFIG, mesh).params
-    sums = make_eval_step(CONFIG.model, mesh)(params, batch_placer(mesh)(host_batch()))
-    batch = host_batch()
+    B, T = batch["inputs"].shape
     logits = np.asarray(forward(CONFIG.model)(params, jnp.asarray(batch["inputs"], jnp.int32)), np.float64)
-    logp = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
-    want = -np.take_along_axis(logp, batch["targets"].astype(int)[..., None], -1)[..., 0].sum(-1)
-    np.testing.assert_allclose(sums, want, rtol=1e-6)
+    p = np.exp(logits) / np.sum(np.exp(logits), -1, keepdims=True)
+    hints = np.random.default_rng(3).integers(0, CONFIG.model.vocab_size, (B, T)).astype(np.int32)
+    want = {
+        "nll": -np.log(np.take_along_axis(p, batch["targets"].astype(int)[..., None], -1)[..., 0]),
+        "greedy": p.argmax(-1) == batch["targets"],
+        "entropy": -np.sum(p * np.log(p), -1),
+        "mass": np.ones((B, T)),
+        "hint_nll": -np.log(np.take_along_axis(p, hints[..., None], -1)[..., 0]),
+    }
+    arrays = {**batch, "hints": hints}
+    if scored:
+        offsets = (np.arange(B) % (T - scored + 1)).astype(np.int32)
+        at = offsets[:, None] + np.arange(scored)
+        arrays |= {name: np.take_along_axis(arrays[name], at, 1) for name in ("targets", "hints")} | {"offsets": offsets}
+        want = {name: np.take_along_axis(value, at, 1) for name, value in want.items()}
+    assert set(want) == set(READINGS)
+    found = make_eval_step(CONFIG.model, mesh, tuple(want))(params, batch_placer(mesh)(arrays))
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-6, atol=1e-6, err_msg=name)
+    assert set(make_eval_step(CONFIG.model, mesh)(params, batch_placer(mesh)(arrays))) == {"nll"}
 
 
 def test_abstract_state_is_the_real_one_without_values():

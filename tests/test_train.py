@@ -17,6 +17,7 @@ from sngpt_jax import checkpoint
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.windows import standard_windows
 from sngpt_jax.metrics import read_metrics
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import quantize_variables
@@ -309,9 +310,8 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
         data.val,
         data.tokenizer.token_bytes(),
         mesh,
-        seq_len=config.data.seq_len,
+        standard_windows(len(data.val), config.data.seq_len, 2048),
         device_batch_tokens=1024,
-        max_tokens=2048,
     )
     assert coarse["fake_quantized"] and not result["fake_quantized"]
     assert coarse["loss"] == pytest.approx(on_three_bits.loss, rel=1e-5)

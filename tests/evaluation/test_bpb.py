@@ -1,15 +1,19 @@
-"""Standard windows against a literal loop; batching, devices and limits change nothing."""
+"""Scores against a literal loop; batching, devices and limits change nothing."""
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import TokenBytes
-from sngpt_jax.evaluation.bpb import score_stream, standard_windows
+from sngpt_jax.evaluation.bpb import Sum, score_stream, token_scores
+from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
 from sngpt_jax.parallel import make_mesh
+from sngpt_jax.step import forward, init_params, make_eval_step
 
 V = 11
 
@@ -17,15 +21,14 @@ V = 11
 class Stream:
     """A stream in memory whose token t stands for t bytes, plus one for the first token of the text after a 0."""
 
-    def __init__(self, length):
-        self.tokens = np.random.default_rng(0).integers(0, V, length).astype(np.uint16)
+    def __init__(self, length, vocab_size=V):
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
 
     def __len__(self):
         return len(self.tokens)
 
     def take(self, start, count):
-        assert start + count <= len(self.tokens)
-        return self.tokens[start : start + count]
+        return np.resize(np.roll(self.tokens, -start), count)
 
     def count_bytes(self, token_bytes, start, stop):
         return int(token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop]).sum())
@@ -36,60 +39,160 @@ BYTES = TokenBytes(np.arange(V, dtype=np.int32), np.ones(V, bool), np.arange(V) 
 
 def fake_loss(position, inputs, target):
     """A loss that depends on the target, the window's first token and the place in it."""
-    return 0.1 * target + 0.01 * inputs[0] + 0.001 * position
+    return np.float32(0.1 * target + 0.01 * inputs[0] + 0.001 * position)
 
 
-def fake_eval_step(params, batch):
-    """Row sums of `fake_loss`, as the real step gives them."""
+def fake_eval_step(variables, batch):
     inputs, targets = (np.asarray(batch[name], np.float64) for name in ("inputs", "targets"))
-    T = inputs.shape[1]
-    return np.asarray(0.1 * targets.sum(1) + 0.01 * T * inputs[:, 0] + 0.001 * T * (T - 1) / 2, np.float32)
+    offsets = np.asarray(batch.get("offsets", np.zeros(len(inputs))))
+    position = offsets[:, None] + np.arange(targets.shape[1])
+    return {"nll": (0.1 * targets + 0.01 * inputs[:, :1] + 0.001 * position).astype(np.float32)}
 
 
-def score(stream, seq_len, devices=1, device_batch_tokens=64, **kwargs):
+def score(stream, windows, devices=1, device_batch_tokens=64, **kwargs):
     mesh = make_mesh(jax.devices()[:devices])
-    return score_stream(
-        None, fake_eval_step, stream, BYTES, mesh, seq_len=seq_len, device_batch_tokens=device_batch_tokens, **kwargs
-    )
+    return score_stream(None, fake_eval_step, stream, BYTES, mesh, windows, device_batch_tokens=device_batch_tokens, **kwargs)
+
+
+def literal_score(tokens, pairs):
+    """Loss, bits per byte, tokens and bytes of (first input, position) pairs, in exact arithmetic but for the losses."""
+    nll = [float(fake_loss(position, tokens[start:], tokens[start + position + 1])) for start, position in pairs]
+    total = sum(int(tokens[s + p + 1]) + int(tokens[s + p] != 0) for s, p in pairs)
+    return math.fsum(nll) / len(nll), math.fsum(nll) / math.log(2) / total, len(nll), total
 
 
 @pytest.mark.parametrize("length", [9, 10, 16, 17, 18, 100, 257])
 @pytest.mark.parametrize("seq_len", [1, 8])
-def test_equals_a_literal_loop(length, seq_len):
+def test_standard_windows_equal_a_literal_loop(length, seq_len):
     stream = Stream(length)
-    nll = total = count = 0
-    for start in range(0, length - seq_len, seq_len):
-        window = stream.tokens[start : start + seq_len + 1].astype(int)
-        for position in range(seq_len):
-            previous, target = window[position], window[position + 1]
-            nll += fake_loss(position, window, target)
-            total += target + (previous != 0)
-            count += 1
-    got = score(stream, seq_len)
-    assert (got.tokens, got.bytes) == (count, total)
-    assert got.loss == pytest.approx(nll / count, rel=1e-6)
-    assert got.bpb == pytest.approx(nll / math.log(2) / total, rel=1e-6)
+    pairs = [(start, position) for start in range(0, length - seq_len, seq_len) for position in range(seq_len)]
+    got = score(stream, standard_windows(length, seq_len, 0))
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5, 8])
+def test_sliding_windows_equal_a_literal_loop(stride):
+    stream = Stream(102)
+    pairs = [(0, position) for position in range(8)]
+    for target in range(8, 101):  # in the first window that reaches it, or the last one of all
+        start = min(math.ceil((target - 7) / stride) * stride, 101 - 8)
+        pairs.append((start, target - start))
+    got = score(stream, sliding_windows(102, 8, stride, 0))
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
+
+
+def test_the_published_tail_scores_the_last_targets_again_and_again():
+    """submissions 333, 465, 1573: T = 8, stride 2, 40 targets used of 44."""
+    stream, pairs = Stream(45), []
+    for start in range(0, 40, 2):
+        length = min(8, 40 - start)
+        pairs += [(start, position) for position in range(0 if start == 0 else max(length - 2, 0), length)]
+    assert len(pairs) == 40 + 3 * 2
+    got = score(stream, sliding_windows(45, 8, 2, 0, "published"))
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
 
 
 @pytest.mark.parametrize(("devices", "device_batch_tokens"), [(1, 8), (1, 24), (8, 8), (8, 16), (3, 10_000)])
-def test_batching_changes_nothing(devices, device_batch_tokens):
-    stream = Stream(1001)
-    assert score(stream, 8, devices, device_batch_tokens) == score(stream, 8)
+@pytest.mark.parametrize("stride", [3, 8])
+def test_batching_changes_nothing(devices, device_batch_tokens, stride):
+    stream, windows = Stream(1001), sliding_windows(1001, 8, stride, 0)
+    assert score(stream, windows, devices, device_batch_tokens) == score(stream, windows)
 
 
-def test_a_limit_scores_the_start():
-    stream, start = Stream(1000), Stream(1000)
-    start.tokens = stream.tokens[:81]
-    assert score(stream, 8, max_tokens=80) == score(stream, 8, max_tokens=87) == score(start, 8)
+def test_a_sum_does_not_depend_on_how_it_is_cut():
+    values = np.random.default_rng(0).lognormal(sigma=9, size=1000)
+    totals = set()
+    for pieces in (1, 7, 1000):
+        sum = Sum()
+        for piece in np.array_split(values, pieces):
+            sum.add(piece)
+        totals.add(sum.total)
+    assert len(totals) == 1 and totals.pop() == pytest.approx(math.fsum(values), rel=1e-13)
 
 
-def test_progress_counts_windows():
+def test_float32_losses_are_summed_in_float64():
+    """2^24 ones and one more, which float32 would lose."""
+    sum = Sum()
+    sum.add(np.ones(2**24, np.float32))
+    sum.add(np.ones(1, np.float32))
+    assert sum.total == 2**24 + 1
+
+
+def test_progress_counts_rows():
     seen = []
-    score(Stream(100), 8, device_batch_tokens=40, progress=lambda done, total: seen.append((done, total)))
+    score(
+        Stream(100),
+        standard_windows(100, 8, 0),
+        device_batch_tokens=40,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
-def test_a_stream_shorter_than_a_window_is_an_error():
-    assert standard_windows(9, 8, 0) == 1
-    with pytest.raises(UserError, match="8 tokens"):
-        standard_windows(8, 8, 0)
+def test_hints_are_asked_for_in_the_order_of_the_targets():
+    asked, sent = [], []
+
+    def hints(targets):
+        asked.extend(targets.tolist())
+        return np.where(targets % 2, targets.astype(np.int32), -1)
+
+    def step(variables, batch):
+        sent.append(np.asarray(batch["hints"]))
+        return {"nll": np.asarray(batch["hints"]).astype(np.float32)}
+
+    stream, mesh = Stream(60), make_mesh(jax.devices()[:2])
+    windows = sliding_windows(60, 8, 3, 0)
+    found = list(token_scores(None, step, stream, mesh, windows, device_batch_tokens=24, hints=hints))
+    assert asked == stream.tokens[1:].tolist()
+    assert sent[0].shape == (6, 3)
+    given = np.concatenate([piece["hints"] for piece in found])
+    targets = np.concatenate([piece["targets"] for piece in found])
+    read = np.concatenate([piece["nll"] for piece in found])
+    np.testing.assert_array_equal(targets, stream.tokens[1:])
+    np.testing.assert_array_equal(given, np.where(targets % 2, targets.astype(int), -1))
+    np.testing.assert_array_equal(read, np.maximum(given, 0))  # nothing is asked of the model where there is no hint
+
+
+# ---------------------------------------------------------------------------------------------- of a model
+
+T = 16
+TINY = ModelConfig(
+    vocab_size=29, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, mlp_dim=48, max_seq_len=T, embed_init_std=0.7
+)
+
+
+def model_score(config, windows, devices, device_batch_tokens):
+    mesh = make_mesh(jax.devices()[:devices])
+    params = init_params(config, jax.random.key(0))
+    table = TokenBytes(np.ones(29, np.int32), np.zeros(29, bool), np.zeros(29, bool))
+    step = make_eval_step(config, mesh)
+    return score_stream(params, step, Stream(400, 29), table, mesh, windows, device_batch_tokens=device_batch_tokens)
+
+
+@pytest.mark.parametrize("stride", [5, 16])
+def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
+    """One forward pass for each target, on exactly the inputs that its window shows it."""
+    windows, tokens = sliding_windows(400, T, stride, 150), Stream(400, 29).tokens.astype(int)
+    params, apply = init_params(TINY, jax.random.key(0)), jax.jit(forward(TINY))
+    nll = []
+    for target in range(150):
+        start = 0 if target < T else min(math.ceil((target - T + 1) / stride) * stride, 150 - T)
+        inputs = np.zeros(T, int)  # one shape, one program; what comes later changes nothing
+        inputs[: target - start + 1] = tokens[start : target + 1]
+        logits = np.asarray(apply(params, jnp.asarray(inputs[None])))[0, target - start].astype(np.float64)
+        nll.append(np.log(np.exp(logits).sum()) - logits[tokens[target + 1]])
+    assert model_score(TINY, windows, 1, 64).loss == pytest.approx(np.mean(nll), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [5, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_devices_change_no_bit_and_batch_sizes_only_rounding(stride, dtype, tolerance):
+    config, windows = dataclasses.replace(TINY, compute_dtype=dtype), sliding_windows(400, T, stride, 0)
+    base = model_score(config, windows, 1, 64)
+    for devices in (2, 3, 8):
+        assert model_score(config, windows, devices, 64) == base  # four rows a device, as with one
+    for devices, device_batch_tokens in ((1, 16), (1, 400), (8, 48)):
+        other = model_score(config, windows, devices, device_batch_tokens)
+        assert (other.tokens, other.bytes) == (base.tokens, base.bytes)
+        assert other.loss == pytest.approx(base.loss, rel=tolerance)
+        assert other.bpb == pytest.approx(base.bpb, rel=tolerance)

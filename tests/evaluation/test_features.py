@@ -18,6 +18,7 @@ from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation import features
 from sngpt_jax.evaluation.feature_study import BOS_MARK, Slice, make_selections, study_slice, text_reader
 from sngpt_jax.evaluation.features import main, page, parse_layers, truncated
+from sngpt_jax.evaluation.windows import Windows
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import TrainedModel
@@ -102,7 +103,7 @@ def test_selections_carry_the_activations_of_the_definition(variables, dataset, 
 
 def slice_of(dataset, variables, windows, rows, devices=1):
     mesh = make_mesh(jax.devices()[:devices])
-    return Slice(dataset.val, T, windows, rows, mesh, make_selections(CONFIG, mesh, (0, 1)), variables)
+    return Slice(dataset.val, Windows(windows * T, T, T), rows, mesh, make_selections(CONFIG, mesh, (0, 1)), variables)
 
 
 @pytest.mark.slow

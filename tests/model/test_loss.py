@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sngpt_jax.model.loss import logits, mean_loss, token_losses
+from sngpt_jax.model.loss import READINGS, logits, mean_loss, token_losses, token_readings
 from sngpt_jax.parallel import make_mesh
 from tests.oracles import check
 
@@ -106,6 +106,26 @@ def test_extreme_logits_stay_finite(cap):
         assert np.all(np.isfinite(got))
         # where the cap saturates, its derivative is the rounding of 1 - tanh², so that little is left to agree on
         np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("chunk", [0, 21, 7, 4, 15])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_readings_of_each_distribution(cap, chunk):
+    x, table, targets = arrays()
+    hints = np.random.default_rng(9).integers(0, V, (B, T))
+    found = jax.jit(functools.partial(token_readings, readings=READINGS, cap=cap, chunk=chunk))(x, table, targets, hints)
+    everywhere = np.broadcast_to(np.arange(V), (B, T, V))
+    log_p = -np.stack([numpy_losses(x.astype(np.float64), table, everywhere[..., v], cap) for v in range(V)], -1)
+    want = {
+        "nll": numpy_losses(x.astype(np.float64), table, targets, cap),
+        "greedy": log_p.argmax(-1) == targets,
+        "entropy": -np.sum(np.exp(log_p) * log_p, -1),
+        "mass": np.ones((B, T)),
+        "hint_nll": numpy_losses(x.astype(np.float64), table, hints, cap),
+    }
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def sizes(jaxpr):

@@ -1,0 +1,125 @@
+"""Windows against a literal list of (window, position) pairs, and the batches that carry them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, sliding_windows, standard_windows, window_batches
+
+
+def literal(targets, T, S, tail):
+    """(first input, position) of everything that is scored, in order."""
+    if tail == "published":
+        scored = []
+        targets = targets // T * T
+        for start in range(0, targets, S):
+            length = min(start + T, targets) - start
+            scored += [(start, position) for position in range(max(length - S, 0) if start else 0, length)]
+        return scored
+    scored = [(0, position) for position in range(T)]
+    for target in range(T, targets):
+        step = -(-(target - T + 1) // S)  # the first window that reaches it
+        start = min(step * S, targets - T)
+        scored.append((start, target - start))
+    return scored
+
+
+def rows_of(windows):
+    return [
+        (start, position)
+        for start, begin, upto in zip(*windows.rows(0, windows.num_rows), strict=True)
+        for position in range(begin, upto)
+    ]
+
+
+sizes = st.integers(1, 12).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T), st.integers(T, 5 * T)))
+
+
+@given(sizes, st.sampled_from(["full", "published"]))
+def test_rows_are_the_literal_ones(size, tail):
+    T, S, targets = size
+    windows = sliding_windows(targets + 1, T, S, 0, tail)
+    scored = literal(targets, T, S, tail)
+    assert rows_of(windows) == scored
+    assert windows.count == len({start for start, _ in scored})
+    covered = sorted(target for start, stop in windows.spans() for target in range(start, stop))
+    assert covered == sorted(start + position for start, position in scored)
+
+
+@given(sizes)
+def test_each_target_is_scored_once_with_the_longest_context_that_the_stride_leaves(size):
+    T, S, targets = size
+    scored = rows_of(sliding_windows(targets + 1, T, S, 0))
+    assert [start + position for start, position in scored] == list(range(targets))
+    assert all(position >= min(target, T - S) for target, (_, position) in enumerate(scored))
+
+
+@given(sizes)
+def test_standard_windows_are_sliding_ones_without_overlap(size):
+    T, _, targets = size
+    windows = standard_windows(targets + 1, T, 0)
+    assert windows.count == windows.num_rows == targets // T
+    assert rows_of(windows) == [(start, p) for start in range(0, targets // T * T, T) for p in range(T)]
+
+
+def test_the_challenges_validation_stream():
+    """golf: 62,021,846 tokens; 969,088 windows of stride 64 as published, in each of which 31 overrun the end."""
+    published = sliding_windows(62_021_846, 2048, 64, 0, "published")
+    assert (published.targets, published.count) == (62_021_632, 969_088)
+    spans = published.spans()
+    assert len(spans) == 32 and all(span == (62_021_632 - 64, 62_021_632) for span in spans[1:])
+    assert sliding_windows(62_021_846, 2048, 64, 0).count == (62_021_845 - 2048) // 64 + 2
+
+
+@pytest.mark.parametrize("tail", ["full", "published"])
+@pytest.mark.parametrize(("T", "S", "length"), [(8, 8, 65), (8, 3, 50), (7, 1, 23), (5, 5, 29), (6, 4, 7)])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_batches_carry_the_inputs_and_targets_of_their_rows(T, S, length, tail, rows):
+    tokens = np.random.default_rng(0).integers(0, 1000, length).astype(np.uint16)
+
+    class Stream:
+        def take(self, start, count):  # the endless stream
+            return tokens[(start + np.arange(count)) % length]
+
+    windows = sliding_windows(length, T, S, 0, tail)
+    found = []
+    for batch in window_batches(Stream(), windows, rows):
+        inputs, targets = batch.arrays["inputs"], batch.arrays["targets"]
+        assert inputs.shape == (rows, T) and targets.shape == (rows, S)
+        assert ("offsets" in batch.arrays) == (S < T)
+        offsets = batch.arrays.get("offsets", np.zeros(rows, int))
+        assert np.all(offsets + S <= T)
+        for row, position in zip(*batch.scored, strict=True):
+            assert row < batch.count
+            at = offsets[row] + position
+            found.append((inputs[row, : at + 1].tolist(), int(targets[row, position])))
+    expected = []
+    for start, position in literal(length - 1, T, S, tail):
+        expected.append((tokens[start : start + position + 1].tolist(), int(tokens[start + position + 1])))
+    assert found == expected
+
+
+def test_a_limit_takes_the_start():
+    assert standard_windows(1000, 8, 87) == standard_windows(81, 8, 0) == Windows(80, 8, 8)
+    assert sliding_windows(1000, 8, 4, 87) == Windows(87, 8, 4)
+    assert sliding_windows(1000, 8, 4, 87, "published") == Windows(80, 8, 4, "published")
+    assert sliding_windows(50, 8, 4, 1000) == Windows(49, 8, 4)
+
+
+def test_no_more_rows_at_a_time_than_there_are():
+    assert rows_at_a_time(Windows(80, 8, 8), 64, 1) == 8
+    assert rows_at_a_time(Windows(80, 8, 8), 64, 4) == 12
+    assert rows_at_a_time(Windows(80, 8, 8), 1, 8) == 8
+
+
+def test_windows_that_cannot_be():
+    assert standard_windows(9, 8, 0).count == 1
+    with pytest.raises(UserError, match="8 tokens; one window needs data.seq_len \\+ 1 = 9"):
+        standard_windows(8, 8, 0)
+    with pytest.raises(UserError, match="7 tokens to score are less than one window"):
+        sliding_windows(100, 8, 4, 7)
+    for stride in (0, -1, 9):
+        with pytest.raises(UserError, match="--stride"):
+            sliding_windows(100, 8, stride, 0)
