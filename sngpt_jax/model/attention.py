@@ -6,6 +6,8 @@ in those of the first layer or an embedding of the token.
 
 import functools
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import chex
@@ -21,13 +23,42 @@ from sngpt_jax.model.layers import compute_dtype, platform, rms_norm
 logger = logging.getLogger("sngpt_jax")
 
 Implementation = Literal["xla", "cudnn"]
+KeysValues = tuple[jax.Array, jax.Array]  # of one application of an attention, [B, S, K, h] each
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The keys and values of a text that grows, for every application of an attention in the order in which they run.
+
+    It serves one forward pass, while that is traced. The first pass, over positions 0 … T-1, has no `past`, and `kept` is
+    what its applications compute. A later one is of one position a row, which may be another in each: every application
+    writes its key and value there into those of the passes before, and attends to the S positions of the result.
+    """
+
+    past: Sequence[KeysValues] = ()
+    position_B: jax.Array | None = None  # where a later pass writes, below S
+    kept: list[KeysValues] = field(default_factory=list)
+
+    def extend(self, k_BTKh: jax.Array, v_BTKh: jax.Array) -> KeysValues:
+        """The keys and values that the next application attends to."""
+        known = (k_BTKh, v_BTKh)
+        if self.past:
+            rows = jnp.arange(k_BTKh.shape[0])
+            k_BSKh, v_BSKh = self.past[len(self.kept)]
+            known = k_BSKh.at[rows, self.position_B].set(k_BTKh[:, 0]), v_BSKh.at[rows, self.position_B].set(v_BTKh[:, 0])
+        self.kept.append(known)
+        return known
 
 
 class Positions(NamedTuple):
-    """What the attention of every layer needs to know of the T positions, made once for all of them."""
+    """What the attention of every layer needs to know of the T positions, made once for all of them.
 
-    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines [T, r/2]; None: positions are in the stream already
-    causal: jax.Array  # [T, T], whether the position of the row sees that of the column
+    The leading axis is 1 where all sequences of a batch have the same positions, else B.
+    """
+
+    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines [1 or B, T, r/2]; None: positions are in the stream already
+    causal: jax.Array  # [1 or B, T, S], whether the position of the row sees that of the column; S = T in a whole sequence
+    memory: Memory | None = None  # what a growing text keeps from pass to pass; None: nothing, the sequence is whole
 
 
 def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
@@ -51,9 +82,9 @@ def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarr
 
 
 def causal_mask(num_positions: int) -> jax.Array:
-    """[T, T], true where column ≤ row. Made on the device: as a constant it would stand in the program, T² bytes."""
+    """[1, T, T], true where column ≤ row. Made on the device: as a constant it would stand in the program, T² bytes."""
     position = jnp.arange(num_positions)
-    return position[:, None] >= position[None, :]
+    return position[None, :, None] >= position[None, None, :]
 
 
 def make_positions(config: ModelConfig, num_positions: int) -> Positions:
@@ -63,15 +94,15 @@ def make_positions(config: ModelConfig, num_positions: int) -> Positions:
         return Positions(None, causal)
     width = config.rotary_dims
     cos, sin = rotary_tables(num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len))
-    return Positions((jnp.asarray(cos), jnp.asarray(sin)), causal)
+    return Positions((jnp.asarray(cos[None]), jnp.asarray(sin[None])), causal)
 
 
 def apply_rotary(x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]) -> jax.Array:
     """Turns each pair (j, j + r/2) of a head's leading r dimensions by its position's angle; the others pass.
 
-    r is twice the width of the tables [T, r/2]. In float32; returns x's dtype.
+    r is twice the width of the tables [1 or B, T, r/2]. In float32; returns x's dtype.
     """
-    cos, sin = (jnp.asarray(table)[None, :, None, :] for table in tables)
+    cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
     half = cos.shape[-1]
     x1, x2 = (x_BTHh[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
     turned = [(x1 * cos + x2 * sin).astype(x_BTHh.dtype), (x2 * cos - x1 * sin).astype(x_BTHh.dtype)]
@@ -94,22 +125,23 @@ def exclude_own_value(y_BTHh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
     return (y_BTKGh - share * unit_BTK1h).reshape(B, T, H, h).astype(y_BTHh.dtype)
 
 
-def attend_xla(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal_TT: jax.Array) -> jax.Array:
-    """Causal softmax(q kᵀ / √h) v in plain einsums with a float32 softmax; the scores [B, H, T, T] are materialized.
+def attend_xla(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, causal: jax.Array) -> jax.Array:
+    """Causal softmax(q kᵀ / √h) v in plain einsums with a float32 softmax; the scores [B, H, T, S] are materialized.
 
-    Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245). Returns [B, T, H, h].
+    `causal` [1 or B, T, S] says which keys a query sees. Query head i uses key/value head ⌊i · K / H⌋ (grouped-query
+    attention, arXiv:2305.13245). Returns [B, T, H, h].
     """
     B, T, H, h = q_BTHh.shape
-    K = k_BTKh.shape[2]
+    K = k_BSKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BTKh, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(causal_TT[None, None, None], scores, -jnp.inf), axis=-1).astype(v_BTKh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BTKh).reshape(B, T, H, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(causal[:, None, None], scores, -jnp.inf), axis=-1).astype(v_BSKh.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKh).reshape(B, T, H, h)
 
 
-def attend_cudnn(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal_TT: jax.Array) -> jax.Array:
-    """The same operation by cuDNN's fused attention: NVIDIA GPUs, bfloat16; nothing of size T² is stored."""
-    del causal_TT  # cuDNN knows
+def attend_cudnn(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal: jax.Array) -> jax.Array:
+    """The same on whole sequences by cuDNN's fused attention: NVIDIA GPUs, bfloat16; nothing of size T² is stored."""
+    del causal  # cuDNN knows
     return jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True, implementation="cudnn")
 
 
@@ -129,6 +161,12 @@ def choose_implementation(requested: str, platform: str, dtype: str, head_dim: i
         choice, reason = "cudnn", "bfloat16 on an NVIDIA GPU"
     logger.info("attention: %s (%s)", choice, reason)
     return "cudnn" if choice == "cudnn" else "xla"
+
+
+@functools.cache
+def _announce_single_positions(implementation: Implementation) -> None:
+    if implementation != "xla":
+        logger.info("attention: xla where a text grows by single positions (%s serves whole sequences)", implementation)
 
 
 class Attention(nnx.Module):
@@ -165,12 +203,11 @@ class Attention(nnx.Module):
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The half's output [B, T, D] and the values [B, T, K, h] that it attended to.
+        """The half's output [B, T, D] and its values [B, T, K, h] at these positions.
 
         `added_value` is added to the layer's own values; `first_value` are the first layer's, for the value residual.
         """
         B, T, _ = x_BTD.shape
-        chex.assert_shape(positions.causal, (T, T))
 
         def heads(weight: nnx.Param, count: int) -> jax.Array:
             return (x_BTD @ weight[...].astype(x_BTD.dtype)).reshape(B, T, count, -1)
@@ -188,7 +225,13 @@ class Attention(nnx.Module):
         if self.mixes_values and first_value is not None:
             first, own = self.value_mix[...].astype(x_BTD.dtype)
             v_BTKh = first * first_value + own * v_BTKh
-        y_BTHh = ATTEND[self.implementation](q_BTHh, k_BTKh, v_BTKh, positions.causal)
+        k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
+        chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
+        attend = ATTEND[self.implementation]
+        if k_BSKh is not k_BTKh:
+            _announce_single_positions(self.implementation)
+            attend = attend_xla
+        y_BTHh = attend(q_BTHh, k_BSKh, v_BSKh, positions.causal)
         if self.exclusive:
             y_BTHh = exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:

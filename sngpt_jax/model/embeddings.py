@@ -8,16 +8,24 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
 from sngpt_jax.model.layers import compute_dtype, per_channel
 
+LOOK_BACK = 2  # tokens before its own that an embedding depends on: smear takes the position before, and that one's bigram
+
 
 class LearnedPositions(nnx.Module):
-    """One vector for each absolute position: `positions(T)` → [T, D] in the compute dtype. Radford et al. 2018 (GPT)."""
+    """One vector for each absolute position: `positions(T)` → [1, T, D] in the compute dtype. Radford et al. 2018 (GPT).
+
+    With first positions [B] they are those of T consecutive positions from there, [B, T, D].
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.table = nnx.Param(init.normal(rngs.params(), (config.max_seq_len, config.d_model), config.embed_init_std))
 
-    def __call__(self, num_positions: int) -> jax.Array:
-        return self.table[...][:num_positions].astype(self.dtype)
+    def __call__(self, num_positions: int, first_B: jax.Array | None = None) -> jax.Array:
+        table_PD = self.table[...]
+        if first_B is None:
+            return table_PD[:num_positions].astype(self.dtype)[None]
+        return table_PD[first_B[:, None] + jnp.arange(num_positions)[None]].astype(self.dtype)
 
 
 class TiedEmbedding(nnx.Module):

@@ -97,8 +97,13 @@ class GPT(nnx.Module):
         if config.recycle_layers:
             self.recycle = RecycledCore(config)
 
-    def encode(self, tokens_BT: jax.Array) -> jax.Array:
-        """The stream [B, T, D] that enters the first block, and every block through its mixing."""
+    def encode(self, tokens_BT: jax.Array, first_B: jax.Array | None = None) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """The stream [B, T, D] that enters the first block, and every block through its mixing; and what layers add to values.
+
+        A position's depend on its token and the `LOOK_BACK` before it; on its place only where that is less than
+        `LOOK_BACK` from the start. `first_B` is not looked at.
+        """
+        del first_B  # positions are turned into queries and keys
         config = self.config
         x_BTD = self.embed.encode(tokens_BT)
         if config.bigram_buckets:
@@ -106,10 +111,11 @@ class GPT(nnx.Module):
         if config.smear == "before_norm":
             x_BTD = self.smear(x_BTD, tokens_BT)
         x_BTD = rms_norm(x_BTD, config.norm_eps)
-        return self.smear(x_BTD, tokens_BT) if config.smear == "after_norm" else x_BTD
+        x_BTD = self.smear(x_BTD, tokens_BT) if config.smear == "after_norm" else x_BTD
+        return x_BTD, self.value_embed(tokens_BT) if config.value_embed_layers else {}
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D]."""
+        """What the head multiplies, [B, T, D], of whole sequences."""
         config = self.config
         chex.assert_rank(tokens_BT, 2)
         T = tokens_BT.shape[1]
@@ -117,8 +123,14 @@ class GPT(nnx.Module):
             raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
         positions = make_positions(config, T)
         with jax.named_scope("embed"):
-            x_BTD = x0_BTD = self.encode(tokens_BT)
-            added_values = self.value_embed(tokens_BT) if config.value_embed_layers else {}
+            encoded = self.encode(tokens_BT)
+        return self.run(encoded, positions)
+
+    def run(self, encoded: tuple[jax.Array, dict[int, jax.Array]], positions: Positions) -> jax.Array:
+        """What the head multiplies, [B, T, D], of what `encode` gives at these positions."""
+        config = self.config
+        x0_BTD, added_values = encoded
+        x_BTD = x0_BTD
         first_value = None
         skips: list[jax.Array] = []
         for i, block in enumerate(self.blocks):

@@ -62,6 +62,13 @@ class PreNormGPT(nnx.Module):
         self.blocks = nnx.List([PreNormBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)])
         self.final_norm = nnx.Param(init.ones((config.d_model,)))
 
+    def encode(self, tokens_BT: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
+        """The stream [B, T, D] that enters the first block; `first_B` are the rows' first positions, by default 0."""
+        x_BTD = self.embed.encode(tokens_BT)
+        if self.config.positions == "learned":
+            x_BTD += self.positions(tokens_BT.shape[1], first_B)
+        return x_BTD
+
     def tapped_hidden(self, tokens_BT: jax.Array, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
         """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions `tapped_P`."""
         config = self.config
@@ -71,21 +78,27 @@ class PreNormGPT(nnx.Module):
             raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
         positions = make_positions(config, T)
         with jax.named_scope("embed"):
-            x_BTD = self.embed.encode(tokens_BT)
-            if config.positions == "learned":
-                x_BTD += self.positions(T)[None]
+            x_BTD = self.encode(tokens_BT)
+        return self.tapped_run(x_BTD, positions, tapped_P)
+
+    def tapped_run(self, x_BTD: jax.Array, positions: Positions, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
+        """The same of what `encode` gives at these positions."""
         taps: list[tuple[jax.Array, ...]] = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
                 x_BTD, seen = block(x_BTD, positions)
             if seen is not None:
                 taps.append(tuple(array[:, tapped_P] for array in seen))
-        x_BTD = per_channel(self.final_norm[...], rms_norm(x_BTD, config.norm_eps))
+        x_BTD = per_channel(self.final_norm[...], rms_norm(x_BTD, self.config.norm_eps))
         return x_BTD, Taps(*map(jnp.stack, zip(*taps, strict=True))) if taps else None
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D]."""
+        """What the head multiplies, [B, T, D], of whole sequences."""
         return self.tapped_hidden(tokens_BT, jnp.arange(0))[0]
+
+    def run(self, x_BTD: jax.Array, positions: Positions) -> jax.Array:
+        """What the head multiplies, [B, T, D], of what `encode` gives at these positions."""
+        return self.tapped_run(x_BTD, positions, jnp.arange(0))[0]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = self.hidden(tokens_BT)

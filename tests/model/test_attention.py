@@ -53,14 +53,14 @@ def test_attend_equals_jax_nn_in_value_and_gradient():
 @pytest.mark.parametrize("base", [100.0, 10_000.0])
 def test_rotary_equals_complex_rotation(base):
     x = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
-    got = apply_rotary(jnp.asarray(x, jnp.float32), rotary_tables(12, 8, base))
+    got = apply_rotary(jnp.asarray(x, jnp.float32), [table[None] for table in rotary_tables(12, 8, base)])
     np.testing.assert_allclose(got, oracles.rotary(x, 8, base), atol=2e-6)
 
 
 def test_rotary_scores_depend_on_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (np.tile(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 1)) for _ in range(2))
-    tables = rotary_tables(20, 16, 10_000.0)
+    tables = [table[None] for table in rotary_tables(20, 16, 10_000.0)]
     q, k = (np.asarray(apply_rotary(jnp.asarray(a, jnp.float32), tables))[0, :, 0] for a in (q, k))
     scores = q @ k.T
     for distance in range(-5, 6):

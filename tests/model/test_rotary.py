@@ -13,7 +13,7 @@ X = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
 
 
 def turned(width, base):
-    return lambda x: apply_rotary(x, rotary_tables(x.shape[1], width, base))
+    return lambda x: apply_rotary(x, [table[None] for table in rotary_tables(x.shape[1], width, base)])
 
 
 @pytest.mark.parametrize("width", [2, 4, 6, 8])
