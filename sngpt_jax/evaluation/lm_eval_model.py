@@ -59,16 +59,17 @@ class SngptLM(LM):
         return self._keep("generate_until", requests, texts)
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `LanguageModel.generate` that lm-eval's options stand for."""
         rest: dict[str, Any] = {**normalize_gen_kwargs(options, min(MAX_TOKENS, self.model.seq_len // 2))}
+        temperature = float(rest.pop("temperature", 1.0 if rest.pop("do_sample") else 0.0))
         served = {
             "until": rest.pop("until"),
             "max_tokens": rest.pop("max_gen_toks"),
-            "temperature": rest.pop("temperature") if rest.pop("do_sample") else 0.0,
+            "temperature": temperature,
             "top_k": rest.pop("top_k", 0),
         }
-        greedy = served["temperature"] == 0
         # 1 is the value that changes nothing, of num_beams as of top_p
-        unserved = [f"{name} = {value}" for name, value in rest.items() if value != 1 and not (greedy and name == "top_p")]
+        unserved = [f"{name} = {value}" for name, value in rest.items() if value != 1 and (temperature or name != "top_p")]
         if unserved:
             raise UserError(f"the task generates with {', '.join(unserved)}, which is not served; leave it out of the task")
         return served

@@ -1,0 +1,297 @@
+"""Published formats read, prompts and metrics against answers worked out by hand, damaged files and unknown tasks named."""
+
+import json
+import math
+import re
+import string
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sngpt_jax.evaluation
+from sngpt_jax.cli import UserError
+from sngpt_jax.evaluation import tasks
+from sngpt_jax.evaluation.likelihood import Continuation
+from sngpt_jax.evaluation.tasks import answer_f1, normalize_answer, parse_tasks, run_tasks
+
+ACTIVITY = {  # a row of the published file's form, from ActivityNet
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "split": "val",
+    "split_type": "indomain",
+    "label": 3,
+    "endings": ["naps.", "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing."],
+    "source_id": "activitynet~v_-JhWjGDPHMY",
+}
+WIKIHOW = {
+    **ACTIVITY,
+    "activity_label": "Personal Care and Style",
+    "ctx_a": "[header] How to grow a beard [title] Wait. [step] Be patient,  and",
+    "ctx_b": "",
+    "label": "1",
+    "endings": ["[substeps] é é é", "do  not shave.", "shave", "shave it."],
+}
+CONTEXTS = [
+    "Roof shingle removal: A man is sitting on a roof. He",
+    "Personal Care and Style: How to grow a beard. Wait. Be patient, and",
+]
+
+
+class Model:
+    """One that gives what it is told to."""
+
+    def __init__(self, found=(), texts=()):
+        self.found, self.texts, self.asked = list(found), list(texts), []
+
+    def loglikelihood(self, pairs, progress=None):
+        self.asked += pairs
+        if progress:
+            progress(len(pairs), len(pairs))
+        return self.found[: len(pairs)]
+
+    def generate(self, prompts, until, max_tokens, progress=None):
+        self.asked.append((prompts, until, max_tokens))
+        return self.texts[: len(prompts)]
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def only(model, name, path, **options):
+    return run_tasks(model, {name: path}, **options)[name]
+
+
+# ---------------------------------------------------------------------------------------------- HellaSwag
+
+
+def test_hellaswag(tmp_path):
+    """Two samples on which the four metrics differ."""
+    path = write(tmp_path / "hellaswag_val.jsonl", ACTIVITY, WIKIHOW)
+    found = [
+        Continuation(-10.0, False, 5),  # -2.0 a character, -2.0 a token
+        Continuation(-12.0, False, 6),  # "is ripping level tiles off." 27 characters: -0.44, -2.0
+        Continuation(-13.0, False, 26),  # "is holding a rubik's cube." 26: -0.5, -0.5
+        Continuation(-9.0, False, 3),  # right: 26 characters: -0.35, -3.0
+        Continuation(-6.0, False, 1),  # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 a token
+        Continuation(-9.75, False, 13),  # right: "do not shave." 13: -0.75, -0.75 a byte, -0.75 a token
+        Continuation(-9.5, False, 5),
+        Continuation(-9.8, False, 5),
+    ]
+    model = Model(found)
+    got = only(model, "hellaswag", path)
+    assert got == {"acc": 0.5, "acc_norm": 1.0, "acc_bytes": 0.5, "acc_token_norm": 0.5, "samples": 2}
+    endings = [[f" {e}" for e in ACTIVITY["endings"]], ["  é é é", " do not shave.", " shave", " shave it."]]
+    assert model.asked == [(context, e) for context, four in zip(CONTEXTS, endings, strict=True) for e in four]
+
+
+def test_of_equal_endings_the_first_counts(tmp_path):
+    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0})
+    got = only(Model([Continuation(-1.0, False, 1)] * 4), "hellaswag", path)
+    assert got == {"acc": 1.0, "acc_norm": 1.0, "acc_bytes": 1.0, "acc_token_norm": 1.0, "samples": 1}
+
+
+def without(row, name):
+    return {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (without(ACTIVITY, "endings"), "line 2: 'endings' is missing, expected list"),
+        ({**ACTIVITY, "endings": ["a", 3], "label": 0}, "line 2: one of 'endings' is not text, or empty"),
+        ({**ACTIVITY, "endings": ["a", "[step]"], "label": 1}, "line 2: one of 'endings' is not text, or empty"),
+        ({**ACTIVITY, "ctx_a": None}, "line 2: 'ctx_a' is of type NoneType, expected str"),
+        (without(ACTIVITY, "label"), "line 2: 'label' is None, expected 0 to 3"),  # the test split's
+        ({**ACTIVITY, "label": 4}, "line 2: 'label' is 4, expected 0 to 3"),
+        ({**ACTIVITY, "label": -1}, "line 2: 'label' is -1, expected 0 to 3"),
+        ([1], "line 2: 'activity_label' is missing"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, row, message):
+    path = write(tmp_path / "h.jsonl", ACTIVITY, row)
+    got = only(Model(), "hellaswag", path)["error"]
+    assert got.startswith(str(path)) and message in got and got.endswith("hellaswag_val.jsonl") and "\n" not in got
+
+
+# ---------------------------------------------------------------------------------------------- LAMBADA
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_lambada(tmp_path, suffix):
+    texts = ["he looked at his dog", "\u201cno\u2028way ,\u201d said  Vivienne", "give me the\x0bkey"]
+    path = tmp_path / f"lambada{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n".join(texts) + "\n")
+    else:
+        write(path, *({"text": text} for text in texts))
+    model = Model([Continuation(-1.0, True, 2), Continuation(-3.0, False, 1), Continuation(-0.5, True, 1)])
+    got = only(model, "lambada", path)
+    assert got == {"acc": 2 / 3, "perplexity": pytest.approx(math.exp(1.5)), "samples": 3}
+    assert model.asked == [
+        ("he looked at his", " dog"),
+        ("\u201cno\u2028way ,\u201d said ", " Vivienne"),
+        ("give me", " the\x0bkey"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.txt", b"one two\n\nthree four\n", "l.txt, line 2: empty"),
+        ("l.txt", b"", "l.txt, line 1: empty"),
+        ("l.txt", b"one two\nword\n", "l.txt, line 2: expected a passage of several words"),
+        ("l.txt", b"one two\nthr\xe9e four\n", "l.txt, line 2: not UTF-8"),
+        ("l.jsonl", b'{"text": "one two"}\n{"text": 3}', "l.jsonl, line 2: 'text' is of type int"),
+        ("l.jsonl", b'{"text": "one two"}\n{"text": "tw', "l.jsonl, line 2: cannot be read as JSON"),
+        ("l.jsonl", b'{"text": "one two"}\n' + b"[" * 100_000, "l.jsonl, line 2: cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_passage_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert message in only(Model(), "lambada", tmp_path / name)["error"]
+
+
+# ---------------------------------------------------------------------------------------------- SQuAD
+
+
+def squad(*questions):
+    """The published form, with one article of one paragraph."""
+    rows = [
+        {"id": str(i), "question": question, "answers": [{"text": text, "answer_start": 0} for text in answers], **more}
+        for i, (question, answers, more) in enumerate(questions)
+    ]
+    return {"version": "1.1", "data": [{"title": "Super_Bowl_50", "paragraphs": [{"context": "It was.", "qas": rows}]}]}
+
+
+def test_squad(tmp_path):
+    path = write(tmp_path / "dev-v1.1.json", squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {})))
+    model = Model(texts=[" The broncos!", " in 1998, I think"])
+    got = only(model, "squad", path)
+    assert got == {"exact_match": 50.0, "f1": pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2), "samples": 2}
+    prompt = "Title: Super_Bowl_50\n\nBackground: It was.\n\nQuestion: Who?\n\nAnswer:"
+    assert model.asked == [([prompt, prompt.replace("Who", "When")], ["\n"], 32)]
+
+
+def test_squad_2_wants_nothing_where_the_text_does_not_say(tmp_path):
+    no = {"is_impossible": True, "plausible_answers": [{"text": "him", "answer_start": 0}]}
+    questions = [("Who?", ["Eve"], {"is_impossible": False}), ("Whom?", [], no), ("Whose?", [], no)]
+    path = write(tmp_path / "dev-v2.0.json", squad(*questions))
+    got = only(Model(texts=["Eve", "him", " ."]), "squad", path)
+    share = pytest.approx(100 * 2 / 3)
+    has = {"has_ans_exact_match": 100.0, "has_ans_f1": 100.0, "has_ans_samples": 1}
+    assert got == {"exact_match": share, "f1": share, "samples": 3, **has}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"data": []}, "holds no questions"),
+        ({"rows": []}, "'data' is missing, expected list"),
+        ({"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0]: 'context' is missing"),
+        (squad(("Who?", [3], {})), "data[0].paragraphs[0].qas[0].answers[0]: 'text' is of type int"),
+        (squad(("Who?", ["a"], {}), ("Who?", [], {})), "data[0].paragraphs[0].qas[1]: 'is_impossible' contradicts 0 answers"),
+        (squad(("Who?", ["a"], {"is_impossible": True})), "'is_impossible' contradicts 1 answers"),
+    ],
+)
+def test_a_damaged_question_is_named(tmp_path, content, message):
+    assert message in only(Model(), "squad", write(tmp_path / "s.json", content))["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [("The  Cat,\tan' the Hat!", "cat hat"), ("theatre", "theatre"), ("a-b", "ab"), ("$1,000.50", "100050"), ("A.", "")],
+)
+def test_answers_are_normalized_as_published(text, normalized):
+    assert normalize_answer(text) == normalized
+
+
+words = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "!"]), max_size=6).map(" ".join)
+
+
+@given(words, words)
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer, right):
+    def bag(text):
+        text = re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
+        return text.split()
+
+    got, want = bag(answer), bag(right)
+    if not got or not want:
+        assert answer_f1(answer, right) == (not got and not want)
+        return
+    same = sum(min(n, Counter(want)[word]) for word, n in Counter(got).items())
+    precision, recall = same / len(got), same / len(want)
+    f1 = 2 * precision * recall / (precision + recall) if same else 0.0
+    assert answer_f1(answer, right) == pytest.approx(f1)
+
+
+# ---------------------------------------------------------------------------------------------- all of them
+
+
+def test_one_that_cannot_be_run_leaves_the_others(tmp_path):
+    path = tmp_path / "l.txt"
+    path.write_text("one two\nthree four\nfive six\n")
+    model = Model([Continuation(-1.0, True, 1)] * 2)
+    seen = []
+    got = run_tasks(
+        model,
+        {"squad": tmp_path / "none.json", "lambada": path, "hellaswag": path},
+        limit=2,
+        progress=lambda name: lambda done, total: seen.append((name, done, total)),
+    )
+    assert got["squad"] == {"error": f"{tmp_path}/none.json: cannot be read: No such file or directory"}
+    assert got["lambada"] == {"acc": 1.0, "perplexity": pytest.approx(math.e), "samples": 2}
+    assert "l.txt, line 1: cannot be read as JSON" in got["hellaswag"]["error"]
+    assert list(got) == ["squad", "lambada", "hellaswag"]
+    assert seen == [("lambada", 2, 2)]
+
+
+def test_what_the_model_refuses_is_an_error_of_the_task(tmp_path):
+    class Refusing(Model):
+        def generate(self, *_, **__):
+            raise UserError("no\nroom")
+
+    path = write(tmp_path / "s.json", squad(("Who?", ["a"], {})))
+    assert only(Refusing(), "squad", path) == {"error": "no room"}
+
+
+def test_parse_tasks():
+    assert list(parse_tasks("lambada=a/b.txt, hellaswag=c=d.jsonl").items()) == [
+        ("lambada", tasks.Path("a/b.txt")),
+        ("hellaswag", tasks.Path("c=d.jsonl")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected NAME=PATH of hellaswag, lambada, squad"),
+        ("lambada=x,", "expected NAME=PATH"),
+        ("lambada=", "expected NAME=PATH"),
+        ("lambda=x", "there are hellaswag, lambada, squad"),
+        ("lambada=x,lambada=y", "lambada is named twice"),
+    ],
+)
+def test_other_tasks_are_one_line(text, message):
+    with pytest.raises(UserError, match=message) as raised:
+        parse_tasks(text)
+    assert "--tasks" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_lm_eval_its_tasks_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.lm_eval_model", raising=False)
+    monkeypatch.delattr(sngpt_jax.evaluation, "lm_eval_model", raising=False)
+    path = tmp_path / "l.txt"
+    path.write_text("one two\n")
+    spec = parse_tasks(f"piqa,lambada={path}")
+    got = run_tasks(Model([Continuation(-1.0, True, 1)]), spec)
+    assert got["piqa"] == {"error": "the task piqa needs the package lm-eval: pip install 'sngpt-jax[eval]'"}
+    assert got["lambada"]["acc"] == 1.0
