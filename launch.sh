@@ -33,6 +33,9 @@ path="$here/${module//.//}"
 wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
 [ "$command" = test ] && wanted+=(test)
+if [ "$command" = evaluate ]; then
+  case " $* " in *" --ngram"* | *" --tasks"*) wanted+=(eval) ;; esac
+fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac
 fi

@@ -1,25 +1,47 @@
-"""Scores a trained model on validation text: `python -m sngpt_jax.evaluate --run runs/quickstart`, or `--artifact F`."""
+"""Scores a trained model: `python -m sngpt_jax.evaluate --run runs/quickstart`, or `--artifact F`.
 
+In bits a byte over validation text, in standard or sliding windows and with n-gram caches; and in downstream tasks.
+"""
+
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from sngpt_jax import cli
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import ExportConfig, Weights
+from sngpt_jax.config import Config, ExportConfig, Weights
 from sngpt_jax.console import progress_reporter
-from sngpt_jax.evaluation.bpb import score_validation
+from sngpt_jax.data.shards import Dataset
+from sngpt_jax.evaluation import ngram, ngram_score, tasks
+from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.likelihood import LanguageModel
+from sngpt_jax.evaluation.windows import (
+    Tail,
+    Windows,
+    rows_at_a_time,
+    sliding_windows,
+    standard_windows,
+    window_batches,
+)
 from sngpt_jax.model_source import open_model
-from sngpt_jax.parallel import make_mesh
+from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import peek
 from sngpt_jax.run_directory import read_config
+from sngpt_jax.step import Variables, make_eval_step
+
+logger = logging.getLogger("sngpt_jax")
+
+STRIDE = 64
 
 
 @dataclass(frozen=True)
@@ -33,8 +55,141 @@ class EvaluateArguments:
     export: Annotated[ExportConfig, tyro.conf.FlagConversionOff] = field(
         default_factory=ExportConfig
     )  # how it would; default: the run's
+    mode: Literal["standard", "sliding", "none"] = "standard"  # windows side by side, or overlapping; none: only --tasks
+    stride: int | None = None  # targets by which sliding windows advance; default: 64
+    tail: Tail = "full"  # of sliding windows: every target once; published: the last ones again and again, as submitted
     tokens: int = 0  # score so many tokens from the start of the stream; 0: all
+    ngram: Literal["none", "hashed5", "backoff", "exact", "tilt"] = "none"  # cache of what has been scored, beside the model
+    ngram_undercount: bool = False  # backoff counts as published: no lower orders where a higher one was mixed in
+    ngram_memory: float = 4.0  # GiB that exact may take for its counts
+    tasks: str = ""  # downstream tasks: hellaswag=PATH,lambada=PATH,squad=PATH, or names of lm-eval's
+    task_limit: int = 0  # the first so many samples of each task; 0: all
+    task_definitions: Path | None = None  # folder with more task definitions for lm-eval, YAML
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+
+
+def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
+    """Raises `UserError` for options that cannot be, or that would change nothing."""
+    if arguments.tokens < 0 or arguments.task_limit < 0:
+        raise UserError("--tokens and --task-limit cannot be negative; 0 takes all")
+    if arguments.fake_quantize and arguments.artifact:
+        raise UserError("--fake-quantize is for a --run; an artifact is quantized")
+    if arguments.export != default.export and not arguments.fake_quantize:
+        raise UserError("--export options change nothing without --fake-quantize")
+    if arguments.mode != "sliding" and (arguments.stride is not None or arguments.tail != "full"):
+        raise UserError("--stride and --tail are of sliding windows; add --mode sliding")
+    if arguments.mode == "none" and not arguments.tasks:
+        raise UserError("--mode none scores no stream; name --tasks, or leave it out")
+    if arguments.mode == "none" and (arguments.ngram != "none" or arguments.tokens):
+        raise UserError("--ngram and --tokens are of a stream; leave --mode none out")
+    if arguments.ngram != "none" and arguments.tail == "published":
+        raise UserError("--ngram counts each target once, and --tail published scores some again; leave one of them out")
+    if arguments.ngram_undercount and arguments.ngram != "backoff":
+        raise UserError("--ngram-undercount is of --ngram backoff")
+    if arguments.ngram_memory != default.ngram_memory and arguments.ngram != "exact":
+        raise UserError("--ngram-memory is of --ngram exact")
+    if not 0 < arguments.ngram_memory < math.inf:
+        raise UserError(f"--ngram-memory {arguments.ngram_memory} is not a positive number of GiB")
+    if not arguments.tasks and (arguments.task_limit or arguments.task_definitions):
+        raise UserError("--task-limit and --task-definitions are of --tasks")
+
+
+def windows_of(arguments: EvaluateArguments, num_tokens: int, seq_len: int) -> Windows:
+    if arguments.mode == "standard":
+        return standard_windows(num_tokens, seq_len, arguments.tokens)
+    stride = min(STRIDE, seq_len) if arguments.stride is None else arguments.stride
+    return sliding_windows(num_tokens, seq_len, stride, arguments.tokens, arguments.tail)
+
+
+def score(arguments: EvaluateArguments, config: Config, variables: Variables, dataset: Dataset, mesh: Mesh) -> dict[str, Any]:
+    """The score of the validation stream and how long it took; compiling and a cache's mass are outside of the time."""
+    stream, token_bytes, device_batch_tokens = dataset.val, dataset.tokenizer.token_bytes(), config.eval.device_batch_tokens
+    windows = windows_of(arguments, len(stream), config.data.seq_len)
+
+    def new_cache() -> ngram.Cache:
+        assert arguments.ngram != "none"
+        return ngram.make_cache(
+            arguments.ngram,
+            first_token=int(stream.take(0, 1)[0]),
+            vocab_size=config.model.vocab_size,
+            targets=windows.targets,
+            first_segment=windows.seq_len,
+            segment=windows.stride,
+            memory=int(arguments.ngram_memory * 2**30),
+            undercount=arguments.ngram_undercount,
+        )
+
+    cache = new_cache() if arguments.ngram != "none" else None
+    if cache:
+        logger.info("n-gram cache %s: %s", arguments.ngram, cache.about)
+        ngram_score.warm_up(cache)
+    eval_step = make_eval_step(config.model, mesh, ngram_score.readings_for(cache) if cache else ("nll",))
+    first = next(window_batches(stream, windows, rows_at_a_time(windows, device_batch_tokens, mesh.devices.size))).arrays
+    if cache and cache.hints:
+        first["hints"] = first["targets"].astype(np.int32)
+    compiled = eval_step.lower(variables, batch_placer(mesh)(first)).compile()
+    progress = progress_reporter("evaluate")
+
+    start = time.perf_counter()
+    if cache:
+        cached = ngram_score.score_with_cache(
+            variables,
+            compiled,
+            stream,
+            token_bytes,
+            mesh,
+            windows,
+            cache,
+            device_batch_tokens=device_batch_tokens,
+            progress=progress,
+        )
+        found = cached.model
+    else:
+        found = score_stream(
+            variables,
+            compiled,
+            stream,
+            token_bytes,
+            mesh,
+            windows,
+            device_batch_tokens=device_batch_tokens,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {
+        **found.as_dict(),
+        "bytes_per_token": found.bytes / found.tokens,
+        "mode": arguments.mode,
+        "stride": windows.stride,
+        "windows": windows.count,
+        "seconds": seconds,
+        "tok_per_s": found.tokens / seconds,
+        "forward_tok_per_s": windows.num_rows * windows.seq_len / seconds,
+    }
+    if cache:
+        del cache  # or there were two at a time
+        fresh = new_cache()
+        mass = ngram_score.mass(fresh, cached.chunks, progress_reporter("mass"))
+        result["ngram"] = {"cache": arguments.ngram, **ngram_score.as_dict(cached.score, mass, fresh)}
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> list[str]:
+    """The score as lines for a person."""
+    which = f"{result['windows']:,} windows" + (f", stride {result['stride']}" if result["mode"] == "sliding" else "")
+    lines = [
+        f"{which}: loss {result['loss']:.4f} nats/token, {result['bpb']:.4f} bits/byte"
+        f" over {result['tokens']:,} tokens = {result['bytes']:,} bytes ({result['seconds']:.1f} s)"
+    ]
+    if cached := result.get("ngram"):
+        mass = cached["mass"]
+        verdict = "" if cached["is_distribution"] else ": not a probability distribution"
+        lines.append(
+            f"with n-gram cache {cached['cache']}: loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of"
+            f" the vocabulary {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at {mass['positions']:,}"
+            f" positions{verdict}"
+        )
+    return lines
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,48 +200,44 @@ def main(argv: Sequence[str]) -> int:
         args=cli.expand_json(argv),
         default=default,
         prog="python -m sngpt_jax.evaluate",
-        description="Scores a trained model: loss in nats a token and bits a byte, in standard windows.",
+        description="Scores a trained model: loss in nats a token and bits a byte, and downstream tasks.",
     )
-    if arguments.tokens < 0:
-        raise UserError(f"--tokens {arguments.tokens} is negative; 0 scores all of the stream")
-    if arguments.fake_quantize and arguments.artifact:
-        raise UserError("--fake-quantize is for a --run; an artifact is quantized")
-    if arguments.export != default.export and not arguments.fake_quantize:
-        raise UserError("--export options change nothing without --fake-quantize")
+    check(arguments, default)
+    spec = tasks.parse_tasks(arguments.tasks, arguments.task_definitions) if arguments.tasks else {}
     cli.log_to_stderr()
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config = validate(replace(model.config, export=arguments.export)) if arguments.run else model.config
-    dataset = model.open_data(arguments.data)
-    variables = (
-        quantize_variables(model.variables, config, dataset, mesh, progress_reporter("calibrate"))
-        if arguments.fake_quantize
-        else model.variables
-    )
+    dataset = model.open_data(arguments.data) if arguments.mode != "none" or arguments.fake_quantize else None
+    variables = model.variables
+    if arguments.fake_quantize:
+        assert dataset
+        variables = quantize_variables(variables, config, dataset, mesh, progress_reporter("calibrate"))
 
-    start = time.perf_counter()
-    score = score_validation(config, variables, dataset, mesh, arguments.tokens, progress_reporter("evaluate"))
-    if not math.isfinite(score.loss):
-        remedy = "export other weights" if arguments.artifact else "take an earlier --step"
-        raise UserError(f"{model.source}: the loss of step {model.step} is {score.loss}; {remedy}")
-    seconds = time.perf_counter() - start
-    result = {
-        **score.as_dict(),
-        "bytes_per_token": score.bytes / score.tokens,
-        "windows": score.tokens // config.data.seq_len,
-        "seconds": seconds,
-        "tok_per_s": score.tokens / seconds,
-        "step": model.step,
-        "weights": model.weights,
-        "fake_quantized": arguments.fake_quantize,
-    }
-    if arguments.json != "-":
-        which = f"{model.weights} weights" + (" as export would keep them" if arguments.fake_quantize else "")
-        print(
-            f"step {model.step}, {which}: loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte"
-            f" over {score.tokens:,} tokens = {score.bytes:,} bytes ({seconds:.1f} s)"
+    result: dict[str, Any] = {"step": model.step, "weights": model.weights, "fake_quantized": arguments.fake_quantize}
+    which = f"step {model.step}, {model.weights} weights" + (" as export would keep them" if arguments.fake_quantize else "")
+    lines = [which]
+    if arguments.mode != "none":
+        assert dataset
+        result = score(arguments, config, variables, dataset, mesh) | result
+        if not math.isfinite(result["loss"]):
+            remedy = "export other weights" if arguments.artifact else "take an earlier --step"
+            raise UserError(f"{model.source}: the loss of step {model.step} is {result['loss']}; {remedy}")
+        lines += describe(result)
+    if spec:
+        tokenizer = model.tokenizer() if model.tokenizer_path or not dataset else dataset.tokenizer
+        asked = LanguageModel(config, variables, tokenizer, mesh)
+        result["tasks"] = tasks.run_tasks(
+            asked, spec, limit=arguments.task_limit, include=arguments.task_definitions, progress=progress_reporter
         )
+        for name, metrics in result["tasks"].items():
+            lines.append(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in metrics.items()))
+    if arguments.json != "-":
+        print("\n".join(lines))
     cli.write_json(result, arguments.json)
+    failed = [name for name, metrics in result.get("tasks", {}).items() if "error" in metrics]
+    if failed:
+        raise UserError("; ".join(f"{name}: {result['tasks'][name]['error']}" for name in failed))
     return 0
 
 

@@ -93,6 +93,12 @@ def forward(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
 
 
 @functools.cache
+def hidden(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
+    """The pure function (variables, tokens [B, T]) → what the head multiplies [B, T, D]."""
+    return lambda variables, tokens_BT: nnx.merge(_graph(config), variables).hidden(tokens_BT)
+
+
+@functools.cache
 def losses(config: ModelConfig) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
     """The pure function (variables, inputs [B, T], targets [B, T]) → cross-entropy in nats [B, T], float32."""
     apply = tapped_losses(config)

@@ -68,6 +68,8 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert calls[-1].endswith("-m pytest -k x")
     assert installed(launch(checkout, "test")[1]) == []
     assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
+    assert installed(launch(checkout, "evaluate", "--run", "x")[1]) == []
+    assert installed(launch(checkout, "evaluate", "--run", "x", "--ngram", "exact")[1]) == [f"{checkout}[eval]"]
     assert installed(launch(checkout, "train")[1]) == []
 
 

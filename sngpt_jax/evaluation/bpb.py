@@ -18,7 +18,14 @@ from jax.sharding import Mesh
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
-from sngpt_jax.evaluation.windows import WindowBatch, Windows, rows_at_a_time, standard_windows, window_batches
+from sngpt_jax.evaluation.windows import (
+    WindowBatch,
+    Windows,
+    rows_at_a_time,
+    sliding_windows,
+    standard_windows,
+    window_batches,
+)
 from sngpt_jax.parallel import batch_placer
 from sngpt_jax.step import Batch, Variables, make_eval_step
 
@@ -127,15 +134,22 @@ def score_validation(
     mesh: Mesh,
     max_tokens: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    stride: int = 0,
 ) -> Score:
-    """`score_stream` of a data set's validation tokens by a whole model, in standard windows as long as its training's."""
+    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as its training's.
+
+    They are standard windows, or with a `stride` sliding ones.
+    """
+    num_tokens, seq_len = len(dataset.val), config.data.seq_len
     return score_stream(
         variables,
         make_eval_step(config.model, mesh),
         dataset.val,
         dataset.tokenizer.token_bytes(),
         mesh,
-        standard_windows(len(dataset.val), config.data.seq_len, max_tokens),
+        sliding_windows(num_tokens, seq_len, stride, max_tokens)
+        if stride
+        else standard_windows(num_tokens, seq_len, max_tokens),
         device_batch_tokens=config.eval.device_batch_tokens,
         progress=progress,
     )

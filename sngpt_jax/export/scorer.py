@@ -22,10 +22,11 @@ from sngpt_jax.trained_model import TrainedModel, from_artifact
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="Decodes an artifact, and scores it in bits a byte, in standard windows.")
+    parser = argparse.ArgumentParser(description="Decodes an artifact, and scores it in bits a byte.")
     parser.add_argument("artifact", type=Path, help="exported model, *.sngpt")
     parser.add_argument("--data", type=Path, help="folder with validation shards and their tokenizer; default: score nothing")
     parser.add_argument("--tokens", type=int, default=0, help="score so many tokens from the start of the stream; 0: all")
+    parser.add_argument("--stride", type=int, default=0, help="score in sliding windows that advance by it; 0: standard ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     if arguments.tokens < 0:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         "parameters": sum(leaf.size for leaf in exported),
     }
     if arguments.data:
-        result |= asdict(_score(model, arguments.data, arguments.tokens))
+        result |= asdict(_score(model, arguments.data, arguments.tokens, arguments.stride))
     if arguments.json:
         cli.write_json(result, "-")
     else:
@@ -47,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _score(model: TrainedModel, data: Path, tokens: int) -> Score:
-    score = score_validation(model.config, model.variables, model.open_data(data), make_mesh(), tokens, _progress())
+def _score(model: TrainedModel, data: Path, tokens: int, stride: int) -> Score:
+    dataset = model.open_data(data)
+    score = score_validation(model.config, model.variables, dataset, make_mesh(), tokens, _progress(), stride)
     if not math.isfinite(score.loss):
         raise UserError(f"{model.source}: its loss is {score.loss}; export other weights")
     return score
