@@ -1,0 +1,190 @@
+"""Exact n-gram counts of what has been scored, mixed into the model's probabilities: a probability distribution again.
+
+The n-grams of orders 1 to 7 form a trie, x_1 … x_n below x_1 … x_{n-1}, in one open-addressed table: a node is found by its
+parent's slot and its last token, both kept and compared, so that no two n-grams share a count. With c(s, v) the count of v
+after the context s, C(s) = Σ_v c(s, v) and N(s) the number of different v, Witten-Bell interpolates from short to long:
+
+    p_s(v) = (c(s, v) + N(s) p_{s'}(v)) / (C(s) + N(s)),  s' = s without its oldest token;  1/V below the empty context
+
+(Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes (1 - w) p + w p_s with s the
+longest context that was ever continued. There is one w for each length of s, none depends on the target, and each is learned
+online: the EM step of a mixture on the targets that it scored so far. Everything is counted after every target.
+"""
+
+import numpy as np
+from numba import njit
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.evaluation.ngram import Chunk
+
+ORDER = 7
+START_WEIGHT = 0.05
+START_COUNT = 100  # targets that the first weight is worth
+
+# An n-gram: its parent's slot and its last token; how often it came, how often a stored n-gram continued it, and how many did.
+NODE = np.dtype(
+    [("parent", np.uint32), ("token", np.uint16), ("distinct", np.uint16), ("count", np.uint32), ("total", np.uint32)]
+)
+MOST_DISTINCT = 2**16 - 1  # tokens after one context; of 65,536, one would not be stored
+MOST_SLOTS = 2**32 - 1
+LEAST_SLOTS = 1024
+
+
+class ExactCache:
+    """Counts of orders 1 to 7 of a stream of `targets` targets after `first_token`, in at most `memory` bytes.
+
+    A third of the slots stay empty, so that searches are short. Where memory is too small for all n-grams the stream may have,
+    those that come once it is full are not stored, and do not enter their contexts' totals: p_s stays a distribution.
+    """
+
+    readings: tuple[str, ...] = ()
+    hints = None
+    is_distribution = True
+
+    def __init__(self, first_token: int, vocab_size: int, targets: int, memory: int):
+        most = sum(min(vocab_size**n, targets + 1) for n in range(1, ORDER + 1))
+        slots = min(most + most // 2 + 1, memory // NODE.itemsize - 1, MOST_SLOTS)
+        if slots < min(LEAST_SLOTS, most):
+            least = (LEAST_SLOTS + 1) * NODE.itemsize
+            raise UserError(f"{memory} bytes are too little memory for the n-gram cache exact: give it {least} or more")
+        self._vocab_size = vocab_size
+        self._nodes = np.zeros(slots + 1, NODE)  # the last one is the root, the empty context
+        limit = min(2 * slots // 3, most)
+        self._room = np.array([limit])  # n-grams that can still be stored
+        self._contexts = np.array([slots] + [-1] * (ORDER - 1))  # slots of the last 0 … 6 tokens; -1: not stored
+        self._weights = np.full(ORDER, START_WEIGHT)  # by the length of the context
+        self._scored = np.zeros(ORDER, np.int64)  # targets that each of them has mixed
+        self.memory_bytes = self._nodes.nbytes
+        room = "every n-gram of the stream" if limit == most else f"{limit:,} n-grams; what comes later is not counted"
+        self.about = (
+            f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
+            f" {self.memory_bytes / 2**20:,.0f} MiB, room for {room}"
+        )
+        _count(self._nodes, self._contexts, np.empty(ORDER, np.int64), 0, first_token, self._room)
+
+    def score(self, chunk: Chunk) -> np.ndarray:
+        return self._advance(chunk, np.empty(0, np.int64))[0]
+
+    def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
+        assert chunk.mass is not None, "mass needs the model's own"
+        _, weights, sums = self._advance(chunk, at)
+        return (1 - weights) * chunk.mass[at] + weights * sums
+
+    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-ln of the mixture [n], and at `at` the weights and the sums of p_s over the vocabulary [k]."""
+        nll, weights, sums = np.empty(len(chunk.targets)), np.empty(len(at)), np.zeros(len(at))
+        _score_and_count(
+            self._nodes,
+            self._contexts,
+            self._room,
+            self._weights,
+            self._scored,
+            chunk.targets.astype(np.uint16),
+            np.exp(-chunk.nll.astype(np.float64)),
+            self._vocab_size,
+            at,
+            nll,
+            weights,
+            sums,
+        )
+        return nll, weights, sums
+
+
+@njit(cache=True, nogil=True)
+def _home(nodes, parent, token):  # type: ignore[no-untyped-def]
+    """The slot where the search for an n-gram begins. The multipliers are SplitMix64's."""
+    h = (np.uint64(parent) << np.uint64(16)) | np.uint64(token)
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.int64(((h >> np.uint64(32)) * np.uint64(len(nodes) - 1)) >> np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def _find(nodes, parent, token):  # type: ignore[no-untyped-def]
+    """The slot of an n-gram, or the empty one where it would be stored."""
+    slot = _home(nodes, parent, token)
+    while nodes[slot].count and (nodes[slot].parent != parent or nodes[slot].token != token):
+        slot += 1
+        if slot == len(nodes) - 1:
+            slot = 0
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _touch(nodes, contexts, token):  # type: ignore[no-untyped-def]
+    """Reads where all searches for `token` begin: together they wait for memory once, and each after the other seven times.
+
+    The sum of what was read says nothing. It is there for the compiler, which would leave out what nobody takes.
+    """
+    total = 0
+    for k in range(len(contexts)):
+        total += nodes[_home(nodes, max(contexts[k], 0), token)].count
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _probability(nodes, contexts, token, vocab_size, children):  # type: ignore[no-untyped-def]
+    """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to `children`.
+
+    What followed a context also followed every shorter one, so the search ends at the first that it did not.
+    """
+    p, known, searching = 1 / vocab_size, 0, True
+    for k in range(len(contexts)):
+        if contexts[k] < 0 or nodes[contexts[k]].total == 0:
+            break
+        total, distinct = nodes[contexts[k]].total, nodes[contexts[k]].distinct
+        count = 0
+        if searching:
+            children[k] = _find(nodes, contexts[k], token)
+            count = nodes[children[k]].count
+            searching = count > 0
+            known += searching
+        p = (count + distinct * p) / (total + distinct)
+    return p, known
+
+
+@njit(cache=True, nogil=True)
+def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-untyped-def]
+    """Counts `token` after the contexts, the shortest first, and moves these on by it; it has followed the first `known`."""
+    parent = contexts[0]
+    for k in range(len(contexts)):
+        child = -1
+        if k < known:
+            child = children[k]
+            nodes[child].count += 1
+        elif parent >= 0 and room[0] > 0 and nodes[parent].distinct < MOST_DISTINCT:
+            child = _find(nodes, parent, token)
+            nodes[child].parent, nodes[child].token, nodes[child].count = parent, token, 1
+            nodes[parent].distinct += 1
+            room[0] -= 1
+        if child >= 0:
+            nodes[parent].total += 1
+        if k + 1 < len(contexts):  # what is not stored has nothing longer stored that ends in it
+            parent = contexts[k + 1] if child >= 0 else -1
+            contexts[k + 1] = child
+
+
+@njit(cache=True, nogil=True)
+def _score_and_count(  # type: ignore[no-untyped-def]
+    nodes, contexts, room, weights, scored, targets, p, vocab_size, at, nll, weights_at, sums
+):
+    children = np.empty(len(contexts), np.int64)
+    asked = touched = 0
+    for i in range(len(targets)):
+        touched += _touch(nodes, contexts, targets[i])
+        length = 0  # of the longest context that was ever continued
+        while length + 1 < len(contexts) and contexts[length + 1] >= 0 and nodes[contexts[length + 1]].total > 0:
+            length += 1
+        w = weights[length]
+        if asked < len(at) and at[asked] == i:
+            weights_at[asked] = w
+            for v in range(vocab_size):
+                sums[asked] += _probability(nodes, contexts, v, vocab_size, children)[0]
+            asked += 1
+        p_ng, known = _probability(nodes, contexts, targets[i], vocab_size, children)
+        mixed = (1 - w) * p[i] + w * p_ng
+        nll[i] = -np.log(mixed)
+        scored[length] += 1
+        weights[length] += (w * p_ng / mixed - w) / (scored[length] + START_COUNT)
+        _count(nodes, contexts, children, known, targets[i], room)
+    return touched

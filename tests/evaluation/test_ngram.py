@@ -1,0 +1,298 @@
+"""The n-gram caches against literal Python, and what makes a score honest: order, causality, mass."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.evaluation import ngram_exact, ngram_tables, ngram_tilt
+from sngpt_jax.evaluation.ngram import Chunk, make_cache
+from tests import ngram_oracle
+
+V = 6
+MODES = ("hashed5", "backoff", "undercount", "exact", "tilt")
+DISTRIBUTIONS = ("exact", "tilt")
+BUCKETS = 64  # so few that n-grams of these streams collide
+NONE = np.empty(0, np.int64)
+
+
+@pytest.fixture(autouse=True)
+def few_buckets(monkeypatch):
+    monkeypatch.setattr(ngram_tables, "BUCKETS", BUCKETS)
+
+
+def stream(length, seed=0):
+    """Tokens that repeat a pattern, of late another one, with some noise: contexts of all lengths come back."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(0, V, (2, 19))
+    tokens = np.array([patterns[int(i > length // 2), i % 19] for i in range(length)])
+    noise = rng.random(length) < 0.03
+    return np.where(noise, rng.integers(0, V, length), tokens).astype(np.uint16)
+
+
+def model(tokens):
+    """Probabilities [n, V] of a model that knows the last token, float32 losses taken from them."""
+    rng = np.random.default_rng(1)
+    table = rng.dirichlet(np.full(V, 0.5), V)
+    return table[tokens[:-1]]
+
+
+def readings(tokens, hints=None):
+    """What `model` says of all targets."""
+    p, targets = model(tokens), tokens[1:]
+    rows = np.arange(len(targets))
+    hint_nll = None if hints is None else -np.log(p[rows, hints]).astype(np.float32)
+    return Chunk(
+        targets,
+        -np.log(p[rows, targets]).astype(np.float32),
+        (-(p * np.log(p)).sum(1) + 3).astype(np.float32),  # near 4, where the weight of backoff turns
+        np.ones(len(targets), np.float32),
+        hints,
+        hint_nll,
+    )
+
+
+def part(chunk, start, stop):
+    return Chunk(*(None if a is None else a[start:stop] for a in chunk))
+
+
+def make(mode, tokens, *, first_segment=37, segment=16, memory=2**24):
+    return make_cache(
+        "backoff" if mode == "undercount" else mode,
+        first_token=int(tokens[0]),
+        vocab_size=V,
+        targets=len(tokens) - 1,
+        first_segment=first_segment,
+        segment=segment,
+        memory=memory,
+        undercount=mode == "undercount",
+    )
+
+
+def play(mode, tokens, cuts=(), at=None, **kwargs):
+    """Scores of a stream that a new cache is given in parts, or at the positions `at` masses, and what it was given."""
+    cache = make(mode, tokens, **kwargs)
+    edges = [0, *cuts, len(tokens) - 1]
+    hints = cache.hints and np.concatenate([cache.hints(tokens[1:][a:b]) for a, b in itertools.pairwise(edges)])
+    chunk = readings(tokens, hints)
+    found = []
+    for a, b in itertools.pairwise(edges):
+        if at is None:
+            found.append(cache.score(part(chunk, a, b)))
+        else:
+            found.append(cache.mass(part(chunk, a, b), at[(a <= at) & (at < b)] - a))
+    return np.concatenate(found), chunk
+
+
+def hashed_oracle(mode, tokens, segments=(37, *[16] * 1000)):
+    """What the hashed caches give and with what weight, [n] each; an absent n-gram weighs nothing."""
+    orders = (5,) if mode == "hashed5" else range(2, 8)
+    found = ngram_oracle.hashed(
+        tokens.tolist(), V, orders=orders, segments=segments, buckets=BUCKETS, undercount=mode == "undercount"
+    )
+    entropy = readings(tokens).entropy.astype(np.float64)
+    alpha = np.array([0.2 if mode == "hashed5" else 0.05 + 0.55 / (1 + math.exp(-2 * (h - 4))) for h in entropy])
+    return np.array([np.zeros(V) if a is None else a for a in found]), np.where([a is None for a in found], 0, alpha)
+
+
+# ---------------------------------------------------------------------------------------------- against literal Python
+
+
+@pytest.mark.parametrize("mode", ["hashed5", "backoff", "undercount"])
+def test_hashed_caches_give_what_the_definition_gives(mode):
+    tokens = stream(1500)
+    given_V, alpha = hashed_oracle(mode, tokens)
+    assert 0 < np.count_nonzero(alpha) < len(alpha)
+    scores, chunk = play(mode, tokens)
+    p_ng = given_V[np.arange(len(given_V)), chunk.targets]
+    p = (1 - alpha) * np.exp(-chunk.nll.astype(np.float64)) + alpha * p_ng
+    np.testing.assert_allclose(scores, -np.log(np.clip(p, 1e-12, 1)), rtol=1e-12)
+
+    mass, _ = play(mode, tokens, at=np.arange(len(given_V)))
+    np.testing.assert_allclose(mass, 1 - alpha + alpha * given_V.sum(1), rtol=1e-12)
+    assert mass.mean() > 1.05  # every token inherits what collides with it
+
+
+def test_published_tables_are_of_4_194_304_buckets(monkeypatch):
+    monkeypatch.undo()
+    cache = make("hashed5", stream(10))
+    assert cache._tables.shape == (1, 2, 2**22) and cache._tables.dtype == np.uint32
+    assert "4,194,304 buckets, 32 MiB; not a probability distribution" in cache.about
+
+
+def test_hashed5_believes_a_context_seen_twice_and_not_a_target_with_fewer_than_four_tokens_before_it():
+    """A token that repeats: from index 4 on its context is counted, so index 6 is the first that is mixed."""
+    tokens = np.full(12, 3, np.uint16)
+    certain = Chunk(tokens[1:], np.full(11, np.log(10), np.float32))
+    mixed = make("hashed5", tokens, first_segment=1, segment=1).score(certain)
+    np.testing.assert_allclose(np.exp(-mixed), [0.1] * 5 + [0.8 * 0.1 + 0.2] * 6, rtol=1e-6)
+    later = make("hashed5", tokens, first_segment=9, segment=1).score(certain)  # counted once the segment is scored
+    np.testing.assert_allclose(np.exp(-later), [0.1] * 9 + [0.28] * 2, rtol=1e-6)
+
+
+def test_undercount_keeps_a_mixed_target_from_the_orders_below():
+    tokens = np.full(30, 3, np.uint16)
+    chunk = Chunk(tokens[1:], np.ones(29, np.float32), np.full(29, 4, np.float32))
+    full, under = (make(mode, tokens, first_segment=1, segment=1) for mode in ("backoff", "undercount"))
+    full.score(chunk)
+    under.score(chunk)
+    # with every target at every order: 30 tokens hold 31 - n n-grams, of which the first token, no target, ends none
+    assert full._tables[:, 0].max(1).tolist() == [30 - max(n - 1, 1) for n in range(7, 1, -1)]
+    # as published: two targets are counted at order n before the next one finds it known, then the order above takes over
+    assert under._tables[:, 0].max(1).tolist() == [24, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("memory", [2**24, 16400])
+def test_exact_gives_what_the_definition_gives(memory):
+    """In memory that holds every n-gram, and in 1,024 slots and the root's, of which 682 are for n-grams."""
+    tokens = stream(3000)
+    chunk = readings(tokens)
+    p = np.exp(-chunk.nll.astype(np.float64))
+    start = {"start": ngram_exact.START_WEIGHT, "start_count": ngram_exact.START_COUNT}
+    room = 682 if memory == 16400 else math.inf
+    weights, given = zip(*ngram_oracle.exact(tokens.tolist(), p, V, **start, room=room), strict=True)
+    weights, given_V = np.array(weights), np.array(given)
+
+    p_ng = given_V[np.arange(len(given_V)), chunk.targets]
+    scores, _ = play("exact", tokens, memory=memory)
+    np.testing.assert_allclose(scores, -np.log((1 - weights) * p + weights * p_ng), rtol=1e-12)
+    assert scores.mean() < chunk.nll.mean() - 0.3  # and it is worth something here
+
+    cache = make("exact", tokens, memory=memory)
+    mass = cache.mass(chunk, np.arange(len(p)))
+    np.testing.assert_allclose(mass, 1, rtol=0, atol=1e-12)
+    assert cache.memory_bytes == cache._nodes.nbytes <= memory
+    assert (cache._room[0] == 0) == (memory == 16400)
+    stated = (
+        "room for 682 n-grams; what comes later is not counted" if memory == 16400 else "room for every n-gram of the stream"
+    )
+    assert cache.about.endswith(stated)
+
+
+def test_exact_stays_a_distribution_over_the_largest_vocabulary():
+    """Of 65,536 tokens after one context a node's 16 bits count all but one."""
+    targets = np.arange(2**16).astype(np.uint16)
+    cache = make_cache("exact", first_token=0, vocab_size=2**16, targets=len(targets), first_segment=1, segment=1, memory=2**26)
+    chunk = Chunk(targets, np.ones(2**16, np.float32), mass=np.ones(2**16, np.float32))
+    assert cache.mass(chunk, np.array([2**16 - 1])) == pytest.approx(1, abs=1e-9)
+    assert cache.mass(chunk, np.array([0, 2**15])) == pytest.approx(1, abs=1e-9)
+
+
+def test_hints_are_what_followed_four_times_in_a_row():
+    tokens = stream(3000)
+    cache = make("tilt", tokens)
+    hints = cache.hints(tokens[1:])
+    expected = np.array(ngram_oracle.hints(tokens.tolist()))
+    np.testing.assert_array_equal(hints, expected)
+    assert 0 < (hints != tokens[1:])[hints >= 0].mean() < 0.5  # noise breaks some
+
+
+def test_a_full_table_of_hints_forgets_and_invents_nothing(monkeypatch):
+    monkeypatch.setattr(ngram_tilt, "BUCKETS", 16)
+    tokens = stream(3000)
+    hints = make("tilt", tokens).hints(tokens[1:])
+    expected = np.array(ngram_oracle.hints(tokens.tolist()))
+    given = hints >= 0
+    assert 0 < given.sum() < (expected >= 0).sum()
+    np.testing.assert_array_equal(hints[given], expected[given])
+
+
+def test_tilt_lifts_the_hint_and_divides_by_the_sum():
+    tokens = stream(3000)
+    scores, chunk = play("tilt", tokens)
+    p_V = model(tokens)
+    hinted = chunk.hints >= 0
+    p_V[hinted, chunk.hints[hinted]] *= math.exp(2.625)
+    p_V /= p_V.sum(1, keepdims=True)
+    np.testing.assert_allclose(scores, -np.log(p_V[np.arange(len(p_V)), chunk.targets]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(scores[~hinted], chunk.nll[~hinted])
+
+
+# ---------------------------------------------------------------------------------------------- honesty
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mass_is_the_sum_of_the_scores_of_every_token(mode):
+    """The last target is replaced by each token in turn, and scored with the state that all before it left."""
+    for length in (5, 800, 1203):
+        tokens = stream(length)
+        total = 0.0
+        for v in range(V):
+            tokens[-1] = v
+            scores, _ = play(mode, tokens)
+            total += math.exp(-scores[-1])
+        mass, _ = play(mode, tokens, at=np.array([length - 2]))
+        assert mass == pytest.approx(total, rel=1e-6)  # losses are given in float32
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_distributions_sum_to_one_and_the_others_do_not(mode):
+    tokens = stream(2000)
+    mass, _ = play(mode, tokens, at=np.arange(0, 1999, 7))
+    assert make(mode, tokens).is_distribution == (mode in DISTRIBUTIONS)
+    if mode in DISTRIBUTIONS:
+        np.testing.assert_allclose(mass, 1, rtol=0, atol=1e-9)
+    else:
+        assert mass.mean() > 1.05
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("changed", [1, 700, 1190])
+def test_a_changed_token_changes_no_score_before_it(mode, changed):
+    tokens, other = stream(1200), stream(1200)
+    other[changed] = (other[changed] + 1) % V
+    (before, chunk), (after, other_chunk) = play(mode, tokens), play(mode, other)
+    np.testing.assert_array_equal(before[: changed - 1], after[: changed - 1])
+    assert before[changed - 1] != after[changed - 1]
+    if chunk.hints is not None:
+        np.testing.assert_array_equal(chunk.hints[:changed], other_chunk.hints[:changed])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=10)
+@given(cuts=st.lists(st.integers(0, 599), max_size=8).map(sorted), first=st.integers(1, 90), segment=st.integers(1, 50))
+def test_how_the_stream_is_cut_changes_nothing(mode, cuts, first, segment):
+    tokens, segments = stream(600), {"first_segment": first, "segment": segment}
+    whole, _ = play(mode, tokens, **segments)
+    np.testing.assert_array_equal(play(mode, tokens, cuts, **segments)[0], whole)
+    at = np.arange(0, 599, 5)
+    np.testing.assert_array_equal(play(mode, tokens, cuts, at, **segments)[0], play(mode, tokens, (), at, **segments)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_taking_the_mass_counts_as_scoring_does(mode):
+    tokens = stream(1000)
+    whole, chunk = play(mode, tokens)
+    cache = make(mode, tokens)
+    cache.mass(part(chunk, 0, 700), np.arange(0, 700, 3))
+    np.testing.assert_array_equal(cache.score(part(chunk, 700, 999)), whole[700:])
+
+
+# ---------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_too_little_memory_is_refused():
+    with pytest.raises(UserError, match="1000 bytes are too little memory for the n-gram cache exact: give it 16400 or more"):
+        make("exact", stream(3000), memory=1000)
+    assert make("exact", stream(3000), memory=16400).memory_bytes == 16400
+
+
+def test_memory_that_the_machine_refuses_is_one_line(monkeypatch):
+    def refuse(*_):
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr(ngram_exact, "ExactCache", refuse)
+    with pytest.raises(UserError, match="no memory for the tables of the n-gram cache exact: Unable to allocate 1 TiB"):
+        make("exact", stream(10))
+
+
+def test_missing_numba_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.ngram_exact")
+    with pytest.raises(UserError, match="exact needs the package numba: pip install 'sngpt-jax\\[eval\\]'"):
+        make("exact", stream(10))
