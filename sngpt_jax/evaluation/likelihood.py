@@ -4,6 +4,7 @@ Every text begins with BOS, as documents do. The model sees at most T = data.seq
 from the left, BOS included, so that it begins in the middle as most windows of training do.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,13 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.generation import generate_tokens
+from sngpt_jax.model.attention import ntk_base
 from sngpt_jax.parallel import batch_placer
 from sngpt_jax.step import Variables, make_eval_step
 
 Progress = Callable[[int, int], None]  # (done, total)
 
 LEAST_LENGTH = 16  # inputs of the shortest rows; below it a program costs more to compile than its padding to run
-NARROW = 8  # rows whose scored targets fit into a NARROW-th of their length compute the logits of no more than that
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class _Row:
         return len(self.tokens) - 1
 
 
+_Scored = tuple[_Row, np.ndarray, np.ndarray]  # a row, and of its scored targets the nll and whether each is the likeliest
+
+
 def _rows(pair: int, tokens: np.ndarray, first: int, seq_len: int) -> Iterator[_Row]:
     """Rows of at most `seq_len` inputs that score every target from index `first` on once.
 
@@ -65,8 +69,10 @@ def _power_of_two(n: int) -> int:
 
 
 @functools.cache  # so that one program serves all calls
-def _eval_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    return make_eval_step(config, mesh, ("nll", "greedy"))
+def _eval_step(config: ModelConfig, mesh: Mesh, seq_len: int) -> jax.stages.Wrapped:
+    # with NTK scaling the rotary base follows from the length: shorter rows have that of the training's too
+    base = ntk_base(config.rope_base, config.rotary_dims, seq_len, config.rope_ntk_len)
+    return make_eval_step(dataclasses.replace(config, rope_base=base, rope_ntk_len=0), mesh, ("nll", "greedy"))
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:
@@ -129,53 +135,41 @@ class LanguageModel:
         """ln p of each whole text after BOS; longer ones than T tokens in windows, each token scored once."""
         return [found.logprob for found in self.loglikelihood([("", text) for text in texts], progress)]
 
-    def _padded(self, length: int) -> int:
-        """Inputs that a row of `length` is padded to on the right, where causal attention never sees them."""
-        if self.config.model.rope_ntk_len:  # the rotary base follows from the length, and the model knows that of its training
-            return self.seq_len
-        return min(self.seq_len, max(LEAST_LENGTH, _power_of_two(length)))
+    def _score(self, rows: Sequence[_Row]) -> Iterator[list[_Scored]]:
+        """What the model makes of `rows`, a batch at a time, the longest rows first.
 
-    def _shape(self, row: _Row) -> tuple[int, int]:
-        """T and S of the batch that a row goes into: inputs, and positions that have logits."""
-        T = self._padded(row.length)
-        return (T, T // NARROW) if row.scored <= T // NARROW else (T, T)
-
-    def _offset(self, row: _Row) -> int:
-        """The first of the S positions that have logits; the scored ones are among them."""
-        T, S = self._shape(row)
-        return min(row.length - row.scored, T - S)
-
-    def _score(self, rows: Sequence[_Row]) -> Iterator[list[tuple[_Row, np.ndarray, np.ndarray]]]:
-        """Rows with the nll and whether the target is the likeliest of their scored targets, a batch at a time, longest rows first.
-
-        A batch is dispatched before the one before it is read, so that the devices do not wait for the host.
+        A batch of rows padded to T inputs computes logits at S positions, enough for the row that scores most. It is dispatched
+        before the one before it is read, so that the devices do not wait for the host.
         """
-        step, place = _eval_step(self.config.model, self.mesh), batch_placer(self.mesh)
+        step, place = _eval_step(self.config.model, self.mesh, self.seq_len), batch_placer(self.mesh)
         devices = self.mesh.devices.size
+        widest = _power_of_two(max((row.scored for row in rows), default=1))
 
-        def read(found: dict[str, jax.Array], part: Sequence[_Row]) -> list[tuple[_Row, np.ndarray, np.ndarray]]:
+        def padded(row: _Row) -> int:
+            return min(self.seq_len, max(LEAST_LENGTH, _power_of_two(row.length)))  # causal attention never sees what fills up
+
+        def read(found: dict[str, jax.Array], part: Sequence[_Row], offsets_B: np.ndarray) -> list[_Scored]:
             nll_BS, greedy_BS = np.asarray(found["nll"]), np.asarray(found["greedy"])
-            ends = [row.length - self._offset(row) for row in part]
+            ends = [row.length - offset for row, offset in zip(part, offsets_B.tolist(), strict=False)]
             return [
                 (row, nll_BS[b, end - row.scored : end], greedy_BS[b, end - row.scored : end])
                 for b, (row, end) in enumerate(zip(part, ends, strict=True))
             ]
 
-        pending: tuple[dict[str, jax.Array], Sequence[_Row]] | None = None
-        for (T, S), group in groupby(sorted(rows, key=self._shape, reverse=True), self._shape):
-            same_shape = list(group)
+        pending: tuple[dict[str, jax.Array], Sequence[_Row], np.ndarray] | None = None
+        for T, group in groupby(sorted(rows, key=padded, reverse=True), padded):
+            same_length, S = list(group), min(T, widest)
             most = max(1, self.config.eval.device_batch_tokens // T)
-            B = min(most, _power_of_two(math.ceil(len(same_shape) / devices))) * devices  # few sizes, so few programs
-            for first in range(0, len(same_shape), B):
-                part = same_shape[first : first + B]
-                tokens_BT = np.zeros((B, T + 1), np.int32)
-                offsets_B = np.zeros(B, np.int32)
+            B = min(most, _power_of_two(math.ceil(len(same_length) / devices))) * devices  # few sizes, so few programs
+            for first in range(0, len(same_length), B):
+                part = same_length[first : first + B]
+                tokens_BT, offsets_B = np.zeros((B, T + 1), np.int32), np.zeros(B, np.int32)
                 for b, row in enumerate(part):
                     tokens_BT[b, : len(row.tokens)] = row.tokens
-                    offsets_B[b] = self._offset(row)
+                    offsets_B[b] = min(row.length - row.scored, T - S)
                 targets_BS = np.take_along_axis(tokens_BT[:, 1:], offsets_B[:, None] + np.arange(S)[None], axis=1)
                 batch = {"inputs": tokens_BT[:, :-1], "targets": targets_BS, "offsets": offsets_B}
-                dispatched = step(self.variables, place(batch)), part
+                dispatched = step(self.variables, place(batch)), part, offsets_B
                 if pending:
                     yield read(*pending)
                 pending = dispatched
