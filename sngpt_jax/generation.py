@@ -26,8 +26,6 @@ from sngpt_jax.model.embeddings import LOOK_BACK
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, _graph, abstract_variables
 
-Tables = tuple[jax.Array, jax.Array] | None  # cosines and sines [U, S, r/2] of U rotary bases; None: positions are learned
-
 
 def draw(
     logits_V: jax.Array, key: jax.Array, position: jax.Array, temperature: jax.Array, *, top_k: int, vocab_size: int
@@ -62,7 +60,7 @@ def pick(x_BT: jax.Array, at_B: jax.Array) -> jax.Array:
 def _continued(
     variables: Variables,
     batch: Batch,
-    tables: Tables,
+    tables: jax.Array | None,
     key: jax.Array,
     temperature: jax.Array,
     max_tokens: jax.Array,
@@ -77,13 +75,18 @@ def _continued(
     """Prompts and what follows them, int32 [B, size], known to all processes.
 
     The batch holds "tokens" [B, T], prompts filled up to T; "length" [B], theirs; "row" [B], the number of each; and "table"
-    [B], which of the rotary tables is a row's. The text of a row goes on, to no purpose, while another of its device has not
-    ended.
+    [B], which of the rotary `tables` [cosines and sines, U, size, r/2] is a row's; there are none with learned positions.
+    The text of a row goes on, to no purpose, while another of its device has not ended.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def local(
-        variables: Variables, batch: Batch, tables: Tables, key: jax.Array, temperature: jax.Array, max_tokens: jax.Array
+        variables: Variables,
+        batch: Batch,
+        tables: jax.Array | None,
+        key: jax.Array,
+        temperature: jax.Array,
+        max_tokens: jax.Array,
     ) -> jax.Array:
         model = nnx.merge(_graph(config), gather(variables, layout))
         length_B = batch["length"]
@@ -104,7 +107,7 @@ def _continued(
             Those behind a shorter prompt's end are nothing's; no position sees them before it has written its own there.
             """
             T = tokens_BT.shape[1]
-            rotary = None if tables is None else tuple(table[batch["table"], :T] for table in tables)
+            rotary = None if tables is None else (tables[0, batch["table"], :T], tables[1, batch["table"], :T])
             memory = Memory()
             x_BTD = model.run(model.encode(tokens_BT), Positions(rotary, causal_mask(T), memory))
             filled = [(0, 0), (0, size - T), (0, 0), (0, 0)]
@@ -118,7 +121,8 @@ def _continued(
             first_B = jnp.maximum(position_B - LOOK_BACK, 0)
             tokens_BW = jnp.take_along_axis(tokens_BS, first_B[:, None] + window[None], axis=1)
             encoded = jax.tree.map(lambda x_BW: pick(x_BW, position_B - first_B), model.encode(tokens_BW, first_B))
-            rotary = None if tables is None else tuple(table[batch["table"], position_B][:, None] for table in tables)
+            at = batch["table"], position_B
+            rotary = None if tables is None else (tables[0][at][:, None], tables[1][at][:, None])
             seen_B1S = jnp.arange(size)[None, None] <= position_B[:, None, None]
             memory = Memory(past, position_B)
             return model.run(encoded, Positions(rotary, seen_B1S, memory)), memory.kept
@@ -153,15 +157,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _rotary(config: ModelConfig, totals: Sequence[int], seq_len: int, size: int) -> tuple[Tables, np.ndarray]:
+def _rotary(config: ModelConfig, totals: Sequence[int], seq_len: int, size: int) -> tuple[np.ndarray | None, np.ndarray]:
     """The tables of texts with so many tokens each, and which is whose; with NTK scaling the base follows from the length."""
     if config.positions == "learned":
         return None, np.zeros(len(totals), np.int32)
     width = config.rotary_dims
     bases = [ntk_base(config.rope_base, width, max(total, seq_len), config.rope_ntk_len) for total in totals]
     distinct, which = np.unique(bases, return_inverse=True)
-    cos, sin = zip(*(rotary_tables(size, width, base) for base in distinct), strict=True)
-    return (np.stack(cos), np.stack(sin)), which.astype(np.int32)
+    return np.stack([rotary_tables(size, width, base) for base in distinct], axis=1), which.astype(np.int32)
 
 
 def generate_tokens(

@@ -1,58 +1,29 @@
 """Text from a trained model: `python -m sngpt_jax.sample --run runs/quickstart --prompt "def "`."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.data.tokenizer import Tokenizer
+from sngpt_jax.generation import generate_tokens
 from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import make_mesh
-from sngpt_jax.step import Params, forward
-
-
-@functools.partial(jax.jit, static_argnames=("apply", "top_k", "vocab_size"))
-def fill(
-    apply: Callable[[Params, jax.Array], jax.Array],
-    params: Params,
-    buffer_T: jax.Array,
-    start: jax.Array,
-    stop: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    top_k: int,
-    vocab_size: int,
-) -> jax.Array:
-    """Fills positions start … stop-1 of `buffer_T`, each drawn from the model's distribution given the ones before it.
-
-    Drawn are tokens below `vocab_size`, the tokenizer's: the model's table may have more rows, which no text has trained.
-    """
-
-    def draw(position: jax.Array, buffer_T: jax.Array) -> jax.Array:
-        logits_V = apply(params, buffer_T[None])[0, position - 1, :vocab_size]
-        if top_k:
-            threshold = jax.lax.top_k(logits_V, top_k)[0][-1]
-            logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
-        drawn = jax.random.categorical(jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V))
-        return buffer_T.at[position].set(token.astype(buffer_T.dtype))
-
-    return jax.lax.fori_loop(start, stop, draw, buffer_T)
+from sngpt_jax.step import Variables
 
 
 def generate(
     config: ModelConfig,
-    params: Params,
+    variables: Variables,
+    mesh: Mesh,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -64,35 +35,29 @@ def generate(
 ) -> str:
     """The prompt continued by `max_tokens` tokens, cut at the next document's start.
 
-    Every position is a full forward pass over one fixed buffer, so one program serves the whole text. `temperature` 0
-    takes the likeliest token; `top_k` 0 keeps the whole vocabulary; `seq_len` is the training's. Raises `UserError` where
-    the text would not fit into model.max_seq_len positions.
+    `temperature` 0 takes the likeliest token; `top_k` 0 keeps the whole vocabulary; `seq_len` is the training's. Raises
+    `UserError` where the text would not fit into model.max_seq_len positions.
     """
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-    length = len(prompt_ids) + max_tokens
-    if length > config.max_seq_len:
+    if len(prompt_ids) + max_tokens > config.max_seq_len:
         raise UserError(
             f"--prompt of {len(prompt_ids)} tokens and --max-tokens {max_tokens} exceed model.max_seq_len ="
             f" {config.max_seq_len}; shorten one of them"
         )
-    # with NTK scaling the rotary base follows from the length, and the model knows that of its training
-    buffer = np.full(max(length, seq_len) if config.rope_ntk_len else length, tokenizer.bos_id, np.int32)
-    buffer[: len(prompt_ids)] = prompt_ids
-    filled = fill(
-        forward(config),
-        params,
-        jnp.asarray(buffer),
-        jnp.int32(len(prompt_ids)),
-        jnp.int32(length),
-        jax.random.key(seed),
-        jnp.float32(temperature),
-        min(top_k, tokenizer.vocab_size),
-        tokenizer.vocab_size,
+    (new,) = generate_tokens(
+        config,
+        variables,
+        mesh,
+        [prompt_ids],
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        vocab_size=tokenizer.vocab_size,
+        end_id=tokenizer.bos_id,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
     )
-    tokens = np.asarray(filled)[:length]
-    ends = np.flatnonzero(tokens[len(prompt_ids) :] == tokenizer.bos_id)
-    stop = len(prompt_ids) + ends[0] if len(ends) else length
-    return tokenizer.decode(tokens[1:stop])
+    return tokenizer.decode(np.concatenate([prompt_ids[1:], new]))
 
 
 @dataclass(frozen=True)
@@ -118,11 +83,13 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.log_to_stderr()
-    model = open_model(arguments.run, arguments.artifact, make_mesh(), arguments.step, arguments.weights)
+    mesh = make_mesh()
+    model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     tokenizer = model.tokenizer()
     text = generate(
         model.config.model,
         model.variables,
+        mesh,
         tokenizer,
         arguments.prompt,
         seq_len=model.config.data.seq_len,

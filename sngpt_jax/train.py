@@ -135,6 +135,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
             text = generate(
                 config.model,
                 weights.get(config.eval.weights, weights["final"]),
+                mesh,
                 data.tokenizer,
                 config.eval.sample_prompt,
                 seq_len=config.data.seq_len,
