@@ -82,12 +82,22 @@ def cut_at(text: str, until: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A trained model with its tokenizer, on the devices of a mesh. Several processes make the same calls, each for all."""
+    """A trained model with its tokenizer, on the devices of a mesh. Several processes make the same calls, each for all.
+
+    Raises `UserError` where the tokenizer has tokens that the model has not.
+    """
 
     config: Config
     variables: Variables  # laid out over the mesh
     tokenizer: Tokenizer
     mesh: Mesh
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than model.vocab_size ="
+                f" {self.config.model.vocab_size}; take the one that the model was trained with"
+            )
 
     @property
     def seq_len(self) -> int:

@@ -174,6 +174,11 @@ def test_losses_that_are_not_finite_are_one_line():
         broken.rolling(["a"])
 
 
+def test_a_tokenizer_of_another_vocabulary_is_one_line():
+    with pytest.raises(UserError, match="the tokenizer has 32 tokens, more than model.vocab_size = 31"):
+        make(vocab_size=TH)
+
+
 def test_a_sentencepiece_tokenizer_that_drops_spaces_loses_no_word(tmp_path):
     """Its tokens of context and continuation together, but for the context's, are scored; alone the word is another token."""
     text = ["the cat sat on the mat and the dog sat on the log " * 5 + "xyz"]
