@@ -25,7 +25,7 @@ START_COUNT = 100  # targets that the first weight is worth
 NODE = np.dtype(
     [("parent", np.uint32), ("token", np.uint16), ("distinct", np.uint16), ("count", np.uint32), ("total", np.uint32)]
 )
-MOST_DISTINCT = 2**16 - 1  # tokens after one context; of 65,536, one would not be stored
+MOST_DISTINCT = 2**16 - 1  # N(s) stays there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
 MOST_SLOTS = 2**32 - 1
 LEAST_SLOTS = 1024
 
@@ -152,15 +152,15 @@ def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-un
         if k < known:
             child = children[k]
             nodes[child].count += 1
-        elif parent >= 0 and room[0] > 0 and nodes[parent].distinct < MOST_DISTINCT:
+        elif parent >= 0 and room[0] > 0:
             child = _find(nodes, parent, token)
             nodes[child].parent, nodes[child].token, nodes[child].count = parent, token, 1
-            nodes[parent].distinct += 1
+            nodes[parent].distinct = min(nodes[parent].distinct + 1, MOST_DISTINCT)
             room[0] -= 1
         if child >= 0:
             nodes[parent].total += 1
-        if k + 1 < len(contexts):  # what is not stored has nothing longer stored that ends in it
-            parent = contexts[k + 1] if child >= 0 else -1
+        if k + 1 < len(contexts):
+            parent = contexts[k + 1]
             contexts[k + 1] = child
 
 

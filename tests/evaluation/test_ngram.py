@@ -175,11 +175,13 @@ def test_exact_gives_what_the_definition_gives(memory):
 
 
 def test_exact_stays_a_distribution_over_the_largest_vocabulary():
-    """Of 65,536 tokens after one context a node's 16 bits count all but one."""
+    """A node has 16 bits for how many tokens followed; of 65,536 it counts all but one."""
     targets = np.arange(2**16).astype(np.uint16)
     cache = make_cache("exact", first_token=0, vocab_size=2**16, targets=len(targets), first_segment=1, segment=1, memory=2**26)
     chunk = Chunk(targets, np.ones(2**16, np.float32), mass=np.ones(2**16, np.float32))
     assert cache.mass(chunk, np.array([2**16 - 1])) == pytest.approx(1, abs=1e-9)
+    root = cache._nodes[-1]
+    assert (root["distinct"], root["total"]) == (2**16 - 1, 2**16 + 1)
     assert cache.mass(chunk, np.array([0, 2**15])) == pytest.approx(1, abs=1e-9)
 
 
