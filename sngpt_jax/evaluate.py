@@ -187,7 +187,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"with n-gram cache {cached['cache']}: loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of"
             f" the vocabulary {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at {mass['positions']:,}"
-            f" positions{verdict}"
+            f" positions{verdict}; {cached['normalized_bpb']:.4f} bits/byte if divided by it"
         )
     return lines
 

@@ -55,6 +55,10 @@ def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, cache):
     assert with_cache["is_distribution"] == DISTRIBUTIONS[cache]
     if DISTRIBUTIONS[cache]:
         assert mass["min"] == pytest.approx(1, abs=1e-5) and mass["max"] == pytest.approx(1, abs=1e-5)
+    if cache == "hashed5":  # every position is a probe: the literal score of p' / Σ p'
+        assert with_cache["normalized_bpb"] == pytest.approx(
+            (with_cache["loss"] + mass["mean_log"]) * TOKENS / math.log(2) / found["bytes"], rel=1e-12
+        )
     assert with_cache["bpb"] == pytest.approx(with_cache["loss"] * TOKENS / math.log(2) / found["bytes"], rel=1e-12)
     alone_again = tiny_run.run("evaluate", "--run", tiny_trained, *arguments, "--ngram", cache)
     assert alone_again.returncode == 0, alone_again.stderr

@@ -1,13 +1,14 @@
 """How fast a model is scored on this machine: `python -m sngpt_jax.evaluation.bench --config C --data DIR`.
 
 Scoring in windows beside the plain forward pass of the same batches, both in forward tokens a second, each input of a window
-counted; and the n-gram caches alone, in targets a second, on one core. The weights are those of the recipe's start.
+counted; and the n-gram caches alone on the training shards, in targets a second on one core, with the
+mass of what they give. The weights are those of the recipe's start.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
+from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset, TokenStream, open_dataset
 from sngpt_jax.evaluation import ngram, ngram_score
 from sngpt_jax.evaluation.bpb import score_stream
@@ -86,12 +88,16 @@ def forward_speeds(config: Config, dataset: Dataset, stride: int, batches: int, 
     return {name: statistics.median(found) for name, found in speeds.items()}
 
 
-def cache_speeds(stream: TokenStream, vocab_size: int, targets: int, stride: int, seq_len: int) -> dict[str, float]:
-    """Targets a second of each n-gram cache, on readings that are drawn."""
+def cache_results(
+    stream: TokenStream, vocab_size: int, targets: int, stride: int, seq_len: int
+) -> dict[str, dict[str, float | dict[str, float]]]:
+    """Of each n-gram cache its targets a second, and the mass of what it gives, beside a model whose readings are drawn."""
     tokens = stream.take(0, targets + 1)
     rng = np.random.default_rng(0)
     nll, entropy, hint_nll = (rng.gamma(2.0, 1.5, targets).astype(np.float32) for _ in range(3))
-    speeds: dict[str, float] = {}
+    ones = np.ones(targets, np.float32)
+    parts = [slice(first, min(first + 2**16, targets)) for first in range(0, targets, 2**16)]
+    results: dict[str, dict[str, float | dict[str, float]]] = {}
     for mode in get_args(ngram.Mode):
 
         def new(mode: ngram.Mode = mode) -> ngram.Cache:
@@ -107,15 +113,18 @@ def cache_speeds(stream: TokenStream, vocab_size: int, targets: int, stride: int
 
         cache = new()
         ngram_score.warm_up(cache)
+        chunks = []
         start = time.perf_counter()
-        for first in range(0, targets, 2**16):
-            part = slice(first, min(first + 2**16, targets))
+        for part in parts:
             following = tokens[1:][part]
             hints = cache.hints(following) if cache.hints else None
-            cache.score(ngram.Chunk(following, nll[part], entropy[part], None, hints, hint_nll[part]))
-        speeds[mode] = targets / (time.perf_counter() - start)
-        del cache
-    return speeds
+            chunks.append(ngram.Chunk(following, nll[part], entropy[part], ones[part], hints, hint_nll[part]))
+            cache.score(chunks[-1])
+        seconds = time.perf_counter() - start
+        del cache  # or there were two at a time
+        mass = ngram_score.mass(new(), chunks, progress_reporter(f"mass of {mode}"))
+        results[mode] = {"targets_per_s": targets / seconds, "mass": asdict(mass)}
+    return results
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,9 +145,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{config.data.dir}: the validation stream has {len(dataset.val)} tokens, less than one window")
     speeds = forward_speeds(config, dataset, arguments.stride, arguments.batches, arguments.repeats)
     targets = min(arguments.cache_targets, len(dataset.train) - 1)
-    caches = (
-        cache_speeds(dataset.train, config.model.vocab_size, targets, arguments.stride, config.data.seq_len) if targets else {}
-    )
+    caches: dict[str, Any] = {}
+    if targets:
+        caches = cache_results(dataset.train, config.model.vocab_size, targets, arguments.stride, config.data.seq_len)
     shares = {name: speeds[f"score_{name}"] / speeds[f"forward_{name}"] for name in ("standard", "sliding")}
     device = jax.devices()[0]
     if arguments.json != "-":
@@ -148,15 +157,19 @@ def main(argv: Sequence[str]) -> int:
                 f"{name:9} {speeds[f'score_{name}']:>12,.0f} forward tok/s, {share:.3f} of the plain forward pass's"
                 f" {speeds[f'forward_{name}']:,.0f}"
             )
-        for mode, speed in caches.items():
-            print(f"{mode:9} {speed:>12,.0f} targets/s over {targets:,} targets, one core")
+        for mode, found in caches.items():
+            mass = found["mass"]
+            print(
+                f"{mode:9} {found['targets_per_s']:>12,.0f} targets/s over {targets:,} targets, one core;"
+                f" mass {mass['mean']:.6g} ({mass['min']:.6g} to {mass['max']:.6g})"
+            )
     result = {
         "device": device.device_kind,
         "devices": len(jax.devices()),
         "forward_tok_per_s": speeds,
         "share_of_forward": shares,
         "cache_targets": targets,
-        "cache_targets_per_s": caches,
+        "caches": caches,
     }
     cli.write_json(result, arguments.json)
     return 0

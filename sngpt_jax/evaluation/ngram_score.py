@@ -29,6 +29,7 @@ class Mass:
     mean: float
     min: float
     max: float
+    mean_log: float  # nats a token that the loss would rise by if every distribution were divided by its mass
     positions: int
 
 
@@ -104,7 +105,7 @@ def mass(cache: Cache, chunks: list[Chunk], progress: Callable[[int, int], None]
         if progress:
             progress(stop, targets)
     values = np.concatenate(found)
-    return Mass(float(values.mean()), float(values.min()), float(values.max()), count)
+    return Mass(float(values.mean()), float(values.min()), float(values.max()), float(np.log(values).mean()), count)
 
 
 def as_dict(score: Score, mass: Mass, cache: Cache) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def as_dict(score: Score, mass: Mass, cache: Cache) -> dict[str, Any]:
     return {
         "loss": score.loss,
         "bpb": score.bpb,
+        "normalized_bpb": score.bpb * (1 + mass.mean_log / score.loss),
         "mass": asdict(mass),
         "is_distribution": cache.is_distribution,
         "memory_bytes": cache.memory_bytes,
