@@ -21,9 +21,11 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ExportConfig, Weights
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation import ngram, ngram_score, tasks
+from sngpt_jax.evaluation import tasks
 from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.evaluation.likelihood import LanguageModel
+from sngpt_jax.evaluation.ngram import score as ngram_score
+from sngpt_jax.evaluation.ngram.cache import Cache, make_cache
 from sngpt_jax.evaluation.windows import (
     Tail,
     Windows,
@@ -106,9 +108,9 @@ def score(arguments: EvaluateArguments, config: Config, variables: Variables, da
     stream, token_bytes, device_batch_tokens = dataset.val, dataset.tokenizer.token_bytes(), config.eval.device_batch_tokens
     windows = windows_of(arguments, len(stream), config.data.seq_len)
 
-    def new_cache() -> ngram.Cache:
+    def new_cache() -> Cache:
         assert arguments.ngram != "none"
-        return ngram.make_cache(
+        return make_cache(
             arguments.ngram,
             first_token=int(stream.take(0, 1)[0]),
             vocab_size=config.model.vocab_size,

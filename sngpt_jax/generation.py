@@ -24,7 +24,7 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.attention import KeysValues, Memory, Positions, causal_mask, ntk_base, rotary_tables
 from sngpt_jax.model.embeddings import LOOK_BACK
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
-from sngpt_jax.step import Batch, Variables, _graph, abstract_variables
+from sngpt_jax.step import Batch, Variables, abstract_variables, graph
 
 
 def draw(
@@ -88,7 +88,7 @@ def _continued(
         temperature: jax.Array,
         max_tokens: jax.Array,
     ) -> jax.Array:
-        model = nnx.merge(_graph(config), gather(variables, layout))
+        model = nnx.merge(graph(config), gather(variables, layout))
         length_B = batch["length"]
         keys_B = jax.vmap(row_key, in_axes=(None, 0))(key, batch["row"])
         draw_rows = jax.vmap(functools.partial(draw, top_k=top_k, vocab_size=vocab_size), in_axes=(0, 0, 0, None))

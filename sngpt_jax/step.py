@@ -67,7 +67,8 @@ def _model(config: ModelConfig, key: jax.Array) -> GPT | PreNormGPT:
 
 
 @functools.cache
-def _graph(config: ModelConfig) -> Any:
+def graph(config: ModelConfig) -> Any:
+    """The model as `nnx.merge` takes it, to be joined with its variables."""
     return nnx.graphdef(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
 
 
@@ -89,13 +90,13 @@ def abstract_variables(config: ModelConfig) -> Variables:
 @functools.cache
 def forward(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
     """The pure function (variables, tokens [B, T]) → logits [B, T, V] of the model that `config` describes."""
-    return lambda variables, tokens_BT: nnx.merge(_graph(config), variables)(tokens_BT)
+    return lambda variables, tokens_BT: nnx.merge(graph(config), variables)(tokens_BT)
 
 
 @functools.cache
 def hidden(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
     """The pure function (variables, tokens [B, T]) → what the head multiplies [B, T, D]."""
-    return lambda variables, tokens_BT: nnx.merge(_graph(config), variables).hidden(tokens_BT)
+    return lambda variables, tokens_BT: nnx.merge(graph(config), variables).hidden(tokens_BT)
 
 
 @functools.cache
@@ -119,7 +120,7 @@ def _with_taps(config: ModelConfig, cross_entropy: Callable[..., jax.Array]) -> 
         variables: Variables, inputs_BT: jax.Array, targets_BT: jax.Array, tapped_P: jax.Array
     ) -> tuple[jax.Array, Taps | None]:
         chex.assert_equal_shape((inputs_BT, targets_BT))
-        model = nnx.merge(_graph(config), variables)
+        model = nnx.merge(graph(config), variables)
         inputs_BT, targets_BT = inputs_BT.astype(jnp.int32), targets_BT.astype(jnp.int32)
         x_BTD, taps = model.tapped_hidden(inputs_BT, tapped_P) if config.levels else (model.hidden(inputs_BT), None)
         with jax.named_scope("head"):
@@ -246,7 +247,7 @@ def make_eval_step(config: ModelConfig, mesh: Mesh, readings: tuple[str, ...] = 
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def local(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(_graph(config), gather(variables, layout))
+        model = nnx.merge(graph(config), gather(variables, layout))
         targets_BS = batch["targets"].astype(jnp.int32)
         x_BTD = model.hidden(batch["inputs"].astype(jnp.int32))
         if "offsets" in batch:

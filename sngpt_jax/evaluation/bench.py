@@ -24,8 +24,9 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset, TokenStream, open_dataset
-from sngpt_jax.evaluation import ngram, ngram_score
 from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.ngram import score as ngram_score
+from sngpt_jax.evaluation.ngram.cache import Cache, Chunk, Mode, make_cache
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, make_mesh, partition_specs
 from sngpt_jax.recipe import Overrides, parse_command
@@ -98,10 +99,10 @@ def cache_results(
     ones = np.ones(targets, np.float32)
     parts = [slice(first, min(first + 2**16, targets)) for first in range(0, targets, 2**16)]
     results: dict[str, dict[str, float | dict[str, float]]] = {}
-    for mode in get_args(ngram.Mode):
+    for mode in get_args(Mode):
 
-        def new(mode: ngram.Mode = mode) -> ngram.Cache:
-            return ngram.make_cache(
+        def new(mode: Mode = mode) -> Cache:
+            return make_cache(
                 mode,
                 first_token=int(tokens[0]),
                 vocab_size=vocab_size,
@@ -118,7 +119,7 @@ def cache_results(
         for part in parts:
             following = tokens[1:][part]
             hints = cache.hints(following) if cache.hints else None
-            chunks.append(ngram.Chunk(following, nll[part], entropy[part], ones[part], hints, hint_nll[part]))
+            chunks.append(Chunk(following, nll[part], entropy[part], ones[part], hints, hint_nll[part]))
             cache.score(chunks[-1])
         seconds = time.perf_counter() - start
         del cache  # or there were two at a time

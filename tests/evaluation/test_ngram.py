@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation import ngram_exact, ngram_tables, ngram_tilt
-from sngpt_jax.evaluation.ngram import Chunk, make_cache
+from sngpt_jax.evaluation.ngram import exact, hashed, tilt
+from sngpt_jax.evaluation.ngram.cache import Chunk, make_cache
 from tests import ngram_oracle
 
 V = 6
@@ -23,7 +23,7 @@ NONE = np.empty(0, np.int64)
 
 @pytest.fixture(autouse=True)
 def few_buckets(monkeypatch):
-    monkeypatch.setattr(ngram_tables, "BUCKETS", BUCKETS)
+    monkeypatch.setattr(hashed, "BUCKETS", BUCKETS)
 
 
 def stream(length, seed=0):
@@ -153,7 +153,7 @@ def test_exact_gives_what_the_definition_gives(memory):
     tokens = stream(3000)
     chunk = readings(tokens)
     p = np.exp(-chunk.nll.astype(np.float64))
-    start = {"start": ngram_exact.START_WEIGHT, "start_count": ngram_exact.START_COUNT}
+    start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
     room = 682 if memory == 16400 else math.inf
     weights, given = zip(*ngram_oracle.exact(tokens.tolist(), p, V, **start, room=room), strict=True)
     weights, given_V = np.array(weights), np.array(given)
@@ -195,7 +195,7 @@ def test_hints_are_what_followed_four_times_in_a_row():
 
 
 def test_a_full_table_of_hints_forgets_and_invents_nothing(monkeypatch):
-    monkeypatch.setattr(ngram_tilt, "BUCKETS", 16)
+    monkeypatch.setattr(tilt, "BUCKETS", 16)
     tokens = stream(3000)
     hints = make("tilt", tokens).hints(tokens[1:])
     expected = np.array(ngram_oracle.hints(tokens.tolist()))
@@ -288,13 +288,13 @@ def test_memory_that_the_machine_refuses_is_one_line(monkeypatch):
     def refuse(*_):
         raise MemoryError("Unable to allocate 1 TiB")
 
-    monkeypatch.setattr(ngram_exact, "ExactCache", refuse)
+    monkeypatch.setattr(exact, "ExactCache", refuse)
     with pytest.raises(UserError, match="no memory for the tables of the n-gram cache exact: Unable to allocate 1 TiB"):
         make("exact", stream(10))
 
 
 def test_missing_numba_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.ngram_exact")
+    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.ngram.exact")
     with pytest.raises(UserError, match="exact needs the package numba: pip install 'sngpt-jax\\[eval\\]'"):
         make("exact", stream(10))

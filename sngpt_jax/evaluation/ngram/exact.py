@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation.ngram import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk
 
 ORDER = 7
 START_WEIGHT = 0.05

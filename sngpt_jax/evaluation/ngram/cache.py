@@ -3,10 +3,10 @@
 One pass from left to right over the whole stream. The targets are the stream's tokens from the second on; a cache is given
 the model's readings of the next ones, scores them, and only then counts them. The modes:
 
-    hashed5   5-grams in hashed tables, mixed by 0.2 into the target's probability          (ngram_tables.py)
-    backoff   the same for orders 7 to 2, mixed by a weight that grows with the entropy     (ngram_tables.py)
-    exact     collision-free counts of orders 1 to 7, Witten-Bell, with a learned weight    (ngram_exact.py)
-    tilt      a hint from what followed the last 15 tokens before, lifted by e^β            (ngram_tilt.py)
+    hashed5   5-grams in hashed tables, mixed by 0.2 into the target's probability          (hashed.py)
+    backoff   the same for orders 7 to 2, mixed by a weight that grows with the entropy     (hashed.py)
+    exact     collision-free counts of orders 1 to 7, Witten-Bell, with a learned weight    (exact.py)
+    tilt      a hint from what followed the last 15 tokens before, lifted by e^β            (tilt.py)
 
 The first two are not probability distributions: a bucket holds the counts of all n-grams that fall into it, and every token
 of the vocabulary inherits them. `Cache.mass` measures it: the sum over the vocabulary of what the cache would have given.
@@ -81,9 +81,9 @@ def make_cache(
     not have what the tables take.
     """
     try:
-        from sngpt_jax.evaluation.ngram_exact import ExactCache
-        from sngpt_jax.evaluation.ngram_tables import HashedCache
-        from sngpt_jax.evaluation.ngram_tilt import TiltCache
+        from sngpt_jax.evaluation.ngram.exact import ExactCache
+        from sngpt_jax.evaluation.ngram.hashed import HashedCache
+        from sngpt_jax.evaluation.ngram.tilt import TiltCache
     except ModuleNotFoundError as missing:
         if missing.name != "numba":
             raise

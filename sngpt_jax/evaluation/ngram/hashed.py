@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from sngpt_jax.evaluation.ngram import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk
 
 BUCKETS = 2**22
 PRIMES = np.array([36313, 27191, 51647, 81929, 131071, 65537, 104729], np.uint64)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.bpb import EvalStep, Score, Sum, score_of, token_scores
-from sngpt_jax.evaluation.ngram import Cache, Chunk
+from sngpt_jax.evaluation.ngram.cache import Cache, Chunk
 from sngpt_jax.evaluation.windows import Windows
 from sngpt_jax.step import Variables
 
@@ -48,7 +48,8 @@ def readings_for(cache: Cache) -> tuple[str, ...]:
 def warm_up(cache: Cache) -> None:
     """Compiles what `cache` runs, by a chunk of no targets."""
     none = np.zeros(0, np.float32)
-    cache.score(Chunk(none.astype(np.uint16), none, none, none, none.astype(np.int32), none))
+    targets = none.astype(np.uint16)
+    cache.score(Chunk(targets, none, none, none, cache.hints(targets) if cache.hints else None, none))
 
 
 def score_with_cache(

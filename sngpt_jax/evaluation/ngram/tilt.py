@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from sngpt_jax.evaluation.ngram import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk
 
 CONTEXT = 15  # tokens that the next one is hinted from: order 16
 BETA = 2.625
