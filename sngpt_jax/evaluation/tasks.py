@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.evaluation.likelihood import LanguageModel, Progress
 
@@ -322,7 +323,8 @@ def run_tasks(
             elif lm_eval := _lm_eval():
                 results[name] = lm_eval.run(model, name, limit=limit, include=include, progress=report)
             else:
-                raise UserError(f"the task {name} needs the package lm-eval: pip install 'sngpt-jax[eval]'")
+                install = cli.command("pip", "install", "lm-eval")
+                raise UserError(f"the task {name} needs the package lm-eval; install it: {install}")
         except UserError as error:
             results[name] = {"error": " ".join(str(error).split())}
     return results

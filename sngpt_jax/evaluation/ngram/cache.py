@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 
 Mode = Literal["hashed5", "backoff", "exact", "tilt"]
@@ -87,7 +88,8 @@ def make_cache(
     except ModuleNotFoundError as missing:
         if missing.name != "numba":
             raise
-        raise UserError(f"the n-gram cache {mode} needs the package numba: pip install 'sngpt-jax[eval]'") from missing
+        install = cli.command("pip", "install", "numba")
+        raise UserError(f"the n-gram cache {mode} needs the package numba; install it: {install}") from missing
 
     try:
         match mode:
