@@ -93,14 +93,23 @@ def exact(
 
 
 def hints(tokens: Sequence[int]) -> list[int]:
-    """The hint at each target: what followed its 15 tokens the last time and at least three times in a row before; else -1."""
-    followers: dict[tuple[int, ...], list[int]] = {}
+    """The hint at each target: the candidate of its 15 tokens, where it followed them in four of five cases or more; else -1.
+
+    A candidate that is no longer the majority gives way to the token that made it so, which begins with a count of 1.
+    """
+    followers: dict[tuple[int, ...], tuple[int, int, int]] = {}  # candidate, its count, all
     given = []
     for t in range(1, len(tokens)):
-        before = followers.setdefault(tuple(tokens[t - 15 : t]), []) if t >= 15 else []
-        run = 0
-        while run < len(before) and before[-1 - run] == before[-1]:
-            run += 1
-        given.append(before[-1] if before and run / (run + 1) >= 0.8 else -1)
-        before.append(tokens[t])
+        context, token = tuple(tokens[t - 15 : t]), tokens[t]
+        if t < 15:
+            given.append(-1)
+            continue
+        candidate, count, total = followers.get(context, (token, 0, 0))
+        given.append(candidate if total and count / total >= 0.8 else -1)
+        total += 1
+        if token == candidate:
+            count += 1
+        elif count <= total / 2:
+            candidate, count = token, 1
+        followers[context] = (candidate, count, total)
     return given

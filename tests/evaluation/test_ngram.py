@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation.ngram import exact, hashed, tilt
+from sngpt_jax.evaluation.ngram import compiled, exact, hashed, tilt
 from sngpt_jax.evaluation.ngram.cache import Chunk, make_cache
 from tests import ngram_oracle
 
@@ -118,11 +118,23 @@ def test_hashed_caches_give_what_the_definition_gives(mode):
     assert mass.mean() > 1.05  # every token inherits what collides with it
 
 
+@pytest.mark.parametrize("mode", ["hashed5", "backoff"])
+def test_a_target_of_almost_no_probability_is_scored_with_1e_12(mode):
+    """Whether it was mixed with nothing, or not at all: every score of the published pass is clipped."""
+    tokens = np.arange(60).astype(np.uint16) % V
+    tokens[-1] = (tokens[-1] + 1) % V  # what never followed its context
+    chunk = Chunk(tokens[1:], np.full(59, 60, np.float32), np.zeros(59, np.float32))
+    scores = make(mode, tokens, first_segment=1, segment=1).score(chunk)
+    assert scores[0] == scores[1] == pytest.approx(-math.log(1e-12))
+    assert scores[30] < 5
+    assert scores[-1] <= -math.log(1e-12) + 1e-9
+
+
 def test_published_tables_are_of_4_194_304_buckets(monkeypatch):
     monkeypatch.undo()
     cache = make("hashed5", stream(10))
     assert cache._tables.shape == (1, 2, 2**22) and cache._tables.dtype == np.uint32
-    assert "4,194,304 buckets, 32 MiB; not a probability distribution" in cache.about
+    assert "4,194,304 buckets, 32.0 MiB; not a probability distribution" in cache.about
 
 
 def test_hashed5_believes_a_context_seen_twice_and_not_a_target_with_fewer_than_four_tokens_before_it():
@@ -185,23 +197,23 @@ def test_exact_stays_a_distribution_over_the_largest_vocabulary():
     assert cache.mass(chunk, np.array([0, 2**15])) == pytest.approx(1, abs=1e-9)
 
 
-def test_hints_are_what_followed_four_times_in_a_row():
+def test_hints_are_what_followed_in_four_of_five_cases():
     tokens = stream(3000)
-    cache = make("tilt", tokens)
+    cache = tilt.TiltCache(int(tokens[0]), 2**22)  # so many buckets that no two contexts meet in one
     hints = cache.hints(tokens[1:])
     expected = np.array(ngram_oracle.hints(tokens.tolist()))
     np.testing.assert_array_equal(hints, expected)
     assert 0 < (hints != tokens[1:])[hints >= 0].mean() < 0.5  # noise breaks some
 
 
-def test_a_full_table_of_hints_forgets_and_invents_nothing(monkeypatch):
-    monkeypatch.setattr(tilt, "BUCKETS", 16)
+def test_a_full_table_of_hints_forgets():
+    """Sixteen buckets for a stream of 3,000 targets: a context that comes back has mostly been driven out, and hints anew."""
     tokens = stream(3000)
-    hints = make("tilt", tokens).hints(tokens[1:])
-    expected = np.array(ngram_oracle.hints(tokens.tolist()))
-    given = hints >= 0
-    assert 0 < given.sum() < (expected >= 0).sum()
-    np.testing.assert_array_equal(hints[given], expected[given])
+    cache = make("tilt", tokens[:11])
+    assert len(cache._table) == 16
+    hints = cache.hints(tokens[1:])
+    assert 0 < (hints >= 0).sum() < (np.array(ngram_oracle.hints(tokens.tolist())) >= 0).sum()
+    assert len(make("tilt", tokens)._table) == 8192  # half as many again as there are targets, and a power of two
 
 
 def test_tilt_lifts_the_hint_and_divides_by_the_sum():
@@ -244,6 +256,28 @@ def test_distributions_sum_to_one_and_the_others_do_not(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_what_the_model_lacks_to_one_the_mixture_lacks_in_part(mode):
+    """A model whose p sum to 0.9: (1 - w) 0.9 + w Σ p_ng for a mixture; (0.9 + lift) / (1 + lift) for the tilt."""
+    tokens, at = stream(2000), np.arange(0, 1999, 7)
+    whole, chunk = play(mode, tokens, at=at)
+    lacking = chunk._replace(mass=np.full(1999, 0.9, np.float32))
+    cache = make(mode, tokens)
+    if cache.hints:
+        cache.hints(tokens[1:])
+    missing = whole - cache.mass(lacking, at)
+    if mode == "tilt":
+        q = np.where(chunk.hints >= 0, np.exp(-chunk.hint_nll.astype(np.float64)), 0)[at]
+        np.testing.assert_allclose(missing, 0.1 / (1 + q * math.expm1(2.625)), rtol=1e-6)
+    elif mode == "exact":
+        p = np.exp(-chunk.nll.astype(np.float64))
+        start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
+        weights = np.array([w for w, _ in ngram_oracle.exact(tokens.tolist(), p, V, **start)])
+        np.testing.assert_allclose(missing, 0.1 * (1 - weights[at]), rtol=1e-6)
+    else:
+        np.testing.assert_allclose(missing, 0.1 * (1 - hashed_oracle(mode, tokens)[1][at]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("changed", [1, 700, 1190])
 def test_a_changed_token_changes_no_score_before_it(mode, changed):
     tokens, other = stream(1200), stream(1200)
@@ -279,7 +313,9 @@ def test_taking_the_mass_counts_as_scoring_does(mode):
 
 
 def test_too_little_memory_is_refused():
-    with pytest.raises(UserError, match="1000 bytes are too little memory for the n-gram cache exact: give it 16400 or more"):
+    with pytest.raises(
+        UserError, match=r"1,000 bytes are too little .* give it 16.0 KiB or more \(--ngram-memory 1.6e-05, in GiB"
+    ):
         make("exact", stream(3000), memory=1000)
     assert make("exact", stream(3000), memory=16400).memory_bytes == 16400
 
@@ -293,8 +329,21 @@ def test_memory_that_the_machine_refuses_is_one_line(monkeypatch):
         make("exact", stream(10))
 
 
+def test_loops_are_compiled_where_no_folder_can_keep_them(monkeypatch, caplog):
+    def njit(function, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function 'double': no locator available")
+        return function
+
+    monkeypatch.setattr(compiled, "njit", njit)
+    with caplog.at_level("INFO", "sngpt_jax"):
+        assert compiled.compiled(lambda x: 2 * x)(3) == 6
+    assert "no folder to keep compiled loops in" in caplog.text
+
+
 def test_missing_numba_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.ngram.exact")
+    for module in ("exact", "compiled"):
+        monkeypatch.delitem(sys.modules, f"sngpt_jax.evaluation.ngram.{module}")
     with pytest.raises(UserError, match="exact needs the package numba; install it: .*pip install numba"):
         make("exact", stream(10))

@@ -6,7 +6,7 @@ the model's readings of the next ones, scores them, and only then counts them. T
     hashed5   5-grams in hashed tables, mixed by 0.2 into the target's probability          (hashed.py)
     backoff   the same for orders 7 to 2, mixed by a weight that grows with the entropy     (hashed.py)
     exact     collision-free counts of orders 1 to 7, Witten-Bell, with a learned weight    (exact.py)
-    tilt      a hint from what followed the last 15 tokens before, lifted by e^β            (tilt.py)
+    tilt      a hint from what mostly followed the last 15 tokens, lifted by e^β            (tilt.py)
 
 The first two are not probability distributions: a bucket holds the counts of all n-grams that fall into it, and every token
 of the vocabulary inherits them. `Cache.mass` measures it: the sum over the vocabulary of what the cache would have given.
@@ -21,6 +21,14 @@ from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 
 Mode = Literal["hashed5", "backoff", "exact", "tilt"]
+
+
+def in_bytes(number: int) -> str:
+    """`1.5 GiB`, `32.0 MiB`, `16.0 KiB`, `1,000 bytes`, for a person."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if number >= 2**exponent:
+            return f"{number / 2**exponent:,.1f} {unit}"
+    return f"{number:,} bytes"
 
 
 class Chunk(NamedTuple):
@@ -100,6 +108,6 @@ def make_cache(
             case "exact":
                 return ExactCache(first_token, vocab_size, targets, memory)
             case "tilt":
-                return TiltCache(first_token)
+                return TiltCache(first_token, targets)
     except MemoryError as refused:
         raise UserError(f"no memory for the tables of the n-gram cache {mode}: {refused}; use a machine with more") from refused

@@ -11,11 +11,13 @@ longest context that was ever continued. There is one w for each length of s, no
 online: the EM step of a mixture on the targets that it scored so far. Everything is counted after every target.
 """
 
+import math
+
 import numpy as np
-from numba import njit
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation.ngram.cache import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.compiled import compiled
 
 ORDER = 7
 START_WEIGHT = 0.05
@@ -28,6 +30,7 @@ NODE = np.dtype(
 MOST_DISTINCT = 2**16 - 1  # N(s) stays there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
 MOST_SLOTS = 2**32 - 1
 LEAST_SLOTS = 1024
+_PAGE = 4096  # bytes, the least that a machine hands out
 
 
 class ExactCache:
@@ -46,9 +49,13 @@ class ExactCache:
         slots = min(most + most // 2 + 1, memory // NODE.itemsize - 1, MOST_SLOTS)
         if slots < min(LEAST_SLOTS, most):
             least = (LEAST_SLOTS + 1) * NODE.itemsize
-            raise UserError(f"{memory} bytes are too little memory for the n-gram cache exact: give it {least} or more")
+            raise UserError(
+                f"{in_bytes(memory)} are too little memory for the n-gram cache exact; give it {in_bytes(least)} or more"
+                f" (--ngram-memory {math.ceil(1e6 * least / 2**30) / 1e6}, in GiB)"
+            )
         self._vocab_size = vocab_size
         self._nodes = np.zeros(slots + 1, NODE)  # the last one is the root, the empty context
+        self._nodes.view(np.uint8)[::_PAGE] = 0  # the machine finds the memory now, not while targets are scored
         limit = min(2 * slots // 3, most)
         self._room = np.array([limit])  # n-grams that can still be stored
         self._contexts = np.array([slots] + [-1] * (ORDER - 1))  # slots of the last 0 … 6 tokens; -1: not stored
@@ -58,7 +65,7 @@ class ExactCache:
         room = "every n-gram of the stream" if limit == most else f"{limit:,} n-grams; what comes later is not counted"
         self.about = (
             f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
-            f" {self.memory_bytes / 2**20:,.0f} MiB, room for {room}"
+            f" {in_bytes(self.memory_bytes)}, room for {room}"
         )
         _count(self._nodes, self._contexts, np.empty(ORDER, np.int64), 0, first_token, self._room)
 
@@ -90,7 +97,7 @@ class ExactCache:
         return nll, weights, sums
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _home(nodes, parent, token):  # type: ignore[no-untyped-def]
     """The slot where the search for an n-gram begins. The multipliers are SplitMix64's."""
     h = (np.uint64(parent) << np.uint64(16)) | np.uint64(token)
@@ -99,7 +106,7 @@ def _home(nodes, parent, token):  # type: ignore[no-untyped-def]
     return np.int64(((h >> np.uint64(32)) * np.uint64(len(nodes) - 1)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find(nodes, parent, token):  # type: ignore[no-untyped-def]
     """The slot of an n-gram, or the empty one where it would be stored."""
     slot = _home(nodes, parent, token)
@@ -110,7 +117,7 @@ def _find(nodes, parent, token):  # type: ignore[no-untyped-def]
     return slot
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _touch(nodes, contexts, token):  # type: ignore[no-untyped-def]
     """Reads where all searches for `token` begin: together they wait for memory once, and each after the other seven times.
 
@@ -122,7 +129,7 @@ def _touch(nodes, contexts, token):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _probability(nodes, contexts, token, vocab_size, children):  # type: ignore[no-untyped-def]
     """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to `children`.
 
@@ -143,7 +150,7 @@ def _probability(nodes, contexts, token, vocab_size, children):  # type: ignore[
     return p, known
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-untyped-def]
     """Counts `token` after the contexts, the shortest first, and moves these on by it; it has followed the first `known`."""
     parent = contexts[0]
@@ -164,7 +171,7 @@ def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-un
             contexts[k + 1] = child
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _score_and_count(  # type: ignore[no-untyped-def]
     nodes, contexts, room, weights, scored, targets, p, vocab_size, at, nll, weights_at, sums
 ):

@@ -11,9 +11,9 @@ another, so p_ng is too large for almost every token of the vocabulary, and its 
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
-from sngpt_jax.evaluation.ngram.cache import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.compiled import compiled
 
 BUCKETS = 2**22
 PRIMES = np.array([36313, 27191, 51647, 81929, 131071, 65537, 104729], np.uint64)
@@ -56,7 +56,7 @@ class HashedCache:
         name = "5-grams" if len(orders) == 1 else "7- to 2-grams, the longest known context first"
         self.about = (
             f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)} hashed tables of"
-            f" {BUCKETS:,} buckets, {self.memory_bytes / 2**20:,.0f} MiB; not a probability distribution"
+            f" {BUCKETS:,} buckets, {in_bytes(self.memory_bytes)}; not a probability distribution"
         )
 
     @classmethod
@@ -113,7 +113,7 @@ class HashedCache:
         return given, sums
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _score_and_count(  # type: ignore[no-untyped-def]
     tokens, before, orders, tables, buckets, counts, progress, segment, undercount, vocab_size, at, given, sums
 ):
@@ -149,7 +149,7 @@ def _score_and_count(  # type: ignore[no-untyped-def]
     progress[0], progress[1] = scored, length
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read(tokens, first, orders, tables, buckets, counts):  # type: ignore[no-untyped-def]
     """The buckets of the targets from `first` on at every order, and what is in them: 0 where too few tokens come before."""
     mask = np.uint64(tables.shape[2] - 1)
@@ -168,7 +168,7 @@ def _read(tokens, first, orders, tables, buckets, counts):  # type: ignore[no-un
             counts[t - first, o, 0], counts[t - first, o, 1] = tables[o, 0, context], tables[o, 1, full]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _sum(fulls, count, bucket, token, n, vocab_size):  # type: ignore[no-untyped-def]
     """Σ over v of min(F, C) / C, v being where `token` is, whose bucket in `fulls` is given."""
     mask = np.uint64(len(fulls) - 1)

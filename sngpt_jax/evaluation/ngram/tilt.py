@@ -1,26 +1,27 @@
 """A hint from the tokens before, and the model's probabilities tilted toward it.
 
-Parameter-golf's PRs #1145 and #2135: where the last 15 tokens have always been followed by the same token h of late,
+Where the last 15 tokens were followed by the token h four times in five or more, as parameter-golf's PRs #1145 and #2135 do:
 
     p'(v) = p(v) e^{β [v = h]} / (1 + q (e^β - 1)),  q = p(h),  β = 2.625.
 
-The hint is chosen before the target is known, and the p' of the whole vocabulary sum to what the p do: 1.
+The hint is chosen before the target is known, and the p' of the whole vocabulary sum to what the p do: 1. Any function of
+earlier tokens may hint: here a bucket holds one context, and of what followed it one candidate.
 """
 
 import math
 
 import numpy as np
-from numba import njit
 
-from sngpt_jax.evaluation.ngram.cache import Chunk
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.compiled import compiled
 
 CONTEXT = 15  # tokens that the next one is hinted from: order 16
 BETA = 2.625
-MIN_RUN = 4  # the least run r that hints: r / (r + 1) ≥ 0.8
-BUCKETS = 2**24
+LEAST_BUCKETS = 16
 
-# What followed a context last, and how many times in a row. A bucket belongs to the last context that fell into it.
-FOLLOWER = np.dtype([("context", np.uint64), ("run", np.uint32), ("token", np.uint16)], align=True)
+# Of the last context that fell into a bucket: the half of its hash that the bucket's number is not of, a candidate, how often
+# that followed since it became the candidate, and how often anything did. It gives way once it is no majority.
+FOLLOWER = np.dtype([("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)], align=True)
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over a context's tokens, modulo 2^64
 BASE_CONTEXT = np.uint64(pow(int(BASE), CONTEXT, 2**64))
@@ -29,19 +30,21 @@ BASE_CONTEXT = np.uint64(pow(int(BASE), CONTEXT, 2**64))
 class TiltCache:
     """Hints for the targets of a stream, each from the tokens before it alone, and the scores of the tilted probabilities.
 
-    The hints are wanted before the model runs, so `hints` goes ahead; `score` and `mass` have no state.
+    The hints are wanted before the model runs, so `hints` goes ahead; `score` and `mass` have no state. There are buckets for
+    half as many contexts again as the stream has targets.
     """
 
     readings: tuple[str, ...] = ("hint_nll",)
     is_distribution = True
 
-    def __init__(self, first_token: int):
-        self._table = np.zeros(BUCKETS, FOLLOWER)
+    def __init__(self, first_token: int, targets: int):
+        buckets = 1 << (max(LEAST_BUCKETS, targets + targets // 2) - 1).bit_length()
+        self._table = np.zeros(buckets, FOLLOWER)
         self._recent = np.array([first_token], np.uint16)
         self.memory_bytes = self._table.nbytes
         self.about = (
-            f"the token that followed the last {CONTEXT} tokens {MIN_RUN} times in a row is lifted by e^{BETA};"
-            f" {self.memory_bytes / 2**20:,.0f} MiB of followers"
+            f"the token that mostly followed the last {CONTEXT} tokens is lifted by e^{BETA}; {in_bytes(self.memory_bytes)} of"
+            " followers"
         )
 
     def hints(self, targets: np.ndarray) -> np.ndarray:
@@ -71,7 +74,7 @@ class TiltCache:
         return hinted, q * math.expm1(BETA)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _mixed(h):  # type: ignore[no-untyped-def]
     """All bits of h into all bits (the finalizer of SplitMix64)."""
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -79,21 +82,24 @@ def _mixed(h):  # type: ignore[no-untyped-def]
     return h ^ (h >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hint_and_follow(tokens, before, table, hints):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(table) - 1)
     h = np.uint64(0)
     for t in range(max(0, before - CONTEXT), len(tokens)):
         if t >= before and t >= CONTEXT:
             context = _mixed(h)
-            bucket = table[context & mask]
-            same_context = bucket.context == context and bucket.run > 0
-            if same_context and bucket.run >= MIN_RUN:
-                hints[t - before] = bucket.token
-            if same_context and bucket.token == tokens[t]:
-                bucket.run += np.uint32(1)
+            bucket, check = table[context & mask], np.uint32(context >> np.uint64(32))
+            if bucket.total == 0 or bucket.context != check:
+                bucket.context, bucket.token, bucket.count, bucket.total = check, tokens[t], np.uint32(1), np.uint32(1)
             else:
-                bucket.context, bucket.token, bucket.run = context, tokens[t], np.uint32(1)
+                if 5 * bucket.count >= 4 * bucket.total:
+                    hints[t - before] = bucket.token
+                bucket.total += np.uint32(1)
+                if bucket.token == tokens[t]:
+                    bucket.count += np.uint32(1)
+                elif 2 * bucket.count <= bucket.total:
+                    bucket.token, bucket.count = tokens[t], np.uint32(1)
         h = h * BASE + np.uint64(tokens[t])
         if t >= CONTEXT:
             h -= np.uint64(tokens[t - CONTEXT]) * BASE_CONTEXT
