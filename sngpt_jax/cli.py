@@ -73,6 +73,12 @@ def check_writable(path: Path, option: str) -> None:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror}; give the path of a file") from None
 
 
+def check_json(destination: str) -> None:
+    """`check_writable` of what `--json` names, where that is a file."""
+    if destination not in ("", "-"):
+        check_writable(Path(destination), "--json")
+
+
 def command(module: str, *arguments: str) -> str:
     """A command line for a person to paste: `module` run by this interpreter, which may not be the one named python."""
     interpreter = Path(sys.executable)

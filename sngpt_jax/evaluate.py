@@ -25,7 +25,7 @@ from sngpt_jax.evaluation import tasks
 from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.evaluation.likelihood import LanguageModel
 from sngpt_jax.evaluation.ngram import score as ngram_score
-from sngpt_jax.evaluation.ngram.cache import Cache, make_cache
+from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes, make_cache
 from sngpt_jax.evaluation.windows import (
     Tail,
     Windows,
@@ -44,6 +44,7 @@ from sngpt_jax.step import Variables, make_eval_step
 logger = logging.getLogger("sngpt_jax")
 
 STRIDE = 64
+MOST_MEMORY = 2**16  # GiB
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class EvaluateArguments:
         default_factory=ExportConfig
     )  # how it would; default: the run's
     mode: Literal["standard", "sliding", "none"] = "standard"  # windows side by side, or overlapping; none: only --tasks
-    stride: int | None = None  # targets by which sliding windows advance; default: 64
+    stride: int | None = None  # targets by which sliding windows advance; default: 64, or a whole window where that is less
     tail: Tail = "full"  # of sliding windows: every target once; published: the last ones again and again, as submitted
     tokens: int = 0  # score so many tokens from the start of the stream; 0: all
     ngram: Literal["none", "hashed5", "backoff", "exact", "tilt"] = "none"  # cache of what has been scored, beside the model
@@ -90,10 +91,11 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
         raise UserError("--ngram-undercount is of --ngram backoff")
     if arguments.ngram_memory != default.ngram_memory and arguments.ngram != "exact":
         raise UserError("--ngram-memory is of --ngram exact")
-    if not 0 < arguments.ngram_memory < math.inf:
-        raise UserError(f"--ngram-memory {arguments.ngram_memory} is not a positive number of GiB")
+    if not 0 < arguments.ngram_memory <= MOST_MEMORY:
+        raise UserError(f"--ngram-memory {arguments.ngram_memory} is not a number of GiB above 0 and up to {MOST_MEMORY:,}")
     if not arguments.tasks and (arguments.task_limit or arguments.task_definitions):
         raise UserError("--task-limit and --task-definitions are of --tasks")
+    cli.check_json(arguments.json)
 
 
 def windows_of(arguments: EvaluateArguments, num_tokens: int, seq_len: int) -> Windows:
@@ -104,7 +106,7 @@ def windows_of(arguments: EvaluateArguments, num_tokens: int, seq_len: int) -> W
 
 
 def score(arguments: EvaluateArguments, config: Config, variables: Variables, dataset: Dataset, mesh: Mesh) -> dict[str, Any]:
-    """The score of the validation stream and how long it took; compiling and a cache's mass are outside of the time."""
+    """The score of the validation stream and how long it took: from tokens to losses, without compiling and a cache's mass."""
     stream, token_bytes, device_batch_tokens = dataset.val, dataset.tokenizer.token_bytes(), config.eval.device_batch_tokens
     windows = windows_of(arguments, len(stream), config.data.seq_len)
 
@@ -123,7 +125,8 @@ def score(arguments: EvaluateArguments, config: Config, variables: Variables, da
 
     cache = new_cache() if arguments.ngram != "none" else None
     if cache:
-        logger.info("n-gram cache %s: %s", arguments.ngram, cache.about)
+        kept = in_bytes(ngram_score.memory_of_chunks(cache, windows.targets))
+        logger.info("n-gram cache %s: %s; %s of the model's readings are kept for the mass", arguments.ngram, cache.about, kept)
         ngram_score.warm_up(cache)
     eval_step = make_eval_step(config.model, mesh, ngram_score.readings_for(cache) if cache else ("nll",))
     first = next(window_batches(stream, windows, rows_at_a_time(windows, device_batch_tokens, mesh.devices.size))).arrays
@@ -194,6 +197,11 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def readable(value: Any) -> str:
+    """A task's number to five digits; anything else as it is."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
 def main(argv: Sequence[str]) -> int:
     run = peek(argv, "--run")
     default = EvaluateArguments(export=read_config(Path(run)).export) if run else EvaluateArguments()
@@ -233,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
             asked, spec, limit=arguments.task_limit, include=arguments.task_definitions, progress=progress_reporter
         )
         for name, metrics in result["tasks"].items():
-            lines.append(f"{name}: " + ", ".join(f"{metric} {value}" for metric, value in metrics.items()))
+            lines.append(f"{name}: " + ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items()))
     if arguments.json != "-":
         print("\n".join(lines))
     cli.write_json(result, arguments.json)

@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--max-tokens must be at least 1; --temperature and --top-k must be numbers from 0 up")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
+    cli.check_json(arguments.json)
     cli.log_to_stderr()
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)

@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,9 +12,11 @@ from sngpt_jax import evaluate
 from sngpt_jax.cli import UserError
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation.bpb import score_validation
+from sngpt_jax.evaluation.ngram import exact
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model
-from tests import tiny_run
+from sngpt_jax.step import forward
+from tests import ngram_oracle, tiny_run
 
 pytestmark = pytest.mark.slow
 
@@ -44,27 +47,86 @@ def test_sliding_windows(capsys, tiny_trained):
     assert again["tokens"] == 992 + 3 * 8  # 31 windows' targets, and three windows overrun the end
 
 
-@pytest.mark.parametrize("cache", DISTRIBUTIONS)
-def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, cache):
-    arguments = ("--mode", "sliding", "--stride", 16, "--tokens", TOKENS)
-    alone = run(capsys, tiny_trained, *arguments)
-    found = run(capsys, tiny_trained, *arguments, "--ngram", cache)
-    assert found["loss"] == alone["loss"] and found["bpb"] == alone["bpb"]
+@pytest.fixture(scope="module")
+def repeating(tiny_recipe, tmp_path_factory):
+    """A folder whose validation stream says the same 40 tokens again and again, with noise: all caches find something."""
+    directory, rng = tmp_path_factory.mktemp("repeating"), np.random.default_rng(0)
+    tokens = np.where(rng.random(2000) < 0.02, rng.integers(4, 320, 2000), np.resize(rng.integers(4, 320, 40), 2000))
+    (directory / "tokenizer.model").write_bytes((tiny_recipe.parent / "data" / "tokenizer.model").read_bytes())
+    for name in ("train.bin", "val.bin"):
+        tokens.astype("<u2").tofile(directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def read(tiny_trained, repeating):
+    """What the model says of the first TOKENS targets of that stream in windows of 32 with stride 16: p [n, V], float64."""
+    model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
+    tokens = open_dataset(repeating, 320).val.take(0, TOKENS + 1).astype(int)
+    starts = [min(max(0, -(-(target - 31) // 16) * 16), TOKENS - 32) for target in range(TOKENS)]
+    logits = {s: forward(model.config.model)(model.variables, jnp.asarray(tokens[None, s : s + 32])) for s in set(starts)}
+    rows = np.stack([np.asarray(logits[s][0, target - s], np.float64) for target, s in enumerate(starts)])
+    return tokens.tolist(), np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
+
+
+def oracle(cache, tokens, p):
+    """p' [n, V] of each mode, from tests/ngram_oracle.py."""
+    targets, V = np.array(tokens[1:]), p.shape[1]
+    if cache == "tilt":
+        hints = np.array(ngram_oracle.hints(tokens))
+        assert np.any(hints >= 0)
+        lifted = np.where(np.arange(V)[None] == hints[:, None], p * math.exp(2.625), p)
+        return lifted / lifted.sum(1, keepdims=True)
+    if cache == "exact":
+        of_targets = p[np.arange(len(p)), targets]
+        start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
+        weights, given = zip(*ngram_oracle.exact(tokens, of_targets, V, **start), strict=True)
+        w = np.array(weights)[:, None]
+        return (1 - w) * p + w * np.array(given)
+    found = ngram_oracle.hashed(
+        tokens,
+        V,
+        orders=(5,) if cache == "hashed5" else range(2, 8),
+        segments=[32] + [16] * len(tokens),
+        buckets=2**22,
+        undercount=cache == "undercount",
+    )
+    entropy = -(p * np.log(p)).sum(1)
+    alpha = 0.2 if cache == "hashed5" else (0.05 + 0.55 / (1 + np.exp(-2 * (entropy - 4))))[:, None]
+    known = np.array([given is not None for given in found])[:, None]
+    given = np.array([np.zeros(V) if given is None else given for given in found])
+    return np.where(known, (1 - alpha) * p + alpha * given, p)
+
+
+@pytest.mark.parametrize("cache", [*DISTRIBUTIONS, "undercount"])
+def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, read, cache):
+    """The command against the definition, from the shards to the score: segments, first token, hints, a fresh cache's mass."""
+    options = ["backoff", "--ngram-undercount"] if cache == "undercount" else [cache]
+    arguments = ["--data", repeating, "--mode", "sliding", "--stride", 16, "--tokens", TOKENS]
+    found = run(capsys, tiny_trained, *arguments, "--ngram", *options)
+    tokens, p = read
+    own, mixed = (-np.log(x[np.arange(TOKENS), tokens[1:]]) for x in (p, oracle(cache, tokens, p)))
+    assert found["loss"] == pytest.approx(own.mean(), rel=1e-6)
     with_cache, mass = found["ngram"], found["ngram"]["mass"]
-    assert with_cache["cache"] == cache and mass["positions"] == TOKENS
-    assert with_cache["is_distribution"] == DISTRIBUTIONS[cache]
-    if DISTRIBUTIONS[cache]:
-        assert mass["min"] == pytest.approx(1, abs=1e-5) and mass["max"] == pytest.approx(1, abs=1e-5)
-    if cache == "hashed5":  # every position is a probe: the literal score of p' / Σ p'
-        assert with_cache["normalized_bpb"] == pytest.approx(
-            (with_cache["loss"] + mass["mean_log"]) * TOKENS / math.log(2) / found["bytes"], rel=1e-12
-        )
-    assert with_cache["bpb"] == pytest.approx(with_cache["loss"] * TOKENS / math.log(2) / found["bytes"], rel=1e-12)
-    alone_again = tiny_run.run("evaluate", "--run", tiny_trained, *arguments, "--ngram", cache)
-    assert alone_again.returncode == 0, alone_again.stderr
-    assert f"{with_cache['bpb']:.4f} bits/byte" in alone_again.stdout  # one device, one cache
-    assert ("not a probability distribution" in alone_again.stdout) == (not DISTRIBUTIONS[cache])
-    assert "n-gram cache" in alone_again.stderr  # said before it starts, with its memory
+    assert with_cache["loss"] == pytest.approx(mixed.mean(), rel=1e-6) and with_cache["loss"] < found["loss"]
+    masses = oracle(cache, tokens, p).sum(1)
+    assert mass["positions"] == TOKENS  # all of them
+    for name, value in (("mean", masses.mean()), ("min", masses.min()), ("max", masses.max())):
+        assert mass[name] == pytest.approx(value, rel=1e-5)
+    assert mass["mean_log"] == pytest.approx(np.log(masses).mean(), rel=1e-4, abs=1e-6)
+    bits = math.log(2) * found["bytes"] / TOKENS
+    assert with_cache["bpb"] == pytest.approx(with_cache["loss"] / bits, rel=1e-12)
+    assert with_cache["normalized_bpb"] == pytest.approx((with_cache["loss"] + mass["mean_log"]) / bits, rel=1e-12)
+
+
+@pytest.mark.parametrize("cache", ["hashed5", "exact"])
+def test_what_a_person_is_told_of_a_cache(tiny_trained, repeating, cache):
+    done = tiny_run.run("evaluate", "--run", tiny_trained, "--data", repeating, "--tokens", 320, "--ngram", cache)
+    assert done.returncode == 0, done.stderr
+    assert ("not a probability distribution" in done.stdout) == (not DISTRIBUTIONS[cache])
+    assert "bits/byte; mass of the vocabulary" in done.stdout
+    said = [line for line in done.stderr.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
+    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings are kept for the mass")  # before it starts
 
 
 def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
@@ -101,11 +163,12 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
         (["--mode", "sliding", "--tail", "published", "--ngram", "exact"], "leave one of them out"),
         (["--ngram", "exact", "--ngram-undercount"], "--ngram-undercount is of --ngram backoff"),
         (["--ngram", "hashed5", "--ngram-memory", "1"], "--ngram-memory is of --ngram exact"),
-        (["--ngram", "exact", "--ngram-memory", "nan"], "not a positive number of GiB"),
+        (["--ngram", "exact", "--ngram-memory", "nan"], "--ngram-memory nan is not a number of GiB above 0"),
+        (["--ngram", "exact", "--ngram-memory", "1e300"], "--ngram-memory 1e\\+300 is not a number of GiB above 0"),
+        (["--json", "/proc/none/x.json"], "--json /proc/none/x.json: cannot be written"),
         (["--ngram", "exact", "--ngram-memory", "1e-6"], "too little memory"),
         (["--task-limit", "3"], "are of --tasks"),
         (["--tasks", "hellaswag=x,winogrande=y"], "winogrande=y: of the tasks that read a file"),
-        (["--tasks", "no_such_task"], "no_such_task"),
     ],
 )
 def test_what_cannot_be_is_one_line(tiny_trained, arguments, message):
@@ -127,6 +190,7 @@ def test_streams_that_cannot_be_scored(tiny_trained, tiny_recipe, tmp_path):
 
     for name, tokens, message in (
         ("empty", [], "found 0 bytes"),
+        ("markless", [1] * 100, "stand for no text"),
         ("short", [5] * 32, "has 32 tokens; one window needs"),
         ("foreign", [5, 5, 5, 320] + [5] * 97, "expected tokens below the vocabulary size 320, found 320"),
     ):

@@ -37,7 +37,7 @@ from sngpt_jax.step import Variables, abstract_variables, hidden, init_state, ma
 class BenchArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
-    stride: int = 64  # of the sliding windows
+    stride: int | None = None  # of the sliding windows; default: 64, or a whole window where that is less
     batches: int = 16  # of windows in each timing
     repeats: int = 5  # of each timing, of which the median counts
     cache_targets: int = 4_000_000  # targets that each n-gram cache scores, from the training shards; 0: none
@@ -80,12 +80,14 @@ def forward_speeds(config: Config, dataset: Dataset, stride: int, batches: int, 
         work[f"forward_{name}"] = (count * rows * T, forward)
         work[f"score_{name}"] = (windows.num_rows * T, score)
     speeds: dict[str, list[float]] = {name: [] for name in work}
+    progress = progress_reporter("rounds")
     for turn in range(repeats + 1):  # all in turn, so that a busy moment does not fall on one alone; the first one compiles
         for name, (tokens, run) in work.items():
             start = time.perf_counter()
             run()
             if turn:
                 speeds[name].append(tokens / (time.perf_counter() - start))
+        progress(turn + 1, repeats + 1)
     return {name: statistics.median(found) for name, found in speeds.items()}
 
 
@@ -139,20 +141,22 @@ def main(argv: Sequence[str]) -> int:
     config = arguments.overrides
     if min(arguments.batches, arguments.repeats) < 1 or arguments.cache_targets < 0:
         raise UserError("--batches and --repeats are 1 or more, --cache-targets 0 or more")
-    if not 1 <= arguments.stride <= config.data.seq_len:
-        raise UserError(f"--stride {arguments.stride} is not between 1 and data.seq_len = {config.data.seq_len}")
+    stride = min(64, config.data.seq_len) if arguments.stride is None else arguments.stride
+    if not 1 <= stride <= config.data.seq_len:
+        raise UserError(f"--stride {stride} is not between 1 and data.seq_len = {config.data.seq_len}")
+    cli.check_json(arguments.json)
     dataset = open_dataset(Path(config.data.dir), config.model.vocab_size)
     if len(dataset.val) <= config.data.seq_len:
         raise UserError(f"{config.data.dir}: the validation stream has {len(dataset.val)} tokens, less than one window")
-    speeds = forward_speeds(config, dataset, arguments.stride, arguments.batches, arguments.repeats)
     targets = min(arguments.cache_targets, len(dataset.train) - 1)
     caches: dict[str, Any] = {}
     if targets:
-        caches = cache_results(dataset.train, config.model.vocab_size, targets, arguments.stride, config.data.seq_len)
+        caches = cache_results(dataset.train, config.model.vocab_size, targets, stride, config.data.seq_len)
+    speeds = forward_speeds(config, dataset, stride, arguments.batches, arguments.repeats)
     shares = {name: speeds[f"score_{name}"] / speeds[f"forward_{name}"] for name in ("standard", "sliding")}
     device = jax.devices()[0]
     if arguments.json != "-":
-        print(f"{len(jax.devices())} × {device.device_kind}, windows of {config.data.seq_len}, stride {arguments.stride}")
+        print(f"{len(jax.devices())} × {device.device_kind}, windows of {config.data.seq_len}, stride {stride}")
         for name, share in shares.items():
             print(
                 f"{name:9} {speeds[f'score_{name}']:>12,.0f} forward tok/s, {share:.3f} of the plain forward pass's"

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
@@ -101,9 +102,11 @@ def token_scores(
 
 
 def score_of(nll: float, stream: TokenStream, token_bytes: TokenBytes, windows: Windows) -> Score:
-    """The score of the windows' targets whose losses are `nll` in all."""
+    """The score of the windows' targets whose losses are `nll` in all. Raises `UserError` where they stand for no text."""
     tokens = sum(stop - start for start, stop in windows.spans())
     total_bytes = sum(stream.count_bytes(token_bytes, start + 1, stop + 1) for start, stop in windows.spans())
+    if not total_bytes:
+        raise UserError(f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score other data")
     return Score(loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes)
 
 

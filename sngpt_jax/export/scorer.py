@@ -62,7 +62,7 @@ def _progress() -> Callable[[int, int], None]:
     def report(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() > last + 2:
-            print(f"{done} of {total} windows", file=sys.stderr)
+            print(f"{done} of {total} rows of windows", file=sys.stderr)
             last = time.monotonic()
 
     return report

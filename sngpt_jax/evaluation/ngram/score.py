@@ -5,6 +5,7 @@ sum to: it plays the same pass once more with a fresh cache and, at evenly space
 given each token of the vocabulary at that moment.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Mass:
     mean: float
     min: float
     max: float
-    mean_log: float  # nats a token that the loss would rise by if every distribution were divided by its mass
+    mean_log: float  # mean ln of the mass: about the nats a token that dividing every distribution by its mass would cost
     positions: int
 
 
@@ -38,6 +39,11 @@ class CachedScore:
     model: Score  # without the cache
     score: Score
     chunks: list[Chunk]  # what the cache was given, for `mass`
+
+
+def memory_of_chunks(cache: Cache, targets: int) -> int:
+    """Bytes of the chunks that a pass over so many targets keeps: tokens of 2 bytes, readings and hints of 4."""
+    return targets * (2 + 4 * len(readings_for(cache)) + 4 * bool(cache.hints))
 
 
 def readings_for(cache: Cache) -> tuple[str, ...]:
@@ -114,7 +120,7 @@ def as_dict(score: Score, mass: Mass, cache: Cache) -> dict[str, Any]:
     return {
         "loss": score.loss,
         "bpb": score.bpb,
-        "normalized_bpb": score.bpb * (1 + mass.mean_log / score.loss),
+        "normalized_bpb": score.bpb + mass.mean_log * score.tokens / math.log(2) / score.bytes,
         "mass": asdict(mass),
         "is_distribution": cache.is_distribution,
         "memory_bytes": cache.memory_bytes,

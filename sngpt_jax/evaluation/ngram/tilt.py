@@ -18,9 +18,10 @@ from sngpt_jax.evaluation.ngram.compiled import compiled
 CONTEXT = 15  # tokens that the next one is hinted from: order 16
 BETA = 2.625
 LEAST_BUCKETS = 16
+PROBES = 16  # neighbouring buckets among which a context has its place
 
-# Of the last context that fell into a bucket: the half of its hash that the bucket's number is not of, a candidate, how often
-# that followed since it became the candidate, and how often anything did. It gives way once it is no majority.
+# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often that followed since it became the
+# candidate, and how often anything did. It gives way once it is no majority; a context does where all its places are taken.
 FOLLOWER = np.dtype([("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)], align=True)
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over a context's tokens, modulo 2^64
@@ -89,7 +90,14 @@ def _hint_and_follow(tokens, before, table, hints):  # type: ignore[no-untyped-d
     for t in range(max(0, before - CONTEXT), len(tokens)):
         if t >= before and t >= CONTEXT:
             context = _mixed(h)
-            bucket, check = table[context & mask], np.uint32(context >> np.uint64(32))
+            check = np.uint32(context >> np.uint64(32))
+            place = context & mask
+            for step in range(PROBES):
+                near = table[(context + np.uint64(step)) & mask]
+                if near.total == 0 or near.context == check:
+                    place = (context + np.uint64(step)) & mask
+                    break
+            bucket = table[place]
             if bucket.total == 0 or bucket.context != check:
                 bucket.context, bucket.token, bucket.count, bucket.total = check, tokens[t], np.uint32(1), np.uint32(1)
             else:
