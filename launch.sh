@@ -34,7 +34,20 @@ wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
 [ "$command" = test ] && wanted+=(test)
 if [ "$command" = evaluate ]; then
-  case " $* " in *" --ngram"* | *" --tasks"*) wanted+=(eval) ;; esac
+  of_lm_eval='(^|,)[^,=]+(,|$)' # in a list of tasks: one without =PATH
+  needs_eval='' option=''
+  for argument; do
+    case "$argument" in
+    --*=*) option=${argument%%=*} value=${argument#*=} ;;
+    -*) option=$argument value='' ;;
+    *) value=$argument ;;
+    esac
+    case "$option" in
+    --ngram) case "$value" in '' | none) ;; *) needs_eval=1 ;; esac ;;
+    --tasks) [[ "$value" =~ $of_lm_eval ]] && needs_eval=1 ;;
+    esac
+  done
+  [ -z "$needs_eval" ] || wanted+=(eval)
 fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac

@@ -68,9 +68,31 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert calls[-1].endswith("-m pytest -k x")
     assert installed(launch(checkout, "test")[1]) == []
     assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
-    assert installed(launch(checkout, "evaluate", "--run", "x")[1]) == []
-    assert installed(launch(checkout, "evaluate", "--run", "x", "--ngram", "exact")[1]) == [f"{checkout}[eval]"]
     assert installed(launch(checkout, "train")[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        ([], False),
+        (["--ngram", "exact"], True),
+        (["--ngram=tilt"], True),
+        (["--ngram", "none"], False),
+        (["--ngram-memory", "2"], False),
+        (["--tasks", "lambada=a b.txt,hellaswag=c=d.jsonl"], False),
+        (["--tasks=squad=dev-v2.0.json", "--task-limit", "5"], False),
+        (["--tasks", "lambada=x,piqa"], True),
+        (["--tasks", "piqa", "--json"], True),
+        (["--tasks=piqa,lambada=x"], True),
+        (["--tasks=piqa"], True),
+        (["--data", "piqa", "--tasks", "lambada=x"], False),
+    ],
+)
+def test_evaluate_needs_more_for_caches_and_for_tasks_without_a_file(checkout, arguments, needed):
+    launch(checkout, "train")
+    done, calls = launch(checkout, "evaluate", "--run", "x", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert installed(calls) == ([f"{checkout}[eval]"] if needed else [])
 
 
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
