@@ -224,30 +224,36 @@ def main(argv: Sequence[str]) -> int:
         assert dataset
         variables = quantize_variables(variables, config, dataset, mesh, progress_reporter("calibrate"))
 
+    asked = None
+    if spec:
+        tokenizer = model.tokenizer() if model.tokenizer_path or not dataset else dataset.tokenizer
+        asked = LanguageModel(config, variables, tokenizer, mesh)
+
+    def tell(line: str) -> None:
+        if arguments.json != "-":
+            print(line, flush=True)
+
     result: dict[str, Any] = {"step": model.step, "weights": model.weights, "fake_quantized": arguments.fake_quantize}
-    which = f"step {model.step}, {model.weights} weights" + (" as export would keep them" if arguments.fake_quantize else "")
-    lines = [which]
+    tell(f"step {model.step}, {model.weights} weights" + (" as export would keep them" if arguments.fake_quantize else ""))
     if arguments.mode != "none":
         assert dataset
         result = score(arguments, config, variables, dataset, mesh) | result
         if not math.isfinite(result["loss"]):
             remedy = "export other weights" if arguments.artifact else "take an earlier --step"
             raise UserError(f"{model.source}: the loss of step {model.step} is {result['loss']}; {remedy}")
-        lines += describe(result)
-    if spec:
-        tokenizer = model.tokenizer() if model.tokenizer_path or not dataset else dataset.tokenizer
-        asked = LanguageModel(config, variables, tokenizer, mesh)
+        for line in describe(result):
+            tell(line)
+    failed = []
+    if asked:
         result["tasks"] = tasks.run_tasks(
             asked, spec, limit=arguments.task_limit, include=arguments.task_definitions, progress=progress_reporter
         )
         for name, metrics in result["tasks"].items():
-            lines.append(f"{name}: " + ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items()))
-    if arguments.json != "-":
-        print("\n".join(lines))
+            tell(f"{name}: " + ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items()))
+        failed = [f"{name}: {metrics['error']}" for name, metrics in result["tasks"].items() if "error" in metrics]
     cli.write_json(result, arguments.json)
-    failed = [name for name, metrics in result.get("tasks", {}).items() if "error" in metrics]
     if failed:
-        raise UserError("; ".join(f"{name}: {result['tasks'][name]['error']}" for name in failed))
+        raise UserError("; ".join(failed))
     return 0
 
 

@@ -20,8 +20,8 @@ BETA = 2.625
 LEAST_BUCKETS = 16
 PROBES = 16  # neighbouring buckets among which a context has its place
 
-# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often that followed since it became the
-# candidate, and how often anything did. It gives way once it is no majority; a context does where all its places are taken.
+# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often that followed since it became
+# the candidate, and how often anything did. It gives way once it is no majority; a context does where all its places are taken.
 FOLLOWER = np.dtype([("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)], align=True)
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over a context's tokens, modulo 2^64
