@@ -10,6 +10,7 @@ that.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +26,8 @@ from sngpt_jax.model.attention import KeysValues, Memory, Positions, causal_mask
 from sngpt_jax.model.embeddings import LOOK_BACK
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.step import Batch, Variables, abstract_variables, graph
+
+LEAST_LENGTH = 16  # of the shortest rows that a program is compiled for; below it compiling costs more than padding
 
 
 def draw(
@@ -56,7 +59,7 @@ def pick(x_BT: jax.Array, at_B: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------- on the devices
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "size", "top_k", "vocab_size", "end_id"))
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "size", "top_k", "vocab_size"))
 def _continued(
     variables: Variables,
     batch: Batch,
@@ -64,13 +67,13 @@ def _continued(
     key: jax.Array,
     temperature: jax.Array,
     max_tokens: jax.Array,
+    end_id: jax.Array,
     *,
     config: ModelConfig,
     mesh: Mesh,
     size: int,
     top_k: int,
     vocab_size: int,
-    end_id: int,
 ) -> jax.Array:
     """Prompts and what follows them, int32 [B, size], known to all processes.
 
@@ -87,6 +90,7 @@ def _continued(
         key: jax.Array,
         temperature: jax.Array,
         max_tokens: jax.Array,
+        end_id: jax.Array,
     ) -> jax.Array:
         model = nnx.merge(graph(config), gather(variables, layout))
         length_B = batch["length"]
@@ -145,16 +149,21 @@ def _continued(
         return jax.lax.all_gather(tokens_BS, BATCH_AXES, tiled=True)
 
     # in the loop the devices part ways, which check_vma knows no word for
-    specs = (layout, rows, P(), P(), P(), P())
+    specs = (layout, rows, P(), P(), P(), P(), P())
     program = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    return program(variables, batch, tables, key, temperature, max_tokens)
+    return program(variables, batch, tables, key, temperature, max_tokens, end_id)
 
 
 # ---------------------------------------------------------------------------------------------- on the host
 
 
-def _power_of_two(number: int) -> int:
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is no less than `number`, which is at least 1."""
     return 1 << (number - 1).bit_length()
+
+
+def _padded(length: int, config: ModelConfig) -> int:
+    return min(max(LEAST_LENGTH, next_power_of_two(length)), config.max_seq_len)
 
 
 def _rotary(config: ModelConfig, totals: Sequence[int], seq_len: int, size: int) -> tuple[np.ndarray | None, np.ndarray]:
@@ -186,7 +195,7 @@ def generate_tokens(
     A text equals, up to rounding, what forward passes over the whole of it would give, whatever other prompts stand beside
     it; its draws follow from `seed`, its place in `prompts` and the position. All prompts run at once: the caller knows how
     many a device has room for. Programs are compiled for numbers of rows a device, prompt lengths and whole lengths that are
-    powers of two.
+    powers of two, lengths from `LEAST_LENGTH` on.
 
     Args:
       config: the model's.
@@ -202,7 +211,8 @@ def generate_tokens(
       seed: of the draws, 0 ≤ seed < 2^32.
 
     Raises:
-      UserError: a prompt is empty, `max_tokens` less than 1, or both together more than model.max_seq_len positions.
+      UserError: a prompt is empty, `max_tokens` less than 1, or both together more than model.max_seq_len positions;
+        `temperature` or `top_k` is negative, or `temperature` not finite.
     """
     if not prompts:
         return []
@@ -211,18 +221,22 @@ def generate_tokens(
         raise UserError("a prompt without tokens; begin it with one at least, such as that which starts a document")
     if max_tokens < 1:
         raise UserError(f"max_tokens = {max_tokens}: a text is continued by 1 token or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature = {temperature}: a finite number from 0 up divides the logits")
+    if top_k < 0:
+        raise UserError(f"top_k = {top_k}: draw from so many tokens, or with 0 from all")
     if max(lengths) + max_tokens > config.max_seq_len:
         raise UserError(
             f"a prompt of {max(lengths)} tokens and {max_tokens} new ones exceed model.max_seq_len = {config.max_seq_len};"
             " shorten one of them"
         )
-    size = min(_power_of_two(max(lengths) + max_tokens), config.max_seq_len)
+    size = _padded(max(lengths) + max_tokens, config)
     tables, which = _rotary(config, [length + max_tokens for length in lengths], seq_len, size)
 
     devices = mesh.devices.size
-    rows = devices * _power_of_two(-(-len(prompts) // devices))
+    rows = devices * next_power_of_two(-(-len(prompts) // devices))
     row = np.arange(rows) * (np.arange(rows) < len(prompts))  # those that fill up are the first again, and end with it
-    tokens = np.zeros((len(prompts), min(_power_of_two(max(lengths)), config.max_seq_len)), np.int32)
+    tokens = np.zeros((len(prompts), _padded(max(lengths), config)), np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : lengths[i]] = prompt
     batch = {"tokens": tokens, "length": np.asarray(lengths, np.int32), "row": np.arange(len(prompts), dtype=np.int32)}
@@ -234,12 +248,12 @@ def generate_tokens(
         jax.random.key(seed),
         np.float32(temperature),
         np.int32(max_tokens),
+        np.int32(end_id),
         config=config,
         mesh=mesh,
         size=size,
         top_k=min(top_k, vocab_size),
         vocab_size=vocab_size,
-        end_id=end_id,
     )
     added = [text[length : length + max_tokens] for text, length in zip(np.asarray(texts), lengths, strict=False)]
     return [new[: np.argmax(new == end_id)] if end_id in new else new for new in added]

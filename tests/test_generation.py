@@ -11,24 +11,34 @@ import pytest
 from sngpt_jax import generation
 from sngpt_jax.cli import UserError
 from sngpt_jax.generation import draw, generate_tokens
-from sngpt_jax.parallel import make_mesh
+from sngpt_jax.parallel import make_mesh, state_shardings
 from sngpt_jax.step import forward
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
 from tests.model.test_techniques import BIGRAM, STACKS, changed, random_params
 
-LEARNED = dataclasses.replace(pre_norm.DENSE, max_seq_len=13)  # no power of two, so that both paddings end there
-MODELS = {
-    "plain": changed(num_layers=3),
-    **{name: changed(**fields) for name, fields in STACKS.items()},
-    "masked, recycled": changed(
-        num_layers=3, smear="before_norm", smear_mask_bos=True, recycle_layers=(0, 0), value_residual=True, **BIGRAM
-    ),
-    "learned positions": LEARNED,
-    "coded, rotary": dataclasses.replace(pre_norm.CODED, num_layers=2, positions="rotary", qk_norm=True),
-}
 TINY = changed(num_layers=2)
+MODELS = {
+    "most techniques": changed(max_seq_len=24, **STACKS["12l_recycled"]),
+    "masked, recycled": changed(
+        num_layers=3,
+        max_seq_len=24,  # prompts are filled up to 16 positions, texts to these
+        rope_ntk_len=5,
+        xsa_layers=3,
+        smear="before_norm",
+        smear_mask_bos=True,
+        recycle_layers=(0, 0),
+        value_residual=True,
+        **BIGRAM,
+        bigram_hash="sum",
+    ),
+    "learned positions": dataclasses.replace(pre_norm.DENSE, num_layers=2, max_seq_len=13),  # both are filled up to these
+    "coded, rotary": dataclasses.replace(pre_norm.CODED, num_layers=1, levels="5,4,0", positions="rotary", qk_norm=True),
+}
+SPLIT = changed(num_layers=1, vocab_size=64, d_model=64)  # its table, for one, has enough elements to be split over devices
 PROMPTS = [np.array(ids) for ids in ([1], [5, 1], [1, 3, 1], [1, 9, 9, 1, 20, 7], [2, 2, 28, 4])]
+LONG = np.array([7, 1, 4, 4, 1, 12, 3, 28, 9, 1, 6, 2])
+SEQ_LEN = 12  # of the training; with seven new tokens some of these texts are shorter and some longer
 
 
 @functools.cache
@@ -36,13 +46,12 @@ def variables(config):
     return (random_params if config.family == "compact" else pre_norm.random_variables)(config)
 
 
-def mesh(devices=1):
-    return make_mesh(jax.devices()[:devices])
-
-
-def generate(config, prompts, devices=1, **options):
-    options = {"seq_len": 8, "max_tokens": 7, "vocab_size": config.vocab_size, "end_id": -1, **options}
-    return [ids.tolist() for ids in generate_tokens(config, variables(config), mesh(devices), prompts, **options)]
+def generate(config, prompts, devices=1, fsdp=1, **options):
+    options = {"seq_len": SEQ_LEN, "max_tokens": 7, "vocab_size": config.vocab_size, "end_id": -1, **options}
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    placed = variables(config)
+    placed = placed if fsdp == 1 else jax.device_put(placed, state_shardings(mesh, placed))
+    return [ids.tolist() for ids in generate_tokens(config, placed, mesh, prompts, **options)]
 
 
 def oracle(config, tokens, length):
@@ -73,19 +82,20 @@ def seen(monkeypatch):
     generation._continued.clear_cache()
 
 
-QUICK = ("plain", "masked, recycled")
+QUICK = "masked, recycled"
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
 def test_logits_equal_those_of_the_whole_text(name, seen):
     """Texts of different lengths side by side, and each with the rotary base of its own length."""
     config = MODELS[name]
-    new = generate(config, PROMPTS)
+    prompts = [prompt for prompt in (*PROMPTS, LONG) if len(prompt) + 7 <= config.max_seq_len]
+    new = generate(config, prompts)
     jax.effects_barrier()
-    assert len(seen) == 7 * len(PROMPTS)
-    for row, (prompt, added) in enumerate(zip(PROMPTS, new, strict=True)):
+    assert len(seen) == 7 * len(prompts) >= 7 * len(PROMPTS)
+    for row, (prompt, added) in enumerate(zip(prompts, new, strict=True)):
         text = np.array([*prompt, *added])
-        wanted = oracle(config, text, max(len(text), 8))
+        wanted = oracle(config, text, max(len(text), SEQ_LEN))
         got = np.stack([seen[row, position] for position in range(len(prompt), len(text))])
         np.testing.assert_allclose(got, wanted[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
         assert added == np.argmax(got, axis=1).tolist()
@@ -93,20 +103,19 @@ def test_logits_equal_those_of_the_whole_text(name, seen):
 
 @pytest.mark.slow
 def test_a_text_does_not_depend_on_those_beside_it_or_on_the_devices():
-    together = generate(TINY, PROMPTS)
-    assert len({tuple(text) for text in together}) > 1
-    assert [generate(TINY, [prompt])[0] for prompt in PROMPTS[2:4]] == together[2:4]
-    assert generate(TINY, PROMPTS[::-1], devices=2)[::-1] == together
+    """Together on four devices, two of them to a copy of the weights, and each alone on one."""
+    together = generate(SPLIT, PROMPTS, devices=4, fsdp=2)
+    assert len({tuple(text) for text in together}) == len(PROMPTS)
+    assert [generate(SPLIT, [prompt])[0] for prompt in PROMPTS] == together
 
 
 def test_draws_are_those_of_full_recomputation():
-    """Of row 0 with the seed's own key folded with the position, as if there were no other rows."""
-    apply, ids = jax.jit(forward(TINY)), [1, 5]
+    """Of row 0 with the seed's own key folded with the position; the others' keys are their own."""
+    ids = [1, 5]
     for position in range(2, 9):
-        logits = apply(variables(TINY), jnp.asarray([ids + [0] * (16 - len(ids))]))[0, position - 1, :20]
-        ids.append(int(jax.random.categorical(jax.random.fold_in(jax.random.key(3), position), logits / 0.7)))
+        logits = jnp.asarray(oracle(TINY, np.array(ids), len(ids))[-1, :20] / 0.7, jnp.float32)
+        ids.append(int(jax.random.categorical(jax.random.fold_in(jax.random.key(3), position), logits)))
     options = {"vocab_size": 20, "temperature": 0.7, "seed": 3}
-    assert generate(TINY, [np.array([1, 5])], **options) == [ids[2:]]
     rows = generate(TINY, [np.array([1, 5])] * 4, **options)
     assert rows[0] == ids[2:] and len({tuple(row) for row in rows}) == 4
     assert generate(TINY, [np.array([1, 5])] * 3, **options) == rows[:3]
@@ -114,14 +123,14 @@ def test_draws_are_those_of_full_recomputation():
 
 
 def test_a_text_ends_before_its_end_and_the_program_with_the_last(seen):
-    whole = generate(TINY, PROMPTS)
+    """Texts that would go on after the end, and end again at no later place: each has ended once it has."""
+    prompts, end = [np.array([first]) for first in (0, 1, 4)], 24
+    whole = generate(TINY, prompts)
+    assert [text.index(end) for text in whole] == [1, 2, 0] and all(text.count(end) == 1 for text in whole)
     seen.clear()
-    end = whole[0][2]
-    ended = generate(TINY, PROMPTS, end_id=end)
+    assert generate(TINY, prompts, end_id=end) == [text[: text.index(end)] for text in whole]
     jax.effects_barrier()
-    assert ended == [text[: text.index(end)] if end in text else text for text in whole]
-    steps = max(len(text) + (end in whole[row]) for row, text in enumerate(ended))
-    assert len(seen) == steps * len(PROMPTS)
+    assert len(seen) == 3 * len(prompts)  # steps, of seven
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
@@ -131,7 +140,7 @@ def test_as_many_tokens_as_asked_for(max_tokens):
 
 @pytest.mark.slow
 def test_half_precision_stays_near_its_own_recomputation(seen):
-    config = changed(num_layers=2, compute_dtype="bfloat16", value_embed_layers=(1,), value_embed_dim=5)
+    config = changed(num_layers=1, compute_dtype="bfloat16", value_embed_layers=(0,), value_embed_dim=5)
     (new,) = generate(config, [PROMPTS[3]])
     jax.effects_barrier()
     text = jnp.asarray([[*PROMPTS[3], *new]])
@@ -189,6 +198,10 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_
     [
         ([[1, 2], []], {}, "a prompt without tokens; begin it"),
         ([[1]], {"max_tokens": 0}, "max_tokens = 0: "),
+        ([[1]], {"temperature": -0.1}, "temperature = -0.1: "),
+        ([[1]], {"temperature": float("nan")}, "temperature = nan: "),
+        ([[1]], {"temperature": float("inf")}, "temperature = inf: "),
+        ([[1]], {"top_k": -1}, "top_k = -1: "),
         ([[1], [2] * 10], {}, "a prompt of 10 tokens and 7 new ones exceed model.max_seq_len = 16; shorten"),
     ],
 )

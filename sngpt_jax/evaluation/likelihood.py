@@ -18,14 +18,12 @@ from jax.sharding import Mesh
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
-from sngpt_jax.generation import generate_tokens
+from sngpt_jax.generation import LEAST_LENGTH, generate_tokens, next_power_of_two
 from sngpt_jax.model.attention import ntk_base
 from sngpt_jax.parallel import batch_placer
 from sngpt_jax.step import Variables, make_eval_step
 
 Progress = Callable[[int, int], None]  # (done, total)
-
-LEAST_LENGTH = 16  # inputs of the shortest rows; below it a program costs more to compile than its padding to run
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Continuation:
     """What a model makes of one continuation of a context."""
 
     logprob: float  # ln p of all the scored tokens together
-    greedy: bool  # each of them is the likeliest token after those before it
+    greedy: bool  # each of them is the likeliest after those before it, among all rows of the model's table
     tokens: int  # that were scored; 0 where the tokenizer drops all of the continuation
 
 
@@ -61,11 +59,6 @@ def _rows(pair: int, tokens: np.ndarray, first: int, seq_len: int) -> Iterator[_
     for start in range(first, targets, seq_len):
         stop = min(start + seq_len, targets)
         yield _Row(pair, tokens[max(0, stop - seq_len) : stop + 1], stop - start)
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is no less than n."""
-    return 1 << (n - 1).bit_length()
 
 
 @functools.cache  # so that one program serves all calls
@@ -153,10 +146,11 @@ class LanguageModel:
         """
         step, place = _eval_step(self.config.model, self.mesh, self.seq_len), batch_placer(self.mesh)
         devices = self.mesh.devices.size
-        widest = _power_of_two(max((row.scored for row in rows), default=1))
+        widest = next_power_of_two(max((row.scored for row in rows), default=1))
 
         def padded(row: _Row) -> int:
-            return min(self.seq_len, max(LEAST_LENGTH, _power_of_two(row.length)))  # causal attention never sees what fills up
+            # causal attention never sees what fills up
+            return min(self.seq_len, max(LEAST_LENGTH, next_power_of_two(row.length)))
 
         def read(found: dict[str, jax.Array], part: Sequence[_Row], offsets_B: np.ndarray) -> list[_Scored]:
             nll_BS, greedy_BS = np.asarray(found["nll"]), np.asarray(found["greedy"])
@@ -170,7 +164,7 @@ class LanguageModel:
         for T, group in groupby(sorted(rows, key=padded, reverse=True), padded):
             same_length, S = list(group), min(T, widest)
             most = max(1, self.config.eval.device_batch_tokens // T)
-            B = min(most, _power_of_two(math.ceil(len(same_length) / devices))) * devices  # few sizes, so few programs
+            B = min(most, next_power_of_two(math.ceil(len(same_length) / devices))) * devices  # few sizes, so few programs
             for first in range(0, len(same_length), B):
                 part = same_length[first : first + B]
                 tokens_BT, offsets_B = np.zeros((B, T + 1), np.int32), np.zeros(B, np.int32)

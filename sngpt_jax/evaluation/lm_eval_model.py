@@ -28,6 +28,10 @@ logger = logging.getLogger("sngpt_jax")
 MAX_TOKENS = 256  # that a task generates which does not say how many, as with lm-eval's own models
 
 
+class NotLoaded(UserError):
+    """lm-eval knows a task, but cannot load it."""
+
+
 class SngptLM(LM):
     """`likelihood.LanguageModel` behind lm-eval's interface."""
 
@@ -66,7 +70,7 @@ class SngptLM(LM):
             "until": rest.pop("until"),
             "max_tokens": rest.pop("max_gen_toks"),
             "temperature": temperature,
-            "top_k": rest.pop("top_k", 0),
+            "top_k": max(0, rest.pop("top_k", 0) or 0),  # none, 0 and -1 all mean off
         }
         # 1 is the value that changes nothing, of num_beams as of top_p
         unserved = [f"{name} = {value}" for name, value in rest.items() if value != 1 and (temperature or name != "top_p")]
@@ -98,7 +102,7 @@ def _manager_of(name: str, include: Path | None) -> TaskManager:
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
         raise UserError(
-            f"--tasks {name}: lm-eval has no task of this name"
+            f"--tasks {name}: lm-eval has no task of this name (commas part tasks, so no path can have one)"
             + (f"; did you mean {', '.join(close)}?" if close else "; `lm-eval ls tasks` lists them")
         )
     return manager
@@ -106,8 +110,6 @@ def _manager_of(name: str, include: Path | None) -> TaskManager:
 
 def check(names: Sequence[str], include: Path | None = None) -> None:
     """Raises `UserError` unless lm-eval, or the folder `include` of its task files, knows all `names`."""
-    if include and not include.is_dir():
-        raise UserError(f"{include}: not a folder; give one with lm-eval's task files (*.yaml)")
     for name in names:
         _manager_of(name, include)
 
@@ -118,14 +120,14 @@ def run(
     """lm-eval's results for the task `name`: {metric: number, ..., "samples": number}; a group's by task.
 
     At most `limit` samples of each task (0: all). A metric of another filter than none is named "metric,filter"; one that is
-    not finite is None. Raises `UserError` where the task cannot be loaded, such as one to be downloaded without a network, or
-    cannot be run.
+    not finite is None. Raises `NotLoaded` where the task cannot be loaded, such as one to be downloaded without a network, and
+    `UserError` where it cannot be run.
     """
     manager = _manager_of(name, include)
     try:
         loaded = manager.load([name])
     except Exception as error:  # whatever a task's own code, its data set or the network gives
-        raise UserError(f"lm-eval cannot load its task {name}: {_one_line(error)}") from error
+        raise NotLoaded(f"lm-eval cannot load its task {name}: {_one_line(error)}") from error
     groups: dict[str, Any] = loaded.get("groups") or {}
     tasks = [groups[name]] if name in groups else list(loaded["tasks"].values())
     try:
@@ -134,7 +136,7 @@ def run(
             tasks=tasks,
             limit=limit or None,
             task_manager=manager,
-            bootstrap_iters=0,  # errors of the mean alone, which have a formula
+            bootstrap_iters=0,  # no standard errors: some are of many thousand draws
             log_samples=False,
         )
     except UserError:
@@ -157,6 +159,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Those of lm-eval's metrics that are numbers; the others are names, and "N/A" for an error without a formula."""
-    numbers = {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, Real)}
+    """Those of lm-eval's metrics that are numbers; the others are names, and "N/A" for errors that are not asked for.
+
+    Its count of samples is left out: `run` gives its own.
+    """
+    kept = {name: value for name, value in metrics.items() if isinstance(value, Real) and name != "sample_len"}
+    numbers = {name.removesuffix(",none"): value for name, value in kept.items()}
     return {name: float(value) if math.isfinite(value) else None for name, value in numbers.items()}

@@ -3,9 +3,11 @@
 A task that cannot be run gives {"error": "one line"} in the place of its results, and the others still run.
 """
 
+import codecs
 import json
 import math
 import re
+import reprlib
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +20,12 @@ import numpy as np
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
+from sngpt_jax.data.tokenizer import replace_surrogates
 from sngpt_jax.evaluation.likelihood import LanguageModel, Progress
 
 Metrics = dict[str, Any]
 
+LM_EVAL = "lm-eval>=0.4.12"  # the first whose tasks are loaded as here
 SQUAD_ANSWER_TOKENS = 32  # the most that an answer is generated of; the published ones have about 4 words
 
 
@@ -44,7 +48,7 @@ def _lines(path: Path, published: str) -> Iterator[tuple[str, str]]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -54,6 +58,13 @@ def _json(text: str | bytes, where: str, published: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as JSON: {error}; give {published}") from None
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _field(holder: Any, name: str, kind: type, where: str, published: str) -> Any:
@@ -78,8 +89,8 @@ class Choice:
 
 
 def _clean(text: str) -> str:
-    """HellaSwag's text without the marks of WikiHow, as lm-eval's task cleans it."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    """HellaSwag's text without the marks of WikiHow, as lm-eval's task cleans it, and as UTF-8 can encode it."""
+    text = re.sub(r"\[.*?\]", "", replace_surrogates(text).strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
@@ -96,9 +107,10 @@ def read_hellaswag(path: Path) -> list[Choice]:
         given = _field(row, "endings", list, where, published)
         endings = tuple(_clean(ending) if isinstance(ending, str) else "" for ending in given)
         label = row.get("label")  # an integer in the published file, its digits in copies of it
-        if not (str(label).isdecimal() and int(label) < len(endings)):
-            raise UserError(f"{where}: 'label' is {label!r}, expected 0 to {len(endings) - 1}; give {published}")
-        if not all(endings):
+        indices = [str(i) for i in range(len(endings))]
+        if not isinstance(label, int | str) or str(label) not in indices:
+            raise UserError(f"{where}: 'label' is {reprlib.repr(label)}, expected 0 to {len(endings) - 1}; give {published}")
+        if not all(ending.strip() for ending in endings):
             raise UserError(f"{where}: one of 'endings' is not text, or empty; give {published}")
         samples.append(Choice(_clean(f"{activity}: {first} {second.capitalize()}"), endings, int(label)))
     return samples
@@ -143,14 +155,16 @@ class Passage:
 def read_lambada(path: Path) -> list[Passage]:
     """The passages of `lambada_test_plain_text.txt`, one a line, or of a `.jsonl` with {"text": ...} a line, as OpenAI's.
 
-    Raises `UserError` that names the line where the file is damaged.
+    Raises `UserError` that names the line where the file is damaged, or holds JSON under another name.
     """
     published = "LAMBADA's lambada_test_plain_text.txt, or a .jsonl with the key text"
     samples: list[Passage] = []
     for where, line in _lines(path, published):
         text = line
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             text = _field(_json(line, where, published), "text", str, where, published).rstrip()
+        elif _is_object(line):
+            raise UserError(f"{where}: a JSON object where a passage is expected; name the file .jsonl")
         context, _, word = text.rpartition(" ")
         if not context:
             raise UserError(f"{where}: expected a passage of several words; give {published}")
@@ -226,16 +240,18 @@ def answer_f1(answer: str, right: str) -> float:
 
 
 def score_squad(model: LanguageModel, samples: Sequence[Question], progress: Progress | None = None) -> Metrics:
-    """`exact_match` and `f1` in percent, as SQuAD's evaluation scripts: the best over a question's right answers, averaged.
+    """`exact_match` and `f1` in percent, as SQuAD's evaluation script: the best over a question's right answers, averaged.
 
-    Answers are generated greedily up to the end of the line. A question without an answer wants an empty one; where there are
-    such, `has_ans_exact_match` and `has_ans_f1` are over the others.
+    Answers are generated greedily up to the end of the line. The rules are those of version 2's script. Version 1.1's differs
+    where an answer has no words once normalized: it compares such a right answer as it does others, where version 2's leaves it
+    out; and it gives two empty ones an F1 of 0, version 2's of 1. A question without an answer wants an empty one; where there
+    are such, `has_ans_exact_match` and `has_ans_f1` are over the others.
     Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018, arXiv:1806.03822.
     """
     answers = model.generate([sample.prompt for sample in samples], ["\n"], SQUAD_ANSWER_TOKENS, progress=progress)
     scores = []
     for sample, answer in zip(samples, answers, strict=True):
-        # an answer that is nothing but articles and punctuation cannot be told from none: the scripts leave it out
+        # an answer that is nothing but articles and punctuation cannot be told from none
         rights = [right for right in sample.answers if normalize_answer(right)] or [""]
         exact = max(normalize_answer(answer) == normalize_answer(right) for right in rights)
         scores.append((float(exact), max(answer_f1(answer, right) for right in rights)))
@@ -257,32 +273,48 @@ class Task:
 
     read: Callable[[Path], list[Any]]
     score: Callable[[LanguageModel, Sequence[Any], Progress | None], Metrics]
+    in_lm_eval: bool  # which has a task of this name too
 
 
 TASKS = {
-    "hellaswag": Task(read_hellaswag, score_hellaswag),
-    "lambada": Task(read_lambada, score_lambada),
-    "squad": Task(read_squad, score_squad),
+    "hellaswag": Task(read_hellaswag, score_hellaswag, in_lm_eval=True),
+    "lambada": Task(read_lambada, score_lambada, in_lm_eval=True),
+    "squad": Task(read_squad, score_squad, in_lm_eval=False),
 }
 
 
 def _lm_eval() -> ModuleType | None:
-    """The module that runs lm-eval's tasks; None where lm-eval is not installed."""
+    """The module that runs lm-eval's tasks; None where lm-eval is not installed, or is too old."""
     try:
         from sngpt_jax.evaluation import lm_eval_model
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         return None
     return lm_eval_model
 
 
+def _run_lm_eval(model: LanguageModel, name: str, limit: int, include: Path | None, progress: Progress | None) -> Metrics:
+    instead = f"; or give the published file: {name}=PATH" if name in TASKS else ""
+    lm_eval = _lm_eval()
+    if not lm_eval:
+        install = cli.command("pip", "install", LM_EVAL)
+        raise UserError(f"the task {name} needs the package {LM_EVAL}; install it: {install}{instead}")
+    try:
+        return lm_eval.run(model, name, limit=limit, include=include, progress=progress)
+    except lm_eval.NotLoaded as error:
+        raise UserError(f"{error}{instead}") from error
+
+
 def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None]:
     """`hellaswag=PATH,lambada=PATH,piqa` as a file for each task, None for those of lm-eval's.
 
-    `include` is a folder of lm-eval task files beside its own. Raises `UserError` for a task that nobody knows; where lm-eval
-    is not installed its tasks are left for `run_tasks` to report.
+    `include` is a folder of lm-eval task files beside its own. Raises `UserError` for a task that nobody knows, and for an
+    `include` that is no folder or that no task needs; where lm-eval is not installed its tasks are left for `run_tasks` to
+    report.
     """
+    if include and not include.is_dir():
+        raise UserError(f"--task-definitions {include}: not a folder; give one with lm-eval's task files (*.yaml)")
     spec: dict[str, Path | None] = {}
     for part in text.split(","):
         name, given, path = (piece.strip() for piece in part.partition("="))
@@ -290,11 +322,18 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
         if not name or (given and not path):
             raise UserError(f"--tasks {text}: expected NAME=PATH of {known}, or names of lm-eval's tasks, parted by commas")
         if given and name not in TASKS:
-            raise UserError(f"--tasks {part}: of the tasks that read a file there are {known}; one of lm-eval's takes no =PATH")
+            raise UserError(
+                f"--tasks {part}: of the tasks that read a file there are {known}; one of lm-eval's takes no =PATH, and commas"
+                " part tasks"
+            )
+        if not given and not include and name in TASKS and not TASKS[name].in_lm_eval:
+            raise UserError(f"--tasks {name}: lm-eval has no task of this name; give the published file, {name}=PATH")
         if name in spec:
             raise UserError(f"--tasks {text}: {name} is named twice; name it once")
         spec[name] = Path(path) if given else None
     foreign = [name for name, path in spec.items() if path is None]
+    if include and not foreign:
+        raise UserError(f"--task-definitions {include}: no task of --tasks {text} is lm-eval's; leave it out")
     if foreign and (lm_eval := _lm_eval()):
         lm_eval.check(foreign, include)
     return spec
@@ -320,11 +359,8 @@ def run_tasks(
             if path:
                 samples = TASKS[name].read(path)
                 results[name] = TASKS[name].score(model, samples[:limit] if limit else samples, report)
-            elif lm_eval := _lm_eval():
-                results[name] = lm_eval.run(model, name, limit=limit, include=include, progress=report)
             else:
-                install = cli.command("pip", "install", "lm-eval")
-                raise UserError(f"the task {name} needs the package lm-eval; install it: {install}")
+                results[name] = _run_lm_eval(model, name, limit, include, report)
         except UserError as error:
             results[name] = {"error": " ".join(str(error).split())}
     return results

@@ -120,6 +120,21 @@ def test_rolling_windows_are_those_of_lm_eval(length):
     assert (pair.logprob, pair.tokens) == (pytest.approx(wanted, abs=1e-3), length)
 
 
+def test_a_long_continuation_is_greedy_only_where_all_its_rows_are():
+    """T random letters, then the likeliest: the second of two rows is greedy."""
+    model = make()
+    for seed in range(100):
+        letters = np.random.default_rng(seed).integers(2, 10, T).tolist()
+        likeliest = int(log_probabilities(model, letters)[-1].argmax())
+        if 2 <= likeliest < 28:  # a letter
+            break
+    text = "".join(ALPHABET[token] for token in [*letters, likeliest])
+    assert ids(text) == [*letters, likeliest]
+    [whole], [end] = model.loglikelihood([("", text)]), model.loglikelihood([(text[:-1], text[-1])])
+    assert (whole.tokens, whole.greedy) == (T + 1, False)
+    assert (end.tokens, end.greedy) == (1, True)
+
+
 def test_the_others_change_nothing():
     """Alone, in another order, in larger batches, on other devices."""
     rng = np.random.default_rng(0)

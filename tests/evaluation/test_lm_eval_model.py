@@ -9,6 +9,7 @@ import jax
 import pytest
 
 pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance
 
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
@@ -144,6 +145,7 @@ def test_multiple_choice(model, include):
         norm_right += norms.index(max(norms)) == doc["answer"]
     assert (got["acc"], got["acc_norm"], got["samples"]) == (pytest.approx(right / 3), pytest.approx(norm_right / 3), 3)
     assert all(type(value) in (float, int) for value in got.values())
+    assert set(got) == {"acc", "acc_norm", "samples"}
 
 
 def test_rolling(model, include):
@@ -183,6 +185,7 @@ def test_generate_until(model, include, monkeypatch):
             {"do_sample": True, "temperature": 2, "top_k": 3, "top_p": 1.0, "max_new_tokens": 4},
             {"until": [], "max_tokens": 4, "temperature": 2.0, "top_k": 3},
         ),
+        ({"top_k": -1}, {"until": [], "max_tokens": 8, "temperature": 0.0, "top_k": 0}),
         ({"do_sample": True}, {"until": [], "max_tokens": 8, "temperature": 1.0, "top_k": 0}),
     ],
 )
@@ -194,6 +197,18 @@ def test_options_of_generation(given, wanted):
 def test_options_that_are_not_served_are_named(given):
     with pytest.raises(UserError, match=f"{list(given)[-1]} = .*not served"):
         SngptLM(Invented())._options(given)
+
+
+def test_each_request_is_served_with_its_own_options():
+    class Model(Invented):
+        def generate(self, prompts, progress, **options):
+            return [f"{prompt} {options['until']} {options['max_tokens']} {options['temperature']}" for prompt in prompts]
+
+    short, long = {"until": ["."], "max_gen_toks": 2}, {"until": ["x"], "max_gen_toks": 5, "temperature": 0.5}
+    asked = [("a", short), ("b", long), ("c", long), ("d", short)]
+    requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(asked)]
+    got = SngptLM(Model()).generate_until(requests)
+    assert got == ["a ['.'] 2 0.0", "b ['x'] 5 0.5", "c ['x'] 5 0.5", "d ['.'] 2 0.0"]
 
 
 def test_one_that_fails_leaves_the_others(model, include):
@@ -214,11 +229,17 @@ def test_a_group_is_given_by_task(model, include):
 def test_an_unknown_task_is_one_line(include, monkeypatch):
     local = lm_eval_model._manager(include, False)
     monkeypatch.setattr(lm_eval_model, "_manager", lambda include, own: local)  # to list lm-eval's own takes it 15 s
-    with pytest.raises(UserError, match="--tasks tiny_choise: lm-eval has no task of this name; did you mean tiny_choice"):
-        parse_tasks("tiny_choise", include)
+    wanted = r"--tasks tiny_choise: lm-eval has no task of this name \(commas part tasks.*\); did you mean tiny_choice"
+    with pytest.raises(UserError, match=wanted):
+        parse_tasks("lambada=a folder,tiny_choise", include)
     assert parse_tasks("tiny_group", include) == {"tiny_group": None}
-    with pytest.raises(UserError, match="not a folder"):
-        parse_tasks("tiny_choice", include / "none")
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
+def test_one_that_cannot_be_loaded_but_is_here_too_names_its_file(tmp_path, name):
+    write_task(tmp_path, name, TASKS["tiny_absent"], None)
+    got = run_tasks(Invented(), parse_tasks(name, tmp_path), include=tmp_path)[name]["error"]
+    assert "cannot load" in got and got.endswith(f"; or give the published file: {name}=PATH")
 
 
 def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):

@@ -5,6 +5,7 @@ import math
 import re
 import string
 import sys
+import types
 from collections import Counter
 
 import pytest
@@ -98,6 +99,21 @@ def test_of_equal_endings_the_first_counts(tmp_path):
     assert got == {"acc": 1.0, "acc_norm": 1.0, "acc_bytes": 1.0, "acc_token_norm": 1.0, "samples": 1}
 
 
+def test_acc_norm_is_by_the_characters_of_the_ending_alone(tmp_path):
+    """With the space before it counted too the first would win: -0.5 against -0.6."""
+    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["a", "bcd"], "label": 1})
+    got = only(Model([Continuation(-1.0, False, 1), Continuation(-2.4, False, 2)]), "hellaswag", path)
+    assert got == {"acc": 0.0, "acc_norm": 1.0, "acc_bytes": 1.0, "acc_token_norm": 0.0, "samples": 1}
+
+
+def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
+    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0})
+    model = Model([Continuation(-1.0, False, 1)] * 2)
+    assert only(model, "hellaswag", path)["acc"] == 1.0
+    context = "Roof shingle removal: A man is sitting on a roof. \ufffd"
+    assert model.asked == [(context, " \ufffd x"), (context, " y")]
+
+
 def without(row, name):
     return {key: value for key, value in row.items() if key != name}
 
@@ -108,9 +124,12 @@ def without(row, name):
         (without(ACTIVITY, "endings"), "line 2: 'endings' is missing, expected list"),
         ({**ACTIVITY, "endings": ["a", 3], "label": 0}, "line 2: one of 'endings' is not text, or empty"),
         ({**ACTIVITY, "endings": ["a", "[step]"], "label": 1}, "line 2: one of 'endings' is not text, or empty"),
+        ({**ACTIVITY, "endings": ["a", "[x] [y]"], "label": 0}, "line 2: one of 'endings' is not text, or empty"),
         ({**ACTIVITY, "ctx_a": None}, "line 2: 'ctx_a' is of type NoneType, expected str"),
         (without(ACTIVITY, "label"), "line 2: 'label' is None, expected 0 to 3"),  # the test split's
         ({**ACTIVITY, "label": 4}, "line 2: 'label' is 4, expected 0 to 3"),
+        ({**ACTIVITY, "label": True}, "line 2: 'label' is True, expected 0 to 3"),
+        ({**ACTIVITY, "label": "9" * 5000}, "line 2: 'label' is '999999999999...9999999999999', expected 0 to 3"),
         ({**ACTIVITY, "label": -1}, "line 2: 'label' is -1, expected 0 to 3"),
         ([1], "line 2: 'activity_label' is missing"),
     ],
@@ -124,14 +143,16 @@ def test_a_damaged_line_is_named(tmp_path, row, message):
 # ---------------------------------------------------------------------------------------------- LAMBADA
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_lambada(tmp_path, suffix):
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".JSONL"])
+def test_lambada(tmp_path, suffix, start):
     texts = ["he looked at his dog", "\u201cno\u2028way ,\u201d said  Vivienne", "give me the\x0bkey"]
     path = tmp_path / f"lambada{suffix}"
     if suffix == ".txt":
         path.write_text("\n".join(texts) + "\n")
     else:
         write(path, *({"text": text} for text in texts))
+    path.write_text(start + path.read_text())
     model = Model([Continuation(-1.0, True, 2), Continuation(-3.0, False, 1), Continuation(-0.5, True, 1)])
     got = only(model, "lambada", path)
     assert got == {"acc": 2 / 3, "perplexity": pytest.approx(math.exp(1.5)), "samples": 3}
@@ -149,6 +170,8 @@ def test_lambada(tmp_path, suffix):
         ("l.txt", b"", "l.txt, line 1: empty"),
         ("l.txt", b"one two\nword\n", "l.txt, line 2: expected a passage of several words"),
         ("l.txt", b"one two\nthr\xe9e four\n", "l.txt, line 2: not UTF-8"),
+        ("l.json", b'{"text": "one two"}', "l.json, line 1: a JSON object where a passage is expected; name the file .jsonl"),
+        ("l.txt", b'{one} two\n{"text": "one two"}', "l.txt, line 2: a JSON object"),
         ("l.jsonl", b'{"text": "one two"}\n{"text": 3}', "l.jsonl, line 2: 'text' is of type int"),
         ("l.jsonl", b'{"text": "one two"}\n{"text": "tw', "l.jsonl, line 2: cannot be read as JSON"),
         ("l.jsonl", b'{"text": "one two"}\n' + b"[" * 100_000, "l.jsonl, line 2: cannot be read as JSON"),
@@ -188,6 +211,13 @@ def test_squad_2_wants_nothing_where_the_text_does_not_say(tmp_path):
     share = pytest.approx(100 * 2 / 3)
     has = {"has_ans_exact_match": 100.0, "has_ans_f1": 100.0, "has_ans_samples": 1}
     assert got == {"exact_match": share, "f1": share, "samples": 3, **has}
+
+
+def test_a_right_answer_without_words_is_left_out(tmp_path):
+    """Where it is the only one, an answer without words is right."""
+    path = write(tmp_path / "s.json", squad(("Who?", ["The", "Eve"], {}), ("What?", ["!"], {})))
+    got = only(Model(texts=["the", "a"]), "squad", path)
+    assert got == {"exact_match": 50.0, "f1": 50.0, "samples": 2}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +305,8 @@ def test_parse_tasks():
         ("", "expected NAME=PATH of hellaswag, lambada, squad"),
         ("lambada=x,", "expected NAME=PATH"),
         ("lambada=", "expected NAME=PATH"),
-        ("lambda=x", "there are hellaswag, lambada, squad"),
+        ("lambda=x", "there are hellaswag, lambada, squad.*commas part tasks"),
+        ("squad", "lm-eval has no task of this name; give the published file, squad=PATH"),
         ("lambada=x,lambada=y", "lambada is named twice"),
     ],
 )
@@ -285,13 +316,24 @@ def test_other_tasks_are_one_line(text, message):
     assert "--tasks" in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_without_lm_eval_its_tasks_say_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def test_definitions_that_no_task_needs_or_that_are_not_there_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no task of --tasks lambada=x is lm-eval's; leave it out"):
+        parse_tasks("lambada=x", tmp_path)
+    with pytest.raises(UserError, match="none: not a folder; give one"):
+        parse_tasks("piqa", tmp_path / "none")
+
+
+@pytest.mark.parametrize("found", [None, types.ModuleType("lm_eval")], ids=["missing", "too old"])
+def test_without_lm_eval_its_tasks_say_what_to_install(tmp_path, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "lm_eval", found)
     monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.lm_eval_model", raising=False)
     monkeypatch.delattr(sngpt_jax.evaluation, "lm_eval_model", raising=False)
     path = tmp_path / "l.txt"
     path.write_text("one two\n")
-    spec = parse_tasks(f"piqa,lambada={path}")
+    spec = parse_tasks(f"piqa,hellaswag,lambada={path}")
     got = run_tasks(Model([Continuation(-1.0, True, 1)]), spec)
-    assert re.fullmatch("the task piqa needs the package lm-eval; install it: .* -m pip install lm-eval", got["piqa"]["error"])
+    needs = "the task {} needs the package lm-eval>=0.4.12; install it: .* -m pip install 'lm-eval>=0.4.12'"
+    assert re.fullmatch(needs.format("piqa"), got["piqa"]["error"])
+    instead = "; or give the published file: hellaswag=PATH"
+    assert re.fullmatch(needs.format("hellaswag") + instead, got["hellaswag"]["error"])
     assert got["lambada"]["acc"] == 1.0
