@@ -21,10 +21,10 @@ TINY = changed(num_layers=2)
 MODELS = {
     "most techniques": changed(max_seq_len=24, **STACKS["12l_recycled"]),
     "masked, recycled": changed(
-        num_layers=3,
+        num_layers=2,
         max_seq_len=24,  # prompts are filled up to 16 positions, texts to these
         rope_ntk_len=5,
-        xsa_layers=3,
+        xsa_layers=2,
         smear="before_norm",
         smear_mask_bos=True,
         recycle_layers=(0, 0),
