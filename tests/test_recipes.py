@@ -161,8 +161,8 @@ def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
 
     # the tables of rotary positions enter once, and the causal mask is made once
     large = [np.shape(c) for c in program.consts if np.size(c) > 1]
-    assert sorted(large) == [(T, model.rotary_dims // 2)] * 2
-    masks = [e for e in found if e.primitive.name == "ge" and e.outvars[0].aval.shape == (T, T)]
+    assert sorted(large) == [(1, T, model.rotary_dims // 2)] * 2
+    masks = [e for e in found if e.primitive.name == "ge" and e.outvars[0].aval.shape == (1, T, T)]
     assert len(masks) == 1
     assert not [e for e in found if e.primitive.name in ("cos", "sin")]
 
