@@ -99,6 +99,7 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
 
 
 def windows_of(arguments: EvaluateArguments, num_tokens: int, seq_len: int) -> Windows:
+    """The windows that are asked for, of a stream of `num_tokens`."""
     if arguments.mode == "standard":
         return standard_windows(num_tokens, seq_len, arguments.tokens)
     stride = min(STRIDE, seq_len) if arguments.stride is None else arguments.stride
@@ -136,30 +137,12 @@ def score(arguments: EvaluateArguments, config: Config, variables: Variables, da
     progress = progress_reporter("evaluate")
 
     start = time.perf_counter()
+    given = (variables, compiled, stream, token_bytes, mesh, windows)
     if cache:
-        cached = ngram_score.score_with_cache(
-            variables,
-            compiled,
-            stream,
-            token_bytes,
-            mesh,
-            windows,
-            cache,
-            device_batch_tokens=device_batch_tokens,
-            progress=progress,
-        )
+        cached = ngram_score.score_with_cache(*given, cache, device_batch_tokens=device_batch_tokens, progress=progress)
         found = cached.model
     else:
-        found = score_stream(
-            variables,
-            compiled,
-            stream,
-            token_bytes,
-            mesh,
-            windows,
-            device_batch_tokens=device_batch_tokens,
-            progress=progress,
-        )
+        found = score_stream(*given, device_batch_tokens=device_batch_tokens, progress=progress)
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         **found.as_dict(),
