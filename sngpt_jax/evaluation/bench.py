@@ -1,4 +1,4 @@
-"""How fast a model is scored on this machine: `python -m sngpt_jax.evaluation.bench --config C --data DIR`.
+"""How fast a model is scored on this machine: `python -m sngpt_jax.evaluation.bench --config C --data.dir DIR`.
 
 Scoring in windows beside the plain forward pass of the same batches, both in forward tokens a second, each input of a window
 counted; and the n-gram caches alone on the training shards, in targets a second on one core, with the

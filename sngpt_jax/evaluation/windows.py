@@ -45,6 +45,7 @@ class Windows:
 
     @property
     def num_rows(self) -> int:
+        """Rows that the devices take for them: one a window, but as many as its targets need for the first."""
         return self.count - 1 + math.ceil(self.seq_len / self.stride)
 
     def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
