@@ -2,13 +2,12 @@
 
 A program is compiled for a target through its devices, which hold no memory and run nothing:
 
+    prepare()
     target, count = parse_topology("h100x8")
     mesh = make_mesh(target, (count,), ("data",))
     shape = jax.ShapeDtypeStruct((8192, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
     with dispatch.targeting(target.device):
         compiled = jax.jit(f).lower(shape).compile(compiler_options=COMPILER_OPTIONS)
-
-This takes XLA's CUDA plugin and no GPU.
 """
 
 import importlib.util
@@ -188,20 +187,21 @@ def parse_topology(text: str) -> tuple[Target, int]:
     return find(match[1]), count
 
 
-def require_plugin() -> None:
-    """Raises MissingToolchain where jax has no CUDA plugin to compile with."""
-    if importlib.util.find_spec("jax_plugins") is not None and any(
+def prepare() -> None:
+    """Readies this process to compile for devices that are not here, and to run everything else on the host's processor.
+
+    To be called before jax has touched a device. Raises MissingToolchain where jax has no CUDA plugin.
+    """
+    if importlib.util.find_spec("jax_plugins") is None or not any(
         importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)
     ):
-        return
-    raise MissingToolchain(f"compiling for a GPU needs jax's CUDA plugin, with or without a GPU here: {INSTALL}")
+        raise MissingToolchain(f"compiling for a GPU takes jax's CUDA plugin, with or without a GPU here: {INSTALL}")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin would not load without a driver
+    jax.config.update("jax_platforms", "cpu")
 
 
 def devices(target: Target, count: int = 1) -> list[jax.Device]:
-    """`count` devices of that kind to compile for; no array can be put on them. Raises MissingToolchain."""
-    require_plugin()
-    # The plugin otherwise refuses to load where the libraries that it checks find no driver.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    """`count` devices of that kind to compile for, after `prepare`; no array can be put on them."""
     hosts = max(1, count // HOST_DEVICES)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.config(), topology=f"1x{hosts}x{count // hosts}"
@@ -210,5 +210,5 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
 
 
 def make_mesh(target: Target, shape: Sequence[int], axis_names: tuple[str, ...]) -> Mesh:
-    """A mesh of that shape over devices to compile for. Raises MissingToolchain."""
+    """A mesh of that shape over `devices`."""
     return Mesh(np.asarray(devices(target, math.prod(shape))).reshape(shape), axis_names)
