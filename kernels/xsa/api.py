@@ -1,0 +1,115 @@
+"""The public operation: checks its arguments, chooses the implementation and calls it."""
+
+import importlib
+import importlib.util
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.dispatch import CannotServe, Device
+from kernels.xsa import cudnn, xla
+
+Implementation = Literal["xla", "cudnn", "pallas_triton"]
+
+PALLAS_TRITON = "kernels.xsa.pallas_triton"  # imported by name: a program bundled without it runs the others
+SCORES_BYTES = 2**30  # the float32 scores that xla may materialize where a kernel could do without
+
+
+def table_key(dtype: jnp.dtype, head_size: int, exclusive: bool) -> str:
+    """The entry of `tuned/<device>.json` for such arguments: {"implementation": its fastest, "config": block sizes}."""
+    return f"{dtype}_h{head_size}" + ("_exclusive" if exclusive else "")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    exclusive: bool,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Causal softmax(scale · q kᵀ) v, without the direction of the position's own value where `exclusive`.
+
+    Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245). Exclusive self-attention (XSA,
+    arXiv:2603.09078): y - ⟨y, v̂⟩ v̂ with v̂ = v / max(|v|, 1e-12), v of the same position and key/value head. The softmax and
+    the exclusion are float32. Differentiable in q, k and v; works under jit, vmap, jax.checkpoint and inside
+    jax.shard_map(check_vma=False).
+
+    Args:
+      q: [B, T, H, h], bfloat16 or float32.
+      k: [B, T, K, h] in q's dtype, K a divisor of H.
+      v: as k.
+      exclusive: whether a position's own value is excluded. Static.
+      scale: of the products q kᵀ, above 0. Static.
+      implementation: None chooses by the device that the code is traced for, from its table in `tuned` where there is an
+        entry, and says so once in the log.
+
+    Returns:
+      [B, T, H, h] in q's dtype.
+
+    Raises:
+      ValueError: an argument is not as described.
+      CannotServe: the implementation asked for does not serve these arguments on this device.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation is {implementation!r}; expected one of {', '.join(get_args(Implementation))}, or None"
+        )
+    _check(q, k, v, scale)
+    chosen, reason = (implementation, "as asked") if implementation else choose(dispatch.current_device(), q, exclusive)
+    if implementation == "cudnn":
+        cudnn.check(dispatch.current_device(), q.dtype, q.shape[-1])
+    if implementation == "pallas_triton":
+        check_pallas_triton(dispatch.current_device(), q.shape[-1])
+    dispatch.announce("xsa.attention" if exclusive else "attention", chosen, reason)
+    if chosen == "pallas_triton":
+        return importlib.import_module(PALLAS_TRITON).attention(q, k, v, exclusive, scale)
+    return (cudnn if chosen == "cudnn" else xla).attention(q, k, v, exclusive, scale)
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
+    if q.ndim != 4 or q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"q is {q.dtype} {list(q.shape)}; expected bfloat16 or float32 [B, T, H, h]")
+    B, T, H, h = q.shape
+    K = k.shape[2] if k.ndim == 4 else 0
+    if K == 0 or H % K or k.shape != (B, T, K, h) or k.dtype != q.dtype:
+        expected = f"{q.dtype} [{B}, {T}, K, {h}] with K a divisor of {H}, as q is {list(q.shape)}"
+        raise ValueError(f"k is {k.dtype} {list(k.shape)}; expected {expected}")
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v is {v.dtype} {list(v.shape)}; expected {k.dtype} {list(k.shape)}, as k")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; expected a number above 0")
+
+
+def check_pallas_triton(device: Device, head_size: int) -> None:
+    """Raises CannotServe, with the reason, where the Pallas Triton kernels are not made for these."""
+    if device.platform != "cuda":
+        raise CannotServe(f"pallas_triton serves NVIDIA GPUs; the device is {device.platform}")
+    if head_size % 8 or head_size > 128:
+        raise CannotServe(f"pallas_triton serves head sizes of 8, 16, … 128; q has {head_size}")
+    if importlib.util.find_spec(PALLAS_TRITON) is None:
+        raise CannotServe("pallas_triton is no part of this program")
+
+
+def choose(device: Device, q: jax.Array, exclusive: bool) -> tuple[Implementation, str]:
+    """The implementation for q [B, T, H, h] on that device, and why."""
+    B, T, H, h = q.shape
+    measured = dispatch.tuned("kernels.xsa", device.kind).get(table_key(q.dtype, h, exclusive), {})
+    if "implementation" in measured:
+        return measured["implementation"], f"the fastest measured on {device.kind}, {q.dtype}, head size {h}"
+    try:
+        cudnn.check(device, q.dtype, h)
+        return "cudnn", f"{q.dtype} on an NVIDIA GPU, where no measurement says another"
+    except CannotServe as error:
+        reason = str(error)
+    scores = 4 * B * H * T * T
+    if device.platform != "cuda" or scores <= SCORES_BYTES:
+        return "xla", reason
+    try:
+        check_pallas_triton(device, h)
+        return "pallas_triton", f"{reason}; xla would store {scores / 2**30:.1f} GiB of scores"
+    except CannotServe as error:
+        return "xla", f"{reason}; {error}"

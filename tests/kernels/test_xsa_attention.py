@@ -1,0 +1,160 @@
+"""Causal attention with the exclusion of a position's own value: every implementation against the definition in numpy."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from kernels import xsa
+from kernels.xsa import reference
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": partial(xsa.attention, implementation="xla"),
+}
+SHAPES = [(2, 37, 4, 2, 32), (1, 5, 3, 1, 8), (1, 33, 2, 2, 40)]  # B, T, H, K, h
+
+
+def draw(shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    """q, k, v and a cotangent, float32."""
+    B, T, H, K, h = shape
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(B, T, heads, h)).astype(np.float32) for heads in (H, K, K, H)]
+
+
+def value_and_gradients(function: Callable, q: Any, k: Any, v: Any, cotangent: Any, **static: Any) -> tuple[Any, ...]:
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, cotangent: Any) -> tuple[Any, ...]:
+        out, vjp = jax.vjp(lambda *a: function(*a, **static), q, k, v)
+        return out, *vjp(cotangent)
+
+    return run(q, k, v, cotangent)
+
+
+def check(got: tuple[Any, ...], want: tuple[np.ndarray, ...], tolerance: float) -> None:
+    """Each of output, dq, dk, dv within tolerance of its largest entry."""
+    for name, mine, theirs in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        error, size = np.abs(np.asarray(mine, np.float64) - theirs), np.abs(theirs).max()
+        print(f"  {name:3}: |difference| at most {error.max():.1e}, {error.mean():.1e} in the mean, of {size:.1e}")
+        assert error.max() <= tolerance * size, name
+
+
+def expected(q: Any, k: Any, v: Any, cotangent: Any, **static: Any) -> tuple[np.ndarray, ...]:
+    return reference.attention(q, k, v, **static), *reference.gradients(q, k, v, cotangent, **static)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestImplementation:
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("exclusive", [False, True])
+    def test_equals_the_definition(self, implementation: str, shape: tuple[int, ...], exclusive: bool) -> None:
+        arrays, static = draw(shape), {"exclusive": exclusive, "scale": 0.3}
+        check(value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static), expected(*arrays, **static), 3e-6)
+
+    def test_bfloat16_is_rounded_as_inputs_and_outputs_are(self, implementation: str) -> None:
+        arrays, static = draw((1, 37, 4, 2, 32)), {"exclusive": True, "scale": 32**-0.5}
+        low = [jnp.asarray(array, jnp.bfloat16) for array in arrays]
+        got = value_and_gradients(IMPLEMENTATIONS[implementation], *low, **static)
+        assert all(array.dtype == jnp.bfloat16 for array in got)
+        check(got, expected(*(np.asarray(array, np.float64) for array in low), **static), 2**-6)
+
+    @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-13, 1e-11, 1e-6])
+    def test_values_near_zero(self, implementation: str, scale: float) -> None:
+        """|v| above and below the floor of the norm, at some positions; the first sees only itself."""
+        (q, k, v, cotangent), static = draw((1, 6, 2, 1, 8)), {"exclusive": True, "scale": 0.3}
+        v[:, [0, 3]] *= np.float32(scale)
+        got = value_and_gradients(IMPLEMENTATIONS[implementation], q, k, v, cotangent, **static)
+        assert all(np.isfinite(array).all() for array in got)
+        want = expected(q, k, v, cotangent, **static)
+        norm = np.linalg.norm(v, axis=-1, keepdims=True)  # dv is as large as 1 / |v|
+        check((*got[:3], got[3] * norm), (*want[:3], want[3] * norm), 3e-6)
+
+    def test_later_positions_have_no_influence(self, implementation: str) -> None:
+        q, k, v, _ = draw((1, 37, 2, 1, 8))
+        run = jax.jit(partial(IMPLEMENTATIONS[implementation], exclusive=True, scale=0.3))
+        first = run(q, k, v)
+        for array in (q, k, v):
+            array[:, 20:] = 1e4
+        np.testing.assert_array_equal(run(q, k, v)[:, :20], first[:, :20])
+
+    def test_large_scores(self, implementation: str) -> None:
+        """Products of some thousands: an exponential without the maximum taken away would overflow."""
+        arrays, static = draw((1, 21, 2, 2, 8)), {"exclusive": False, "scale": 700.0}
+        check(value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static), expected(*arrays, **static), 1e-3)
+
+    def test_vmap_checkpoint_and_shard_map(self, implementation: str) -> None:
+        q, k, v, cotangent = draw((8, 19, 4, 2, 8))
+        function = partial(IMPLEMENTATIONS[implementation], exclusive=True, scale=0.3)
+
+        def gradients(q: Any, k: Any, v: Any, cotangent: Any, function: Callable = function) -> tuple[Any, ...]:
+            out, vjp = jax.vjp(function, q, k, v)
+            return out, *vjp(cotangent)
+
+        want = jax.jit(gradients)(q, k, v, cotangent)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows = PartitionSpec("data")
+        sharded = jax.shard_map(gradients, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        pairs = [array.reshape(4, 2, *array.shape[1:]) for array in (q, k, v, cotangent)]
+        batched = [array.reshape(8, *array.shape[2:]) for array in jax.jit(jax.vmap(gradients))(*pairs)]
+        again = jax.jit(partial(gradients, function=jax.checkpoint(function)))(q, k, v, cotangent)
+        for got in (jax.jit(sharded)(q, k, v, cotangent), batched, again):
+            for mine, theirs in zip(got, want, strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_the_written_gradients_are_those_of_the_definition(exclusive: bool) -> None:
+    """By central differences in float64; one value is below the floor of the norm."""
+    rng = np.random.default_rng(1)
+    inputs = [rng.normal(size=(1, 4, heads, 3)) for heads in (4, 2, 2)]
+    cotangent = rng.normal(size=(1, 4, 4, 3))
+    inputs[2][0, 2, 1] *= 1e-13
+    got = reference.gradients(*inputs, cotangent, exclusive=exclusive, scale=0.7)
+    for which, gradient in enumerate(got):
+        for index in np.ndindex(gradient.shape):
+            small = which == 2 and index[1:3] == (2, 1)
+            step = 1e-17 if small else 1e-5
+
+            def loss(change: float, which: int = which, index: tuple[int, ...] = index) -> float:
+                changed = [array.copy() for array in inputs]
+                changed[which][index] += change
+                return float(np.sum(cotangent * reference.attention(*changed, exclusive=exclusive, scale=0.7)))
+
+            slope = (loss(step) - loss(-step)) / (2 * step)
+            assert abs(slope - gradient[index]) <= (1e3 if small else 1e-8)
+
+
+def test_equals_jax_nn() -> None:
+    """Another library's attention, and its gradients."""
+    arrays = draw((2, 33, 6, 3, 16))
+    library = value_and_gradients(partial(jax.nn.dot_product_attention, is_causal=True), *arrays, scale=0.2)
+    got = value_and_gradients(IMPLEMENTATIONS["xla"], *arrays, exclusive=False, scale=0.2)
+    check(got, tuple(np.asarray(array, np.float64) for array in library), 3e-6)
+
+
+def test_masked_attention_of_one_position_is_its_row() -> None:
+    """A text that grows: each row of the batch is at another position."""
+    q, k, v, _ = draw((3, 9, 4, 2, 8))
+    position = np.array([0, 4, 8])
+    rows = np.arange(3)
+    mask = np.arange(9)[None, None, :] <= position[:, None, None]
+    got = xsa.masked_attention(jnp.asarray(q[rows, position][:, None]), k, v, jnp.asarray(mask), scale=0.3)
+    want = reference.attention(q, k, v, exclusive=False, scale=0.3)[rows, position]
+    np.testing.assert_allclose(got[:, 0], want, atol=2e-6)
+
+
+def test_exclusion_is_orthogonal_to_the_own_value() -> None:
+    q, k, v, _ = draw((1, 9, 4, 2, 8))
+    out = np.asarray(xsa.attention(q, k, v, exclusive=True, scale=0.3, implementation="xla"), np.float64)
+    np.testing.assert_allclose(np.sum(out * np.repeat(v, 2, axis=2), -1), 0, atol=1e-5)
+
+
+def test_the_mask_is_no_constant_of_the_program() -> None:
+    """A [T, T] constant a layer would make the program grow with T squared."""
+    q, k = (jax.ShapeDtypeStruct((1, 512, heads, 8), jnp.float32) for heads in (2, 1))
+    program = jax.jit(partial(xsa.attention, exclusive=True, scale=1.0, implementation="xla"))
+    assert len(program.lower(q, k, k).as_text()) < 20_000

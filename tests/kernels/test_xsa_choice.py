@@ -1,0 +1,127 @@
+"""Which implementation of attention runs where, what it says, and what is refused."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import dispatch, xsa
+from kernels.dispatch import CannotServe, Device
+from kernels.xsa import api
+
+CPU, ROCM = Device("cpu", "cpu"), Device("rocm", "AMD Instinct MI300X")
+H100 = Device("cuda", "NVIDIA H100 80GB HBM3")
+
+
+def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
+    return jax.ShapeDtypeStruct((48, T, 8, h), dtype)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("device", "q", "chosen", "reason"),
+    [
+        (CPU, abstract(jnp.float32, 64), "xla", "the device is cpu"),
+        (CPU, abstract(jnp.bfloat16, 64), "xla", "the device is cpu"),
+        (ROCM, abstract(jnp.bfloat16, 64), "xla", "the device is rocm"),
+        (H100, abstract(jnp.bfloat16, 64), "cudnn", "bfloat16 on an NVIDIA GPU"),
+        (H100, abstract(jnp.bfloat16, 128), "cudnn", "bfloat16 on an NVIDIA GPU"),
+        (H100, abstract(jnp.bfloat16, 256), "xla", "head sizes of 8, 16, … 128; q has 256"),
+        (H100, abstract(jnp.bfloat16, 20), "xla", "head sizes of 8, 16, … 128; q has 20"),
+        (H100, abstract(jnp.float32, 64, T=512), "xla", "cudnn serves bfloat16; q is float32"),
+        (H100, abstract(jnp.float32, 256, T=1024), "xla", "pallas_triton serves head sizes"),
+    ],
+)
+def test_choice_without_a_measurement(
+    device: Device, q: jax.Array, chosen: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {})
+    choice, said = api.choose(device, q, True)
+    assert choice == chosen
+    assert reason in said
+
+
+def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry of that device, dtype, head size and exclusion; others stay with the default."""
+    entry = {"bfloat16_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
+    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry if kind == H100.kind else {})
+    q = abstract(jnp.bfloat16, 64)
+    assert api.choose(H100, q, True) == ("pallas_triton", f"the fastest measured on {H100.kind}, bfloat16, head size 64")
+    assert api.choose(H100, q, False)[0] == "cudnn"
+    assert api.choose(Device("cuda", "NVIDIA H200"), q, True)[0] == "cudnn"
+
+
+def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.announce.cache_clear()
+    q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        for _ in range(3):
+            xsa.attention(q, k, k, exclusive=True, scale=1.0)
+        xsa.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
+    assert [record.getMessage() for record in caplog.records] == [
+        "xsa.attention runs as xla: cudnn serves NVIDIA GPUs; the device is cpu",
+        "xsa.attention runs as xla: as asked",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "implementation", "q", "reason"),
+    [
+        (CPU, "cudnn", abstract(jnp.bfloat16, 64), "cudnn serves NVIDIA GPUs; the device is cpu"),
+        (CPU, "pallas_triton", abstract(jnp.bfloat16, 64), "pallas_triton serves NVIDIA GPUs; the device is cpu"),
+        (ROCM, "pallas_triton", abstract(jnp.bfloat16, 64), "pallas_triton serves NVIDIA GPUs; the device is rocm"),
+        (H100, "cudnn", abstract(jnp.float32, 64), "cudnn serves bfloat16; q is float32"),
+        (H100, "cudnn", abstract(jnp.bfloat16, 136), "cudnn serves head sizes of 8, 16, … 128; q has 136"),
+        (H100, "pallas_triton", abstract(jnp.float32, 36), "pallas_triton serves head sizes of 8, 16, … 128; q has 36"),
+    ],
+)
+def test_cannot_serve_says_why(device: Device, implementation: Any, q: jax.Array, reason: str) -> None:
+    def run(q: jax.Array) -> jax.Array:
+        return xsa.attention(q, q, q, exclusive=True, scale=1.0, implementation=implementation)
+
+    with dispatch.targeting(device), pytest.raises(CannotServe) as caught:
+        jax.eval_shape(run, q)
+    assert str(caught.value) == reason
+
+
+def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PALLAS_TRITON", "kernels.xsa.absent")
+    choice, reason = api.choose(H100, abstract(jnp.float32, 64), True)
+    assert choice == "xla"
+    assert "no part of this program" in reason
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "scale", "message"),
+    [
+        ((4, 2, 8), (1, 4, 1, 8), None, 1.0, "q is float32 [4, 2, 8]; expected bfloat16 or float32 [B, T, H, h]"),
+        (
+            (1, 4, 2, 8),
+            (1, 5, 1, 8),
+            None,
+            1.0,
+            "k is float32 [1, 5, 1, 8]; expected float32 [1, 4, K, 8] with K a divisor of 2",
+        ),
+        ((1, 4, 3, 8), (1, 4, 2, 8), None, 1.0, "with K a divisor of 3"),
+        ((1, 4, 2, 8), (4, 1, 8), None, 1.0, "k is float32 [4, 1, 8]"),
+        ((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), 1.0, "v is float32 [1, 4, 2, 8]; expected float32 [1, 4, 1, 8], as k"),
+        ((1, 4, 2, 8), (1, 4, 1, 8), None, 0.0, "scale is 0.0; expected a number above 0"),
+    ],
+)
+def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message: str) -> None:
+    arrays = [jnp.ones(shape) for shape in (q, k, v or k)]
+    with pytest.raises(ValueError) as caught:
+        xsa.attention(*arrays, exclusive=True, scale=scale)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_dtypes_and_names_are_refused() -> None:
+    q = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="k is bfloat16 .* expected float32"):
+        xsa.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)
+    with pytest.raises(ValueError, match="q is int32"):
+        xsa.attention(q.astype(jnp.int32), q, q, exclusive=False, scale=1.0)
+    with pytest.raises(ValueError, match="implementation is 'triton'; expected one of xla, cudnn, pallas_triton, or None"):
+        xsa.attention(q, q, q, exclusive=False, scale=1.0, implementation="triton")  # type: ignore[arg-type]
