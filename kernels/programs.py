@@ -1,0 +1,49 @@
+"""A case's programs: what inspection compiles and the benchmark times."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kernels.case import Case, Cost
+
+PASSES = ("forward", "forward_backward")
+
+
+def cost(case: Case, which: str) -> Cost:
+    """What that pass must do at least."""
+    if which == "forward":
+        return case.forward
+    return Cost(case.forward.matmul_flops + case.backward.matmul_flops, case.forward.bytes + case.backward.bytes)
+
+
+def function(case: Case, implementation: str, which: str) -> Callable[..., Any]:
+    """The case's operation as a function of its arguments.
+
+    For "forward_backward" its first argument is the gradient with respect to the output; it returns the output and the
+    gradients with respect to the differentiated arguments.
+    """
+
+    def forward(*arguments: jax.Array) -> jax.Array:
+        return case.run(*arguments, implementation=implementation)
+
+    def forward_backward(cotangent: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def of(*differentiated: jax.Array) -> jax.Array:
+            every = list(arguments)
+            for position, value in zip(case.differentiated, differentiated, strict=True):
+                every[position] = value
+            return case.run(*every, implementation=implementation)
+
+        output, vjp = jax.vjp(of, *(arguments[position] for position in case.differentiated))
+        return output, vjp(cotangent)
+
+    return forward if which == "forward" else forward_backward
+
+
+def abstract_arguments(case: Case, which: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and dtypes that `function` takes. The output's are those of the implementation in plain XLA."""
+    arguments = case.abstract()
+    if which == "forward":
+        return arguments
+    output = jax.eval_shape(function(case, "xla", "forward"), *arguments)
+    return (jax.ShapeDtypeStruct(output.shape, output.dtype), *arguments)

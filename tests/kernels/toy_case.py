@@ -1,0 +1,65 @@
+"""A small operation with a Pallas Triton kernel, which the commands' tests inspect and time: x @ w for x [8192, 64]."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.case import Case, Cost
+from kernels.dispatch import CannotServe, current_device
+
+ROWS, WIDTH, BLOCK = 8192, 64, 64
+
+
+def _kernel(x_ref: Any, w_ref: Any, o_ref: Any) -> None:
+    o_ref[...] = plgpu.dot(x_ref[...], w_ref[...]).astype(o_ref.dtype)
+
+
+@jax.custom_vjp
+def _pallas(x: jax.Array, w: jax.Array) -> jax.Array:
+    rows = pl.BlockSpec((BLOCK, WIDTH), lambda i: (i, 0))
+    return pl.pallas_call(
+        _kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(len(x) // BLOCK,),
+        in_specs=[rows, pl.BlockSpec((WIDTH, WIDTH), lambda i: (0, 0))],
+        out_specs=rows,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        name="toy_kernel",
+    )(x, w)
+
+
+_pallas.defvjp(lambda x, w: (_pallas(x, w), (x, w)), lambda saved, dy: (_pallas(dy, saved[1].T), saved[0].T @ dy))
+
+
+def run(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
+    if implementation == "xla":
+        return x @ w
+    if current_device().platform != "cuda":
+        raise CannotServe(f"{implementation} serves NVIDIA GPUs; the device is {current_device().platform}")
+    return _pallas(x, w)
+
+
+def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    of_x, of_w = jax.random.split(key)
+    return jax.random.normal(of_x, (ROWS, WIDTH), jnp.bfloat16), jax.random.normal(of_w, (WIDTH, WIDTH), jnp.bfloat16)
+
+
+def reference(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+
+FLOPS, BYTES = 2 * ROWS * WIDTH * WIDTH, 2 * 2 * ROWS * WIDTH
+CASE = Case(
+    name="toy",
+    make=make,
+    run=run,
+    differentiated=(0, 1),
+    reference=reference,
+    implementations=("xla", "pallas_triton"),
+    forward=Cost(FLOPS, BYTES),
+    backward=Cost(2 * FLOPS, 2 * BYTES),
+)
