@@ -11,10 +11,19 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from kernels import xsa
-from kernels.xsa import reference
+from kernels.xsa import pallas_triton, reference
+from kernels.xsa.pallas_triton import Blocks, Config
+
+SMALL = Config(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 2))  # several tiles of a short sequence
+
+
+def interpreted(q: Any, k: Any, v: Any, *, exclusive: bool, scale: float) -> jax.Array:
+    return pallas_triton.attention(*(jnp.asarray(a) for a in (q, k, v)), exclusive, scale, config=SMALL, interpret=True)
+
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": partial(xsa.attention, implementation="xla"),
+    "pallas_triton": interpreted,
 }
 SHAPES = [(2, 37, 4, 2, 32), (1, 5, 3, 1, 8), (1, 33, 2, 2, 40)]  # B, T, H, K, h
 
