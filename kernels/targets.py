@@ -6,23 +6,25 @@ A program is compiled for a target through its devices, which hold no memory and
     target, count = parse_topology("h100x8")
     mesh = make_mesh(target, (count,), ("data",))
     shape = jax.ShapeDtypeStruct((8192, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
-    with dispatch.targeting(target.device):
-        compiled = jax.jit(f).lower(shape).compile(compiler_options=COMPILER_OPTIONS)
+    with tracing(target):
+        lowered = jax.jit(f).lower(shape)
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
-from kernels.dispatch import Device
+from kernels.dispatch import Device, targeting
 
 HOST_DEVICES = 8  # GPUs of one machine, as the boards of these devices are built
 
@@ -207,6 +209,14 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
         platform="cuda", target_config=target.config(), topology=f"1x{hosts}x{count // hosts}"
     )
     return list(topology.devices)
+
+
+@contextlib.contextmanager
+def tracing(target: Target) -> Iterator[None]:
+    """Inside, code is traced and lowered for the target: by `dispatch`, and by jax's own lowering of kernels."""
+    device = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
+    with targeting(target.device), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 def make_mesh(target: Target, shape: Sequence[int], axis_names: tuple[str, ...]) -> Mesh:
