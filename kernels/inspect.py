@@ -63,9 +63,10 @@ def compile_program(case: Case, implementation: str, which: str, target: Target,
     sharding = SingleDeviceSharding(targets.devices(target)[0])
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in programs.abstract_arguments(case, which)]
     with tempfile.TemporaryDirectory(prefix="xla_dump_") as folder:
-        with dispatch.targeting(target.device):
+        with targets.tracing(target):
             lowered = jax.jit(programs.function(case, implementation, which)).trace(*arguments).lower()
-        compiled = lowered.compile(compiler_options={**targets.COMPILER_OPTIONS, "xla_dump_to": folder})
+        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compiled = lowered.compile(compiler_options={**targets.COMPILER_OPTIONS, **dump})
         modules = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.ptx"))]
         launched = "".join(path.read_text(encoding="utf-8") for path in Path(folder).glob("*.thunk_sequence.txt"))
     program = hlo.analyse(compiled.as_text())
@@ -178,6 +179,8 @@ def problems(report: dict[str, Any]) -> list[str]:
             if "error" in row:
                 found.append(f"{title}: {row['error']}")
             pallas = [kernel for kernel in row.get("kernels", ()) if kernel["pallas"]]
+            if row["implementation"] == "pallas_triton" and "kernels" in row and not pallas:
+                found.append(f"{title}: runs no kernel of its own")
             if row["pass"] == "forward":
                 found += [f"{title}: {k['name']} spills {k['spill_bytes']} bytes" for k in pallas if k["spill_bytes"]]
             multiplies = case["limits"][row["pass"]]["matmul_flops"] > 0
