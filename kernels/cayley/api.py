@@ -1,22 +1,21 @@
 """The public operation: checks its arguments and calls the implementation."""
 
-import functools
-import logging
-from typing import Literal
+import importlib
+import importlib.util
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels.cayley import xla
 from kernels.cayley.dictionary import Generators, Levels, check_levels
+from kernels.dispatch import CannotServe, Device
 
-log = logging.getLogger("kernels")
+Implementation = Literal["xla", "pallas_triton"]
 
-
-@functools.cache
-def _announce(implementation: str, reason: str) -> None:
-    """One line of the log for each implementation that a process uses."""
-    log.info("cayley.encode_decode runs as %s: %s", implementation, reason)
+PALLAS_TRITON = "kernels.cayley.pallas_triton"  # imported by name: a program bundled without it runs xla
+PALLAS_TRITON_WIDTHS = (64, 2048)
 
 
 def _is_level(level: object) -> bool:
@@ -32,7 +31,7 @@ def encode_decode(
     *,
     forward_standardized: bool = True,
     generators: Generators = "spread",
-    implementation: Literal["xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sparse parity code of x and its reconstruction.
 
@@ -54,16 +53,19 @@ def encode_decode(
       levels: (n, k, degree) for each level, see `dictionary.check_levels`. Static.
       forward_standardized: whether standardized scores enter the reconstruction.
       generators: "spread", or "prefix" for a plain prefix tree. Static.
-      implementation: "xla", or None to choose.
+      implementation: None chooses by the device that the code is traced for, and says so once in the log: "pallas_triton" on
+        NVIDIA GPUs where it serves, "xla" elsewhere.
 
     Returns:
       x_hat [..., d] in x's dtype, and ids [..., Σk] int32 of the selected features, level by level, in no order within a level.
 
     Raises:
       ValueError: an argument is not as described.
+      CannotServe: the implementation asked for does not serve these arguments on this device.
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(f'implementation is {implementation!r}; expected "xla" or None')
+    if implementation is not None and implementation not in get_args(Implementation):
+        expected = " or ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {implementation!r}; expected {expected}, or None")
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected bfloat16 or float32 with at least one axis")
     if not isinstance(levels, tuple) or not all(_is_level(level) for level in levels):
@@ -73,5 +75,38 @@ def encode_decode(
     for name, array, size in (("mean", mean, x.shape[-1]), ("std", std, features), ("bias", bias, features)):
         if array.shape != (size,) or array.dtype != jnp.float32:
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected float32 [{size}]")
-    _announce("xla", "as asked" if implementation else "the only implementation")
-    return xla.encode_decode(x, mean, std, bias, levels, forward_standardized, generators)
+    device = dispatch.current_device()
+    if implementation == "pallas_triton":
+        check_pallas_triton(device, x.shape[-1])
+    chosen, reason = (implementation, "as asked") if implementation else choose(device, x.dtype, levels)
+    dispatch.announce("cayley.encode_decode", chosen, reason)
+    module = importlib.import_module(PALLAS_TRITON) if chosen == "pallas_triton" else xla
+    return module.encode_decode(x, mean, std, bias, levels, forward_standardized, generators)
+
+
+def table_key(dtype: jnp.dtype, levels: Levels) -> str:
+    """The entry of `tuned/<device>.json` for such arguments: {"implementation": its fastest, "config": block sizes}."""
+    return f"{dtype}_d{2 ** levels[0][0]}_{len(levels)}l"
+
+
+def check_pallas_triton(device: Device, d: int) -> None:
+    """Raises CannotServe, with the reason, where the Pallas Triton kernels are not made for these."""
+    lowest, highest = PALLAS_TRITON_WIDTHS
+    if device.platform != "cuda":
+        raise CannotServe(f"pallas_triton serves NVIDIA GPUs; the device is {device.platform}")
+    if not lowest <= d <= highest:
+        raise CannotServe(f"pallas_triton serves widths from {lowest} to {highest}; x has {d}")
+    if importlib.util.find_spec(PALLAS_TRITON) is None:
+        raise CannotServe("pallas_triton is no part of this program")
+
+
+def choose(device: Device, dtype: jnp.dtype, levels: Levels) -> tuple[Implementation, str]:
+    """The implementation for x of that dtype on that device, and why."""
+    measured = dispatch.tuned("kernels.cayley", device.kind).get(table_key(dtype, levels), {})
+    if "implementation" in measured:
+        return measured["implementation"], f"the fastest measured on {device.kind}, {dtype}, levels {levels}"
+    try:
+        check_pallas_triton(device, 2 ** levels[0][0])
+    except CannotServe as error:
+        return "xla", str(error)
+    return "pallas_triton", "on an NVIDIA GPU, where no measurement says another"

@@ -8,6 +8,7 @@ f are those of its five-bit digits, each looked up in a table of 32 rows, combin
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def sign_words(masks: np.ndarray, n: int) -> np.ndarray:
     return words.view(np.int32)
 
 
-def words(table_ref: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array:
+def words(table_ref: Any, ids: jax.Array, columns: jax.Array) -> jax.Array:
     """In a kernel: words `columns` of the features `ids`, two int32 arrays of one shape, from a ref to `sign_words`."""
     digits = range(table_ref.shape[0])
     rows = [table_ref[c, (ids >> DIGIT_BITS * c) & (2**DIGIT_BITS - 1), columns] for c in digits]
@@ -36,9 +37,9 @@ def words(table_ref: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array
 
 
 def sign_bits(words: jax.Array) -> jax.Array:
-    """words [C] int32 → [32, C] int32 whose sign bit is bit i of the word, the other bits 0: a mask to flip signs with."""
-    shift = 31 - lax.broadcasted_iota(jnp.int32, (32, words.shape[0]), 0)
-    return (words[None, :] << shift) & jnp.int32(-(2**31))
+    """words [...] int32 → [32, ...] int32 whose sign bit is bit i of the word, the other bits 0: a mask to flip signs with."""
+    shift = 31 - lax.broadcasted_iota(jnp.int32, (32, *words.shape), 0)
+    return (words[None] << shift) & jnp.int32(-(2**31))
 
 
 def flip(values: jax.Array, sign_bits: jax.Array) -> jax.Array:
