@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.xsa.pallas_tiles import LOG2_E, MIN_SQUARE, Blocks, Config, Problem, inverse_norm, is_causal, load
+from kernels.xsa.pallas_tiles import MIN_SQUARE, Blocks, Config, Problem, inverse_norm, is_causal, load
 
 PREPARED_ROWS = 32  # of a program of the first kernel: 3 tiles of 64 to 128 columns in the registers of 4 warps
 
@@ -80,7 +80,6 @@ def _keys_values_kernel(
     start = pl.program_id(0) * keys
     exists = problem.exists(start, keys)
     k, v = load(k_ref, exists), load(v_ref, exists)
-    scale = problem.scale * LOG2_E
 
     def step(i: jax.Array, carry: Any, g: jax.Array, edge: bool) -> Any:
         """The scores are [keys, queries] here: as they are, they are the left operands of both gradients."""
@@ -90,7 +89,7 @@ def _keys_values_kernel(
         dy = load(dy_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
         lse = load(lse_ref.at[g, tile], exist, jnp.inf)  # queries that do not exist have no weights
         delta = load(delta_ref.at[g, tile], exist)
-        weights = problem.exp2(problem.dot(k, q, trans_b=True) * scale - lse[None, :])
+        weights = problem.weights(problem.dot(k, q, trans_b=True), lse[None, :])
         if edge:
             weights = jnp.where(is_causal(i * rows, start, (keys, rows), 0), weights, 0.0)
         dv = dv + problem.dot(weights.astype(dy.dtype), dy)
@@ -151,12 +150,11 @@ def _queries_kernel(
     exists, rows_exist = problem.exists(start, rows), problem.rows_exist(start, rows)
     q, dy = load(q_ref, exists), load(dy_ref, exists)
     lse, delta = load(lse_ref, rows_exist), load(delta_ref, rows_exist)
-    scale = problem.scale * LOG2_E
 
     def step(j: jax.Array, dq: jax.Array, diagonal: bool) -> jax.Array:
         tile, exists = pl.ds(j * keys, keys), problem.exists(j * keys, keys, ragged=diagonal)
         k, v = load(k_ref.at[tile, :], exists), load(v_ref.at[tile, :], exists)
-        weights = problem.exp2(problem.dot(q, k, trans_b=True) * scale - lse[:, None])
+        weights = problem.weights(problem.dot(q, k, trans_b=True), lse[:, None])
         if diagonal:
             weights = jnp.where(is_causal(start, j * keys, (rows, keys), 1), weights, 0.0)
         dscores = weights * (problem.dot(dy, v, trans_b=True) - delta[:, None])

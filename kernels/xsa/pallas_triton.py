@@ -24,7 +24,6 @@ def _forward_kernel(
     rows, keys = blocks.queries, blocks.keys
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows  # the longest rows first, so that the short ones fill the end
     q = load(q_ref, problem.exists(start, rows))
-    scale = problem.scale * LOG2_E
 
     def step(j: jax.Array, carry: Any, diagonal: bool) -> Any:
         y, maximum, total = carry
@@ -33,9 +32,9 @@ def _forward_kernel(
         scores = problem.dot(q, k, trans_b=True)
         if diagonal:
             scores = jnp.where(is_causal(start, j * keys, (rows, keys), 1), scores, -jnp.inf)
-        larger = jnp.maximum(maximum, jnp.max(scores, axis=1) * scale)
-        weights = problem.exp2(scores * scale - larger[:, None])
-        shrink = problem.exp2(maximum - larger)
+        larger = jnp.maximum(maximum, jnp.max(scores, axis=1) * (problem.scale * LOG2_E))
+        weights = problem.weights(scores, larger[:, None])
+        shrink = jnp.exp2(maximum - larger)
         v = load(v_ref.at[tile, :], problem.exists(j * keys, keys, ragged=diagonal))
         y = y * shrink[:, None] + problem.dot(weights.astype(v.dtype), v)
         return y, larger, total * shrink + jnp.sum(weights, axis=1)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from kernels import xsa
 from kernels.xsa import pallas_triton, reference
-from kernels.xsa.pallas_triton import Blocks, Config
+from kernels.xsa.pallas_tiles import Blocks, Config
 
 SMALL = Config(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 2))  # several tiles of a short sequence
 
@@ -35,13 +35,10 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
     return [rng.normal(size=(B, T, heads, h)).astype(np.float32) for heads in (H, K, K, H)]
 
 
+@partial(jax.jit, static_argnames=("function", "exclusive", "scale"))
 def value_and_gradients(function: Callable, q: Any, k: Any, v: Any, cotangent: Any, **static: Any) -> tuple[Any, ...]:
-    @jax.jit
-    def run(q: Any, k: Any, v: Any, cotangent: Any) -> tuple[Any, ...]:
-        out, vjp = jax.vjp(lambda *a: function(*a, **static), q, k, v)
-        return out, *vjp(cotangent)
-
-    return run(q, k, v, cotangent)
+    out, vjp = jax.vjp(lambda *a: function(*a, **static), q, k, v)
+    return out, *vjp(cotangent)
 
 
 def check(got: tuple[Any, ...], want: tuple[np.ndarray, ...], tolerance: float) -> None:
