@@ -49,6 +49,9 @@ if [ "$command" = evaluate ]; then
   done
   [ -z "$needs_eval" ] || wanted+=(eval)
 fi
+if [ "$command" = plan ] && [[ " $* " == *" --topology"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
+  wanted+=(cuda13) # what compiles for GPUs, whether or not there are any
+fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac
 fi

@@ -1,9 +1,9 @@
 """What a compiled program does, read from the text of its optimized HLO: FLOPs, bytes, collectives, kernels.
 
-The compiler's own analysis counts the body of a loop once, and knows nothing of what custom kernels do. Here a loop's body counts
-as often as it runs, and every top-level instruction is one kernel that reads its operands and writes its result. What a
-kernel slices out of an operand, or updates in one, counts as the slice. Caches are not considered, so that the bytes are
-what memory would move if nothing stayed in them.
+The compiler's own analysis counts the body of a loop once, and knows nothing of what custom kernels do. Here a loop's body
+counts as often as it runs, and every top-level instruction is one kernel that reads its operands and writes its result. What
+a kernel slices out of an operand, or updates in one, counts as the slice. Caches are not considered: the bytes are what
+memory would move if nothing stayed in them.
 """
 
 import math
@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 _DTYPE_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "bf16": 16}  # others carry theirs: f32, s8, f8e4m3fn
-_NO_KERNEL = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota add-dependency opt-barrier".split()
-)
+_NO_KERNEL = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id"))
+_NO_KERNEL |= {"after-all", "add-dependency", "opt-barrier"}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 
@@ -45,6 +44,11 @@ class Kernel:
     flops: int  # of one call's matrix products and attention, two a multiply-add
     bytes: int  # of one call
     is_custom: bool
+    scope: str = ""  # the names of the code that it comes from: jit(step)/optimizer/mul
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The time of all its calls at the roof: the longer of their FLOPs' and their bytes' time."""
+        return self.times * max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 @dataclass
@@ -73,8 +77,8 @@ class Program:
         return {kind: (calls[kind], sizes[kind]) for kind in calls}
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The time of all kernels one after the other, each at the roof: the longer of its FLOPs' and its bytes' time."""
-        return sum(k.times * max(k.flops / flops_per_second, k.bytes / bytes_per_second) for k in self.kernels)
+        """The time of all kernels one after the other, each at the roof."""
+        return sum(kernel.seconds(flops_per_second, bytes_per_second) for kernel in self.kernels)
 
 
 def _total(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
@@ -205,7 +209,8 @@ def _kernel(computations: dict[str, Computation], inside: Computation, instructi
             flops = _dot_flops(inside, instruction)
         elif instruction.opcode == "custom-call":
             name, is_custom, flops = custom_name(instruction), True, _attention_flops(inside, instruction)
-    return Kernel(name, instruction.opcode, times, flops, size, is_custom)
+    scope = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return Kernel(name, instruction.opcode, times, flops, size, is_custom, scope[1] if scope else "")
 
 
 def custom_name(instruction: Instruction) -> str:

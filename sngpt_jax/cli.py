@@ -88,12 +88,13 @@ def command(module: str, *arguments: str) -> str:
 
 
 def log_to_stderr() -> None:
-    """Sends the package's log lines to stderr as they are; stdout is for results."""
+    """Sends the packages' log lines to stderr as they are; stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("sngpt_jax")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    for name in ("sngpt_jax", "kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
 
 
 def expand_json(argv: Sequence[str]) -> list[str]:

@@ -65,7 +65,8 @@ class ModelConfig:
     logit_chunk: int = 0  # tokens whose logits exist at a time in the loss, for large vocabularies; 0: all
     norm_eps: float = 1.1920929e-7  # added to the mean square in every RMSNorm
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 on an accelerator, float32 on a CPU
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn on an NVIDIA GPU in bfloat16, else xla
+    attention: Literal["auto", "xla", "cudnn", "pallas_triton"] = "auto"  # auto: what kernels.xsa knows as fastest here
+    code: Literal["auto", "xla", "pallas_triton"] = "auto"  # of the sparse codes; auto: pallas_triton on an NVIDIA GPU
 
     @property
     def head_dim(self) -> int:

@@ -1,6 +1,7 @@
-"""What a recipe costs before it runs: `python -m sngpt_jax.plan --config golf_baseline`.
+"""What a recipe costs before it runs: `python -m sngpt_jax.plan --config golf_baseline [--topology h100x8]`.
 
-Counts follow from the shapes alone; nothing is computed on a device.
+Counts follow from the shapes alone. With a topology the training step is compiled for it too (`topology.py`). Nothing is
+computed on a device.
 """
 
 import math
@@ -14,7 +15,7 @@ import jax
 import tyro
 
 from kernels.cayley import dictionary
-from sngpt_jax import cli
+from sngpt_jax import cli, topology
 from sngpt_jax.config import Config
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.muon import newton_schulz_flops
@@ -148,6 +149,7 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
 class PlanArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
+    topology: str = ""  # GPUs to compile the training step for, which need not be here: h100x1, h100x8, h200x2, a100x8, b200x8
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
 
 
@@ -156,11 +158,19 @@ def main(argv: Sequence[str]) -> int:
         PlanArguments,
         cli.expand_json(argv),
         program="python -m sngpt_jax.plan",
-        description="Parameters, FLOPs and bytes of a recipe, and how each tensor is optimized.",
+        description="Parameters, FLOPs and bytes of a recipe, how each tensor is optimized, what a step takes on given GPUs.",
     )
-    plan = make_plan(arguments.overrides)
+    config = arguments.overrides
+    cli.check_json(arguments.json)
+    cli.log_to_stderr()
+    target = topology.parse(arguments.topology) if arguments.topology else None
+    plan = make_plan(config)
     if arguments.json != "-":
-        print(format_plan(arguments.overrides, plan))
+        print(format_plan(config, plan), flush=True)
+    if target:
+        plan["topology"] = topology.describe(config, *target)
+        if arguments.json != "-":
+            print("", topology.format_topology(plan["topology"]), sep="\n")
     cli.write_json(plan, arguments.json)
     return 0
 

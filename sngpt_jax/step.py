@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels.dispatch import Device, current_device, targeting
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.model import cayley, loss
 from sngpt_jax.model.cayley import Statistic, Taps
@@ -66,10 +67,15 @@ def _model(config: ModelConfig, key: jax.Array) -> GPT | PreNormGPT:
     return GPT(config, rngs=rngs) if config.family == "compact" else PreNormGPT(config, rngs=rngs)
 
 
-@functools.cache
 def graph(config: ModelConfig) -> Any:
-    """The model as `nnx.merge` takes it, to be joined with its variables."""
-    return nnx.graphdef(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
+    """The model as `nnx.merge` takes it, to be joined with its variables; its dtypes are those of the current device."""
+    return _graph(config, current_device())
+
+
+@functools.cache
+def _graph(config: ModelConfig, device: Device) -> Any:
+    with targeting(device):
+        return nnx.graphdef(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -1,5 +1,6 @@
 """The plan's counts against published totals, the compiler's own FLOP count, and the bytes of a real state."""
 
+import importlib.util
 import json
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax import plan
+from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
@@ -96,3 +98,23 @@ def test_the_command_prints_text_or_json(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 17_059_912
     assert plan.main(["--config", "golf_baseline", "--json", str(tmp_path / "plan.json")]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["parameters"]["total"] == 17_059_912
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h100", "expected DEVICExNUMBER, as in h100x8"),
+        ("v100x8", "of: a100, h100, h200, b200"),
+        ("h100x12", "at most 8 devices or a multiple of 8"),
+    ],
+)
+def test_topology_that_there_is_not(topology, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(["--config", "golf_baseline", "--topology", topology])
+
+
+def test_topology_without_the_plugin_says_how_to_install_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("jax_plugins") else find(name))
+    with pytest.raises(UserError, match=r"--topology h100x8: .*pip install 'sngpt-jax\[cuda13\]'"):
+        plan.main(["--config", "golf_baseline", "--topology", "h100x8"])

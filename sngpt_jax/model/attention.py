@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels import xsa
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import compute_dtype, platform, rms_norm
+from sngpt_jax.model.layers import rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
-Implementation = Literal["xla", "cudnn"]
 KeysValues = tuple[jax.Array, jax.Array]  # of one application of an attention, [B, S, K, h] each
 
 
@@ -109,64 +109,9 @@ def apply_rotary(x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typi
     return jnp.concatenate([*turned, x_BTHh[..., 2 * half :]], axis=-1)
 
 
-def exclude_own_value(y_BTHh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
-    """y - ⟨y, v̂⟩ v̂ with v̂ = v / max(|v|, 1e-12): what a head has gathered, without the direction of its own value.
-
-    v is that of the same position and of the head's key/value group. In float32; returns y's dtype.
-    Exclusive self-attention (XSA), arXiv:2603.09078.
-    """
-    B, T, H, h = y_BTHh.shape
-    K = v_BTKh.shape[2]
-    y_BTKGh = y_BTHh.astype(jnp.float32).reshape(B, T, K, H // K, h)
-    v_BTK1h = v_BTKh.astype(jnp.float32)[:, :, :, None]
-    # the floor is inside of the root, where the gradient is 0 at v = 0 and nothing underflows near it
-    unit_BTK1h = v_BTK1h * jax.lax.rsqrt(jnp.maximum(jnp.sum(v_BTK1h**2, -1, keepdims=True), 1e-24))
-    share = jnp.sum(y_BTKGh * unit_BTK1h, -1, keepdims=True)
-    return (y_BTKGh - share * unit_BTK1h).reshape(B, T, H, h).astype(y_BTHh.dtype)
-
-
-def attend_xla(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, causal: jax.Array) -> jax.Array:
-    """Causal softmax(q kᵀ / √h) v in plain einsums with a float32 softmax; the scores [B, H, T, S] are materialized.
-
-    `causal` [1 or B, T, S] says which keys a query sees. Query head i uses key/value head ⌊i · K / H⌋ (grouped-query
-    attention, arXiv:2305.13245). Returns [B, T, H, h].
-    """
-    B, T, H, h = q_BTHh.shape
-    K = k_BSKh.shape[2]
-    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h) * h**-0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(causal[:, None, None], scores, -jnp.inf), axis=-1).astype(v_BSKh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKh).reshape(B, T, H, h)
-
-
-def attend_cudnn(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, causal: jax.Array) -> jax.Array:
-    """The same on whole sequences by cuDNN's fused attention: NVIDIA GPUs, bfloat16; nothing of size T² is stored."""
-    del causal  # cuDNN knows
-    return jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True, implementation="cudnn")
-
-
-ATTEND = {"xla": attend_xla, "cudnn": attend_cudnn}
-
-
 @functools.cache
-def choose_implementation(requested: str, platform: str, dtype: str, head_dim: int) -> Implementation:
-    """The attention that runs for `requested` on this platform, dtype and head size; logs the choice and its reason once."""
-    if requested != "auto":
-        choice, reason = requested, "asked for by model.attention"
-    elif platform != "cuda" or dtype != "bfloat16":
-        choice, reason = "xla", f"{dtype} on {platform}; cudnn serves bfloat16 on an NVIDIA GPU"
-    elif head_dim % 8 or head_dim > 128:
-        choice, reason = "xla", f"head size {head_dim}; cudnn serves multiples of 8 up to 128"
-    else:
-        choice, reason = "cudnn", "bfloat16 on an NVIDIA GPU"
-    logger.info("attention: %s (%s)", choice, reason)
-    return "cudnn" if choice == "cudnn" else "xla"
-
-
-@functools.cache
-def _announce_single_positions(implementation: Implementation) -> None:
-    if implementation != "xla":
-        logger.info("attention: xla where a text grows by single positions (%s serves whole sequences)", implementation)
+def _announce_single_positions() -> None:
+    logger.info("attention runs as xla where a text grows by single positions")
 
 
 class Attention(nnx.Module):
@@ -178,9 +123,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         D, H, K, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.num_heads, self.num_kv_heads, self.norm_eps = H, K, config.norm_eps
-        dtype = compute_dtype(config)
-        self.implementation = choose_implementation(config.attention, platform(), dtype.name, h)
+        self.num_heads, self.num_kv_heads, self.norm_eps, self.scale = H, K, config.norm_eps, h**-0.5
+        self.implementation = None if config.attention == "auto" else config.attention
         self.exclusive = layer >= config.num_layers - config.xsa_layers
         self.qk_norm, self.gated, self.mixes_values = config.qk_norm, config.attention_gate, config.value_residual
         self.query = nnx.Param(init.matrix(config, rngs.params(), (D, H * h)))
@@ -227,13 +171,15 @@ class Attention(nnx.Module):
             v_BTKh = first * first_value + own * v_BTKh
         k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
-        attend = ATTEND[self.implementation]
-        if k_BSKh is not k_BTKh:
-            _announce_single_positions(self.implementation)
-            attend = attend_xla
-        y_BTHh = attend(q_BTHh, k_BSKh, v_BSKh, positions.causal)
-        if self.exclusive:
-            y_BTHh = exclude_own_value(y_BTHh, v_BTKh)
+        if k_BSKh is k_BTKh:
+            y_BTHh = xsa.attention(
+                q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
+            )
+        else:
+            _announce_single_positions()
+            y_BTHh = xsa.masked_attention(q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale)
+            if self.exclusive:
+                y_BTHh = xsa.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
             # rounded to the compute dtype first, so that the backward products are not float32 either
             logits_BTH = (x_BTD @ self.gate_weight[...].astype(x_BTD.dtype)).astype(jnp.float32)

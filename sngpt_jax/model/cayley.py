@@ -48,6 +48,7 @@ class CayleySAE(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.levels = config.cayley_levels
         self.generators, self.forward_standardized = config.generators, config.forward_standardized
+        self.implementation = None if config.code == "auto" else config.code
         F = 2 ** self.levels[-1][0]
         self.bias = nnx.Param(init.zeros((F,)))
         self.mean = Statistic(init.zeros((config.d_model,)))
@@ -63,6 +64,7 @@ class CayleySAE(nnx.Module):
             self.levels,
             forward_standardized=self.forward_standardized,
             generators=self.generators,
+            implementation=self.implementation,
         )
 
 

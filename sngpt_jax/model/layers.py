@@ -3,21 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.dispatch import current_device
 from sngpt_jax.config import ModelConfig
-
-
-def platform() -> str:
-    """What the default device is: cpu, cuda, rocm or tpu; jax calls both kinds of GPU gpu."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return backend
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The dtype of activations and of weights inside matrix products; "auto" is bfloat16 except on a CPU backend."""
     if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if platform() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if current_device().platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 

@@ -1,53 +1,19 @@
-"""Attention against a float64 numpy oracle, rotary positions against complex rotation, the implementations' choice."""
+"""A layer's attention against a float64 numpy oracle, rotary positions against complex rotation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.attention import (
     Attention,
     apply_rotary,
-    attend_xla,
-    causal_mask,
-    choose_implementation,
     make_positions,
     rotary_tables,
 )
 from tests import oracles
-
-
-@settings(max_examples=10, deadline=None)  # each shape compiles anew
-@given(
-    T=st.integers(1, 9),
-    K=st.integers(1, 3),
-    group=st.integers(1, 3),
-    half=st.integers(1, 4),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_attend_equals_the_oracle(T, K, group, half, seed):
-    rng = np.random.default_rng(seed)
-    q = rng.normal(size=(2, T, K * group, 2 * half))
-    k, v = rng.normal(size=(2, 2, T, K, 2 * half))
-    got = attend_xla(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), causal_mask(T))
-    np.testing.assert_allclose(got, oracles.attend(q, k, v), atol=2e-6)
-
-
-def test_attend_equals_jax_nn_in_value_and_gradient():
-    keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (2, 33, 6, 16))
-    k, v = (jax.random.normal(key, (2, 33, 3, 16)) for key in keys[1:3])
-    weights = jax.random.normal(keys[3], q.shape)
-    ours = jax.grad(lambda *a: jnp.sum(weights * attend_xla(*a, causal_mask(33))), argnums=(0, 1, 2))(q, k, v)
-    library = jax.grad(lambda *a: jnp.sum(weights * jax.nn.dot_product_attention(*a, is_causal=True)), argnums=(0, 1, 2))(
-        q, k, v
-    )
-    for a, b in zip(ours, library, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 @pytest.mark.parametrize("base", [100.0, 10_000.0])
@@ -92,34 +58,3 @@ def test_output_projection_starts_silent():
     config = ModelConfig(d_model=16, num_heads=2, num_kv_heads=1)
     layer = Attention(config, 0, rngs=nnx.Rngs(params=jax.random.key(0)))
     assert not np.any(layer(jnp.ones((1, 3, 16)), make_positions(config, 3))[0])
-
-
-@pytest.mark.parametrize(
-    ("requested", "platform", "dtype", "head_dim", "choice"),
-    [
-        ("auto", "cpu", "float32", 64, "xla"),
-        ("auto", "cuda", "bfloat16", 64, "cudnn"),
-        ("auto", "cuda", "bfloat16", 128, "cudnn"),
-        ("auto", "cuda", "bfloat16", 256, "xla"),
-        ("auto", "cuda", "bfloat16", 20, "xla"),
-        ("auto", "cuda", "float32", 64, "xla"),
-        ("auto", "rocm", "bfloat16", 64, "xla"),
-        ("xla", "cuda", "bfloat16", 64, "xla"),
-        ("cudnn", "cuda", "bfloat16", 64, "cudnn"),
-    ],
-)
-def test_choice_is_stated_once(requested, platform, dtype, head_dim, choice, caplog):
-    choose_implementation.cache_clear()
-    with caplog.at_level("INFO", logger="sngpt_jax"):
-        for _ in range(3):
-            assert choose_implementation(requested, platform, dtype, head_dim) == choice
-    assert len(caplog.records) == 1
-    assert choice in caplog.text
-
-
-def test_the_mask_is_no_constant_of_the_program():
-    """A [T, T] constant a layer would make the program grow with T squared."""
-    q = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
-    k = jax.ShapeDtypeStruct((1, 512, 1, 8), jnp.float32)
-    program = jax.jit(lambda q, k, v: attend_xla(q, k, v, causal_mask(512)))
-    assert len(program.lower(q, k, k).as_text()) < 20_000

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.dispatch import Device, targeting
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import layers
 from sngpt_jax.model.gpt import GPT
@@ -79,10 +80,10 @@ def test_bfloat16_keeps_softmax_statistics_and_logits_in_float32():
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")])
-def test_auto_dtype_is_that_of_the_device(platform, dtype, monkeypatch):
-    monkeypatch.setattr(layers, "platform", lambda: platform)
-    assert layers.compute_dtype(changed(compute_dtype="auto")) == jnp.dtype(dtype)
-    assert layers.compute_dtype(TINY) == jnp.float32
+def test_auto_dtype_is_that_of_the_device(platform, dtype):
+    with targeting(Device(platform, "any")):
+        assert layers.compute_dtype(changed(compute_dtype="auto")) == jnp.dtype(dtype)
+        assert layers.compute_dtype(TINY) == jnp.float32
 
 
 def test_no_output_depends_on_a_later_token():

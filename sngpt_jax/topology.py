@@ -1,0 +1,199 @@
+"""A recipe's training step compiled for GPUs that need not be here: what it takes, what it does, and what that allows.
+
+The whole partitioned program goes through XLA's compiler for the device, its kernels and cuDNN attention included; nothing
+runs. So memory, collectives and kernels are those of the program, but for the algorithms of single kernels, which a device
+at hand would choose by timing them. Times are limits, not predictions: no kernel is faster than its bytes and FLOPs allow.
+"""
+
+import dataclasses
+import logging
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels import hlo, targets
+from kernels.dispatch import targeting
+from kernels.targets import Target
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, microbatches
+from sngpt_jax.optim.schedules import step_controls
+from sngpt_jax.parallel import BATCH_AXES, make_mesh
+from sngpt_jax.step import abstract_state, make_train_step
+
+logger = logging.getLogger("sngpt_jax")
+
+HEAVIEST = 12  # kernels that are listed one by one
+MEMORY_SHARE = 0.75  # of a GPU that jax takes for its arrays, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of a training step, on each of the devices."""
+
+    device_batch_tokens: int  # of one device's microbatch
+    accumulation: int  # microbatches of a step
+    seconds: float  # that tracing and compiling took here
+    arguments: int  # bytes of the state and the batch
+    temporaries: int  # bytes beside them
+    results: int  # bytes that are not written over the arguments
+    program: hlo.Program
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory that the step needs."""
+        return self.arguments + self.temporaries + self.results
+
+
+def parse(text: str) -> tuple[Target, int]:
+    """The device and how many of `--topology`; readies the process to compile for them, leaving a GPU that is here alone.
+
+    Raises `UserError` where there is no such device, or nothing here that compiles for it.
+    """
+    try:
+        target, count = targets.parse_topology(text)
+        targets.prepare()
+    except (ValueError, targets.MissingToolchain) as error:
+        raise UserError(f"--topology {text}: {error}") from None
+    return target, count
+
+
+def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
+    """Compiles the training step for `count` of the target. Raises `UserError` where the recipe cannot be dealt out to them."""
+    data = config.data
+    mesh = make_mesh(targets.devices(target, count), config.train.fsdp)
+    accumulation = microbatches(data.batch_tokens, config.train.device_batch_tokens, data.seq_len, count)
+    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH_AXES))
+    shape = (accumulation, data.batch_tokens // data.seq_len // accumulation, data.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, np.uint16, sharding=rows) for name in ("inputs", "targets")}
+    controls = step_controls(config.optim, config.train, step=0, elapsed_seconds=0.0)
+    controls = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype, sharding=everywhere), controls)
+    start = time.perf_counter()
+    with targeting(target.device):
+        traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, controls)
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=targets.COMPILER_OPTIONS)
+    memory = compiled.memory_analysis()
+    return CompiledStep(
+        device_batch_tokens=data.batch_tokens // accumulation // count,
+        accumulation=accumulation,
+        seconds=time.perf_counter() - start,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        program=hlo.analyse(compiled.as_text()),
+    )
+
+
+def largest_that_fits(config: Config, step: CompiledStep, target: Target, count: int) -> CompiledStep | None:
+    """The step with the largest microbatch that fits, `step` itself where it does; None where not even one sequence would.
+
+    Temporaries grow about as the microbatch: that gives the next one to compile.
+    """
+    limit = int(MEMORY_SHARE * target.memory)
+    while step.peak > limit:
+        sequences = step.device_batch_tokens // config.data.seq_len
+        room = limit - step.arguments - step.results
+        wanted = min(sequences - 1, sequences * room // step.temporaries) * config.data.seq_len
+        if wanted <= 0:
+            return None
+        tokens, used = step.device_batch_tokens, step.peak / 1e9
+        logger.info("%d tokens a device take %.1f GB of %.1f; trying at most %d", tokens, used, limit / 1e9, wanted)
+        train = dataclasses.replace(config.train, device_batch_tokens=wanted)
+        step = compile_step(dataclasses.replace(config, train=train), target, count)
+    return step
+
+
+def collective_seconds(step: CompiledStep, target: Target, count: int) -> float:
+    """The time of the collectives one after the other on links of full speed: rings move 2 (n - 1) / n of an all-reduce."""
+    hops = {"all-reduce": 2, "all-gather": count}  # an all-gather's operand is one device's share of what moves
+    moved = sum(hops.get(k.opcode, 1) * k.times * k.bytes for k in step.program.collectives)
+    return moved * (count - 1) / count / target.link
+
+
+_PARTS = re.compile(r"\b(attention|mlp|code|embed|head|statistics|optimizer|averages)\b")
+
+
+def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
+    """The time at their rooflines of the kernels of each part of the step, largest first; "other": they name no part."""
+    seconds: dict[str, float] = defaultdict(float)
+    for kernel in step.program.kernels:
+        part = _PARTS.search(kernel.scope)
+        seconds[part[1] if part else "other"] += kernel.seconds(target.matmul_rate, target.bandwidth)
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
+    """The figures of `--topology`, as nested plain values; bytes, FLOPs and kernels are those of one device and one step."""
+    logger.info("compiling a training step for %d x %s", count, target.kind)
+    step = compile_step(config, target, count)
+    fitting = largest_that_fits(config, step, target, count)
+    program = step.program
+    kernels, collectives = program.seconds(target.matmul_rate, target.bandwidth), collective_seconds(step, target, count)
+    return {
+        "device": target.kind,
+        "devices": count,
+        "compile_seconds": round(step.seconds, 1),
+        "device_batch_tokens": step.device_batch_tokens,
+        "microbatches": step.accumulation,
+        "memory": {
+            "peak": step.peak,
+            "arguments": step.arguments,
+            "temporaries": step.temporaries,
+            "limit": int(MEMORY_SHARE * target.memory),
+            "device": target.memory,
+        },
+        "fits": fitting is step,
+        "fitting_device_batch_tokens": fitting.device_batch_tokens if fitting else None,
+        "flops": program.flops,
+        "bytes": program.bytes,
+        "collectives": {
+            kind: {"count": times, "bytes": moved} for kind, (times, moved) in sorted(program.collective_counts().items())
+        },
+        "kernels": dict(sorted(program.custom_kernels().items())),
+        "heaviest": [
+            {"name": k.name, "scope": k.scope, "count": k.times, "flops": k.flops, "bytes": k.bytes}
+            for k in sorted(program.kernels, key=lambda k: -k.seconds(target.matmul_rate, target.bandwidth))[:HEAVIEST]
+        ],
+        "roofline": {
+            "kernel_seconds": kernels,
+            "collective_seconds": collectives,
+            "step_seconds": kernels + collectives,
+            "tokens_per_second": config.data.batch_tokens / (kernels + collectives),
+            "part_seconds": part_seconds(step, target),
+        },
+    }
+
+
+def format_topology(figures: dict[str, Any]) -> str:
+    """The figures for a person."""
+    memory, roof = figures["memory"], figures["roofline"]
+    if figures["fits"]:
+        verdict = "it fits"
+    elif figures["fitting_device_batch_tokens"]:
+        verdict = f"it does NOT fit; --train.device-batch-tokens {figures['fitting_device_batch_tokens']} does"
+    else:
+        verdict = "it does NOT fit, not with one sequence a device either; spread the weights (--train.fsdp) or take more GPUs"
+    collectives = ", ".join(
+        f"{row['count']} {kind} of {row['bytes'] / 1e6:,.1f} MB in all" for kind, row in figures["collectives"].items()
+    )
+    return "\n".join(
+        [
+            f"on           {figures['devices']} x {figures['device']}, compiled in {figures['compile_seconds']:.0f} s;"
+            f" {figures['microbatches']} microbatch{'es' * (figures['microbatches'] > 1)}; figures of one device and one step",
+            f"memory       {memory['peak'] / 1e9:,.1f} GB ({memory['arguments'] / 1e9:,.1f} state,"
+            f" {memory['temporaries'] / 1e9:,.1f} temporary) of the {memory['limit'] / 1e9:,.1f} GB that jax takes: {verdict}",
+            f"work         {figures['flops'] / 1e12:,.2f} TFLOP on tensor cores, {figures['bytes'] / 1e9:,.1f} GB moved",
+            f"collectives  {collectives or 'none'}",
+            f"kernels      {', '.join(f'{count} {name}' for name, count in figures['kernels'].items()) or 'none of our own'}",
+            f"limit        {roof['step_seconds'] * 1e3:,.1f} ms a step, {roof['tokens_per_second'] / 1e3:,.0f} thousand tokens"
+            f" a second: kernels at their rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"
+            f" {roof['collective_seconds'] * 1e3:,.1f} ms",
+            "of that      " + ", ".join(f"{part} {s / roof['step_seconds']:.1%}" for part, s in roof["part_seconds"].items()),
+        ]
+    )

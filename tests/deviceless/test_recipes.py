@@ -1,0 +1,87 @@
+"""Every recipe's training step compiled for the GPUs that it is meant for, with none here: that it fits, and what it does."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from sngpt_jax.config import Config
+from sngpt_jax.recipe import load
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_plugins") is None, reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'"
+    ),
+]
+
+GOLF = ("golf_baseline", "golf_11l_xsa4", "golf_10l_int5mlp", "golf_12l_recycled", "golf_9l_xsa_ngram")
+CASES = [
+    *((name, "h100x8") for name in GOLF),
+    ("golf_baseline", "h100x1"),
+    ("cayley_small_3l", "h200x2"),
+    ("cayley_small_3l", "h100x8"),
+    ("cayley_small_2l", "h100x8"),
+    ("cayley_small_1l", "h100x8"),
+    ("cayley_small_dense", "h100x8"),
+    ("cayley_large_3l", "h100x8"),
+]
+
+
+def planned(recipe: str, topology: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "sngpt_jax.plan", "--config", recipe, "--topology", topology, "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def attention_calls(config: Config) -> int:
+    return config.model.num_layers + len(config.model.recycle_layers)
+
+
+@pytest.mark.parametrize(("recipe", "topology"), CASES)
+def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) -> None:
+    config, plan = load(recipe), planned(recipe, topology)
+    found = plan["topology"]
+    print(json.dumps({key: value for key, value in found.items() if key != "heaviest"}))
+    devices, turns = found["devices"], found["microbatches"]
+    assert found["fits"] and found["memory"]["peak"] <= found["memory"]["limit"] < found["memory"]["device"]
+
+    # 8 bytes of the step and the key, the controls, and a batch of two bytes a token, twice
+    state = sum(plan["bytes"][part] for part in ("parameters", "optimizer", "averages", "statistics"))
+    spread = devices if config.train.fsdp > 1 else 1
+    batch = 4 * config.data.batch_tokens // devices
+    assert state // spread <= found["memory"]["arguments"] - batch <= 1.05 * state / spread + 4096
+
+    model = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"] * devices) / devices
+    assert 0.98 * model <= found["flops"] <= 1.4 * model  # the loss of chunks, samples and recomputation come on top
+
+    kernels = found["kernels"]
+    for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"):
+        assert kernels[name] == turns * attention_calls(config)
+    if config.model.levels:
+        assert kernels["cayley_forward"] == kernels["cayley_backward"] == turns * config.model.num_layers
+    assert not any("sort" in name.lower() or "topk" in name.lower() for name in kernels)
+
+    gradient = 4 * plan["parameters"]["total"]
+    moved = {kind: row["bytes"] for kind, row in found["collectives"].items()}
+    if devices == 1:
+        assert not moved
+    elif spread == 1:  # the gradient once a step, and a few numbers
+        statistics = 2 * plan["bytes"]["statistics"]
+        assert gradient <= moved["all-reduce"] <= gradient + statistics + 2**20
+    assert found["roofline"]["step_seconds"] > found["flops"] / 989e12
+
+
+def test_recipe_that_does_not_fit_says_what_does() -> None:
+    """One microbatch of all tokens takes ten times the memory that there is."""
+    options = ("--train.device-batch-tokens", "1572864", "--model.num-layers", "2")
+    found = planned("cayley_small_dense", "h100x1", *options)["topology"]
+    assert not found["fits"] and found["memory"]["peak"] > found["memory"]["limit"]
+    fitting = found["fitting_device_batch_tokens"]
+    assert 0 < fitting < 1572864
+    smaller = ("--train.device-batch-tokens", str(fitting), "--model.num-layers", "2")
+    assert planned("cayley_small_dense", "h100x1", *smaller)["topology"]["fits"]
