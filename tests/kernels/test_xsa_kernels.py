@@ -9,29 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from kernels import dispatch, xsa
+from kernels import dispatch, targets, xsa
 from kernels.case import Case
-from kernels.dispatch import Device
 from kernels.xsa import pallas_triton, reference, specs
 from kernels.xsa.pallas_tiles import Blocks, Config
 
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3")
+H100 = targets.find("h100").device
 
 
 def kernels_of_gradients(exclusive: bool, wrap: Callable) -> Counter[str]:
-    """The kernels by name in the program of the gradients on each of 8 devices, as it is lowered for NVIDIA GPUs."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is lowered for them."""
+    target = targets.find("h100")
+    gpu = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
+    mesh = AbstractMesh((8,), ("data",), abstract_device=gpu)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(xsa.attention(q, k, v, exclusive=exclusive, scale=0.125, implementation="pallas_triton") ** 2)
 
+    def step(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        value, gradients = jax.value_and_grad(wrap(loss), argnums=(0, 1, 2))(*arrays)
+        return value[None], *gradients
+
     rows = PartitionSpec("data")
-    step = jax.shard_map(jax.grad(wrap(loss), argnums=(0, 1, 2)), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     q, k = (jax.ShapeDtypeStruct((8, 200, heads, 64), jnp.bfloat16) for heads in (4, 2))
-    with dispatch.targeting(H100):
-        text = jax.jit(step).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    with dispatch.targeting(target.device):
+        text = jax.jit(sharded).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     return Counter(re.findall(r'name = "(xsa_\w+)"', text))
 
 
