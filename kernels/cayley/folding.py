@@ -1,14 +1,14 @@
 """How a kernel scores all the children of a parent at once: constants made on the host, numpy only.
 
-The children of a parent f are f ⊕ u with u in a span U, and the atom of f ⊕ u is √d · v_f · v_u elementwise, so that their scores
-are those of x, its signs flipped by f, against the ±1 vectors of U. A basis of U is chosen in two parts, the class bits
-and the member bits: u = class_steps[j1] ⊕ member_steps[j2]. The class bits split the d points into classes, within each of which
-a vector of the first part is constant. So it is enough to sum over the members within each class, a product with a
+The children of a parent f are f ⊕ u with u in a span U, and the atom of f ⊕ u is √d · v_f · v_u elementwise, so that their
+scores are those of x, its signs flipped by f, against the ±1 vectors of U. A basis of U is chosen in two parts, class bits
+and member bits: u = class_steps[j1] ⊕ member_steps[j2]. The class bits split the d points into classes, within each of
+which a vector of the first part is constant. So it is enough to sum over the members within each class, a product with a
 constant ±1 matrix, and to combine the classes' sums by a small Walsh-Hadamard transform across them:
 
     Σ_α x_α s_f(α) s_u(α) = Σ_class (-1)^<j1, class> Σ_{α in class} x_α s_f(α) (-1)^<j2, member bits of α>
 
-With C classes that are d / C · |U| / C · C multiply-adds instead of d · |U|, and C² times smaller matrices in all.
+With C classes a parent takes d · |U| / C multiply-adds instead of d · |U|, and the matrices are smaller by C as well.
 """
 
 import functools
@@ -21,7 +21,7 @@ from kernels.cayley.dictionary import Generators, Levels
 from kernels.cayley.sign_words import sign_words
 
 MOST_CLASS_BITS = 3  # the transform across classes keeps one tile of sums for each class in registers
-FEWEST_MEMBER_BITS = 4  # a tensor core's tile has 16 rows
+FEWEST_MEMBER_BITS = 5  # four warps share the members of a tile, and a tensor core's tile has 8 columns
 WORD_BITS = 5  # a class holds whole words of 32 signs
 
 
@@ -31,7 +31,7 @@ class Fold:
 
     class_steps: tuple[int, ...]  # C sums of class bits, none with a new part
     member_steps: np.ndarray  # int32 [M]: the sums of the member bits; zeros from `members` on
-    members: int  # how many of the M rows are members; M is at least 16
+    members: int  # how many of the M rows are members; M is at least 32
     new_bits: int  # member j has a new part if any of the lowest `new_bits` bits of j is set
     points: np.ndarray  # int32 [C, K]: the points of each class
     matrix: np.ndarray  # int8 [C, M, K]: (-1)^<j2, member bits of the point>, zeros from row `members` on
@@ -81,7 +81,9 @@ def fold(levels: Levels, generators: Generators, level: int) -> Fold:
     member_steps[:members] = dictionary.span(member_bits)
     matrix = np.zeros((len(points), rows, points.shape[1]), np.int8)
     matrix[:, :members] = dictionary.signs(member_steps[:members], d)[:, points].swapaxes(0, 1)
-    by_word = points.reshape(len(points), 32, -1).swapaxes(0, 1).reshape(-1)  # [32, classes, words]: bit i of every class's words
+    by_word = (
+        points.reshape(len(points), 32, -1).swapaxes(0, 1).reshape(-1)
+    )  # [32, classes, words]: bit i of every class's words
     result = Fold(
         class_steps=tuple(dictionary.span(class_bits).tolist()),
         member_steps=member_steps,

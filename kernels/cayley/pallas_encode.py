@@ -1,15 +1,19 @@
 """Scoring and selection on chip: the device functions that make the code of one token inside a Pallas Triton kernel.
 
 Level 0 is a Walsh-Hadamard transform, two products with small matrices. The children of the parents of a later level are
-scored as `folding` describes. All products are of ±1 and bfloat16 on the tensor cores; a float32 is split into three bfloat16 that add up to
-it exactly, so that only sums round. Scores stay in registers. The k best are found by bisection on integer keys that order like
-the scores, counting how many reach a threshold. What is chosen at one level goes through memory to the next: a kernel can
-exchange values between threads at computed positions in no other way.
+scored as `folding` describes. All products are of ±1 and bfloat16, on the tensor cores; a float32 is split into three
+bfloat16 that add up to it exactly, so that only sums round. Scores stay in registers. The k best are found by bisection on
+integer keys that order like the scores, counting how many reach a threshold. What is chosen at one level goes through
+memory to the next: a kernel can exchange values between threads at computed positions in no other way.
+
+Four warps encode a token. Tiles of scores are [16 parents, members], a shape that Triton shares out to four warps without
+any of them doing the work of another.
 """
 
 import functools
 import operator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +23,27 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.cayley import dictionary
 from kernels.cayley.dictionary import Generators, Levels
-from kernels.cayley.folding import fold, hadamard
+from kernels.cayley.folding import Fold, fold, hadamard
 from kernels.cayley.reference import STD_FLOOR
 from kernels.cayley.sign_words import words
 from kernels.cayley.xla import ACTIVE_BIT, all_scores
+from kernels.dispatch import CannotServe
 
 NEVER = -(2**31)  # the key of what must not be chosen; below that of any number
 INFINITY = 0x7F800000  # the key of +inf
-EVERY_ID = 2**dictionary.MAX_BITS
+PARENTS = 16  # of a block: the rows of a tensor core's tile
+MOST_TILES = 31  # of candidates: which of them are chosen is marked in an int32
 
 
 class _Level(NamedTuple):
-    """The constants of a level ≥ 1, see `folding.Fold` and `dictionary.Children`."""
+    """The constants of a level ≥ 1, see `folding.Fold` and `dictionary.Children`, or the refs to them."""
 
-    group_of_parent: np.ndarray
-    representatives: np.ndarray
-    member_steps: np.ndarray
-    points: np.ndarray
-    matrix: np.ndarray
-    words: np.ndarray
+    group_of_parent: Any
+    representatives: Any
+    member_steps: Any
+    points: Any
+    matrix: Any
+    words: Any
 
 
 def barrier(interpret: bool) -> None:
@@ -52,15 +58,28 @@ def _grid(d: int) -> tuple[int, int]:
     return 2 ** (t - t // 2), 2 ** (t // 2)
 
 
+def _blocks(levels: Levels, level: int) -> range:
+    """The blocks of the parents of `level`."""
+    return range(-(-levels[level - 1][1] // PARENTS))
+
+
 def constants(levels: Levels, generators: Generators, d: int) -> tuple[np.ndarray, ...]:
-    """What `encode_token` reads as `constant_refs`: inputs of the kernel, the same for every token and layer."""
+    """What `encode_token` reads as `constant_refs`: inputs of the kernel, the same for every token and layer.
+
+    Raises CannotServe where a level has more candidates than registers could hold, or d is not from 64 to 2048.
+    """
+    if not 64 <= d <= 2048:
+        raise CannotServe(f"the kernel takes a width from 64 to 2048, not {d}")
+    for level in range(1, len(levels)):
+        tiles = len(_blocks(levels, level)) * len(fold(levels, generators, level).class_steps)
+        if tiles > MOST_TILES:
+            parents, most = levels[level - 1][1], MOST_TILES // len(fold(levels, generators, level).class_steps) * PARENTS
+            raise CannotServe(f"level {level} has {parents} parents of {levels[level][2]} children; the kernel takes {most}")
     result = [hadamard(n).astype(jnp.bfloat16) for n in _grid(d)]
     for level in range(1, len(levels)):
         table, folded = dictionary.children(levels, generators, level), fold(levels, generators, level)
         matrix = folded.matrix.astype(jnp.bfloat16)
-        result += _Level(
-            table.group_of_parent, table.representatives, folded.member_steps, folded.points, matrix, folded.words
-        )
+        result += _Level(table.group_of_parent, table.representatives, folded.member_steps, folded.points, matrix, folded.words)
     return tuple(result)
 
 
@@ -110,71 +129,103 @@ def _keys(y: jax.Array, allowed: jax.Array) -> jax.Array:
     return jnp.where(allowed, keys, NEVER)
 
 
+def _total(counts: jax.Array) -> jax.Array:
+    """The sum of int32 [rows, columns], one axis after the other: within a warp, then across warps."""
+    return jnp.sum(jnp.sum(counts, axis=1), axis=0)
+
+
 def _count(masks: list[jax.Array]) -> jax.Array:
-    return jnp.sum(_sum([mask.astype(jnp.int32) for mask in masks]).reshape(-1))
+    return _total(_sum([mask.astype(jnp.int32) for mask in masks]))
+
+
+class _Tile(NamedTuple):
+    """Candidates: one tile of keys, and what gives their ids, base ⊕ step. Tiles of few bases hold few registers."""
+
+    keys: jax.Array  # int32 [rows, columns]
+    base: jax.Array  # int32 [rows, columns]
+    step: int
 
 
 def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
     """(t, n): n keys are at least t. n is k, or t the k-th largest key and n > k."""
-    top = jnp.max(functools.reduce(jnp.maximum, keys).reshape(-1))
+    top = jnp.max(jnp.max(functools.reduce(jnp.maximum, keys), axis=1), axis=0)
+
+    def narrow(state: tuple[jax.Array, ...], middle: jax.Array) -> tuple[jax.Array, ...]:
+        low, high, reached = state  # k or more keys are at least low, fewer are at least high
+        n = _count([key >= middle for key in keys])
+        return jnp.where(n >= k, middle, low), jnp.where(n >= k, high, middle), jnp.where(n >= k, n, reached)
 
     def searching(state: tuple[jax.Array, ...]) -> jax.Array:
         low, high, reached = state
         return (reached != k) & (low + 1 < high)
 
     def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, reached = state  # k or more keys are at least low, fewer are at least high
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        n = _count([key >= middle for key in keys])
-        return jnp.where(n >= k, middle, low), jnp.where(n >= k, high, middle), jnp.where(n >= k, n, reached)
+        low, high, _ = state
+        return narrow(state, (low & high) + ((low ^ high) >> 1))  # their mean, without overflow
 
-    low, _, reached = lax.while_loop(searching, halve, (jnp.int32(NEVER + 1), top + 1, jnp.int32(k + 1)))
+    # The threshold of a positive score is mostly more than half the largest: that is a difference of 2^23 in keys.
+    state = narrow((jnp.int32(NEVER + 1), top + 1, jnp.int32(k + 1)), jnp.maximum(top, 0) - 2**23)
+    low, _, reached = lax.while_loop(searching, halve, state)
     return low, reached
 
 
-def _last_id(keys: list[jax.Array], ids: list[jax.Array], k: int, t: jax.Array, reached: jax.Array) -> jax.Array:
-    """Of the keys equal to t those with ids up to this one complete the k; every one of them where `reached` is k."""
-    missing = k - _count([key > t for key in keys])
+def _mark(tiles: list[_Tile], chosen: Callable[[_Tile], jax.Array]) -> jax.Array:
+    """int32 [rows, columns]: bit i where tile i is `chosen`."""
+    return _sum([jnp.where(chosen(tile), 1 << i, 0) for i, tile in enumerate(tiles)])
 
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+
+def _mark_by_id(tiles: list[_Tile], k: int, t: jax.Array) -> jax.Array:
+    """`_mark` of the keys above t and, of those equal to t, as many with the lowest ids as complete the k."""
+    missing = k - _count([tile.keys > t for tile in tiles])
+
+    def equal(tile: _Tile, last: jax.Array) -> jax.Array:
+        return (tile.keys == t) & ((tile.base ^ tile.step) <= last)
+
+    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = state  # fewer than missing have ids up to low, enough up to high
         middle = (low + high) >> 1
-        enough = _count([(key == t) & (f <= middle) for key, f in zip(keys, ids, strict=True)]) >= missing
+        enough = _count([equal(tile, middle) for tile in tiles]) >= missing
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    start = jnp.where(reached == k, jnp.int32(EVERY_ID - 1), jnp.int32(-1))
-    return lax.while_loop(lambda state: state[0] + 1 < state[1], halve, (start, jnp.int32(EVERY_ID)))[1]
+    ends = jnp.int32(-1), jnp.int32(2**dictionary.MAX_BITS)
+    _, last = lax.while_loop(lambda state: state[0] + 1 < state[1], halve, ends)
+    return _mark(tiles, lambda tile: (tile.keys > t) | equal(tile, last))
 
 
-def _select(
-    keys: list[jax.Array],
-    ids: list[jax.Array],
-    k: int,
-    row: jax.Array,
-    start: int,
-    saved_ref: jax.Array,
-    y_ref: jax.Array,
-    interpret: bool,
-) -> None:
-    """Writes the ids and y of the k largest keys, equal ones by the lower id, to [row, start:start + k]."""
-    t, reached = _threshold(keys, k)
-    last = _last_id(keys, ids, k, t, reached)
-    chosen = [(key > t) | ((key == t) & (f <= last)) for key, f in zip(keys, ids, strict=True)]
-    counts = _sum([mask.astype(jnp.int32) for mask in chosen])
-    position = (jnp.cumsum(counts.reshape(-1)) - counts.reshape(-1)).reshape(counts.shape) + start
-    for key, f, mask in zip(keys, ids, chosen, strict=True):
+def _select(tiles: list[_Tile], k: int, row: jax.Array, start: int, saved_ref: Any, y_ref: Any, interpret: bool) -> None:
+    """Writes the ids and y of the k largest keys, equal ones by the lower id, to [row, start:start + k].
+
+    Few places of the tiles, which have one shape, are chosen from more than one or two tiles: those of a place are
+    written one after the other, in all places at once.
+    """
+    t, reached = _threshold([tile.keys for tile in tiles], k)
+    chosen = lax.cond(reached == k, lambda: _mark(tiles, lambda tile: tile.keys >= t), lambda: _mark_by_id(tiles, k, t))
+    counts = lax.population_count(chosen)
+    flat = counts.reshape(-1)
+    position = (jnp.cumsum(flat) - flat).reshape(counts.shape) + start
+
+    def write(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        chosen, position, rounds = state
+        lowest = chosen & -chosen
+        key, base, step = tiles[0].keys, tiles[0].base, jnp.full(chosen.shape, tiles[0].step, jnp.int32)
+        for i, tile in enumerate(tiles[1:], 1):
+            this = lowest == 1 << i
+            key, step = jnp.where(this, tile.keys, key), jnp.where(this, tile.step, step)
+            base = base if tile.base is tiles[i - 1].base else jnp.where(lowest >= 1 << i, tile.base, base)
         y = lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
+        mask = chosen != 0
         # Interpretation stores at masked positions what was there, in no order with the others: send them out of bounds.
         slot = jnp.where(mask, position, saved_ref.shape[1]) if interpret else position
-        plgpu.store(saved_ref.at[row, slot], f, mask=mask)
+        plgpu.store(saved_ref.at[row, slot], base ^ step, mask=mask)
         plgpu.store(y_ref.at[row, slot], y, mask=mask)
-        position = position + mask.astype(jnp.int32)
+        return chosen ^ lowest, position + 1, rounds - 1
+
+    rounds = jnp.max(jnp.max(counts, axis=1), axis=0)
+    lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, rounds))
 
 
-def _roots(
-    row: jax.Array, x_ref: jax.Array, left_ref: jax.Array, right_ref: jax.Array, scale_ref: jax.Array, offset_ref: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(keys, ids) of level 0, [rows, columns]."""
+def _roots(row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any) -> _Tile:
+    """Level 0."""
     d = x_ref.shape[-1]
     rows, columns = _grid(d)
     shape = (left_ref.shape[0], right_ref.shape[0])
@@ -185,73 +236,68 @@ def _roots(
     half = _sum([plgpu.dot(part, right) for part in _parts(x)])
     sums = _sum([plgpu.dot(left, part) for part in _parts(half)])
     scale, offset = (plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref))
-    return _keys(sums * scale + offset, inside), ids
+    return _Tile(_keys(sums * scale + offset, inside), ids, 0)
 
 
-def _parents(
-    row: jax.Array, start: int, k: int, saved_ref: jax.Array, group_ref: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(groups, first): the groups of the k parents, padded to P, a power of two, and whether none before is in the same group."""
-    size = max(16, 2 ** (k - 1).bit_length())
-    slots = lax.iota(jnp.int32, size)
-    ids = plgpu.load(saved_ref.at[row, start + slots], mask=slots < k, other=0)
-    groups = plgpu.load(group_ref.at[ids], mask=slots < k, other=-1)
-    square = (size, size)
-    i, j = lax.broadcasted_iota(jnp.int32, square, 0), lax.broadcasted_iota(jnp.int32, square, 1)
-    repeated = jnp.sum(((groups[:, None] == groups[None, :]) & (i < j)).astype(jnp.int32), axis=0)
-    return jnp.maximum(groups, 0), (repeated == 0) & (slots < k)
+def _parents(row: jax.Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any) -> tuple[jax.Array, jax.Array]:
+    """(groups, first) [PARENTS] of a block of the k parents: their groups, and whether none before is in the same group."""
+
+    def load(slots: jax.Array) -> jax.Array:
+        ids = plgpu.load(saved_ref.at[row, start + slots], mask=slots < k, other=0)
+        return plgpu.load(group_ref.at[ids], mask=slots < k, other=0)
+
+    slots, others = block * PARENTS + lax.iota(jnp.int32, PARENTS), lax.iota(jnp.int32, 2 ** (k - 1).bit_length())
+    groups = load(slots)
+    repeated = (groups[:, None] == load(others)[None, :]) & (others[None, :] < slots[:, None])
+    return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
 
 
-def _class_sums(
-    row: jax.Array, index: int, representatives: jax.Array, x_ref: jax.Array, level: _Level
-) -> jax.Array:
-    """Σ over the points of one class of x · sign of the parent · sign of the member: [M, P]."""
-    points = level.points[index, :]
-    columns, parents = points.shape[0] // 32, representatives.shape[0]
-    shape = (columns, parents)
+def _parent_signs(level: _Level, index: int, representatives: jax.Array) -> jax.Array:
+    """The signs of the parents at the points of one class: bfloat16 [K, PARENTS]."""
+    columns = level.points.shape[1] // 32
+    shape = (columns, PARENTS)
     column = index * columns + lax.broadcasted_iota(jnp.int32, shape, 0)
-    ids = jnp.broadcast_to(representatives[None, :], shape)
-    flat = words(level.words, ids, column).reshape(1, columns * parents)
-    shift = 31 - lax.broadcasted_iota(jnp.int32, (32, columns * parents), 0)
+    flat = words(level.words, jnp.broadcast_to(representatives[None, :], shape), column).reshape(1, columns * PARENTS)
+    shift = 31 - lax.broadcasted_iota(jnp.int32, (32, columns * PARENTS), 0)
     bits = ((flat << shift) & NEVER) | 0x3F800000  # of 1.0, with the sign
-    signs = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16).reshape(32 * columns, parents)
-    matrix = level.matrix[index, :, :]
-    return _sum([plgpu.dot(matrix * part[None, :], signs) for part in _parts(x_ref[row, points])])
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16).reshape(32 * columns, PARENTS)
 
 
 def _children(
     row: jax.Array,
-    groups: jax.Array,
-    first: jax.Array,
-    x_ref: jax.Array,
+    parents: list[tuple[jax.Array, jax.Array]],
+    x_ref: Any,
     level: _Level,
-    scale_ref: jax.Array,
-    offset_ref: jax.Array,
-    class_steps: tuple[int, ...],
-    members: int,
-    new_bits: int,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """(keys, ids) of the children of the parents' groups: [M, P] for each class."""
-    representatives = level.representatives[groups]
-    sums = [_class_sums(row, index, representatives, x_ref, level) for index in range(len(class_steps))]
-    stride = 1
-    while stride < len(sums):  # the Walsh-Hadamard transform across the classes
-        sums = [sums[i] + sums[i + stride] if i & stride == 0 else sums[i - stride] - sums[i] for i in range(len(sums))]
-        stride *= 2
-    shape = sums[0].shape
-    member = lax.broadcasted_iota(jnp.int32, shape, 0)
-    allowed = (member & (2**new_bits - 1) != 0) & (member < members) & first[None, :]
-    group = jnp.broadcast_to(groups[None, :], shape)
-    ids = representatives[None, :] ^ level.member_steps[...][:, None]
-    keys = [
-        _keys(total * scale_ref[group, j, member] + offset_ref[group, j, member], allowed) for j, total in enumerate(sums)
-    ]
-    return keys, [ids ^ step for step in class_steps]
+    scale_ref: Any,
+    offset_ref: Any,
+    folded: Fold,
+) -> list[_Tile]:
+    """The children of the parents' groups: [PARENTS, M] for each block of parents and class."""
+    classes = range(len(folded.class_steps))
+    representatives = [level.representatives[groups] for groups, _ in parents]
+    sums = []  # of each class and block, Σ over the class's points of x · sign of the parent · sign of the member
+    for index in classes:
+        matrix, x = level.matrix[index, :, :], x_ref[row, level.points[index, :]]
+        signed = [(matrix * part[None, :]).T for part in _parts(x)]
+        signs = [_parent_signs(level, index, f).T for f in representatives]
+        sums.append([_sum([plgpu.dot(s, part) for part in signed]) for s in signs])
+    tiles = []
+    for block, (groups, first) in enumerate(parents):
+        totals = [of_class[block] for of_class in sums]
+        for s in range(len(classes).bit_length() - 1):  # the Walsh-Hadamard transform across the classes
+            totals = [totals[i ^ 1 << s] + (-totals[i] if i >> s & 1 else totals[i]) for i in classes]
+        shape = totals[0].shape
+        member = lax.broadcasted_iota(jnp.int32, shape, 1)
+        allowed = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members) & first[:, None]
+        group = jnp.broadcast_to(groups[:, None], shape)
+        child = representatives[block][:, None] ^ level.member_steps[...][None, :]
+        for i, total in enumerate(totals):
+            y = total * scale_ref[group, i, member] + offset_ref[group, i, member]
+            tiles.append(_Tile(_keys(y, allowed), child, folded.class_steps[i]))
+    return tiles
 
 
-def _finish(
-    row: jax.Array, active: int, saved_ref: jax.Array, c_ref: jax.Array, unstandardize: tuple[jax.Array, ...]
-) -> None:
+def _finish(row: jax.Array, active: int, saved_ref: Any, c_ref: Any, unstandardize: tuple[Any, ...]) -> None:
     """y to c and ids to ids with the bit of c > 0, in [row, :active]."""
     slots = lax.iota(jnp.int32, 2 ** (active - 1).bit_length())
     used = slots < active
@@ -268,11 +314,11 @@ def _finish(
 
 def encode_token(
     row: jax.Array,
-    x_ref: jax.Array,
-    constant_refs: tuple[jax.Array, ...],
-    table_refs: tuple[jax.Array, ...],
-    saved_ref: jax.Array,
-    c_ref: jax.Array,
+    x_ref: Any,
+    constant_refs: tuple[Any, ...],
+    table_refs: tuple[Any, ...],
+    saved_ref: Any,
+    c_ref: Any,
     *,
     levels: Levels,
     generators: Generators,
@@ -290,20 +336,18 @@ def encode_token(
       c_ref: [N, A] float32: the coefficients c ≥ 0; +inf where the score is not finite. The same holds.
     """
     count = len(levels)
-    keys, ids = _roots(row, x_ref, *constant_refs[:2], *table_refs[:2])
-    _select([keys], [ids], levels[0][1], row, 0, saved_ref, c_ref, interpret)
+    roots = _roots(row, x_ref, *constant_refs[:2], *table_refs[:2])
+    _select([roots], levels[0][1], row, 0, saved_ref, c_ref, interpret)
     start = 0
     for index in range(1, count):
         barrier(interpret)
         fields = len(_Level._fields)
         level = _Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
-        folded = fold(levels, generators, index)
-        groups, first = _parents(row, start, levels[index - 1][1], saved_ref, level.group_of_parent)
-        start += levels[index - 1][1]
-        children = _children(
-            row, groups, first, x_ref, level, *table_refs[2 * index : 2 * index + 2],
-            folded.class_steps, folded.members, folded.new_bits,
-        )  # fmt: skip
-        _select(*children, levels[index][1], row, start, saved_ref, c_ref, interpret)
+        k = levels[index - 1][1]
+        parents = [_parents(row, start, k, block, saved_ref, level.group_of_parent) for block in _blocks(levels, index)]
+        start += k
+        scale_ref, offset_ref = table_refs[2 * index : 2 * index + 2]
+        children = _children(row, parents, x_ref, level, scale_ref, offset_ref, fold(levels, generators, index))
+        _select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
     barrier(interpret)
     _finish(row, start + levels[-1][1], saved_ref, c_ref, table_refs[2 * count :])

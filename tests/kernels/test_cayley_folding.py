@@ -1,0 +1,82 @@
+"""The folded scores of a parent's children against the definition, and the layout of the constants."""
+
+import numpy as np
+import pytest
+
+from kernels.cayley import dictionary, folding, reference
+from kernels.cayley.folding import Fold, fold
+
+D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
+D128 = ((7, 8, 0), (10, 16, 32), (12, 32, 32))
+D512 = ((9, 8, 0), (12, 8, 64), (13, 8, 4))
+D1024 = ((10, 16, 0), (15, 32, 256), (17, 64, 256))
+D2048 = ((11, 16, 0), (15, 32, 256), (17, 64, 256))
+CASES = [
+    (levels, generators, level)
+    for levels in (D64, D128, D512, D1024, D2048)
+    for generators in ("spread", "prefix")
+    for level in (1, 2)
+]
+
+
+def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
+    """Σ_α x_α s_f(α) s_u(α) for u = class_steps[i] ⊕ member_steps[j]: [C, M], as the kernel computes them."""
+    signed = x * dictionary.signs(parent, len(x))
+    of_class = np.einsum("cmk,ck->cm", folded.matrix.astype(np.float64), signed[folded.points])
+    index = np.arange(len(of_class))
+    transform = 1 - 2.0 * (np.bitwise_count(index[:, None] & index) & 1)
+    return transform @ of_class
+
+
+@pytest.mark.parametrize(("levels", "generators", "level"), CASES)
+def test_folded_scores_are_those_of_the_children(levels: dictionary.Levels, generators: str, level: int) -> None:
+    folded, d = fold(levels, generators, level), 2 ** levels[0][0]
+    rng = np.random.default_rng(0)
+    x, parent = rng.standard_normal(d), int(rng.integers(2 ** levels[level - 1][0]))
+    steps = np.array(folded.class_steps)[:, None] ^ folded.member_steps[: folded.members]
+    sums = folded_sums(folded, x, parent)
+    expected = reference.scores(x, parent ^ steps.reshape(-1)).reshape(steps.shape) * np.sqrt(d)
+    error = np.abs(sums[:, : folded.members] - expected)
+    print(f"d = {d}, level {level}, {len(folded.class_steps)} classes: error max {error.max():.1e} mean {error.mean():.1e}")
+    assert error.max() < 1e-10 * np.sqrt(d)
+    assert not sums[:, folded.members :].any()
+    member = np.arange(folded.members)
+    assert set(steps[:, member % 2**folded.new_bits > 0].flat) == reference.child_steps(levels, level, generators)
+
+
+@pytest.mark.parametrize(("levels", "generators", "level"), CASES)
+def test_classes_are_equal_parts_of_the_points(levels: dictionary.Levels, generators: str, level: int) -> None:
+    folded, d = fold(levels, generators, level), 2 ** levels[0][0]
+    assert folded.points.shape == (len(folded.class_steps), d // len(folded.class_steps))
+    assert sorted(folded.points.flat) == list(range(d))
+    for step in folded.class_steps:
+        assert step < 2 ** levels[level - 1][0]  # no new part
+        signs = dictionary.signs(step, d)[folded.points]
+        assert (signs == signs[:, :1]).all()
+
+
+@pytest.mark.parametrize(("levels", "generators", "level"), CASES)
+def test_words_hold_the_signs_of_parents_class_by_class(levels: dictionary.Levels, generators: str, level: int) -> None:
+    folded, below = fold(levels, generators, level), levels[level - 1][0]
+    parent, d = int(np.random.default_rng(1).integers(2**below)), 2 ** levels[0][0]
+    rows = [folded.words[c, (parent >> 5 * c) & 31] for c in range(len(folded.words))]
+    words = np.bitwise_xor.reduce(rows).view(np.uint32)  # [d / 32]
+    bits = (words >> np.arange(32)[:, None]) & 1  # [32, d / 32]
+    classes = len(folded.points)
+    expected = dictionary.signs(parent, d)[folded.points].reshape(classes, 32, -1) < 0
+    np.testing.assert_array_equal(bits.reshape(32, classes, -1).swapaxes(0, 1), expected)
+
+
+@pytest.mark.parametrize("levels", [D1024, D2048])
+def test_the_recipes_have_eight_classes_of_32_members(levels: dictionary.Levels) -> None:
+    for level in (1, 2):
+        folded = fold(levels, "spread", level)
+        assert (len(folded.class_steps), folded.members) == (8, 32)
+
+
+@pytest.mark.parametrize("n", [4, 8, 16, 64])
+def test_hadamard_matrices_are_filled_to_16(n: int) -> None:
+    matrix, size = folding.hadamard(n), max(n, 16)
+    expected = np.zeros((size, size))
+    expected[:n, :n] = dictionary.signs(np.arange(n), n)
+    np.testing.assert_array_equal(matrix, expected)
