@@ -1,0 +1,89 @@
+"""Which implementation of encode_decode runs, why, and with which kernels a program is lowered for an NVIDIA GPU."""
+
+import dataclasses
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from kernels import dispatch
+from kernels.cayley import api, encode_decode, pallas_triton
+from kernels.dispatch import CannotServe, Device
+from tests.kernels.cayley_checks import SHALLOW, make_inputs
+
+H100 = Device("cuda", "NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize(
+    ("device", "d", "said"),
+    [
+        (Device("cpu", "cpu"), 64, "xla: pallas_triton serves NVIDIA GPUs; the device is cpu"),
+        (Device("rocm", "AMD Instinct MI300X"), 64, "xla: pallas_triton serves NVIDIA GPUs; the device is rocm"),
+        (H100, 64, "pallas_triton: on an NVIDIA GPU, where no measurement says another"),
+        (H100, 32, "xla: pallas_triton serves widths from 64 to 2048; x has 32"),
+        (H100, 4096, "xla: pallas_triton serves widths from 64 to 2048; x has 4096"),
+    ],
+)
+def test_says_once_what_runs_and_why(device: Device, d: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.announce.cache_clear()
+    levels = ((d.bit_length() - 1, 4, 0),)
+    x, table = jax.ShapeDtypeStruct((3, d), jnp.float32), jax.ShapeDtypeStruct((d,), jnp.float32)
+    with caplog.at_level(logging.INFO, logger="kernels"), dispatch.targeting(device):
+        for _ in range(2):
+            jax.eval_shape(functools.partial(encode_decode, levels=levels), x, table, table, table)
+    assert [record.getMessage() for record in caplog.records] == [f"cayley.encode_decode runs as {said}"]
+
+
+def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dict.fromkeys((field.name for field in dataclasses.fields(pallas_triton.Config)), 2)
+    table = {"bfloat16_d64_2l": {"implementation": "xla", "config": config}}
+    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table if kind == H100.kind else {})
+    assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW)[0] == "xla"
+    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW)[0] == "pallas_triton"
+    with dispatch.targeting(H100):
+        assert pallas_triton.Config.of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(**config)
+        assert pallas_triton.Config.of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
+
+
+def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PALLAS_TRITON", "kernels.cayley.not_bundled")
+    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW) == ("xla", "pallas_triton is no part of this program")
+
+
+def test_the_kernels_refuse_a_cpu() -> None:
+    x, mean, std, bias, _ = make_inputs("random", SHALLOW, 3).values()
+    with pytest.raises(CannotServe, match="pallas_triton serves NVIDIA GPUs; the device is cpu"):
+        encode_decode(jnp.asarray(x), mean, std, bias, SHALLOW, implementation="pallas_triton")
+
+
+def kernels_of_gradients(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> dict[str, int]:
+    """The kernels by name in a step of eight devices, each with an eighth of the rows, lowered for NVIDIA GPUs."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array) -> jax.Array:
+        return jnp.sum(encode_decode(x, mean, std, bias, SHALLOW)[0].astype(jnp.float32) ** 2)
+
+    def step(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        value, (dx, dbias) = jax.value_and_grad(wrap(loss), argnums=(0, 3))(*arguments)
+        return jax.lax.psum(value, "data"), dx, jax.lax.psum(dbias, "data")
+
+    data, same = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(data, same, same, same), out_specs=(same, data, same), check_vma=False)
+    shapes = ((8 * 37, 64), jnp.bfloat16), ((64,), jnp.float32), ((512,), jnp.float32), ((512,), jnp.float32)
+    with dispatch.targeting(H100):
+        traced = jax.jit(sharded).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return Counter(re.findall(r'name = "(cayley_\w+)"', text))
+
+
+def test_gradients_are_of_these_kernels() -> None:
+    backward = {"cayley_backward": 1, "cayley_bias_gradient": 1}
+    assert kernels_of_gradients(lambda loss: loss) == {"cayley_forward": 1, **backward}
+    assert kernels_of_gradients(jax.checkpoint) == {"cayley_forward": 2, **backward}
