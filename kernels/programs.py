@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels.case import Case, Cost
+from kernels.targets import Target
 
 PASSES = ("forward", "forward_backward")
 
@@ -15,6 +17,13 @@ def cost(case: Case, which: str) -> Cost:
     if which == "forward":
         return case.forward
     return Cost(case.forward.matmul_flops + case.backward.matmul_flops, case.forward.bytes + case.backward.bytes)
+
+
+def limit(case: Case, which: str, target: Target) -> float:
+    """Seconds that the pass takes at least on the target. Products of float32 run as TF32 there, at half of bfloat16's rate."""
+    least = cost(case, which)
+    slower = 2 if case.abstract()[0].dtype == jnp.float32 else 1
+    return target.roofline(slower * least.matmul_flops, least.bytes)
 
 
 def function(case: Case, implementation: str, which: str) -> Callable[..., Any]:

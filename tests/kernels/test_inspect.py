@@ -1,5 +1,6 @@
 """Reading compiled kernels: PTX, the assembler's words and XLA's dump from small samples; real compilation where it can be."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels import commands, inspect, programs, ptx, targets
+from kernels.case import Cost
 from tests.kernels import toy_case
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +147,9 @@ def test_problems() -> None:
     report = _report(spill_bytes=8)
     report["cases"][0]["programs"][0]["pass"] = "forward_backward"
     assert inspect.problems(report) == []
+    report = _report(spill_bytes=8, wgmma=0)
+    report["cases"][0]["programs"][0]["target"] = "a100"
+    assert inspect.problems(report) == []
     report["cases"][0]["programs"] = [{"implementation": "cudnn", "pass": "forward", "target": "h100", "error": "E: no"}]
     assert inspect.problems(report) == ["xsa golf, cudnn forward for h100: E: no"]
     report["cases"][0]["programs"] = [{"implementation": "cudnn", "pass": "forward", "target": "h100", "cannot_serve": "f32"}]
@@ -154,12 +160,19 @@ def test_limits() -> None:
     limits = inspect.limits(toy_case.CASE)
     print(limits)
     assert limits["forward"] == {
-        "matmul_flops": 2 * 8192 * 64 * 64,
-        "bytes": 2 * 8192 * 64 * 2,
-        "h100_us": pytest.approx(2 * 8192 * 64 * 2 / 3.35232e6, abs=1e-3),
-        "h200_us": pytest.approx(2 * 8192 * 64 * 2 / 4.8e6, abs=1e-3),
+        "matmul_flops": 2 * 1024 * 64 * 64,
+        "bytes": 2 * 1024 * 64 * 2,
+        "h100_us": pytest.approx(2 * 1024 * 64 * 2 / 3.35232e6, abs=1e-3),
+        "h200_us": pytest.approx(2 * 1024 * 64 * 2 / 4.8e6, abs=1e-3),
     }
     assert limits["forward_backward"]["matmul_flops"] == 3 * limits["forward"]["matmul_flops"]
+
+
+def test_products_of_float32_take_twice_as_long() -> None:
+    case = dataclasses.replace(toy_case.CASE, forward=Cost(989 * 10**12, 1), make=lambda key: (jnp.zeros((2, 2)),))
+    assert programs.limit(case, "forward", targets.find("h100")) == 2
+    case = dataclasses.replace(case, make=lambda key: (jnp.zeros((2, 2), jnp.bfloat16),))
+    assert programs.limit(case, "forward", targets.find("h100")) == 1
 
 
 def test_a_cases_passes() -> None:
@@ -235,7 +248,7 @@ def test_compiles_for_every_target() -> None:
         for kernel in ours:
             print(row["target"], kernel)
             assert [name for name in ("mma", "wgmma", "tcgen05") if kernel[name]] == [used[row["target"]]]
-            assert (kernel["blocks"], kernel["threads"], kernel["launches"]) == (8192 // 64, 128, 1)
+            assert (kernel["blocks"], kernel["threads"], kernel["launches"]) == (1024 // 64, 128, 1)
             assert kernel["spill_bytes"] == 0 and 16 < kernel["registers"] < 255 and kernel["instructions"] > 100
             assert 0 < kernel["blocks_per_sm"] <= 16 and kernel["shared_bytes"] >= 2 * 64 * 64 * 2
         assert (len(row["kernels"]) > len(ours)) == backward  # the product for dw is XLA's

@@ -1,4 +1,4 @@
-"""A small operation with a Pallas Triton kernel, which the commands' tests inspect and time: x @ w for x [8192, 64]."""
+"""A small operation with a Pallas Triton kernel, which the commands' tests inspect and time: x @ w for x [1024, 64]."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.case import Case, Cost
 from kernels.dispatch import CannotServe, current_device
 
-ROWS, WIDTH, BLOCK = 8192, 64, 64
+ROWS, WIDTH, BLOCK = 1024, 64, 64
 
 
 def _kernel(x_ref: Any, w_ref: Any, o_ref: Any) -> None:
