@@ -92,6 +92,7 @@ class TestImplementation:
         arrays, static = draw((1, 21, 2, 2, 8)), {"exclusive": False, "scale": 700.0}
         check(value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static), expected(*arrays, **static), 1e-3)
 
+    @pytest.mark.slow
     def test_vmap_checkpoint_and_shard_map(self, implementation: str) -> None:
         q, k, v, cotangent = draw((8, 19, 4, 2, 8))
         function = partial(IMPLEMENTATIONS[implementation], exclusive=True, scale=0.3)

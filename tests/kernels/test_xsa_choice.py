@@ -30,6 +30,7 @@ def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
         (H100, abstract(jnp.bfloat16, 256), "xla", "head sizes of 8, 16, … 128; q has 256"),
         (H100, abstract(jnp.bfloat16, 20), "xla", "head sizes of 8, 16, … 128; q has 20"),
         (H100, abstract(jnp.float32, 64, T=512), "xla", "cudnn serves bfloat16; q is float32"),
+        (H100, abstract(jnp.float32, 64, T=1024), "pallas_triton", "xla would store 1.5 GiB of scores"),
         (H100, abstract(jnp.float32, 256, T=1024), "xla", "pallas_triton serves head sizes"),
     ],
 )
