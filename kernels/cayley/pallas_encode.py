@@ -129,26 +129,21 @@ def _keys(y: jax.Array, allowed: jax.Array) -> jax.Array:
     return jnp.where(allowed, keys, NEVER)
 
 
-def _total(counts: jax.Array) -> jax.Array:
-    """The sum of int32 [rows, columns], one axis after the other: within a warp, then across warps."""
-    return jnp.sum(jnp.sum(counts, axis=1), axis=0)
-
-
 def _count(masks: list[jax.Array]) -> jax.Array:
-    return _total(_sum([mask.astype(jnp.int32) for mask in masks]))
+    return jnp.sum(_sum([mask.astype(jnp.int32) for mask in masks]))
 
 
 class _Tile(NamedTuple):
     """Candidates: one tile of keys, and what gives their ids, base ⊕ step. Tiles of few bases hold few registers."""
 
-    keys: jax.Array  # int32 [rows, columns]
-    base: jax.Array  # int32 [rows, columns]
+    keys: jax.Array  # int32 [S]
+    base: jax.Array  # int32 [S]
     step: int
 
 
 def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
     """(t, n): n keys are at least t. n is k, or t the k-th largest key and n > k."""
-    top = jnp.max(jnp.max(functools.reduce(jnp.maximum, keys), axis=1), axis=0)
+    top = jnp.max(functools.reduce(jnp.maximum, keys))
 
     def narrow(state: tuple[jax.Array, ...], middle: jax.Array) -> tuple[jax.Array, ...]:
         low, high, reached = state  # k or more keys are at least low, fewer are at least high
@@ -170,7 +165,7 @@ def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _mark(tiles: list[_Tile], chosen: Callable[[_Tile], jax.Array]) -> jax.Array:
-    """int32 [rows, columns]: bit i where tile i is `chosen`."""
+    """int32 [S]: bit i where tile i is `chosen`."""
     return _sum([jnp.where(chosen(tile), 1 << i, 0) for i, tile in enumerate(tiles)])
 
 
@@ -201,8 +196,7 @@ def _select(tiles: list[_Tile], k: int, row: jax.Array, start: int, saved_ref: A
     t, reached = _threshold([tile.keys for tile in tiles], k)
     chosen = lax.cond(reached == k, lambda: _mark(tiles, lambda tile: tile.keys >= t), lambda: _mark_by_id(tiles, k, t))
     counts = lax.population_count(chosen)
-    flat = counts.reshape(-1)
-    position = (jnp.cumsum(flat) - flat).reshape(counts.shape) + start
+    position = jnp.cumsum(counts) - counts + start
 
     def write(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         chosen, position, rounds = state
@@ -220,8 +214,16 @@ def _select(tiles: list[_Tile], k: int, row: jax.Array, start: int, saved_ref: A
         plgpu.store(y_ref.at[row, slot], y, mask=mask)
         return chosen ^ lowest, position + 1, rounds - 1
 
-    rounds = jnp.max(jnp.max(counts, axis=1), axis=0)
+    rounds = jnp.max(counts)
     lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, rounds))
+
+
+def _slots(size: int) -> jax.Array:
+    """0 … size - 1, said not to be contiguous: a thread then has the same slots of whatever is loaded there, or computed.
+
+    Of contiguous slots a thread loads several neighbours at once, which are exchanged with other threads' afterwards.
+    """
+    return plgpu.max_contiguous(lax.iota(jnp.int32, size), 1)
 
 
 def _roots(row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any) -> _Tile:
@@ -235,8 +237,11 @@ def _roots(row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref:
     left, right = left_ref[...], right_ref[...]
     half = _sum([plgpu.dot(part, right) for part in _parts(x)])
     sums = _sum([plgpu.dot(left, part) for part in _parts(half)])
+    slots = _slots(shape[0] * shape[1])
+    i, j = slots // shape[1], slots % shape[1]
+    ids, inside = i * columns + j, (i < rows) & (j < columns)
     scale, offset = (plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref))
-    return _Tile(_keys(sums * scale + offset, inside), ids, 0)
+    return _Tile(_keys(sums.reshape(-1) * scale + offset, inside), ids, 0)
 
 
 def _parents(row: jax.Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any) -> tuple[jax.Array, jax.Array]:
@@ -272,7 +277,7 @@ def _children(
     offset_ref: Any,
     folded: Fold,
 ) -> list[_Tile]:
-    """The children of the parents' groups: [PARENTS, M] for each block of parents and class."""
+    """The children of the parents' groups: a tile of PARENTS · M for each block of parents and class."""
     classes = range(len(folded.class_steps))
     representatives = [level.representatives[groups] for groups, _ in parents]
     sums = []  # of each class and block, Σ over the class's points of x · sign of the parent · sign of the member
@@ -287,12 +292,15 @@ def _children(
         for s in range(len(classes).bit_length() - 1):  # the Walsh-Hadamard transform across the classes
             totals = [totals[i ^ 1 << s] + (-totals[i] if i >> s & 1 else totals[i]) for i in classes]
         shape = totals[0].shape
-        member = lax.broadcasted_iota(jnp.int32, shape, 1)
-        allowed = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members) & first[:, None]
-        group = jnp.broadcast_to(groups[:, None], shape)
-        child = representatives[block][:, None] ^ level.member_steps[...][None, :]
+        member = _slots(shape[0] * shape[1]) & (shape[1] - 1)
+
+        def spread(values: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
+            return jnp.broadcast_to(values[:, None], shape).reshape(-1)
+
+        allowed = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members) & spread(first)
+        group, child = spread(groups), spread(representatives[block]) ^ level.member_steps[member]
         for i, total in enumerate(totals):
-            y = total * scale_ref[group, i, member] + offset_ref[group, i, member]
+            y = total.reshape(-1) * scale_ref[group, i, member] + offset_ref[group, i, member]
             tiles.append(_Tile(_keys(y, allowed), child, folded.class_steps[i]))
     return tiles
 
