@@ -123,10 +123,11 @@ class Problem:
         return start + lax.iota(jnp.int32, rows) < self.length
 
     def cost(self, dots: int, arrays: list[Any]) -> pl.CostEstimate:
-        """Of a kernel with so many products of the size of q kᵀ, and these arguments and results."""
+        """Of a kernel with so many products of the size of q kᵀ (0: it sees no scores), and these arguments and results."""
         scores = self.batch * self.heads * self.length * (self.length + 1) // 2
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        return pl.CostEstimate(flops=2 * dots * scores * self.head_size, transcendentals=scores, bytes_accessed=size)
+        powers = scores if dots else 0
+        return pl.CostEstimate(flops=2 * dots * scores * self.head_size, transcendentals=powers, bytes_accessed=size)
 
 
 def load(ref: Any, mask: jax.Array | None, other: float = 0.0) -> jax.Array:
@@ -142,5 +143,5 @@ def is_causal(query_start: jax.Array | int, key_start: jax.Array | int, shape: t
 
 
 def inverse_norm(v: jax.Array) -> jax.Array:
-    """1 / max(|v|, 1e-12) of the rows of v [rows, h] float32; NaN stays NaN."""
+    """1 / max(|v|, 1e-12) of the rows of v [rows, h] float32."""
     return lax.rsqrt(jnp.maximum(jnp.sum(v * v, axis=1), MIN_SQUARE))
