@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from kernels import dispatch
 from kernels.cayley import api, encode_decode, pallas_triton
@@ -64,8 +64,9 @@ def test_the_kernels_refuse_a_cpu() -> None:
 
 
 def kernels_of_gradients(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> dict[str, int]:
-    """The kernels by name in a step of eight devices, each with an eighth of the rows, lowered for NVIDIA GPUs."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is lowered for them."""
+    gpu = AbstractDevice(device_kind=H100.kind, num_cores=132, platform="gpu")
+    mesh = AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu)
 
     def loss(x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array) -> jax.Array:
         return jnp.sum(encode_decode(x, mean, std, bias, SHALLOW)[0].astype(jnp.float32) ** 2)
