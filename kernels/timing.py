@@ -1,5 +1,6 @@
 """The time that a device takes for one call of a program, and how far off its results are."""
 
+import functools
 import math
 import statistics
 import time
@@ -43,12 +44,10 @@ class Timing:
         return self.host > 0.8 * self.median
 
 
-def argument_sets(case: Case, which: str, target: Target | None) -> Callable[[int], list[Arguments]]:
-    """Makes the argument sets of a round: fresh random ones, together several times as large as the device's cache."""
+@functools.cache
+def _maker(case: Case, which: str) -> Callable[[jax.Array], Arguments]:
+    """Makes what `programs.function` takes, from a key."""
     shapes = programs.abstract_arguments(case, which)
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in shapes)
-    cache = target.l2 if target else 0
-    count = max(2, min(MOST_SETS, math.ceil(4 * cache / size), SETS_BYTES // size))
 
     @jax.jit
     def make(key: jax.Array) -> Arguments:
@@ -57,7 +56,16 @@ def argument_sets(case: Case, which: str, target: Target | None) -> Callable[[in
             return arguments
         return (jax.random.normal(jax.random.fold_in(key, 1), shapes[0].shape, shapes[0].dtype), *arguments)
 
-    return lambda i: [make(jax.random.key(i * count + j)) for j in range(count)]
+    return make
+
+
+def argument_sets(case: Case, which: str, target: Target | None) -> Callable[[int], list[Arguments]]:
+    """Makes the argument sets of a round: fresh random ones, together several times as large as the device's cache."""
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in programs.abstract_arguments(case, which))
+    cache = target.l2 if target else 0
+    count = max(2, min(MOST_SETS, math.ceil(4 * cache / size), SETS_BYTES // size))
+    # This generator compiles and runs in a fraction of the default one's time.
+    return lambda i: [_maker(case, which)(jax.random.key(i * count + j, impl="rbg")) for j in range(count)]
 
 
 def time_calls(function: Callable[..., Any], fresh: Callable[[int], Sequence[Arguments]], rounds: int) -> Timing:
@@ -87,7 +95,7 @@ def time_calls(function: Callable[..., Any], fresh: Callable[[int], Sequence[Arg
 
 
 def errors(value: Any, expected: Any) -> dict[str, float]:
-    """ "max" and "rms" of value - expected, both in units of the root mean square of `expected`."""
+    """The errors "max" and "rms" of a value, both in units of the root mean square of what is expected."""
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     scale = math.sqrt(np.mean(expected**2)) or 1.0
     difference = value - expected

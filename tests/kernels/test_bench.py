@@ -25,7 +25,7 @@ TITLE = {"operation": "xsa", "case": "golf", "pass": "forward_backward"}
 
 
 def test_times_are_of_one_call() -> None:
-    """A function that waits in the host: the time of a call is what it waits, the host's share of it is all."""
+    """Of a function that waits: a busy machine adds to that, nothing takes away from it."""
     calls: list[int] = []
 
     def slow(x: jax.Array) -> jax.Array:
@@ -35,16 +35,17 @@ def test_times_are_of_one_call() -> None:
 
     taken = timing.time_calls(slow, lambda i: [(jnp.asarray(2 * i),), (jnp.asarray(2 * i + 1),)], rounds=3)
     print(taken)
-    assert len(taken.rounds) == 3 and 0.01 <= min(taken.rounds) <= taken.median < 0.05
-    assert taken.is_host_bound and set(calls) == set(range(6))  # every round has arguments of its own, and uses all
+    assert len(taken.rounds) == 3 and 0.01 <= min(taken.rounds) <= taken.median < 1
+    assert taken.host >= 0.01 and set(calls) == set(range(6))  # every round has arguments of its own, and uses all
 
 
 def test_median_and_quartiles() -> None:
     taken = timing.Timing((5.0, 1.0, 2.0, 4.0, 3.0), host=2.0)
     assert taken.median == 3 and taken.quartiles == (2, 4) and not taken.is_host_bound
+    assert timing.Timing((5.0, 1.0, 2.0, 4.0, 3.0), host=2.5).is_host_bound
 
 
-@pytest.mark.parametrize(("target", "count"), [(None, 2), (dataclasses.replace(H100, l2=2**20), 16)])
+@pytest.mark.parametrize(("target", "count"), [(None, 2), (dataclasses.replace(H100, l2=2**18), 4)])
 def test_argument_sets_are_fresh_and_outgrow_the_cache(target: targets.Target | None, count: int) -> None:
     fresh = timing.argument_sets(toy_case.CASE, "forward_backward", target)
     first, second = fresh(0), fresh(1)
@@ -101,7 +102,7 @@ def test_what_fails_is_said_and_the_rest_goes_on() -> None:
 
 
 def test_the_limit_stands_beside_the_time() -> None:
-    row = bench.bench_row(toy_case.CASE, "xla", "forward", H100, rounds=1)
+    row = bench.bench_row(toy_case.CASE, "xla", "forward", dataclasses.replace(H100, l2=2**18), rounds=1)
     assert row["limit_us"] == pytest.approx(1e6 * 2 * toy_case.ROWS * toy_case.WIDTH * 2 / 3.35232e12)
     assert row["of_limit"] == pytest.approx(row["limit_us"] / row["median_us"])
 
