@@ -7,10 +7,12 @@ forward pass spills registers or a product of matrices uses no tensor cores.
 """
 
 import argparse
+import os
 import re
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from kernels.targets import Target
 
 IMPLEMENTATIONS = ("pallas_triton", "cudnn")  # those with kernels of their own
 DEFAULT_TARGETS = ("a100", "h100", "b200")  # one of each architecture
+MOST_AT_A_TIME = 4  # programs being compiled, each of which takes about a gigabyte of memory
 LIMITS_ON = ("h100", "h200")
 CUT_FOR = ("h100", "h200")  # by the block sizes chosen without a measurement
 
@@ -137,29 +140,49 @@ def limits(case: Case) -> dict[str, Any]:
     return result
 
 
-def inspect_case(operation: str, case: Case, chosen: Sequence[Target], ptxas: str) -> dict[str, Any]:
-    """One case's report: its arguments, its limits and its programs."""
-    rows = []
-    for implementation in (name for name in case.implementations if name in IMPLEMENTATIONS):
-        for which in programs.PASSES:
-            for target in chosen:
-                row: dict[str, Any] = {"implementation": implementation, "pass": which, "target": target.name}
-                rows.append(row)
-                try:
-                    compiled = compile_program(case, implementation, which, target, ptxas)
-                except dispatch.CannotServe as reason:
-                    row["cannot_serve"] = str(reason)
-                except Exception as error:  # of whatever kind: the other programs are still of interest
-                    row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                else:
-                    row["compile_seconds"] = round(compiled.seconds, 1)
-                    row["temporary_bytes"] = compiled.temporary_bytes
-                    row["moved_bytes"] = compiled.moved_bytes
-                    row["calls"] = compiled.calls
-                    row["kernels"] = [describe(kernel, target) for kernel in compiled.kernels]
-                commands.progress(f"{operation} {case.name}: {implementation} {which} for {target.name}: {outcome(row)}")
-    arguments = [f"{a.dtype}{list(a.shape)}" for a in case.abstract()]
-    return {"operation": operation, "case": case.name, "arguments": arguments, "limits": limits(case), "programs": rows}
+def inspect_program(operation: str, case: Case, implementation: str, which: str, target: Target, ptxas: str) -> dict[str, Any]:
+    """One program's row of the report."""
+    row: dict[str, Any] = {"implementation": implementation, "pass": which, "target": target.name}
+    try:
+        compiled = compile_program(case, implementation, which, target, ptxas)
+    except dispatch.CannotServe as reason:
+        row["cannot_serve"] = str(reason)
+    except Exception as error:  # of whatever kind: the other programs are still of interest
+        row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        row["compile_seconds"] = round(compiled.seconds, 1)
+        row["temporary_bytes"] = compiled.temporary_bytes
+        row["moved_bytes"] = compiled.moved_bytes
+        row["calls"] = compiled.calls
+        row["kernels"] = [describe(kernel, target) for kernel in compiled.kernels]
+    commands.progress(f"{operation} {case.name}: {implementation} {which} for {target.name}: {outcome(row)}")
+    return row
+
+
+def inspect_cases(cases: Sequence[tuple[str, Case]], chosen: Sequence[Target], ptxas: str) -> list[dict[str, Any]]:
+    """The cases' reports: their arguments, their limits and their programs."""
+    # Compiling one program takes one processor. Forward passes go first: their kernels are those of the other programs too,
+    # and a process compiles a kernel once.
+    jobs = [
+        (operation, case, implementation, which, target)
+        for which in programs.PASSES
+        for operation, case in cases
+        for implementation in case.implementations
+        if implementation in IMPLEMENTATIONS
+        for target in chosen
+    ]
+    with ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1)) as pool:
+        rows = list(pool.map(lambda job: inspect_program(*job, ptxas), jobs))
+    return [
+        {
+            "operation": operation,
+            "case": case.name,
+            "arguments": [f"{a.dtype}{list(a.shape)}" for a in case.abstract()],
+            "limits": limits(case),
+            "programs": [row for job, row in zip(jobs, rows, strict=True) if job[1] is case],
+        }
+        for operation, case in cases
+    ]
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -267,12 +290,10 @@ def main(argv: Sequence[str]) -> int:
     report: dict[str, Any] = {
         "jax": jax.__version__,
         "targets": {t.name: {"device": t.kind, "arch": t.arch} for t in chosen},
-        "cases": [],
+        "cases": inspect_cases(cases, chosen, ptxas),
     }
-    for operation, case in cases:
-        report["cases"].append(inspect_case(operation, case, chosen, ptxas))
-        if arguments.json != "-":
-            print(format_case(report["cases"][-1]), end="\n\n", flush=True)
+    if arguments.json != "-":
+        print("\n\n".join(map(format_case, report["cases"])), flush=True)
     report["problems"] = problems(report)
     for line in report["problems"]:
         commands.progress(f"problem: {line}")

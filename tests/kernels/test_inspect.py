@@ -226,7 +226,7 @@ from kernels import inspect, ptx, targets
 from tests.kernels import toy_case
 
 targets.prepare()
-report = inspect.inspect_case("toys", toy_case.CASE, targets.TARGETS, ptx.find_ptxas())
+(report,) = inspect.inspect_cases([("toys", toy_case.CASE)], targets.TARGETS, ptx.find_ptxas())
 print(json.dumps(report))
 print(inspect.problems({"cases": [report]}))
 print(inspect.format_case(report))
