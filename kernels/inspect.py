@@ -171,8 +171,12 @@ def inspect_cases(cases: Sequence[tuple[str, Case]], chosen: Sequence[Target], p
         if implementation in IMPLEMENTATIONS
         for target in chosen
     ]
+
+    def work(job: tuple[str, Case, str, str, Target]) -> dict[str, Any]:
+        return inspect_program(*job, ptxas)
+
     with ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1)) as pool:
-        rows = list(pool.map(lambda job: inspect_program(*job, ptxas), jobs))
+        rows = list(pool.map(work, jobs))
     return [
         {
             "operation": operation,
