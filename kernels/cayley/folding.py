@@ -23,6 +23,7 @@ from kernels.cayley.sign_words import sign_words
 MOST_CLASS_BITS = 3  # the transform across classes keeps one tile of sums for each class in registers
 FEWEST_MEMBER_BITS = 5  # four warps share the members of a tile, and a tensor core's tile has 8 columns
 WORD_BITS = 5  # a class holds whole words of 32 signs
+MOST_POINTS = 128  # of a part of a class: the operands of one product are in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,9 @@ class Fold:
     member_steps: np.ndarray  # int32 [M]: the sums of the member bits; zeros from `members` on
     members: int  # how many of the M rows are members; M is at least 32
     new_bits: int  # member j has a new part if any of the lowest `new_bits` bits of j is set
-    points: np.ndarray  # int32 [C, K]: the points of each class
-    matrix: np.ndarray  # int8 [C, M, K]: (-1)^<j2, member bits of the point>, zeros from row `members` on
-    words: np.ndarray  # int32 [digits, 32, d / 32]: `sign_words` of the parents, class by class K / 32 words
+    points: np.ndarray  # int32 [d / K, K]: the points of each part, class by class
+    matrix: np.ndarray  # int8 [d / K, M, K]: (-1)^<j2, member bits of the point>, zeros from row `members` on
+    words: np.ndarray  # int32 [digits, 32, d / 32]: `sign_words` of the parents, part by part K / 32 words
 
 
 def _balanced_subspace(elements: np.ndarray, d: int, bits: int) -> list[int]:
@@ -74,16 +75,14 @@ def fold(levels: Levels, generators: Generators, level: int) -> Fold:
             member_bits.append(b)
     w = dictionary.trace_masks(d)
     classes = sum((np.bitwise_count(b & w).astype(np.int64) & 1) << i for i, b in enumerate(class_bits)) + np.zeros(d, np.int64)
-    points = np.argsort(classes, kind="stable").reshape(2 ** len(class_bits), -1)
+    points = np.argsort(classes, kind="stable").reshape(-1, min(d >> len(class_bits), MOST_POINTS))
     members = 2 ** len(member_bits)
     rows = max(members, 2**FEWEST_MEMBER_BITS)
     member_steps = np.zeros(rows, np.int32)
     member_steps[:members] = dictionary.span(member_bits)
     matrix = np.zeros((len(points), rows, points.shape[1]), np.int8)
     matrix[:, :members] = dictionary.signs(member_steps[:members], d)[:, points].swapaxes(0, 1)
-    by_word = (
-        points.reshape(len(points), 32, -1).swapaxes(0, 1).reshape(-1)
-    )  # [32, classes, words]: bit i of every class's words
+    by_word = points.reshape(len(points), 32, -1).swapaxes(0, 1).reshape(-1)  # [32, parts, words]: bit i of every part's words
     result = Fold(
         class_steps=tuple(dictionary.span(class_bits).tolist()),
         member_steps=member_steps,

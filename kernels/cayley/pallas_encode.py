@@ -105,28 +105,33 @@ def tables(
     return tuple(result) if forward_standardized else (*result, deviation, bias)
 
 
-def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+def _pieces(x: jax.Array) -> tuple[jax.Array, ...]:
     """bfloat16 numbers whose sum is x exactly: one, or three of a float32, its significand being cut into three."""
     if x.dtype == jnp.bfloat16:
         return (x,)
-    parts = []
+    pieces = []
     for _ in range(2):  # by its bits: a compiler may take a conversion there and back for nothing
         high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16)), jnp.float32)
-        parts.append(high)
+        pieces.append(high)
         x = x - high
-    return tuple(part.astype(jnp.bfloat16) for part in (*parts, x))
+    return tuple(piece.astype(jnp.bfloat16) for piece in (*pieces, x))
 
 
 def _sum(terms: list[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, terms)
 
 
-def _keys(y: jax.Array, allowed: jax.Array) -> jax.Array:
-    """int32 that order like y, which is no -0; what is not finite counts as +inf, and what is not allowed comes last."""
+def _keys(y: jax.Array, kept: jax.Array) -> jax.Array:
+    """int32 that order like y, which is no -0: what is not finite counts as +inf. NEVER where `kept` has no bits set."""
     bits = lax.bitcast_convert_type(y, jnp.int32)
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = jnp.where(jnp.abs(y) < jnp.inf, keys, INFINITY)
-    return jnp.where(allowed, keys, NEVER)
+    return (keys & kept) | (NEVER & ~kept)
+
+
+def _all_bits(mask: jax.Array) -> jax.Array:
+    """Every bit set where `mask`, none elsewhere. A mask that lives long is better off so than in the few predicates."""
+    return jnp.where(mask, jnp.int32(-1), jnp.int32(0))
 
 
 def _count(masks: list[jax.Array]) -> jax.Array:
@@ -218,6 +223,15 @@ def _select(tiles: list[_Tile], k: int, row: jax.Array, start: int, saved_ref: A
     lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, rounds))
 
 
+def _zero(row: jax.Array) -> jax.Array:
+    """0, which the compiler cannot know to be the same for all rows.
+
+    Added to an index it keeps the addresses of constants from being computed ahead of the loop over a program's tokens:
+    there are so many that they would take most of the registers.
+    """
+    return row >> 31
+
+
 def _slots(size: int) -> jax.Array:
     """0 … size - 1, said not to be contiguous: a thread then has the same slots of whatever is loaded there, or computed.
 
@@ -235,13 +249,13 @@ def _roots(row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref:
     ids, inside = i * columns + j, (i < rows) & (j < columns)
     x = plgpu.load(x_ref.at[row, ids], mask=inside, other=0)
     left, right = left_ref[...], right_ref[...]
-    half = _sum([plgpu.dot(part, right) for part in _parts(x)])
-    sums = _sum([plgpu.dot(left, part) for part in _parts(half)])
+    half = _sum([plgpu.dot(piece, right) for piece in _pieces(x)])
+    sums = _sum([plgpu.dot(left, piece) for piece in _pieces(half)])
     slots = _slots(shape[0] * shape[1])
     i, j = slots // shape[1], slots % shape[1]
     ids, inside = i * columns + j, (i < rows) & (j < columns)
-    scale, offset = (plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref))
-    return _Tile(_keys(sums.reshape(-1) * scale + offset, inside), ids, 0)
+    scale, offset = (plgpu.load(ref.at[ids + _zero(row)], mask=inside, other=0) for ref in (scale_ref, offset_ref))
+    return _Tile(_keys(sums.reshape(-1) * scale + offset, _all_bits(inside)), ids, 0)
 
 
 def _parents(row: jax.Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any) -> tuple[jax.Array, jax.Array]:
@@ -257,8 +271,8 @@ def _parents(row: jax.Array, start: int, k: int, block: int, saved_ref: Any, gro
     return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
 
 
-def _parent_signs(level: _Level, index: int, representatives: jax.Array) -> jax.Array:
-    """The signs of the parents at the points of one class: bfloat16 [K, PARENTS]."""
+def _parent_signs(level: _Level, index: jax.Array, representatives: jax.Array) -> jax.Array:
+    """The signs of the parents at the points of one part of a class: bfloat16 [K, PARENTS]."""
     columns = level.points.shape[1] // 32
     shape = (columns, PARENTS)
     column = index * columns + lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -280,28 +294,35 @@ def _children(
     """The children of the parents' groups: a tile of PARENTS · M for each block of parents and class."""
     classes = range(len(folded.class_steps))
     representatives = [level.representatives[groups] for groups, _ in parents]
-    sums = []  # of each class and block, Σ over the class's points of x · sign of the parent · sign of the member
-    for index in classes:
-        matrix, x = level.matrix[index, :, :], x_ref[row, level.points[index, :]]
-        signed = [(matrix * part[None, :]).T for part in _parts(x)]
-        signs = [_parent_signs(level, index, f).T for f in representatives]
-        sums.append([_sum([plgpu.dot(s, part) for part in signed]) for s in signs])
+    parts = level.points.shape[0] // len(classes)  # of a class
+
+    def add_part(part: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        """Adds what a part of a class says of the points' sums to Σ_class (-1)^<i, class> · sum, for each block and i."""
+        matrix, x = level.matrix[part, :, :], x_ref[row, level.points[part, :]]
+        signed = [(matrix * piece[None, :]).T for piece in _pieces(x)]
+        sign = [1 - 2 * (lax.population_count(part // parts & i) & 1).astype(jnp.float32) for i in classes]
+        totals = []
+        for f in representatives:
+            signs = _parent_signs(level, part, f).T
+            totals.append(_sum([plgpu.dot(signs, piece) for piece in signed]))
+        return [[before[i] + sign[i] * total for i in classes] for before, total in zip(sums, totals, strict=True)]
+
+    # A loop, though every class could stand in the program: straight on it would be longer than the instruction cache.
+    nothing = [[jnp.zeros((PARENTS, folded.member_steps.size), jnp.float32)] * len(classes)] * len(parents)
+    sums = lax.fori_loop(0, level.points.shape[0], add_part, nothing)
     tiles = []
-    for block, (groups, first) in enumerate(parents):
-        totals = [of_class[block] for of_class in sums]
-        for s in range(len(classes).bit_length() - 1):  # the Walsh-Hadamard transform across the classes
-            totals = [totals[i ^ 1 << s] + (-totals[i] if i >> s & 1 else totals[i]) for i in classes]
+    for (groups, first), f, totals in zip(parents, representatives, sums, strict=True):
         shape = totals[0].shape
         member = _slots(shape[0] * shape[1]) & (shape[1] - 1)
 
         def spread(values: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
             return jnp.broadcast_to(values[:, None], shape).reshape(-1)
 
-        allowed = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members) & spread(first)
-        group, child = spread(groups), spread(representatives[block]) ^ level.member_steps[member]
+        kept = _all_bits((member & (2**folded.new_bits - 1) != 0) & (member < folded.members)) & spread(_all_bits(first))
+        group, child = spread(groups), spread(f) ^ level.member_steps[member + _zero(row)]
         for i, total in enumerate(totals):
             y = total.reshape(-1) * scale_ref[group, i, member] + offset_ref[group, i, member]
-            tiles.append(_Tile(_keys(y, allowed), child, folded.class_steps[i]))
+            tiles.append(_Tile(_keys(y, kept), child, folded.class_steps[i]))
     return tiles
 
 

@@ -22,7 +22,8 @@ CASES = [
 def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
     """Σ_α x_α s_f(α) s_u(α) for u = class_steps[i] ⊕ member_steps[j]: [C, M], as the kernel computes them."""
     signed = x * dictionary.signs(parent, len(x))
-    of_class = np.einsum("cmk,ck->cm", folded.matrix.astype(np.float64), signed[folded.points])
+    of_part = np.einsum("pmk,pk->pm", folded.matrix.astype(np.float64), signed[folded.points])
+    of_class = of_part.reshape(len(folded.class_steps), -1, of_part.shape[1]).sum(1)
     index = np.arange(len(of_class))
     transform = 1 - 2.0 * (np.bitwise_count(index[:, None] & index) & 1)
     return transform @ of_class
@@ -47,24 +48,25 @@ def test_folded_scores_are_those_of_the_children(levels: dictionary.Levels, gene
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
 def test_classes_are_equal_parts_of_the_points(levels: dictionary.Levels, generators: str, level: int) -> None:
     folded, d = fold(levels, generators, level), 2 ** levels[0][0]
-    assert folded.points.shape == (len(folded.class_steps), d // len(folded.class_steps))
+    classes = len(folded.class_steps)
+    assert folded.points.shape[1] == min(d // classes, folding.MOST_POINTS)
     assert sorted(folded.points.flat) == list(range(d))
     for step in folded.class_steps:
         assert step < 2 ** levels[level - 1][0]  # no new part
-        signs = dictionary.signs(step, d)[folded.points]
+        signs = dictionary.signs(step, d)[folded.points].reshape(classes, -1)
         assert (signs == signs[:, :1]).all()
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_words_hold_the_signs_of_parents_class_by_class(levels: dictionary.Levels, generators: str, level: int) -> None:
+def test_words_hold_the_signs_of_parents_part_by_part(levels: dictionary.Levels, generators: str, level: int) -> None:
     folded, below = fold(levels, generators, level), levels[level - 1][0]
     parent, d = int(np.random.default_rng(1).integers(2**below)), 2 ** levels[0][0]
     rows = [folded.words[c, (parent >> 5 * c) & 31] for c in range(len(folded.words))]
     words = np.bitwise_xor.reduce(rows).view(np.uint32)  # [d / 32]
     bits = (words >> np.arange(32)[:, None]) & 1  # [32, d / 32]
-    classes = len(folded.points)
-    expected = dictionary.signs(parent, d)[folded.points].reshape(classes, 32, -1) < 0
-    np.testing.assert_array_equal(bits.reshape(32, classes, -1).swapaxes(0, 1), expected)
+    parts = len(folded.points)
+    expected = dictionary.signs(parent, d)[folded.points].reshape(parts, 32, -1) < 0
+    np.testing.assert_array_equal(bits.reshape(32, parts, -1).swapaxes(0, 1), expected)
 
 
 @pytest.mark.parametrize("levels", [D1024, D2048])

@@ -23,7 +23,7 @@ def kernels_of_gradients(exclusive: bool, wrap: Callable) -> Counter[str]:
     """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is lowered for them."""
     target = targets.find("h100")
     gpu = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
-    mesh = AbstractMesh((8,), ("data",), abstract_device=gpu)
+    mesh = AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(xsa.attention(q, k, v, exclusive=exclusive, scale=0.125, implementation="pallas_triton") ** 2)
