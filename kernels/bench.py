@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m kernels.bench",
         description="Times every implementation of every operation on the device at hand, with errors and limits beside.",
     )
-    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(commands.OPERATIONS)} (default: all)")
+    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(programs.OPERATIONS)} (default: all)")
     parser.add_argument("--case", help="only the case of this name")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--tune", action="store_true", help="first try block sizes, and write tuned/<device>.json")
@@ -158,9 +159,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--markdown", default="", metavar="PATH", help="write the table for a document")
     arguments = parser.parse_args(argv)
-    commands.check_writable(arguments.json, "--json")
-    commands.check_writable(arguments.markdown, "--markdown")
-    cases = commands.select(arguments.operation, arguments.case)
+    commands.check_json(arguments.json)
+    if arguments.markdown:
+        commands.check_writable(Path(arguments.markdown), "--markdown")
+    cases = programs.select(arguments.operation, arguments.case)
     start, device = time.monotonic(), jax.devices()[0]
     show: Callable[[str], None] = commands.progress if arguments.json == "-" else lambda line: print(line, flush=True)
     report: dict[str, Any] = {
@@ -174,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
     report["rows"] = run_table(cases, QUICK_ROUNDS if arguments.quick else ROUNDS, show)
     report["seconds"] = round(time.monotonic() - start, 1)
     if arguments.markdown:
-        commands.write_text(format_markdown(report), arguments.markdown)
+        commands.write_text_atomic(Path(arguments.markdown), format_markdown(report) + "\n")
     commands.write_json(report, arguments.json)
     return 1 if any("failed" in row for row in report["rows"]) else 0
 

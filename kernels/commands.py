@@ -1,25 +1,27 @@
-"""What the commands of this package share: their operations' cases, one-line errors, progress and stable JSON."""
+"""What every command shares, here and in `sngpt_jax.cli`: one-line errors with exit status 2, and stable JSON output.
 
-import importlib
+A command's `main(argv)` returns its exit status and raises `UserError` for a mistake that its user can mend;
+`run` turns that into one line on stderr. Anything else that escapes is a bug and shows its traceback.
+"""
+
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.case import Case
-
-OPERATIONS = ("cayley", "xsa")
-EXIT_USER_ERROR, EXIT_SIGINT = 2, 130
+EXIT_USER_ERROR = 2
+EXIT_SIGINT = 130
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what was wrong and what to do."""
+    """A mistake of the user's: one line that says what was wrong, where, and what to do."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Runs `main` on the command line's arguments and exits with its status: 2 for a `UserError`, 130 when interrupted."""
+    """Runs `main` on the command line's arguments and exits with its status; `UserError` is one line and status 2."""
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -29,58 +31,66 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_SIGINT
-    except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours
+    except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours, and nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
 
 
-def select(operations: Sequence[str], name: str | None) -> list[tuple[str, Case]]:
-    """(operation, case) of all cases of these operations, of all where there are none; only the one called `name`, if given.
-
-    Raises `UserError` where there is no such operation or case.
-    """
-    for operation in operations:
-        if operation not in OPERATIONS:
-            raise UserError(f"there is no operation {operation!r}; expected {' or '.join(OPERATIONS)}")
-    found = [
-        (operation, case)
-        for operation in operations or OPERATIONS
-        for case in importlib.import_module(f"kernels.{operation}.specs").CASES
-    ]
-    if name is None:
-        return found
-    if name not in {case.name for _, case in found}:
-        raise UserError(f"--case {name}: there is none; expected one of: {', '.join(case.name for _, case in found)}")
-    return [(operation, case) for operation, case in found if case.name == name]
-
-
 def progress(line: str) -> None:
-    """One line for whoever waits; results go to stdout."""
+    """One line for whoever waits, on stderr; results go to stdout."""
     print(line, file=sys.stderr, flush=True)
 
 
-def check_writable(destination: str, option: str) -> None:
-    """Raises `UserError` where the file that `option` names could not be written: before the work rather than after it."""
-    if destination in ("", "-"):
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Writes `path` so that a reader, or a run killed half way, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_bytes_atomic` of the text's UTF-8."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises `UserError` where the file that `option` names could not be written: before the work, rather than after it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}; give the path of a file") from None
+
+
+def check_json(destination: str) -> None:
+    """`check_writable` of what `--json` names, where that is a file."""
+    if destination not in ("", "-"):
+        check_writable(Path(destination), "--json")
+
+
+def write_json(value: Any, destination: str | None) -> None:
+    """Prints `value` as one JSON object on stdout (`destination` "-"), or writes it to the file `destination` names.
+
+    No `destination`: does nothing. The value holds no NaN or infinity.
+    """
+    if not destination:
         return
-    path = Path(destination)
-    if (
-        path.is_dir()
-        or not path.absolute().parent.is_dir()
-        or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
-    ):
-        raise UserError(f"{option} {destination}: cannot be written; give the path of a file in a folder that there is")
-
-
-def write_text(text: str, destination: str) -> None:
-    """Prints the text ("-"), or writes it to the file that `destination` names; nothing for ""."""
+    text = json.dumps(value, indent=2, allow_nan=False)
     if destination == "-":
-        print(text, flush=True)
-    elif destination:
-        Path(destination).write_text(text + "\n", encoding="utf-8")
-
-
-def write_json(value: Any, destination: str) -> None:
-    """`write_text` of one JSON object without NaN or infinity."""
-    write_text(json.dumps(value, indent=2, allow_nan=False), destination)
+        print(text)
+    else:
+        try:
+            write_text_atomic(Path(destination), text + "\n")
+        except OSError as error:
+            raise UserError(f"--json {destination}: cannot be written: {error.strerror}; give the path of a file") from None

@@ -266,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m kernels.inspect",
         description="Compiles the kernels for GPUs that need not be here, and prints what they take of them.",
     )
-    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(commands.OPERATIONS)} (default: all)")
+    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(programs.OPERATIONS)} (default: all)")
     parser.add_argument("--case", help="only the case of this name")
     parser.add_argument(
         "--target",
@@ -278,14 +278,14 @@ def main(argv: Sequence[str]) -> int:
         "--json", nargs="?", const="-", default="", metavar="PATH", help="print one JSON object, or write it to PATH"
     )
     arguments = parser.parse_args(argv)
-    commands.check_writable(arguments.json, "--json")
+    commands.check_json(arguments.json)
     try:
         targets.prepare()
         ptxas = ptx.find_ptxas()
     except targets.MissingToolchain as error:
         raise commands.UserError(str(error)) from None
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from there leaves no PTX to read
-    cases = commands.select(arguments.operation, arguments.case)
+    cases = programs.select(arguments.operation, arguments.case)
     known = ptx.architectures(ptxas)
     chosen = [targets.find(name) for name in dict.fromkeys(arguments.target or DEFAULT_TARGETS)]
     for target in [target for target in chosen if target.arch not in known]:

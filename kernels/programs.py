@@ -1,15 +1,38 @@
-"""A case's programs: what inspection compiles and the benchmark times."""
+"""The cases that there are, and their programs: what inspection compiles and the benchmark times."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels.case import Case, Cost
+from kernels.commands import UserError
 from kernels.targets import Target
 
+OPERATIONS = ("cayley", "xsa")
 PASSES = ("forward", "forward_backward")
+
+
+def select(operations: Sequence[str], name: str | None) -> list[tuple[str, Case]]:
+    """(operation, case) of all cases of these operations, of all where there are none; only the one called `name`, if given.
+
+    Raises `UserError` where there is no such operation or case.
+    """
+    for operation in operations:
+        if operation not in OPERATIONS:
+            raise UserError(f"there is no operation {operation!r}; expected {' or '.join(OPERATIONS)}")
+    found = [
+        (operation, case)
+        for operation in operations or OPERATIONS
+        for case in importlib.import_module(f"kernels.{operation}.specs").CASES
+    ]
+    if name is None:
+        return found
+    if name not in {case.name for _, case in found}:
+        raise UserError(f"--case {name}: there is none; expected one of: {', '.join(case.name for _, case in found)}")
+    return [(operation, case) for operation, case in found if case.name == name]
 
 
 def cost(case: Case, which: str) -> Cost:

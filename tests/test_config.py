@@ -147,7 +147,10 @@ def test_all_problems_are_named_at_once():
         (lambda c: c["model"].update(num_layers="9"), "model.num_layers: expected int, found '9' of type str"),
         (lambda c: c["model"].update(num_layers=True), "model.num_layers: expected int, found True of type bool"),
         (lambda c: c["model"].update(num_layers=9.0), "model.num_layers: expected int, found 9.0 of type float"),
-        (lambda c: c["model"].update(attention="flash"), "model.attention: expected one of auto, xla, cudnn, pallas_triton, found"),
+        (
+            lambda c: c["model"].update(attention="flash"),
+            "model.attention: expected one of auto, xla, cudnn, pallas_triton, found",
+        ),
         (lambda c: c["model"].update(attention=["xla"]), "model.attention"),
         (lambda c: c.update(model=[]), "model: expected an object, found list"),
         (lambda c: c.pop("train"), "missing train"),

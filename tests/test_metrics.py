@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from kernels import targets
 from sngpt_jax.cli import UserError
 from sngpt_jax.metrics import (
     MetricsWriter,
@@ -173,3 +174,7 @@ def test_eta_is_the_median_of_the_last_32(seconds):
 )
 def test_dense_peaks(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_dense_peaks_are_those_of_the_targets():
+    assert all(peak_flops(target.kind) == target.matmul_rate for target in targets.TARGETS)

@@ -193,19 +193,20 @@ def test_a_cases_passes() -> None:
 
 def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(commands.UserError, match="no operation 'xas'; expected cayley or xsa"):
-        commands.select(["xas"], None)
+        programs.select(["xas"], None)
     monkeypatch.setitem(sys.modules, "kernels.xsa.specs", type("specs", (), {"CASES": (toy_case.CASE,)}))
-    assert commands.select(["xsa"], None) == commands.select(["xsa"], "toy") == [("xsa", toy_case.CASE)]
+    assert programs.select(["xsa"], None) == programs.select(["xsa"], "toy") == [("xsa", toy_case.CASE)]
     with pytest.raises(commands.UserError, match="--case toys: there is none; expected one of: toy"):
-        commands.select(["xsa"], "toys")
+        programs.select(["xsa"], "toys")
 
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
-    commands.check_writable("-", "--json")
-    commands.check_writable(str(tmp_path / "new.json"), "--json")
-    for path in (tmp_path, tmp_path / "missing" / "new.json"):
-        with pytest.raises(commands.UserError, match=f"--json {path}: cannot be written; give the path of a file"):
-            commands.check_writable(str(path), "--json")
+    commands.check_json("-")
+    commands.check_json(str(tmp_path / "new.json"))
+    with pytest.raises(
+        commands.UserError, match=f"--json {tmp_path}: cannot be written: it is a folder; give the path of a file"
+    ):
+        commands.check_json(str(tmp_path))
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
