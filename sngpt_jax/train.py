@@ -70,6 +70,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
     console.header(f"sngpt_jax {__version__}", derived(config, directory, data, plan, accumulation, mesh))
     for line in format_table(describe(config.optim, abstract_params(config))).splitlines():
         console.print(line)
+    controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
+    program = make_train_step(config, mesh).lower(abstract_state(config, mesh), place(batches[0]), controls)
 
     # 4. State: the last checkpoint that verifies, or a new one.
     folder = run_directory.checkpoint_dir(directory)
@@ -85,11 +87,9 @@ def train(config: Config, directory: Path, console: Console) -> int:
         # 5. The program.
         console.print("compiling the training step …")
         start = time.perf_counter()
-        example = place(batches[done])
-        controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
-        program = make_train_step(config, mesh).lower(state, example, controls).compile()
+        train_step = program.compile()
         if t.max_seconds:  # what a program does at its first call alone is no part of the time that drives the schedule
-            jax.block_until_ready(program(jax.tree.map(jnp.copy, state), example, controls))
+            jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), place(batches[done]), controls))
         console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
         # 6. The loop.
@@ -105,7 +105,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 state=state,
                 done=done,
                 position=position,
-                train_step=program,
+                train_step=train_step,
                 loader=loader,
                 writer=writer,
                 checkpoints=checkpoints,

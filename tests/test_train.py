@@ -287,6 +287,17 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused_before_anythin
     assert "compil" not in done.stdout
 
 
+@pytest.mark.parametrize("implementation", ["cudnn", "pallas_triton"])
+def test_an_implementation_for_other_devices_is_refused_before_there_is_a_run(tiny_recipe, tmp_path, implementation):
+    options = ("--model.attention", implementation, "--model.compute-dtype", "bfloat16")
+    done = train(tiny_recipe, tmp_path / "run", *options)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: model.attention: {implementation} serves NVIDIA GPUs; the device is cpu; set it to auto"
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "config.json").exists()
+
+
 def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     summary = json.loads((tiny_trained / "summary.json").read_text())
     done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json")

@@ -14,6 +14,7 @@ from flax import nnx
 from kernels import cayley
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
+from sngpt_jax.model.layers import chosen_by
 
 DECAY = 0.99  # of the running mean and standard deviation, a step
 SAMPLE_TOKENS = 1024  # of a step that the statistics see, at least, where the step has so many
@@ -56,16 +57,17 @@ class CayleySAE(nnx.Module):
         self.last_fired = Statistic(jnp.zeros((F,), jnp.int32))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cayley.encode_decode(
-            x,
-            self.mean[...],
-            self.std[...],
-            self.bias[...],
-            self.levels,
-            forward_standardized=self.forward_standardized,
-            generators=self.generators,
-            implementation=self.implementation,
-        )
+        with chosen_by("code"):
+            return cayley.encode_decode(
+                x,
+                self.mean[...],
+                self.std[...],
+                self.bias[...],
+                self.levels,
+                forward_standardized=self.forward_standardized,
+                generators=self.generators,
+                implementation=self.implementation,
+            )
 
 
 def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,23 @@
 """Functions without parameters that every part of the model uses."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
-from kernels.dispatch import current_device
+from kernels.dispatch import CannotServe, current_device
+from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig
+
+
+@contextlib.contextmanager
+def chosen_by(field: str) -> Iterator[None]:
+    """Inside, an implementation that does not serve here is a mistake of who set the model's `field` to it."""
+    try:
+        yield
+    except CannotServe as reason:
+        raise UserError(f"model.{field}: {reason}; set it to auto") from None
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
