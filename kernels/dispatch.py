@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -28,6 +28,7 @@ class Device:
 
     platform: str  # cpu, cuda, rocm or tpu
     kind: str  # as jax names it: NVIDIA H100 80GB HBM3
+    capability: tuple[int, int] = (0, 0)  # CUDA compute capability; (0, 0) elsewhere
 
 
 _target = jax.make_user_context(default_value=None)  # part of the key of jax's caches
@@ -35,16 +36,18 @@ _target = jax.make_user_context(default_value=None)  # part of the key of jax's 
 
 def current_device() -> Device:
     """The device that code traced now runs on: the one of `targeting`, else jax's default device."""
-    return _target.value or _default_device()
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, the name of a platform, or None
+    return _target.value or _describe(default if isinstance(default, jax.Device) else jax.devices(default)[0])
 
 
 @functools.cache
-def _default_device() -> Device:
-    device = jax.devices()[0]
-    platform = device.platform
-    if platform == "gpu":  # jax calls both kinds so
-        platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
-    return Device(platform, device.device_kind)
+def _describe(device: jax.Device) -> Device:
+    if device.platform != "gpu":
+        return Device(device.platform, device.device_kind)
+    if "rocm" in device.client.platform_version.lower():  # jax calls both kinds of GPU so
+        return Device("rocm", device.device_kind)
+    major, minor = map(int, device.compute_capability.split("."))
+    return Device("cuda", device.device_kind, (major, minor))
 
 
 @contextlib.contextmanager
@@ -52,6 +55,26 @@ def targeting(device: Device) -> Iterator[None]:
     """Inside, code is traced for `device`, which need not be here: to compile for it ahead of time."""
     with _target(device):
         yield
+
+
+def check_nvidia(implementation: str, device: Device) -> None:
+    """Raises CannotServe, with the reason, where the device is no NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
+    if device.platform != "cuda":
+        raise CannotServe(f"{implementation} serves NVIDIA GPUs; the device is {device.platform}")
+    if device.capability < (8, 0):
+        major, minor = device.capability
+        raise CannotServe(f"{implementation} serves compute capability 8.0 and later; {device.kind} has {major}.{minor}")
+
+
+def without_derivative(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, a part of the operation's gradient, whose own derivative is refused in a sentence."""
+
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise CannotServe(f"pallas_triton: the gradient of {operation} has no derivative; xla has one")
+
+    result = jax.custom_jvp(function)
+    result.defjvp(refuse)
+    return result
 
 
 @functools.cache

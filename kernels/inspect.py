@@ -29,6 +29,7 @@ DEFAULT_TARGETS = ("a100", "h100", "b200")  # one of each architecture
 MOST_AT_A_TIME = 4  # programs being compiled, each of which takes about a gigabyte of memory
 LIMITS_ON = ("h100", "h200")
 CUT_FOR = ("h100", "h200")  # by the block sizes chosen without a measurement
+WITHOUT_PRODUCTS = ("cayley_backward", "cayley_bias_gradient", "xsa_prepare_backward")  # kernels, of matrices
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,18 @@ def compile_program(case: Case, implementation: str, which: str, target: Target,
     if codes and not launches:
         raise RuntimeError("XLA's dump of thunks does not read as expected: it names no launches")
     kernels = [
-        Kernel(codes[name], launch, re.sub(r"__\d+$", "", name) in calls)  # XLA numbers the kernels of one name
+        Kernel(codes[name], launch, base_name(name) in calls)
         for name, launch in launches.items()
         if name in codes  # libraries' kernels have no PTX
     ]
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory else 0
     return Compiled(kernels, calls, program.bytes, temporary, time.monotonic() - start)
+
+
+def base_name(name: str) -> str:
+    """A kernel's name without the number that XLA gives to kernels of one name."""
+    return re.sub(r"__\d+$", "", name)
 
 
 def parse_launches(text: str) -> dict[str, Launch]:
@@ -213,9 +219,9 @@ def problems(report: dict[str, Any]) -> list[str]:
                 continue
             if row["pass"] == "forward":
                 found += [f"{title}: {k['name']} spills {k['spill_bytes']} bytes" for k in pallas if k["spill_bytes"]]
-            multiplies = case["limits"][row["pass"]]["matmul_flops"] > 0
-            if pallas and multiplies and not any(k["wgmma"] + k["mma"] + k["tcgen05"] for k in pallas):
-                found.append(f"{title}: no kernel uses tensor cores")
+            multiply = [k for k in pallas if base_name(k["name"]) not in WITHOUT_PRODUCTS]
+            without = [k["name"] for k in multiply if not k["wgmma"] + k["mma"] + k["tcgen05"]]
+            found += [f"{title}: {name} uses no tensor cores" for name in without]
     return found
 
 
@@ -279,13 +285,13 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     commands.check_json(arguments.json)
+    cases = programs.select(arguments.operation, arguments.case)
     try:
         targets.prepare()
         ptxas = ptx.find_ptxas()
     except targets.MissingToolchain as error:
         raise commands.UserError(str(error)) from None
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from there leaves no PTX to read
-    cases = programs.select(arguments.operation, arguments.case)
     known = ptx.architectures(ptxas)
     chosen = [targets.find(name) for name in dict.fromkeys(arguments.target or DEFAULT_TARGETS)]
     for target in [target for target in chosen if target.arch not in known]:

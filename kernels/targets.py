@@ -26,6 +26,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from kernels.dispatch import Device, targeting
 
+MOST_DEVICES = 1024
 HOST_DEVICES = 8  # GPUs of one machine, as the boards of these devices are built
 
 # Of a compilation for a device that is not here: choosing the fastest algorithm would take one to time them on.
@@ -63,7 +64,7 @@ class Target:
     @property
     def device(self) -> Device:
         """What `dispatch.targeting` is told."""
-        return Device("cuda", self.kind)
+        return Device("cuda", self.kind, self.capability)
 
     @property
     def arch(self) -> str:
@@ -182,10 +183,11 @@ def parse_topology(text: str) -> tuple[Target, int]:
     match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", text)
     if match is None or match[1] not in {target.name for target in TARGETS}:
         names = ", ".join(target.name for target in TARGETS)
-        raise ValueError(f"topology is {text!r}; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: {names}")
+        raise ValueError(f"{text!r} is none; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: {names}")
     count = int(match[2])
-    if count > HOST_DEVICES and count % HOST_DEVICES:
-        raise ValueError(f"topology is {text!r}; expected at most {HOST_DEVICES} devices or a multiple of {HOST_DEVICES}")
+    if count > MOST_DEVICES or (count > HOST_DEVICES and count % HOST_DEVICES):
+        allowed = f"at most {HOST_DEVICES} devices, or a multiple of {HOST_DEVICES} up to {MOST_DEVICES}"
+        raise ValueError(f"{text!r} has {count}; expected {allowed}")
     return find(match[1]), count
 
 

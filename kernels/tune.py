@@ -145,7 +145,8 @@ def write_entry(operation: str, kind: str, key: str, entry: dict[str, Any]) -> P
 def tune_all(cases: Sequence[tuple[str, Case]]) -> None:
     """Tunes for every case and writes the tables, one entry after the other. Says why where that cannot be."""
     done: set[tuple[str, str]] = set()
-    for operation, case in cases:
+    largest_first = sorted(cases, key=lambda pair: -pair[1].forward.bytes)  # of the cases of one entry the largest decides
+    for operation, case in largest_first:
         try:
             key = table_key(operation, case)
         except dispatch.CannotServe as reason:

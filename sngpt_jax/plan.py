@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     config = arguments.overrides
     cli.check_json(arguments.json)
     cli.log_to_stderr()
-    target = topology.parse(arguments.topology) if arguments.topology else None
+    target = topology.parse(arguments.topology, config) if arguments.topology else None
     plan = make_plan(config)
     if arguments.json != "-":
         print(format_plan(config, plan), flush=True)

@@ -29,7 +29,7 @@ from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import abstract_state, join
-from sngpt_jax.trained_model import TrainedModel
+from sngpt_jax.trained_model import TrainedModel, on_any_device
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -146,7 +146,7 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
     `step` None: the latest that verifies. `weights`: those of the last step (final) or an average (swa, ema); None: what the
     run's eval.weights says. Raises `UserError` where the run keeps no such average, or has no snapshot in it yet.
     """
-    config = read_config(run_dir)
+    config = on_any_device(read_config(run_dir))
     use_compilation_cache(config.train.compilation_cache)
     weights = weights or config.eval.weights
     state = abstract_state(config, mesh)

@@ -51,16 +51,17 @@ class CompiledStep:
         return self.arguments + self.temporaries + self.results
 
 
-def parse(text: str) -> tuple[Target, int]:
+def parse(text: str, config: Config) -> tuple[Target, int]:
     """The device and how many of `--topology`; readies the process to compile for them, leaving a GPU that is here alone.
 
-    Raises `UserError` where there is no such device, or nothing here that compiles for it.
+    Raises `UserError` where there is no such device, nothing here that compiles for it, or the batch does not divide over them.
     """
     try:
         target, count = targets.parse_topology(text)
+        microbatches(config.data.batch_tokens, config.train.device_batch_tokens, config.data.seq_len, count)
         targets.prepare()
     except (ValueError, targets.MissingToolchain) as error:
-        raise UserError(f"--topology {text}: {error}") from None
+        raise UserError(f"--topology: {error}") from None
     return target, count
 
 

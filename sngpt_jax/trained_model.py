@@ -1,5 +1,6 @@
 """A trained model in memory, and how one is read back from an exported artifact; `run_directory` reads them from runs."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class TrainedModel:
         return dataset
 
 
+def on_any_device(config: Config) -> Config:
+    """The configuration without the implementations that a run asked for, which its device may have had alone."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto", code="auto"))
+
+
 # ---------------------------------------------------------------------------------------------- artifacts
 
 
@@ -98,7 +104,7 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
     content = artifact.read(path)
     try:
         about = content.metadata
-        config = validate(typed_json.parse(Config, about.get("config"), "config", ArtifactError))
+        config = on_any_device(validate(typed_json.parse(Config, about.get("config"), "config", ArtifactError)))
         if config.model.num_layers > len(content.tensors):  # tracing what a file claims would take hours
             raise ArtifactError(f"it has {len(content.tensors)} tensors for model.num_layers = {config.model.num_layers}")
         step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")

@@ -105,7 +105,8 @@ def test_the_command_prints_text_or_json(capsys, tmp_path):
     [
         ("h100", "expected DEVICExNUMBER, as in h100x8"),
         ("v100x8", "of: a100, h100, h200, b200"),
-        ("h100x12", "at most 8 devices or a multiple of 8"),
+        ("h100x12", "at most 8 devices, or a multiple of 8 up to 1024"),
+        ("h100x3", "which do not divide over 3 devices"),
     ],
 )
 def test_topology_that_there_is_not(topology, message):
@@ -116,5 +117,5 @@ def test_topology_that_there_is_not(topology, message):
 def test_topology_without_the_plugin_says_how_to_install_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("jax_plugins") else find(name))
-    with pytest.raises(UserError, match=r"--topology h100x8: .*pip install 'sngpt-jax\[cuda13\]'"):
+    with pytest.raises(UserError, match=r"--topology: .*pip install 'sngpt-jax\[cuda13\]'"):
         plan.main(["--config", "golf_baseline", "--topology", "h100x8"])

@@ -15,7 +15,6 @@ from kernels.dispatch import CannotServe, Device
 Implementation = Literal["xla", "pallas_triton"]
 
 PALLAS_TRITON = "kernels.cayley.pallas_triton"  # imported by name: a program bundled without it runs xla
-PALLAS_TRITON_WIDTHS = (64, 2048)
 
 
 def _is_level(level: object) -> bool:
@@ -43,7 +42,7 @@ def encode_decode(
     Gradients go to x and bias through the selected features with c_f > 0, as if the selection were constant; mean and std
     have none. Kept for the backward pass are the ids, four bytes for each selected feature, and std. It works under jit,
     vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). An x, mean or bias that is not finite gives output
-    that is not, and valid ids.
+    that is not, and valid ids. The gradients of `pallas_triton` have no derivative themselves.
 
     Args:
       x: [..., d], bfloat16 or float32; d is a power of two from 4 to 2^18.
@@ -77,8 +76,8 @@ def encode_decode(
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected float32 [{size}]")
     device = dispatch.current_device()
     if implementation == "pallas_triton":
-        check_pallas_triton(device, x.shape[-1])
-    chosen, reason = (implementation, "as asked") if implementation else choose(device, x.dtype, levels)
+        check_pallas_triton(device, levels, generators)
+    chosen, reason = (implementation, "as asked") if implementation else choose(device, x.dtype, levels, generators)
     dispatch.announce("cayley.encode_decode", chosen, reason)
     module = importlib.import_module(PALLAS_TRITON) if chosen == "pallas_triton" else xla
     return module.encode_decode(x, mean, std, bias, levels, forward_standardized, generators)
@@ -89,24 +88,21 @@ def table_key(dtype: jnp.dtype, levels: Levels) -> str:
     return f"{dtype}_d{2 ** levels[0][0]}_{len(levels)}l"
 
 
-def check_pallas_triton(device: Device, d: int) -> None:
+def check_pallas_triton(device: Device, levels: Levels, generators: Generators) -> None:
     """Raises CannotServe, with the reason, where the Pallas Triton kernels are not made for these."""
-    lowest, highest = PALLAS_TRITON_WIDTHS
-    if device.platform != "cuda":
-        raise CannotServe(f"pallas_triton serves NVIDIA GPUs; the device is {device.platform}")
-    if not lowest <= d <= highest:
-        raise CannotServe(f"pallas_triton serves widths from {lowest} to {highest}; x has {d}")
+    dispatch.check_nvidia("pallas_triton", device)
     if importlib.util.find_spec(PALLAS_TRITON) is None:
         raise CannotServe("pallas_triton is no part of this program")
+    importlib.import_module(PALLAS_TRITON).check(levels, generators)
 
 
-def choose(device: Device, dtype: jnp.dtype, levels: Levels) -> tuple[Implementation, str]:
+def choose(device: Device, dtype: jnp.dtype, levels: Levels, generators: Generators) -> tuple[Implementation, str]:
     """The implementation for x of that dtype on that device, and why."""
-    measured = dispatch.tuned("kernels.cayley", device.kind).get(table_key(dtype, levels), {})
-    if "implementation" in measured:
-        return measured["implementation"], f"the fastest measured on {device.kind}, {dtype}, levels {levels}"
     try:
-        check_pallas_triton(device, 2 ** levels[0][0])
+        check_pallas_triton(device, levels, generators)
     except CannotServe as error:
         return "xla", str(error)
+    measured = dispatch.tuned("kernels.cayley", device.kind).get(table_key(dtype, levels), {})
+    if "implementation" in measured:
+        return measured["implementation"], f"the fastest measured on {device.kind}, {dtype}, {len(levels)} levels"
     return "pallas_triton", "on an NVIDIA GPU, where no measurement says another"

@@ -32,7 +32,9 @@ from kernels.dispatch import CannotServe
 NEVER = -(2**31)  # the key of what must not be chosen; below that of any number
 INFINITY = 0x7F800000  # the key of +inf
 PARENTS = 16  # of a block: the rows of a tensor core's tile
+THREADS = 128  # of a program, four warps
 MOST_TILES = 31  # of candidates: which of them are chosen is marked in an int32
+MOST_HELD = 64  # candidates of a thread: with more its registers do not suffice
 
 
 class _Level(NamedTuple):
@@ -63,18 +65,26 @@ def _blocks(levels: Levels, level: int) -> range:
     return range(-(-levels[level - 1][1] // PARENTS))
 
 
+def check(levels: Levels, generators: Generators) -> None:
+    """Raises CannotServe, with the reason, where the kernel is not made for such levels."""
+    d = 2 ** levels[0][0]
+    if not 64 <= d <= 2048:
+        raise CannotServe(f"pallas_triton serves widths from 64 to 2048; x has {d}")
+    for level in range(1, len(levels)):
+        folded = fold(levels, generators, level)
+        tiles = len(_blocks(levels, level)) * len(folded.class_steps)
+        held = tiles * PARENTS * folded.member_steps.size // THREADS
+        if tiles > MOST_TILES or held > MOST_HELD:
+            parents, degree = levels[level - 1][1], levels[level][2]
+            raise CannotServe(f"pallas_triton keeps candidates in registers; level {level} has {parents} x {degree}, too many")
+
+
 def constants(levels: Levels, generators: Generators, d: int) -> tuple[np.ndarray, ...]:
     """What `encode_token` reads as `constant_refs`: inputs of the kernel, the same for every token and layer.
 
-    Raises CannotServe where a level has more candidates than registers could hold, or d is not from 64 to 2048.
+    Raises CannotServe as `check` does.
     """
-    if not 64 <= d <= 2048:
-        raise CannotServe(f"the kernel takes a width from 64 to 2048, not {d}")
-    for level in range(1, len(levels)):
-        tiles = len(_blocks(levels, level)) * len(fold(levels, generators, level).class_steps)
-        if tiles > MOST_TILES:
-            parents, most = levels[level - 1][1], MOST_TILES // len(fold(levels, generators, level).class_steps) * PARENTS
-            raise CannotServe(f"level {level} has {parents} parents of {levels[level][2]} children; the kernel takes {most}")
+    check(levels, generators)
     result = [hadamard(n).astype(jnp.bfloat16) for n in _grid(d)]
     for level in range(1, len(levels)):
         table, folded = dictionary.children(levels, generators, level), fold(levels, generators, level)
@@ -326,7 +336,7 @@ def _children(
     return tiles
 
 
-def _finish(row: jax.Array, active: int, saved_ref: Any, c_ref: Any, unstandardize: tuple[Any, ...]) -> None:
+def _finish(row: jax.Array, active: int, saved_ref: Any, c_ref: Any, unstandardize: tuple[Any, ...], interpret: bool) -> None:
     """y to c and ids to ids with the bit of c > 0, in [row, :active]."""
     slots = lax.iota(jnp.int32, 2 ** (active - 1).bit_length())
     used = slots < active
@@ -337,6 +347,7 @@ def _finish(row: jax.Array, active: int, saved_ref: Any, c_ref: Any, unstandardi
         raw = (c - bias) * deviation + bias
         c = jnp.where((jnp.abs(raw) < jnp.inf) & (c < jnp.inf), raw, jnp.inf)
     c = jnp.maximum(c, 0)
+    barrier(interpret)  # where there are fewer slots than threads, several load what one of them stores
     plgpu.store(saved_ref.at[row, slots], ids | (c > 0).astype(jnp.int32) << ACTIVE_BIT, mask=used)
     plgpu.store(c_ref.at[row, slots], c, mask=used)
 
@@ -379,4 +390,4 @@ def encode_token(
         children = _children(row, parents, x_ref, level, scale_ref, offset_ref, fold(levels, generators, index))
         _select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
     barrier(interpret)
-    _finish(row, start + levels[-1][1], saved_ref, c_ref, table_refs[2 * count :])
+    _finish(row, start + levels[-1][1], saved_ref, c_ref, table_refs[2 * count :], interpret)

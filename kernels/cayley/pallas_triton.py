@@ -24,8 +24,6 @@ from kernels.cayley.folding import fold
 from kernels.cayley.pallas_backward import ID_MASK
 from kernels.cayley.reference import STD_FLOOR
 
-THREADS = 128  # of a program: four warps
-
 
 @dataclass(frozen=True)
 class Config:
@@ -42,7 +40,7 @@ class Config:
     @classmethod
     def heuristic(cls, d: int) -> "Config":
         """One column a thread, unless tokens are so narrow that too few programs would be left to code them."""
-        tokens = min(max(1, THREADS * pallas_decode.WORD // d), 16)
+        tokens = min(max(1, pallas_encode.THREADS * pallas_decode.WORD // d), 16)
         return cls(tokens, 4, tokens, 4, bias_features=8, bias_lanes=128, bias_warps=4)
 
     @classmethod
@@ -50,6 +48,9 @@ class Config:
         """That of the device's table, where it has one, else `heuristic`."""
         entry = dispatch.tuned("kernels.cayley", dispatch.current_device().kind).get(table_key(dtype, levels), {})
         return cls(**entry["config"]) if "config" in entry else cls.heuristic(2 ** levels[0][0])
+
+
+check = pallas_encode.check
 
 
 def encode_decode(
@@ -175,9 +176,18 @@ def _encode_decode(
 
 
 def _encode_decode_fwd(
-    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, levels: Levels, forward_standardized: bool, *static: Any
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, *static: Any
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
-    x_hat, saved = _forward(x, mean, std, bias, levels, forward_standardized, *static)
+    levels, forward_standardized, generators, interpret, config = static
+    forward = partial(
+        _forward,
+        levels=levels,
+        forward_standardized=forward_standardized,
+        generators=generators,
+        interpret=interpret,
+        config=config,
+    )
+    x_hat, saved = dispatch.without_derivative("cayley.encode_decode", forward)(x, mean, std, bias)
     return (x_hat, saved & ID_MASK), (saved, std if forward_standardized else None)
 
 
@@ -196,13 +206,12 @@ def _encode_decode_bwd(
     if dx_hat.size == 0:
         return dx_hat, None, None, jnp.zeros(features, jnp.float32)
     saved = saved.reshape(-1, saved.shape[-1])
-    dx, g = pallas_backward.backward(
-        dx_hat.reshape(-1, dx_hat.shape[-1]),
-        saved,
-        jnp.ones(features, jnp.float32) if std is None else 1 / jnp.maximum(std, STD_FLOOR),
-        tokens=config.backward_tokens,
-        num_warps=config.backward_warps,
-        interpret=interpret,
+    inverse_std = jnp.ones(features, jnp.float32) if std is None else 1 / jnp.maximum(std, STD_FLOOR)
+    backward = partial(
+        pallas_backward.backward, tokens=config.backward_tokens, num_warps=config.backward_warps, interpret=interpret
+    )
+    dx, g = dispatch.without_derivative("cayley.encode_decode", backward)(
+        dx_hat.reshape(-1, dx_hat.shape[-1]), saved, inverse_std
     )
     dbias = pallas_backward.bias_gradient(
         saved,

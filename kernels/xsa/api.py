@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from typing import Literal, get_args
 
 import jax
@@ -17,9 +18,12 @@ PALLAS_TRITON = "kernels.xsa.pallas_triton"  # imported by name: a program bundl
 SCORES_BYTES = 2**30  # the float32 scores that xla may materialize where a kernel could do without
 
 
-def table_key(dtype: jnp.dtype, head_size: int, exclusive: bool) -> str:
-    """The entry of `tuned/<device>.json` for such arguments: {"implementation": its fastest, "config": block sizes}."""
-    return f"{dtype}_h{head_size}" + ("_exclusive" if exclusive else "")
+def table_key(dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> str:
+    """The entry of `tuned/<device>.json` for such arguments: {"implementation": its fastest, "config": block sizes}.
+
+    `length` T counts in powers of two.
+    """
+    return f"{dtype}_t{1 << (length - 1).bit_length()}_h{head_size}" + ("_exclusive" if exclusive else "")
 
 
 def attention(
@@ -36,7 +40,7 @@ def attention(
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245). Exclusive self-attention (XSA,
     arXiv:2603.09078): y - ⟨y, v̂⟩ v̂ with v̂ = v / max(|v|, 1e-12), v of the same position and key/value head. The softmax and
     the exclusion are float32. Differentiable in q, k and v; works under jit, vmap, jax.checkpoint and inside
-    jax.shard_map(check_vma=False).
+    jax.shard_map(check_vma=False). The gradients of `pallas_triton` have no derivative themselves.
 
     Args:
       q: [B, T, H, h], bfloat16 or float32.
@@ -60,10 +64,8 @@ def attention(
         )
     _check(q, k, v, scale)
     chosen, reason = (implementation, "as asked") if implementation else choose(dispatch.current_device(), q, exclusive)
-    if implementation == "cudnn":
-        cudnn.check(dispatch.current_device(), q.dtype, q.shape[-1])
-    if implementation == "pallas_triton":
-        check_pallas_triton(dispatch.current_device(), q.shape[-1])
+    if implementation:
+        check(implementation, dispatch.current_device(), q)
     dispatch.announce("xsa.attention" if exclusive else "attention", chosen, reason)
     if chosen == "pallas_triton":
         return importlib.import_module(PALLAS_TRITON).attention(q, k, v, exclusive, scale)
@@ -80,36 +82,39 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
         raise ValueError(f"k is {k.dtype} {list(k.shape)}; expected {expected}")
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v is {v.dtype} {list(v.shape)}; expected {k.dtype} {list(k.shape)}, as k")
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; expected a number above 0")
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale!r}; expected a number above 0")
 
 
-def check_pallas_triton(device: Device, head_size: int) -> None:
-    """Raises CannotServe, with the reason, where the Pallas Triton kernels are not made for these."""
-    if device.platform != "cuda":
-        raise CannotServe(f"pallas_triton serves NVIDIA GPUs; the device is {device.platform}")
-    if head_size % 8 or head_size > 128:
-        raise CannotServe(f"pallas_triton serves head sizes of 8, 16, … 128; q has {head_size}")
-    if importlib.util.find_spec(PALLAS_TRITON) is None:
-        raise CannotServe("pallas_triton is no part of this program")
+def check(implementation: Implementation, device: Device, q: jax.Array) -> None:
+    """Raises CannotServe, with the reason, where the implementation is not made for q on that device."""
+    if implementation == "cudnn":
+        cudnn.check(device, q.dtype, q.shape[-1])
+    if implementation == "pallas_triton":
+        dispatch.check_nvidia("pallas_triton", device)
+        if q.shape[-1] % 8 or q.shape[-1] > 128:
+            raise CannotServe(f"pallas_triton serves head sizes of 8, 16, … 128; q has {q.shape[-1]}")
+        if importlib.util.find_spec(PALLAS_TRITON) is None:
+            raise CannotServe("pallas_triton is no part of this program")
 
 
 def choose(device: Device, q: jax.Array, exclusive: bool) -> tuple[Implementation, str]:
     """The implementation for q [B, T, H, h] on that device, and why."""
     B, T, H, h = q.shape
-    measured = dispatch.tuned("kernels.xsa", device.kind).get(table_key(q.dtype, h, exclusive), {})
-    if "implementation" in measured:
-        return measured["implementation"], f"the fastest measured on {device.kind}, {q.dtype}, head size {h}"
-    try:
-        cudnn.check(device, q.dtype, h)
-        return "cudnn", f"{q.dtype} on an NVIDIA GPU, where no measurement says another"
-    except CannotServe as error:
-        reason = str(error)
     scores = 4 * B * H * T * T
-    if device.platform != "cuda" or scores <= SCORES_BYTES:
-        return "xla", reason
-    try:
-        check_pallas_triton(device, h)
-        return "pallas_triton", f"{reason}; xla would store {scores / 2**30:.1f} GiB of scores"
-    except CannotServe as error:
-        return "xla", f"{reason}; {error}"
+    cannot: dict[Implementation, str] = {}
+    for implementation in get_args(Implementation):
+        try:
+            check(implementation, device, q)
+        except CannotServe as error:
+            cannot[implementation] = str(error)
+    measured = dispatch.tuned("kernels.xsa", device.kind).get(table_key(q.dtype, T, h, exclusive), {}).get("implementation")
+    if measured and measured not in cannot and not (measured == "xla" and scores > SCORES_BYTES):
+        return measured, f"the fastest measured on {device.kind}, {q.dtype}, head size {h}, about {T} positions"
+    if "cudnn" not in cannot:
+        return "cudnn", f"{q.dtype} on an NVIDIA GPU, where no measurement says another"
+    if scores <= SCORES_BYTES:
+        return "xla", cannot["cudnn"]
+    if "pallas_triton" not in cannot:
+        return "pallas_triton", f"{cannot['cudnn']}; xla would store {scores / 2**30:.1f} GiB of scores"
+    return "xla", "; ".join(cannot.values())

@@ -6,14 +6,14 @@ Nothing of size T² is stored. NVIDIA GPUs of compute capability 8.0 and later.
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
 from kernels.dispatch import CannotServe, Device
 from kernels.xsa.xla import exclude_own_value
 
 
 def check(device: Device, dtype: jnp.dtype, head_size: int) -> None:
     """Raises CannotServe, with the reason, where cuDNN has no attention for these."""
-    if device.platform != "cuda":
-        raise CannotServe(f"cudnn serves NVIDIA GPUs; the device is {device.platform}")
+    dispatch.check_nvidia("cudnn", device)
     if dtype != jnp.bfloat16:
         raise CannotServe(f"cudnn serves bfloat16; q is {dtype}")
     if head_size % 8 or head_size > 128:

@@ -45,7 +45,9 @@ class Config:
 
     @classmethod
     def heuristic(cls, dtype: jnp.dtype, head_size: int) -> "Config":
-        """Without a measurement: the largest tiles whose accumulators stay in registers (compiled for an H100)."""
+        """Without a measurement: the largest tiles that the forward kernel keeps in registers, compiled for an H100."""
+        if dtype == jnp.float32 and head_size > 64:
+            return cls(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 16, 4, 2))
         if dtype == jnp.float32:
             return cls(Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2), Blocks(64, 32, 4, 2))
         if head_size <= 64:
@@ -53,9 +55,10 @@ class Config:
         return cls(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2))
 
     @classmethod
-    def of(cls, dtype: jnp.dtype, head_size: int, exclusive: bool) -> "Config":
+    def of(cls, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> "Config":
         """That of the device's table, where it has one, else `heuristic`."""
-        entry = dispatch.tuned("kernels.xsa", dispatch.current_device().kind).get(table_key(dtype, head_size, exclusive), {})
+        key = table_key(dtype, length, head_size, exclusive)
+        entry = dispatch.tuned("kernels.xsa", dispatch.current_device().kind).get(key, {})
         if "config" in entry:
             return cls(**{kernel: Blocks(**blocks) for kernel, blocks in entry["config"].items()})
         return cls.heuristic(dtype, head_size)

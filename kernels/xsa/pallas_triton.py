@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels import dispatch
 from kernels.xsa import pallas_backward
 from kernels.xsa.pallas_tiles import LOG2_E, Blocks, Config, Problem, inverse_norm, is_causal, load
 
@@ -84,12 +85,14 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, confi
 
 
 def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, config: Config) -> tuple[jax.Array, Any]:
-    out, *rows = _forward(problem, config.forward, q, k, v)
+    forward = functools.partial(_forward, problem, config.forward)
+    out, *rows = dispatch.without_derivative("attention", forward)(q, k, v)
     return out, (q, k, v, out, *rows)
 
 
 def _attention_backward(problem: Problem, config: Config, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-    return pallas_backward.gradients(problem, config, saved, cotangent)
+    gradients = functools.partial(pallas_backward.gradients, problem, config)
+    return dispatch.without_derivative("attention", gradients)(saved, cotangent)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -107,4 +110,4 @@ def attention(
     """See `api.attention`. `config` None is the device's; `interpret` runs the kernels in plain jax, on any device."""
     B, T, H, h = q.shape
     problem = Problem(B, T, H, k.shape[2], h, exclusive, scale, q.dtype, interpret)
-    return _attention(q, k, v, problem, config or Config.of(q.dtype, h, exclusive))
+    return _attention(q, k, v, problem, config or Config.of(q.dtype, T, h, exclusive))

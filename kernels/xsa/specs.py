@@ -44,4 +44,5 @@ CASES: tuple[Case, ...] = (
     _case("cayley_large", 8, 1024, 16, 16, 128, exclusive=False, dtype=BFLOAT16),
     _case("quickstart", 4, 256, 2, 1, 64, exclusive=True, dtype=FLOAT32),
     _case("golf_float32", 8, 2048, 8, 4, 64, exclusive=True, dtype=FLOAT32),
+    _case("wide_float32", 4, 1024, 8, 4, 128, exclusive=True, dtype=FLOAT32),
 )

@@ -15,10 +15,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from kernels import dispatch
 from kernels.cayley import api, encode_decode, pallas_triton
+from kernels.cayley.dictionary import Levels
 from kernels.dispatch import CannotServe, Device
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
 
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3")
+H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dict.fromkeys((field.name for field in dataclasses.fields(pallas_triton.Config)), 2)
     table = {"bfloat16_d64_2l": {"implementation": "xla", "config": config}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table if kind == H100.kind else {})
-    assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW)[0] == "xla"
-    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW)[0] == "pallas_triton"
+    assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW, "spread")[0] == "xla"
+    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread")[0] == "pallas_triton"
     with dispatch.targeting(H100):
         assert pallas_triton.Config.of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(**config)
         assert pallas_triton.Config.of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
@@ -54,7 +55,21 @@ def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "PALLAS_TRITON", "kernels.cayley.not_bundled")
-    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW) == ("xla", "pallas_triton is no part of this program")
+    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread") == ("xla", "pallas_triton is no part of this program")
+
+
+@pytest.mark.parametrize(
+    ("levels", "reason"),
+    [
+        (((10, 64, 0), (15, 32, 256)), "keeps candidates in registers; level 1 has 64 x 256, too many"),
+        (((10, 16, 0), (15, 64, 256), (17, 64, 256)), "keeps candidates in registers; level 2 has 64 x 256, too many"),
+        (((10, 4, 0), (15, 32, 4096)), "keeps candidates in registers; level 1 has 4 x 4096, too many"),
+    ],
+)
+def test_levels_that_the_kernels_cannot_hold_run_in_xla(levels: Levels, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ({}, {f"bfloat16_d1024_{len(levels)}l": {"implementation": "pallas_triton"}}):
+        monkeypatch.setattr(dispatch, "tuned", lambda package, kind, table=table: table)
+        assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == ("xla", f"pallas_triton {reason}")
 
 
 def test_the_kernels_refuse_a_cpu() -> None:

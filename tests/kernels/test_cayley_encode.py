@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.cayley import dictionary, pallas_encode, reference
+from kernels.cayley import dictionary, pallas_encode, pallas_triton, reference
 from kernels.dispatch import CannotServe
 
 D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
@@ -162,6 +162,22 @@ def test_lowers_for_a_gpu(levels: dictionary.Levels) -> None:
     ]
     lowered = encode.trace(*shapes, levels=levels, interpret=False).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("cayley_encode") >= 1
+
+
+@pytest.mark.parametrize("levels", [D1024[:1], D1024[:2], D1024])
+def test_what_a_thread_stores_is_read_after_a_barrier(levels: dictionary.Levels) -> None:
+    """Interpretation cannot show it: between levels, before the end reads ids, before it stores them."""
+    d, features = 2 ** levels[0][0], 2 ** levels[-1][0]
+    shapes = [
+        jax.ShapeDtypeStruct((8, d), jnp.bfloat16),
+        *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (d, features, features)),
+    ]
+    token = str(encode.trace(*shapes, levels=levels, interpret=False).jaxpr)
+    assert token.count("debug_barrier") == len(levels) + 1
+    whole = jax.make_jaxpr(lambda *arguments: pallas_triton.encode_decode(*arguments, levels, True, "spread", interpret=False))(
+        *shapes
+    )
+    assert str(whole).count("debug_barrier") == len(levels) + 2  # and before the tokens are decoded side by side
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def test_problems() -> None:
     title = "xsa golf, pallas_triton forward for h100"
     assert inspect.problems(_report()) == []
     assert inspect.problems(_report(spill_bytes=8)) == [f"{title}: k spills 8 bytes"]
-    assert inspect.problems(_report(wgmma=0)) == [f"{title}: no kernel uses tensor cores"]
+    assert inspect.problems(_report(wgmma=0)) == [f"{title}: k uses no tensor cores"]
+    assert inspect.problems(_report(wgmma=0, name="cayley_backward__1")) == []  # it has no product
     assert inspect.problems(_report(spill_bytes=8, pallas=False)) == [f"{title}: runs no kernel of its own"]
     report = _report(spill_bytes=8)
     report["cases"][0]["programs"][0]["pass"] = "forward_backward"

@@ -27,15 +27,18 @@ def test_topologies(text: str, name: str, count: int) -> None:
 )
 def test_malformed_topologies(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^topology is .*; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: a100,"
+        ValueError, match=r"^.* is none; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: a100,"
     ) as error:
         targets.parse_topology(text)
     assert repr(text) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_several_machines_are_whole() -> None:
-    with pytest.raises(ValueError, match="'h100x12'; expected at most 8 devices or a multiple of 8"):
-        targets.parse_topology("h100x12")
+    for count in (12, 1032, 1000000):
+        with pytest.raises(
+            ValueError, match=f"'h100x{count}' has {count}; expected at most 8 devices, or a multiple of 8 up to 1024"
+        ):
+            targets.parse_topology(f"h100x{count}")
 
 
 def test_lookups() -> None:
@@ -43,7 +46,9 @@ def test_lookups() -> None:
     with pytest.raises(ValueError, match="target is 'h10'; expected one of: a100, h100, h200, b200"):
         targets.find("h10")
     for target in targets.TARGETS:
-        assert targets.of_kind(target.kind) is target and target.device == targets.Device("cuda", target.kind)
+        assert targets.of_kind(target.kind) is target and target.device == targets.Device(
+            "cuda", target.kind, target.capability
+        )
     assert targets.of_kind("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
 
 

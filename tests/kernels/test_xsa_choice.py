@@ -12,7 +12,8 @@ from kernels.dispatch import CannotServe, Device
 from kernels.xsa import api
 
 CPU, ROCM = Device("cpu", "cpu"), Device("rocm", "AMD Instinct MI300X")
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3")
+H100, H200 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)), Device("cuda", "NVIDIA H200", (9, 0))
+T4 = Device("cuda", "Tesla T4", (7, 5))
 
 
 def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
@@ -32,6 +33,7 @@ def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
         (H100, abstract(jnp.float32, 64, T=512), "xla", "cudnn serves bfloat16; q is float32"),
         (H100, abstract(jnp.float32, 64, T=1024), "pallas_triton", "xla would store 1.5 GiB of scores"),
         (H100, abstract(jnp.float32, 256, T=1024), "xla", "pallas_triton serves head sizes"),
+        (T4, abstract(jnp.bfloat16, 64, T=512), "xla", "compute capability 8.0 and later; Tesla T4 has 7.5"),
     ],
 )
 def test_choice_without_a_measurement(
@@ -44,13 +46,25 @@ def test_choice_without_a_measurement(
 
 
 def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry of that device, dtype, head size and exclusion; others stay with the default."""
-    entry = {"bfloat16_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
+    """The entry of that device, dtype, head size, exclusion and rounded length; others stay with the default."""
+    entry = {"bfloat16_t1024_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry if kind == H100.kind else {})
     q = abstract(jnp.bfloat16, 64)
-    assert api.choose(H100, q, True) == ("pallas_triton", f"the fastest measured on {H100.kind}, bfloat16, head size 64")
+    reason = f"the fastest measured on {H100.kind}, bfloat16, head size 64, about 1024 positions"
+    assert api.choose(H100, q, True) == ("pallas_triton", reason)
+    assert api.choose(H100, abstract(jnp.bfloat16, 64, T=600), True)[0] == "pallas_triton"
+    assert api.choose(H100, abstract(jnp.bfloat16, 64, T=1025), True)[0] == "cudnn"
     assert api.choose(H100, q, False)[0] == "cudnn"
-    assert api.choose(Device("cuda", "NVIDIA H200"), q, True)[0] == "cudnn"
+    assert api.choose(H200, q, True)[0] == "cudnn"
+
+
+def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {f"float32_t{T}_h64": {"implementation": fastest} for T, fastest in ((512, "cudnn"), (1024, "xla"))}
+    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table)
+    assert api.choose(H100, abstract(jnp.float32, 64, T=512), False) == ("xla", "cudnn serves bfloat16; q is float32")
+    assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "pallas_triton"  # xla would store too much
+    monkeypatch.setattr(api, "SCORES_BYTES", 2**40)
+    assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "xla"
 
 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -108,6 +122,7 @@ def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -
         ((1, 4, 2, 8), (4, 1, 8), None, 1.0, "k is float32 [4, 1, 8]"),
         ((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), 1.0, "v is float32 [1, 4, 2, 8]; expected float32 [1, 4, 1, 8], as k"),
         ((1, 4, 2, 8), (1, 4, 1, 8), None, 0.0, "scale is 0.0; expected a number above 0"),
+        ((1, 4, 2, 8), (1, 4, 1, 8), None, float("inf"), "scale is inf; expected a number above 0"),
     ],
 )
 def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message: str) -> None:
