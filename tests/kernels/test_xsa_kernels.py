@@ -51,12 +51,12 @@ def test_gradients_are_of_these_kernels(exclusive: bool) -> None:
 def test_blocks_are_those_of_the_devices_table(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = {"queries": 32, "keys": 64, "num_warps": 2, "num_stages": 1}
     entry = {"config": {"forward": blocks, "keys_values": blocks, "queries": blocks}}
-    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {"float32_h64": entry} if kind == H100.kind else {})
+    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {"float32_t128_h64": entry} if kind == H100.kind else {})
     dtype, tuned = jnp.dtype(jnp.float32), Blocks(32, 64, 2, 1)
     with dispatch.targeting(H100):
-        assert Config.of(dtype, 64, exclusive=False) == Config(tuned, tuned, tuned)
-        assert Config.of(dtype, 64, exclusive=True) == Config.heuristic(dtype, 64)
-    assert Config.of(dtype, 64, exclusive=False) == Config.heuristic(dtype, 64)
+        assert Config.of(dtype, 100, 64, exclusive=False) == Config(tuned, tuned, tuned)
+        assert Config.of(dtype, 100, 64, exclusive=True) == Config.heuristic(dtype, 64)
+    assert Config.of(dtype, 100, 64, exclusive=False) == Config.heuristic(dtype, 64)
 
 
 @pytest.mark.parametrize(
