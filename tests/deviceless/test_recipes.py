@@ -56,7 +56,8 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     batch = 4 * config.data.batch_tokens // devices
     assert state // spread <= found["memory"]["arguments"] - batch <= 1.05 * state / spread + 4096
 
-    model = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"] * devices) / devices
+    optimizer = plan["flops_per_step"]["optimizer"]  # of every device, but for what the compiler deals out of spread matrices
+    model = plan["flops_per_step"]["model"] / devices + (optimizer if spread == 1 else optimizer / devices)
     assert 0.98 * model <= found["flops"] <= 1.4 * model  # the loss of chunks, samples and recomputation come on top
 
     kernels = found["kernels"]
@@ -72,7 +73,8 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
         assert not moved
     elif spread == 1:  # the gradient once a step, and a few numbers
         statistics = 2 * plan["bytes"]["statistics"]
-        assert gradient <= moved["all-reduce"] <= gradient + statistics + 2**20
+        unused = 8  # bytes: the first layer's value_mix, which has no values before it
+        assert gradient - unused <= moved["all-reduce"] <= gradient + statistics + 2**20
     assert found["roofline"]["step_seconds"] > found["flops"] / 989e12
 
 
