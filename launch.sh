@@ -54,6 +54,7 @@ if [ "$command" = plan ] && [[ " $* " == *" --topology"* ]] && [[ " ${wanted[*]}
 fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac
+  case " $* " in *" --executor"[=\ ]local* | *" --executor"[=\ ]slurm*) wanted+=(datatrove) ;; esac
 fi
 
 # What is installed is remembered in one file a part, named after what it came from: this checkout's place and its

@@ -68,7 +68,22 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert calls[-1].endswith("-m pytest -k x")
     assert installed(launch(checkout, "test")[1]) == []
     assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
-    assert installed(launch(checkout, "train")[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        ([], False),
+        (["--executor", "processes"], False),
+        (["--executor", "local", "--workers", "2"], True),
+        (["--executor=slurm"], True),
+    ],
+)
+def test_prepare_needs_more_for_datatroves_executors(checkout, arguments, needed):
+    launch(checkout, "train")
+    done, calls = launch(checkout, "prepare", "--source", "stdlib", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert installed(calls) == ([f"{checkout}[datatrove]"] if needed else [])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Where text comes from: the interpreter's own library, files, Hugging Face; and the challenge's published token shards.
 
 A source is named by one string (`FORMS`). Its documents come in a fixed order, so that the first n can be held out and an
-interrupted preparation can go on where it stopped.
+interrupted preparation can go on where it stopped. A source of several files can be read in parts, each by another machine.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", "
 FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
 SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a document
 
+MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks, unless the cluster says otherwise
+
 GOLF_REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
 
 _HASHED_BYTES = 256 * 2**20  # text below this size is known by its content: hashing so much takes a fifth of a second
@@ -39,18 +41,33 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+))?")
 
 
-def documents(source: str) -> Iterator[str]:
+def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
     """Yields the documents of `source` in their fixed order; empty ones are left out, lone surrogates become U+FFFD.
 
-    Raises `UserError` at the call for a source that is not there, and `DataError` on the way for text that is damaged.
+    With `parts`, at most `count_parts(source)`, only those of part `part`: a run of whole files. Parts 0, 1, …, one after the
+    other, are all documents in their order. Raises `UserError` at the call for a source that is not there, and `DataError` on
+    the way for text that is damaged.
     """
+
+    def of_part(files: list[Path]) -> list[Path]:
+        return files[len(files) * part // parts : len(files) * (part + 1) // parts]
+
     if source == "stdlib":
-        texts = _stdlib_texts(_stdlib_files())
+        texts = _stdlib_texts(of_part(_stdlib_files()))
     elif source.startswith("hub:"):
-        texts = _hub_texts(*_hub_parts(source))
+        texts = _hub_texts(*_hub_parts(source), part, parts)
     else:
-        texts = (text for path in _text_files(source) for text in _file_texts(path))
+        texts = (text for path in of_part(_text_files(source)) for text in _file_texts(path))
     return (replace_surrogates(text) for text in texts if text)
+
+
+def count_parts(source: str) -> int:
+    """How many parts `documents` can cut `source` into: one a file, but at most `MAX_PARTS`. Raises `UserError`."""
+    if source.startswith("hub:"):
+        files = _hub_files(*_hub_parts(source))
+    else:
+        files = len(_stdlib_files() if source == "stdlib" else _text_files(source))
+    return min(files, MAX_PARTS)
 
 
 def fingerprint(source: str) -> str:
@@ -76,7 +93,8 @@ def fingerprint(source: str) -> str:
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 
 
-def _imported(package: str, what: str) -> Any:
+def imported(package: str, what: str) -> Any:
+    """The module of an optional package that `what` needs. Raises `UserError` with the command that installs it."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it tells of every retry; the last failure is an exception
     try:
         return importlib.import_module(package)
@@ -221,11 +239,20 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
     return match["name"], match["config"], match["split"] or "train"
 
 
-def _hub_texts(name: str, config: str | None, split: str) -> Iterator[str]:
-    datasets = _imported("datasets", f"source hub:{name}")
+def _hub_files(name: str, config: str | None, split: str) -> int:
+    datasets = imported("datasets", f"source hub:{name}")
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=True).num_shards
+    except Exception as error:  # whatever the network and the hub raise
+        raise DataError(f"source hub:{name}: the data set's files cannot be listed: {_one_line(error)}") from None
+
+
+def _hub_texts(name: str, config: str | None, split: str, part: int, parts: int) -> Iterator[str]:
+    datasets = imported("datasets", f"source hub:{name}")
     row = 0
     try:
-        for values in datasets.load_dataset(name, config, split=split, streaming=True):
+        data = datasets.load_dataset(name, config, split=split, streaming=True)
+        for values in data.shard(parts, part) if parts > 1 else data:  # a run of whole files
             row += 1
             yield _text_of(values, f"hub:{name}: row {row}")
     except UserError:
@@ -241,7 +268,7 @@ def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     already are kept, so that the same call goes on after an interruption. Layout: openai/parameter-golf,
     data/cached_challenge_fineweb.py. Raises `UserError` where the network fails or the data set lacks what is asked for.
     """
-    hub = _imported("huggingface_hub", f"the data set {GOLF_REPO}")
+    hub = imported("huggingface_hub", f"the data set {GOLF_REPO}")
 
     def fetch(name: str, folder: Path) -> Path:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

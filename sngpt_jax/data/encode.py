@@ -26,17 +26,22 @@ Encoded = list[tuple[np.ndarray, np.ndarray]]  # of each document: tokens uint16
 _worker_tokenizer: Tokenizer  # in a worker process
 
 
-def _start_worker(tokenizer: str) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent is the one to act on it
+def follow_parent() -> None:
+    """Lets this process end with its parent, and only then: Ctrl-C is the parent's to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow_parent() -> None:  # a pool's worker would wait for ever for a parent that was killed
+    def follow() -> None:  # a pool's worker would wait for ever for a parent that was killed
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _start_worker(tokenizer: str) -> None:
+    global _worker_tokenizer
+    follow_parent()
     _worker_tokenizer = load_tokenizer(Path(tokenizer))
 
 

@@ -2,20 +2,20 @@
 
 The documents keep their order: the first `val_docs` (or all of `val_source`) are the validation split, the rest the training
 split. Each is its BOS token and its text's tokens, without an end token, and shards cut the sequence wherever they are full. So
-the files depend on the text, the tokenizer and the shard size alone, not on the number of workers or on how often the
-preparation was killed and started again.
+the files depend on the text, the tokenizer and the shard size alone, not on the executor, the number of workers or how often
+the preparation was killed and started again.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich.console
 import rich.progress
@@ -23,24 +23,23 @@ import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.corpus import documents, download_golf
+from sngpt_jax.data.corpus import count_parts, documents, download_golf, imported
 from sngpt_jax.data.encode import cut_chunks, encoder
+from sngpt_jax.data.folder import PARTS, begin_or_resume, finished, locked
 from sngpt_jax.data.manifest import (
     FORMAT,
-    MANIFEST,
     PROGRESS,
     Manifest,
     Origin,
     Progress,
     TokenizerEntry,
     file_sha256,
-    load_manifest,
-    load_progress,
     save,
     verify,
 )
-from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, open_entries, write_hashed
-from sngpt_jax.data.spec import COMMAND, PrepareSpec, check_size, differing_fields, origin_of
+from sngpt_jax.data.parts import Parts, Submitted
+from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, write_hashed
+from sngpt_jax.data.spec import COMMAND, PrepareSpec, check_size, command_line, origin_of
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
 
@@ -53,11 +52,15 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+Executor = Literal["processes", "local", "slurm"]  # what tokenizes: processes of this command, or datatrove's tasks
+
+
 @dataclass(frozen=True)
 class Arguments(PrepareSpec):
     """Text to token shards. `--verify DIR` alone reads a finished folder back and compares every checksum."""
 
-    workers: int = _cpus()  # processes that tokenize
+    workers: int = _cpus()  # processes that tokenize, or tasks at a time of a Slurm job
+    executor: Executor = "processes"  # local: each process reads files of its own; slurm: so do a cluster's jobs
     train_shards: int = 80  # of a golf source: how many of its training shards to fetch
     json: str = ""  # print the summary as one JSON object (--json), or write it to a file (--json PATH)
 
@@ -129,47 +132,6 @@ def _val_documents(spec: PrepareSpec) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- the folder
 
 
-def _refuse_other(out: Path, old: Origin, new: Origin) -> None:
-    if lines := differing_fields(old, asdict(new)).values():
-        raise UserError(f"{out}: holds another preparation's data ({'; '.join(lines)}); give another --out, or delete it")
-
-
-def _finished(out: Path, origin: Origin) -> Manifest | None:
-    """The manifest of a folder that is complete and of this origin, or None where it is not complete."""
-    if not (out / MANIFEST).is_file():
-        return None
-    manifest = load_manifest(out)
-    _refuse_other(out, manifest.origin, origin)
-    open_entries(out, (*manifest.val, *manifest.train))
-    return manifest
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another preparation is writing there; wait for it, or give another --out") from None
-        yield
-
-
-def _begin_or_resume(out: Path, origin: Origin) -> Progress:
-    for stale in out.glob("*.tmp-*"):  # of a killed run: the lock is ours
-        stale.unlink()
-    if (out / PROGRESS).is_file():
-        progress = load_progress(out)
-        if progress.origin == origin:
-            return progress
-        if progress.train.shards or progress.val.shards:
-            _refuse_other(out, progress.origin, origin)
-    elif any(out.glob("*.bin")):
-        raise UserError(f"{out}: holds .bin files that no preparation here has written; give an empty --out")
-    progress = Progress(format=FORMAT, origin=origin)
-    save(progress, out)
-    return progress
-
-
 def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     return TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id)
 
@@ -187,18 +149,15 @@ def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerE
     return _tokenizer_entry(tokenizer)
 
 
-def _write_splits(spec: PrepareSpec, out: Path, progress: Progress, workers: int) -> Progress:
-    assert progress.tokenizer is not None
-    path = out / progress.tokenizer.file
-    expected, found = progress.tokenizer.sha256, file_sha256(path)
-    if found != expected:
-        raise UserError(f"{path}: changed since the preparation began: expected SHA-256 {expected}, found {found}")
+def _write_splits(
+    spec: PrepareSpec, progress: Progress, tokenizer: Path, texts: dict[str, Iterator[str]], workers: int, parts: Parts | None
+) -> Progress:
+    """Writes what is missing of the splits of `texts`, whose training documents are in `parts`, encoded, if that is given."""
+    out, token_bytes = Path(spec.out), load_tokenizer(tokenizer).token_bytes()
     sources = {"val": spec.val_source or spec.source, "train": spec.source}
-    # Both are opened before anything is written, so that a source that is too small is known at once.
-    texts = {"train": _train_documents(spec), "val": _val_documents(spec)}
-    token_bytes = load_tokenizer(path).token_bytes()
+    held_out = 0 if spec.val_source else spec.val_docs
 
-    with encoder(path, workers) as encode, _reporter(out) as report:
+    with encoder(tokenizer, workers) as encode, _reporter(out) as report:
         for split in ("val", "train"):
             done = getattr(progress, split)
             if done.finished:
@@ -213,9 +172,13 @@ def _write_splits(spec: PrepareSpec, out: Path, progress: Progress, workers: int
             writer = SplitWriter(
                 out, split, spec.shard_tokens, limit=limit, token_bytes=token_bytes, progress=done, on_shard=on_shard
             )
-            left = itertools.islice(texts[split], done.documents, None)
-            first = done.documents + 1 + (spec.val_docs if split == "train" and not spec.val_source else 0)
-            for chunk in encode(sources[split], cut_chunks(left, first)):
+            first = done.documents + (held_out if split == "train" else 0)
+            if parts and split == "train":
+                chunks = parts.read(first)
+            else:
+                left = itertools.islice(texts[split], done.documents, None)
+                chunks = encode(sources[split], cut_chunks(left, first + 1))
+            for chunk in chunks:
                 for tokens, extra in chunk:
                     writer.append(tokens, extra)
                 report(split, writer.documents, writer.tokens)
@@ -225,14 +188,36 @@ def _write_splits(spec: PrepareSpec, out: Path, progress: Progress, workers: int
     return progress
 
 
-def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int) -> Manifest:
-    progress = _begin_or_resume(out, origin)
+def _executors() -> Any:
+    imported("datatrove", "--executor")
+    from sngpt_jax.data import executor
+
+    return executor
+
+
+def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: Executor) -> Manifest | Submitted:
+    progress = begin_or_resume(out, origin)
     if progress.tokenizer is None:
         progress = replace(progress, tokenizer=_place_tokenizer(spec, out, origin))
         save(progress, out)
-    progress = _write_splits(spec, out, progress, workers)
-    assert progress.tokenizer is not None
-    manifest = Manifest(FORMAT, origin, progress.tokenizer, progress.train.shards, progress.val.shards)
+    entry = progress.tokenizer
+    assert entry is not None
+    tokenizer, found = out / entry.file, file_sha256(out / entry.file)
+    if found != entry.sha256:
+        raise UserError(f"{tokenizer}: changed since the preparation began: expected SHA-256 {entry.sha256}, found {found}")
+    # Both are opened before anything is written, so that a source that is too small is known at once.
+    texts = {"train": _train_documents(spec), "val": _val_documents(spec)}
+    parts = None
+    if executor != "processes" and not progress.train.finished:
+        parts = Parts(out / PARTS, spec.source, count_parts(spec.source), origin, tokenizer, entry)
+        if executor == "slurm":
+            here = ("--executor", "local", "--workers", "1")  # finds every part encoded
+            return _executors().submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
+        with _reporter(out) as report:
+            _executors().encode_here(parts, workers, report)
+    progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    manifest = Manifest(FORMAT, origin, entry, progress.train.shards, progress.val.shards)
     save(manifest, out)
     (out / PROGRESS).unlink()
     return manifest
@@ -245,6 +230,13 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
     another origin is refused, naming the fields that differ. With more than one worker, processes are started that import the
     caller's main module (as `multiprocessing` does it when spawning), so that one should be cheap to import.
     """
+    manifest = prepare_on(spec, workers, "processes")
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest | Submitted:
+    """As `prepare`, on any of the executors; the files do not depend on it. `slurm` only submits jobs that will make them."""
     for option, value, least in (
         ("--workers", workers, 1),
         ("--shard-tokens", spec.shard_tokens, 1),
@@ -257,14 +249,10 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
     if spec.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
     out, origin = Path(spec.out), origin_of(spec)
-    if manifest := _finished(out, origin):  # before the lock: a finished folder may be read-only
+    if manifest := finished(out, origin):  # before the lock: a finished folder may be read-only
         return manifest
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _lock(out):
-            return _finished(out, origin) or _make(spec, out, origin, workers)
-    except OSError as error:  # no space, no permission, a file where the folder should be
-        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
+    with locked(out):
+        return finished(out, origin) or _make(spec, out, origin, workers, executor)
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
@@ -303,6 +291,14 @@ def _golf_summary(out: str, data: Dataset) -> dict[str, Any]:
     return {"dir": out, "tokenizer": asdict(_tokenizer_entry(data.tokenizer)), **totals}
 
 
+def _show_submitted(out: str, jobs: Submitted, json: str) -> int:
+    if json != "-":
+        encoding = f"job {jobs.array_job} encodes {jobs.parts} parts, then " if jobs.array_job else ""
+        print(f"{out}: {encoding}job {jobs.merge_job} writes the shards; if one fails, run the same command again to go on")
+    cli.write_json({"dir": out, "submitted": asdict(jobs)}, json)
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status. Raises `UserError`."""
     argv = cli.expand_json(argv)
@@ -314,9 +310,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         spec = PrepareSpec(**{key: getattr(arguments, key) for key in PrepareSpec.__dataclass_fields__})
         if spec.source == "golf" or spec.source.startswith("golf:"):
+            if arguments.executor != "processes":
+                raise UserError(f"--source {spec.source} is already tokens; it takes no --executor")
             summary = _golf_summary(spec.out, fetch_golf(spec, arguments.train_shards))
         else:
-            summary = _summary(spec.out, prepare(spec, arguments.workers))
+            made = prepare_on(spec, arguments.workers, arguments.executor)
+            if not isinstance(made, Manifest):
+                return _show_submitted(spec.out, made, arguments.json)
+            summary = _summary(spec.out, made)
     if arguments.json != "-":
         for split in ("train", "val"):
             print(f"{summary['dir']}: {split}: " + ", ".join(f"{name} {count:,}" for name, count in summary[split].items()))

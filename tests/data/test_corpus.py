@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from sngpt_jax.cli import UserError
 from sngpt_jax.data import corpus
-from sngpt_jax.data.corpus import documents, download_golf, fingerprint
+from sngpt_jax.data.corpus import count_parts, documents, download_golf, fingerprint
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import unfinished
 from sngpt_jax.data.tokenizer import train_sentencepiece
@@ -240,6 +240,55 @@ def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, mon
     assert fingerprint(str(tmp_path)) != first
 
 
+# ---------------------------------------------------------------------------------------------- in parts
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_one_after_the_other_are_the_source(tmp_path, parts):
+    for number in range(7):
+        lines = [json.dumps({"text": f"{number} {line}"}) for line in range(number % 3)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    assert count_parts(str(tmp_path)) == 7
+    read = [list(documents(str(tmp_path), part, parts)) for part in range(parts)]
+    whole = [f"{number} {line}" for number in range(7) for line in range(number % 3)]
+    assert [text for part in read for text in part] == list(documents(str(tmp_path))) == whole
+    files = [{text.split()[0] for text in part} for part in read]
+    assert sum(map(len, files)) == len(set().union(*files))  # no file is in two parts
+    if parts == 7:
+        assert [len(part) for part in read] == [number % 3 for number in range(7)]
+
+
+def test_the_library_has_as_many_parts_as_a_cluster_takes_tasks(monkeypatch):
+    count = count_parts("stdlib")
+    assert 100 < count <= corpus.MAX_PARTS
+    few = [text for part in range(5) for text in documents("stdlib", part, 5)]
+    assert few == list(documents("stdlib"))
+    monkeypatch.setattr(corpus, "MAX_PARTS", 50)
+    assert count_parts("stdlib") == 50
+
+
+def test_a_data_sets_files_are_its_parts(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows(files):
+        for file in files:
+            yield from ({"text": f"{file} {row}"} for row in range(3))
+
+    def load_dataset(*args, **kwargs):
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": list("abcde")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert count_parts("hub:some/set") == 5
+    whole = list(documents("hub:some/set"))
+    assert whole == [f"{file} {row}" for file in "abcde" for row in range(3)]
+    for parts in (2, 5):
+        assert [text for part in range(parts) for text in documents("hub:some/set", part, parts)] == whole
+    assert list(documents("hub:some/set", 3, 5)) == ["d 0", "d 1", "d 2"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(DataError, match="source hub:some/set: the data set's files cannot be listed: ZeroDivisionError"):
+        count_parts("hub:some/set")
+
+
 # ---------------------------------------------------------------------------------------------- Hugging Face
 
 
@@ -409,7 +458,7 @@ def test_the_hubs_retries_are_not_shown():
     program = """
 import logging
 from sngpt_jax.data import corpus
-corpus._imported("huggingface_hub", "a test").hf_hub_download
+corpus.imported("huggingface_hub", "a test").hf_hub_download
 logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
 """
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}

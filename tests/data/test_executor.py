@@ -1,0 +1,264 @@
+"""`prepare --executor`: the same files as `prepare`, from two workers here and from the jobs of a stand-in for Slurm."""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data.prepare import main, prepare, prepare_on
+from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.data.spec import PrepareSpec
+
+WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of", "the", "▁", "🙂"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Five files, of which the held-out documents take the first and a part of the second."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    for number in range(5):
+        texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 80))) for _ in range(100)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def spec_for(source, out, **changes):
+    return PrepareSpec(str(source), str(out), **({"val_docs": 130, "vocab_size": 300, "shard_tokens": 4000} | changes))
+
+
+@pytest.fixture(scope="module")
+def plain(source, tmp_path_factory):
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    prepare(spec_for(source, out))
+    assert len(list(out.glob("train_*.bin"))) >= 3 and len(list(out.glob("val_*.bin"))) >= 2
+    return out
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in (".lock", ".slurm")}
+
+
+def options(source, out, *more):
+    given = ["--source", source, "--out", out, "--val-docs", 130, "--vocab-size", 300, "--shard-tokens", 4000, *more]
+    return [str(word) for word in given]
+
+
+def command(*arguments, **more):
+    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
+    return subprocess.run(full, capture_output=True, text=True, timeout=100, **more)
+
+
+def children_of(group):
+    """The processes of a group, which a session's first process gives its number."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z" and int(fields[2]) == group:
+                found.append(stat.parent.name)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- two workers here
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_files_of_one_process(source, plain, tmp_path):
+    pytest.importorskip("datatrove")
+    done = command(*options(source, tmp_path / "out", "--executor", "local", "--workers", 2, "--json"))
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(plain)
+    assert json.loads(done.stdout)["train"]["documents"] == 370
+    assert "datatrove" not in done.stderr
+    ours, theirs = open_dataset(tmp_path / "out", 300), open_dataset(plain, 300)
+    assert (ours.train.take(0, len(ours.train)) == theirs.train.take(0, len(theirs.train))).all()
+
+
+@pytest.mark.slow
+def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
+    pytest.importorskip("datatrove")
+    (tmp_path / "val.jsonl").write_text('{"text": "the river"}\n{"text": "snow of 2024"}\n')
+    changes = {"val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
+    one = prepare(spec_for(source, tmp_path / "one", **changes))
+    assert prepare_on(spec_for(source, tmp_path / "two", **changes), 2, "local") == one
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_what_a_failed_task_leaves_is_gone_on_with(source, plain, tmp_path):
+    pytest.importorskip("datatrove")
+    out = tmp_path / "out"
+    arguments = options(source, out, "--executor", "local", "--workers", 2)
+    held = out / ".parts" / "00003-of-00005"
+    held.mkdir(parents=True)
+    with open(held / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = command(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "another preparation is writing there" in done.stderr
+    assert (out / "progress.json").exists() and not (out / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob(".parts/*/train_*")}
+    assert {path.parent.name[:5] for path in kept} >= {"00000", "00001"}
+    with pytest.raises(UserError, match="shard_tokens: 4000 there, 5000 asked for"):
+        prepare(spec_for(source, out, shard_tokens=5000))
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(plain)
+
+
+# Kills the worker that is about to place the first shard of the third part, once.
+SITECUSTOMIZE = """
+import os, signal
+original = os.replace
+
+def replace(source, target, **options):
+    if ".parts/00002-of-00005/train_000000.bin" in str(target) and os.path.exists({mark!r}):
+        os.unlink({mark!r})
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(source, target, **options)
+
+os.replace = replace
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
+    pytest.importorskip("datatrove")
+    mark = tmp_path / "mark"
+    mark.write_text("")
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "sitecustomize.py").write_text(SITECUSTOMIZE.format(mark=str(mark)))
+    path = os.pathsep.join([str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    arguments = options(source, tmp_path / "out", "--executor", "local", "--workers", 2)
+    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
+    with subprocess.Popen(
+        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and not mark.exists()
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == (
+        "error: an encoding process was killed, perhaps for memory; run it again with fewer --workers to go on"
+    )
+    deadline = time.monotonic() + 10
+    while children_of(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert command(*arguments).returncode == 0
+    assert contents(tmp_path / "out") == contents(plain)
+
+
+# ---------------------------------------------------------------------------------------------- Slurm
+
+# Each does just what the submission needs: sbatch writes the script down and gives a number, srun runs the command after its
+# own options, scontrol names the node.
+SBATCH = """#!/bin/sh
+number=$(ls "{jobs}" | grep -c script)
+for script; do :; done
+cp "$script" "{jobs}/$number.script"
+echo "$@" > "{jobs}/$number.arguments"
+echo "Submitted batch job $((number + 17))"
+"""
+SRUN = """#!/bin/sh
+while [ "$1" != launch_pickled_pipeline ]; do shift; done
+exec "$@"
+"""
+SCONTROL = "#!/bin/sh\necho node1\n"
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder of submitted jobs, and a PATH with stand-ins for Slurm's commands."""
+    tools, jobs = tmp_path / "tools", tmp_path / "jobs"
+    tools.mkdir()
+    jobs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text.format(jobs=jobs))
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    return jobs
+
+
+def directives(script):
+    words = [line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in words}
+
+
+def run_job(script, **env):
+    values = {"SLURM_NODELIST": "node1", "SLURM_JOB_ID": "17", **env}
+    return subprocess.run(["bash", str(script)], env={**os.environ, **values}, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_path, cluster, capsys):
+    pytest.importorskip("datatrove")
+    out = tmp_path / "out"
+    arguments = options(source, out, "--executor", "slurm", "--workers", 3)
+    assert main([*arguments, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == {"dir": str(out), "submitted": {"parts": 5, "array_job": "17", "merge_job": "18"}}
+    array, merge = (directives((cluster / f"{number}.script").read_text()) for number in (0, 1))
+    assert array["array"] == "0-4%3" and "dependency" not in array
+    assert merge["dependency"] == "afterok:17" and merge["kill-on-invalid-dep"] == "yes" and "array" not in merge
+    for job in (array, merge):
+        assert job["mem-per-cpu"] == "4G" and job["cpus-per-task"] == "1"
+        assert not job.keys() & {"partition", "time", "qos"}  # sbatch's own environment variables, or the cluster, give them
+        assert Path(job["output"]).parent.is_dir()
+
+    for task in (4, 0, 2, 1):
+        done = run_job(cluster / "0.script", SLURM_ARRAY_TASK_ID=str(task))
+        assert done.returncode == 0, done.stderr
+    assert not list(out.glob("*.bin"))
+    held = out / ".parts" / "00003-of-00005"
+    held.mkdir()
+    with open(held / ".lock", "w") as file:  # the last task fails
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run_job(cluster / "0.script", SLURM_ARRAY_TASK_ID="3")
+        assert done.returncode == 1 and "UserError" in done.stderr and "another preparation is writing" in done.stderr
+    assert main(arguments) == 0  # once more: only what is left
+    assert "job 19 encodes 1 parts, then job 20 writes the shards" in capsys.readouterr().out
+    assert directives((cluster / "2.script").read_text())["array"] == "0-0%3"
+    assert run_job(cluster / "2.script", SLURM_ARRAY_TASK_ID="0").returncode == 0
+    assert main(arguments) == 0  # nothing to encode
+    assert f"{out}: job 21 writes the shards" in capsys.readouterr().out
+    assert "dependency" not in directives((cluster / "4.script").read_text())
+    done = run_job(cluster / "3.script")
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(plain)
+    assert main([*arguments, "--json"]) == 0  # finished: nothing is submitted
+    assert json.loads(capsys.readouterr().out)["train"]["documents"] == 370
+    assert len(list(cluster.glob("*.script"))) == 5
+
+
+def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, cluster):
+    pytest.importorskip("datatrove")
+    sbatch = cluster.parent / "tools" / "sbatch"
+    sbatch.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(UserError, match="sbatch failed with status 3; see its message above"):
+        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+    sbatch.unlink()
+    with pytest.raises(UserError, match="no sbatch here; run it on a machine that submits to the cluster"):
+        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+
+
+# ---------------------------------------------------------------------------------------------- what it refuses
+
+
+def test_mistakes_are_named_before_anything_is_encoded(source, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--val-docs 500 leaves none to train on"):
+        prepare_on(spec_for(source, tmp_path / "out", val_docs=500), 2, "local")
+    with pytest.raises(UserError, match="golf is already tokens; it takes no --executor"):
+        main(["--source", "golf", "--out", str(tmp_path / "golf"), "--executor", "local"])
+    monkeypatch.setitem(sys.modules, "datatrove", None)  # makes the import fail
+    with pytest.raises(UserError, match="--executor needs the package datatrove; install it: .* -m pip install datatrove"):
+        prepare_on(spec_for(source, tmp_path / "other"), 2, "local")

@@ -1,0 +1,171 @@
+"""Parts of a source, encoded apart from each other, are the same documents in the same order as the source read through."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data import parts as module
+from sngpt_jax.data.manifest import DataError, Origin, ShardEntry, TokenizerEntry
+from sngpt_jax.data.parts import Parts
+from sngpt_jax.data.tokenizer import load_tokenizer
+
+WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "snow", "2024", "▁", "🙂"]
+SIZES = [40, 1, 25, 0, 33]  # documents in each file
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """Without byte fallback: unknown characters need byte corrections, which parts have to carry."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the river and the stone, naïve snow of 2024 x = 3", "über alles"] * 40),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=60,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+    )
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """The source's documents, a list a file."""
+    rng = random.Random(0)
+    texts = [[" ".join(rng.choices(WORDS, k=rng.randrange(1, 30))) for _ in range(size)] for size in SIZES]
+    (tmp_path / "text").mkdir()
+    for number, part in enumerate(texts):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (tmp_path / "text" / f"{number}.jsonl").write_text(lines)
+    return texts
+
+
+@pytest.fixture
+def parts(tmp_path, texts, tokenizer_file, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD_TOKENS", 400)  # several shards a part, and documents across their edges
+    monkeypatch.setattr(module, "_CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr("sngpt_jax.data.encode._CHUNK_CHARACTERS", 500)
+    tokenizer = load_tokenizer(tokenizer_file)
+    origin = Origin("files", "", 30, f"sha256:{tokenizer.sha256}", tokenizer.vocab_size, "", 500, 0)
+    entry = TokenizerEntry("tokenizer.model", tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id)
+    return Parts(tmp_path / "parts", str(tmp_path / "text"), len(SIZES), origin, tokenizer_file, entry)
+
+
+def check_read(parts, texts, first=0):
+    tokenizer = load_tokenizer(parts.tokenizer)
+    expected = [tokenizer.encode_document(text) for part in texts for text in part][first:]
+    found = [document for chunk in parts.read(first) for document in chunk]
+    assert len(found) == len(expected)
+    for (tokens, extra), document in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(tokens, document.tokens)
+        np.testing.assert_array_equal(extra, document.extra)
+    return expected
+
+
+@pytest.mark.slow
+def test_parts_encoded_in_any_order_read_as_the_source(parts, texts):
+    for part in (3, 0, 4, 1, 2):
+        assert part in parts.left()
+        parts.encode(part)
+    assert parts.left() == []
+    expected = check_read(parts, texts)
+    assert sum(len(document.extra) for document in expected) > 0
+    assert len(parts.reached(0).shards) > 2
+    for first in (1, 39, 40, 41, 42, 66, 98, 99):
+        check_read(parts, texts, first)
+
+
+def test_fewer_parts_than_files_are_runs_of_whole_files(parts, texts):
+    two = replace(parts, count=2)
+    for part in (0, 1):
+        two.encode(part)
+    assert two.reached(0).documents == sum(SIZES[:2]) and two.reached(1).documents == sum(SIZES[2:])
+    check_read(two, texts)
+
+
+def test_a_part_that_was_stopped_is_gone_on_with_where_it_was(parts, texts, monkeypatch):
+    saved = module.save
+
+    def stopped(progress, folder):
+        saved(progress, folder)
+        if len(progress.train.shards) == 2 and not progress.train.finished:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save", stopped)
+        parts.encode(0)
+    kept = {path: path.stat().st_mtime_ns for path in parts.folder(0).glob("train_*")}
+    assert len(kept) >= 2 and parts.left() == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="00000-of-00005: not encoded to its end; run the same command again"):
+        next(parts.read(0))
+    for part in range(len(SIZES)):
+        parts.encode(part)
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    check_read(parts, texts)
+    times = {path: path.stat().st_mtime_ns for path in parts.directory.rglob("train_*")}
+    parts.encode(0)
+    assert times == {path: path.stat().st_mtime_ns for path in parts.directory.rglob("train_*")}
+
+
+def test_no_more_parts_are_encoded_than_hold_the_tokens_asked_for(parts, texts):
+    tokenizer = load_tokenizer(parts.tokenizer)
+    lengths = [[len(tokenizer.encode_document(text).tokens) for text in part] for part in texts]
+    some = replace(parts, origin=replace(parts.origin, max_tokens=100))
+    for part in range(len(SIZES)):
+        some.encode(part)
+    encoded = [some.reached(part).documents for part in range(len(SIZES))]
+    assert some.left() == [] and encoded[-1] == 0 and not some.folder(4).joinpath("train_000000.bin").exists()
+    total = sum(sum(part[:count]) for part, count in zip(lengths, encoded, strict=True))
+    needed = sum(lengths[0][:30]) + 100  # the held-out documents are all in part 0
+    assert needed <= total <= needed + 3 * 400 + max(map(max, filter(None, lengths))) * 8
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 3, 8])
+def test_tokens_are_only_counted_where_they_are_certain_to_be_training_tokens(parts, held_out):
+    rng = np.random.default_rng(held_out)
+    for _ in range(200):
+        begins = rng.random(200) < 0.1  # of a stream of 200 tokens in shards of 20: where documents begin
+        begins[0] = True
+        document = np.cumsum(begins)
+        entries = [ShardEntry("s", 20, int(begins[at : at + 20].sum()), 0, "", None) for at in range(0, 200, 20)]
+        training = int((document > held_out).sum())
+        asked = int(rng.integers(1, 200))
+        some = replace(parts, origin=replace(parts.origin, val_docs=held_out, max_tokens=asked))
+        assert not some._enough(entries) or training >= asked
+        assert some._enough(entries) or training - 2 * 20 < asked
+
+
+def test_damaged_parts_are_named(parts):
+    for part in range(len(SIZES)):
+        parts.encode(part)
+    path = parts.folder(2) / "train_000001.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"00002-of-00005/train_000001\.bin: damaged: .* delete .*00002-of-00005 and run"):
+        list(parts.read(0))
+    path.write_bytes(whole)
+    sidecar = parts.folder(2) / parts.reached(2).shards[0].extra.name
+    sidecar.write_bytes(sidecar.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"extra\.npy: damaged"):
+        list(parts.read(0))
+
+
+def test_parts_of_another_preparation_are_refused(parts, tmp_path):
+    parts.encode(0)
+    other = replace(parts, origin=replace(parts.origin, normalization="identity"))
+    for attempt in (lambda: other.encode(0), other.left, lambda: next(other.read(0))):
+        with pytest.raises(UserError, match="normalization: '' there, 'identity' asked for"):
+            attempt()
+    changed = tmp_path / "changed.model"
+    changed.write_bytes(parts.tokenizer.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"changed\.model"):
+        replace(parts, tokenizer=changed).encode(1)
