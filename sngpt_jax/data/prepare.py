@@ -190,12 +190,13 @@ def _write_splits(
 
 def _executors() -> Any:
     imported("datatrove", "--executor")
-    from sngpt_jax.data import executor
+    from sngpt_jax.data import executor  # needs that package
 
     return executor
 
 
 def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: Executor) -> Manifest | Submitted:
+    executors = None if executor == "processes" else _executors()
     progress = begin_or_resume(out, origin)
     if progress.tokenizer is None:
         progress = replace(progress, tokenizer=_place_tokenizer(spec, out, origin))
@@ -208,13 +209,13 @@ def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: 
     # Both are opened before anything is written, so that a source that is too small is known at once.
     texts = {"train": _train_documents(spec), "val": _val_documents(spec)}
     parts = None
-    if executor != "processes" and not progress.train.finished:
+    if executors and not progress.train.finished:
         parts = Parts(out / PARTS, spec.source, count_parts(spec.source), origin, tokenizer, entry)
         if executor == "slurm":
             here = ("--executor", "local", "--workers", "1")  # finds every part encoded
-            return _executors().submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
+            return executors.submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
         with _reporter(out) as report:
-            _executors().encode_here(parts, workers, report)
+            executors.encode_here(parts, workers, report)
     progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     manifest = Manifest(FORMAT, origin, entry, progress.train.shards, progress.val.shards)

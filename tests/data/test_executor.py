@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import random
@@ -29,6 +30,9 @@ def source(tmp_path_factory):
         texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 80))) for _ in range(100)]
         (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
+
+
+needs_datatrove = pytest.mark.skipif(not importlib.util.find_spec("datatrove"), reason="needs the extra datatrove")
 
 
 def spec_for(source, out, **changes):
@@ -73,8 +77,8 @@ def children_of(group):
 
 
 @pytest.mark.slow
+@needs_datatrove
 def test_two_workers_write_the_files_of_one_process(source, plain, tmp_path):
-    pytest.importorskip("datatrove")
     done = command(*options(source, tmp_path / "out", "--executor", "local", "--workers", 2, "--json"))
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(plain)
@@ -85,8 +89,8 @@ def test_two_workers_write_the_files_of_one_process(source, plain, tmp_path):
 
 
 @pytest.mark.slow
+@needs_datatrove
 def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
-    pytest.importorskip("datatrove")
     (tmp_path / "val.jsonl").write_text('{"text": "the river"}\n{"text": "snow of 2024"}\n')
     changes = {"val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
     one = prepare(spec_for(source, tmp_path / "one", **changes))
@@ -95,8 +99,8 @@ def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
 
 
 @pytest.mark.slow
+@needs_datatrove
 def test_what_a_failed_task_leaves_is_gone_on_with(source, plain, tmp_path):
-    pytest.importorskip("datatrove")
     out = tmp_path / "out"
     arguments = options(source, out, "--executor", "local", "--workers", 2)
     held = out / ".parts" / "00003-of-00005"
@@ -132,8 +136,8 @@ os.replace = replace
 
 
 @pytest.mark.slow
+@needs_datatrove
 def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
-    pytest.importorskip("datatrove")
     mark = tmp_path / "mark"
     mark.write_text("")
     (tmp_path / "shadow").mkdir()
@@ -200,8 +204,8 @@ def run_job(script, **env):
 
 
 @pytest.mark.slow
+@needs_datatrove
 def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_path, cluster, capsys):
-    pytest.importorskip("datatrove")
     out = tmp_path / "out"
     arguments = options(source, out, "--executor", "slurm", "--workers", 3)
     assert main([*arguments, "--json"]) == 0
@@ -240,8 +244,8 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
     assert len(list(cluster.glob("*.script"))) == 5
 
 
+@needs_datatrove
 def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, cluster):
-    pytest.importorskip("datatrove")
     sbatch = cluster.parent / "tools" / "sbatch"
     sbatch.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(UserError, match="sbatch failed with status 3; see its message above"):
@@ -254,11 +258,17 @@ def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, c
 # ---------------------------------------------------------------------------------------------- what it refuses
 
 
-def test_mistakes_are_named_before_anything_is_encoded(source, tmp_path, monkeypatch):
+@needs_datatrove
+def test_too_few_documents_are_known_before_anything_is_encoded(source, tmp_path):
     with pytest.raises(UserError, match="--val-docs 500 leaves none to train on"):
         prepare_on(spec_for(source, tmp_path / "out", val_docs=500), 2, "local")
+    assert not (tmp_path / "out" / ".parts").exists()
+
+
+def test_published_tokens_and_a_missing_package_are_refused(source, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="golf is already tokens; it takes no --executor"):
         main(["--source", "golf", "--out", str(tmp_path / "golf"), "--executor", "local"])
     monkeypatch.setitem(sys.modules, "datatrove", None)  # makes the import fail
     with pytest.raises(UserError, match="--executor needs the package datatrove; install it: .* -m pip install datatrove"):
-        prepare_on(spec_for(source, tmp_path / "other"), 2, "local")
+        prepare_on(spec_for(source, tmp_path / "out"), 2, "local")
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
