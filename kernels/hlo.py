@@ -193,7 +193,7 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
                 _visit(computations, callee, times, program)
         elif kind in _COLLECTIVES:
             operands = sum(size_of(computations[name][o].type) for o in instruction.operands)
-            program.collectives.append(Kernel(instruction.name, kind, times, 0, operands, False))
+            program.collectives.append(Kernel(instruction.name, kind, times, 0, operands, False, _scope(instruction)))
         else:
             program.kernels.append(_kernel(computations, computations[name], instruction, times))
 
@@ -209,8 +209,12 @@ def _kernel(computations: dict[str, Computation], inside: Computation, instructi
             flops = _dot_flops(inside, instruction)
         elif instruction.opcode == "custom-call":
             name, is_custom, flops = custom_name(instruction), True, _attention_flops(inside, instruction)
-    scope = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return Kernel(name, instruction.opcode, times, flops, size, is_custom, scope[1] if scope else "")
+    return Kernel(name, instruction.opcode, times, flops, size, is_custom, _scope(instruction))
+
+
+def _scope(instruction: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return name[1] if name else ""
 
 
 def custom_name(instruction: Instruction) -> str:

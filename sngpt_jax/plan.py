@@ -134,7 +134,8 @@ def format_plan(config: Config, plan: dict[str, Any]) -> str:
         f"FLOPs        {f['forward'] / 1e6:,.1f} M a token forward, {f['train'] / 1e6:,.1f} M in training"
         + (f"; beside them the codes' {f['code'] / 1e6:,.1f} M forward" if f["code"] else ""),
         f"step         {t['step']:,} tokens, {step['model'] / 1e12:,.3f} TFLOP"
-        f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize",
+        f" and {step['optimizer'] / 1e12:,.3f} TFLOP to orthogonalize"
+        f" ({step['optimizer'] / (step['model'] + step['optimizer']):.2%} of both)",
         f"run          {run:,} steps, {t['run'] / 1e9:,.3f} G tokens, {step['model'] * run / 1e18:,.4f} EFLOP",
         f"memory       in all: parameters {b['parameters'] / 1e6:,.1f} MB, optimizer {b['optimizer'] / 1e6:,.1f} MB,"
         f" averages {b['averages'] / 1e6:,.1f} MB, statistics {b['statistics'] / 1e6:,.1f} MB,"

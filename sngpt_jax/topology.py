@@ -129,6 +129,21 @@ def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
+def optimizer_share(program: hlo.Program) -> dict[str, Any]:
+    """What the update takes of the step's program: FLOPs and bytes of one device, and the collectives that it makes.
+
+    A collective that the compiler has joined with one of the gradient counts here too.
+    """
+    update = [kernel for kernel in program.kernels if (part := _PARTS.search(kernel.scope)) and part[1] == "optimizer"]
+    own = hlo.Program(update, [c for c in program.collectives if re.search(r"\boptimizer\b", c.scope)])
+    counts = {kind: {"count": times, "bytes": moved} for kind, (times, moved) in sorted(own.collective_counts().items())}
+    return {"flops": own.flops, "bytes": own.bytes, "collectives": counts}
+
+
+def _collectives(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{row['count']} {kind} of {row['bytes'] / 1e6:,.1f} MB in all" for kind, row in counts.items()) or "none"
+
+
 def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
     """The figures of `--topology`, as nested plain values; bytes, FLOPs and kernels are those of one device and one step."""
     logger.info("compiling a training step for %d x %s", count, target.kind)
@@ -153,6 +168,7 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
         "fitting_device_batch_tokens": fitting.device_batch_tokens if fitting else None,
         "flops": program.flops,
         "bytes": program.bytes,
+        "optimizer": optimizer_share(program),
         "collectives": {
             kind: {"count": times, "bytes": moved} for kind, (times, moved) in sorted(program.collective_counts().items())
         },
@@ -173,16 +189,13 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
 
 def format_topology(figures: dict[str, Any]) -> str:
     """The figures for a person."""
-    memory, roof = figures["memory"], figures["roofline"]
+    memory, roof, update = figures["memory"], figures["roofline"], figures["optimizer"]
     if figures["fits"]:
         verdict = "it fits"
     elif figures["fitting_device_batch_tokens"]:
         verdict = f"it does NOT fit; --train.device-batch-tokens {figures['fitting_device_batch_tokens']} does"
     else:
         verdict = "it does NOT fit, not with one sequence a device either; spread the weights (--train.fsdp) or take more GPUs"
-    collectives = ", ".join(
-        f"{row['count']} {kind} of {row['bytes'] / 1e6:,.1f} MB in all" for kind, row in figures["collectives"].items()
-    )
     return "\n".join(
         [
             f"on           {figures['devices']} x {figures['device']}, compiled in {figures['compile_seconds']:.0f} s;"
@@ -190,7 +203,10 @@ def format_topology(figures: dict[str, Any]) -> str:
             f"memory       {memory['peak'] / 1e9:,.1f} GB ({memory['arguments'] / 1e9:,.1f} state,"
             f" {memory['temporaries'] / 1e9:,.1f} temporary) of the {memory['limit'] / 1e9:,.1f} GB that jax takes: {verdict}",
             f"work         {figures['flops'] / 1e12:,.2f} TFLOP on tensor cores, {figures['bytes'] / 1e9:,.1f} GB moved",
-            f"collectives  {collectives or 'none'}",
+            f"optimizer    {update['flops'] / 1e12:,.3f} TFLOP ({update['flops'] / figures['flops']:.1%}),"
+            f" {update['bytes'] / 1e9:,.2f} GB moved ({update['bytes'] / figures['bytes']:.1%}),"
+            f" collectives: {_collectives(update['collectives'])}",
+            f"collectives  {_collectives(figures['collectives'])}",
             f"kernels      {', '.join(f'{count} {name}' for name, count in figures['kernels'].items()) or 'none of our own'}",
             f"limit        {roof['step_seconds'] * 1e3:,.1f} ms a step, {roof['tokens_per_second'] / 1e3:,.0f} thousand tokens"
             f" a second: kernels at their rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"
