@@ -84,7 +84,7 @@ def _problems(config: Config) -> Iterator[str]:
     for name in ("warmdown_fraction", "final_lr_fraction", "adam_final_lr_fraction", "swa_below", "qat_below"):
         if (getattr(o, name) or 0) > 1:
             yield f"optim.{name} = {getattr(o, name)} is more than 1"
-    for name in ("muon_momentum", "muon_momentum_start", "adam_b1", "adam_b2", "ema_decay"):
+    for name in ("muon_momentum", "muon_momentum_start", "normuon_beta2", "adam_b1", "adam_b2", "ema_decay"):
         if getattr(o, name) >= 1:
             yield f"optim.{name} = {getattr(o, name)} must be less than 1"
     if o.warmdown_clock == "wall_clock" and not t.max_seconds:

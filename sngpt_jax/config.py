@@ -112,6 +112,8 @@ class OptimConfig:
     muon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # in which Muon's momentum is kept
     newton_schulz_steps: int = 5  # iterations of the orthogonalization
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the orthogonalization's products
+    muon_coefficients: Literal["quintic", "polar_express"] = "quintic"  # one polynomial, or the best for each iteration
+    normuon_beta2: float = 0.0  # decay of each neuron's mean squared update, which evens them out (NorMuon); 0: not done
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
@@ -156,6 +158,7 @@ class TrainConfig:
     max_seconds: float = 0.0  # wall-clock training time that ends the run, compilation and validation left out; 0: no cap
     device_batch_tokens: int = 65_536  # most tokens in one device's microbatch; the rest is gradient accumulation
     fsdp: int = 1  # devices over which each copy of the weights and optimizer state is spread; 1: every device has all
+    shard_optimizer: bool = False  # optimizer state and averages spread over all devices, whatever fsdp is (ZeRO)
     seed: int = 1337  # of the initial weights and of data.shuffle
     log_every: int = 1  # steps between lines of metrics
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end

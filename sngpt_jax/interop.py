@@ -33,9 +33,9 @@ from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.model_source import open_model
-from sngpt_jax.parallel import make_mesh, path_name, state_shardings
+from sngpt_jax.parallel import make_mesh, path_name
 from sngpt_jax.recipe import Overrides, parse_command
-from sngpt_jax.step import Params, TrainState
+from sngpt_jax.step import Params, TrainState, shardings
 from sngpt_jax.step import begin as begin_state
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -283,7 +283,7 @@ def initial_state(config: Config, params: Params, mesh: Mesh) -> TrainState:
     def state(params: Params) -> TrainState:
         return begin_state(config, params)
 
-    return jax.jit(state, out_shardings=state_shardings(mesh, jax.eval_shape(state, params)))(params)
+    return jax.jit(state, out_shardings=shardings(config, mesh, jax.eval_shape(state, params)))(params)
 
 
 def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer | None) -> Path:

@@ -265,9 +265,9 @@ class Run:
         """The last step's weights and the averages of them that hold something by now, with the statistics."""
         found: dict[Weights, Variables] = {"final": self.state.variables()}
         if self.state.swa is not None and int(self.state.swa.count):
-            found["swa"] = self.state.variables(averaged_weights(self.state.swa))
+            found["swa"] = self.state.variables(averaged_weights(self.state.swa, self.mesh))
         if self.state.ema is not None:
-            found["ema"] = self.state.variables(averaged_weights(self.state.ema))
+            found["ema"] = self.state.variables(averaged_weights(self.state.ema, self.mesh))
         return found
 
     def finish(self, directory: Path) -> Summary:

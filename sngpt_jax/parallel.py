@@ -2,8 +2,9 @@
 
 The mesh has two axes. The batch is split over both. Along `fsdp` the devices share out the parameters, and all that is kept
 beside them in their shapes: gradients, optimizer state, averages. A step gathers the weights once, computes with whole ones,
-and scatters the gradient once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). `gather` and `reduce_mean` do so inside
-`jax.shard_map`, so that neither depends on what a partitioner makes of a loop.
+and scatters the gradient once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). With `train.shard_optimizer` what is kept
+beside the parameters is shared out over both axes instead, whatever becomes of the parameters (ZeRO's second stage). `gather`
+and `reduce_mean` do so inside `jax.shard_map`, so that neither depends on what a partitioner makes of a loop.
 """
 
 import math
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from sngpt_jax.cli import UserError
 
 BATCH_AXES = ("data", "fsdp")
+PARAMETER_AXES = ("fsdp",)
+ALL_AXES = ("fsdp", "data")  # fsdp first: a device's piece of what is split over both is a part of its piece of the parameter
 
 _LEAST_ELEMENTS = 2**12  # of an array that is worth a collective operation of its own
 
@@ -42,44 +45,49 @@ def path_name(path: tuple[Any, ...]) -> str:
 # ---------------------------------------------------------------------------------------------- parameters and their like
 
 
-def partition_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
-    """How an array of this shape is laid out: along which of its axes, if any, it is split over `fsdp`.
+def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = PARAMETER_AXES) -> P:
+    """How an array of this shape is laid out: along which of its axes, if any, it is split over the mesh's axes `over`.
 
     Split is the largest axis that the devices divide. Of equal ones it is the first: pieces of that are contiguous in memory,
     so that gathering them moves nothing twice. Vectors, scalars and arrays of fewer than 4,096 elements stay whole.
 
-    The shape alone decides, so that a parameter's moments and averages lie where it lies.
+    The shape alone decides, so that a parameter's moments and averages lie where it lies, and that matrices of equal shape,
+    which Muon stacks, lie alike. Rules by path would say the same of every path.
     """
-    size = mesh.shape["fsdp"]
+    size = math.prod(mesh.shape[name] for name in over)
     if size == 1 or len(shape) < 2 or math.prod(shape) < _LEAST_ELEMENTS:
         return P()
     divisible = [axis for axis, length in enumerate(shape) if length % size == 0]
     if not divisible:
         return P()
     split = max(divisible, key=lambda axis: shape[axis])  # the first of equals
-    return P(*(None,) * split, "fsdp")
+    return P(*(None,) * split, over if len(over) > 1 else over[0])
 
 
-def partition_specs(mesh: Mesh, tree: Any) -> Any:
+def partition_specs(mesh: Mesh, tree: Any, over: tuple[str, ...] = PARAMETER_AXES) -> Any:
     """The `partition_spec` of every leaf of `tree`, arrays or their abstract forms."""
-    return jax.tree.map(lambda leaf: partition_spec(mesh, np.shape(leaf)), tree)
+    return jax.tree.map(lambda leaf: partition_spec(mesh, np.shape(leaf), over), tree)
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A `NamedSharding` for every leaf of `tree` (parameters, or a whole training state), by `partition_spec`."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(mesh, np.shape(leaf))), tree)
+def state_shardings(mesh: Mesh, tree: Any, over: tuple[str, ...] = PARAMETER_AXES) -> Any:
+    """A `NamedSharding` for every leaf of `tree` (parameters, or what is kept beside them), by `partition_spec`."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(mesh, np.shape(leaf), over)), tree)
 
 
-def _split_axis(spec: P) -> int | None:
-    return spec.index("fsdp") if "fsdp" in spec else None
+def split_of(spec: P) -> tuple[int, tuple[str, ...]] | None:
+    """Which axis of an array a `partition_spec` splits, and over which axes of the mesh; None where it splits none."""
+    for axis, names in enumerate(spec):
+        if names is not None:
+            return axis, (names,) if isinstance(names, str) else tuple(names)
+    return None
 
 
 def gather(tree: Any, specs: Any) -> Any:
     """Each device's pieces of arrays laid out by `specs` → the whole arrays. Inside `shard_map` with `check_vma=False`."""
 
     def whole(piece: jax.Array, spec: P) -> jax.Array:
-        axis = _split_axis(spec)
-        return piece if axis is None else jax.lax.all_gather(piece, "fsdp", axis=axis, tiled=True)
+        split = split_of(spec)
+        return piece if split is None else jax.lax.all_gather(piece, split[1], axis=split[0], tiled=True)
 
     return jax.tree.map(whole, tree, specs)
 
@@ -91,12 +99,14 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
     """
 
     def mean(x: jax.Array, spec: P) -> jax.Array:
-        axis = _split_axis(spec)
-        if axis is None:
+        split = split_of(spec)
+        if split is None:
             return jax.lax.pmean(x, BATCH_AXES)
+        axis, over = split
         # pieces first, so that the devices along `data` exchange 1/fsdp of the bytes
-        piece = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(piece, "data") / jax.lax.axis_size(BATCH_AXES)
+        piece = jax.lax.psum_scatter(x, over, scatter_dimension=axis, tiled=True)
+        rest = tuple(name for name in BATCH_AXES if name not in over and jax.lax.axis_size(name) > 1)
+        return jax.lax.psum(piece, rest) / jax.lax.axis_size(BATCH_AXES)
 
     return jax.tree.map(mean, tree, specs)
 

@@ -65,7 +65,8 @@ def read_config(run_dir: Path) -> Config:
 def claim(run_dir: Path, config: Config) -> Iterator[None]:
     """Holds `run_dir` for one training process.
 
-    Refuses a directory that another process is training in, or whose run has another configuration; `train.fsdp` may differ.
+    Refuses a directory that another process is training in, or whose run has another configuration; `train.fsdp` and
+    `train.shard_optimizer` may differ.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,10 +82,10 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
             raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
         if config_path(run_dir).exists():
             changed = differences(read_config(run_dir), config)
-            layout = [line for line in changed if line.startswith("train.fsdp:")]  # a checkpoint fits any
+            layout = [line for line in changed if line.startswith(("train.fsdp:", "train.shard_optimizer:"))]  # fits any
             changed = [line for line in changed if line not in layout]
             if layout and not changed:
-                logger.info(f"{run_dir} goes on with another layout of its weights: {layout[0]}")
+                logger.info(f"{run_dir} goes on with another layout of its state: {'; '.join(layout)}")
             if changed:
                 raise UserError(
                     f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"
@@ -162,7 +163,7 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
             f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
             " take a later --step or --weights final"
         )
-    params = found if weights == "final" else averaged_weights(found)
+    params = found if weights == "final" else averaged_weights(found, mesh)
     kept = tokenizer_path(run_dir)
     return TrainedModel(
         config,

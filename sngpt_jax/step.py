@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import chex
@@ -23,7 +23,7 @@ from sngpt_jax.optim import averaging, qat
 from sngpt_jax.optim.averaging import SWA
 from sngpt_jax.optim.groups import clip, make_optimizer
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.parallel import BATCH_AXES, gather, partition_specs, reduce_mean, state_shardings
+from sngpt_jax.parallel import ALL_AXES, BATCH_AXES, PARAMETER_AXES, gather, partition_specs, reduce_mean, state_shardings
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
 Variables = dict[str, Any]  # the same with the statistics of sparse codes in their places: all that a model computes with
@@ -153,13 +153,24 @@ def begin(config: Config, params: Params) -> TrainState:
     )
 
 
+def _kept_over(config: Config) -> tuple[str, ...]:
+    """The mesh's axes over which gradients, optimizer state and averages are split."""
+    return ALL_AXES if config.train.shard_optimizer else PARAMETER_AXES
+
+
+def shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
+    """Where each array of a training state lies, in the state's tree; `state` may be abstract."""
+    kept = {name: getattr(state, name) for name in ("opt_state", "ema", "swa")}
+    return replace(state_shardings(mesh, state), **state_shardings(mesh, kept, _kept_over(config)))
+
+
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """The state before the first step, each array born on the devices that keep it."""
 
     def init() -> TrainState:
         return begin(config, init_params(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0)))
 
-    return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
+    return jax.jit(init, out_shardings=shardings(config, mesh, jax.eval_shape(init)))()
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -168,7 +179,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(mesh, shapes),
+        shardings(config, mesh, shapes),
     )
 
 
@@ -178,6 +189,8 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
     Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
     gradient would reduce in every turn. Weights that are spread over `fsdp` are gathered once, before the first microbatch.
+    Where gradients and what is kept beside the weights are split, each device gets its pieces of the mean and no more, and
+    updates those; Muon's matrices are dealt out to the devices (`optim.stacks`).
     Sparse codes see the statistics of the steps before; theirs are updated once, from a sample of all microbatches and
     devices. `controls` are what the host decides for the step; they are traced, so that a schedule driven by the clock
     compiles once. The state passed in is donated.
@@ -185,7 +198,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     o, d = config.optim, config.data
     mean_loss = _with_taps(config.model, loss.mean_loss)
     shapes = jax.eval_shape(lambda: init_state(config, mesh))
-    layout = partition_specs(mesh, shapes.params)
+    layout, scattered = partition_specs(mesh, shapes.params), partition_specs(mesh, shapes.params, _kept_over(config))
 
     def loss_fn(params: Params, statistics: Params, *batch: jax.Array) -> tuple[jax.Array, Taps | None]:
         return mean_loss(join(params, statistics), *batch)
@@ -208,12 +221,12 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             with jax.named_scope("statistics"):
                 taps = jax.tree.map(lambda x_ALBP: jnp.swapaxes(x_ALBP, 0, 1), taps)
                 statistics = cayley.update_statistics(statistics, taps, step, BATCH_AXES)
-        return jax.lax.pmean(loss, BATCH_AXES), reduce_mean(grads, layout), statistics
+        return jax.lax.pmean(loss, BATCH_AXES), reduce_mean(grads, scattered), statistics
 
     rows = P(None, BATCH_AXES)
     # check_vma would insert a reduction into every microbatch's gradient, since the parameters are the same everywhere
     global_mean = jax.shard_map(
-        local_mean, mesh=mesh, in_specs=(layout, P(), P(), P(), rows, rows), out_specs=(P(), layout, P()), check_vma=False
+        local_mean, mesh=mesh, in_specs=(layout, P(), P(), P(), rows, rows), out_specs=(P(), scattered, P()), check_vma=False
     )
 
     def train_step(state: TrainState, batch: Batch, controls: StepControls) -> tuple[TrainState, Metrics]:
@@ -230,9 +243,11 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
                 params, state.statistics, state.step + 1, tapped_P, batch["inputs"], batch["targets"]
             )
         with jax.named_scope("optimizer"):
-            optimizer = make_optimizer(o, state.params)
+            optimizer = make_optimizer(o, state.params, mesh, _kept_over(config))
             rates = {"lr_multiplier": controls.lr_multiplier, "adam_lr_multiplier": controls.adam_lr_multiplier}
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **rates)
+            # whole again before they are added, where weights are: that and no weight is what the devices exchange
+            updates = jax.lax.with_sharding_constraint(updates, state_shardings(mesh, updates))
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("averages"):
             ema = averaging.update_ema(state.ema, params, o.ema_decay) if state.ema is not None else None
@@ -241,7 +256,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         return TrainState(state.step + 1, params, opt_state, state.key, ema, swa, statistics), metrics
 
     # the state comes back laid out as it went in, so that the compiled step can be called on its own result
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(mesh, shapes), NamedSharding(mesh, P())))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(config, mesh, shapes), NamedSharding(mesh, P())))
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh, readings: tuple[str, ...] = ("nll",)) -> jax.stages.Wrapped:

@@ -10,7 +10,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.parallel import BATCH_AXES, gather, make_mesh, partition_spec, partition_specs, reduce_mean, state_shardings
+from sngpt_jax.parallel import (
+    ALL_AXES,
+    BATCH_AXES,
+    PARAMETER_AXES,
+    gather,
+    make_mesh,
+    partition_spec,
+    partition_specs,
+    reduce_mean,
+    state_shardings,
+)
 
 SHAPES = {
     "table": (331, 64),  # a prime number of tokens
@@ -69,6 +79,18 @@ def test_layouts_of_real_shapes(shape, spec):
     assert partition_spec(make_mesh(), shape) == P()
 
 
+def test_a_piece_over_all_devices_is_a_part_of_the_piece_over_fsdp():
+    mesh = make_mesh(fsdp=2)
+    assert partition_spec(mesh, (64, 256), ALL_AXES) == P(None, ALL_AXES)
+    parts, pieces = (
+        NamedSharding(mesh, partition_spec(mesh, (64, 256), over)).devices_indices_map((64, 256))
+        for over in (ALL_AXES, PARAMETER_AXES)
+    )
+    for device, (_, part) in parts.items():
+        piece = pieces[device][1]
+        assert part.stop - part.start == 256 // 8 and piece.start <= part.start and part.stop <= piece.stop
+
+
 @given(st.lists(st.integers(0, 4096), max_size=4).map(tuple), st.sampled_from([1, 2, 4, 8]))
 def test_a_layout_splits_at_most_one_axis_and_evenly(shape, fsdp):
     mesh = make_mesh(fsdp=fsdp)
@@ -114,11 +136,13 @@ def test_gathered_pieces_are_the_whole(fsdp):
         np.testing.assert_array_equal(got, np.broadcast_to(tree[name], (8, *SHAPES[name])), err_msg=name)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_the_mean_of_all_devices_lies_where_the_parameters_lie(fsdp):
+@pytest.mark.parametrize(
+    ("fsdp", "over"), [(1, PARAMETER_AXES), (2, PARAMETER_AXES), (8, PARAMETER_AXES), (1, ALL_AXES), (2, ALL_AXES)]
+)
+def test_the_mean_of_all_devices_lies_where_its_parameters_or_moments_lie(fsdp, over):
     mesh, tree = make_mesh(fsdp=fsdp), values(1, devices=(8,))
     shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()}
-    specs = partition_specs(mesh, shapes)
+    specs = partition_specs(mesh, shapes, over)
     mean = jax.shard_map(
         lambda each: reduce_mean(jax.tree.map(lambda x: x[0], each), specs),
         mesh=mesh,
@@ -127,7 +151,7 @@ def test_the_mean_of_all_devices_lies_where_the_parameters_lie(fsdp):
         check_vma=False,
     )
     means = jax.jit(mean)(tree)
-    for name, sharding in state_shardings(mesh, shapes).items():
+    for name, sharding in state_shardings(mesh, shapes, over).items():
         got = means[name]
         assert got.sharding.is_equivalent_to(sharding, got.ndim), name
         want = tree[name].mean(0, dtype=np.float64)
@@ -135,5 +159,5 @@ def test_the_mean_of_all_devices_lies_where_the_parameters_lie(fsdp):
         for shard in got.addressable_shards:  # also those that make up no part of the array as it is read
             np.testing.assert_allclose(shard.data, want[shard.index], rtol=0, atol=1e-6, err_msg=name)
     text = jax.jit(mean).lower(tree).as_text()
-    assert text.count("stablehlo.reduce_scatter") == (len(SPLIT) if fsdp > 1 else 0)
+    assert text.count("stablehlo.reduce_scatter") == (len(SPLIT) if fsdp > 1 or over == ALL_AXES else 0)
     assert "stablehlo.all_gather" not in text

@@ -62,7 +62,7 @@ def test_an_average_that_is_not_there_is_an_error(run, step, weights, said):
 
 def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny_recipe):
     config = load(str(tiny_recipe))
-    spread = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4))
+    spread = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4, shard_optimizer=True))
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4, seed=1))
     run_directory.begin(tmp_path, config, None)
     with run_directory.claim(tmp_path, spread):

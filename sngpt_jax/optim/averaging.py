@@ -8,15 +8,17 @@ and table) are in `average_table_dtype`. bfloat16 there is what some published r
 moves only where an update exceeds its last bit, 1/256 of it or so. All arithmetic is float32; only what is kept is rounded.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim.groups import group_of
-from sngpt_jax.parallel import path_name
+from sngpt_jax.parallel import path_name, state_shardings
 
 
 def _dtypes(config: OptimConfig, params: optax.Params) -> optax.Params:
@@ -73,7 +75,8 @@ def update_swa(swa: SWA, params: optax.Params, take: jax.typing.ArrayLike) -> SW
     return SWA(count=count, mean=jax.tree.map(update, swa.mean, params))
 
 
-def averaged_weights(average: optax.Params | SWA) -> optax.Params:
-    """The weights that an EMA or the mean of an `SWA` stands for, float32 as the model's own."""
+def averaged_weights(average: optax.Params | SWA, mesh: Mesh) -> optax.Params:
+    """The weights that an EMA or the mean of an `SWA` stands for, float32 and laid out over `mesh` as the model's own."""
     mean = average.mean if isinstance(average, SWA) else average
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mean)
+    as_float32 = functools.partial(optax.tree.cast, dtype=jnp.float32)
+    return jax.jit(as_float32, out_shardings=state_shardings(mesh, mean))(mean)

@@ -10,10 +10,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import muon, schedules
-from sngpt_jax.parallel import path_name
+from sngpt_jax.parallel import PARAMETER_AXES, path_name
 
 # Whole path -> group, first match wins. Among the parameters with two axes the matrices of the blocks and those behind the
 # bigram and value tables are linear maps that Muon can orthogonalize. Tables and sets of per-channel weights are none.
@@ -97,13 +98,19 @@ def _scale_by_lr_multiplier(rule: Literal["muon", "adam"]) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimConfig,
+    params: optax.Params,
+    mesh: Mesh | None = None,
+    kept_over: tuple[str, ...] = PARAMETER_AXES,
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract shapes.
 
     `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with `grad_clip_scope` = device it leaves
     that to each device), applies each group's rule, and returns what `optax.apply_updates` adds. The scalar `lr_multiplier`,
     and `adam_lr_multiplier` where Adam's groups have another, may be traced: the host computes them for each step
-    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew.
+    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew. With `mesh` its devices share out
+    Muon's work; gradients and moments are then laid out by `partition_specs(mesh, …, kept_over)`.
     """
 
     def rule(group: Group) -> optax.GradientTransformation:
@@ -113,6 +120,10 @@ def make_optimizer(config: OptimConfig, params: optax.Params) -> optax.GradientT
                 config.newton_schulz_steps,
                 jnp.dtype(config.newton_schulz_dtype),
                 jnp.dtype(config.muon_momentum_dtype),
+                coefficients=config.muon_coefficients,
+                neuron_beta2=config.normuon_beta2,
+                mesh=mesh,
+                kept_over=kept_over,
             )
         else:
             direction = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)

@@ -56,8 +56,7 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     batch = 4 * config.data.batch_tokens // devices
     assert state // spread <= found["memory"]["arguments"] - batch <= 1.05 * state / spread + 4096
 
-    optimizer = plan["flops_per_step"]["optimizer"]  # of every device, but for what the compiler deals out of spread matrices
-    model = plan["flops_per_step"]["model"] / devices + (optimizer if spread == 1 else optimizer / devices)
+    model = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"]) / devices
     assert 0.98 * model <= found["flops"] <= 1.4 * model  # the loss of chunks, samples and recomputation come on top
 
     kernels = found["kernels"]

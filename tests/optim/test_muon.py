@@ -95,6 +95,60 @@ def test_leading_axes_are_a_stack_and_zero_stays_zero():
     assert not result.any()
 
 
+# ---------------------------------------------------------------------------------------------- Polar Express
+
+
+def iterated(s, polynomials):
+    for a, b, c in polynomials:
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+def test_polar_express_is_the_best_quintic_of_each_interval():
+    """Chebyshev: an odd quintic is the best approximation of a constant where it swings four times, in turn, as far to both
+    sides of it.
+
+    The intervals follow from the first, [0.001, 1]: each is the range of the polynomials before. While one is wide, its lower
+    end is taken no lower than 0.0241 of the upper one, which the paper does so that small singular values grow faster, and
+    the quintic is scaled so that the range over the whole interval has its middle at 1.
+    """
+    low, high, safety = 1e-3, 1.0, 1.01
+    polynomials = muon.polynomials("polar_express", 9)
+    for a, b, c in polynomials[:6]:
+        a, b, c = a * safety, b * safety**3, c * safety**5
+        turns = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a])))
+        swings = iterated(np.array([max(low, 0.0240732743 * high), *turns, high]), [(a, b, c)])
+        swings -= swings.mean()
+        np.testing.assert_allclose(swings, swings[-1] * np.array([-1, 1, -1, 1]), rtol=1e-4)
+        reached = iterated(np.linspace(low, high, 100_001), [(a, b, c)])
+        low, high = reached.min(), reached.max()
+        assert low + high == pytest.approx(2, abs=1e-6)
+    assert polynomials[7] == polynomials[8] == (1.875, -1.25, 0.375)
+    assert muon.polynomials("quintic", 3) == [COEFFICIENTS] * 3
+
+
+@pytest.mark.parametrize(("steps", "low", "high"), [(3, 0.13, 1.87), (5, 0.84, 1.13), (6, 0.99, 1.01), (8, 0.9999, 1.0001)])
+def test_range_of_polar_express(steps, low, high):
+    """Of a matrix with singular values from 0.001 to 1 of its norm, in numpy and in the products."""
+    reached = iterated(np.geomspace(1e-3, 1.0, 100_001), muon.polynomials("polar_express", steps))
+    assert low < reached.min() and reached.max() < high
+    matrix, polar = conditioned((96, 32), smallest=0.01)  # 0.0025 of the norm
+    result = np.asarray(muon.newton_schulz(jnp.asarray(matrix), steps, jnp.float32, "polar_express"), np.float64)
+    u, s, vt = np.linalg.svd(np.float64(matrix), full_matrices=False)
+    s = iterated(s / np.linalg.norm(s), muon.polynomials("polar_express", steps))
+    np.testing.assert_allclose(result, u * s @ vt, atol=5e-5)
+    if steps >= 5:
+        quintic = muon.newton_schulz(jnp.asarray(matrix), steps, jnp.float32)
+        assert np.linalg.norm(result - polar) < 0.6 * np.linalg.norm(quintic - polar)
+
+
+def test_polar_express_in_bfloat16_stays_bounded():
+    matrix = jnp.asarray(conditioned((64, 96), smallest=0.01)[0])
+    for steps in (5, 7, 12):
+        singular = np.linalg.svd(np.asarray(muon.newton_schulz(matrix, steps, jnp.bfloat16, "polar_express")), compute_uv=False)
+        assert 0.8 < singular.min() and singular.max() < 1.2
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 def test_every_product_is_a_batched_one_in_the_dtype(dtype, name):
     jaxpr = jax.make_jaxpr(lambda x: muon.newton_schulz(x, 2, dtype))(jnp.zeros((3, 8, 6))).jaxpr
@@ -172,7 +226,9 @@ def test_one_stack_for_each_shape():
     transformation = muon.scale_by_muon(0.9, ns_steps=5)
     params = random_tree(0)
     text = str(jax.make_jaxpr(transformation.update)(params, transformation.init(params)))
-    assert text.count("dot_general") == 3 * 5 * 3  # products, steps, shapes: three matrices share a stack
+    assert (
+        text.count("dot_general") == 3 * 5 * 2
+    )  # products, steps, shapes: four matrices share a stack, one of them transposed
 
 
 def test_descends_a_quadratic():
@@ -224,3 +280,28 @@ def test_bfloat16_momentum_is_rounded_only_where_it_is_kept():
         np.testing.assert_array_equal(state.momentum["w"], exact.astype(ml_dtypes.bfloat16))
         expected = quintic_on_singular_values(grad + 0.9 * exact, 1) * np.sqrt(12 / 8)
         np.testing.assert_allclose(updates["w"], expected, atol=1e-5)
+
+
+def test_normuon_evens_out_the_neurons_and_keeps_the_norm():
+    """Two updates in float64: running mean squares of the columns, the division, and the norm of the orthogonal matrix."""
+    transformation = muon.scale_by_muon(0.0, ns_steps=5, ns_dtype=jnp.float32, neuron_beta2=0.8)
+    shape, running = (12, 30), np.zeros(30)
+    state = transformation.init({"w": jnp.zeros(shape)})
+    for seed in range(2):
+        grad = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        updates, state = jax.jit(transformation.update)({"w": jnp.asarray(grad)}, state)
+        orthogonal = quintic_on_singular_values(grad, 5)
+        running = 0.8 * running + 0.2 * np.mean(orthogonal**2, axis=0)
+        evened = orthogonal / np.sqrt(running)
+        evened *= np.linalg.norm(orthogonal) / np.linalg.norm(evened)
+        np.testing.assert_allclose(updates["w"], evened * np.sqrt(30 / 12), atol=1e-4)
+        np.testing.assert_allclose(state.neuron_squares["w"], running, rtol=1e-4)
+    assert np.ptp(np.linalg.norm(orthogonal, axis=0)) > 1.5 * np.ptp(np.linalg.norm(evened, axis=0))
+
+
+def test_normuon_leaves_zeros_alone_and_is_no_state_unless_asked_for():
+    params = {"w": jnp.zeros((4, 6))}
+    transformation = muon.scale_by_muon(0.9, neuron_beta2=0.95)
+    updates, state = transformation.update(params, transformation.init(params))
+    assert not np.any(updates["w"]) and not np.any(state.neuron_squares["w"])
+    assert len(jax.tree.leaves(muon.scale_by_muon(0.9).init(params))) == 2
