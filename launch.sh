@@ -57,6 +57,10 @@ if [ "$command" = prepare ]; then
   case " $* " in *" --executor"[=\ ]local* | *" --executor"[=\ ]slurm*) wanted+=(datatrove) ;; esac
 fi
 
+if [ "$command" = bench ] && [[ " $* " == *" --against torch "* || " $* " == *" --against=torch "* ]]; then
+  wanted+=(torch)
+fi
+
 # What is installed is remembered in one file a part, named after what it came from: this checkout's place and its
 # pyproject.toml. As long as the files are there, nothing is asked of pip.
 stamp="$venv/.installed-$( (cat "$here/pyproject.toml" && echo "$here") | cksum | cut -d ' ' -f 1)"

@@ -3,8 +3,7 @@
     ./launch.sh train --config configs/quickstart.py
 
 Learns a tokenizer, prepares the text, trains, validates and prints a sample, in under 5 minutes on 2 CPU cores.
-The tokenizer keeps every byte of whitespace, which is syntax here. A microbatch is small so that its activations stay in
-a CPU's cache; on one GPU add --train.device-batch-tokens 2048.
+The tokenizer keeps every byte of whitespace, which is syntax here.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -36,6 +35,6 @@ config = Config(
         seq_len=256,
         shuffle=True,
     ),
-    train=TrainConfig(steps=400, device_batch_tokens=1024, checkpoint_every=100),
+    train=TrainConfig(steps=400, device_batch_tokens=2048, checkpoint_every=100),
     eval=EvalConfig(every=100, tokens=65_536, device_batch_tokens=4096, sample_prompt="def ", sample_tokens=120),
 )

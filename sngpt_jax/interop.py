@@ -214,7 +214,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch  # type: ignore[import-not-found]  # an extra that need not be there
+        import torch  # an extra that need not be there
     except ImportError:
         raise InteropError(
             f"{path}: reading it needs PyTorch, which is not installed; run: {cli.command('pip', 'install', 'torch')}"

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.dispatch import Device, current_device, targeting
+from sngpt_jax import compiler
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.model import cayley, loss
 from sngpt_jax.model.cayley import Statistic, Taps
@@ -256,7 +257,12 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         return TrainState(state.step + 1, params, opt_state, state.key, ema, swa, statistics), metrics
 
     # the state comes back laid out as it went in, so that the compiled step can be called on its own result
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings(config, mesh, shapes), NamedSharding(mesh, P())))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings(config, mesh, shapes), NamedSharding(mesh, P())),
+        compiler_options=compiler.options(config.train, current_device()),
+    )
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh, readings: tuple[str, ...] = ("nll",)) -> jax.stages.Wrapped:

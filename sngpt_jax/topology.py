@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import hlo, targets
 from kernels.dispatch import targeting
 from kernels.targets import Target
+from sngpt_jax import compiler
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, microbatches
 from sngpt_jax.optim.schedules import step_controls
@@ -78,7 +79,7 @@ def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
     start = time.perf_counter()
     with targeting(target.device):
         traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, controls)
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=targets.COMPILER_OPTIONS)
+        compiled = compiler.compile_step(traced.lower(lowering_platforms=("cuda",)), targets.COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
     return CompiledStep(
         device_batch_tokens=data.batch_tokens // accumulation // count,

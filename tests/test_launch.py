@@ -110,6 +110,17 @@ def test_evaluate_needs_more_for_caches_and_for_tasks_without_a_file(checkout, a
     assert installed(calls) == ([f"{checkout}[eval]"] if needed else [])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [([], False), (["--against", "none"], False), (["--against", "torch"], True), (["--against=torch"], True)],
+)
+def test_bench_needs_torch_where_it_is_held_against_it(checkout, arguments, needed):
+    launch(checkout, "train")
+    done, calls = launch(checkout, "bench", "--config", "quickstart", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert installed(calls) == ([f"{checkout}[torch]"] if needed else [])
+
+
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
     write_executable(checkout.parent / "tools" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n")
     assert installed(launch(checkout, "train")[1]) == [f"{checkout}[cuda13]"]

@@ -1,11 +1,15 @@
 """The clock without its pauses, and signals that wait for a step's end."""
 
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from sngpt_jax.runtime import Profiler, StopSignals, Stopwatch
+from tests.tiny_run import ROOT, environment
 
 
 def test_the_stopwatch_leaves_out_pauses():
@@ -75,3 +79,30 @@ def traced(monkeypatch, folder, window, first, last):
 )
 def test_the_profiler_runs_from_first_to_last(monkeypatch, tmp_path, window, first, want):
     assert traced(monkeypatch, tmp_path, window, first, 5) == want
+
+
+MEMORY = """
+import resource, sys
+import jax, jax.numpy as jnp
+from sngpt_jax.runtime import keep_working_memory
+if sys.argv[1] == "kept":
+    keep_working_memory()
+program = jax.jit(lambda x: jnp.sum(jax.lax.optimization_barrier(x + 1.0)))  # writes 64 MB, and reads them
+x = jnp.ones(1 << 24)
+for _ in range(3):
+    program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    program(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's heap")
+def test_a_program_finds_the_memory_of_the_call_before():
+    def page_faults(how):
+        done = subprocess.run([sys.executable, "-c", MEMORY, how], env=environment(), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    assert page_faults("kept") < 1000 < 10_000 < page_faults("as jax does")

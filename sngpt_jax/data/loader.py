@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, SupportsIndex, TypeVar
+from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
 
 import grain
 import numpy as np
@@ -108,8 +108,16 @@ class Loader(Iterator[T], Generic[T]):
         self.close()
 
 
+class Batches(Protocol):
+    """Batches on the host by step, {"inputs", "targets"} [B, T]: `GlobalBatches`, or others in their place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]: ...
+
+
 def make_loader(
-    batches: GlobalBatches,
+    batches: Batches,
     place: Callable[[dict[str, np.ndarray]], T],
     *,
     num_steps: int,

@@ -19,7 +19,7 @@ from flax import nnx
 from kernels import xsa
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import chosen_by, rms_norm
+from sngpt_jax.model.layers import rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -123,7 +123,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         D, H, K, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.num_heads, self.num_kv_heads, self.norm_eps, self.scale = H, K, config.norm_eps, h**-0.5
+        self.num_heads, self.num_kv_heads, self.head_dim = H, K, h
+        self.norm_eps, self.scale = config.norm_eps, h**-0.5
         self.implementation = None if config.attention == "auto" else config.attention
         self.exclusive = layer >= config.num_layers - config.xsa_layers
         self.qk_norm, self.gated, self.mixes_values = config.qk_norm, config.attention_gate, config.value_residual
@@ -139,6 +140,19 @@ class Attention(nnx.Module):
         if self.mixes_values:
             self.value_mix = nnx.Param(0.5 * init.ones((2,)))
 
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
+
+        Where they are normalized next, one product makes all: fewer and larger products, and the input is read once. Where
+        they go straight to the attention, taking them apart would be a pass of its own over them.
+        """
+        H, K = self.num_heads, self.num_kv_heads
+        weights = [weight[...].astype(x_BTD.dtype) for weight in (self.query, self.key, self.value)]
+        products = [x_BTD @ jnp.concatenate(weights, axis=1)] if self.qk_norm else [x_BTD @ weight for weight in weights]
+        heads = [product.reshape(*x_BTD.shape[:2], -1, self.head_dim) for product in products]
+        q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if self.qk_norm else heads
+        return q_BTHh, k_BTKh, v_BTKh
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -153,17 +167,13 @@ class Attention(nnx.Module):
         """
         B, T, _ = x_BTD.shape
 
-        def heads(weight: nnx.Param, count: int) -> jax.Array:
-            return (x_BTD @ weight[...].astype(x_BTD.dtype)).reshape(B, T, count, -1)
-
-        q_BTHh, k_BTKh = heads(self.query, self.num_heads), heads(self.key, self.num_kv_heads)
+        q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD)
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
         if positions.rotary:
             q_BTHh, k_BTKh = apply_rotary(q_BTHh, positions.rotary), apply_rotary(k_BTKh, positions.rotary)
         if self.qk_norm:
             q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
-        v_BTKh = heads(self.value, self.num_kv_heads)
         if added_value is not None:
             v_BTKh += added_value
         if self.mixes_values and first_value is not None:
@@ -172,10 +182,9 @@ class Attention(nnx.Module):
         k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
         if k_BSKh is k_BTKh:
-            with chosen_by("attention"):
-                y_BTHh = xsa.attention(
-                    q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
-                )
+            y_BTHh = xsa.attention(
+                q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
+            )
         else:
             _announce_single_positions()
             y_BTHh = xsa.masked_attention(q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale)

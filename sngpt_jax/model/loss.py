@@ -101,13 +101,11 @@ def token_readings(
 def mean_loss(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int) -> jax.Array:
     """The mean of `token_losses`, a float32 scalar, differentiable in x and the table in reverse mode.
 
-    With a chunk the gradients are computed together with the loss, where it is differentiated at all: products in x's
-    dtype accumulated in float32, dx rounded once to x's dtype, dtable summed over the chunks in float32.
+    The gradients are computed together with the loss, where it is differentiated at all: products in x's dtype accumulated
+    in float32, dx rounded once to x's dtype, dtable summed over the chunks in float32.
     """
     chex.assert_shape(targets_BT, x_BTD.shape[:2])
-    if not chunk:
-        return jnp.mean(token_losses(x_BTD, table_VD, targets_BT, cap=cap, chunk=0))
-    return _chunked_mean(cap, chunk, x_BTD, table_VD, targets_BT)
+    return _mean(cap, chunk or targets_BT.size, x_BTD, table_VD, targets_BT)
 
 
 def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
@@ -121,7 +119,7 @@ def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked_mean(cap: float, chunk: int, x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def _mean(cap: float, chunk: int, x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jnp.mean(token_losses(x_BTD, table_VD, targets_BT, cap=cap, chunk=chunk))
 
 
@@ -131,27 +129,37 @@ def _mean_and_gradients(
     tokens, weights_VD = targets_BT.size, table_VD.astype(x_BTD.dtype)
 
     def of_chunk(carry: tuple[jax.Array, jax.Array], batch: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        total, dtable_VD = carry
-        x_1CD, targets_1C, real_1C = batch
-        logits_1CV = logits(x_1CD, weights_VD, cap)
-        losses_1C = optax.softmax_cross_entropy_with_integer_labels(logits_1CV, targets_1C)
+        total, dtable_DV = carry
+        x_CD, targets_C, real_C = (values[0] for values in batch)
+        logits_CV = logits(x_CD[None], weights_VD, cap)[0]
+        # capped logits need no largest one taken off: a sum of 2^16 times exp(64) is a float32
+        shift_C1 = 0.0 if 0 < cap <= 64 else jnp.max(logits_CV, axis=-1, keepdims=True)
+        e_CV = jnp.exp(logits_CV - shift_C1)
+        sum_C1 = jnp.sum(e_CV, axis=-1, keepdims=True)
         # compared in place: a one-hot array or a scatter would be one more pass over V
-        hit_1CV = jax.lax.broadcasted_iota(targets_1C.dtype, logits_1CV.shape, 2) == targets_1C[..., None]
-        p_1CV = jax.nn.softmax(logits_1CV)
-        d_1CV = jnp.where(hit_1CV, p_1CV - 1.0, p_1CV)
+        hit_CV = jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
+        target_C = jnp.sum(logits_CV, axis=-1, where=hit_CV)
+        losses_C = jnp.log(sum_C1)[:, 0] + jnp.reshape(jnp.broadcast_to(shift_C1, sum_C1.shape), -1) - target_C
+        d_CV = e_CV * (1.0 / sum_C1)
+        d_CV = jnp.where(hit_CV, d_CV - 1.0, d_CV)
         if cap:
-            d_1CV *= 1.0 - jnp.square(logits_1CV / cap)  # the derivative of cap · tanh(z / cap), from its value
-        d_1CV = jnp.where(real_1C[..., None], d_1CV, 0.0).astype(x_1CD.dtype)
-        dx_1CD = jnp.einsum("btv,vd->btd", d_1CV, weights_VD, preferred_element_type=jnp.float32)
-        dtable_VD += jnp.einsum("btv,btd->vd", d_1CV, x_1CD, preferred_element_type=jnp.float32)
-        total += jnp.sum(losses_1C, where=real_1C)
-        return (total, dtable_VD), (dx_1CD / tokens).astype(x_1CD.dtype)
+            d_CV *= 1.0 - jnp.square(logits_CV / cap)  # the derivative of cap · tanh(z / cap), from its value
+        d_CV = jnp.where(real_C[:, None], d_CV, 0.0).astype(x_CD.dtype)
+        dx_CD = jnp.einsum("cv,vd->cd", d_CV, weights_VD, preferred_element_type=jnp.float32)
+        # x transposed, not d: a CPU would copy it, and it is the larger one
+        dtable_DV += jnp.einsum("dc,cv->dv", x_CD.T, d_CV, preferred_element_type=jnp.float32)
+        total += jnp.sum(losses_C, where=real_C)
+        return (total, dtable_DV), (dx_CD / tokens).astype(x_CD.dtype)
 
     batches = (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk), _chunks(jnp.ones(targets_BT.shape, bool), chunk))
-    zero = (jnp.zeros(()), jnp.zeros(table_VD.shape, jnp.float32))
-    (total, dtable_VD), dx_n1CD = jax.lax.scan(of_chunk, zero, batches)
-    dx_BTD = dx_n1CD.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
-    return total / tokens, (dx_BTD, (dtable_VD / tokens).astype(table_VD.dtype))
+    carry = (jnp.zeros(()), jnp.zeros(table_VD.shape[::-1], jnp.float32))
+    if chunk >= tokens:
+        carry, dx = of_chunk(carry, tuple(values[0] for values in batches))
+    else:
+        carry, dx = jax.lax.scan(of_chunk, carry, batches)
+    total, dtable_DV = carry
+    dx_BTD = dx.reshape(-1, x_BTD.shape[-1])[:tokens].reshape(x_BTD.shape)
+    return total / tokens, (dx_BTD, (dtable_DV.T / tokens).astype(table_VD.dtype))
 
 
 def _scale_gradients(
@@ -161,4 +169,4 @@ def _scale_gradients(
     return (cotangent * dx_BTD).astype(dx_BTD.dtype), cotangent.astype(dtable_VD.dtype) * dtable_VD, None
 
 
-_chunked_mean.defvjp(_mean_and_gradients, _scale_gradients)
+_mean.defvjp(_mean_and_gradients, _scale_gradients)

@@ -1,0 +1,215 @@
+"""The compact GPT in PyTorch, as one writes it for speed: what the package's own step is held against.
+
+It computes what `sngpt_jax.model.gpt` does: attention by `scaled_dot_product_attention`, parameters float32 and cast where they
+are used, logits and losses float32. Modules and parameters have our names and our layout, matrices [in, out]. Imported by
+`sngpt_jax.bench` alone: PyTorch is an extra.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sngpt_jax.config import ModelConfig
+from sngpt_jax.model.attention import ntk_base, rotary_tables
+
+ACTIVATIONS = {
+    "relu2": lambda h: F.relu(h).square(),
+    "leaky_relu2": lambda h: F.leaky_relu(h, 0.5).square(),
+    "gelu": F.gelu,
+}
+
+
+def rms_norm(x: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    y = F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return y if scale == 1.0 else scale * y
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+class Attention(nn.Module):
+    def __init__(self, m: ModelConfig, layer: int):
+        super().__init__()
+        D, H, K, h = m.d_model, m.num_heads, m.num_kv_heads, m.head_dim
+        self.m, self.exclusive = m, layer >= m.num_layers - m.xsa_layers
+        self.query, self.key, self.value, self.out = (
+            parameter(D, H * h),
+            parameter(D, K * h),
+            parameter(D, K * h),
+            parameter(H * h, D),
+        )
+        self.q_gain = parameter(H)
+        if m.attention_gate:
+            self.gate_weight, self.gate_bias = parameter(D, H), parameter(H)
+        if m.value_residual:
+            self.value_mix = parameter(2)
+
+    def rotate(self, x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[-1]
+        x1, x2, rest = x_BTHh.split([half, half, x_BTHh.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], added_value: Tensor | None, first_value: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        m, dtype = self.m, x_BTD.dtype
+        B, T, _ = x_BTD.shape
+        H, K, h = m.num_heads, m.num_kv_heads, m.head_dim
+        # one product for the three: fewer and larger than three
+        qkv = x_BTD @ torch.cat([self.query, self.key, self.value], dim=1).to(dtype)
+        q, k, v = (part.unflatten(-1, (-1, h)) for part in qkv.split([H * h, K * h, K * h], dim=-1))
+        q, k = (self.rotate(rms_norm(part, m.norm_eps), *rotary) for part in (q, k))
+        q = q * self.q_gain.to(dtype)[:, None]
+        if added_value is not None:
+            v = v + added_value
+        if m.value_residual and first_value is not None:
+            first, own = self.value_mix.to(dtype).unbind()
+            v = first * first_value + own * v
+        q_BHTh, k_BKTh, v_BKTh = (part.transpose(1, 2) for part in (q, k, v))
+        if x_BTD.is_cuda:
+            y = F.scaled_dot_product_attention(q_BHTh, k_BKTh, v_BKTh, is_causal=True, enable_gqa=H != K).transpose(1, 2)
+        else:  # with enable_gqa a CPU falls back to whole scores: expanded heads reach its flash kernel
+            k_BHTh, v_BHTh = (part.repeat_interleave(H // K, dim=1) for part in (k_BKTh, v_BKTh))
+            y = F.scaled_dot_product_attention(q_BHTh, k_BHTh, v_BHTh, is_causal=True).transpose(1, 2)
+        if self.exclusive:
+            unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
+            grouped = y.float().unflatten(2, (K, H // K))
+            y = (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(dtype)
+        if m.attention_gate:
+            gate = torch.sigmoid((x_BTD @ self.gate_weight.to(dtype)).float() + self.gate_bias)
+            y = y * gate.to(dtype)[..., None]
+        return y.reshape(B, T, H * h) @ self.out.to(dtype), v
+
+
+class MLP(nn.Module):
+    def __init__(self, m: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[m.mlp_activation]
+        self.up, self.down = parameter(m.d_model, m.mlp_dim), parameter(m.mlp_dim, m.d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.activation(x_BTD @ self.up.to(x_BTD.dtype)) @ self.down.to(x_BTD.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, m: ModelConfig, layer: int):
+        super().__init__()
+        self.m, self.norm_scale = m, (layer + 1) ** -0.5 if m.ln_scale else 1.0
+        self.attn, self.mlp = Attention(m, layer), MLP(m)
+        self.resid_mix = parameter(2, m.d_model)
+        self.attn_scale, self.mlp_scale = parameter(m.d_model), parameter(m.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        added_value: Tensor | None = None,
+        first_value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        eps, scale, dtype = self.m.norm_eps, self.norm_scale, x.dtype
+        keep, mix = self.resid_mix.to(dtype).unbind()
+        u = keep * x + mix * x0
+        y, value = self.attn(rms_norm(u, eps, scale), rotary, added_value, first_value)
+        u = u + self.attn_scale.to(dtype) * y
+        return u + self.mlp_scale.to(dtype) * self.mlp(rms_norm(u, eps, scale)), value
+
+
+class Parameters(nn.Module):
+    """Parameters under one name, without anything to compute."""
+
+    def __init__(self, **shapes: tuple[int, ...]):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, parameter(*shape))
+
+
+def previous(x: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
+    if m.bigram_hash == "sum":
+        return (2654435761 * tokens_BT + 40503 * previous(tokens_BT)) % m.bigram_buckets
+    a, b = ((factor * part).to(torch.int32) for factor, part in ((36313, tokens_BT[:, 1:]), (27191, tokens_BT[:, :-1])))
+    pairs = torch.bitwise_xor(a, b) % (m.bigram_buckets - 1)
+    return torch.cat([torch.full_like(pairs[:, :1], m.bigram_buckets - 1), pairs], dim=1)
+
+
+class TorchGPT(nn.Module):
+    """`model(inputs [B, T], targets [B, T])`, int64 → the mean cross-entropy in nats, float32. Its parameters are empty."""
+
+    def __init__(self, m: ModelConfig, seq_len: int, dtype: torch.dtype):
+        super().__init__()
+        self.m, self.dtype, D = m, dtype, m.d_model
+        self.embed = Parameters(table=(m.vocab_size, D))
+        self.blocks = nn.ModuleList([Block(m, layer) for layer in range(m.num_layers)])
+        if m.num_skips:
+            self.skip_weights = parameter(m.num_skips, D)
+        if m.bigram_buckets:
+            scale: dict[str, Any] = {"scale": ()} if m.bigram_scale_init > 0 else {}
+            self.bigram = Parameters(table=(m.bigram_buckets, m.bigram_dim), proj=(m.bigram_dim, D), **scale)
+        if m.smear != "none":
+            self.smear = Parameters(gate=(D,))
+        if m.value_embed_layers:
+            heads = m.num_kv_heads * m.head_dim
+            layers = len(m.value_embed_layers)
+            self.value_embed = Parameters(
+                table=(m.vocab_size, m.value_embed_dim), proj=(m.value_embed_dim, heads), scale=(), layer_scale=(layers,)
+            )
+        if m.recycle_layers:
+            shape = (len(m.recycle_layers), D)
+            self.recycle = Parameters(scale=shape, bias=shape)
+        width = m.rotary_dims
+        tables = rotary_tables(seq_len, width, ntk_base(m.rope_base, width, seq_len, m.rope_ntk_len))
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(name, torch.from_numpy(table)[:, None].to(dtype), persistent=False)
+
+    def smeared(self, x: Tensor, tokens: Tensor) -> Tensor:
+        before = previous(x)
+        if self.m.smear_mask_bos:
+            before = before.masked_fill((tokens == self.m.bos_id)[..., None], 0)
+        return torch.lerp(x, before, torch.sigmoid(self.smear.gate).to(x.dtype))
+
+    def encoded(self, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        m, dtype = self.m, self.dtype
+        x = F.embedding(tokens, self.embed.table).to(dtype)
+        if m.bigram_buckets:
+            rows = F.embedding(hashed_pairs(m, tokens), self.bigram.table).to(dtype)
+            pairs = rows @ self.bigram.proj.to(dtype)
+            x = x + (self.bigram.scale.to(dtype) * pairs if m.bigram_scale_init > 0 else pairs)
+        x = self.smeared(x, tokens) if m.smear == "before_norm" else x
+        x = rms_norm(x, m.norm_eps)
+        x = self.smeared(x, tokens) if m.smear == "after_norm" else x
+        added = {}
+        if m.value_embed_layers:
+            rows = F.embedding(tokens, self.value_embed.table).to(dtype)
+            values = (rows @ self.value_embed.proj.to(dtype)).unflatten(-1, (m.num_kv_heads, m.head_dim))
+            scales = (self.value_embed.scale * self.value_embed.layer_scale).to(dtype)
+            added = {layer: scales[i] * values for i, layer in enumerate(m.value_embed_layers)}
+        return x, added
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        m, rotary = self.m, (self.cos, self.sin)
+        x0, added = self.encoded(inputs)
+        x, first_value = x0, None
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i == m.num_skips:
+                for application, layer in enumerate(m.recycle_layers):
+                    scale, bias = (part[application].to(x.dtype) for part in (self.recycle.scale, self.recycle.bias))
+                    x, _ = self.blocks[layer](scale * x + bias, x0, rotary, first_value=first_value)
+            if i >= m.num_skips and skips:
+                x = x + self.skip_weights[i - m.num_skips].to(x.dtype) * skips.pop()
+            x, value = block(x, x0, rotary, added.get(i), first_value)
+            first_value = value if i == 0 else first_value
+            if i < m.num_skips:
+                skips.append(x)
+        x = rms_norm(x, m.norm_eps).flatten(0, 1)
+        logits = (x @ self.embed.table.to(x.dtype).T).float()
+        if m.logit_soft_cap:
+            logits = m.logit_soft_cap * torch.tanh(logits / m.logit_soft_cap)
+        return F.cross_entropy(logits, targets.flatten())

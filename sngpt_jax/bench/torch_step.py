@@ -1,0 +1,107 @@
+"""A recipe's training step in PyTorch: gradient accumulation, Muon and Adam, as `sngpt_jax.step` and `sngpt_jax.optim` do."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sngpt_jax.bench.torch_model import TorchGPT
+from sngpt_jax.config import Config, OptimConfig, microbatches
+from sngpt_jax.model.layers import compute_dtype
+from sngpt_jax.optim.groups import group_of, groups
+from sngpt_jax.optim.schedules import muon_momentum
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+A, B, C = 3.4445, -4.7750, 2.0315  # Muon's, as in `sngpt_jax.optim.muon`
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """`sngpt_jax.optim.muon.newton_schulz` of a stack [n, rows, columns]."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x.mT if tall else x).float()
+
+
+class Muon:
+    """`sngpt_jax.optim.muon` with a learning rate and decoupled weight decay; matrices of equal shape are one stack."""
+
+    def __init__(self, matrices: list[torch.nn.Parameter], config: OptimConfig):
+        self.config, self.count, self.momentum = config, 0, muon_momentum(config)
+        by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = defaultdict(list)
+        for matrix in matrices:
+            by_shape[tuple(matrix.shape)].append(matrix)
+        self.stacks = [(found, torch.zeros(len(found), *shape, device=found[0].device)) for shape, found in by_shape.items()]
+        self.orthogonalize: Callable[..., Tensor] = newton_schulz
+        self.dtype = DTYPES[config.newton_schulz_dtype]
+
+    @torch.no_grad()
+    def step(self, multiplier: float) -> None:
+        c, mu = self.config, float(self.momentum(self.count))
+        for matrices, buffer in self.stacks:
+            grads = torch.stack([matrix.grad for matrix in matrices])
+            buffer.mul_(mu).add_(grads)
+            directions = self.orthogonalize(grads.add_(buffer, alpha=mu), c.newton_schulz_steps, self.dtype)
+            rows, columns = buffer.shape[1:]
+            lr = c.muon_lr * multiplier
+            if c.muon_weight_decay:
+                torch._foreach_mul_(matrices, 1.0 - lr * c.muon_weight_decay)
+            torch._foreach_add_(matrices, list(directions.unbind()), alpha=-lr * math.sqrt(max(1.0, columns / rows)))
+        self.count += 1
+
+
+class TorchStep:
+    """The training step of a recipe that has no averages and no late quantization; call it once for each batch."""
+
+    def __init__(self, config: Config, params: dict[str, np.ndarray], compiled: bool):
+        """`params` are our own by path, float32. `compiled`: model and orthogonalization go through torch.compile."""
+        o, d = config.optim, config.data
+        self.clip = o.grad_clip
+        self.rows = d.batch_tokens // d.seq_len // microbatches(d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = TorchGPT(config.model, d.seq_len, DTYPES[compute_dtype(config.model).name]).to(self.device)
+        by_group: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
+        for name, p in model.named_parameters():
+            path = name.replace(".", "/")
+            p.data.copy_(torch.tensor(params[path]))
+            p.grad = torch.zeros_like(p)
+            by_group[group_of(path)].append(p)
+        settings = groups(o)
+        self.parameters = list(model.parameters())
+        self.muon = Muon([p for name, found in by_group.items() if settings[name].rule == "muon" for p in found], o)
+        adam = [
+            {"params": found, "lr": settings[name].lr, "peak": settings[name].lr, "weight_decay": settings[name].weight_decay}
+            for name, found in by_group.items()
+            if settings[name].rule == "adam"
+        ]
+        self.adam = torch.optim.AdamW(adam, betas=(o.adam_b1, o.adam_b2), eps=o.adam_eps, fused=True)
+        self.loss = model
+        if compiled:
+            self.loss = torch.compile(model)
+            self.muon.orthogonalize = torch.compile(newton_schulz)
+
+    def __call__(self, batch: dict[str, np.ndarray], lr_multiplier: float, adam_lr_multiplier: float) -> Tensor:
+        """One step on {"inputs", "targets"} [B, T]; returns the mean loss, on the device."""
+        inputs, targets = (
+            torch.from_numpy(batch[name].astype(np.int64)).to(self.device).split(self.rows) for name in ("inputs", "targets")
+        )
+        torch._foreach_zero_([p.grad for p in self.parameters])
+        total = torch.zeros((), device=self.device)
+        for microbatch in zip(inputs, targets, strict=True):
+            loss = self.loss(*microbatch) / len(inputs)
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * adam_lr_multiplier
+        self.adam.step()
+        self.muon.step(lr_multiplier)
+        return total

@@ -1,0 +1,47 @@
+"""What XLA's compiler is told about a training step. The one place for it: no environment variable is needed.
+
+The options go with the jitted step, so that they reach a compilation for devices that are not here too (`plan --topology`).
+What a recipe adds in `train.xla_options` comes last. docs/performance.md has what was tried.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from kernels.dispatch import Device
+from sngpt_jax.config import ConfigError, TrainConfig
+
+Options = dict[str, str | bool | int]
+
+# On a CPU jax 0.10 gives products to YNNPACK, which takes 1.2 to 1.9 times as long as Eigen for those of a small GPT;
+# sums over rows it does better. jax 0.12 has neither on.
+CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+# Collectives start as early and end as late as the data allow. Off by default where XLA has no profile of the program.
+# CUDA graphs (command buffers) are on by default and are left so.
+CUDA: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+# No atomic additions, and no algorithm chosen by timing, which may be another in the next process.
+CUDA_DETERMINISTIC: Options = {"xla_gpu_deterministic_ops": True}
+
+
+def options(train: TrainConfig, device: Device) -> Options:
+    """The compiler options of a recipe's training step on that device."""
+    chosen = dict({"cpu": CPU, "cuda": CUDA}.get(device.platform, {}))
+    if train.deterministic and device.platform == "cuda":
+        chosen |= CUDA_DETERMINISTIC
+    for name, value in (option.split("=", 1) for option in train.xla_options):
+        chosen[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return chosen
+
+
+def compile_step(lowered: jax.stages.Lowered, more: Mapping[str, str | bool | int] | None = None) -> Any:
+    """The compiled step, with `more` options beside its own. Raises `ConfigError` where XLA knows no such option or value."""
+    added: dict[str, Any] = dict(more or {})
+    try:
+        return lowered.compile(compiler_options=added)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" in str(error) or "While setting option" in str(error):
+            raise ConfigError(f"train.xla_options: {error}") from None
+        raise
