@@ -15,9 +15,12 @@ def test_links_and_commands_exist(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
     for command in re.findall(r"\./launch\.sh (\w+)", text):
-        module = {"prepare": "data/prepare", "features": "evaluation/features", "export": "export/__main__"}.get(
-            command, command
-        )
+        module = {
+            "prepare": "data/prepare",
+            "features": "evaluation/features",
+            "export": "export/__main__",
+            "bench": "bench/__main__",
+        }.get(command, command)
         assert command == "test" or (ROOT / "sngpt_jax" / f"{module}.py").exists(), command
     for recipe in re.findall(r"--config (?:configs/)?(\w+)(?:\.py)?", text):
         assert recipe == "runs" or (ROOT / "configs" / f"{recipe}.py").exists(), recipe

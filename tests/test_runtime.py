@@ -87,8 +87,8 @@ import jax, jax.numpy as jnp
 from sngpt_jax.runtime import keep_working_memory
 if sys.argv[1] == "kept":
     keep_working_memory()
-program = jax.jit(lambda x: jnp.sum(jax.lax.optimization_barrier(x + 1.0)))  # writes 64 MB, and reads them
-x = jnp.ones(1 << 24)
+program = jax.jit(lambda x: jnp.sum(x @ x.T))  # of a product that takes 64 MB
+x = jnp.ones((1 << 12, 16))
 for _ in range(3):
     program(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
