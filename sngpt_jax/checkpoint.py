@@ -9,7 +9,6 @@ Old steps are deleted here and not by orbax's preservation policies, which would
 step, before the new step has its record: a kill in between would leave nothing to trust.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from sngpt_jax import processes
 from sngpt_jax.cli import UserError, write_text_atomic
 from sngpt_jax.parallel import path_name
 
@@ -112,6 +112,14 @@ def _verified_record(directory: Path, step: int) -> _Record:
     return record
 
 
+def _is_whole(directory: Path, step: int) -> bool:
+    try:
+        _verified_record(directory, step)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _steps_on_disk(directory: Path) -> list[int]:
     """Steps with a folder or a record, finished or not, ascending."""
     names = {path.name.removesuffix(".json") for path in directory.glob("*")}
@@ -184,7 +192,8 @@ def _load(directory: Path, record: _Record, abstract: Any, parts: Iterable[str] 
     return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
 
 
-def _restore(directory: Path, abstract: Any, step: int | None, parts: Iterable[str] | None) -> Restored | None:
+def _choose(directory: Path, step: int | None) -> int | None:
+    """The step to read: the newest that is whole, or `step` if it is; None where no save was ever finished."""
     candidates = _steps_on_disk(directory)
     if step is not None:
         if step not in candidates:
@@ -194,14 +203,13 @@ def _restore(directory: Path, abstract: Any, step: int | None, parts: Iterable[s
     broken: list[str] = []
     for candidate in reversed(candidates):
         try:
-            record = _verified_record(directory, candidate)
+            _verified_record(directory, candidate)
         except CheckpointError as error:
             broken.append(str(error))
             continue
-        state = _load(directory, record, abstract, parts)
         if broken:
             logger.warning(f"{'; '.join(broken)}; taking {step_folder(directory, candidate)} instead")
-        return Restored(candidate, state, record.extra)
+        return candidate
     if step is not None:
         raise CheckpointError(f"{'; '.join(broken)}; choose another step, or put back a copy of this one")
     if any(_record_path(directory, candidate).exists() for candidate in candidates):
@@ -212,11 +220,20 @@ def _restore(directory: Path, abstract: Any, step: int | None, parts: Iterable[s
     return None
 
 
+def _restore(directory: Path, abstract: Any, step: int | None, parts: Iterable[str] | None) -> Restored | None:
+    chosen = processes.broadcast(lambda: _choose(directory, step))
+    if chosen is None:
+        return None
+    record = _read_record(directory, chosen)
+    return Restored(chosen, _load(directory, record, abstract, parts), record.extra)
+
+
 def restore(directory: Path, abstract_state: Any, step: int | None = None) -> Restored | None:
     """Reads the newest checkpoint that is whole, or that of `step`; None where no save into `directory` was ever finished.
 
-    Every file is verified against the record first. Newer checkpoints that are unfinished or damaged are passed over with a
-    warning that names them and the one taken; a `step` that was asked for is never replaced by another.
+    Every file is verified against the record first, by process 0, whose choice all processes take. Newer checkpoints that are
+    unfinished or damaged are passed over with a warning that names them and the one taken; a `step` that was asked for is never
+    replaced by another.
 
     Args:
       directory: a run's `checkpoints` folder. Nothing in it is changed.
@@ -248,8 +265,8 @@ def restore_parts(directory: Path, abstract: dict[str, Any], step: int | None = 
 class Checkpointer:
     """Saves a run's state in the background and keeps the newest steps and the best one.
 
-    Used as a context manager, by the process (or processes) that own the run: entering clears what a killed save left behind,
-    leaving waits for the save under way. A save that is under way when the interpreter ends without that is lost.
+    Used as a context manager, by all processes that own the run: entering clears what a killed save left behind, leaving waits
+    for the save under way. A save that is under way when the interpreter ends without that is lost.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
@@ -262,7 +279,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if processes.index() == 0:
                 for leftover in self._directory.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(leftover)
                 for leftover in self._directory.glob("*.json.tmp-*"):
@@ -292,8 +309,8 @@ class Checkpointer:
         leaves, _ = _flatten(state)
         record = _Record(step, value, dict(extra), {name: _describe(leaf) for name, leaf in leaves.items()}, {})
         _record_text(record)  # extra values that JSON cannot hold are the caller's error, now rather than in the background
-        with contextlib.suppress(CheckpointError):
-            whole = _verified_record(self._directory, step)
+        if processes.broadcast(lambda: _is_whole(self._directory, step)):
+            whole = _read_record(self._directory, step)
             record = replace(record, files=whole.files, value=whole.value if value is None else value)
             self._pending = self._executor.submit(self._finish, None, record)
             return
@@ -311,7 +328,7 @@ class Checkpointer:
         try:
             if response is not None:
                 response.result()
-            if jax.process_index() != 0:
+            if processes.index():
                 return
             if response is not None:
                 record = replace(record, files=_hash_files(step_folder(self._directory, record.step)))

@@ -19,6 +19,7 @@ from kernels.commands import (
 )
 
 __all__ = [
+    "EXIT_LOST",
     "EXIT_NON_FINITE",
     "EXIT_OVER_LIMIT",
     "EXIT_SIGINT",
@@ -38,6 +39,7 @@ __all__ = [
 
 EXIT_NON_FINITE = 3
 EXIT_OVER_LIMIT = 4
+EXIT_LOST = 5  # another process of the same job is gone
 EXIT_SIGTERM = 143
 
 

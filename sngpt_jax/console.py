@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
-import jax
 import rich.console
 import rich.live
 import rich.progress_bar
 import rich.table
 import rich.text
 
+from sngpt_jax import processes
 from sngpt_jax.metrics import Record
 
 WIDTH = 120  # columns that no line passes where there is no terminal
@@ -98,7 +98,7 @@ class Console:
         self._live: rich.live.Live | None = None
 
     def __enter__(self) -> "Console":
-        if self._rich.is_terminal and jax.process_index() == 0:
+        if self._rich.is_terminal and processes.index() == 0:
             self._live = rich.live.Live(
                 get_renderable=self._status, console=self._rich, refresh_per_second=4, transient=True, auto_refresh=True
             )
@@ -125,7 +125,7 @@ class Console:
 
     def print(self, text: str, style: str = "") -> None:
         """Text as it is; where there is no terminal its lines are cut at the width."""
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             if not self._rich.is_terminal:
                 text = "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in text.split("\n"))
             self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
@@ -169,7 +169,7 @@ def progress_reporter(
 ) -> Callable[[int, int], None]:
     """A function of (done, total) that says on stderr how far something is, once it takes more than two seconds.
 
-    On a terminal it rewrites one line, otherwise it writes one every five seconds.
+    On a terminal it rewrites one line, otherwise it writes one every five seconds. Process 0 alone says it.
     """
     out = stream or sys.stderr
     live = out.isatty()
@@ -179,7 +179,7 @@ def progress_reporter(
     def report(done: int, total: int) -> None:
         nonlocal due, shown
         now = clock()
-        if now < due and not (shown and done == total):
+        if processes.index() or (now < due and not (shown and done == total)):
             return
         due, shown = now + (0.2 if live else 5.0), True
         left = f", {format_duration((now - start) / done * (total - done))} left" if 0 < done < total else ""

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import cli
+from sngpt_jax import cli, processes
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ExportConfig, Weights
@@ -36,6 +36,7 @@ from sngpt_jax.evaluation.windows import (
 )
 from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import batch_placer, make_mesh
+from sngpt_jax.processes import ProcessArguments
 from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import peek
 from sngpt_jax.run_directory import read_config
@@ -69,6 +70,7 @@ class EvaluateArguments:
     task_limit: int = 0  # the first so many samples of each task; 0: all
     task_definitions: Path | None = None  # folder with more task definitions for lm-eval, YAML
     json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(default_factory=ProcessArguments)
 
 
 def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
@@ -198,6 +200,12 @@ def main(argv: Sequence[str]) -> int:
     check(arguments, default)
     spec = tasks.parse_tasks(arguments.tasks, arguments.task_definitions) if arguments.tasks else {}
     cli.log_to_stderr()
+    with processes.joined(arguments.processes):
+        return evaluate(arguments, spec)
+
+
+def evaluate(arguments: EvaluateArguments, spec: dict[str, Path | None]) -> int:
+    """Scores what `arguments` name, and prints or writes the result."""
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config = validate(replace(model.config, export=arguments.export)) if arguments.run else model.config
@@ -213,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
         asked = LanguageModel(config, variables, tokenizer, mesh)
 
     def tell(line: str) -> None:
-        if arguments.json != "-":
+        if arguments.json != "-" and processes.index() == 0:
             print(line, flush=True)
 
     result: dict[str, Any] = {"step": model.step, "weights": model.weights, "fake_quantized": arguments.fake_quantize}
@@ -234,7 +242,8 @@ def main(argv: Sequence[str]) -> int:
         for name, metrics in result["tasks"].items():
             tell(f"{name}: " + ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items()))
         failed = [f"{name}: {metrics['error']}" for name, metrics in result["tasks"].items() if "error" in metrics]
-    cli.write_json(result, arguments.json)
+    if processes.index() == 0:
+        cli.write_json(result, arguments.json)
     if failed:
         raise UserError("; ".join(failed))
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sngpt_jax import checkpoint, run_directory
+from sngpt_jax import checkpoint, processes, run_directory
 from sngpt_jax.config import Config, Weights
 from sngpt_jax.console import Console, progress_reporter
 from sngpt_jax.data.loader import Loader
@@ -43,6 +43,10 @@ class NonFinite(Exception):
 
 class Stopped(Exception):
     """A signal asked the run to stop."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -109,26 +113,34 @@ class Run:
         if self.done == 0 and every:
             self.aside(validating=True, saving=False)
         self.meter.start(self.done)
-        while self.done < train.steps:
-            if train.max_seconds and self.stopwatch.seconds >= train.max_seconds:
-                break
-            self.step()
+        seconds = self.seconds()
+        while self.done < train.steps and not (train.max_seconds and seconds >= train.max_seconds):
+            self.step(seconds)
             validating = bool(every) and self.done % every == 0
             saving = bool(train.checkpoint_every) and self.done % train.checkpoint_every == 0
             if (validating or saving) and self.done < train.steps:
                 self.aside(validating, saving)
-            if self.signals.received:
+            try:
+                seconds = self.seconds()
+            except Stopped:
                 self.read()
-                raise Stopped
+                raise
         self.read()
         self.console.flush()
 
-    def step(self) -> None:
-        """Sends one step to the device, then reads the one before it."""
+    def seconds(self) -> float:
+        """Seconds of training by process 0's clock. Raises `Stopped` in all processes once a signal has reached one."""
+        seconds, signal = processes.agree(self.stopwatch.seconds, self.signals.received)
+        if signal:
+            raise Stopped(signal)
+        return seconds
+
+    def step(self, seconds: float) -> None:
+        """Sends the step that begins after so many seconds of training to the device, then reads the one before it."""
         config, number = self.config, self.done + 1
         if self.profiler.begins_with(number):
             self.off_the_clock(self.profiler.start)
-        controls = step_controls(config.optim, config.train, self.done, self.stopwatch.seconds)
+        controls = step_controls(config.optim, config.train, self.done, seconds)
         for text, on in ((FIRST_SNAPSHOT, controls.swa), (ON_GRID, controls.qat)):
             if on and text not in self.announced:
                 self.announced.add(text)
@@ -208,8 +220,7 @@ class Run:
         report = progress_reporter(what)
 
         def progress(done: int, total: int) -> None:
-            if self.signals.received:
-                raise Stopped
+            self.seconds()
             report(done, total)
 
         return progress

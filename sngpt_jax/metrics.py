@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import jax
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 
+from sngpt_jax import processes
 from sngpt_jax.cli import UserError, write_text_atomic
 
 Record = Mapping[str, float | int | str]
@@ -70,7 +70,7 @@ class MetricsWriter:
         self._path = run_dir / "metrics.jsonl"
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
-        if jax.process_index() != 0:
+        if processes.index():
             return
         last = -1 if resume_step is None else resume_step
         kept = [record for record in read_metrics(self._path) if record["step"] <= last] if self._path.exists() else []

@@ -13,6 +13,8 @@ import contextlib
 import fcntl
 import json
 import logging
+import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sngpt_jax import checkpoint, typed_json
+from sngpt_jax import checkpoint, processes, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
 from sngpt_jax.data.manifest import file_sha256
@@ -32,6 +34,8 @@ from sngpt_jax.step import abstract_state, join
 from sngpt_jax.trained_model import TrainedModel, on_any_device
 
 logger = logging.getLogger("sngpt_jax")
+
+_SEEN_WITHIN = 15.0  # seconds until a network file system shows a file to other nodes
 
 
 def config_path(run_dir: Path) -> Path:
@@ -63,11 +67,28 @@ def read_config(run_dir: Path) -> Config:
 
 @contextlib.contextmanager
 def claim(run_dir: Path, config: Config) -> Iterator[None]:
-    """Holds `run_dir` for one training process.
+    """Holds `run_dir` for one training, of one process or several that see the same directory.
 
-    Refuses a directory that another process is training in, or whose run has another configuration; `train.fsdp` and
+    Refuses a directory that another training holds, or whose run has another configuration; `train.fsdp` and
     `train.shard_optimizer` may differ.
     """
+    with _lock(run_dir) if processes.index() == 0 else contextlib.nullcontext():
+        _check_shared(run_dir)
+        if config_path(run_dir).exists():
+            changed = differences(read_config(run_dir), config)
+            layout = [line for line in changed if line.startswith(("train.fsdp:", "train.shard_optimizer:"))]  # fits any
+            changed = [line for line in changed if line not in layout]
+            if layout and not changed:
+                logger.info(f"{run_dir} goes on with another layout of its state: {'; '.join(layout)}")
+            if changed:
+                raise UserError(
+                    f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"
+                )
+        yield
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
@@ -80,17 +101,28 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
             raise UserError(f"{run_dir}: another process is training in it; wait for it or choose another --run-dir") from None
         except OSError as error:  # a file system without locks
             raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
-        if config_path(run_dir).exists():
-            changed = differences(read_config(run_dir), config)
-            layout = [line for line in changed if line.startswith(("train.fsdp:", "train.shard_optimizer:"))]  # fits any
-            changed = [line for line in changed if line not in layout]
-            if layout and not changed:
-                logger.info(f"{run_dir} goes on with another layout of its state: {'; '.join(layout)}")
-            if changed:
-                raise UserError(
-                    f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo: {'; '.join(changed)}"
-                )
         yield
+
+
+def _check_shared(run_dir: Path) -> None:
+    """Raises `UserError` in a process that does not find in `run_dir` what process 0 writes there."""
+    if processes.count() == 1:
+        return
+    mark = run_dir / ".shared"
+
+    def leave_mark() -> list[str]:
+        text = secrets.token_hex(8)
+        write_text_atomic(mark, text)
+        return [str(run_dir.absolute()), text]
+
+    path, text = processes.broadcast(leave_mark)
+    if path != str(run_dir.absolute()):
+        raise UserError(f"--run-dir is {run_dir.absolute()} here and {path} in process 0; give all processes the same path")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (mark.is_file() and mark.read_text() == text):
+        if time.monotonic() > deadline:
+            raise UserError(f"{run_dir}: not the directory that process 0 writes to; choose a --run-dir that all nodes share")
+        time.sleep(0.2)
 
 
 def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:

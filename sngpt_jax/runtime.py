@@ -40,7 +40,7 @@ class Stopwatch:
             self._paused_at = None
 
 
-EXIT_STATUS = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+EXIT_STATUS: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}  # by a signal's number
 
 
 class StopSignals:
@@ -49,11 +49,6 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
-
-    @property
-    def exit_status(self) -> int:
-        """The exit status that belongs to the signal received; 0 without one."""
-        return EXIT_STATUS[self.received] if self.received else 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -66,7 +61,7 @@ class StopSignals:
         self._before = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
+        self._before = {number: signal.signal(number, self._note) for number in map(signal.Signals, EXIT_STATUS)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -6,21 +6,23 @@
 checkpoints.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import __version__, checkpoint, cli, run_directory
+from sngpt_jax import __version__, checkpoint, cli, processes, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE, UserError
-from sngpt_jax.config import Config, microbatches, profile_window
+from sngpt_jax.config import Config, microbatches, profile_window, to_json
 from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, make_loader
 from sngpt_jax.data.recipe import prepared_data
@@ -32,9 +34,10 @@ from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
+from sngpt_jax.processes import ProcessArguments
 from sngpt_jax.recipe import Overrides, parse_command, recipe_name
 from sngpt_jax.run_directory import Summary
-from sngpt_jax.runtime import Profiler, StopSignals, keep_working_memory, use_compilation_cache
+from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, keep_working_memory, use_compilation_cache
 from sngpt_jax.sample import generate
 from sngpt_jax.step import (
     abstract_state,
@@ -56,11 +59,22 @@ def train(config: Config, directory: Path, console: Console) -> int:
     use_compilation_cache(t.compilation_cache)
 
     # 2. Data.
-    data = prepared_data(config)
+    with processes.first():
+        data = prepared_data(config)
     if config.model.smear_mask_bos and data.tokenizer.bos_id != config.model.bos_id:
         raise UserError(f"model.bos_id = {config.model.bos_id}, but the tokenizer's is {data.tokenizer.bos_id}; set it to that")
     batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices, t.seed if d.shuffle else None)
     place = batch_placer(mesh, accumulation)
+    processes.check_alike(
+        {
+            "version": f"{__version__}, jax {jax.__version__}",
+            "configuration": hashlib.sha256(to_json(config).encode()).hexdigest(),
+            "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+            "training tokens": len(data.train),
+            "validation tokens": len(data.val),
+            "tokenizer": data.tokenizer.sha256,
+        }
+    )
 
     # 3. What was asked for, what it will cost, and how each tensor is optimized, before anything is computed.
     if config.optim.qat_below:
@@ -81,7 +95,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
         state = restored.state if restored else init_state(config, mesh)
         done = restored.step if restored else 0
         position = Position.from_json(restored.extra) if restored else Position()
-        run_directory.begin(directory, config, data.tokenizer)
+        with processes.first():
+            run_directory.begin(directory, config, data.tokenizer)
         if restored:
             console.print(f"resuming after step {done:,}")
 
@@ -89,6 +104,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         console.print("compiling the training step …")
         start = time.perf_counter()
         train_step = program.compile()
+        processes.barrier()
         if t.max_seconds:  # what a program does at its first call alone is no part of the time that drives the schedule
             jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), place(batches[done]), controls))
         console.print(f"compiled in {time.perf_counter() - start:.1f} s")
@@ -111,21 +127,22 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 writer=writer,
                 checkpoints=checkpoints,
                 meter=StepMeter(d.batch_tokens, plan["flops_per_token"]["train"], peak and peak * mesh.devices.size),
-                profiler=Profiler(directory / "profile", profile_window(t)),
+                profiler=Profiler(directory / "profile", profile_window(t) if processes.index() == 0 else None),
                 signals=signals,
             )
             try:
                 run.loop()
                 summary = run.finish(directory)
-            except Stopped:
+            except Stopped as stopped:
                 run.aside(validating=False, saving=True)
                 checkpoints.wait()
-                return signals.exit_status
+                return EXIT_STATUS[stopped.signal]
             finally:
                 run.profiler.stop()
 
         # 7. The result.
-        run_directory.write_summary(directory, summary)
+        if processes.index() == 0:
+            run_directory.write_summary(directory, summary)
         print_summary(console, summary)
         if config.eval.sample_tokens:
             weights = run.weights()
@@ -165,7 +182,7 @@ def derived(
     batch = f"{config.data.batch_tokens:,} tokens in {accumulation} microbatch{'es' * (accumulation > 1)}"
     return [
         ("run", str(directory)),
-        ("devices", f"{mesh.devices.size} x {device_kind}"),
+        ("devices", f"{mesh.devices.size} x {device_kind}" + (f" of {n} processes" if (n := processes.count()) > 1 else "")),
         ("data", f"{len(data.train):,} training tokens, {len(data.val):,} for validation"),
         ("parameters", f"{plan['parameters']['total']:,}"),
         ("step", batch),
@@ -199,6 +216,7 @@ class TrainArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     run_dir: str = ""  # where the run is kept, and resumed from; default: runs/NAME
+    processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(default_factory=ProcessArguments)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -211,21 +229,28 @@ def main(argv: Sequence[str]) -> int:
     directory = Path(arguments.run_dir or Path("runs") / recipe_name(arguments.config))
     again = cli.command("sngpt_jax.train", *argv)
     cli.log_to_stderr()
-    with Console(arguments.overrides.train.steps) as console, run_directory.claim(directory, arguments.overrides):
+    config = arguments.overrides
+    with (
+        processes.joined(arguments.processes),
+        Console(config.train.steps) as console,
+        run_directory.claim(directory, config),
+    ):
         summary = run_directory.read_summary(directory)
-        if summary:
-            print_summary(console, summary)
+        if processes.broadcast(lambda: summary is not None):
+            if summary:
+                print_summary(console, summary)
             return 0
         try:
-            status = train(arguments.overrides, directory, console)
+            status = train(config, directory, console)
         except NonFinite as error:
             folder = run_directory.checkpoint_dir(directory)
             saved = [step for step in checkpoint.steps(folder) if step <= error.good]
             good = f"the last good checkpoint is {checkpoint.step_folder(folder, saved[-1])}" if saved else "no good checkpoint"
-            print(f"error: {error}; {good}; try lower learning rates in another --run-dir", file=sys.stderr)
+            if processes.index() == 0:
+                print(f"error: {error}; {good}; try lower learning rates in another --run-dir", file=sys.stderr)
             return EXIT_NON_FINITE
-    if status:
-        print(f"stopped and saved; to go on: {again}", file=sys.stderr)
+        if status and processes.index() == 0:
+            print(f"stopped and saved; to go on: {again}", file=sys.stderr)
     return status
 
 

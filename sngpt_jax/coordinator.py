@@ -1,0 +1,33 @@
+"""jax's coordination service in a process of its own, which process 0 of a job starts and which outlives it.
+
+jax's runtime aborts a process, with a stack trace, at the moment it loses this service. By default the service lives in process
+0 and dies with it; here the others have the time to notice, to say what happened and to end by themselves.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from jaxlib import _jax
+
+DONE = b"done"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves at ADDRESS for COUNT processes until stdin says DONE, or until LINGER seconds after its other end is gone.
+
+    `argv` is ADDRESS COUNT TIMEOUT LINGER; TIMEOUT are the seconds of silence after which jax's own guard aborts.
+    """
+    address, (count, timeout, linger) = argv[0], map(int, argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job's signals reach all of its processes, and those are to save first
+        signal.signal(number, signal.SIG_IGN)
+    service = _jax.get_distributed_runtime_service(address, count, heartbeat_timeout=timeout, shutdown_timeout=timeout)
+    print("ready", flush=True)
+    if sys.stdin.buffer.read() != DONE:
+        time.sleep(linger)
+    service.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

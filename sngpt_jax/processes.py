@@ -1,0 +1,372 @@
+"""Several processes that work on one model: how they find each other, decide together, and end together.
+
+The layout is one process a node with all of its GPUs: one copy of the host's work a node, and the fast links between a node's
+GPUs inside of one process. Every process runs the same program on the devices of all; the global batch of a step and the
+results do not depend on how many there are.
+
+What a process must not decide by itself, because another's clock, signals or files may say otherwise, is process 0's to say:
+`broadcast`, `first` and `agree`. All processes call these, and `barrier`, in the same order from their main threads.
+
+How an end spreads. Each process writes a sign of life to the coordination service every second and reads the others'. One
+that ends by an error says so there; one that is silent for SILENCE seconds counts as dead. The others end with one line on
+stderr and a status that is not 0. A collective operation that waits for a dead process cannot keep them, since a thread of its
+own watches. jax's own guard, which aborts with a stack trace, is set to twice the time.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import jax
+from jax._src import distributed  # its client, the store of keys and values, has no public name; orbax takes the same way
+from jax.experimental import multihost_utils
+
+from sngpt_jax.cli import EXIT_LOST, EXIT_SIGINT, EXIT_USER_ERROR, UserError
+from sngpt_jax.cluster import Layout, ProcessArguments, find_layout
+from sngpt_jax.coordinator import DONE
+
+T = TypeVar("T")
+
+logger = logging.getLogger("sngpt_jax")
+
+START = 300  # seconds in which all processes have to come
+SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+_BEAT = 1.0  # seconds between signs of life
+_LINGER = SILENCE + 10  # seconds that the coordination service outlives process 0
+_KEPT = 1000  # broadcasts kept: every training step needs all processes and has one, so none is ever that far behind
+_KEYS = "sngpt_jax"
+
+
+# ---------------------------------------------------------------------------------------------- together
+
+_member: "_Member | None" = None  # this process among several; None: it is alone
+
+
+def index() -> int:
+    """This process's number, 0 where it is alone. Process 0 prints and writes files."""
+    return _member.layout.index if _member else 0
+
+
+def count() -> int:
+    """How many processes work together, 1 where this one is alone."""
+    return _member.layout.count if _member else 1
+
+
+@contextlib.contextmanager
+def joined(arguments: ProcessArguments) -> Iterator[None]:
+    """Makes this process one of several, if the options or Slurm say so; to be entered before jax has touched a device.
+
+    An error that leaves the body ends the process here, with one line (a traceback for a bug), and then the others. After a
+    body that ends without one the processes wait for each other. Raises `UserError` where they do not find each other.
+    """
+    global _member
+    layout = find_layout(arguments)
+    if layout is None:
+        yield
+        return
+    _keep_stdout_for_results()
+    _member = member = _Member(layout)
+    try:
+        member.meet()
+        logger.info(f"{layout.count} processes, by {layout.source}; process 0 answers at {layout.coordinator}")
+        if layout.index:  # what all would say is said by process 0
+            for name in ("sngpt_jax", "kernels"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    except BaseException as error:
+        member.give_up(error)
+    member.part()
+    _member = None
+
+
+def broadcast(make: Callable[[], T]) -> T:
+    """What `make` gives in process 0, for all of them: a JSON value. The others do not call `make`."""
+    return _member.broadcast(make) if _member else make()
+
+
+@contextlib.contextmanager
+def first() -> Iterator[None]:
+    """Process 0 goes through the body before the others do, so that they find what it has made. No broadcasts inside."""
+    if index():
+        broadcast(lambda: None)
+    yield
+    if not index():
+        broadcast(lambda: None)
+
+
+def barrier() -> None:
+    """Returns when all processes have come here. gloo's first collective operation waits 30 s for the others and no longer."""
+    if _member:
+        _member.gather(None)
+
+
+def agree(seconds: float, signal: int | None) -> tuple[float, int | None]:
+    """Process 0's `seconds`, and a `signal` that any process has received, within two seconds: the same for all."""
+    return _member.agree(seconds, signal) if _member else (seconds, signal)
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Raises `UserError` in all processes where one's `facts`, JSON values by what they are, differ from process 0's."""
+    if _member is None:
+        return
+    for number, theirs in enumerate(every := _member.gather(dict(facts))):
+        for name, expected in every[0].items():
+            if theirs[name] != expected:
+                raise UserError(
+                    f"{name}: {expected} in process 0, {theirs[name]} in process {number}; start all processes with the same"
+                    " version, command and data, on nodes that are alike"
+                )
+
+
+# ---------------------------------------------------------------------------------------------- one of several
+
+
+class _Member:
+    """One process's connection to the others."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._service: subprocess.Popen[bytes] | None = None
+        self._client: Any = None
+        self._broadcasts = self._gathers = 0
+        self._signal: int | None = None  # that this process has received
+        self._heard: int | None = None  # that another has
+        self._parted = threading.Event()
+        self._leaving = threading.Lock()  # whoever takes it says why the process ends; never released
+        self._watcher = threading.Thread(target=self._watch, name="processes", daemon=True)
+
+    # ------------------------------------------------------------------------------------------ meeting and parting
+
+    def meet(self) -> None:
+        """Returns when all processes are there. Raises `UserError` where they are not within START seconds."""
+        me = self.layout
+        deadline = time.monotonic() + START
+        if me.index == 0:
+            self._service = _serve(me)
+        else:
+            _reach(me, deadline)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, which the loop handles
+        jax.distributed.initialize(
+            me.coordinator,
+            me.count,
+            me.index,
+            local_device_ids=me.local_devices or (),
+            cluster_detection_method="deactivate",
+            coordinator_bind_address="127.0.0.1:0",  # of a second service in process 0 that jax insists on and nobody asks
+            initialization_timeout=START,
+            heartbeat_timeout_seconds=2 * SILENCE,
+            shutdown_timeout_seconds=2 * SILENCE,
+        )
+        self._client = distributed.global_state.client
+        self._watcher.start()
+        while missing := set(range(me.count)) - self._read("life").keys():
+            if time.monotonic() > deadline:
+                raise UserError(f"process {', '.join(map(str, sorted(missing)))} of {me.count} did not come in {START} s")
+            time.sleep(0.1)
+        multihost_utils.sync_global_devices("meet")  # connects them, while nobody is late by compiling
+
+    def part(self) -> None:
+        """Waits until all processes have come to their end, and takes this one out. Whoever fails until then ends it."""
+        self._say_end(0, "")
+        self._all_have_ended(within=math.inf)
+        self._parted.set()
+        self._watcher.join()
+        jax.distributed.shutdown()
+        if self._service:
+            self._service.communicate(DONE)
+
+    def give_up(self, error: BaseException) -> NoReturn:
+        """Ends this process for `error`, and lets the others know."""
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            time.sleep(SILENCE + 5 * _BEAT)  # most often another's end: the watcher, who knows of it by then, ends this one
+        self._leaving.acquire()
+        status, message = _verdict(error)
+        if message and not isinstance(error, (UserError, KeyboardInterrupt)):
+            traceback.print_exception(error)
+        elif message:
+            self._print(message)
+        self._leave(status, message)
+
+    def _leave(self, status: int, message: str) -> NoReturn:
+        """Says that this process ends, and ends it; process 0 stays, a little, for the others to hear of it."""
+        sys.stdout.flush()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if self._client is not None:
+                self._say_end(status, message)
+            if self._service and (self._client is None or self._all_have_ended(within=10 * _BEAT)):
+                self._service.communicate(DONE)
+        os._exit(status)  # the interpreter's own end would wait for the others, at jax's barrier
+
+    def _all_have_ended(self, within: float) -> bool:
+        deadline = time.monotonic() + within
+        while len(self._read("end")) < self.layout.count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _print(self, message: str) -> None:
+        mark = f"process {self.layout.index}: " if self.layout.index else ""
+        print(f"{mark}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+    # ------------------------------------------------------------------------------------------ what is said
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        self._broadcasts += 1
+        key = f"{_KEYS}/broadcast/{self._broadcasts}"
+        if self.layout.index:
+            return json.loads(self._wait_for(key))
+        text = json.dumps(make())
+        self._client.key_value_set(key, text)
+        if self._broadcasts > _KEPT:
+            self._client.key_value_delete(f"{_KEYS}/broadcast/{self._broadcasts - _KEPT}")
+        return json.loads(text)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in order."""
+        self._gathers += 1
+        prefix = f"{_KEYS}/gather/{self._gathers}"
+        self._client.key_value_set(f"{prefix}/{self.layout.index}", json.dumps(value))
+        return [json.loads(self._wait_for(f"{prefix}/{i}")) for i in range(self.layout.count)]
+
+    def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
+        self._signal = signal  # goes out with the next sign of life
+        agreed: Any = self.broadcast(lambda: [seconds, signal or self._heard])
+        return agreed[0], agreed[1]
+
+    def _wait_for(self, key: str) -> str:
+        while True:  # a second at a time, so that Ctrl-C is heard
+            try:
+                return self._client.blocking_key_value_get(key, 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def _read(self, what: str) -> dict[int, Any]:
+        """What the processes have said of their `life` or `end`, by process."""
+        entries = self._client.key_value_dir_get(f"{_KEYS}/{what}/")
+        return {int(key.rpartition("/")[2]): json.loads(text) for key, text in entries}
+
+    def _say_end(self, status: int, message: str) -> None:
+        self._client.key_value_set(f"{_KEYS}/end/{self.layout.index}", json.dumps([status, " ".join(message.split())]))
+
+    # ------------------------------------------------------------------------------------------ who is there
+
+    def _watch(self) -> None:
+        """Gives signs of life and looks for the others' until this process parts; ends it where another has ended."""
+        me = self.layout.index
+        seen: dict[int, tuple[Any, float]] = {me: (None, time.monotonic())}
+        beat = 0
+        while not self._parted.wait(_BEAT if beat else 0):
+            beat += 1
+            lives: dict[int, Any] = {}
+            ends: dict[int, Any] = {}
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service does not answer: nobody is heard
+                life = json.dumps([beat, self._signal])
+                self._client.key_value_set(f"{_KEYS}/life/{me}", life, allow_overwrite=True)
+                lives, ends = self._read("life"), self._read("end")
+            for number, (status, message) in ends.items():
+                if status and number != me:
+                    self._end_with(status, f"process {number} has ended: {message or f'status {status}'}")
+            for number, life in lives.items():
+                self._heard = life[1] or self._heard
+                if number not in seen or seen[number][0] != life:
+                    seen[number] = (life, time.monotonic())
+            silent = [number for number, (_, when) in seen.items() if time.monotonic() - when > SILENCE and number not in ends]
+            if me in silent:
+                self._end_with(EXIT_LOST, f"{self.layout.coordinator}, where processes meet, has not answered for {SILENCE} s")
+            if silent:
+                self._end_with(
+                    EXIT_LOST,
+                    f"process {', '.join(map(str, silent))} has given no sign of life for {SILENCE} s: killed, or its node is"
+                    " gone; start all processes again",
+                )
+
+    def _end_with(self, status: int, message: str) -> NoReturn:
+        self._leaving.acquire()
+        self._print(message)
+        self._leave(status, message)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """The exit status and the message that stand for what ended a process."""
+    match error:
+        case UserError():
+            return EXIT_USER_ERROR, str(error)
+        case KeyboardInterrupt():
+            return EXIT_SIGINT, "interrupted"
+        case SystemExit():  # has said why
+            return error.code if isinstance(error.code, int) else 1, ""
+        case _:
+            return 1, f"{type(error).__name__}: {error}"
+
+
+def _serve(layout: Layout) -> "subprocess.Popen[bytes]":
+    """Starts the coordination service at the coordinator's port of this node."""
+    port = int(layout.coordinator.rpartition(":")[2])
+    deadline = time.monotonic() + _LINGER + 5  # that of a job that has just been killed is still there
+    while True:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
+            break
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline or not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+                raise UserError(
+                    f"--coordinator {layout.coordinator}: that port cannot be used: {error}; choose another"
+                ) from None
+        time.sleep(0.5)
+    service = subprocess.Popen(
+        [sys.executable, "-m", "sngpt_jax.coordinator", f"[::]:{port}", *map(str, (layout.count, 2 * SILENCE, _LINGER))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for those who train
+    )
+    assert service.stdout
+    if not service.stdout.readline():
+        raise UserError(f"--coordinator {layout.coordinator}: the service could not start there; see its messages above")
+    return service
+
+
+def _reach(layout: Layout, deadline: float) -> None:
+    """Returns when something listens at the coordinator's address: jax would abort with a stack trace if nothing ever did."""
+    host, _, port = layout.coordinator.rpartition(":")
+    told = False
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except socket.gaierror as error:
+            raise UserError(
+                f"--coordinator {layout.coordinator}: {host}: {error.strerror}; give the name of process 0's node"
+            ) from None
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator {layout.coordinator}: no answer in {START} s: {error}; is process 0 up?"
+                ) from None
+        if not told:
+            told = True
+            logger.info(f"process {layout.index}: waiting for process 0 at {layout.coordinator}")
+        time.sleep(0.5)
+
+
+def _keep_stdout_for_results() -> None:
+    """gloo, in C++, writes to stdout when processes connect; from here on that goes to stderr."""
+    sys.stdout.flush()
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = open(results, "w", encoding=sys.stdout.encoding, buffering=1)  # noqa: SIM115 - closed by the interpreter
