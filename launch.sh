@@ -4,6 +4,8 @@
 #
 #   ./launch.sh train --config configs/quickstart.py
 #   ./launch.sh test
+#   srun ./launch.sh train --config cayley_large_3l                        # in a Slurm job: a process a task (docs/clusters.md)
+#   ./launch.sh train … --coordinator node1:12345 --process-id 1 --num-processes 2        # on every node, with its own number
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -87,7 +89,7 @@ install() {
 
 if ! is_installed; then
   python=${PYTHON:-python3}
-  exec 9>"$here/.venv.lock" # two first calls at once would install over each other
+  exec 9>"$here/.venv.lock" # two first calls at once, such as a Slurm step's tasks, would install over each other
   command -v flock >/dev/null && flock 9
   is_installed || install
   exec 9>&-

@@ -180,3 +180,33 @@ def test_a_python_that_is_too_old_is_named(checkout):
     done, _ = launch(checkout, "train")
     assert done.returncode == 2
     assert "needs Python 3.11 or newer" in done.stderr
+
+
+def test_tasks_of_a_slurm_step_share_one_installation_and_run_each(checkout):
+    """Two tasks on a fresh checkout: one installs, slowly, while the other waits; both run with Slurm's variables in place."""
+    python, log = checkout.parent / "python3", checkout.parent / "log"
+    slow = python.read_text().replace('*"-m venv"*)', '*"pip install"*) sleep 1 ;;\n*"-m venv"*)')
+    write_executable(python, slow + f'echo "task $SLURM_PROCID of $SLURM_NTASKS: $*" >> "{log}"\n')
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    env = {"PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin", "PYTHON": str(python), **step}
+    tasks = [
+        subprocess.Popen(
+            [checkout / "launch.sh", "train", "--config", "x"],
+            env={**env, "SLURM_PROCID": str(task)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    errors = [task.communicate(timeout=60)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    calls = log.read_text().splitlines()
+    assert installed([call for call in calls if not call.startswith("task")]) == [str(checkout)]
+    for task in range(2):
+        assert f"task {task} of 2: -m sngpt_jax.train --config x" in calls
+
+
+def test_addresses_go_to_the_command(checkout):
+    arguments = ["--coordinator", "node1:12345", "--process-id", "1", "--num-processes", "2"]
+    _, calls = launch(checkout, "train", *arguments)
+    assert calls[-1].endswith("-m sngpt_jax.train " + " ".join(arguments))
