@@ -41,7 +41,7 @@ T = TypeVar("T")
 logger = logging.getLogger("sngpt_jax")
 
 START = 300  # seconds in which all processes have to come
-SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+SILENCE = 40  # seconds without a sign of life after which a process counts as dead
 _BEAT = 1.0  # seconds between signs of life
 _LINGER = SILENCE + 10  # seconds that the coordination service outlives process 0
 _KEPT = 1000  # broadcasts kept: every training step needs all processes and has one, so none is ever that far behind
@@ -201,7 +201,6 @@ class _Member:
 
     def _leave(self, status: int, message: str) -> NoReturn:
         """Says that this process ends, and ends it; process 0 stays, a little, for the others to hear of it."""
-        sys.stdout.flush()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._client is not None:
                 self._say_end(status, message)
@@ -365,7 +364,7 @@ def _reach(layout: Layout, deadline: float) -> None:
 
 
 def _keep_stdout_for_results() -> None:
-    """gloo, in C++, writes to stdout when processes connect; from here on that goes to stderr."""
+    """gloo, in C++, writes to stdout when processes connect; from here on that goes to stderr. Nothing waits to be flushed."""
     sys.stdout.flush()
     results = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
