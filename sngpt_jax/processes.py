@@ -149,7 +149,7 @@ class _Member:
     # ------------------------------------------------------------------------------------------ meeting and parting
 
     def meet(self) -> None:
-        """Returns when all processes are there. Raises `UserError` where they are not within START seconds."""
+        """Returns when all processes are there. Raises `UserError` where they are not within START seconds, or are unlike."""
         me = self.layout
         deadline = time.monotonic() + START
         if me.index == 0:
@@ -175,6 +175,7 @@ class _Member:
             if time.monotonic() > deadline:
                 raise UserError(f"process {', '.join(map(str, sorted(missing)))} of {me.count} did not come in {START} s")
             time.sleep(0.1)
+        check_alike({"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
         multihost_utils.sync_global_devices("meet")  # connects them, while nobody is late by compiling
 
     def part(self) -> None:

@@ -69,7 +69,6 @@ def train(config: Config, directory: Path, console: Console) -> int:
         {
             "version": f"{__version__}, jax {jax.__version__}",
             "configuration": hashlib.sha256(to_json(config).encode()).hexdigest(),
-            "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
             "training tokens": len(data.train),
             "validation tokens": len(data.val),
             "tokenizer": data.tokenizer.sha256,
