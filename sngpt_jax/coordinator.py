@@ -11,21 +11,26 @@ from collections.abc import Sequence
 
 from jaxlib import _jax
 
-DONE = b"done"
+DONE, READY = b"done", "ready"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serves at ADDRESS for COUNT processes until stdin says DONE, or until LINGER seconds after its other end is gone.
+    """Serves at ADDRESS for COUNT processes until a second after stdin says DONE, or LINGER seconds after stdin has ended.
 
-    `argv` is ADDRESS COUNT TIMEOUT LINGER; TIMEOUT are the seconds of silence after which jax's own guard aborts.
+    `argv` is ADDRESS COUNT TIMEOUT LINGER; TIMEOUT are the seconds of silence after which jax's own guard aborts. Says READY on
+    stdout, or what stands against it.
     """
     address, (count, timeout, linger) = argv[0], map(int, argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):  # a job's signals reach all of its processes, and those are to save first
         signal.signal(number, signal.SIG_IGN)
-    service = _jax.get_distributed_runtime_service(address, count, heartbeat_timeout=timeout, shutdown_timeout=timeout)
-    print("ready", flush=True)
-    if sys.stdin.buffer.read() != DONE:
-        time.sleep(linger)
+    try:
+        service = _jax.get_distributed_runtime_service(address, count, heartbeat_timeout=timeout, shutdown_timeout=timeout)
+    except RuntimeError as error:
+        print(" ".join(str(error).split()), flush=True)
+        return
+    print(READY, flush=True)
+    done = sys.stdin.buffer.read() == DONE
+    time.sleep(1 if done else linger)  # those who have just said that they end have done so by then
     service.shutdown()
 
 

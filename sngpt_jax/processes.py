@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 
 from sngpt_jax.cli import EXIT_LOST, EXIT_SIGINT, EXIT_USER_ERROR, UserError
 from sngpt_jax.cluster import Layout, ProcessArguments, find_layout
-from sngpt_jax.coordinator import DONE
+from sngpt_jax.coordinator import DONE, READY
 
 T = TypeVar("T")
 
@@ -142,6 +142,7 @@ class _Member:
         self._broadcasts = self._gathers = 0
         self._signal: int | None = None  # that this process has received
         self._heard: int | None = None  # that another has
+        self._gone: set[int] = set()  # those that are silent
         self._parted = threading.Event()
         self._leaving = threading.Lock()  # whoever takes it says why the process ends; never released
         self._watcher = threading.Thread(target=self._watch, name="processes", daemon=True)
@@ -185,8 +186,7 @@ class _Member:
         self._parted.set()
         self._watcher.join()
         jax.distributed.shutdown()
-        if self._service:
-            self._service.communicate(DONE)
+        self._dismiss_service()
 
     def give_up(self, error: BaseException) -> NoReturn:
         """Ends this process for `error`, and lets the others know."""
@@ -205,17 +205,22 @@ class _Member:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if self._client is not None:
                 self._say_end(status, message)
-            if self._service and (self._client is None or self._all_have_ended(within=10 * _BEAT)):
-                self._service.communicate(DONE)
+            if self._client is None or self._all_have_ended(within=10 * _BEAT):
+                self._dismiss_service()
         os._exit(status)  # the interpreter's own end would wait for the others, at jax's barrier
 
     def _all_have_ended(self, within: float) -> bool:
         deadline = time.monotonic() + within
-        while len(self._read("end")) < self.layout.count:
+        while len(self._gone | self._read("end").keys()) < self.layout.count:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True
+
+    def _dismiss_service(self) -> None:
+        if self._service and self._service.stdin:
+            self._service.stdin.write(DONE)
+            self._service.stdin.close()
 
     def _print(self, message: str) -> None:
         mark = f"process {self.layout.index}: " if self.layout.index else ""
@@ -288,6 +293,7 @@ class _Member:
             if me in silent:
                 self._end_with(EXIT_LOST, f"{self.layout.coordinator}, where processes meet, has not answered for {SILENCE} s")
             if silent:
+                self._gone = set(silent)
                 self._end_with(
                     EXIT_LOST,
                     f"process {', '.join(map(str, silent))} has given no sign of life for {SILENCE} s: killed, or its node is"
@@ -333,11 +339,13 @@ def _serve(layout: Layout) -> "subprocess.Popen[bytes]":
         [sys.executable, "-m", "sngpt_jax.coordinator", f"[::]:{port}", *map(str, (layout.count, 2 * SILENCE, _LINGER))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # it repeats what the processes say, and a pipe would stay open as long as it lingers
         start_new_session=True,  # Ctrl-C is for those who train
     )
     assert service.stdout
-    if not service.stdout.readline():
-        raise UserError(f"--coordinator {layout.coordinator}: the service could not start there; see its messages above")
+    said = service.stdout.readline().decode().strip()
+    if said != READY:
+        raise UserError(f"--coordinator {layout.coordinator}: nothing could be started there: {said}; choose another port")
     return service
 
 
