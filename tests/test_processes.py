@@ -87,9 +87,9 @@ def assert_same_losses(a: Path, b: Path) -> None:
 
 @slow
 def test_a_run_stopped_in_one_of_two_processes_is_gone_on_with_by_one(tiny_recipe, tiny_trained, tmp_path):
-    run, often = tmp_path / "run", ("--eval.every", 1, "--train.checkpoint-every", 1)  # or it ends before it can be stopped
+    run, often = tmp_path / "run", ("--eval.every", 1, "--train.checkpoint-every", 2)  # or it ends before it can be stopped
     two = train(tiny_recipe, run, *often)
-    wait_for_step(two, run, 3)
+    wait_for_step(two, run, 1)
     two[1].send_signal(signal.SIGTERM)
     (status, out, err), (other_status, other_out, other_err) = finish(two)
     assert (status, other_status) == (143, 143), err + other_err
@@ -147,6 +147,7 @@ def work():
     for turn in itertools.count():
         assert float(add(place({"x": np.ones((2, 3))})["x"])) == 6
         if turn == 0: print("working", flush=True)
+        time.sleep(0.1)
 
 """
 
@@ -164,19 +165,21 @@ def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
 def test_a_process_that_is_killed_or_hangs_ends_the_others_with_a_line(tiny_recipe, tmp_path):
     trained = train(tiny_recipe, tmp_path / "run", "--train.steps", 10**6)
     without_0, hanging = (start(*program("    work()")) for _ in range(2))
-    wait_for_step(trained, tmp_path / "run", 2)
-    wait_for_work(without_0)
-    wait_for_work(hanging)
-    begun = time.monotonic()
-    trained[1].kill()
-    without_0[0].kill()
-    hanging[1].send_signal(signal.SIGSTOP)
+    done_to = {}
     try:
-        for survivor, gone in ((trained[0], 1), (without_0[1], 0), (hanging[0], 1)):
-            _, err = survivor.communicate(timeout=STATED - (time.monotonic() - begun))
+        for job, ready, victim, number in (
+            (without_0, wait_for_work, 0, signal.SIGKILL),
+            (hanging, wait_for_work, 1, signal.SIGSTOP),
+            (trained, lambda job: wait_for_step(job, tmp_path / "run", 2), 1, signal.SIGKILL),
+        ):
+            ready(job)
+            job[victim].send_signal(number)
+            done_to[job[1 - victim]] = (victim, time.monotonic())
+        for survivor, (victim, when) in done_to.items():
+            _, err = survivor.communicate(timeout=STATED - (time.monotonic() - when))
             assert survivor.returncode == 5, err
             (line,) = [line for line in err.splitlines() if "error" in line.lower() or "Traceback" in line]
-            assert f"error: process {gone} has given no sign of life" in line
+            assert f"error: process {victim} has given no sign of life" in line
     finally:
         for process in trained + without_0 + hanging:
             process.kill()
