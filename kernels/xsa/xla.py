@@ -81,7 +81,9 @@ def _causal_backward(scale: float, kept: tuple[jax.Array, ...], dy: jax.Array) -
     T, dtype = k_BKTh.shape[2], dy.dtype
     # by the sums of the softmax here, and so not over all scores below
     dy_BKRh = _rows(dy, k_BKTh.shape[1]).astype(jnp.float32) / sum_BKR1
-    own_BKR1 = jnp.sum(dy_BKRh * y_BKRh, axis=-1, keepdims=True)
+    # a sum by a product with ones: a CPU's compiler would fuse a sum with the large product below, and slow that down
+    ones_h1 = jnp.ones((dy.shape[-1], 1), jnp.float32)
+    own_BKR1 = jnp.matmul(dy_BKRh * y_BKRh, ones_h1, precision=jax.lax.Precision.HIGHEST)
     dy_BKRh = dy_BKRh.astype(dtype)
     dv_BKhT = jnp.einsum("bkhr,bkrs->bkhs", dy_BKRh.mT, e_BKRT, preferred_element_type=jnp.float32)
     de_BKRT = jnp.einsum("bkrh,bkhs->bkrs", dy_BKRh, v_BKTh.mT, preferred_element_type=jnp.float32)

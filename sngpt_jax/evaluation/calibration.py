@@ -1,7 +1,7 @@
 """Second moments H = mean(x xᵀ) of what a model's matrices are multiplied with over training text; GPTQ rounds them by H.
 
-Frantar et al. 2022, arXiv:2210.17323. The model's code has no part in it: `Observed` matrices stand in its variables for the
-arrays, and note their inputs while the forward pass is traced. So training and scoring are compiled as ever.
+Frantar et al. 2022, arXiv:2210.17323. `Observed` matrices stand in the model's variables for the arrays, and note their
+inputs while the forward pass is traced. So training and scoring are compiled as ever.
 
 Cost. A token takes a forward pass without the head, and 2 n² operations for each input of width n: those of query, key and
 value (one), out, up and down. With widths D and F, and K of H key/value heads, that is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F)
@@ -21,6 +21,7 @@ from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
+from sngpt_jax.model.layers import Observed
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs, path_name
 from sngpt_jax.policy import MATRICES, policy_of
 from sngpt_jax.step import Batch, Variables, abstract_variables, forward
@@ -52,26 +53,6 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
 
 
 # ---------------------------------------------------------------------------------------------- on the devices
-
-
-class Observed:
-    """A matrix [n, m] that adds what it is multiplied with from the left to a list.
-
-    It can do what the model does with a matrix, `x @ weight[...].astype(dtype)`, and nothing else: another use is an error.
-    """
-
-    def __init__(self, matrix: jax.Array, seen: list[jax.Array]):
-        self.matrix, self.seen = matrix, seen
-
-    def __getitem__(self, index: Any) -> "Observed":
-        return Observed(self.matrix[index], self.seen)
-
-    def astype(self, dtype: jnp.dtype) -> "Observed":
-        return Observed(self.matrix.astype(dtype), self.seen)
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        self.seen.append(x)
-        return x @ self.matrix
 
 
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:

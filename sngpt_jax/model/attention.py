@@ -19,7 +19,7 @@ from flax import nnx
 from kernels import xsa
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import rms_norm
+from sngpt_jax.model.layers import linear, rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -147,8 +147,8 @@ class Attention(nnx.Module):
         they go straight to the attention, taking them apart would be a pass of its own over them.
         """
         H, K = self.num_heads, self.num_kv_heads
-        weights = [weight[...].astype(x_BTD.dtype) for weight in (self.query, self.key, self.value)]
-        products = [x_BTD @ jnp.concatenate(weights, axis=1)] if self.qk_norm else [x_BTD @ weight for weight in weights]
+        matrices = [self.query[...], self.key[...], self.value[...]]
+        products = [linear(x_BTD, *matrices)] if self.qk_norm else [linear(x_BTD, matrix) for matrix in matrices]
         heads = [product.reshape(*x_BTD.shape[:2], -1, self.head_dim) for product in products]
         q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if self.qk_norm else heads
         return q_BTHh, k_BTKh, v_BTKh
@@ -192,7 +192,7 @@ class Attention(nnx.Module):
                 y_BTHh = xsa.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
             # rounded to the compute dtype first, so that the backward products are not float32 either
-            logits_BTH = (x_BTD @ self.gate_weight[...].astype(x_BTD.dtype)).astype(jnp.float32)
+            logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
-        return y_BTHh.reshape(B, T, -1) @ self.out[...].astype(x_BTD.dtype), v_BTKh
+        return linear(y_BTHh.reshape(B, T, -1), self.out[...]), v_BTKh

@@ -6,7 +6,7 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
-from sngpt_jax.model.layers import compute_dtype, per_channel
+from sngpt_jax.model.layers import compute_dtype, linear, per_channel
 
 LOOK_BACK = 2  # tokens before its own that an embedding depends on: smear takes the position before, and that one's bigram
 
@@ -105,7 +105,7 @@ class BigramHash(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         rows = self.table[...].astype(self.dtype)[self.hash(tokens_BT, self.buckets)]
-        x_BTD = rows @ self.proj[...].astype(self.dtype)
+        x_BTD = linear(rows, self.proj[...])
         return self.scale[...].astype(self.dtype) * x_BTD if self.scaled else x_BTD
 
 
@@ -127,6 +127,6 @@ class ValueEmbedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> dict[int, jax.Array]:
         rows = self.table[...].astype(self.dtype)[tokens_BT]
-        v_BTKh = (rows @ self.proj[...].astype(self.dtype)).reshape(*tokens_BT.shape, *self.heads)
+        v_BTKh = linear(rows, self.proj[...]).reshape(*tokens_BT.shape, *self.heads)
         scales = (self.scale[...] * self.layer_scale[...]).astype(self.dtype)
         return {layer: scales[i] * v_BTKh for i, layer in enumerate(self.layers)}

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,44 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if current_device().platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
+
+
+class Observed:
+    """A matrix [n, m] in the place of a parameter that adds what `linear` multiplies it with to a list. It can do no more."""
+
+    def __init__(self, matrix: jax.Array, seen: list[jax.Array]):
+        self.matrix, self.seen = matrix, seen
+
+    def __getitem__(self, index: Any) -> "Observed":
+        return Observed(self.matrix[index], self.seen)
+
+
+def linear(x_BTn: jax.Array, *matrices: jax.Array | Observed) -> jax.Array:
+    """x times the matrices [n, m_i] side by side, which are rounded to x's dtype first: [B, T, Σ m_i], one product."""
+    for matrix in matrices:
+        if isinstance(matrix, Observed):
+            matrix.seen.append(x_BTn)
+    arrays = [matrix.matrix if isinstance(matrix, Observed) else matrix for matrix in matrices]
+    rounded = [array.astype(x_BTn.dtype) for array in arrays]
+    return _product(x_BTn, jnp.concatenate(rounded, axis=1) if len(rounded) > 1 else rounded[0])
+
+
+@jax.custom_vjp
+def _product(x_BTn: jax.Array, matrix_nm: jax.Array) -> jax.Array:
+    return x_BTn @ matrix_nm
+
+
+def _product_forward(x_BTn: jax.Array, matrix_nm: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x_BTn, matrix_nm), (x_BTn, matrix_nm)
+
+
+def _product_backward(kept: tuple[jax.Array, jax.Array], dy_BTm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTn, matrix_nm = kept
+    # jax's own gradient of the matrix is the transpose of [m, n], for which a CPU copies dy, transposed, first
+    return dy_BTm @ matrix_nm.T, jnp.einsum("btn,btm->nm", x_BTn, dy_BTm)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:

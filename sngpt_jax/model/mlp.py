@@ -6,6 +6,7 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
+from sngpt_jax.model.layers import linear
 
 
 def relu2(h: jax.Array) -> jax.Array:
@@ -35,5 +36,4 @@ class MLP(nnx.Module):
         self.down = nnx.Param(init.residual_output(config, rngs, (config.mlp_dim, config.d_model)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = x_BTD @ self.up[...].astype(x_BTD.dtype)
-        return self.activation(h_BTF) @ self.down[...].astype(x_BTD.dtype)
+        return linear(self.activation(linear(x_BTD, self.up[...])), self.down[...])

@@ -10,7 +10,8 @@ import pytest
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from sngpt_jax.data.shards import NO_EXTRA, Dataset, Shard, TokenStream, open_shard, write_shard
-from sngpt_jax.evaluation.calibration import Observed, second_moments, sum_of_products, training_stream
+from sngpt_jax.evaluation.calibration import second_moments, sum_of_products, training_stream
+from sngpt_jax.model.layers import Observed
 from sngpt_jax.parallel import make_mesh, path_name, state_shardings
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
@@ -218,7 +219,7 @@ def test_products_are_not_rounded_to_the_compute_dtype(dtype):
 def test_an_observed_matrix_cannot_be_used_unseen():
     """A model that takes its matrices in another way is no longer calibrated, and must not seem to be."""
     x, matrix = jnp.ones((2, 3)), Observed(jnp.ones((3, 4)), [])
-    for use in (lambda: jnp.dot(x, matrix), lambda: jnp.einsum("ij,jk->ik", x, matrix), lambda: x * matrix):
+    for use in (lambda: x @ matrix, lambda: jnp.dot(x, matrix), lambda: jnp.einsum("ij,jk->ik", x, matrix), lambda: x * matrix):
         with pytest.raises((TypeError, ValueError)):
             use()
     with pytest.raises(AttributeError):
