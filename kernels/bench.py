@@ -6,7 +6,6 @@ processor only small cases run. `--markdown PATH` writes the table for a documen
 writes `kernels/<operation>/tuned/<device>.json`.
 """
 
-import argparse
 import functools
 import math
 import time
@@ -161,17 +160,11 @@ def run_table(cases: Sequence[tuple[str, Case]], rounds: int, show: Callable[[st
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench",
-        description="Times every implementation of every operation on the device at hand, with errors and limits beside.",
+    parser = programs.parser(
+        "kernels.bench", "Times every implementation of every operation on the device at hand, with errors and limits beside."
     )
-    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(programs.OPERATIONS)} (default: all)")
-    parser.add_argument("--case", help="only the case of this name")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--tune", action="store_true", help="first try block sizes, and write tuned/<device>.json")
-    parser.add_argument(
-        "--json", nargs="?", const="-", default="", metavar="PATH", help="print one JSON object, or write it to PATH"
-    )
     parser.add_argument("--markdown", default="", metavar="PATH", help="write the table for a document")
     arguments = parser.parse_args(argv)
     commands.check_json(arguments.json)

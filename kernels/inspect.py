@@ -6,7 +6,6 @@ allow. The exit status is 1 where something does not compile and where, on the G
 forward pass spills registers or a product of matrices uses no tensor cores.
 """
 
-import argparse
 import os
 import re
 import tempfile
@@ -268,20 +267,14 @@ def format_case(case: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.inspect",
-        description="Compiles the kernels for GPUs that need not be here, and prints what they take of them.",
+    parser = programs.parser(
+        "kernels.inspect", "Compiles the kernels for GPUs that need not be here, and prints what they take of them."
     )
-    parser.add_argument("operation", nargs="*", help=f"which: {', '.join(programs.OPERATIONS)} (default: all)")
-    parser.add_argument("--case", help="only the case of this name")
     parser.add_argument(
         "--target",
         action="append",
         choices=[target.name for target in targets.TARGETS],
         help=f"GPU to compile for, may be given again (default: {', '.join(DEFAULT_TARGETS)}, an architecture each)",
-    )
-    parser.add_argument(
-        "--json", nargs="?", const="-", default="", metavar="PATH", help="print one JSON object, or write it to PATH"
     )
     arguments = parser.parse_args(argv)
     commands.check_json(arguments.json)

@@ -1,5 +1,6 @@
 """The cases that there are, and their programs: what inspection compiles and the benchmark times."""
 
+import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,17 @@ from kernels.targets import Target
 
 OPERATIONS = ("cayley", "xsa")
 PASSES = ("forward", "forward_backward")
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """What every command of the cases takes: the operations, --case and --json."""
+    taken = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    taken.add_argument("operation", nargs="*", help=f"which: {', '.join(OPERATIONS)} (default: all)")
+    taken.add_argument("--case", help="only the case of this name")
+    taken.add_argument(
+        "--json", nargs="?", const="-", default="", metavar="PATH", help="print one JSON object, or write it to PATH"
+    )
+    return taken
 
 
 def select(operations: Sequence[str], name: str | None) -> list[tuple[str, Case]]:
