@@ -30,7 +30,7 @@ from sngpt_jax.step import abstract_state, make_train_step
 
 logger = logging.getLogger("sngpt_jax")
 
-HEAVIEST = 12  # kernels that are listed one by one
+HEAVIEST = 10  # kernels that are listed
 MEMORY_SHARE = 0.75  # of a GPU that jax takes for its arrays, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
@@ -130,6 +130,32 @@ def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
+def place_of(scope: str) -> str:
+    """A kernel's scope without what all have in common: `backward block/mlp/dot_general`."""
+    inner = re.sub(r"^jit\(\w+\)/|\b(gradient|shard_map|while|body|closed_call)/", "", scope)
+    named = re.sub(r"\bjvp\((\w*)\)", r"\1", inner)
+    return re.sub(r"^transpose\((\w*)\)", r"backward \1", named)
+
+
+def heaviest(program: hlo.Program, target: Target) -> list[dict[str, Any]]:
+    """The kernels that take longest at their rooflines; those that do the same in every layer count as one."""
+    alike: dict[tuple[str, str], list[hlo.Kernel]] = defaultdict(list)
+    for kernel in program.kernels:
+        alike[re.sub(r"\.\d+$", "", kernel.name), re.sub(r"block_\d+", "block", place_of(kernel.scope))].append(kernel)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "place": place,
+            "count": sum(k.times for k in kernels),
+            "flops": sum(k.times * k.flops for k in kernels),
+            "bytes": sum(k.times * k.bytes for k in kernels),
+            "seconds": sum(k.seconds(target.matmul_rate, target.bandwidth) for k in kernels),
+        }
+        for (name, place), kernels in alike.items()
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])[:HEAVIEST]
+
+
 def optimizer_share(program: hlo.Program) -> dict[str, Any]:
     """What the update takes of the step's program: FLOPs and bytes of one device, and the collectives that it makes.
 
@@ -174,10 +200,7 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
             kind: {"count": times, "bytes": moved} for kind, (times, moved) in sorted(program.collective_counts().items())
         },
         "kernels": dict(sorted(program.custom_kernels().items())),
-        "heaviest": [
-            {"name": k.name, "scope": k.scope, "count": k.times, "flops": k.flops, "bytes": k.bytes}
-            for k in sorted(program.kernels, key=lambda k: -k.seconds(target.matmul_rate, target.bandwidth))[:HEAVIEST]
-        ],
+        "heaviest": heaviest(program, target),
         "roofline": {
             "kernel_seconds": kernels,
             "collective_seconds": collectives,
@@ -213,5 +236,10 @@ def format_topology(figures: dict[str, Any]) -> str:
             f" a second: kernels at their rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"
             f" {roof['collective_seconds'] * 1e3:,.1f} ms",
             "of that      " + ", ".join(f"{part} {s / roof['step_seconds']:.1%}" for part, s in roof["part_seconds"].items()),
+            "heaviest",
+            *(
+                f"{r['seconds'] * 1e3:10.2f} ms {r['bytes'] / 1e9:8.2f} GB {r['count']:5} x {r['name']} of {r['place']}"
+                for r in figures["heaviest"]
+            ),
         ]
     )
