@@ -116,11 +116,6 @@ def _problems(config: Config) -> Iterator[str]:
     for option in t.xla_options:
         if not re.fullmatch(r"xla_\w+=.*", option):
             yield f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
-    if t.deterministic and m.attention in ("auto", "cudnn"):
-        yield (
-            f"train.deterministic = True takes no model.attention = {m.attention}: cuDNN's gradient adds up in any order;"
-            " set it to pallas_triton, or to xla"
-        )
     if e.tokens and e.tokens < d.seq_len:
         yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"
     if e.sample_tokens >= m.max_seq_len:

@@ -18,8 +18,8 @@ Options = dict[str, str | bool | int]
 # sums over rows it does better. jax 0.12 has neither on.
 CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
-# Collectives start as early and end as late as the data allow. Off by default where XLA has no profile of the program.
-# CUDA graphs (command buffers) are on by default and are left so.
+# Collectives start as early and end as late as the data allow, whatever XLA's default. Command buffers (CUDA graphs) are
+# left at it.
 CUDA: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 # No atomic additions, and no algorithm chosen by timing, which may be another in the next process.
@@ -43,5 +43,5 @@ def compile_step(lowered: jax.stages.Lowered, more: Mapping[str, str | bool | in
         return lowered.compile(compiler_options=added)
     except jax.errors.JaxRuntimeError as error:
         if "compile option" in str(error) or "While setting option" in str(error):
-            raise ConfigError(f"train.xla_options: {error}") from None
+            raise ConfigError(f"an option of XLA's compiler, train.xla_options or one of the package's: {error}") from None
         raise

@@ -164,7 +164,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, beside the one with the best validation loss
     profile_steps: str = ""  # FIRST:LAST steps, counted from 1, to trace into the run's profile/ folder, for xprof
-    deterministic: bool = False  # the step gives the same bits every time; slower on a GPU, how much is not measured
+    deterministic: bool = False  # on a GPU no operation whose bits may differ from run to run; slower, not measured
     xla_options: tuple[str, ...] = ()  # NAME=VALUE for XLA's compiler of the step, over those of sngpt_jax.compiler
     compilation_cache: str = "~/.cache/sngpt_jax/xla"  # folder of compiled programs shared by runs; empty: none
 

@@ -7,7 +7,9 @@ itself where TensorBoard groups it.
 
 import json
 import math
+import resource
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import jax
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 
@@ -126,6 +129,15 @@ _PEAKS = (
     ("GB200", 2.5e15),
     ("B200", 2.25e15),
 )
+
+
+def peak_memory(device: jax.Device) -> int:
+    """The most bytes that arrays have taken on the device so far; where that is the processor, this process as a whole."""
+    stats = device.memory_stats()
+    if stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -114,4 +114,4 @@ def keep_working_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if jax.default_backend() == "cpu" else None
     if mallopt is not None:  # glibc, which other systems need not have
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never

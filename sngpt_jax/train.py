@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import __version__, checkpoint, cli, processes, run_directory
+from sngpt_jax import __version__, checkpoint, cli, compiler, processes, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE, UserError
 from sngpt_jax.config import Config, microbatches, profile_window, to_json
 from sngpt_jax.console import Console
@@ -85,9 +85,15 @@ def train(config: Config, directory: Path, console: Console) -> int:
     for line in format_table(describe(config.optim, abstract_params(config))).splitlines():
         console.print(line)
     controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
-    program = make_train_step(config, mesh).lower(abstract_state(config, mesh), place(batches[0]), controls)
 
-    # 4. State: the last checkpoint that verifies, or a new one.
+    # 4. The program, before there is a run: what the compiler refuses leaves nothing behind.
+    console.print("compiling the training step …")
+    start = time.perf_counter()
+    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), place(batches[0]), controls)
+    train_step = compiler.compile_step(lowered)
+    console.print(f"compiled in {time.perf_counter() - start:.1f} s")
+
+    # 5. State: the last checkpoint that verifies, or a new one.
     folder = run_directory.checkpoint_dir(directory)
     with checkpoint.Checkpointer(folder, keep=t.keep_checkpoints) as checkpoints, StopSignals() as signals:
         restored = checkpoint.restore(folder, abstract_state(config, mesh))
@@ -99,16 +105,10 @@ def train(config: Config, directory: Path, console: Console) -> int:
         if restored:
             console.print(f"resuming after step {done:,}")
 
-        # 5. The program.
-        console.print("compiling the training step …")
-        start = time.perf_counter()
-        train_step = program.compile()
+        # 6. The loop.
         processes.barrier()
         if t.max_seconds:  # what a program does at its first call alone is no part of the time that drives the schedule
             jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), place(batches[done]), controls))
-        console.print(f"compiled in {time.perf_counter() - start:.1f} s")
-
-        # 6. The loop.
         with (
             make_loader(batches, place, num_steps=t.steps, state=position.data) as loader,
             MetricsWriter(directory, resume_step=done if restored else None) as writer,

@@ -104,4 +104,6 @@ def test_a_program_finds_the_memory_of_the_call_before():
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    assert page_faults("kept") < 1000 < 10_000 < page_faults("as jax does")
+    kept, otherwise = page_faults("kept"), page_faults("as jax does")
+    assert kept < 1000
+    assert otherwise > 2 * kept + 100  # with huge pages, which some systems give by default, there are few to save

@@ -98,7 +98,7 @@ def test_gradient_and_loss_are_those_of_the_plain_mean():
 
 def test_devices_and_accumulation_leave_the_losses_alone():
     one = [m["loss"] for m in run(1, 1)]
-    for devices, microbatches in ((1, 4), (8, 1), (8, 2)):
+    for devices, microbatches in ((1, 4), (2, 1), (2, 2), (8, 1), (8, 2)):
         np.testing.assert_allclose([m["loss"] for m in run(devices, microbatches)], one, atol=1e-5)
 
 

@@ -298,6 +298,13 @@ def test_an_implementation_for_other_devices_is_refused_before_there_is_a_run(ti
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "config.json").exists()
 
 
+def test_an_option_that_the_compiler_does_not_know_is_refused_before_there_is_a_run(tiny_recipe, tmp_path):
+    done = train(tiny_recipe, tmp_path / "run", "--train.xla-options", "xla_nonsense=1")
+    assert done.returncode == 2
+    assert "No such compile option: 'xla_nonsense'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "config.json").exists()
+
+
 def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     summary = json.loads((tiny_trained / "summary.json").read_text())
     done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json")

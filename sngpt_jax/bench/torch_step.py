@@ -70,7 +70,6 @@ class TorchStep:
         for name, p in model.named_parameters():
             path = name.replace(".", "/")
             p.data.copy_(torch.tensor(params[path]))
-            p.grad = torch.zeros_like(p)
             by_group[group_of(path)].append(p)
         settings = groups(o)
         self.parameters = list(model.parameters())
@@ -84,14 +83,18 @@ class TorchStep:
         self.loss = model
         if compiled:
             self.loss = torch.compile(model)
-            self.muon.orthogonalize = torch.compile(newton_schulz)
+            self.muon.orthogonalize = torch.compile(newton_schulz, dynamic=False)
 
-    def __call__(self, batch: dict[str, np.ndarray], lr_multiplier: float, adam_lr_multiplier: float) -> Tensor:
-        """One step on {"inputs", "targets"} [B, T]; returns the mean loss, on the device."""
-        inputs, targets = (
-            torch.from_numpy(batch[name].astype(np.int64)).to(self.device).split(self.rows) for name in ("inputs", "targets")
-        )
-        torch._foreach_zero_([p.grad for p in self.parameters])
+    def place(self, batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+        """The "inputs" and "targets" [B, T] of a batch on the device."""
+        inputs, targets = (torch.from_numpy(batch[name].astype(np.int64)).to(self.device) for name in ("inputs", "targets"))
+        return inputs, targets
+
+    def __call__(self, batch: tuple[Tensor, Tensor], lr_multiplier: float, adam_lr_multiplier: float) -> Tensor:
+        """One step on a batch that `place` has placed; returns the mean loss, on the device."""
+        inputs, targets = (rows.split(self.rows) for rows in batch)
+        for p in self.parameters:
+            p.grad = None
         total = torch.zeros((), device=self.device)
         for microbatch in zip(inputs, targets, strict=True):
             loss = self.loss(*microbatch) / len(inputs)

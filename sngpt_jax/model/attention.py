@@ -19,7 +19,7 @@ from flax import nnx
 from kernels import xsa
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import linear, rms_norm
+from sngpt_jax.model.layers import chosen_by, linear, rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -182,9 +182,10 @@ class Attention(nnx.Module):
         k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
         if k_BSKh is k_BTKh:
-            y_BTHh = xsa.attention(
-                q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
-            )
+            with chosen_by("attention"):
+                y_BTHh = xsa.attention(
+                    q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
+                )
         else:
             _announce_single_positions()
             y_BTHh = xsa.masked_attention(q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale)
