@@ -45,6 +45,7 @@ class Kernel:
     bytes: int  # of one call
     is_custom: bool
     scope: str = ""  # the names of the code that it comes from: jit(step)/optimizer/mul
+    group: int = 0  # of a collective: how many devices exchange with each other; 0: all
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The time of all its calls at the roof: the longer of their FLOPs' and their bytes' time."""
@@ -193,7 +194,8 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
                 _visit(computations, callee, times, program)
         elif kind in _COLLECTIVES:
             operands = sum(size_of(computations[name][o].type) for o in instruction.operands)
-            program.collectives.append(Kernel(instruction.name, kind, times, 0, operands, False, _scope(instruction)))
+            group = _group(instruction)
+            program.collectives.append(Kernel(instruction.name, kind, times, 0, operands, False, _scope(instruction), group))
         else:
             program.kernels.append(_kernel(computations, computations[name], instruction, times))
 
@@ -215,6 +217,19 @@ def _kernel(computations: dict[str, Computation], inside: Computation, instructi
 def _scope(instruction: Instruction) -> str:
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return name[1] if name else ""
+
+
+def _group(instruction: Instruction) -> int:
+    """The devices of one of a collective's groups; 0: all are one. Groups are written in one of three ways."""
+    text = instruction.attributes
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,1},{2,3}}
+        return len(_dims(listed[1]))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [groups,devices]<=[all]
+        return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):  # mesh['x'=2,'y'=4] {'y'}
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    return 0
 
 
 def custom_name(instruction: Instruction) -> str:

@@ -1,10 +1,11 @@
 """The device mesh, and which array is laid out how over it.
 
 The mesh has two axes. The batch is split over both. Along `fsdp` the devices share out the parameters, and all that is kept
-beside them in their shapes: gradients, optimizer state, averages. A step gathers the weights once, computes with whole ones,
-and scatters the gradient once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). With `train.shard_optimizer` what is kept
-beside the parameters is shared out over both axes instead, whatever becomes of the parameters (ZeRO's second stage). `gather`
-and `reduce_mean` do so inside `jax.shard_map`, so that neither depends on what a partitioner makes of a loop.
+beside them in their shapes: optimizer state, averages. A step gathers the weights once, computes with whole ones, adds up the
+whole gradient of its rows, and scatters that once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). With
+`train.shard_optimizer` what is kept beside the parameters is shared out over both axes instead, whatever becomes of the
+parameters. `gather` and `reduce_mean` do so inside `jax.shard_map`, so that neither depends on what a partitioner makes of a
+loop.
 """
 
 import math
@@ -20,7 +21,7 @@ from sngpt_jax.cli import UserError
 
 BATCH_AXES = ("data", "fsdp")
 PARAMETER_AXES = ("fsdp",)
-ALL_AXES = ("fsdp", "data")  # fsdp first: a device's piece of what is split over both is a part of its piece of the parameter
+ALL_AXES = ("fsdp", "data")  # fsdp first: along one axis, a piece of what is split over both is part of the parameter's piece
 
 _LEAST_ELEMENTS = 2**12  # of an array that is worth a collective operation of its own
 

@@ -113,9 +113,12 @@ def largest_that_fits(config: Config, step: CompiledStep, target: Target, count:
 
 def collective_seconds(step: CompiledStep, target: Target, count: int) -> float:
     """The time of the collectives one after the other on links of full speed: rings move 2 (n - 1) / n of an all-reduce."""
-    hops = {"all-reduce": 2, "all-gather": count}  # an all-gather's operand is one device's share of what moves
-    moved = sum(hops.get(k.opcode, 1) * k.times * k.bytes for k in step.program.collectives)
-    return moved * (count - 1) / count / target.link
+    moved = 0.0
+    for k in step.program.collectives:
+        n = k.group or count
+        hops = {"all-reduce": 2, "all-gather": n}  # an all-gather's operand is one device's share of what moves
+        moved += hops.get(k.opcode, 1) * k.times * k.bytes * (n - 1) / n
+    return moved / target.link
 
 
 _PARTS = re.compile(r"\b(attention|mlp|code|embed|head|statistics|optimizer|averages)\b")

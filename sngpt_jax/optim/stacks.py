@@ -11,7 +11,8 @@ two for a distinct shape, whatever the number of matrices:
 
 Bytes on the links a device and step, of n devices, in the bytes of all matrices: on the way in 1/n where they are split, on
 the way back 1 for an all-gather or 1/fsdp for an all-to-all, in bfloat16 where the function computes in it. The devices then
-do about 1/n of the work each: a stack that n does not divide is padded with zeros. `is_dealt_out` is the rule.
+do about 1/n of the work each: a stack that n does not divide is padded with zeros, which are sent too. `is_dealt_out` is the
+rule.
 """
 
 import math

@@ -77,6 +77,22 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     assert found["roofline"]["step_seconds"] > found["flops"] / 989e12
 
 
+def test_optimizer_shared_out_over_all_devices() -> None:
+    plan = planned("golf_12l_recycled", "h100x8", "--train.shard-optimizer", "True")
+    found, parts = plan["topology"], plan["bytes"]
+    state = parts["parameters"] + (parts["optimizer"] + parts["averages"]) / 8
+    batch = 4 * load("golf_12l_recycled").data.batch_tokens // 8
+    assert state <= found["memory"]["arguments"] - batch <= 1.05 * state
+    share = plan["flops_per_step"]["optimizer"] / 8
+    assert share <= found["optimizer"]["flops"] <= 1.2 * share  # some stacks are padded
+    assert found["collectives"].keys() >= {"all-gather", "all-to-all", "reduce-scatter"}
+
+
+def test_deterministic_step_compiles() -> None:
+    found = planned("golf_baseline", "h100x8", "--train.deterministic", "True", "--model.num-layers", "2")["topology"]
+    assert found["fits"] and found["kernels"]["cudnn$fmhaSoftmaxBackward"] == 2
+
+
 def test_recipe_that_does_not_fit_says_what_does() -> None:
     """One microbatch of all tokens takes ten times the memory that there is."""
     options = ("--train.device-batch-tokens", "1572864", "--model.num-layers", "2")

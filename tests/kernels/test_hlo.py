@@ -94,6 +94,7 @@ def test_counts_of_a_program_counted_by_hand() -> None:
     assert kernels["sorted"].bytes == 8000  # of a conditional's branches the one that does most
     assert program.custom_kernels() == {"cudnn$fmhaSoftmax": 6, "cayley_forward": 6}
     assert program.collective_counts() == {"all-reduce": (1, 4000)}
+    assert program.collectives[0].group == 2
     assert program.flops == 6 * (kernels["matmul"].flops + kernels["cudnn$fmhaSoftmax"].flops)
     assert program.seconds(1e30, 1e3) == pytest.approx(program.bytes / 1e3)
     assert program.seconds(1e3, 1e30) == pytest.approx(program.flops / 1e3)
@@ -117,12 +118,15 @@ def test_flops_of_a_compiled_loop() -> None:
     assert hlo.analyse(compiled.as_text()).flops == 8 * 2 * 48 * 64 * 64
 
 
-def test_collectives_of_a_compiled_program() -> None:
-    mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
-    sharding = NamedSharding(mesh, P("data"))
+@pytest.mark.parametrize(("over", "group"), [(("data", "fsdp"), 8), (("fsdp",), 4), (("data",), 2)])
+def test_collectives_of_a_compiled_program(over: tuple[str, ...], group: int) -> None:
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    sharding = NamedSharding(mesh, P(over))
     total = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=NamedSharding(mesh, P()))
     text = total.lower(jax.ShapeDtypeStruct((8, 250), jnp.float32, sharding=sharding)).compile().as_text()
-    assert hlo.analyse(text).collective_counts() == {"all-reduce": (1, 1000)}
+    program = hlo.analyse(text)
+    assert program.collective_counts() == {"all-reduce": (1, 1000)}
+    assert program.collectives[0].group == group
 
 
 def test_other_text_is_refused() -> None:

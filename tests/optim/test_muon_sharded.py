@@ -90,8 +90,10 @@ def on_host(state):
 def assert_close(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        # Adam's first steps divide gradients by their size, and so magnify the rounding of those that are about 0
-        np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
+        # Adam's first steps divide gradients by their size, and so magnify the rounding of those that are about 0; the
+        # moments themselves are held by their own size, which is small
+        atol = 1e-3 * np.abs(b[name]).max() if "opt_state" in name else 1e-4
+        np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("layout", [*EACH, pytest.param((2, 1, True), marks=slow), pytest.param((8, 4, False), marks=slow)])
