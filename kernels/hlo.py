@@ -226,9 +226,9 @@ def _group(instruction: Instruction) -> int:
         return len(_dims(listed[1]))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [groups,devices]<=[all]
         return int(counted[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):  # mesh['x'=2,'y'=4] {'y'}
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):  # mesh['x'=2,'y'=4] {'x','y':(1)2}
         sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2]))
     return 0
 
 
