@@ -39,6 +39,17 @@ def follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+@contextlib.contextmanager
+def holding_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block. A process started in it never sees one, where `follow_parent` alone
+    would leave it the seconds of its imports. Unlike an ignored signal, none is lost, and any thread may do this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(tokenizer: str) -> None:
     global _worker_tokenizer
     follow_parent()
@@ -78,7 +89,8 @@ def _in_order(pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iter
     pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_work, source, chunk))
+            with holding_interrupt():  # the first ones start the workers
+                pending.append(pool.submit(_work, source, chunk))
             if len(pending) == workers * _CHUNKS_IN_FLIGHT:
                 yield pending.popleft().result()
         while pending:

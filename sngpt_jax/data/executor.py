@@ -5,14 +5,15 @@ One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Need
 
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.encode import follow_parent
+from sngpt_jax.data.encode import follow_parent, holding_interrupt
 from sngpt_jax.data.parts import Parts, Submitted
 
+_REPORT_SECONDS = 2.0  # between looks at how far the parts in work are
 _MEMORY_GB = 4  # of a job's one processor: a shard and its copies, a Parquet row group
 
 
@@ -49,9 +51,9 @@ class EncodePart(PipelineStep):
 # ---------------------------------------------------------------------------------------------- on this machine
 
 
-def _start_worker(stop: Event) -> None:
+def _start_worker(told: Connection) -> None:
     def exit_when_told() -> None:  # whatever is in work: files appear whole or not at all
-        stop.wait()
+        told.poll(None)  # until the parent closes its end
         os._exit(1)
 
     follow_parent()
@@ -60,7 +62,7 @@ def _start_worker(stop: Event) -> None:
 
 
 def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], None]) -> None:
-    """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents, tokens) after each.
+    """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents, tokens) every few seconds.
 
     Raises `UserError` at the first that fails, and stops the others then; their whole shards are kept. The pool is not
     datatrove's own, which waits for ever for a process that was killed.
@@ -71,22 +73,29 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
     logs = str(parts.directory / "logs")
     executor = LocalPipelineExecutor([EncodePart(parts)], tasks=parts.count, logging_dir=logs, skip_completed=False)
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    documents = tokens = 0
-    with ProcessPoolExecutor(min(workers, len(left)), context, _start_worker, (stop,)) as pool:
+    # Not an Event, whose set() waits for every waiter to wake, for ever where one was killed.
+    told, tell = context.Pipe(duplex=False)
+    counts: dict[int, tuple[int, int]] = {}  # part: documents, tokens
+    with ProcessPoolExecutor(min(workers, len(left)), context, _start_worker, (told,)) as pool:
         try:
-            tasks = {pool.submit(executor._run_for_rank, part): part for part in left}
-            for count, task in enumerate(as_completed(tasks), start=1):
-                task.result()
-                reached = parts.reached(tasks[task])
-                documents, tokens = documents + reached.documents, tokens + sum(entry.tokens for entry in reached.shards)
-                report(f"{count} of {len(left)} parts", documents, tokens)
+            with holding_interrupt():
+                tasks = {pool.submit(executor._run_for_rank, part): part for part in left}
+            pending = set(tasks)
+            while pending:
+                done, pending = wait(pending, _REPORT_SECONDS, FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                for part in [tasks[task] for task in (*done, *(task for task in pending if task.running()))]:
+                    reached = parts.reached(part)
+                    counts[part] = reached.documents, sum(entry.tokens for entry in reached.shards)
+                documents, tokens = (sum(count[column] for count in counts.values()) for column in (0, 1))
+                report(f"{len(left) - len(pending)} of {len(left)} parts", documents, tokens)
         except BrokenProcessPool:
             raise UserError(
                 "an encoding process was killed, perhaps for memory; run it again with fewer --workers to go on"
             ) from None
         except BaseException:
-            stop.set()
+            tell.close()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -106,6 +115,12 @@ class _Array(SlurmPipelineExecutor):
 
     def launch_merge_stats(self) -> None:
         """Nothing: the parts' journals hold what was counted."""
+
+
+def check_quoting(out: Path) -> None:
+    """Raises `UserError` where a job's script could not name `out`: datatrove writes paths there as they are."""
+    if found := re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute())):
+        raise UserError(f"--out {out.absolute()}: with --executor slurm its path may not hold {found[0]!r}; give another")
 
 
 def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
@@ -129,10 +144,11 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
         logging_dir=str(logs),
         skip_completed=False,
     )
-    left = len(parts.left())
+    left, array_job = len(parts.left()), ""
     try:
         array.launch_job()
-        array_job = "" if array.job_id == -1 else str(array.job_id)
+        if array.job_id != -1:
+            array_job = str(array.job_id)
         arguments = {key: value for key, value in array.get_sbatch_args().items() if key != "array"} | {"job-name": "merge"}
         arguments |= dict.fromkeys(("output", "error"), logs / "slurm_logs" / "merge_%j.out")
         if array_job:  # where a task fails, the merge leaves the queue
@@ -144,4 +160,9 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
             raise
         raise UserError("--executor slurm: no sbatch here; run it on a machine that submits to the cluster") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"--executor slurm: sbatch failed with status {error.returncode}; see its message above") from None
+        message = f"--executor slurm: sbatch failed with status {error.returncode}; see its message above"
+        if array_job:
+            message += (
+                f"; job {array_job}, which encodes, is in the queue: scancel {array_job}, then run the same command again"
+            )
+        raise UserError(message) from None

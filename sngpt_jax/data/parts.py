@@ -89,16 +89,17 @@ class Parts:
             begun += entry.documents
         return 0 < self.origin.max_tokens <= tokens
 
-    def _before(self, part: int) -> list[ShardEntry]:
-        return [entry for earlier in range(part) for entry in self.reached(earlier).shards]
+    def _reached_now(self, known: Sequence[SplitProgress]) -> list[SplitProgress]:
+        """How far parts 0, 1, … are encoded, of which `known` was true earlier: whole ones are not read again."""
+        return [progress if progress.finished else self.reached(part) for part, progress in enumerate(known)]
 
     def encode(self, part: int) -> None:
         """Encodes part `part`, or what is missing of it. Raises `UserError`; whole shards are kept then, as in a kill."""
         folder = self.folder(part)
         with locked(folder):
             progress = begin_or_resume(folder, self.origin)
-            before = self._before(part) if self.origin.max_tokens else []
-            if progress.train.finished or self._enough(before):
+            before = self._reached_now([SplitProgress()] * part if self.origin.max_tokens else [])
+            if progress.train.finished or self._enough([entry for earlier in before for entry in earlier.shards]):
                 return
             tokenizer = load_tokenizer(self.tokenizer)
             if tokenizer.sha256 != self.tokenizer_entry.sha256:
@@ -122,9 +123,12 @@ class Parts:
             texts = islice(documents(self.source, part, self.count), writer.documents, None)
             with encoder(self.tokenizer, workers=1) as encode:
                 for chunk in encode(name, cut_chunks(texts, writer.documents + 1)):
+                    shards = len(writer.progress.shards)
                     for tokens, extra in chunk:
                         writer.append(tokens, extra)
-                    if self._enough([*before, *writer.progress.shards]):
+                    if len(writer.progress.shards) > shards:
+                        before = self._reached_now(before)  # the parts before may be in work at the same time
+                    if self._enough([entry for reached in (*before, writer.progress) for entry in reached.shards]):
                         break
             writer.finish()
 
@@ -142,18 +146,21 @@ class Parts:
             first = max(0, first - reached.documents)
 
     def _read_part(self, folder: Path, reached: SplitProgress, first: int) -> Iterator[Encoded]:
+        remedy = f"delete {folder} and run the same command again"
         for file in [entry for shard in reached.shards for entry in (shard, shard.extra) if entry]:
-            found = file_sha256(folder / file.name)
-            if found != file.sha256:
-                raise DataError(
-                    f"{folder / file.name}: damaged: expected SHA-256 {file.sha256}, found {found};"
-                    f" delete {folder} and run the same command again"
-                )
+            path = folder / file.name
+            if not path.is_file():
+                raise DataError(f"{path}: missing; {remedy}")
+            if (found := file_sha256(path)) != file.sha256:
+                raise DataError(f"{path}: damaged: expected SHA-256 {file.sha256}, found {found}; {remedy}")
         stream = TokenStream(tuple(open_entries(folder, reached.shards)), self.tokenizer_entry.vocab_size)
         edges, end = [], 0
         for shard in stream.shards:  # a document's one BOS is its first token: no text encodes to it
             edges.append(end + np.flatnonzero(shard.tokens == self.tokenizer_entry.bos_id))
             end += len(shard.tokens)
-        spans = pairwise([*np.concatenate(edges).tolist()[first:], end])
+        begins = np.concatenate(edges).tolist()
+        if len(begins) != reached.documents:
+            raise DataError(f"{folder}: expected {reached.documents} documents, found {len(begins)}; {remedy}")
+        spans = pairwise([*begins[first:], end])
         while chunk := list(islice(spans, _CHUNK_DOCUMENTS)):
             yield [(stream.take(a, b - a), stream.extra(a, b) - np.array([a, 0])) for a, b in chunk]

@@ -196,7 +196,9 @@ def _executors() -> Any:
 
 
 def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: Executor) -> Manifest | Submitted:
-    executors = None if executor == "processes" else _executors()
+    executors: Any = None if executor == "processes" else _executors()
+    if executor == "slurm":
+        executors.check_quoting(out)
     progress = begin_or_resume(out, origin)
     if progress.tokenizer is None:
         progress = replace(progress, tokenizer=_place_tokenizer(spec, out, origin))
@@ -209,13 +211,16 @@ def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: 
     # Both are opened before anything is written, so that a source that is too small is known at once.
     texts = {"train": _train_documents(spec), "val": _val_documents(spec)}
     parts = None
-    if executors and not progress.train.finished:
+    if not progress.train.finished and (executors or (out / PARTS).is_dir()):
         parts = Parts(out / PARTS, spec.source, count_parts(spec.source), origin, tokenizer, entry)
         if executor == "slurm":
             here = ("--executor", "local", "--workers", "1")  # finds every part encoded
             return executors.submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
-        with _reporter(out) as report:
-            executors.encode_here(parts, workers, report)
+        if executors:
+            with _reporter(out) as report:
+                executors.encode_here(parts, workers, report)
+        elif parts.left():  # not all there: tokenized here
+            parts = None
     progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     manifest = Manifest(FORMAT, origin, entry, progress.train.shards, progress.val.shards)

@@ -4,19 +4,30 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sngpt_jax.cli import UserError
+from sngpt_jax.data import encode
+from sngpt_jax.data import parts as parts_module
+from sngpt_jax.data import prepare as prepare_module
+from sngpt_jax.data.folder import PARTS
+from sngpt_jax.data.manifest import load_progress
+from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.prepare import main, prepare, prepare_on
 from sngpt_jax.data.shards import open_dataset
-from sngpt_jax.data.spec import PrepareSpec
+from sngpt_jax.data.spec import PrepareSpec, origin_of
 
 WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of", "the", "▁", "🙂"]
 
@@ -60,6 +71,28 @@ def options(source, out, *more):
 def command(*arguments, **more):
     full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
     return subprocess.run(full, capture_output=True, text=True, timeout=100, **more)
+
+
+def begun(source, out):
+    """A preparation's parts, stopped before the first was encoded."""
+    spec = spec_for(source, out)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_write_splits", interrupt)
+        prepare(spec)
+    entry = load_progress(out).tokenizer
+    return Parts(out / PARTS, spec.source, 5, origin_of(spec), out / entry.file, entry)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def shadowed(folder, sitecustomize):
+    """An environment whose interpreters run `sitecustomize` first."""
+    (folder / "shadow").mkdir()
+    (folder / "shadow" / "sitecustomize.py").write_text(sitecustomize)
+    path = [str(folder / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def children_of(group):
@@ -120,6 +153,108 @@ def test_what_a_failed_task_leaves_is_gone_on_with(source, plain, tmp_path):
     assert contents(out) == contents(plain)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("encoded", [5, 4])
+def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkeypatch, encoded):
+    parts = begun(source, tmp_path / "out")
+    for part in range(encoded):
+        parts.encode(part)
+    documents = []
+    encode_chunk = encode._encode
+
+    def counting(tokenizer, name, chunk):
+        documents.extend(chunk[1])
+        return encode_chunk(tokenizer, name, chunk)
+
+    monkeypatch.setattr(encode, "_encode", counting)
+    prepare(spec_for(source, tmp_path / "out"))
+    assert len(documents) == (130 if encoded == 5 else 500)  # the held-out ones are not taken from parts
+    assert contents(tmp_path / "out") == contents(plain)
+
+
+@pytest.mark.slow
+@needs_datatrove
+def test_a_stop_is_not_held_up_by_a_worker_that_was_killed(source, tmp_path):
+    from sngpt_jax.data import executor
+
+    def kill_one_and_stop(*_):
+        worker = multiprocessing.active_children()[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        raise KeyboardInterrupt
+
+    parts = begun(source, tmp_path / "out")
+    ends = []
+
+    def encode_until_stopped():
+        with pytest.raises(KeyboardInterrupt):
+            executor.encode_here(parts, 2, kill_one_and_stop)
+        ends.append(True)
+
+    thread = threading.Thread(target=encode_until_stopped, daemon=True)  # which a hang leaves behind
+    thread.start()
+    thread.join(60)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    assert ends
+
+
+@needs_datatrove
+def test_a_part_in_work_is_reported(source, tmp_path, monkeypatch):
+    from sngpt_jax.data import executor
+
+    parts = replace(begun(source, tmp_path / "out"), count=1)
+    seen, saved = threading.Event(), parts_module.save
+    reports = []
+
+    def wait_after_a_shard(progress, folder):
+        saved(progress, folder)
+        if len(progress.train.shards) == 1:
+            assert seen.wait(60)
+
+    def report(what, documents, tokens):
+        reports.append((what, documents, tokens))
+        if tokens:
+            seen.set()
+
+    monkeypatch.setattr(executor, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(executor, "_REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(parts_module, "_SHARD_TOKENS", 1000)
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(parts_module, "save", wait_after_a_shard)
+    executor.encode_here(parts, 1, report)
+    assert ("0 of 1 parts", 1000) in {(what, tokens) for what, _, tokens in reports}
+    assert reports[-1] == ("1 of 1 parts", 500, sum(entry.tokens for entry in parts.reached(0).shards))
+
+
+# Workers tell that they start, and take a second longer for it.
+SLOW_START = """
+import sys, time
+if "--multiprocessing-fork" in sys.orig_argv:
+    open({mark!r}, "w").close()
+    time.sleep(1)
+"""
+
+
+@pytest.mark.slow
+@needs_datatrove
+@pytest.mark.parametrize("executor", ["processes", "local"])
+def test_ctrl_c_while_workers_start_says_one_word(source, tmp_path, executor):
+    mark = tmp_path / "mark"
+    env = shadowed(tmp_path, SLOW_START.format(mark=str(mark)))
+    arguments = options(source, tmp_path / "out", "--executor", executor, "--workers", 2)
+    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
+    with subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as process:
+        deadline = time.monotonic() + 100
+        while not mark.exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=100)[1]
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+
+
 # Kills the worker that is about to place the first shard of the third part, once.
 SITECUSTOMIZE = """
 import os, signal
@@ -140,15 +275,11 @@ os.replace = replace
 def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
     mark = tmp_path / "mark"
     mark.write_text("")
-    (tmp_path / "shadow").mkdir()
-    (tmp_path / "shadow" / "sitecustomize.py").write_text(SITECUSTOMIZE.format(mark=str(mark)))
-    path = os.pathsep.join([str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = shadowed(tmp_path, SITECUSTOMIZE.format(mark=str(mark)))
     arguments = options(source, tmp_path / "out", "--executor", "local", "--workers", 2)
     full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
-    with subprocess.Popen(
-        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": path}
-    ) as process:
-        errors = process.communicate(timeout=60)[1]
+    with subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as process:
+        errors = process.communicate(timeout=100)[1]
     assert process.returncode == 2 and not mark.exists()
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
@@ -178,6 +309,14 @@ while [ "$1" != launch_pickled_pipeline ]; do shift; done
 exec "$@"
 """
 SCONTROL = "#!/bin/sh\necho node1\n"
+
+
+# Takes one job only, as at the limit of a user's jobs.
+FULL_SBATCH = """#!/bin/sh
+if [ -e "{jobs}/0.script" ]; then echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; fi
+touch "{jobs}/0.script"
+echo "Submitted batch job 17"
+"""
 
 
 @pytest.fixture
@@ -253,6 +392,22 @@ def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, c
     sbatch.unlink()
     with pytest.raises(UserError, match="no sbatch here; run it on a machine that submits to the cluster"):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+
+
+@needs_datatrove
+def test_a_queue_that_takes_the_first_job_only_is_told(source, tmp_path, cluster):
+    (tmp_path / "tools" / "sbatch").write_text(FULL_SBATCH.format(jobs=cluster))
+    advice = "job 17, which encodes, is in the queue: scancel 17, then run the same command again"
+    with pytest.raises(UserError, match=f"sbatch failed with status 1; see its message above; {advice}"):
+        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+
+
+@needs_datatrove
+@pytest.mark.parametrize("name", ["two words", "a&b", "$HOME"])
+def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(source, tmp_path, cluster, name):
+    with pytest.raises(UserError, match="with --executor slurm its path may not hold"):
+        prepare_on(spec_for(source, tmp_path / name), 2, "slurm")
+    assert not list(cluster.iterdir()) and not (tmp_path / name / "tokenizer.model").exists()
 
 
 # ---------------------------------------------------------------------------------------------- what it refuses

@@ -10,7 +10,7 @@ import sentencepiece
 
 from sngpt_jax.cli import UserError
 from sngpt_jax.data import parts as module
-from sngpt_jax.data.manifest import DataError, Origin, ShardEntry, TokenizerEntry
+from sngpt_jax.data.manifest import DataError, Origin, ShardEntry, TokenizerEntry, load_progress, save
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.tokenizer import load_tokenizer
 
@@ -129,6 +129,27 @@ def test_no_more_parts_are_encoded_than_hold_the_tokens_asked_for(parts, texts):
     assert needed <= total <= needed + 3 * 400 + max(map(max, filter(None, lengths))) * 8
 
 
+def test_a_part_stops_where_those_before_it_that_ran_meanwhile_hold_enough(parts, texts, monkeypatch):
+    some = replace(parts, origin=replace(parts.origin, max_tokens=100))
+    saved = module.save
+
+    def meanwhile(progress, folder):
+        saved(progress, folder)
+        if folder == some.folder(2) and len(progress.train.shards) == 1:
+            for earlier in (0, 1):
+                assert not some.reached(earlier).finished
+                some.encode(earlier)
+
+    monkeypatch.setattr(module, "save", meanwhile)
+    some.encode(2)
+    assert some.reached(2).finished and 0 < some.reached(2).documents < SIZES[2]
+    assert some.left() == []
+    tokenizer = load_tokenizer(parts.tokenizer)
+    expected = [token for text in texts[0][30:] for token in tokenizer.encode_document(text).tokens]
+    found = [token for tokens, _ in next(some.read(30)) for token in tokens.tolist()]
+    assert len(found) >= 100 and found == expected[: len(found)]
+
+
 @pytest.mark.parametrize("held_out", [0, 1, 3, 8])
 def test_tokens_are_only_counted_where_they_are_certain_to_be_training_tokens(parts, held_out):
     rng = np.random.default_rng(held_out)
@@ -156,6 +177,19 @@ def test_damaged_parts_are_named(parts):
     sidecar = parts.folder(2) / parts.reached(2).shards[0].extra.name
     sidecar.write_bytes(sidecar.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"extra\.npy: damaged"):
+        list(parts.read(0))
+    sidecar.unlink()
+    with pytest.raises(DataError, match=r"00002-of-00005/.*extra\.npy: missing; delete .*00002-of-00005 and run the same"):
+        list(parts.read(0))
+
+
+@pytest.mark.parametrize("there", [24, 26])
+def test_a_journal_that_miscounts_the_documents_is_refused(parts, there):
+    for part in range(len(SIZES)):
+        parts.encode(part)
+    journal = load_progress(parts.folder(2))
+    save(replace(journal, train=replace(journal.train, documents=there)), parts.folder(2))
+    with pytest.raises(DataError, match=f"00002-of-00005: expected {there} documents, found 25; delete .*00002-of-00005 and"):
         list(parts.read(0))
 
 
