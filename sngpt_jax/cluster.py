@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax._src.clusters import SlurmCluster  # jax's own reading of Slurm's variables, needed before jax.distributed is called
@@ -30,10 +29,10 @@ class Layout:
     source: str  # for the log
 
 
-def find_layout(arguments: ProcessArguments, environ: Mapping[str, str] = os.environ) -> Layout | None:
+def find_layout(arguments: ProcessArguments) -> Layout | None:
     """The layout that the options give, else that of the Slurm job step of several tasks that this is one of; None: alone.
 
-    `environ` is asked for what jax's own detection of Slurm leaves out. Raises `UserError` for options that do not go together.
+    Raises `UserError` for options that do not go together.
     """
     index, count = arguments.process_id, arguments.num_processes
     if count == 1 and not index:
@@ -46,21 +45,25 @@ def find_layout(arguments: ProcessArguments, environ: Mapping[str, str] = os.env
         if not re.fullmatch(r".+:\d{1,5}", arguments.coordinator):
             raise UserError(f"--coordinator {arguments.coordinator} is not HOST:PORT, such as node1:12345")
         return Layout(arguments.coordinator, index, count, None, "options")
-    if not SlurmCluster.is_env_present() or SlurmCluster.get_process_count() == 1:
+    if not SlurmCluster.is_env_present():
+        return None
+    # the step's own number: salloc's shell is a step of one task in which SLURM_NTASKS is the job's
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS") or SlurmCluster.get_process_count())
+    if count == 1:
         return None
     return Layout(
         SlurmCluster.get_coordinator_address(None, None),
         SlurmCluster.get_process_id(),
-        SlurmCluster.get_process_count(),
-        _own_devices(environ),
+        count,
+        _own_devices(),
         "Slurm",
     )
 
 
-def _own_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Of a task that is alone on its node, or to which Slurm has bound a GPU, all that it sees; else the GPU of its number."""
-    tasks = re.sub(r"\(x\d+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")  # such as 1(x2) or 2,1
-    bound = environ.get("CUDA_VISIBLE_DEVICES", "")
-    if set(tasks) == {"1"} or (bound and "," not in bound):
+def _own_devices() -> tuple[int, ...] | None:
+    """Of a task that is alone on its node, or to which Slurm has bound GPUs, all that it sees; else the GPU of its number."""
+    tasks = re.sub(r"\(x\d+\)", "", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")  # such as 1(x2) or 2,1
+    bound = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if set(tasks) == {"1"} or os.environ.get("SLURM_GPUS_PER_TASK") or (bound and "," not in bound):
         return None
-    return (int(environ["SLURM_LOCALID"]),)
+    return (int(os.environ["SLURM_LOCALID"]),)

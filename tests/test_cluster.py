@@ -21,7 +21,7 @@ def slurm(monkeypatch):
     """Sets Slurm's variables, and no others of it."""
 
     def set_to(variables):
-        for name in {*STEP, "CUDA_VISIBLE_DEVICES"}:
+        for name in {*STEP, "SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK", "CUDA_VISIBLE_DEVICES"}:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -73,6 +73,7 @@ def test_a_step_of_several_tasks_is_found(slurm):
     "left",
     [
         {**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},  # srun --ntasks 1
+        {**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of salloc, a step of a job of two tasks
         {name: value for name, value in STEP.items() if "STEP" not in name},  # a batch script itself, outside of srun
     ],
 )
@@ -95,3 +96,9 @@ def test_one_task_and_a_batch_script_are_alone(slurm, left):
 def test_a_tasks_gpus(slurm, tasks, visible, devices):
     slurm({**STEP, "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible})
     assert find_layout(ProcessArguments()).local_devices == devices
+
+
+def test_a_task_takes_all_gpus_that_slurm_has_bound_to_it(slurm):
+    bound = {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_PER_TASK": "2"}
+    slurm({**STEP, "SLURM_LOCALID": "1", **bound})
+    assert find_layout(ProcessArguments()).local_devices is None
