@@ -310,8 +310,9 @@ class Checkpointer:
         record = _Record(step, value, dict(extra), {name: _describe(leaf) for name, leaf in leaves.items()}, {})
         _record_text(record)  # extra values that JSON cannot hold are the caller's error, now rather than in the background
         if processes.broadcast(lambda: _is_whole(self._directory, step)):
-            whole = _read_record(self._directory, step)
-            record = replace(record, files=whole.files, value=whole.value if value is None else value)
+            if processes.index() == 0:  # who writes it: the others might read while it is replaced
+                whole = _read_record(self._directory, step)
+                record = replace(record, files=whole.files, value=whole.value if value is None else value)
             self._pending = self._executor.submit(self._finish, None, record)
             return
         context = ocp.Context()

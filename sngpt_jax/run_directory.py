@@ -7,6 +7,7 @@ checkpoints/    orbax checkpoints with their checksums
 tensorboard/    the metrics again
 profile/        jax.profiler traces, where asked for
 summary.json    written when the run has finished
+.lock, .shared  held while it trains; by which several processes know that they see the same directory
 """
 
 import contextlib
@@ -112,17 +113,32 @@ def _check_shared(run_dir: Path) -> None:
 
     def leave_mark() -> list[str]:
         text = secrets.token_hex(8)
-        write_text_atomic(mark, text)
+        with _writing(run_dir):
+            write_text_atomic(mark, text)
         return [str(run_dir.absolute()), text]
+
+    def seen() -> bool:
+        try:
+            return mark.read_text() == text
+        except OSError:  # not there yet, or replaced meanwhile
+            return False
 
     path, text = processes.broadcast(leave_mark)
     if path != str(run_dir.absolute()):
         raise UserError(f"--run-dir is {run_dir.absolute()} here and {path} in process 0; give all processes the same path")
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not (mark.is_file() and mark.read_text() == text):
+    while not seen():
         if time.monotonic() > deadline:
             raise UserError(f"{run_dir}: not the directory that process 0 writes to; choose a --run-dir that all nodes share")
         time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another --run-dir") from None
 
 
 def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
@@ -134,13 +150,11 @@ def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     kept = run_dir / f"tokenizer{tokenizer.path.suffix}" if tokenizer else None
     if tokenizer and kept and kept.exists() and load_tokenizer(kept).sha256 != tokenizer.sha256:
         raise UserError(f"{kept}: the run was started with another tokenizer than {tokenizer.path}; choose another --run-dir")
-    try:
+    with _writing(run_dir):
         if tokenizer and kept and not kept.exists():
             write_bytes_atomic(kept, tokenizer.path.read_bytes())
         if not config_path(run_dir).exists():
             write_text_atomic(config_path(run_dir), to_json(config))
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another --run-dir") from None
 
 
 @dataclass(frozen=True)

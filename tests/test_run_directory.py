@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from sngpt_jax import run_directory
+from sngpt_jax import processes, run_directory
 from sngpt_jax.checkpoint import Checkpointer
 from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config
 from sngpt_jax.optim.averaging import update_swa
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
@@ -68,4 +69,12 @@ def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny
     with run_directory.claim(tmp_path, spread):
         pass
     with pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"), run_directory.claim(tmp_path, other):
+        pass
+
+
+def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    (tmp_path / ".shared").mkdir()  # what a file cannot replace
+    refused = pytest.raises(UserError, match="cannot be written: .*; choose another --run-dir")
+    with refused, run_directory.claim(tmp_path, Config()):
         pass
