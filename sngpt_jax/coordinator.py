@@ -4,6 +4,7 @@ jax's runtime aborts a process, with a stack trace, at the moment it loses this 
 0 and dies with it; here the others have the time to notice, to say what happened and to end by themselves.
 """
 
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     except RuntimeError as error:
         print(" ".join(str(error).split()), flush=True)
         return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it would repeat there what the processes say
     print(READY, flush=True)
     done = sys.stdin.buffer.read() == DONE
     time.sleep(1 if done else linger)  # those who have just said that they end have done so by then

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import cli, processes
+from sngpt_jax import __version__, cli, processes
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ExportConfig, Weights
@@ -206,10 +207,14 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(arguments: EvaluateArguments, spec: dict[str, Path | None]) -> int:
     """Scores what `arguments` name, and prints or writes the result."""
+    options = {name: repr(value) for name, value in vars(arguments).items() if name not in ("processes", "json")}
+    processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | options)
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config = validate(replace(model.config, export=arguments.export)) if arguments.run else model.config
     dataset = model.open_data(arguments.data) if arguments.mode != "none" or arguments.fake_quantize else None
+    if dataset:
+        processes.check_alike({"validation tokens": len(dataset.val), "tokenizer": dataset.tokenizer.sha256})
     variables = model.variables
     if arguments.fake_quantize:
         assert dataset

@@ -14,12 +14,11 @@ own watches. jax's own guard, which aborts with a stack trace, is set to twice t
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
-import socket
+import re
 import subprocess
 import sys
 import threading
@@ -32,15 +31,16 @@ import jax
 from jax._src import distributed  # its client, the store of keys and values, has no public name; orbax takes the same way
 from jax.experimental import multihost_utils
 
+from sngpt_jax import rendezvous
 from sngpt_jax.cli import EXIT_LOST, EXIT_SIGINT, EXIT_USER_ERROR, UserError
 from sngpt_jax.cluster import Layout, ProcessArguments, find_layout
-from sngpt_jax.coordinator import DONE, READY
+from sngpt_jax.coordinator import DONE
 
 T = TypeVar("T")
 
 logger = logging.getLogger("sngpt_jax")
 
-START = 300  # seconds in which all processes have to come
+START = 300  # seconds in which process 0 has to come, and then all others
 SILENCE = 40  # seconds without a sign of life after which a process counts as dead
 _BEAT = 1.0  # seconds between signs of life
 _LINGER = SILENCE + 10  # seconds that the coordination service outlives process 0
@@ -84,9 +84,9 @@ def joined(arguments: ProcessArguments) -> Iterator[None]:
             for name in ("sngpt_jax", "kernels"):
                 logging.getLogger(name).setLevel(logging.ERROR)
         yield
+        member.part()
     except BaseException as error:
         member.give_up(error)
-    member.part()
     _member = None
 
 
@@ -103,6 +103,11 @@ def first() -> Iterator[None]:
     yield
     if not index():
         broadcast(lambda: None)
+
+
+def everywhere(make: Callable[[], T]) -> T:
+    """What `make` gives in this process. Raises `UserError` in all processes where `make` does in any."""
+    return _member.everywhere(make) if _member else make()
 
 
 def barrier() -> None:
@@ -122,9 +127,9 @@ def check_alike(facts: Mapping[str, Any]) -> None:
         return
     for number, theirs in enumerate(every := _member.gather(dict(facts))):
         for name, expected in every[0].items():
-            if theirs[name] != expected:
+            if (found := theirs.get(name)) != expected:
                 raise UserError(
-                    f"{name}: {expected} in process 0, {theirs[name]} in process {number}; start all processes with the same"
+                    f"{name}: {expected} in process 0, {found} in process {number}; start all processes with the same"
                     " version, command and data, on nodes that are alike"
                 )
 
@@ -150,32 +155,37 @@ class _Member:
     # ------------------------------------------------------------------------------------------ meeting and parting
 
     def meet(self) -> None:
-        """Returns when all processes are there. Raises `UserError` where they are not within START seconds, or are unlike."""
+        """Returns when all processes are there; ends this one if they do not come. Raises `UserError` where they are unlike."""
         me = self.layout
-        deadline = time.monotonic() + START
         if me.index == 0:
-            self._service = _serve(me)
-        else:
-            _reach(me, deadline)
+            self._service = rendezvous.serve(me, timeout=2 * SILENCE, linger=_LINGER)
+        rendezvous.reach(me, START if me.index else 10)
+        logger.info(f"process {me.index}: waiting for all {me.count} processes")
+        others = "start all of them, with the same --num-processes" if me.source == "options" else "did all tasks start?"
+        late = threading.Timer(
+            START, self._end_with, (EXIT_USER_ERROR, f"not all of {me.count} processes came in {START} s; {others}")
+        )
+        late.daemon = True
+        late.start()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself, which the loop handles
-        jax.distributed.initialize(
+        # a cluster's proxy leads out of it, and gRPC would take it even to the next node
+        os.environ.setdefault("no_grpc_proxy", me.coordinator.rpartition(":")[0].strip("[]"))
+        jax.config.update("jax_check_proxy_envs", False)  # jax warns of such variables
+        jax.distributed.initialize(  # waits for all
             me.coordinator,
             me.count,
             me.index,
             local_device_ids=me.local_devices or (),
             cluster_detection_method="deactivate",
             coordinator_bind_address="127.0.0.1:0",  # of a second service in process 0 that jax insists on and nobody asks
-            initialization_timeout=START,
+            initialization_timeout=START + 60,  # when jax aborts with a stack trace
             heartbeat_timeout_seconds=2 * SILENCE,
             shutdown_timeout_seconds=2 * SILENCE,
         )
+        late.cancel()
         self._client = distributed.global_state.client
         self._watcher.start()
-        while missing := set(range(me.count)) - self._read("life").keys():
-            if time.monotonic() > deadline:
-                raise UserError(f"process {', '.join(map(str, sorted(missing)))} of {me.count} did not come in {START} s")
-            time.sleep(0.1)
         check_alike({"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
         multihost_utils.sync_global_devices("meet")  # connects them, while nobody is late by compiling
 
@@ -190,24 +200,31 @@ class _Member:
 
     def give_up(self, error: BaseException) -> NoReturn:
         """Ends this process for `error`, and lets the others know."""
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-            time.sleep(SILENCE + 5 * _BEAT)  # most often another's end: the watcher, who knows of it by then, ends this one
-        self._leaving.acquire()
         status, message = _verdict(error)
-        if message and not isinstance(error, (UserError, KeyboardInterrupt)):
-            traceback.print_exception(error)
-        elif message:
+        if _is_lost_connection(error):  # most often another's end: the watcher, who hears of it by then, ends this one
+            wait = SILENCE + 5 * _BEAT
+            self._print(f"{message}; waiting {wait:g} s to hear whether another process has ended")
+            with contextlib.suppress(KeyboardInterrupt):
+                self._parted.wait(wait)
+        self._leaving.acquire()
+        if isinstance(error, (UserError, KeyboardInterrupt)):
             self._print(message)
+        elif not isinstance(error, (SystemExit, BrokenPipeError)):  # the one has said why, and nobody is left to tell the other
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exception(error)
         self._leave(status, message)
 
     def _leave(self, status: int, message: str) -> NoReturn:
         """Says that this process ends, and ends it; process 0 stays, a little, for the others to hear of it."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            if self._client is not None:
-                self._say_end(status, message)
-            if self._client is None or self._all_have_ended(within=10 * _BEAT):
-                self._dismiss_service()
-        os._exit(status)  # the interpreter's own end would wait for the others, at jax's barrier
+        try:
+            _show_cursor()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                if self._client is not None:
+                    self._say_end(status, message)
+                if self._client is None or self._all_have_ended(within=10 * _BEAT):
+                    self._dismiss_service()
+        finally:
+            os._exit(status)  # the interpreter's own end would wait for the others, at jax's barrier
 
     def _all_have_ended(self, within: float) -> bool:
         deadline = time.monotonic() + within
@@ -219,12 +236,14 @@ class _Member:
 
     def _dismiss_service(self) -> None:
         if self._service and self._service.stdin:
-            self._service.stdin.write(DONE)
-            self._service.stdin.close()
+            with contextlib.suppress(OSError):  # it is gone
+                self._service.stdin.write(DONE)
+                self._service.stdin.close()
 
     def _print(self, message: str) -> None:
         mark = f"process {self.layout.index}: " if self.layout.index else ""
-        print(f"{mark}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(f"{mark}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
     # ------------------------------------------------------------------------------------------ what is said
 
@@ -246,6 +265,20 @@ class _Member:
         self._client.key_value_set(f"{prefix}/{self.layout.index}", json.dumps(value))
         return [json.loads(self._wait_for(f"{prefix}/{i}")) for i in range(self.layout.count)]
 
+    def everywhere(self, make: Callable[[], T]) -> T:
+        failure: UserError | None = None
+        try:
+            made = make()
+        except UserError as error:
+            failure = error
+        failures = self.gather(failure and str(failure))
+        if failure:
+            raise failure
+        for number, other in enumerate(failures):
+            if other is not None:
+                raise UserError(f"process {number}: {other}")
+        return made
+
     def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
         self._signal = signal  # goes out with the next sign of life
         agreed: Any = self.broadcast(lambda: [seconds, signal or self._heard])
@@ -265,14 +298,16 @@ class _Member:
         return {int(key.rpartition("/")[2]): json.loads(text) for key, text in entries}
 
     def _say_end(self, status: int, message: str) -> None:
-        self._client.key_value_set(f"{_KEYS}/end/{self.layout.index}", json.dumps([status, " ".join(message.split())]))
+        """Without a message this process has come to its end, and the others may go on to theirs."""
+        end = json.dumps([status, " ".join(message.split())])
+        self._client.key_value_set(f"{_KEYS}/end/{self.layout.index}", end, allow_overwrite=True)
 
     # ------------------------------------------------------------------------------------------ who is there
 
     def _watch(self) -> None:
         """Gives signs of life and looks for the others' until this process parts; ends it where another has ended."""
         me = self.layout.index
-        seen: dict[int, tuple[Any, float]] = {me: (None, time.monotonic())}
+        seen: dict[int, tuple[Any, float]] = dict.fromkeys(range(self.layout.count), (None, time.monotonic()))
         beat = 0
         while not self._parted.wait(_BEAT if beat else 0):
             beat += 1
@@ -283,11 +318,11 @@ class _Member:
                 self._client.key_value_set(f"{_KEYS}/life/{me}", life, allow_overwrite=True)
                 lives, ends = self._read("life"), self._read("end")
             for number, (status, message) in ends.items():
-                if status and number != me:
-                    self._end_with(status, f"process {number} has ended: {message or f'status {status}'}")
+                if message and number != me:
+                    self._end_with(status, f"process {number} has ended: {message}")
             for number, life in lives.items():
                 self._heard = life[1] or self._heard
-                if number not in seen or seen[number][0] != life:
+                if seen[number][0] != life:
                     seen[number] = (life, time.monotonic())
             silent = [number for number, (_, when) in seen.items() if time.monotonic() - when > SILENCE and number not in ends]
             if me in silent:
@@ -302,7 +337,8 @@ class _Member:
 
     def _end_with(self, status: int, message: str) -> NoReturn:
         self._leaving.acquire()
-        self._print(message)
+        if status:
+            self._print(message)
         self._leave(status, message)
 
 
@@ -313,63 +349,29 @@ def _verdict(error: BaseException) -> tuple[int, str]:
             return EXIT_USER_ERROR, str(error)
         case KeyboardInterrupt():
             return EXIT_SIGINT, "interrupted"
-        case SystemExit():  # has said why
-            return error.code if isinstance(error.code, int) else 1, ""
+        case SystemExit():
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            return status, f"status {status}"
+        case BrokenPipeError():  # `… | head`: no error, as where a process is alone
+            return 0, "its output is closed"
         case _:
             return 1, f"{type(error).__name__}: {error}"
 
 
-def _serve(layout: Layout) -> "subprocess.Popen[bytes]":
-    """Starts the coordination service at the coordinator's port of this node."""
-    port = int(layout.coordinator.rpartition(":")[2])
-    deadline = time.monotonic() + _LINGER + 5  # that of a job that has just been killed is still there
-    while True:
-        try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("", port))
-            break
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline or not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
-                raise UserError(
-                    f"--coordinator {layout.coordinator}: that port cannot be used: {error}; choose another"
-                ) from None
-        time.sleep(0.5)
-    service = subprocess.Popen(
-        [sys.executable, "-m", "sngpt_jax.coordinator", f"[::]:{port}", *map(str, (layout.count, 2 * SILENCE, _LINGER))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # it repeats what the processes say, and a pipe would stay open as long as it lingers
-        start_new_session=True,  # Ctrl-C is for those who train
-    )
-    assert service.stdout
-    said = service.stdout.readline().decode().strip()
-    if said != READY:
-        raise UserError(f"--coordinator {layout.coordinator}: nothing could be started there: {said}; choose another port")
-    return service
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether `error` looks as if another process were gone."""
+    text = str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return "Gloo" in text
+    return "RESOURCE_EXHAUSTED" not in text and re.search("[Gg]loo|NCCL|UNAVAILABLE|[Cc]onnection", text) is not None
 
 
-def _reach(layout: Layout, deadline: float) -> None:
-    """Returns when something listens at the coordinator's address: jax would abort with a stack trace if nothing ever did."""
-    host, _, port = layout.coordinator.rpartition(":")
-    told = False
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except socket.gaierror as error:
-            raise UserError(
-                f"--coordinator {layout.coordinator}: {host}: {error.strerror}; give the name of process 0's node"
-            ) from None
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--coordinator {layout.coordinator}: no answer in {START} s: {error}; is process 0 up?"
-                ) from None
-        if not told:
-            told = True
-            logger.info(f"process {layout.index}: waiting for process 0 at {layout.coordinator}")
-        time.sleep(0.5)
+def _show_cursor() -> None:
+    """rich hides a terminal's cursor beside its live line, and `os._exit` leaves it no time to show it again."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if os.isatty(stream.fileno()):
+                os.write(stream.fileno(), b"\x1b[?25h")
 
 
 def _keep_stdout_for_results() -> None:
@@ -377,4 +379,5 @@ def _keep_stdout_for_results() -> None:
     sys.stdout.flush()
     results = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = open(results, "w", encoding=sys.stdout.encoding, buffering=1)  # noqa: SIM115 - closed by the interpreter
+    now = sys.stdout
+    sys.stdout = open(results, "w", encoding=now.encoding, errors=now.errors, buffering=1)  # noqa: SIM115 - closed by the interpreter

@@ -6,7 +6,6 @@
 checkpoints.
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import __version__, checkpoint, cli, compiler, processes, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE, UserError
-from sngpt_jax.config import Config, microbatches, profile_window, to_json
+from sngpt_jax.config import Config, microbatches, profile_window
 from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, make_loader
 from sngpt_jax.data.recipe import prepared_data
@@ -68,7 +67,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     processes.check_alike(
         {
             "version": f"{__version__}, jax {jax.__version__}",
-            "configuration": hashlib.sha256(to_json(config).encode()).hexdigest(),
+            **{f"{section}.{name}": value for section, fields in asdict(config).items() for name, value in fields.items()},
             "training tokens": len(data.train),
             "validation tokens": len(data.val),
             "tokenizer": data.tokenizer.sha256,

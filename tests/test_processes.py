@@ -1,6 +1,8 @@
 """Several processes on this machine: the same losses as one, each other's checkpoints, one line when one of them ends."""
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,20 +31,47 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(*command: object) -> list[subprocess.Popen[str]]:
+def slurm_port() -> int:
+    """A free port among those that follow from the number of a Slurm job."""
+    for port in random.sample(range(2**16 - 2**12, 2**16), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def processes_of_options(num: int) -> list[tuple[list[str], dict[str, str]]]:
+    """The options and the variables that make two processes those of a job of `num`."""
+    options = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(num), "--process-id"]
+    return [([*options, str(i)], {}) for i in range(2)]
+
+
+def processes_of_slurm() -> list[tuple[list[str], dict[str, str]]]:
+    """The same by Slurm, for two tasks on this node, on a cluster with a proxy that leads nowhere."""
+    step = {
+        "SLURM_JOB_ID": str(slurm_port() - (2**16 - 2**12)),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NTASKS": "2",
+        "http_proxy": f"http://localhost:{free_port()}",
+    }
+    return [([], {**step, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
+
+
+def start(*command: object, differing: tuple[list[str], list[str]] = ([], []), by: Any = None) -> list[subprocess.Popen[str]]:
     """Starts two processes of one job, on a CPU device each; their programs are quick to compile."""
-    port = free_port()
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     return [
         subprocess.Popen(
-            [*map(str, (*command, "--coordinator", f"localhost:{port}", "--process-id", i, "--num-processes", 2))],
+            [*map(str, command), *own, *options],
             cwd=tiny_run.ROOT,
-            env={**tiny_run.environment(), "XLA_FLAGS": flags},
+            env={**tiny_run.environment(), "XLA_FLAGS": flags, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
+        for own, (options, variables) in zip(differing, by or processes_of_options(2), strict=True)
     ]
 
 
@@ -87,8 +117,9 @@ def assert_same_losses(a: Path, b: Path) -> None:
 
 @slow
 def test_a_run_stopped_in_one_of_two_processes_is_gone_on_with_by_one(tiny_recipe, tiny_trained, tmp_path):
-    run, often = tmp_path / "run", ("--eval.every", 1, "--train.checkpoint-every", 2)  # or it ends before it can be stopped
-    two = train(tiny_recipe, run, *often)
+    run = tmp_path / "run"
+    often = ("--eval.every", 1, "--train.checkpoint-every", 2, "--train.max-seconds", 1000)  # or it ends before it is stopped
+    two = train(tiny_recipe, run, *often, "--train.fsdp", 2)  # no process holds the state whole
     wait_for_step(two, run, 1)
     two[1].send_signal(signal.SIGTERM)
     (status, out, err), (other_status, other_out, other_err) = finish(two)
@@ -109,7 +140,7 @@ def test_a_run_of_one_process_is_gone_on_with_by_two(tiny_recipe, tiny_trained, 
     shutil.copytree(tiny_trained, run)
     (run / "summary.json").unlink()
     (run / "checkpoints" / "00000020.json").unlink()
-    done = finish(train(tiny_recipe, run))
+    done = finish(train(tiny_recipe, run, "--train.shard-optimizer", True))
     assert [status for status, _, _ in done] == [0, 0], done
     assert "resuming after step 10" in done[0][1]
     assert done[1][1] == ""
@@ -156,20 +187,25 @@ def program(body: str) -> tuple[str, ...]:
     return sys.executable, "-c", f"{TOGETHER}\ndef body(i):\n{body}\ncli.run(main)"
 
 
+def wait_for_now(process: subprocess.Popen[str]) -> None:
+    """Returns when `process` is about to fail."""
+    assert process.stdout and process.stdout.readline() == "now\n", process.stderr and process.stderr.read()
+
+
 def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
     for process in started:
         assert process.stdout and process.stdout.readline() == "working\n", process.stderr and process.stderr.read()
 
 
 @slow
-def test_a_process_that_is_killed_or_hangs_ends_the_others_with_a_line(tiny_recipe, tmp_path):
+def test_a_process_that_is_killed_or_frozen_ends_the_others_with_a_line(tiny_recipe, tmp_path):
     trained = train(tiny_recipe, tmp_path / "run", "--train.steps", 10**6)
-    without_0, hanging = (start(*program("    work()")) for _ in range(2))
+    without_0, frozen = (start(*program("    work()")) for _ in range(2))
     done_to = {}
     try:
         for job, ready, victim, number in (
             (without_0, wait_for_work, 0, signal.SIGKILL),
-            (hanging, wait_for_work, 1, signal.SIGSTOP),
+            (frozen, wait_for_work, 1, signal.SIGSTOP),
             (trained, lambda job: wait_for_step(job, tmp_path / "run", 2), 1, signal.SIGKILL),
         ):
             ready(job)
@@ -181,24 +217,29 @@ def test_a_process_that_is_killed_or_hangs_ends_the_others_with_a_line(tiny_reci
             (line,) = [line for line in err.splitlines() if "error" in line.lower() or "Traceback" in line]
             assert f"error: process {victim} has given no sign of life" in line
     finally:
-        for process in trained + without_0 + hanging:
+        for process in trained + without_0 + frozen:
             process.kill()
             process.communicate()
 
 
 @slow
-def test_what_one_process_cannot_do_is_said_by_all_in_a_line(tmp_path):
-    mistake = start(*program("    if i == 1: raise UserError('no such\\n folder')\n    work()"))
-    bug = start(*program("    if i == 0: raise KeyError('a bug')\n    work()"))
+def test_what_one_process_cannot_do_is_said_by_all_in_a_line_and_soon():
+    memory = "RESOURCE_EXHAUSTED: Out of memory"
+    mistake = start(*program("    if i == 1: print('now', flush=True); raise UserError('no such\\n folder')\n    work()"))
+    no_room = start(
+        *program(f"    if i == 0: print('now', flush=True); raise jax.errors.JaxRuntimeError({memory!r})\n    work()")
+    )
     unlike = start(*program("    processes.check_alike({'version': '1', 'tokenizer': 'ab'[i]})"))
-    (status, _, err), (other_status, _, other_err) = finish(mistake)
+    wait_for_now(mistake[1])
+    (status, _, err), (other_status, _, other_err) = finish(mistake, within=15)
     assert (status, other_status) == (2, 2)
     assert err.splitlines()[-1] == "error: process 1 has ended: no such folder"
     assert other_err.splitlines()[-1] == "process 1: error: no such folder"
-    (status, _, err), (other_status, _, other_err) = finish(bug)
+    wait_for_now(no_room[0])
+    (status, _, err), (other_status, _, other_err) = finish(no_room, within=15)
     assert (status, other_status) == (1, 1)
     assert "Traceback" in err and "Traceback" not in other_err
-    assert other_err.splitlines()[-1] == "process 1: error: process 0 has ended: KeyError: 'a bug'"
+    assert other_err.splitlines()[-1] == f"process 1: error: process 0 has ended: JaxRuntimeError: {memory}"
     for status, _, err in finish(unlike):
         assert status == 2
         assert "error: tokenizer: a in process 0, b in process 1; start all processes with the same" in err
@@ -206,15 +247,62 @@ def test_what_one_process_cannot_do_is_said_by_all_in_a_line(tmp_path):
 
 
 @slow
+def test_processes_that_do_not_find_each_other_say_so_in_a_line():
+    soon = TOGETHER + "processes.START = 3\ndef body(i): pass\ncli.run(main)"
+    short_of_one = start(sys.executable, "-c", soon, by=processes_of_options(3))
+    elsewhere = processes_of_options(2)
+    for options, _ in elsewhere:
+        options[1] = options[1].replace("localhost", "no.such.host.invalid")
+    for status, _, err in finish(start(sys.executable, "-c", soon, by=elsewhere), within=60):
+        assert status == 2
+        assert "error: no.such.host.invalid:" in err and "--coordinator is to name process 0's node" in err
+        assert "Traceback" not in err
+    for status, _, err in finish(short_of_one, within=60):
+        assert status == 2
+        assert "waiting for all 3 processes" in err
+        assert "error: not all of 3 processes came in 3 s" in err.splitlines()[-1]
+        assert "Traceback" not in err
+
+
+@slow
+def test_a_reader_that_leaves_is_no_error():
+    for status, _, err in finish(start(*program("    if i == 0: raise BrokenPipeError\n    work()"))):
+        assert status == 0
+        assert "error" not in err and "Traceback" not in err
+
+
+@slow
+def test_processes_that_evaluate_unlike_things_end(tiny_trained):
+    command = tiny_run.command("evaluate", "--run", tiny_trained, "--mode")
+    for status, _, err in finish(start(*command, differing=(["standard"], ["sliding"]))):
+        assert status == 2
+        assert "error: mode: 'standard' in process 0, 'sliding' in process 1" in err
+
+
+@slow
 def test_what_process_0_says_goes(tmp_path):
     body = """
     import pathlib
+    from sngpt_jax.evaluation.tasks import run_tasks
+    def can():
+        if i: raise UserError('no file')
+        return i
+    assert processes.everywhere(lambda: i) == i
+    try: processes.everywhere(can)
+    except UserError as error: assert str(error) == ('no file' if i else 'process 1: no file')
+    else: raise AssertionError
     assert processes.broadcast(lambda: [i, 'first']) == [0, 'first']
-    made = pathlib.Path(FOLDER) / 'made'
+    folder = pathlib.Path(FOLDER)
+    made = folder / 'made'
     with processes.first():
         if i == 0: time.sleep(1)
         assert made.exists() == (i == 1)
         made.touch()
+    (text := folder / f'text {i}').write_text(f'a word {i}')
+    def error(path):
+        return run_tasks(None, {'lambada': path})['lambada']['error']
+    assert 'none: cannot be read' in error(text if i else folder / 'none')
+    assert 'task lambada' in error(text)
     for turn in range(40):
         seconds, signal = processes.agree(10 * i + turn, 15 if i and turn > 5 else None)
         assert seconds == turn
@@ -222,7 +310,7 @@ def test_what_process_0_says_goes(tmp_path):
         time.sleep(0.1)
     print(turn, signal)
 """
-    done = finish(start(*program(body.replace("FOLDER", repr(str(tmp_path))))))
+    done = finish(start(*program(body.replace("FOLDER", repr(str(tmp_path)))), by=processes_of_slurm()))
     assert [status for status, _, _ in done] == [0, 0], done
     assert done[0][1] == done[1][1], "a signal at process 1 is told to both in the same turn"
     assert re.fullmatch(r"\d+ 15\n", done[0][1]), done[0][1]
@@ -233,5 +321,6 @@ def test_alone_a_process_decides_by_itself():
         assert (processes.index(), processes.count()) == (0, 1)
         assert processes.agree(3.0, None) == (3.0, None)
         assert processes.broadcast(lambda: 7) == 7
+        assert processes.everywhere(lambda: 7) == 7
         processes.check_alike({"x": 1})
         processes.barrier()

@@ -20,6 +20,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from sngpt_jax import processes
 from sngpt_jax.cli import UserError
 from sngpt_jax.evaluation.likelihood import LanguageModel, Progress
 
@@ -123,11 +124,15 @@ def run(
     not finite is None. Raises `NotLoaded` where the task cannot be loaded, such as one to be downloaded without a network, and
     `UserError` where it cannot be run.
     """
-    manager = _manager_of(name, include)
-    try:
-        loaded = manager.load([name])
-    except Exception as error:  # whatever a task's own code, its data set or the network gives
-        raise NotLoaded(f"lm-eval cannot load its task {name}: {_one_line(error)}") from error
+
+    def load() -> tuple[TaskManager, dict[str, Any]]:
+        manager = _manager_of(name, include)
+        try:
+            return manager, manager.load([name])
+        except Exception as error:  # whatever a task's own code, its data set or the network gives
+            raise NotLoaded(f"lm-eval cannot load its task {name}: {_one_line(error)}") from error
+
+    manager, loaded = processes.everywhere(load)
     groups: dict[str, Any] = loaded.get("groups") or {}
     tasks = [groups[name]] if name in groups else list(loaded["tasks"].values())
     try:

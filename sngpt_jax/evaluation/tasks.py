@@ -4,6 +4,8 @@ A task that cannot be run gives {"error": "one line"} in the place of its result
 """
 
 import codecs
+import functools
+import hashlib
 import json
 import math
 import re
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sngpt_jax import cli
+from sngpt_jax import cli, processes
 from sngpt_jax.cli import UserError
 from sngpt_jax.data.tokenizer import replace_surrogates
 from sngpt_jax.evaluation.likelihood import LanguageModel, Progress
@@ -296,10 +298,14 @@ def _lm_eval() -> ModuleType | None:
 
 def _run_lm_eval(model: LanguageModel, name: str, limit: int, include: Path | None, progress: Progress | None) -> Metrics:
     instead = f"; or give the published file: {name}=PATH" if name in TASKS else ""
-    lm_eval = _lm_eval()
-    if not lm_eval:
-        install = cli.command("pip", "install", LM_EVAL)
-        raise UserError(f"the task {name} needs the package {LM_EVAL}; install it: {install}{instead}")
+
+    def installed() -> ModuleType:
+        if not (lm_eval := _lm_eval()):
+            install = cli.command("pip", "install", LM_EVAL)
+            raise UserError(f"the task {name} needs the package {LM_EVAL}; install it: {install}{instead}")
+        return lm_eval
+
+    lm_eval = processes.everywhere(installed)
     try:
         return lm_eval.run(model, name, limit=limit, include=include, progress=progress)
     except lm_eval.NotLoaded as error:
@@ -350,14 +356,15 @@ def run_tasks(
     """The results of each task in `spec` by name, over its first `limit` samples (0: all).
 
     A task whose file is missing or damaged, whose package is not installed, or that the model cannot take, gives {"error": "one
-    line"}. `progress` makes a task's name into what is told of (done, total).
+    line"}, in all processes if in one. `progress` makes a task's name into what is told of (done, total).
     """
     results: dict[str, Metrics] = {}
     for name, path in spec.items():
         report = progress(name) if progress else None
         try:
             if path:
-                samples = TASKS[name].read(path)
+                samples = processes.everywhere(functools.partial(TASKS[name].read, path))
+                processes.check_alike({f"task {name}": hashlib.sha256(repr(samples).encode()).hexdigest()})
                 results[name] = TASKS[name].score(model, samples[:limit] if limit else samples, report)
             else:
                 results[name] = _run_lm_eval(model, name, limit, include, report)
