@@ -21,7 +21,7 @@ def serve(layout: Layout, *, timeout: int, linger: int) -> "subprocess.Popen[byt
     """
     port = int(layout.coordinator.rpartition(":")[2])
     where = f"port {port} of process 0's node, where processes are to meet"
-    other = "choose another one in --coordinator" if layout.source == "options" else "a job of another number has another one"
+    other = "choose another in --coordinator" if layout.source == "options" else "submit again: a job's number gives the port"
     deadline = time.monotonic() + linger + 5  # that of a job that has just been killed is still there
     told = False
     while True:

@@ -272,11 +272,16 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 @slow
-def test_processes_that_evaluate_unlike_things_end(tiny_trained):
-    command = tiny_run.command("evaluate", "--run", tiny_trained, "--mode")
-    for status, _, err in finish(start(*command, differing=(["standard"], ["sliding"]))):
-        assert status == 2
-        assert "error: mode: 'standard' in process 0, 'sliding' in process 1" in err
+def test_processes_of_unlike_options_end(tiny_recipe, tiny_trained, tmp_path):
+    evaluate = tiny_run.command("evaluate", "--run", tiny_trained, "--mode")
+    seeded = tiny_run.command("train", "--config", tiny_recipe, "--run-dir", tmp_path / "run", "--train.seed")
+    for job, said in (
+        (start(*evaluate, differing=(["standard"], ["sliding"])), "mode: 'standard' in process 0, 'sliding' in process 1"),
+        (start(*seeded, differing=(["1"], ["2"])), "train.seed: 1 in process 0, 2 in process 1"),
+    ):
+        for status, _, err in finish(job):
+            assert status == 2
+            assert f"error: {said}; start all processes with the same" in err
 
 
 @slow
