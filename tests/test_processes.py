@@ -203,12 +203,10 @@ def test_a_process_that_is_killed_or_frozen_ends_the_others_with_a_line(tiny_rec
     without_0, frozen = (start(*program("    work()")) for _ in range(2))
     done_to = {}
     try:
-        for job, ready, victim, number in (
-            (without_0, wait_for_work, 0, signal.SIGKILL),
-            (frozen, wait_for_work, 1, signal.SIGSTOP),
-            (trained, lambda job: wait_for_step(job, tmp_path / "run", 2), 1, signal.SIGKILL),
-        ):
-            ready(job)
+        wait_for_step(trained, tmp_path / "run", 2)
+        wait_for_work(without_0)
+        wait_for_work(frozen)
+        for job, victim, number in ((without_0, 0, signal.SIGKILL), (frozen, 1, signal.SIGSTOP), (trained, 1, signal.SIGKILL)):
             job[victim].send_signal(number)
             done_to[job[1 - victim]] = (victim, time.monotonic())
         for survivor, (victim, when) in done_to.items():
