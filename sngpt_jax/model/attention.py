@@ -144,13 +144,15 @@ class Attention(nnx.Module):
         """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
 
         Where they are normalized next, one product makes all: fewer and larger products, and the input is read once. Where
-        they go straight to the attention, taking them apart would be a pass of its own over them.
+        they go straight to the attention, or the values are excluded from its result too, taking them apart would be a pass
+        of its own over them.
         """
         H, K = self.num_heads, self.num_kv_heads
         matrices = [self.query[...], self.key[...], self.value[...]]
-        products = [linear(x_BTD, *matrices)] if self.qk_norm else [linear(x_BTD, matrix) for matrix in matrices]
+        at_once = self.qk_norm and not self.exclusive
+        products = [linear(x_BTD, *matrices)] if at_once else [linear(x_BTD, matrix) for matrix in matrices]
         heads = [product.reshape(*x_BTD.shape[:2], -1, self.head_dim) for product in products]
-        q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if self.qk_norm else heads
+        q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if at_once else heads
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
