@@ -221,10 +221,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--rounds and --steps are 1 or more")
     cli.check_json(arguments.json)
     config, against = arguments.overrides, arguments.against == "torch"
+    keep_working_memory()
     if against:
         check_torch(config)
         config = comparable(config)
-    keep_working_memory()
     use_compilation_cache(config.train.compilation_cache)
     mesh = make_mesh(jax.devices()[:1]) if against else make_mesh(fsdp=config.train.fsdp)
 
