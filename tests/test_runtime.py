@@ -105,5 +105,4 @@ def test_a_program_finds_the_memory_of_the_call_before():
         return float(done.stdout)
 
     kept, otherwise = page_faults("kept"), page_faults("as jax does")
-    assert kept < 1000
-    assert otherwise > 2 * kept + 100  # with huge pages, which some systems give by default, there are few to save
+    assert otherwise > 3 * kept  # the system may take some back; with huge pages, which some give by default, there are few
