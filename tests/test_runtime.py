@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,19 +91,24 @@ program = jax.jit(lambda x: jnp.sum(x @ x.T))  # of a product that takes 64 MB
 x = jnp.ones((1 << 12, 16))
 for _ in range(3):
     program(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))  # a system short of memory takes some pages back now and then
 """
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's heap")
+@pytest.mark.skipif(HUGE_PAGES.is_file() and "[always]" in HUGE_PAGES.read_text(), reason="huge pages: few faults")
 def test_a_program_finds_the_memory_of_the_call_before():
     def page_faults(how):
         done = subprocess.run([sys.executable, "-c", MEMORY, how], env=environment(), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    kept, otherwise = page_faults("kept"), page_faults("as jax does")
-    assert otherwise > 3 * kept  # the system may take some back; with huge pages, which some give by default, there are few
+    assert page_faults("kept") < 1000 < 10_000 < page_faults("as jax does")
