@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from sngpt_jax import __version__, cli, processes
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
+from sngpt_jax.cluster import ProcessArguments
 from sngpt_jax.config import Config, ExportConfig, Weights
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset
@@ -37,7 +38,6 @@ from sngpt_jax.evaluation.windows import (
 )
 from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import batch_placer, make_mesh
-from sngpt_jax.processes import ProcessArguments
 from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import peek
 from sngpt_jax.run_directory import read_config

@@ -12,6 +12,7 @@ that.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,11 +136,11 @@ def _continued(
         tokens_BS = jnp.pad(batch["tokens"], [(0, 0), (0, size - batch["tokens"].shape[1])])
         tokens_BS, ended_B = append(x_B1D, length_B, tokens_BS, jnp.zeros(len(length_B), bool))
 
-        def unfinished(carry: tuple) -> jax.Array:
+        def unfinished(carry: tuple[Any, ...]) -> jax.Array:
             count, _, ended_B, _ = carry
             return (count < max_tokens) & ~jnp.all(ended_B)
 
-        def add_token(carry: tuple) -> tuple:
+        def add_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             count, tokens_BS, ended_B, past = carry
             position_B = length_B + count
             x_B1D, past = read_token(tokens_BS, position_B - 1, past)

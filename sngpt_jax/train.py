@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import __version__, checkpoint, cli, compiler, processes, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE, UserError
+from sngpt_jax.cluster import ProcessArguments
 from sngpt_jax.config import Config, microbatches, profile_window
 from sngpt_jax.console import Console
 from sngpt_jax.data.loader import GlobalBatches, make_loader
@@ -33,7 +34,6 @@ from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
-from sngpt_jax.processes import ProcessArguments
 from sngpt_jax.recipe import Overrides, parse_command, recipe_name
 from sngpt_jax.run_directory import Summary
 from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, keep_working_memory, use_compilation_cache

@@ -17,7 +17,7 @@ from sngpt_jax.config import Config, ConfigError, Weights
 from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.export import artifact
-from sngpt_jax.export.artifact import ArtifactError
+from sngpt_jax.export.header import ArtifactError
 from sngpt_jax.export.quantize import dequantize
 from sngpt_jax.parallel import path_name, state_shardings
 from sngpt_jax.policy import is_exported

@@ -34,7 +34,9 @@ def _chunks(rows: int, bytes_per_row: int, budget: int) -> tuple[int, int]:
     return chunks, -(-rows // chunks)
 
 
-def _map_rows(function: Callable, arrays: tuple[jax.Array, ...], bytes_per_row: int) -> tuple[jax.Array, ...]:
+def _map_rows(
+    function: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], bytes_per_row: int
+) -> tuple[jax.Array, ...]:
     """function(*arrays), computed by chunks of the leading axis, which all arrays and all results have in common."""
 
     def run(budget: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -21,7 +21,7 @@ from sngpt_jax import cli
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
 from sngpt_jax.export import artifact, bundle, codecs, fit, report
-from sngpt_jax.export.artifact import Storage
+from sngpt_jax.export.header import Storage
 from sngpt_jax.export.packing import pack
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.quantize import Quantized, Stored, dequantize

@@ -15,7 +15,7 @@ import numpy as np
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, ExportConfig
 from sngpt_jax.export import artifact
-from sngpt_jax.export.artifact import Storage
+from sngpt_jax.export.header import Storage
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.report import relative_error
 

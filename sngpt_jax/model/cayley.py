@@ -20,7 +20,7 @@ DECAY = 0.99  # of the running mean and standard deviation, a step
 SAMPLE_TOKENS = 1024  # of a step that the statistics see, at least, where the step has so many
 
 
-class Statistic(nnx.Variable):
+class Statistic(nnx.Variable[jax.Array]):
     """State of the model that a step updates and a gradient does not."""
 
 

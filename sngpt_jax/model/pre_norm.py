@@ -35,7 +35,7 @@ class PreNormBlock(nnx.Module):
     def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A] where it has a code."""
 
-        def normed(u_BTD: jax.Array, gain: nnx.Param) -> jax.Array:
+        def normed(u_BTD: jax.Array, gain: nnx.Param[jax.Array]) -> jax.Array:
             return per_channel(gain[...], rms_norm(u_BTD, self.norm_eps))
 
         with jax.named_scope("attention"):

@@ -98,16 +98,16 @@ class ExactCache:
 
 
 @compiled
-def _home(nodes, parent, token):  # type: ignore[no-untyped-def]
+def _home(nodes: np.ndarray, parent: int, token: int) -> int:
     """The slot where the search for an n-gram begins. The multipliers are SplitMix64's."""
     h = (np.uint64(parent) << np.uint64(16)) | np.uint64(token)
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64(((h >> np.uint64(32)) * np.uint64(len(nodes) - 1)) >> np.uint64(32))
+    return int(np.int64(((h >> np.uint64(32)) * np.uint64(len(nodes) - 1)) >> np.uint64(32)))
 
 
 @compiled
-def _find(nodes, parent, token):  # type: ignore[no-untyped-def]
+def _find(nodes: np.ndarray, parent: int, token: int) -> int:
     """The slot of an n-gram, or the empty one where it would be stored."""
     slot = _home(nodes, parent, token)
     while nodes[slot].count and (nodes[slot].parent != parent or nodes[slot].token != token):
@@ -118,7 +118,7 @@ def _find(nodes, parent, token):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _touch(nodes, contexts, token):  # type: ignore[no-untyped-def]
+def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
     """Reads where all searches for `token` begin: together they wait for memory once, and each after the other seven times.
 
     The sum of what was read says nothing. It is there for the compiler, which would leave out what nobody takes.
@@ -130,7 +130,9 @@ def _touch(nodes, contexts, token):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _probability(nodes, contexts, token, vocab_size, children):  # type: ignore[no-untyped-def]
+def _probability(
+    nodes: np.ndarray, contexts: np.ndarray, token: int, vocab_size: int, children: np.ndarray
+) -> tuple[float, int]:
     """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to `children`.
 
     What followed a context also followed every shorter one, so the search ends at the first that it did not.
@@ -151,7 +153,7 @@ def _probability(nodes, contexts, token, vocab_size, children):  # type: ignore[
 
 
 @compiled
-def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-untyped-def]
+def _count(nodes: np.ndarray, contexts: np.ndarray, children: np.ndarray, known: int, token: int, room: np.ndarray) -> None:
     """Counts `token` after the contexts, the shortest first, and moves these on by it; it has followed the first `known`."""
     parent = contexts[0]
     for k in range(len(contexts)):
@@ -172,9 +174,20 @@ def _count(nodes, contexts, children, known, token, room):  # type: ignore[no-un
 
 
 @compiled
-def _score_and_count(  # type: ignore[no-untyped-def]
-    nodes, contexts, room, weights, scored, targets, p, vocab_size, at, nll, weights_at, sums
-):
+def _score_and_count(
+    nodes: np.ndarray,
+    contexts: np.ndarray,
+    room: np.ndarray,
+    weights: np.ndarray,
+    scored: np.ndarray,
+    targets: np.ndarray,
+    p: np.ndarray,
+    vocab_size: int,
+    at: np.ndarray,
+    nll: np.ndarray,
+    weights_at: np.ndarray,
+    sums: np.ndarray,
+) -> int:
     children = np.empty(len(contexts), np.int64)
     asked = touched = 0
     for i in range(len(targets)):

@@ -114,9 +114,21 @@ class HashedCache:
 
 
 @compiled
-def _score_and_count(  # type: ignore[no-untyped-def]
-    tokens, before, orders, tables, buckets, counts, progress, segment, undercount, vocab_size, at, given, sums
-):
+def _score_and_count(
+    tokens: np.ndarray,
+    before: int,
+    orders: np.ndarray,
+    tables: np.ndarray,
+    buckets: np.ndarray,
+    counts: np.ndarray,
+    progress: np.ndarray,
+    segment: int,
+    undercount: int,
+    vocab_size: int,
+    at: np.ndarray,
+    given: np.ndarray,
+    sums: np.ndarray,
+) -> None:
     """A loop for each thing that happens to a segment: the first reads all counts, so that none waits for another's."""
     scored, length = progress
     first, asked = before, 0
@@ -150,7 +162,9 @@ def _score_and_count(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _read(tokens, first, orders, tables, buckets, counts):  # type: ignore[no-untyped-def]
+def _read(
+    tokens: np.ndarray, first: int, orders: np.ndarray, tables: np.ndarray, buckets: np.ndarray, counts: np.ndarray
+) -> None:
     """The buckets of the targets from `first` on at every order, and what is in them: 0 where too few tokens come before."""
     mask = np.uint64(tables.shape[2] - 1)
     for o in range(len(orders)):
@@ -169,7 +183,7 @@ def _read(tokens, first, orders, tables, buckets, counts):  # type: ignore[no-un
 
 
 @compiled
-def _sum(fulls, count, bucket, token, n, vocab_size):  # type: ignore[no-untyped-def]
+def _sum(fulls: np.ndarray, count: int, bucket: int, token: int, n: int, vocab_size: int) -> float:
     """Σ over v of min(F, C) / C, v being where `token` is, whose bucket in `fulls` is given."""
     mask = np.uint64(len(fulls) - 1)
     h = np.uint64(bucket) ^ (np.uint64(token) * PRIMES[n - 1])  # the lowest bits are those of the context's

@@ -76,7 +76,7 @@ class TiltCache:
 
 
 @compiled
-def _mixed(h):  # type: ignore[no-untyped-def]
+def _mixed(h: np.uint64) -> np.uint64:
     """All bits of h into all bits (the finalizer of SplitMix64)."""
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -84,7 +84,7 @@ def _mixed(h):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _hint_and_follow(tokens, before, table, hints):  # type: ignore[no-untyped-def]
+def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray, hints: np.ndarray) -> None:
     mask = np.uint64(len(table) - 1)
     h = np.uint64(0)
     for t in range(max(0, before - CONTEXT), len(tokens)):
