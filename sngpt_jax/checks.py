@@ -33,7 +33,7 @@ def _problems(config: Config) -> Iterator[str]:
         ),
         "optim": ("newton_schulz_steps",),
         "data": ("batch_tokens", "seq_len", "slices", "val_docs"),
-        "train": ("steps", "device_batch_tokens", "log_every", "keep_checkpoints", "fsdp"),
+        "train": ("steps", "device_batch_tokens", "log_every", "keep_checkpoints", "fsdp", "max_skipped_steps"),
         "eval": ("device_batch_tokens",),
     }
     for section in dataclasses.fields(config):

@@ -160,6 +160,9 @@ class TrainConfig:
     fsdp: int = 1  # devices over which each copy of the weights and optimizer state is spread; 1: every device has all
     shard_optimizer: bool = False  # optimizer state and averages spread over all devices, whatever fsdp is (ZeRO)
     seed: int = 1337  # of the initial weights and of data.shuffle
+    nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite ends the run, or its step does nothing
+    spike_sigma: float = 0.0  # a step does nothing whose loss or gradient is so many deviations above the last 128's; 0: never
+    max_skipped_steps: int = 10  # steps in a row that may do nothing; one more ends the run
     log_every: int = 1  # steps between lines of metrics
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # newest ones kept, beside the one with the best validation loss

@@ -304,7 +304,7 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer |
         with Checkpointer(folder, keep=config.train.keep_checkpoints) as checkpoints:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
             mesh = make_mesh(jax.devices()[:1])  # nothing is computed, and a checkpoint is restored to any devices
-            checkpoints.save(0, initial_state(config, params, mesh), extra={})
+            checkpoints.save(0, initial_state(config, params, mesh), extra={"imported": True})
     return step_folder(folder, 0)
 
 

@@ -33,7 +33,7 @@ ON_GRID = "the matrices are on the exported grid from here on (QAT)"
 
 
 class NonFinite(Exception):
-    """The run has diverged: a loss or a parameter is no longer a finite number."""
+    """The run has diverged: a loss or a parameter is no longer a finite number, or too many steps are skipped."""
 
     def __init__(self, message: str, good: int) -> None:
         """`good`: the last step after which the parameters are known to give a finite loss."""
@@ -64,6 +64,7 @@ class Position:
     """Where a run stands, beside its arrays; kept in every checkpoint."""
 
     elapsed_seconds: float = 0.0  # of training
+    imported: bool = False  # whether the first weights come from elsewhere
     first: Validation | None = None  # of the untrained model
     best_val_loss: float | None = None
     latest: Validation | None = None
@@ -147,6 +148,8 @@ class Run:
                 self.console.print(f"step {number:,}: {text}")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(self.loader)
+            if self.sent and self.sent[2]["loss"].is_ready():  # type: ignore[attr-defined]
+                self.meter.ended(self.sent[0])  # the next step may not come back before it is done, as on a CPU
             self.state, metrics = self.train_step(self.state, batch, controls)
         self.read()
         self.done, self.sent = number, (number, controls, metrics)
@@ -160,8 +163,10 @@ class Run:
             return
         (step, controls, metrics), self.sent = self.sent, None
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        skipped = {name: int(metrics[name]) for name in ("skipped", "skipped_in_a_row") if name in metrics}
+        in_a_row = skipped.pop("skipped_in_a_row", 0)
         train = self.config.train
-        if step % train.log_every == 0 or step == train.steps or not math.isfinite(loss):
+        if step % train.log_every == 0 or step == train.steps or in_a_row or not math.isfinite(loss):
             record = {
                 "step": step,
                 "train_loss": loss,
@@ -170,11 +175,18 @@ class Run:
                 "tokens": step * self.config.data.batch_tokens,
                 "elapsed_seconds": self.stopwatch.seconds,
                 **({"qat": bool(controls.qat)} if self.config.optim.qat_below else {}),
+                **skipped,
                 **self.meter.stop(step),
             }
             self.writer.write(record)
             self.console.step({**record, "eta": self.seconds_left(step)})
-        if not math.isfinite(loss):
+        if in_a_row:
+            what = f"loss {loss:.4f}, gradient norm {grad_norm:.3g}"
+            self.console.print(f"step {step:,}: skipped, {what}; {skipped['skipped']:,} so far")
+            if in_a_row > (most := train.max_skipped_steps):
+                message = f"step {step:,}, {what}, is skipped number {in_a_row} in a row; train.max_skipped_steps = {most}"
+                raise NonFinite(message, good=step - in_a_row - 1)
+        elif not math.isfinite(loss):
             raise NonFinite(f"the loss of step {step:,} is {loss}", good=step - 2)
 
     def off_the_clock(self, work: Callable[[], None]) -> None:
@@ -241,7 +253,7 @@ class Run:
         latest = Validation(self.done, score.loss, score.bpb, score.tokens)
         self.position = replace(
             self.position,
-            first=latest if self.done == 0 else self.position.first,
+            first=latest if self.done == 0 and not self.position.imported else self.position.first,
             best_val_loss=score.loss if best is None else min(best, score.loss),
             latest=latest,
         )

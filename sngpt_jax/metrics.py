@@ -156,17 +156,22 @@ class StepMeter:
     peak_flops: float | None  # of all devices together; None: no utilization is given
     clock: Callable[[], float] = time.perf_counter  # seconds
     _mark: tuple[int, float] | None = field(default=None, init=False)
+    _ended: tuple[int, float] | None = field(default=None, init=False)
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32), init=False)  # a step, lately
 
     def start(self, step: int) -> None:
         """Sets the clock as of `step` done: before the first step, and after anything that is not training time."""
         self._mark = (step, self.clock())
 
+    def ended(self, step: int) -> None:
+        """Notes that `step` has ended by now, for a `stop` that comes only once more work has been done."""
+        self._ended = (step, self.clock())
+
     def stop(self, step: int) -> dict[str, float]:
         """`step_ms`, `tok_per_s` and, where the peak is known, `mfu` of the steps since the last `start` or `stop`."""
         if self._mark is None or step <= self._mark[0]:
             raise ValueError(f"stop({step}) needs a start of an earlier step")
-        now = self.clock()
+        now = self._ended[1] if self._ended and self._ended[0] == step else self.clock()
         seconds = max(now - self._mark[1], 1e-9) / (step - self._mark[0])
         self._mark = (step, now)
         self._seconds.append(seconds)

@@ -20,10 +20,11 @@ from sngpt_jax.model import cayley, loss
 from sngpt_jax.model.cayley import Statistic, Taps
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.model.pre_norm import PreNormGPT
-from sngpt_jax.optim import averaging, qat
+from sngpt_jax.optim import averaging, qat, skipping
 from sngpt_jax.optim.averaging import SWA
 from sngpt_jax.optim.groups import clip, make_optimizer
 from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.optim.skipping import Skips
 from sngpt_jax.parallel import ALL_AXES, BATCH_AXES, PARAMETER_AXES, gather, partition_specs, reduce_mean, state_shardings
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
@@ -46,6 +47,7 @@ class TrainState:
     ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
     swa: SWA | None = None  # mean of snapshots of params, where the recipe keeps one
     statistics: Params = field(default_factory=dict)  # of the sparse codes, where the model has them
+    skips: Skips | None = None  # steps that changed nothing, where the recipe skips any
 
     def variables(self, params: Params | None = None) -> Variables:
         """What the model computes with: the statistics and the parameters, or other `params` in their place."""
@@ -151,6 +153,7 @@ def begin(config: Config, params: Params) -> TrainState:
         ema=averaging.init_ema(o, params) if o.ema_decay else None,
         swa=averaging.init_swa(o, params) if o.swa_every else None,
         statistics=init_statistics(config.model),
+        skips=skipping.init_skips(config.train),
     )
 
 
@@ -185,7 +188,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step (state, batch [A, B/A, T], controls) → (state, {"loss", "grad_norm"}).
+    """The jitted step (state, batch [A, B/A, T], controls) → (state, {"loss", "grad_norm"}), scalars.
 
     The loss is the mean over the batch in nats a token; the gradient its exact mean over A microbatches and all devices.
     Each device accumulates its own microbatches and the devices reduce once, after the last: a scan around a global
@@ -195,8 +198,10 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     Sparse codes see the statistics of the steps before; theirs are updated once, from a sample of all microbatches and
     devices. `controls` are what the host decides for the step; they are traced, so that a schedule driven by the clock
     compiles once. The state passed in is donated.
+    Where the recipe skips steps (`optim.skipping`), the metrics have "skipped" and "skipped_in_a_row" too, and a skipped step
+    leaves all but the step's number and those counts as it was.
     """
-    o, d = config.optim, config.data
+    o, d, t = config.optim, config.data, config.train
     mean_loss = _with_taps(config.model, loss.mean_loss)
     shapes = jax.eval_shape(lambda: init_state(config, mesh))
     layout, scattered = partition_specs(mesh, shapes.params), partition_specs(mesh, shapes.params, _kept_over(config))
@@ -254,7 +259,13 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             ema = averaging.update_ema(state.ema, params, o.ema_decay) if state.ema is not None else None
             swa = averaging.update_swa(state.swa, params, controls.swa) if state.swa is not None else None
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, state.key, ema, swa, statistics), metrics
+        after = TrainState(state.step + 1, params, opt_state, state.key, ema, swa, statistics, state.skips)
+        if state.skips is not None:
+            with jax.named_scope("skipping"):
+                skip, skips = skipping.judge(t, state.skips, **metrics)
+                after = replace(skipping.select(skip, replace(state, step=after.step), after), skips=skips)
+            metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
+        return after, metrics
 
     # the state comes back laid out as it went in, so that the compiled step can be called on its own result
     return jax.jit(

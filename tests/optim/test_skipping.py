@@ -1,0 +1,161 @@
+"""Skipped steps: the rule against plain Python, and that a skipped step changes nothing, on one device and on eight."""
+
+import dataclasses
+import functools
+import math
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax import checkpoint, step
+from sngpt_jax.config import TrainConfig
+from sngpt_jax.optim import skipping
+from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.parallel import batch_placer, make_mesh
+from sngpt_jax.step import abstract_state, init_state, make_train_step
+from tests import test_step_code
+
+BAD_GRADIENT, BAD_LOSS = 95, 96  # a microbatch whose first target is this token has a NaN in its gradient, or an infinite loss
+
+CONFIG = dataclasses.replace(
+    test_step_code.CONFIG,
+    optim=dataclasses.replace(
+        test_step_code.CONFIG.optim, schedule="linear_warmdown", warmdown_steps=4, ema_decay=0.9, swa_every=1, swa_below=0.9
+    ),
+    train=dataclasses.replace(test_step_code.CONFIG.train, nonfinite="skip", spike_sigma=6.0),
+)
+CONTROLS = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(False))
+
+
+def expected_skips(config, losses, norms):
+    """The rule with lists: (skipped, in a row) after each step."""
+    kept_losses, kept_norms, total, in_a_row, found = [], [], 0, 0, []
+    for loss, norm in zip(losses, norms, strict=True):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        skip = config.nonfinite == "skip" and not finite
+        if finite and config.spike_sigma and len(kept_losses) >= 64:
+            for value, kept in ((loss, kept_losses[-128:]), (norm, kept_norms[-128:])):
+                skip |= value > statistics.mean(kept) + config.spike_sigma * statistics.stdev(kept)
+        if finite:
+            kept_losses.append(loss)
+            kept_norms.append(norm)
+        total, in_a_row = total + skip, in_a_row + 1 if skip else 0
+        found.append((total, in_a_row))
+    return found
+
+
+@pytest.mark.parametrize("config", [TrainConfig(nonfinite="skip"), TrainConfig(spike_sigma=3.0)])
+def test_what_is_skipped_is_what_the_rule_says(config):
+    rng = np.random.default_rng(0)
+    losses, norms = rng.normal(3, 0.1, 400).astype(np.float32), rng.normal(1, 0.2, 400).astype(np.float32)
+    losses[[30, 100, 101, 250]] = 4.0  # the first comes before there is enough to measure it by
+    norms[[150, 151]] = 9.0
+    losses[300:] += 1.0  # for good
+    losses[[70, 200, 201, 390]] = [np.nan, np.inf, -np.inf, np.nan]
+    norms[[71, 202]] = [np.inf, np.nan]
+    judge = jax.jit(functools.partial(skipping.judge, config))
+    skips, found = skipping.init_skips(config), []
+    for loss, norm in zip(losses, norms, strict=True):
+        _, skips = judge(skips, loss, norm)
+        found.append((int(skips.total), int(skips.in_a_row)))
+    expected = expected_skips(config, losses.tolist(), norms.tolist())
+    assert found == expected
+    assert expected[-1][0] >= 6
+    if config.spike_sigma:
+        assert expected[99][0] == 0, "a step that is not finite, or one too early, is no spike"
+        assert expected[310][0] > expected[299][0] + 1
+        assert expected[380] == (expected[370][0], 0), "a new level has become normal"
+
+
+@pytest.mark.parametrize(("loss", "spike"), [(6.02, False), (6.03, True)])
+def test_deviations_are_those_of_a_sample(loss, spike):
+    """2, 4, 2, 4 …, 64 values: mean 3, standard deviation sqrt(64 / 63), so that three of them end at 6.0237."""
+    config = TrainConfig(spike_sigma=3.0)
+    skips = skipping.init_skips(config)
+    for i in range(64):
+        _, skips = skipping.judge(config, skips, jnp.float32(2 + 2 * (i % 2)), jnp.float32(1))
+    assert bool(skipping.judge(config, skips, jnp.float32(loss), jnp.float32(1))[0]) is spike
+
+
+def test_nothing_is_kept_where_nothing_is_skipped():
+    assert skipping.init_skips(TrainConfig()) is None
+    assert skipping.init_skips(TrainConfig(nonfinite="skip")).window is None
+
+
+def poisoned(mean_loss):
+    """`mean_loss` with a finite value and a NaN in its gradient, or an infinite value, where the first target says so."""
+
+    def loss(x_BTD, table_VD, targets_BT, **settings):
+        first = targets_BT[0, 0]
+        root = jnp.sqrt(jnp.where(first == BAD_GRADIENT, 0.0 * x_BTD[0, 0, 0], 1.0))  # its slope at 0 is infinite
+        return mean_loss(x_BTD, table_VD, targets_BT, **settings) + 0.0 * root + jnp.where(first == BAD_LOSS, jnp.inf, 0.0)
+
+    return loss
+
+
+def host_batch(seed, first_target=0):
+    tokens = np.random.default_rng(seed).integers(0, 94, (16, 17)).astype(np.uint16)
+    batch = {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}
+    if first_target:
+        batch["targets"][10, 0] = first_target  # one microbatch of one of eight devices
+    return batch
+
+
+@functools.cache
+def program(devices):
+    mesh = make_mesh(jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step.loss, "mean_loss", poisoned(step.loss.mean_loss))
+        batch = batch_placer(mesh, 16 // devices)(host_batch(0))
+        return mesh, make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), batch, CONTROLS).compile()
+
+
+def take(devices, state, *batches):
+    """The state after these batches, and what each step said."""
+    mesh, train_step = program(devices)
+    said = []
+    for batch in batches:
+        state, metrics = train_step(state, batch_placer(mesh, 16 // devices)(batch), CONTROLS)
+        said.append({name: value.item() for name, value in metrics.items()})
+    return state, said
+
+
+def assert_equal(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("bad", [BAD_GRADIENT, BAD_LOSS])
+def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
+    mesh, _ = program(devices)
+    state, said = take(devices, init_state(CONFIG, mesh), host_batch(0), host_batch(1, bad))
+    assert [math.isfinite(s["loss"]) for s in said] == [True, bad == BAD_GRADIENT]
+    assert [math.isfinite(s["grad_norm"]) for s in said] == [True, bad == BAD_LOSS]
+    assert [(s["skipped"], s["skipped_in_a_row"]) for s in said] == [(0, 0), (1, 1)]
+    without, _ = take(devices, init_state(CONFIG, mesh), host_batch(0))
+    without = dataclasses.replace(without, step=without.step + 1)
+    assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
+    assert_equal(state.skips.window, without.skips.window)
+
+    state, said = take(devices, state, host_batch(2))  # and the step after it is that of a run that never saw the batch
+    without, _ = take(devices, without, host_batch(2))
+    assert (said[0]["skipped"], said[0]["skipped_in_a_row"]) == (1, 0)
+    assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
+
+
+def test_what_was_skipped_is_known_to_a_resumed_run(tmp_path):
+    mesh, _ = program(1)
+    state, _ = take(1, init_state(CONFIG, mesh), host_batch(0), host_batch(1, BAD_LOSS), host_batch(1, BAD_LOSS))
+    with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state, {})
+    resumed = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state
+    assert_equal(resumed, state)
+    assert int(resumed.skips.window.count) == 1
+    _, (said,) = take(1, resumed, host_batch(2, BAD_LOSS))
+    assert (said["skipped"], said["skipped_in_a_row"]) == (3, 3)
