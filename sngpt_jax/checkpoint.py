@@ -24,9 +24,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from sngpt_jax import processes
+from sngpt_jax import processes, typed_json
 from sngpt_jax.cli import UserError, write_text_atomic
 from sngpt_jax.parallel import path_name
+from sngpt_jax.untrusted import inside
 
 logger = logging.getLogger("sngpt_jax")
 # orbax's threads log the traceback of a failed write (a full disk, say) once per layer, and then raise the same error to us.
@@ -55,6 +56,12 @@ class _Record:
     files: dict[str, str]  # path in the step's folder -> SHA-256
 
 
+@dataclass(frozen=True)
+class _Hashed:
+    record: dict[str, Any]
+    sha256: str  # of the record's JSON
+
+
 def step_folder(directory: Path, step: int) -> Path:
     """Where in `directory` orbax keeps the arrays of `step`."""
     return directory / f"{step:08d}"
@@ -75,18 +82,16 @@ def _record_text(record: _Record) -> str:
 
 def _read_record(directory: Path, step: int) -> _Record:
     path = _record_path(directory, step)
-    try:
-        stored = json.loads(path.read_bytes())
-        body = json.dumps(stored["record"], sort_keys=True).encode()
-        if hashlib.sha256(body).hexdigest() == stored["sha256"]:
-            return _Record(**stored["record"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{step_folder(directory, step)}: unfinished, it has no record {path.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        pass  # bytes that are not UTF-8, not JSON, or not of this form: damaged, as below
-    raise CheckpointError(f"{path}: the record is damaged")
+    if not path.exists():
+        raise CheckpointError(f"{step_folder(directory, step)}: unfinished, it has no record {path.name}")
+    stored = typed_json.parse(_Hashed, typed_json.read(path, CheckpointError), str(path), CheckpointError)
+    body = json.dumps(stored.record, sort_keys=True).encode()
+    if hashlib.sha256(body).hexdigest() != stored.sha256:
+        raise CheckpointError(f"{path}: the record is damaged: its SHA-256 is another")
+    record = typed_json.parse(_Record, stored.record, f"{path}: record", CheckpointError)
+    if record.step != step:
+        raise CheckpointError(f"{path}: the record of step {record.step}; rename it back")
+    return record
 
 
 def _sha256(path: Path) -> str:
@@ -104,7 +109,7 @@ def _verified_record(directory: Path, step: int) -> _Record:
     folder = step_folder(directory, step)
     for name, expected in record.files.items():
         try:
-            found = _sha256(folder / name)
+            found = _sha256(inside(folder, name, CheckpointError))
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} cannot be read: {error.strerror}") from None
         if found != expected:

@@ -17,7 +17,43 @@ def validate(config: Config) -> Config:
     return config
 
 
+# What no machine trains: a file that asks for more is refused before anything of it is computed.
+_MOST = {
+    "model.num_layers": 256,
+    "model.d_model": 2**16,
+    "model.num_heads": 2**12,
+    "model.num_kv_heads": 2**12,
+    "model.mlp_dim": 2**18,
+    "model.max_seq_len": 2**20,
+    "model.value_embed_layers": 256,
+    "model.value_embed_dim": 2**16,
+    "model.recycle_layers": 256,
+    "model.bigram_dim": 2**16,
+    "model.levels": 1000,
+    "optim.newton_schulz_steps": 100,
+    "data.batch_tokens": 2**28,
+}
+_MOST_ELSEWHERE = 2**53  # of other whole numbers: a float64 holds them exactly
+_LONGEST = 2**16  # letters of a text, entries of a list
+
+
+def _too_large(config: Config) -> Iterator[str]:
+    for section in dataclasses.fields(config):
+        for f in dataclasses.fields(getattr(config, section.name)):
+            name, value = f"{section.name}.{f.name}", getattr(getattr(config, section.name), f.name)
+            if isinstance(value, str | tuple):
+                if len(value) > _MOST.get(name, _LONGEST):
+                    yield f"{name} has {len(value)} {'letters' if isinstance(value, str) else 'entries'}"
+                elif "\0" in value:
+                    yield f"{name} = {value!r} holds a NUL"
+            elif isinstance(value, int) and value > _MOST.get(name, _MOST_ELSEWHERE):
+                yield f"{name} = {value} exceeds {_MOST.get(name, _MOST_ELSEWHERE)}"
+
+
 def _problems(config: Config) -> Iterator[str]:
+    if problems := list(_too_large(config)):
+        yield from problems
+        return
     m, o, d, t, e = config.model, config.optim, config.data, config.train, config.eval
     at_least_one = {
         "model": (
@@ -116,6 +152,8 @@ def _problems(config: Config) -> Iterator[str]:
     for option in t.xla_options:
         if not re.fullmatch(r"xla_\w+=.*", option):
             yield f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
+        elif re.search(r"_(dump|dir|file|path|from|to|flags|results)(_|=)|=.*[/\\]", option):
+            yield f"train.xla_options: {option!r} names files for XLA; set it in the environment variable XLA_FLAGS instead"
     if e.tokens and e.tokens < d.seq_len:
         yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"
     if e.sample_tokens >= m.max_seq_len:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from sngpt_jax.cli import UserError
 
+FORMAT = 1  # of config.json; `config_file` says when it is raised
+
 Weights = Literal["final", "swa", "ema"]  # those after the last step, the mean of snapshots, the exponential moving average
 
 
@@ -263,7 +265,7 @@ def microbatches(tokens: int, device_tokens: int, seq_len: int, num_devices: int
 
 def to_json(config: Config) -> str:
     """The text of `config.json`: every field, so that a later change of a default does not change a replay."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def differences(old: Config, new: Config) -> list[str]:

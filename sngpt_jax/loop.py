@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from sngpt_jax import checkpoint, processes, run_directory
+from sngpt_jax import checkpoint, processes, run_directory, typed_json
 from sngpt_jax.config import Config, Weights
 from sngpt_jax.console import Console, progress_reporter
 from sngpt_jax.data.loader import Loader
@@ -74,8 +74,7 @@ class Position:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Position":
         """The position that `asdict` made these values of; of no values, that of a run's start."""
-        scores = {name: Validation(**values[name]) for name in ("first", "latest") if values.get(name)}
-        return cls(**{**values, **scores})
+        return typed_json.parse(cls, values, "position kept in the checkpoint", checkpoint.CheckpointError, defaulted=[])
 
 
 @dataclass

@@ -22,10 +22,12 @@ import jax
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 
-from sngpt_jax import processes
+from sngpt_jax import processes, typed_json, untrusted
 from sngpt_jax.cli import UserError, write_text_atomic
 
 Record = Mapping[str, float | int | str]
+
+MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps, each with its line
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -33,16 +35,14 @@ Record = Mapping[str, float | int | str]
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A last line torn by a kill is left out; any other bad line is a `UserError`."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = untrusted.read_bytes(path, MAX_BYTES, UserError).splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            record["step"] + 0
-        except (ValueError, KeyError, TypeError):
+            record = typed_json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) not in (int, float):
+                raise ValueError("no record")
+        except ValueError:
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: not a metrics record (a JSON object with a number as its step)") from None

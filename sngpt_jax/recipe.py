@@ -15,16 +15,11 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from sngpt_jax import typed_json
+from sngpt_jax import config_file, typed_json
 from sngpt_jax.checks import validate
 from sngpt_jax.config import Config, ConfigError
 
 T = TypeVar("T")
-
-
-def read_json(path: Path) -> Config:
-    """The configuration that a `config.json` holds. Raises `ConfigError`."""
-    return validate(typed_json.parse(Config, typed_json.read(path, ConfigError), str(path), ConfigError))
 
 
 def _recipe_path(name: str) -> Path:
@@ -43,10 +38,12 @@ def _recipe_path(name: str) -> Path:
 
 
 def load(name: str) -> Config:
-    """The configuration that a recipe file, a bare recipe name, or a `config.json` holds. Recipes are code and are run."""
+    """The configuration that a recipe file, a bare recipe name, or a `config.json` holds. Recipes are code and are run; a
+    `config.json` is data, and keeps compiled programs where this machine does.
+    """
     path = _recipe_path(name)
     if path.suffix == ".json":
-        return read_json(path)
+        return config_file.with_own_cache(config_file.read(path))
     try:
         config = runpy.run_path(str(path)).get("config")
     except (Exception, SystemExit) as error:

@@ -23,13 +23,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sngpt_jax import checkpoint, processes, typed_json
+from sngpt_jax import checkpoint, config_file, processes, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
 from sngpt_jax.data.manifest import file_sha256
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
-from sngpt_jax.recipe import read_json
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import abstract_state, join
 from sngpt_jax.trained_model import TrainedModel, on_any_device
@@ -63,20 +62,20 @@ def read_config(run_dir: Path) -> Config:
     """The configuration of the run in `run_dir`; a `UserError` where there is no run."""
     if not config_path(run_dir).exists():
         raise UserError(f"{run_dir}: not a run directory (no config.json); give the --run-dir of a training run")
-    return read_json(config_path(run_dir))
+    return config_file.read(config_path(run_dir))
 
 
 @contextlib.contextmanager
 def claim(run_dir: Path, config: Config) -> Iterator[None]:
     """Holds `run_dir` for one training, of one process or several that see the same directory.
 
-    Refuses a directory that another training holds, or whose run has another configuration; `train.fsdp` and
-    `train.shard_optimizer` may differ.
+    Refuses a directory that another training holds, or whose run has another configuration; `train.fsdp`,
+    `train.shard_optimizer` and `train.compilation_cache` may differ.
     """
     with _lock(run_dir) if processes.index() == 0 else contextlib.nullcontext():
         _check_shared(run_dir)
         if config_path(run_dir).exists():
-            changed = differences(read_config(run_dir), config)
+            changed = differences(config_file.with_own_cache(read_config(run_dir)), config_file.with_own_cache(config))
             layout = [line for line in changed if line.startswith(("train.fsdp:", "train.shard_optimizer:"))]  # fits any
             changed = [line for line in changed if line not in layout]
             if layout and not changed:
@@ -194,7 +193,7 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
     run's eval.weights says. Raises `UserError` where the run keeps no such average, or has no snapshot in it yet.
     """
     config = on_any_device(read_config(run_dir))
-    use_compilation_cache(config.train.compilation_cache)
+    use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
     weights = weights or config.eval.weights
     state = abstract_state(config, mesh)
     name = "params" if weights == "final" else weights

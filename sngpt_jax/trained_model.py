@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sngpt_jax import typed_json
-from sngpt_jax.checks import validate
+from sngpt_jax import config_file
 from sngpt_jax.config import Config, ConfigError, Weights
 from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -104,7 +103,7 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
     content = artifact.read(path)
     try:
         about = content.metadata
-        config = on_any_device(validate(typed_json.parse(Config, about.get("config"), "config", ArtifactError)))
+        config = on_any_device(config_file.parse(about.get("config"), "config", ArtifactError))
         if config.model.num_layers > len(content.tensors):  # tracing what a file claims would take hours
             raise ArtifactError(f"it has {len(content.tensors)} tensors for model.num_layers = {config.model.num_layers}")
         step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")

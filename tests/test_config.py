@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sngpt_jax import config_file
 from sngpt_jax.checks import validate
 from sngpt_jax.config import (
     Config,
@@ -24,7 +25,7 @@ from sngpt_jax.config import (
     microbatches,
     to_json,
 )
-from sngpt_jax.recipe import Overrides, load, parse_command, read_json, recipe_name
+from sngpt_jax.recipe import Overrides, load, parse_command, recipe_name
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -111,6 +112,10 @@ def test_names_of_runs(tmp_path):
         ("eval", {"tokens": 5}, ["eval.tokens = 5"]),
         ("eval", {"sample_tokens": 1024}, ["eval.sample_tokens = 1024", "model.max_seq_len = 1024"]),
         ("model", {"vocab_size": 70_000}, ["model.vocab_size = 70000"]),
+        ("model", {"max_seq_len": 2**20 + 1, "num_layers": 257}, ["model.max_seq_len = 1048577 exceeds", "model.num_layers"]),
+        ("model", {"recycle_layers": (0,) * 257}, ["model.recycle_layers has 257 entries"]),
+        ("train", {"xla_options": ("xla_dump_to=x",)}, ["xla_dump_to=x", "XLA_FLAGS"]),
+        ("train", {"xla_options": ("xla_gpu_x=/tmp/y",)}, ["names files"]),
     ],
 )
 def test_an_impossible_combination_names_its_fields(section, fields, named):
@@ -154,8 +159,14 @@ def test_all_problems_are_named_at_once():
         (lambda c: c["model"].update(attention=["xla"]), "model.attention"),
         (lambda c: c.update(model=[]), "model: expected an object, found list"),
         (lambda c: c.pop("train"), "missing train"),
-        (lambda c: c["data"].pop("dir"), "missing dir"),
-        (lambda c: c["model"].update(norm_eps=float("inf")), "model.norm_eps"),
+        (lambda c: c["model"].pop("d_model"), "missing model.d_model"),
+        (lambda c: c.update(format=2), "expected a configuration of format 1, found 2"),
+        (lambda c: c.update(format="1"), "expected a configuration of format 1, found '1'"),
+        (lambda c: c["train"].update(steps=2**63), "9223372036854775808' is not an integer of 64 bits"),
+        (lambda c: c["train"].update(steps=2**60), "train.steps = 1152921504606846976 exceeds"),
+        (lambda c: c["data"].update(dir="a\0b"), r"data.dir = 'a\x00b' holds a NUL"),
+        (lambda c: c["data"].update(dir="x" * 70_000), "data.dir has 70000 letters"),
+        (lambda c: c["model"].update(norm_eps=float("inf")), "Infinity is no number"),
     ],
 )
 def test_a_broken_json_is_one_line(change, said, tmp_path):
@@ -163,15 +174,32 @@ def test_a_broken_json_is_one_line(change, said, tmp_path):
     change(values)
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError) as error:
-        read_json(tmp_path / "config.json")
+        config_file.read(tmp_path / "config.json")
     assert said in str(error.value)
+
+
+def test_an_older_runs_json_takes_the_defaults_of_what_it_lacks_and_says_so(tmp_path, caplog):
+    values = json.loads(to_json(changed("train", seed=5)))
+    del values["format"], values["train"]["xla_options"], values["model"]["code"], values["optim"]["ema_decay"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with caplog.at_level("INFO", "sngpt_jax"):
+        assert config_file.read(tmp_path / "config.json") == changed("train", seed=5)
+    (line,) = caplog.messages
+    assert "config.json: of an earlier version, without model.code, optim.ema_decay, train.xla_options; taking" in line
+
+
+def test_a_json_does_not_choose_where_compiled_programs_are_kept(tmp_path):
+    """XLA runs what it finds there."""
+    for folder, kept in (("/elsewhere", TrainConfig().compilation_cache), ("", "")):
+        (tmp_path / "config.json").write_text(to_json(changed("train", compilation_cache=folder)))
+        assert load(str(tmp_path / "config.json")) == changed("train", compilation_cache=kept)
 
 
 def test_integers_serve_as_floats_in_json(tmp_path):
     values = json.loads(to_json(GOOD))
     values["model"]["rope_base"] = 10_000
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_json(tmp_path / "config.json") == GOOD
+    assert config_file.read(tmp_path / "config.json") == GOOD
 
 
 @pytest.mark.parametrize(

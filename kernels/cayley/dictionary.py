@@ -25,6 +25,7 @@ PRIMITIVE_POLYNOMIALS = {
     2: 0x7, 3: 0xB, 4: 0x13, 5: 0x25, 6: 0x43, 7: 0x83, 8: 0x11D, 9: 0x211, 10: 0x409, 11: 0x805, 12: 0x1053, 13: 0x201B,
     14: 0x4443, 15: 0x8003, 16: 0x1100B, 17: 0x20009, 18: 0x40081,
 }  # fmt: skip
+MAX_DEGREE = 2**16  # of children: the dictionaries in use have 256 to 1024, and a table of them is made to check a level
 MAX_BITS = 30  # of an id, which is int32: a sign bit and a spare bit for the mask of the backward pass are left
 
 
@@ -237,6 +238,8 @@ def _check_spread(level: int, below: int, n: int, degree: int) -> None:
         raise ValueError(f"level {level} needs a field of 2^{below} elements for its children; 2^18 is the largest there is")
     if degree < 1 or degree & (degree - 1):
         raise ValueError(f"level {level} has degree {degree}; it must be a power of two")
+    if degree > MAX_DEGREE:
+        raise ValueError(f"level {level} has degree {degree}; at most {MAX_DEGREE} is possible")
     if degree > 2**n:
         raise ValueError(f"level {level} has degree {degree}; its ids have {n} bits, so that at most {2**n} can be children")
     if degree < 2 ** (n - below):

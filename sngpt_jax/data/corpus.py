@@ -23,10 +23,12 @@ from typing import Any
 
 import pyarrow
 
+from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError
 from sngpt_jax.data.manifest import DataError, file_sha256
 from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
+from sngpt_jax.untrusted import problem_of_name, shown
 
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
@@ -271,8 +273,8 @@ def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     hub = imported("huggingface_hub", f"the data set {GOLF_REPO}")
 
     def fetch(name: str, folder: Path) -> Path:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"{GOLF_REPO}: its manifest names {name!r}, which is outside the data set")
+        if problem := problem_of_name(name):
+            raise DataError(f"{GOLF_REPO}: its manifest names {shown(name)}, which {problem}")
         try:
             return Path(hub.hf_hub_download(GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=folder))
         except Exception as error:  # whatever the network and the hub raise
@@ -316,7 +318,7 @@ def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, in
     """Name of the data set for `vocab_size`, path of its tokenizer, and how many shards each split has."""
     where = f"{GOLF_REPO}: datasets/manifest.json"
     try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
+        values = typed_json.loads(manifest.read_bytes())
         by_name = {entry["name"]: entry for entry in values["datasets"]}
         name = f"fineweb10B_sp{vocab_size}"
         if name not in by_name:
@@ -328,5 +330,5 @@ def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, in
                 f"{where}: no SentencePiece tokenizer {tokenizer_name} for {name}; it has {', '.join(sorted(models))}"
             )
         return name, models[tokenizer_name], {"train": int(stats["files_train"]), "val": int(stats["files_val"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not the layout that this program knows: {_one_line(error)}") from None

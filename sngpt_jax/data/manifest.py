@@ -7,12 +7,14 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError, write_text_atomic
+from sngpt_jax.untrusted import inside, problem_of_name, shown
 
 T = TypeVar("T")
 
@@ -109,15 +111,15 @@ def _check(name: str, value: Any, where: str) -> None:
     if type(value) is int and value < 0:
         raise DataError(f"{where}: expected a count of at least 0, found {value}")
     if name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
-        raise DataError(f"{where}: expected 64 hexadecimal digits, found {value!r}")
-    if name in ("name", "file") and (not value or value in (".", "..") or re.search(r"[/\\\0]", value)):
-        raise DataError(f"{where}: expected a plain file name, found {value!r}")
+        raise DataError(f"{where}: expected 64 hexadecimal digits, found {shown(value)}")
+    if name in ("name", "file") and ("/" in value or problem_of_name(value)):
+        raise DataError(f"{where}: expected a plain file name, found {shown(value)}")
 
 
 def _load(kind: type[T], path: Path) -> T:
     values = typed_json.read(path, DataError)
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        raise DataError(f"{path}: expected format {FORMAT}, found {values.get('format')!r}; prepare the data again")
+        raise DataError(f"{path}: expected format {FORMAT}, found {shown(values.get('format'))}; prepare the data again")
     return typed_json.parse(kind, values, str(path), DataError, _check)
 
 
@@ -127,9 +129,8 @@ def load_manifest(directory: Path) -> Manifest:
     manifest = _load(Manifest, path)
     shards = (*manifest.val, *manifest.train)
     names = [manifest.tokenizer.file, *(s.name for s in shards), *(s.extra.name for s in shards if s.extra)]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise DataError(f"{path}: names {sorted(twice)[0]} twice")
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise DataError(f"{path}: names {twice[0]} twice")
     return manifest
 
 
@@ -166,7 +167,7 @@ def verify(directory: str | Path) -> Manifest:
         if shard.extra:
             expected[shard.extra.name] = shard.extra.sha256
     for name, sha256 in expected.items():
-        found = file_sha256(directory / name)
+        found = file_sha256(inside(directory, name, DataError))
         if found != sha256:
             raise DataError(f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data again")
     return manifest

@@ -29,6 +29,7 @@ from sngpt_jax.data.manifest import (
 from sngpt_jax.data.shards import TokenStream, open_entries
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
+from sngpt_jax.untrusted import inside
 
 _SHARD_TOKENS = 10_000_000  # in a part's shard: seconds of work, which is what a killed worker loses
 _CHUNK_DOCUMENTS = 256  # read at a time
@@ -148,7 +149,7 @@ class Parts:
     def _read_part(self, folder: Path, reached: SplitProgress, first: int) -> Iterator[Encoded]:
         remedy = f"delete {folder} and run the same command again"
         for file in [entry for shard in reached.shards for entry in (shard, shard.extra) if entry]:
-            path = folder / file.name
+            path = inside(folder, file.name, DataError)
             if not path.is_file():
                 raise DataError(f"{path}: missing; {remedy}")
             if (found := file_sha256(path)) != file.sha256:

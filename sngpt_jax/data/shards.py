@@ -25,6 +25,7 @@ from sngpt_jax.data.manifest import (
     verify,
 )
 from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
+from sngpt_jax.untrusted import inside
 
 MAGIC = 20240520
 VERSION = 1
@@ -97,13 +98,14 @@ def open_headerless(path: Path) -> np.memmap:
 def open_extra(path: Path, tokens: int) -> np.ndarray:
     """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending. Raises `DataError`."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        # mapped, since it then must be as long as its header says; `np.load` also takes archives
+        rows = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except (OSError, ValueError, OverflowError, SyntaxError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
         raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")
     positions = rows[:, 0]
-    if len(rows) and (positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any()):
+    if len(rows) and (positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any()):
         raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
     return rows
 
@@ -214,13 +216,13 @@ def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
     """Maps the shards that a manifest or journal names, checking presence, headers and sizes. Raises `DataError`."""
     shards = []
     for entry in entries:
-        path = directory / entry.name
+        path = inside(directory, entry.name, DataError)
         if not path.is_file():
             raise DataError(f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data again elsewhere")
         tokens = open_shard(path)
         if len(tokens) != entry.tokens:
             raise DataError(f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}")
-        extra = open_extra(directory / entry.extra.name, entry.tokens) if entry.extra else NO_EXTRA
+        extra = open_extra(inside(directory, entry.extra.name, DataError), entry.tokens) if entry.extra else NO_EXTRA
         shards.append(Shard(path, tokens, extra))
     return shards
 
@@ -274,7 +276,7 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
         )
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)
-    path = directory / manifest.tokenizer.file if manifest else _tokenizer_file(directory)
+    path = inside(directory, manifest.tokenizer.file, DataError) if manifest else _tokenizer_file(directory)
     if manifest and (found := file_sha256(path)) != manifest.tokenizer.sha256:
         raise DataError(
             f"{path}: not the tokenizer that the shards were made with:"

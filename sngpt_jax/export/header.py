@@ -145,12 +145,8 @@ def _canonical(value: Any) -> bytes:
 def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
     """Metadata and table of a header, everything in them checked; `payload` bytes are what the streams must take."""
     with explained("header"):
-        try:
-            header = json.loads(raw.decode("ascii"))
-            canonical = _canonical(header) == raw
-        except RecursionError:
-            raise ValueError("too deep") from None
-        if not canonical:
+        header = typed_json.loads(raw)
+        if _canonical(header) != raw:
             raise ValueError("is JSON, but not as this program writes it")
         if not isinstance(header, dict) or header.keys() != {"metadata", "table"}:
             raise ValueError("expected an object of metadata and table")

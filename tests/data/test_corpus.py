@@ -429,7 +429,7 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     manifest = json.loads(files["datasets/manifest.json"])
     manifest["tokenizers"][1]["model_path"] = "../../evil.model"
     files["datasets/manifest.json"] = json.dumps(manifest).encode()
-    golf_fails(tmp_path / "new", "outside the data set")
+    golf_fails(tmp_path / "new", "no path below its folder")
     for content in (b"no json", b"[]", b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}'):
         files["datasets/manifest.json"] = content
         golf_fails(tmp_path / "new", "manifest.json", "not the layout")

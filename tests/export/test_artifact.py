@@ -286,7 +286,7 @@ def test_streams_lie_end_to_end():
         (lambda text: text.replace('"step":7', '"step":NaN'), "not JSON compliant"),
         (lambda text: text.replace('"step":7', '"step":1e999'), "not JSON compliant"),
         (lambda text: text.replace('"step":7', '"step":' + "1" * 5000), "digit"),
-        (lambda text: text.replace('"step":7', '"step":' + "[" * 100_000 + "]" * 100_000), "too deep"),
+        (lambda text: text.replace('"step":7', '"step":' + "[" * 100_000 + "]" * 100_000), "levels deep"),
         (lambda text: text.replace("tiny", "tïny"), "ascii"),
         (lambda text: text[:-1], "header: "),
         (lambda text: "", "header: "),
