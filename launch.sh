@@ -16,25 +16,29 @@ fail() {
   exit 2
 }
 
-usage="usage: ./launch.sh train|evaluate|export|sample|plan|features|report|prepare|bench|interop|test [arguments]"
+usage="usage: ./launch.sh train|evaluate|export|sample|plan|features|report|prepare|bench|interop|docs|test [arguments]"
 command=${1:-}
 case "$command" in
 train | evaluate | export | sample | plan | report | bench | interop) module=sngpt_jax.$command ;;
 prepare) module=sngpt_jax.data.prepare ;;
 features) module=sngpt_jax.evaluation.features ;;
 test) module=pytest ;;
+docs) module=mkdocs ;; # build, serve
 "") fail "$usage" ;;
 *) fail "unknown command '$command'; $usage" ;;
 esac
 shift
 path="$here/${module//.//}"
-[ "$module" = pytest ] || [ -e "$path.py" ] || [ -e "$path/__main__.py" ] || fail "this version has no command '$command'"
+case "$command" in
+test | docs) ;;
+*) [ -e "$path.py" ] || [ -e "$path/__main__.py" ] || fail "this version has no command '$command'" ;;
+esac
 
 # ------------------------------------------------------------------------------------------------ the environment
 
 wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
-[ "$command" = test ] && wanted+=(test)
+case "$command" in test | docs) wanted+=("$command") ;; esac
 if [ "$command" = evaluate ]; then
   of_lm_eval='(^|,)[^,=]+(,|$)' # in a list of tasks: one without =PATH
   needs_eval='' option=''
@@ -97,5 +101,5 @@ fi
 
 # ------------------------------------------------------------------------------------------------ the command
 
-[ "$command" = test ] && cd "$here"
+case "$command" in test | docs) cd "$here" ;; esac
 exec "$venv/bin/python" -m "$module" "$@"

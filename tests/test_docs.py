@@ -1,12 +1,35 @@
-"""What the documentation says stands in the tree: its links lead somewhere, and its commands are ones that launch.sh knows."""
+"""What the documentation says stands in the tree: its links lead somewhere, its commands are ones that launch.sh knows, with
+options that they have.
 
+That the anchors of links exist too, .ci/docs checks on the built site.
+"""
+
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = {"prepare": "data.prepare", "features": "evaluation.features", "export": "export.__main__", "bench": "bench.__main__"}
+
+
+def commands(text):
+    """Each command that a text gives launch.sh, with the rest of its line; a backslash goes on to the next line."""
+    return re.findall(r"\./launch\.sh (\w+)([^`\n#]*)", text.replace("\\\n", " "))
+
+
+def written_options(page):
+    """Pairs of a command and an option that a page uses with it."""
+    for command, rest in commands(page.read_text()):
+        if command not in ("test", "docs"):
+            words = rest.split()
+            yield from (
+                (f"interop {words[0]}" if command == "interop" else command, word.partition("=")[0].rstrip(".,;:)"))
+                for word in words
+                if re.match("--[a-z]", word)
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -14,13 +37,28 @@ def test_links_and_commands_exist(page):
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
-    for command in re.findall(r"\./launch\.sh (\w+)", text):
-        module = {
-            "prepare": "data/prepare",
-            "features": "evaluation/features",
-            "export": "export/__main__",
-            "bench": "bench/__main__",
-        }.get(command, command)
-        assert command == "test" or (ROOT / "sngpt_jax" / f"{module}.py").exists(), command
+    for command, _ in commands(text):
+        module = ROOT / "sngpt_jax" / MODULES.get(command, command).replace(".", "/")
+        assert command in ("test", "docs") or module.with_suffix(".py").exists(), command
     for recipe in re.findall(r"--config (?:configs/)?(\w+)(?:\.py)?", text):
         assert recipe == "runs" or (ROOT / "configs" / f"{recipe}.py").exists(), recipe
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/index.md").read_text()
+    for page in PAGES:
+        folder = "" if page.parent.name == "docs" else "../"
+        assert page.name == "index.md" or f"]({folder}{page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command, _ in written_options(page)}))
+def test_options_are_ones_that_the_command_has(command, capsys):
+    name, *kind = command.split()
+    main = importlib.import_module(f"sngpt_jax.{MODULES.get(name, name)}").main
+    with pytest.raises(SystemExit):
+        main([*kind, "--help"])
+    known = set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+    assert len(known) > 3
+    for page in PAGES:
+        unknown = {option for written, option in written_options(page) if written == command} - known
+        assert not unknown, page.name

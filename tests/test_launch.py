@@ -68,6 +68,9 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert calls[-1].endswith("-m pytest -k x")
     assert installed(launch(checkout, "test")[1]) == []
     assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
+    _, calls = launch(checkout, "docs", "build", "--strict")
+    assert installed(calls) == [f"{checkout}[docs]"]
+    assert calls[-1].endswith("-m mkdocs build --strict")
 
 
 @pytest.mark.parametrize(
