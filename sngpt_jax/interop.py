@@ -7,11 +7,9 @@ The scripts keep a plain dictionary of tensors with linear weights [out, in]; ou
 are stacked into four banks. `tensors_of` is the one table of what corresponds to what; both directions follow it.
 """
 
-import pickle
 import sys
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -35,14 +33,11 @@ from sngpt_jax.model.gpt import GPT
 from sngpt_jax.model_source import open_model
 from sngpt_jax.parallel import make_mesh, path_name
 from sngpt_jax.recipe import Overrides, parse_command
+from sngpt_jax.state_dict_files import InteropError, read_state_dict
 from sngpt_jax.step import Params, TrainState, shardings
 from sngpt_jax.step import begin as begin_state
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-class InteropError(UserError):
-    """A checkpoint that cannot be read, or is not one of the model asked for; names every tensor at fault."""
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -197,81 +192,6 @@ def export_state_dict(model: GPT) -> dict[str, np.ndarray]:
         name: found[None] if None in found else np.stack([found[i] for i in range(len(found))])
         for name, found in entries.items()
     }
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    if not zipfile.is_zipfile(path):  # np.load would take it for a pickle, or for one .npy array
-        raise ValueError("not a zip archive")
-    with np.load(path, allow_pickle=False) as archive:
-        state = {name: archive[name] for name in archive.files}
-    if others := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
-        raise ValueError(f"{others[0]} in it is no array")
-    return state
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch  # an extra that need not be there
-    except ImportError:
-        raise InteropError(
-            f"{path}: reading it needs PyTorch, which is not installed; run: {cli.command('pip', 'install', 'torch')}"
-        ) from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and containers; no code of the file's is run
-    except pickle.UnpicklingError:
-        raise InteropError(
-            f"{path}: cannot be read as a {path.suffix} file of nothing but tensors; save the model's state_dict()"
-        ) from None
-    if not isinstance(state, dict):
-        raise InteropError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors by name (a model's state_dict)")
-    others = [
-        f"{name!r} is of type {type(value).__name__}"
-        for name, value in state.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
-    ]
-    if others:
-        raise InteropError(
-            f"{path}: expected a dict of nothing but tensors (a model's state_dict), but {', '.join(others[:5])}"
-            f"{', …' * (len(others) > 5)}; save that part of it alone"
-        )
-    # numpy has no bfloat16 of PyTorch's; float32 holds it exactly
-    return {
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy() for name, tensor in state.items()
-    }
-
-
-_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-    ".safetensors": lambda path: safetensors.numpy.load_file(path),
-    ".npz": _read_npz,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".bin": _read_torch,
-}
-
-
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors, .npz, or (with PyTorch) .pt, .pth or .bin file, by name. Runs no code of the file's.
-
-    Raises `InteropError` for any other file, and for a damaged one.
-    """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise InteropError(f"{path}: expected a file named {', '.join(f'*{suffix}' for suffix in _READERS)}")
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise InteropError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return reader(path)
-    except InteropError:
-        raise
-    except Exception as error:  # the libraries raise a dozen kinds for bytes they cannot make out
-        reason = next(iter(str(error).strip().splitlines()), "it ends too early")
-        raise InteropError(f"{path}: cannot be read as a {path.suffix} file: {type(error).__name__}: {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------------- import

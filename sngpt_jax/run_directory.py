@@ -179,7 +179,8 @@ def read_summary(run_dir: Path) -> Summary | None:
     """The summary of a finished run, None where the run has not finished."""
     if not summary_path(run_dir).exists():
         return None
-    return typed_json.parse(Summary, typed_json.read(summary_path(run_dir), UserError), str(summary_path(run_dir)), UserError)
+    path = summary_path(run_dir)
+    return typed_json.parse(Summary, typed_json.read(path, UserError), str(path), UserError, defaulted=[])
 
 
 def write_summary(run_dir: Path, summary: Summary) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -239,6 +240,19 @@ def test_what_is_no_checkpoint_file(tmp_path):
         ("model.ckpt", r"expected a file named \*.safetensors, \*.npz, \*.pt"),
         ("array.npz", "not a zip archive"),
         ("objects.npz", "Object arrays cannot be loaded"),
+    ]:
+        with pytest.raises(InteropError, match=reason):
+            read_state_dict(tmp_path / name)
+
+
+def test_archives_that_claim_more_than_they_hold(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(10_000_000, np.int8))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    for name, reason in [
+        ("bomb.npz", "unpacks to 10,000,128 bytes, more than 64 times"),
+        ("claim.npz", "does not hold the array"),
     ]:
         with pytest.raises(InteropError, match=reason):
             read_state_dict(tmp_path / name)

@@ -100,7 +100,7 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
     try:
         # mapped, since it then must be as long as its header says; `np.load` also takes archives
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
-    except (OSError, ValueError, OverflowError, SyntaxError, TypeError) as error:
+    except Exception as error:  # numpy raises half a dozen kinds for headers it cannot make out
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
         raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")

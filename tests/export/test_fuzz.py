@@ -1,6 +1,5 @@
 """Mutated artifacts: each decodes to tensors that are whole, or is an `ArtifactError`, and takes no memory above the limit."""
 
-import copy
 import hashlib
 import json
 import random
@@ -15,6 +14,7 @@ import zstandard
 from sngpt_jax.export.artifact import ArtifactError, Encoded, Storage, decode, encode
 from sngpt_jax.export.codecs import compress
 from sngpt_jax.export.quantize import Quantized
+from tests.mutations import BYTES, edit
 
 MEMORY_LIMIT = 300_000
 STORAGES = [
@@ -23,11 +23,6 @@ STORAGES = [
     Storage(packed=True, codec="zstd", level=3),
     Storage(packed=False, codec="lzma", level=0),
     Storage(packed=True, codec="lzma", level=0),
-]
-EXTREMES = [
-    *(0, 1, -1, 2, 3, 9, 255, 256, 1000, 65_536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63, 2**64, 10**30, -(2**63)),
-    *(10**4000, 0.5, 1.0, -0.0, 1e308, float("nan"), float("inf"), True, False, None, "", "x", "..", "a/b", "\0", "\ud800"),
-    *("é", "rans", "zstd", "lzma", "grid", "float16", "float32", "x" * 10_000, [], {}, [[]], [1], [2, 3], [2**40] * 16),
 ]
 
 
@@ -62,70 +57,6 @@ def split(data):
 def assemble(header_frame, payload):
     body = struct.pack("<8sIIQ", b"\x89SNG\r\n\x1a\n", 1, len(header_frame), len(payload)) + header_frame + payload
     return body + hashlib.sha256(body).digest()
-
-
-def flipped(rng, data):
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 8, 64])):
-        if data:
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
-def truncated(rng, data):
-    return data[: rng.randrange(len(data) + 1)]
-
-
-def inserted(rng, data):
-    at = rng.randrange(len(data) + 1)
-    return data[:at] + rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))]) + data[at:]
-
-
-def deleted(rng, data):
-    at = rng.randrange(len(data) + 1)
-    return data[:at] + data[at + rng.randrange(1, 40) :]
-
-
-def spliced(rng, data):
-    """A piece of it copied over another place."""
-    start, at, length = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1), rng.randrange(1, 200)
-    piece = data[start : start + length]
-    return data[:at] + piece + data[at + len(piece) :]
-
-
-def overwritten(rng, data):
-    at, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8])
-    return (data[:at] + rng.choice([b"\xff", b"\0", b"\x7f"]) * length + data[at + length :])[: len(data)]
-
-
-BYTES = [flipped, truncated, inserted, deleted, spliced, overwritten]
-
-
-def places(value):
-    """(container, key) of everything inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield value, key
-        yield from places(inner)
-
-
-def edit(rng, header):
-    """One change to a JSON value, in place."""
-    container, key = rng.choice(list(places(header)))
-    other, other_key = rng.choice(list(places(header)))
-    kind = rng.randrange(6)
-    if kind <= 2:
-        container[key] = copy.deepcopy(rng.choice(EXTREMES))
-    elif kind == 3:
-        del container[key]
-    elif kind == 4:
-        container[key] = copy.deepcopy(other[other_key])
-    elif isinstance(container[key], int):
-        container[key] += rng.choice([-8, -4, -1, 1, 4, 8])
-    elif isinstance(container, list):
-        container.insert(key, copy.deepcopy(container[key]))
-    else:
-        container["more"] = 0
 
 
 def stream_lengths(header):
