@@ -29,7 +29,7 @@ def read(path: Path) -> Config:
 def parse(values: Any, where: str, error: type[UserError]) -> Config:
     """The configuration that a JSON object spells out. Fields that it lacks take their defaults, which the log says once.
 
-    Raises `error` for another format and for what `typed_json` refuses, `ConfigError` for what cannot run.
+    Raises `error` for another format, for what `typed_json` refuses, and for what cannot run.
     """
     if isinstance(values, dict):
         values = dict(values)
@@ -43,7 +43,10 @@ def parse(values: Any, where: str, error: type[UserError]) -> Config:
     names = [name.removeprefix(f"{where}.") for name in defaulted]
     if missing := [name for name in names if name in {f"model.{size}" for size in _SIZES}]:
         raise error(f"{where}: missing {', '.join(missing)}")
-    validate(config)
+    try:
+        validate(config)
+    except ConfigError as problem:
+        raise error(f"{where}: {str(problem)[:1000]}") from None
     if names:
         logger.info(f"{where}: of an earlier version, without {', '.join(names)}; taking the defaults")
     return config

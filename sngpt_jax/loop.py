@@ -72,9 +72,9 @@ class Position:
     data: dict[str, int] | None = None  # the loader's position
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Position":
-        """The position that `asdict` made these values of; of no values, that of a run's start."""
-        return typed_json.parse(cls, values, "position kept in the checkpoint", checkpoint.CheckpointError, defaulted=[])
+    def from_json(cls, values: dict[str, Any], where: str) -> "Position":
+        """The position that `asdict` made these values of; of no values, that of a run's start. Errors begin with `where`."""
+        return typed_json.parse(cls, values, where, checkpoint.CheckpointError, defaulted=[])
 
 
 @dataclass

@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import safetensors.numpy
@@ -19,12 +19,6 @@ MOST_EXPANSION = 64  # times its own size that an archive unpacks to
 
 class InteropError(UserError):
     """A checkpoint that cannot be read, or is not one of the model asked for; names every tensor at fault."""
-
-
-_HEADERS: dict[tuple[int, int], Callable[[IO[bytes]], Any]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -49,10 +43,9 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 def _check_array(file: IO[bytes], entry: zipfile.ZipInfo) -> None:
     """Raises ValueError for an array whose header claims other than the bytes behind it, which numpy would allocate."""
-    read_header = _HEADERS.get(np.lib.format.read_magic(file))
-    if read_header is None:
-        raise ValueError(f"{shown(entry.filename)} is of no known version of npy")
-    shape, _, dtype = read_header(file)
+    if np.lib.format.read_magic(file) != (1, 0):  # later ones may state a header of 4 GB, which numpy allocates
+        raise ValueError(f"{shown(entry.filename)} is not of version 1.0 of npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if not dtype.hasobject and file.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
         raise ValueError(f"{shown(entry.filename)} does not hold the array that it says")
 

@@ -98,7 +98,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         restored = checkpoint.restore(folder, abstract_state(config, mesh))
         state = restored.state if restored else init_state(config, mesh)
         done = restored.step if restored else 0
-        position = Position.from_json(restored.extra) if restored else Position()
+        position = Position.from_json(restored.extra, f"{folder}, step {done}") if restored else Position()
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
         if restored:

@@ -23,7 +23,7 @@ def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
         if not stat.S_ISREG(found.st_mode):  # a pipe would never end, and neither would some devices
             raise error(f"{path}: cannot be read: not a plain file")
         with open(path, "rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(min(limit, found.st_size) + 1)  # so much is allocated, whatever is there
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from None
     except ValueError as problem:  # a path that no file can have

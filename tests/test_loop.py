@@ -73,7 +73,7 @@ def test_a_checkpoint_is_given_the_score_of_its_own_step_alone(run, monkeypatch)
     run.save()
     assert [kwargs["value"] for _, _, kwargs in run.checkpoints.calls] == [3.0, None]
     position = run.checkpoints.calls[1][1][2]
-    assert Position.from_json(position) == run.position
+    assert Position.from_json(position, "here") == run.position
 
 
 def test_parameters_that_are_not_finite_are_not_saved(run):

@@ -322,13 +322,12 @@ def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, in
         by_name = {entry["name"]: entry for entry in values["datasets"]}
         name = f"fineweb10B_sp{vocab_size}"
         if name not in by_name:
-            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))}")
+            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))[:500]}")
         tokenizer_name, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
         models = {entry["name"]: str(entry["model_path"]) for entry in values["tokenizers"] if "model_path" in entry}
         if tokenizer_name not in models:
-            raise DataError(
-                f"{where}: no SentencePiece tokenizer {tokenizer_name} for {name}; it has {', '.join(sorted(models))}"
-            )
+            known = ", ".join(sorted(models))[:500]
+            raise DataError(f"{where}: no SentencePiece tokenizer {shown(tokenizer_name)} for {name}; it has {known}")
         return name, models[tokenizer_name], {"train": int(stats["files_train"]), "val": int(stats["files_val"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not the layout that this program knows: {_one_line(error)}") from None

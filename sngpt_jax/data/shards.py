@@ -98,6 +98,9 @@ def open_headerless(path: Path) -> np.memmap:
 def open_extra(path: Path, tokens: int) -> np.ndarray:
     """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending. Raises `DataError`."""
     try:
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):  # later ones may state a header of 4 GB, which numpy allocates
+                raise ValueError("expected version 1.0 of npy")
         # mapped, since it then must be as long as its header says; `np.load` also takes archives
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
     except Exception as error:  # numpy raises half a dozen kinds for headers it cannot make out
@@ -245,6 +248,8 @@ def _tokenizer_file(directory: Path) -> Path:
 def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
     """The train and val shards of a folder of any of the three kinds."""
     if manifest:
+        if not (manifest.train and manifest.val):
+            raise DataError(f"{directory / MANIFEST}: names no shards of {'val' if manifest.train else 'train'}")
         return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
     if unfinished(directory):
         raise DataError(f"{directory}: its preparation has not finished; run the same prepare command again to go on")

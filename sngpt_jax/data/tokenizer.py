@@ -21,9 +21,11 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from sngpt_jax import typed_json, untrusted
 from sngpt_jax.cli import UserError, write_bytes_atomic
 
 MAX_VOCAB = 65_536  # tokens are stored as uint16
+MAX_BYTES = 64 * 2**20  # of a tokenizer's file; GPT-2's has 2 MB
 TRAINING_CHARS_PER_TOKEN = 4096  # `train_sentencepiece` reads this much text for each entry of the vocabulary
 
 _SPACE = "▁"  # U+2581, SentencePiece's sign for a space
@@ -63,10 +65,7 @@ class Tokenizer(abc.ABC):
     """What the two kinds share. `str` arguments may hold anything; lone surrogates are read as U+FFFD."""
 
     def __init__(self, path: Path, data: bytes, vocab_size: int, bos_id: int):
-        if vocab_size > MAX_VOCAB:
-            raise UserError(
-                f"{path}: a vocabulary of {vocab_size} tokens; shards hold 16-bit tokens, so use one of at most {MAX_VOCAB}"
-            )
+        _check_vocab(path, vocab_size)
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = vocab_size
@@ -97,17 +96,20 @@ class Tokenizer(abc.ABC):
         return np.zeros((0, 2), np.int64)
 
 
+def _check_vocab(path: Path, vocab_size: int) -> None:
+    if vocab_size > MAX_VOCAB:
+        raise UserError(
+            f"{path}: a vocabulary of {vocab_size} tokens; shards hold 16-bit tokens, so use one of at most {MAX_VOCAB}"
+        )
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a SentencePiece `.model` or a byte-level BPE `.json`. Raises `UserError` for any other or damaged file."""
     path = Path(path)
     kind = {".model": SentencePieceTokenizer, ".json": ByteLevelTokenizer}.get(path.suffix)
     if kind is None:
         raise UserError(f"{path}: not a tokenizer: expected a SentencePiece .model or a byte-level BPE tokenizer.json")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
-    return kind(path, data)
+    return kind(path, untrusted.read_bytes(path, MAX_BYTES, UserError))
 
 
 # ---------------------------------------------------------------------------------------------- SentencePiece
@@ -279,9 +281,12 @@ class ByteLevelTokenizer(Tokenizer):
 
     def __init__(self, path: Path, data: bytes):
         try:
+            _check_vocab(path, _largest_id(typed_json.loads(data)) + 1)  # the package makes a list of so many
             tok = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except UserError:
+            raise
         except Exception as error:  # the package raises the bare class
-            raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from None
+            raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {str(error)[:200]}") from None
         tok.encode_special_tokens = True
         tok.no_truncation()
         tok.no_padding()
@@ -319,6 +324,16 @@ class ByteLevelTokenizer(Tokenizer):
     def token_bytes(self) -> TokenBytes:
         base = np.array([len(text) for text in self._text], np.int32)
         return TokenBytes(base, np.zeros(self.vocab_size, bool), self._special)
+
+
+def _largest_id(spec: Any) -> int:
+    """Of the tokens that a `tokenizer.json` says it has, whatever else is in it; -1 where there are none."""
+    holder = spec if isinstance(spec, dict) else {}
+    model, added = holder.get("model"), holder.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
 def _byte_level_problem(tok: tokenizers.Tokenizer, spec: dict[str, Any]) -> str | None:

@@ -1,0 +1,355 @@
+"""Files of every format, damaged at random: each is read to something whole, or refused in one line that names the file.
+
+    python -m tests.fuzz --examples 20000 [--formats config.json,manifest.json] [--seed 0] [--markdown]
+
+Prints a line a format: examples, accepted, refused, seconds, the slowest, the most memory that one took, and other exceptions,
+of which there are to be none. `tests/test_fuzz.py` does the same with few examples; `tests/export/test_fuzz.py` what follows an
+artifact's header.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from sngpt_jax import checkpoint, config_file, typed_json
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_json
+from sngpt_jax.data import manifest, shards, tokenizer
+from sngpt_jax.data.corpus import _golf_entry
+from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from sngpt_jax.export import artifact
+from sngpt_jax.loop import Position, Validation
+from sngpt_jax.metrics import read_metrics
+from sngpt_jax.parallel import make_mesh, path_name
+from sngpt_jax.policy import is_exported
+from sngpt_jax.run_directory import Summary, read_summary, write_summary
+from sngpt_jax.state_dict_files import read_state_dict
+from sngpt_jax.step import abstract_variables
+from sngpt_jax.trained_model import from_artifact
+from tests import mutations, tiny_run
+
+SLOWEST = 1.0  # seconds that one file may take
+MOST_MEMORY = 200 * 2**20  # bytes that one file may take, of Python's and numpy's
+
+Mutate = Callable[[random.Random, bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file, and what reads it."""
+
+    name: str
+    target: Path  # a whole file of the kind, with what it needs beside it
+    read: Callable[[], Any]  # of that place; asserts that what it accepts is whole
+    mutate: Mutate
+    per: int = 1  # so many times fewer examples, where what is accepted is then computed with
+
+
+@dataclass
+class Tally:
+    examples: int = 0
+    accepted: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    slowest: float = 0.0
+    memory: int = 0
+    others: list[str] = dataclasses.field(default_factory=list)
+
+
+def binary(rng: random.Random, content: bytes) -> bytes:
+    for _ in range(rng.choice([1, 1, 2])):
+        content = rng.choice(mutations.BYTES)(rng, content)
+    return content
+
+
+def numbers(width: int, size: int) -> Mutate:
+    """Binary mutations, and extremes in the little-endian integers of `width` bytes of the first `size` bytes."""
+
+    def mutate(rng: random.Random, content: bytes) -> bytes:
+        if rng.random() < 0.5:
+            return binary(rng, content)
+        at = rng.randrange(size // width) * width
+        value = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**16, rng.randrange(2**31), 299, 301])
+        return content[:at] + (value % 2 ** (8 * width)).to_bytes(width, "little") + content[at + width :]
+
+    return mutate
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def make_formats(folder: Path) -> list[Format]:
+    """One of each kind, made anew in `folder`; each has a folder of its own."""
+    tiny_run.make(folder)
+    data = folder / "data"
+    return [
+        *of_data(folder, data),
+        *of_runs(folder),
+        *of_tokenizers(folder, data),
+        of_artifact(folder),
+        *of_state_dicts(folder),
+    ]
+
+
+def of_data(folder: Path, data: Path) -> list[Format]:
+    shard, extra, progress, golf = (folder / name for name in ("a_train_000000.bin", "extra.npy", "journal", "golf.json"))
+    shards.write_shard(shard, np.random.default_rng(0).integers(0, 320, 300).astype(np.uint16))
+    np.save(extra, np.array([[3, 1], [5, -2], [299, 7]], np.int64))
+
+    def read_shard() -> None:
+        stream = TokenStream((Shard(shard, shards.open_shard(shard), NO_EXTRA),), 320)
+        assert stream.take(0, len(stream)).max() < 320
+
+    def read_extra() -> None:
+        rows = shards.open_extra(extra, 300)
+        assert rows.dtype == np.int64 and (np.diff(rows[:, 0].astype(object)) > 0).all() and rows.shape[1] == 2
+
+    def read_manifest() -> None:
+        found = shards.open_dataset(data, 320)
+        assert found.manifest and sum(entry.tokens for entry in found.manifest.train) == len(found.train)
+
+    whole = manifest.load_manifest(data)
+    journal = manifest.Progress(1, whole.origin, whole.tokenizer, manifest.SplitProgress(whole.train, 3, 7))
+    progress.mkdir()
+    manifest.save(journal, progress)
+    for entry in whole.train:
+        (progress / entry.name).write_bytes((data / entry.name).read_bytes())
+
+    def read_progress() -> None:
+        found = manifest.load_progress(progress)
+        shards.open_entries(progress, found.train.shards)
+        again = typed_json.loads(json.dumps(dataclasses.asdict(found)).encode())
+        assert typed_json.parse(manifest.Progress, again, "", UserError) == found
+
+    entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": {"files_train": 3, "files_val": 1}}
+    golf.write_text(json.dumps({"datasets": [entry], "tokenizers": [{"name": "sp", "model_path": "tokenizers/a.model"}]}))
+    return [
+        Format("shard", shard, read_shard, numbers(4, 24)),
+        Format("byte corrections (npy)", extra, read_extra, binary),
+        Format("manifest.json", data / manifest.MANIFEST, read_manifest, mutations.of_json),
+        Format("progress.json", progress / manifest.PROGRESS, read_progress, mutations.of_json),
+        Format("published manifest", golf, lambda: _golf_entry(golf, 1024), mutations.of_json),
+    ]
+
+
+def of_runs(folder: Path) -> list[Format]:
+    run = folder / "run"
+    run.mkdir()
+    config, metrics = run / "config.json", run / "metrics.jsonl"
+    config.write_text(to_json(Config(optim=OptimConfig(warmdown_steps=10))))
+    summary = Summary(20, 1000, 2.5, 1.5, 100, 2.25, None, 3.5, 1e4, 5000, "checkpoints/00000020", None, 1.25)
+    write_summary(run, summary)
+    lines = [{"step": i, "train_loss": 3.5 / (i + 1), "lr": 0.01, "note": "x"} for i in range(6)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def read_config() -> None:
+        found = config_file.read(config)
+        config.write_text(to_json(found))
+        assert config_file.read(config) == found
+
+    def read_run_summary() -> None:
+        found = read_summary(run)
+        assert found and isinstance(found.val_bpb, float) and isinstance(found.steps, int)
+
+    def read_run_metrics() -> None:
+        assert all(np.isfinite(record["step"]) for record in read_metrics(metrics))
+
+    checkpoints, state = run / "checkpoints", {"params": {"w": jax.numpy.arange(6.0)}}
+    position = Position(elapsed_seconds=2.5, first=Validation(0, 6.0, 3.0, 99), averages={"ema": 1.5}, data={"step": 3})
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with checkpoint.Checkpointer(checkpoints, keep=1) as saving:
+        saving.save(3, state, dataclasses.asdict(position), value=2.5)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+    def read_record() -> None:
+        found = checkpoint.restore(checkpoints, abstract, 3)
+        assert found and np.array_equal(found.state["params"]["w"], np.arange(6.0))
+        assert isinstance(Position.from_json(found.extra, str(checkpoints)).elapsed_seconds, float)
+
+    return [
+        Format("config.json", config, read_config, mutations.of_json),
+        Format("summary.json", run / "summary.json", read_run_summary, mutations.of_json),
+        Format("metrics.jsonl", metrics, read_run_metrics, of_lines),
+        Format("checkpoint record", checkpoints / "00000003.json", read_record, of_record, per=4),
+    ]
+
+
+def of_lines(rng: random.Random, content: bytes) -> bytes:
+    lines = content.split(b"\n")
+    at = rng.randrange(len(lines) - 1)
+    lines[at] = mutations.of_json(rng, lines[at])
+    return b"\n".join(lines)
+
+
+def of_record(rng: random.Random, content: bytes) -> bytes:
+    """Every second one with the right hash of itself, so that what comes after it is tried."""
+    if rng.random() < 0.5:
+        return mutations.of_json(rng, content)
+    body = mutations.of_json(rng, json.dumps(json.loads(content)["record"]).encode())
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.dumps(json.loads(body), sort_keys=True).encode()
+    return b'{"record": ' + body + b', "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def of_tokenizers(folder: Path, data: Path) -> list[Format]:
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["to be or not to be"] * 9, trainer)
+    of_bytes, of_pieces = folder / "tokenizer.json", folder / "fuzzed.model"
+    bpe.save(str(of_bytes))
+    of_pieces.write_bytes(next(data.glob("*.model")).read_bytes())
+
+    def reader(path: Path) -> Callable[[], None]:
+        def read() -> None:
+            found = tokenizer.load_tokenizer(path)
+            document = found.encode_document("to be, é ▁ x\n" * 3)
+            table = found.token_bytes()
+            assert len(table.base) == found.vocab_size <= 65_536 and document.tokens.max() < found.vocab_size
+
+        return read
+
+    return [
+        Format("tokenizer.json", of_bytes, reader(of_bytes), mutations.of_json, per=4),
+        Format("tokenizer .model", of_pieces, reader(of_pieces), binary, per=4),
+    ]
+
+
+def of_artifact(folder: Path) -> Format:
+    """The configuration and what else an artifact's header says of its model, in an artifact that is whole otherwise."""
+    path = folder / "model.sngpt"
+    model = ModelConfig(
+        vocab_size=64, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, mlp_dim=32, max_seq_len=32, family="pre_norm"
+    )
+    config = Config(model=model, data=DataConfig(seq_len=32), optim=OptimConfig(warmdown_steps=10))
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(model))
+    tensors = {path_name(p): np.zeros(x.shape, np.float32) for p, x in leaves if is_exported(x.dtype)}
+    storage, mesh = artifact.Storage(packed=False, codec="zstd", level=1), make_mesh(jax.devices()[:1])
+    kept = {"sha256": "0" * 64, "suffix": ".model"}
+    about = {"config": json.loads(to_json(config)), "tokenizer": kept, "step": 3, "weights": "ema", "version": "0"}
+    path.write_bytes(artifact.encode(about, tensors, storage).data)
+
+    def mutate(rng: random.Random, _: bytes) -> bytes:
+        changed = json.loads(json.dumps(about))
+        for _ in range(rng.choice([1, 1, 2])):
+            mutations.edit(rng, changed)
+        try:
+            return artifact.encode(changed, tensors, storage).data
+        except UserError:  # not even written
+            return b""
+
+    def read() -> None:
+        found = from_artifact(path, mesh)
+        assert found.step >= 0 and found.config.model.num_layers <= len(tensors)
+
+    return Format("artifact's metadata", path, read, mutate, per=20)
+
+
+def of_state_dicts(folder: Path) -> list[Format]:
+    state = {"a.weight": np.ones((4, 3), np.float32), "b": np.arange(5, dtype=np.float16)}
+    npz, tensors = folder / "model.npz", folder / "model.safetensors"
+    np.savez_compressed(npz, **state)
+    tensors.write_bytes(safetensors.numpy.save(state))
+
+    def reader(path: Path) -> Callable[[], None]:
+        return lambda: [np.asarray(x) for x in read_state_dict(path).values()] and None
+
+    return [Format(path.suffix[1:], path, reader(path), binary) for path in (npz, tensors)]
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def fuzz(kind: Format, examples: int, seed: int) -> Tally:
+    """Reads so many damaged files of the kind; the whole one is put back."""
+    rng, whole, tally = random.Random(f"{kind.name} {seed}"), kind.target.read_bytes(), Tally()
+    kind.read()
+    for i in range(examples):
+        content = kind.mutate(rng, whole)
+        kind.target.write_bytes(content)
+        tracemalloc.start()
+        start = time.perf_counter()
+        try:
+            kind.read()
+        except UserError as error:
+            line = str(error)
+            tally.refused += 1
+            if (
+                "\n" in line
+                or len(line) > 1500
+                or (str(kind.target.parent) not in line and "datasets/manifest.json" not in line)
+            ):
+                tally.others.append(f"example {i}: the line {line[:300]!r}")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            tally.others.append(f"example {i}: {type(error).__name__}: {str(error)[:300]}")
+        else:
+            tally.accepted += 1
+        seconds, memory = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        tally.examples += 1
+        tally.seconds += seconds
+        tally.slowest, tally.memory = max(tally.slowest, seconds), max(tally.memory, memory)
+        if seconds > SLOWEST or memory > MOST_MEMORY:
+            tally.others.append(f"example {i}: {seconds:.1f} s, {memory >> 20} MiB")
+    kind.target.write_bytes(whole)
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000, help="of each format; those that cost more have a part of it")
+    parser.add_argument("--formats", default="", help="names, with commas between them; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", action="store_true", help="print a table for docs/security.md")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    wanted, failed = arguments.formats.split(",") if arguments.formats else None, 0
+    bar = "|" if arguments.markdown else " "
+    heads = ("format", "examples", "accepted", "refused", "seconds", "slowest, ms", "memory, MiB", "other")
+    widths = (24, 9, 9, 9, 8, 12, 12, 6)
+    print(bar + bar.join(f" {head:<{width}}" for head, width in zip(heads, widths, strict=True)) + bar)
+    if arguments.markdown:
+        print("|---" * len(heads) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in make_formats(Path(folder)):
+            if wanted and kind.name not in wanted:
+                continue
+            t = fuzz(kind, max(1, arguments.examples // kind.per), arguments.seed)
+            row = (kind.name, t.examples, t.accepted, t.refused, f"{t.seconds:.1f}", f"{1e3 * t.slowest:.0f}")
+            row += (f"{t.memory / 2**20:.1f}", len(t.others))
+            print(bar + bar.join(f" {x!s:<{width}}" for x, width in zip(row, widths, strict=True)) + bar, flush=True)
+            for other in t.others[:5]:
+                print(f"  {other}", file=sys.stderr)
+            failed += len(t.others)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
