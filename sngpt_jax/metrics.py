@@ -33,8 +33,11 @@ MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps, each with its line
 # ---------------------------------------------------------------------------------------------- files
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line torn by a kill is left out; any other bad line is a `UserError`."""
+def read_metrics(path: Path, skipped: list[int] | None = None) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A last line torn by a kill is left out.
+
+    Any other bad line is a `UserError`; or, where `skipped` is given, is left out too and its number, from 1, put there.
+    """
     lines = untrusted.read_bytes(path, MAX_BYTES, UserError).splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -45,7 +48,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(lines):
                 break
-            raise UserError(f"{path}:{number}: not a metrics record (a JSON object with a number as its step)") from None
+            if skipped is None:
+                raise UserError(f"{path}:{number}: not a metrics record (a JSON object with a number as its step)") from None
+            skipped.append(number)
+            continue
         records.append(record)
     return records
 

@@ -3,6 +3,7 @@
 config.json     the resolved configuration; replays the run
 tokenizer.*     the tokenizer that the model was trained with
 metrics.jsonl   one object a line
+environment.jsonl  versions, devices and commit: a line at every start of the run
 checkpoints/    orbax checkpoints with their checksums
 tensorboard/    the metrics again
 profile/        jax.profiler traces, where asked for

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import __version__, checkpoint, cli, compiler, processes, run_directory
+from sngpt_jax import __version__, checkpoint, cli, compiler, environment, processes, run_directory
 from sngpt_jax.cli import EXIT_NON_FINITE, UserError
 from sngpt_jax.cluster import ProcessArguments
 from sngpt_jax.config import Config, microbatches, profile_window
@@ -101,6 +101,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         position = Position.from_json(restored.extra, f"{folder}, step {done}") if restored else Position()
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
+            environment.record(directory, done)
         if restored:
             console.print(f"resuming after step {done:,}")
 

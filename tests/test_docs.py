@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = {"prepare": "data.prepare", "features": "evaluation.features", "export": "export.__main__", "bench": "bench.__main__"}
+MODULES = {
+    "prepare": "data.prepare",
+    "features": "evaluation.features",
+    "export": "export.__main__",
+    "bench": "bench.__main__",
+    "report": "report.__main__",
+}
 
 
 def commands(text):

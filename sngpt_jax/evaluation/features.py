@@ -5,8 +5,6 @@ features the strongest contexts, the tokens they fire on, and the parents and ch
 HTML page to browse.
 """
 
-import importlib.resources
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ import tyro
 from jax.sharding import Mesh
 
 from kernels.cayley.dictionary import level_range
-from sngpt_jax import cli
+from sngpt_jax import cli, webpage
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import ModelConfig, Weights
 from sngpt_jax.console import progress_reporter
@@ -68,14 +66,12 @@ def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, windows: 
 
 
 def page(study: dict[str, Any]) -> str:
-    """One HTML page that needs nothing else. The data stand in it as JSON without `<`, so that no text can end them."""
+    """One HTML page that needs nothing else."""
     layers = [
         layer | {"levels": [{name: x for name, x in level.items() if name != "counts"} for level in layer["levels"]]}
         for layer in study["layers"]
     ]
-    data = json.dumps(study | {"layers": layers}, allow_nan=False, separators=(",", ":"))
-    template = importlib.resources.files(__package__).joinpath("features.html").read_text("utf-8")
-    return template.replace("{{study}}", data.replace("<", "\\u003c"))
+    return webpage.render(__package__, "features", f"Features of {study['run']}", study | {"layers": layers})
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -153,10 +149,7 @@ def main(argv: Sequence[str]) -> int:
         contexts=arguments.contexts,
         progress=progress_reporter,
     )
-    try:
-        cli.write_text_atomic(arguments.out, page(study))
-    except OSError as error:
-        raise UserError(f"--out {arguments.out}: cannot be written: {error.strerror}; give the path of a file") from None
+    webpage.write(arguments.out, page(study))
     if arguments.json != "-":
         for row in losses:
             kept_levels = "level 0" if row["levels"] == 1 else f"levels 0-{row['levels'] - 1}"

@@ -203,11 +203,11 @@ def whole(study, **changes):
 
 
 def embedded(html):
-    return re.search('<script type="application/json" id="study">(.*?)</script>', html, re.DOTALL).group(1)
+    return re.search('<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL).group(1)
 
 
 def test_no_text_can_end_the_data_of_the_page(study):
-    hostile = "</script><script>document.title='taken'</script><!-- {{study}} & \u2028 😀"
+    hostile = "</script><script>document.title='taken'</script><!-- {{data}} & \u2028 😀"
     first, *others = study["features"]
     first = first | {"tokens": [first["tokens"][0] | {"text": hostile}]}
     value = whole(study, features=[first, *others])

@@ -1,0 +1,1 @@
+"""Runs side by side: what their directories hold, as one HTML page."""

@@ -1,0 +1,102 @@
+"""The report of runs that go on: a small server for this machine's browsers, which reads what has changed when it is asked."""
+
+import datetime
+import urllib.parse
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from sngpt_jax import environment, webpage
+from sngpt_jax.cli import UserError
+from sngpt_jax.report.page import page, report
+from sngpt_jax.report.reading import RunData, read_run
+
+ADDRESS = "127.0.0.1"
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a request's Host: a site that resolves to it is refused
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def signature(directory: Path) -> list[tuple[str, int, int]]:
+    """What changes whenever a file does that `read_run` reads."""
+    found = []
+    for path in sorted([*directory.glob("*.json"), directory / "metrics.jsonl", environment.path(directory)]):
+        try:
+            about = path.stat()
+        except OSError:
+            continue
+        found.append((path.name, about.st_mtime_ns, about.st_size))
+    return found
+
+
+class LiveRuns:
+    """Run directories, each read again when a file of it has changed."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self._directories = directories
+        self._read: dict[Path, tuple[list[tuple[str, int, int]], RunData]] = {}
+        self._lock = Lock()
+        self._data: dict[str, Any] = {}
+
+    def data(self) -> dict[str, Any]:
+        """The data of the page as the files are now. Raises `UserError` where one cannot be read."""
+        with self._lock:
+            changed = not self._data
+            for directory in self._directories:
+                seen = signature(directory)
+                if directory not in self._read or self._read[directory][0] != seen:
+                    self._read[directory] = (seen, read_run(directory, may_be_empty=True))
+                    changed = True
+            if changed:
+                runs = [self._read[directory][1] for directory in self._directories]
+                self._data = report(runs, datetime.datetime.now().astimezone().isoformat(sep=" "), live=True)
+            return self._data
+
+
+def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
+    """The server, bound to `port` of the loopback address (0: any free one). Raises `UserError` where it is taken."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+            if host not in NAMES:
+                return self.answer(403, "text/plain", "this server answers requests to localhost")
+            if url.path not in ("/", "/data.json"):
+                return self.answer(404, "text/plain", "there is / and /data.json")
+            try:
+                data = runs.data()
+            except UserError as error:
+                return self.answer(503, "text/plain", str(error))
+            if url.path == "/":
+                return self.answer(200, "text/html", page(data))
+            if urllib.parse.parse_qs(url.query).get("since") == [data["written"]]:
+                return self.answer(204, "text/plain", "")
+            return self.answer(200, "application/json", webpage.to_json(data))
+
+        def answer(self, status: int, kind: str, text: str) -> None:
+            content = text.encode("utf-8", "replace")
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.send_header("Cache-Control", "no-store")
+                if status != 204:
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            except (BrokenPipeError, ConnectionResetError):  # the browser has gone
+                self.close_connection = True
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Says nothing: a page asks every three seconds."""
+
+    try:
+        return ThreadingHTTPServer((ADDRESS, port), Handler)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no such port"
+        raise UserError(f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any that is free") from None

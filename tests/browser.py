@@ -1,0 +1,121 @@
+"""A headless Chromium spoken to over its DevTools pipe: to open a page, move the mouse over it and ask it questions."""
+
+import base64
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+class Browser:
+    """One tab. `problems` holds the page's errors and warnings so far."""
+
+    def __init__(self, commands: int, answers: int) -> None:
+        self._commands, self._answers = commands, answers
+        self._buffer, self._number, self._session = b"", 0, ""
+        self.problems: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def _message(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._answers], [], [], 60)
+            chunk = os.read(self._answers, 2**16) if ready else b""
+            assert chunk, "the browser does not answer"
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(line)
+        match message.get("method"):
+            case "Runtime.exceptionThrown" | "Log.entryAdded" | "Runtime.consoleAPICalled":
+                self.problems.append(json.dumps(message["params"]))
+        return message
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to a DevTools command."""
+        self._number += 1
+        session = {"sessionId": self._session} if self._session else {}
+        os.write(
+            self._commands, json.dumps({"id": self._number, "method": method, "params": parameters, **session}).encode() + b"\0"
+        )
+        while True:
+            message = self._message()
+            if message.get("id") == self._number:
+                assert "error" not in message, f"{method}: {message['error']}"
+                return message["result"]
+
+    def open(self, url: str, size: tuple[int, int] = DESKTOP, theme: str = "light") -> None:
+        """Loads a page in a window of so many pixels, under a system that is set to light or dark."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=size == PHONE
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self.call("Page.navigate", url=url)
+        self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
+
+    def ask(self, expression: str) -> Any:
+        """The value of a JavaScript expression, which is waited for."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Until the expression is true."""
+        deadline = time.monotonic() + 30
+        while not self.ask(expression):
+            assert time.monotonic() < deadline, f"never true: {expression}"
+            time.sleep(0.02)
+
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        """A mouse event at a place of the window: mouseMoved, mousePressed, mouseReleased."""
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than its window."""
+        return int(self.ask("document.documentElement.scrollWidth - window.innerWidth"))
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """A PNG of the page."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}} if whole else {}
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+@contextlib.contextmanager
+def opened(profile: Path) -> Iterator[Browser]:
+    """A browser with its files in `profile`, closed at the end."""
+    assert CHROMIUM
+    (commands_out, commands), (answers, answers_in) = os.pipe(), os.pipe()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" 3<&{commands_out} 4>&{answers_in}', "bash", CHROMIUM, *flags],
+        pass_fds=(commands_out, answers_in),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(commands_out)
+    os.close(answers_in)
+    try:
+        yield Browser(commands, answers)
+    finally:
+        os.close(commands)
+        os.close(answers)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,139 @@
+"""The report in a browser: curves drawn, values under the mouse, no error, readable on a phone."""
+
+import json
+
+import pytest
+
+from sngpt_jax.report.page import page, report
+from sngpt_jax.report.reading import read_run
+from tests import fake_run
+from tests.browser import DESKTOP, PHONE, needs_browser, opened
+
+pytestmark = [pytest.mark.slow, needs_browser]
+HOSTILE = "</script><img src=x onerror=document.title='taken'>"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with opened(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+        assert browser.problems == []
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """A page of two seeds and one other run with a sparse code and hostile texts."""
+    folder = tmp_path_factory.mktemp("runs")
+    directories = [fake_run.make(folder / f"a_seed{seed}", seed=seed, steps=400, every=100) for seed in (1, 2)]
+    evil = fake_run.make(folder / "evil", seed=5, steps=400, every=100, levels=2)
+    config = json.loads((evil / "config.json").read_text())
+    config["eval"]["sample_prompt"] = HOSTILE
+    (evil / "config.json").write_text(json.dumps(config))
+    directories.append(evil.rename(folder / "<b>&amp;<img src=x onerror=document.title='taken'>"))
+    (folder / "page.html").write_text(page(report([read_run(directory) for directory in directories], "now")))
+    return f"file://{folder}/page.html"
+
+
+def chart(name):
+    return f"document.querySelector('[data-chart=\"{name}\"]')"
+
+
+def drawn(browser, name, what="path.curve"):
+    return browser.ask(f"{chart(name)}.querySelectorAll('{what}').length")
+
+
+def choose(browser, menu, value):
+    found = f"document.getElementById('{menu}')"
+    browser.ask(f"{found}.value = '{value}', {found}.dispatchEvent(new Event('input'))")
+
+
+def test_curves_are_drawn(browser, url):
+    browser.open(url)
+    assert browser.ask("document.title") == "Report of 3 runs"
+    # three runs as measured, their running means, and the mean of the group
+    assert drawn(browser, "train_loss") == 3 + 3 + 1 and drawn(browser, "train_loss", "path.band") == 1
+    # three runs with a dot a validation, and the mean of the group
+    assert drawn(browser, "val_bpb") == 3 + 1 and drawn(browser, "val_bpb", "circle") == 3 * 5
+    assert drawn(browser, "lr") == 3 + 1
+    assert drawn(browser, "code/level1/dead") == drawn(browser, "code/cos") == 1
+    d = browser.ask(f"{chart('lr')}.querySelector('path.curve').getAttribute('d')")
+    assert d.count("L") == 399
+    assert browser.ask("document.querySelectorAll('table').length") == 3  # runs, differences, environments
+    assert browser.problems == []
+
+
+def test_the_mouse_shows_the_values_of_all_runs(browser, url):
+    browser.open(url)
+    box = browser.ask(f"JSON.parse(JSON.stringify({chart('val_loss')}.querySelector('svg').getBoundingClientRect()))")
+    inner = box["width"] - 54 - 10
+    browser.mouse("mouseMoved", box["x"] + 54 + 0.51 * inner, box["y"] + 60)
+    tip = browser.ask(f"{chart('val_loss')}.querySelector('.tip').innerText")
+    assert tip.startswith("step 200\n")
+    for seed in (1, 2, 5):
+        assert f"{fake_run.loss(200, seed):.5g}" in tip
+    mean = (fake_run.loss(200, 1) + fake_run.loss(200, 2)) / 2
+    assert f"{mean:.5g}" in tip and "a, mean" in tip
+    assert browser.ask("[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).length") == 1
+    assert drawn(browser, "lr", "line.cursor") == 1  # the crosshair is in all charts
+    browser.mouse("mouseMoved", 5, 5)
+    assert browser.ask("[...document.querySelectorAll('.tip')].every((tip) => tip.hidden)")
+
+
+def test_dragging_zooms_all_charts(browser, url):
+    browser.open(url)
+    box = browser.ask(f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))")
+    browser.call("Runtime.evaluate", expression=f"{chart('lr')}.scrollIntoView({{block: 'center'}})")
+    box = browser.ask(f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))")
+    left, inner, y = box["x"] + 54, box["width"] - 54 - 10, box["y"] + 60
+    browser.mouse("mouseMoved", left + 0.5 * inner, y)
+    browser.mouse("mousePressed", left + 0.5 * inner, y, button="left", clickCount=1)
+    browser.mouse("mouseMoved", left + 0.75 * inner, y, button="left")
+    browser.mouse("mouseReleased", left + 0.75 * inner, y, button="left", clickCount=1)
+    assert browser.ask("[view.from, view.to]") == pytest.approx([200, 300], abs=2)
+    choose(browser, "range", "0.5")
+    assert browser.ask("[view.from, view.to]") == [200, 400]
+
+
+def test_runs_and_scales_can_be_chosen(browser, url):
+    browser.open(url)
+    browser.ask("document.querySelectorAll('#scores input')[0].click()")  # the group
+    assert drawn(browser, "val_loss") == 1
+    browser.ask("document.querySelectorAll('#scores input')[0].click()")
+    browser.ask("document.getElementById('singles').click()")
+    assert drawn(browser, "val_loss") == 1 + 1  # the mean of the group, and the other run
+    browser.ask(f"{chart('val_loss')}.querySelector('button').click()")
+    assert drawn(browser, "val_loss") == 2
+    for axis, last in (("tokens", 400 * 524_288), ("time", 40)):
+        choose(browser, "axis", axis)
+        assert browser.ask("view.last") == last
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_can_read_it(browser, url, theme):
+    browser.open(url, PHONE, theme)
+    assert browser.ask("window.innerWidth") == 390
+    assert browser.overflow() <= 0
+    assert browser.ask("[...document.querySelectorAll('.chart svg')].every((svg) => svg.getBoundingClientRect().right <= 390)")
+    browser.ask("document.querySelector('#config details').open = true")
+    assert browser.overflow() <= 0
+
+
+def test_the_theme_follows_the_system_until_it_is_chosen(browser, url):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    browser.open(url, DESKTOP, "light")
+    light = browser.ask(ground)
+    browser.open(url, DESKTOP, "dark")
+    dark = browser.ask(ground)
+    assert light != dark
+    for expected in (light, dark, dark):  # light, dark, the system's again
+        browser.ask("document.getElementById('theme').click()")
+        assert browser.ask(ground) == expected
+
+
+def test_texts_are_shown_as_they_are(browser, url):
+    browser.open(url)
+    assert browser.ask("document.images.length") == 0
+    assert "onerror=document.title='taken'>" in browser.ask("document.getElementById('scores').innerText")
+    assert HOSTILE in browser.ask("document.getElementById('config').innerText")
+    assert browser.ask("document.title") == "Report of 3 runs"

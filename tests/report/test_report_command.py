@@ -1,0 +1,120 @@
+"""The command: pages written, pages served, and mistakes as one line."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.report.__main__ import main
+from sngpt_jax.report.live import LiveRuns, make_server
+from tests import fake_run, tiny_run
+
+
+def test_a_page_is_written(tmp_path, capsys):
+    directories = [str(fake_run.make(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
+    assert main([*directories, directories[0], "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert capsys.readouterr().out == f"2 runs: {tmp_path / 'new' / 'page.html'}\n"
+    html = (tmp_path / "new" / "page.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert [run["name"] for run in data["runs"]] == ["a", "b"] and data["live"] is False
+    assert "connect-src" not in html
+    assert not re.search(r"https?://(?!www\.w3\.org/)", html)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    run = str(fake_run.make(tmp_path / "run"))
+    out = ["--out", str(tmp_path / "page.html")]
+    for arguments, message in [
+        (["--out", "page.html"], "no run to report on"),
+        ([run], "--out names no page"),
+        ([str(tmp_path), *out], "not a run directory"),
+        ([run, "--out", str(tmp_path)], r"--out .*cannot be written: it is a folder"),
+        ([run, "--out", "/proc/page.html"], r"--out .*cannot be written"),
+        ([run, "--live", "--port", "99999"], "--port 99999: cannot be listened on: no such port"),
+        ([str(tmp_path), "--live"], "not a run directory"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main(arguments)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A run that goes on, and a function that asks the server about it."""
+    directory = fake_run.make(tmp_path / "run", finished=False)
+    with make_server(LiveRuns([directory]), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+
+        def ask(path, host="localhost:1"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+            try:
+                connection.request("GET", path, headers={"Host": host})
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode()
+            finally:
+                connection.close()
+
+        yield directory, ask, server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_a_page_is_served_and_follows_the_run(served):
+    directory, ask, _ = served
+    status, html = ask("/")
+    assert status == 200 and "connect-src 'self'" in html
+    status, text = ask("/data.json")
+    data = json.loads(text)
+    assert status == 200 and data["live"] is True
+    since = f"/data.json?since={data['written'].replace('+', '%2B').replace(' ', '%20')}"
+    assert ask(since) == (204, "")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "train_loss": 1.0}\n{"step": 42, "tr')
+    status, text = ask(since)
+    steps, values = (json.loads(text)["numbers"][i] for i in json.loads(text)["runs"][0]["curves"]["train_loss"]["raw"])
+    assert (status, steps[-1], values[-1]) == (200, 41, 1)
+
+
+def test_a_run_without_metrics_is_waited_for(tmp_path):
+    directory = fake_run.make(tmp_path / "run", finished=False)
+    metrics = (directory / "metrics.jsonl").read_text()
+    (directory / "metrics.jsonl").unlink()
+    runs = LiveRuns([directory])
+    assert runs.data()["metrics"] == []
+    (directory / "metrics.jsonl").write_text(metrics)
+    assert "train_loss" in runs.data()["runs"][0]["curves"]
+
+
+def test_only_this_machine_is_answered(served):
+    directory, ask, port = served
+    assert ask("/", host="127.0.0.1:5")[0] == ask("/", host="localhost")[0] == ask("/", host="[::1]:80")[0] == 200
+    assert ask("/", host="evil.example:8631")[0] == ask("/data.json", host="localhost.evil.example")[0] == 403
+    assert ask("/config.json")[0] == ask("/../../etc/passwd")[0] == 404
+    (directory / "config.json").write_text("{")
+    status, text = ask("/data.json")
+    assert status == 503 and "cannot be read as JSON" in text
+    with pytest.raises(UserError, match=rf"--port {port}: cannot be listened on: Address already in use; give another"):
+        make_server(LiveRuns([directory]), port)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_server_and_writes_the_page(tmp_path):
+    directory, out = fake_run.make(tmp_path / "run"), tmp_path / "page.html"
+    process = tiny_run.start("report", directory, "--live", "--port", 0, "--out", out)
+    try:
+        assert re.fullmatch(r"http://localhost:\d+/ until Ctrl-C\n", process.stdout.readline())
+        assert not out.exists()
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=60)
+    except (AssertionError, subprocess.TimeoutExpired):
+        process.kill()
+        raise
+    assert process.returncode == 130 and said == "interrupted\n"
+    assert printed == f"1 run: {out}\n"
+    assert '"live":false' in out.read_text() and "connect-src" not in out.read_text()

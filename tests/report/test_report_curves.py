@@ -1,0 +1,89 @@
+"""Curves made short, and groups of runs: against definitions written out."""
+
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.report import grouping
+from sngpt_jax.report.curves import running_mean, smooth, thin
+from sngpt_jax.report.reading import Series, read_run
+from tests import fake_run
+
+VALUES = st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")) | st.just(float("inf")), min_size=1, max_size=300)
+
+
+@given(VALUES, st.integers(10, 60))
+def test_a_thinned_curve_keeps_ends_extremes_and_gaps(values, limit):
+    y = np.array(values)
+    kept = thin(y, limit)
+    assert len(kept) == len(y) if len(y) <= limit else len(kept) <= limit
+    assert (np.diff(kept) > 0).all()
+    assert (kept[0], kept[-1]) == (0, len(y) - 1)
+    finite = y[np.isfinite(y)]
+    if len(finite):
+        assert y[kept][np.isfinite(y[kept])].min() == finite.min()
+        assert y[kept][np.isfinite(y[kept])].max() == finite.max()
+    assert np.isfinite(y).all() == np.isfinite(y[kept]).all()
+
+
+def test_spikes_of_one_step_are_kept_wherever_they_are():
+    y = np.random.default_rng(0).normal(size=20_000)
+    high, low = np.arange(50, 20_000, 400), np.arange(250, 20_000, 400)
+    y[high], y[low] = 10, -10
+    kept = thin(y, 600)
+    assert set(high) | set(low) <= set(kept) and len(kept) <= 600
+
+
+@given(VALUES, st.integers(0, 20).map(lambda half: 2 * half + 1))
+def test_a_running_mean_is_the_mean_of_what_is_around(values, window):
+    y = np.array(values)
+    got = running_mean(y, window)
+    for i in range(len(y)):
+        around = y[max(i - window // 2, 0) : i + window // 2 + 1]
+        around = around[np.isfinite(around)]
+        expected = around.mean() if len(around) else np.nan
+        np.testing.assert_allclose(got[i], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_short_curves_are_not_smoothed():
+    assert smooth(Series(np.arange(149.0), np.ones(149))) is None
+    mean = smooth(Series(np.arange(1000.0), np.arange(1000.0)))
+    assert mean is not None and mean.values[500] == 500 and mean.values[0] == 5  # of 21 values, 11 at the end
+
+
+@pytest.mark.parametrize("values", [[1.5], [1.0, 2.5], [3.0, 3.0, 4.25, -1.0]])
+def test_statistics_are_those_of_the_library(values):
+    found = grouping.statistic([*values, None, "x", float("nan")])
+    assert found.n == len(values)
+    assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-15)
+    assert found.sd == (pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None)
+    assert grouping.statistic([None]) is None
+
+
+def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path):
+    wide = fake_run.with_model(d_model=256)
+    made = [
+        fake_run.make(tmp_path / "a_seed1", seed=1),
+        fake_run.make(tmp_path / "wide", seed=1, model=wide),
+        fake_run.make(tmp_path / "a_seed2", seed=2),
+        fake_run.make(tmp_path / "longer", seed=1, steps=50),
+        fake_run.make(tmp_path / "again", seed=1),
+    ]
+    assert grouping.group([read_run(directory) for directory in made]) == [[0, 2, 4], [1], [3]]
+    assert grouping.label(["a_seed1", "a_seed2"]) == "a"
+    assert grouping.label(["a", "b"]) == "a"
+
+
+def test_bands_are_the_statistics_of_each_step():
+    steps = [np.array([1.0, 2, 3, 4]), np.array([2.0, 3, 4, 9]), np.array([0.0, 2, 3, 4])]
+    values = [np.array([0.0, 1, 2, 7]), np.array([4.0, np.nan, 8, 1]), np.array([5.0, 6, 7, 10])]
+    band = grouping.band([Series(x, y) for x, y in zip(steps, values, strict=True)])
+    np.testing.assert_array_equal(band.steps, [2, 4])
+    for i, column in enumerate([[1.0, 4, 6], [7.0, 8, 10]]):
+        assert band.mean[i] == pytest.approx(statistics.fmean(column))
+        assert band.sd[i] == pytest.approx(statistics.stdev(column))
+    assert grouping.band([Series(steps[0], values[0])]) is None
+    assert grouping.band([Series(np.array([1.0]), np.array([1.0])), Series(np.array([2.0]), np.array([1.0]))]) is None

@@ -1,0 +1,180 @@
+"""The report's tables and data."""
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+
+from sngpt_jax.report import tables
+from sngpt_jax.report.page import page, report
+from sngpt_jax.report.reading import read_run
+from tests import fake_run
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def runs_of(tmp_path, **options):
+    return [
+        read_run(fake_run.make(tmp_path / "wide", model=fake_run.with_model(d_model=256), seed=9, **options)),
+        *(read_run(fake_run.make(tmp_path / f"small_seed{seed}", seed=seed, **options)) for seed in (1, 2, 3)),
+    ]
+
+
+def cells(row):
+    return [text for text, _ in row["cells"]]
+
+
+def marks(row, kind):
+    return [text for text, of in row["cells"] if kind in of.split()]
+
+
+def test_a_group_has_a_row_of_its_statistics(tmp_path):
+    table = report(runs_of(tmp_path), "now")["scores"]
+    assert [row["cells"][0][0] for row in table["rows"]] == ["wide", "small", "small_seed1", "small_seed2", "small_seed3"]
+    assert [(row["group"], row.get("run")) for row in table["rows"]] == [(0, 0), (1, None), (1, 1), (1, 2), (1, 3)]
+    column = table["columns"].index("val BPB")
+    scores = [fake_run.loss(40, seed) / 2 for seed in (1, 2, 3)]
+    mean, sd = statistics.fmean(scores), statistics.stdev(scores)
+    assert cells(table["rows"][1])[column] == f"{mean:.4f} ± {sd:.4f}"
+    assert cells(table["rows"][1])[1:3] == ["3 runs", "mean ± sd, n = 3"]
+    assert cells(table["rows"][3])[column] == f"{scores[1]:.4f}"
+    best = min(mean, fake_run.loss(40, 9) / 2)
+    found = [mark for row in table["rows"] for mark in marks(row, "best")]
+    assert len(found) == 1 and found[0].startswith(f"{best:.4f}")
+    assert "SWA BPB" not in table["columns"]  # no run has one
+
+
+def test_statistics_are_of_finished_runs_only(tmp_path):
+    runs = [
+        read_run(fake_run.make(tmp_path / "a1", seed=1)),
+        read_run(fake_run.make(tmp_path / "a2", seed=2)),
+        read_run(fake_run.make(tmp_path / "a3", seed=3, finished=False)),
+        read_run(fake_run.make(tmp_path / "a4", seed=2)),
+    ]
+    rows = report(runs, "now")["scores"]["rows"]
+    assert cells(rows[0])[1:3] == ["4 runs, 3 different", "mean ± sd, n = 3"]
+    assert cells(rows[3])[2] == "at step 40 of 40"
+    assert f"{fake_run.loss(40, 3):.4f}" in cells(rows[3])  # its latest validation
+
+
+def test_a_run_that_diverged_says_so(tmp_path):
+    directory = fake_run.make(tmp_path / "run", finished=False)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "train_loss": null}\n')
+    data = report([read_run(directory)], "now")
+    assert cells(data["scores"]["rows"][0])[2] == "diverged at step 41"
+    assert data["notes"] == ["run: 1 losses are not finite"]
+    steps, values = (data["numbers"][i] for i in data["runs"][0]["curves"]["train_loss"]["raw"])
+    assert (steps[-1], values[-1]) == (41, None)
+
+
+def test_differing_fields_are_marked(tmp_path):
+    runs = runs_of(tmp_path)
+    data = report(runs, "now")
+    found = {row["cells"][0][0]: row for row in data["differences"]["rows"]}
+    assert found.keys() == {"model.d_model", "train.seed"}
+    assert cells(found["model.d_model"])[1:] == ["256", "512"] and marks(found["model.d_model"], "mark") == ["512"]
+    assert cells(found["train.seed"])[1:] == ["9", "1, 2, 3"]
+    assert len(data["configuration"]["rows"]) == len(runs[0].config)
+    assert report(runs[1:], "now")["differences"]["rows"] == []
+
+
+def test_a_field_that_a_run_does_not_have_differs():
+    table = tables.side_by_side(["a", "b"], [{"x": "1"}, {"x": "1", "y": "2"}], only_differing=True)
+    assert [cells(row) for row in table["rows"]] == [["y", "–", "2"]]
+
+
+def test_environments_tell_what_changed_between_starts(tmp_path):
+    directory = fake_run.make(tmp_path / "run")
+    with (directory / "environment.jsonl").open("a") as file:
+        file.write('{"step": 20, "time": "later", "jax": "0.12.0", "commit": "0123456789abcdef0123+changes"}\n')
+    found = dict(cells(row) for row in tables.environment_table([read_run(directory)], ["run"])["rows"])
+    assert found["starts"] == "2" and found["jax"] == "0.10.2 → 0.12.0"
+    assert found["started after step"] == "20" and found["started at"] == "later"
+    assert found["commit"] == "0123456789ab+changes"
+
+
+def test_exports_and_evaluations_are_tables(tmp_path):
+    directory = fake_run.make(tmp_path / "run")
+    group = {"group": "mlp", "width": "int8", "tensors": 4, "weights": 1000, "bytes": 990.0, "entropy": None, "coded": 7.92}
+    export = {"artifact_bytes": 1000, "code_bytes": 234, "total_bytes": 1234, "limit": 1200, "fits": False}
+    export |= {"bits_per_weight": {"mlp": group}, "score": {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1}}
+    ngram = {"cache": "hashed5", "loss": 2.0, "bpb": 1.25, "mass": {"mean": 1.2}, "is_distribution": False}
+    score = {
+        "loss": 3.0,
+        "bpb": 1.5,
+        "mode": "sliding",
+        "stride": 64,
+        "tokens": 2048,
+        "weights": "ema",
+        "step": 40,
+        "ngram": ngram,
+    }
+    score["tasks"] = {"lambada": {"acc": 0.5}, "odd": 3}
+    (directory / "export.json").write_text(json.dumps(export))
+    (directory / "evaluate.json").write_text(json.dumps(score))
+    data = report([read_run(directory)], "now")
+    (exported,) = data["exports"]
+    for part in ("run · export.json", "1,234 bytes", "does not fit the limit of 1,200", "1.60000 after", "gap +0.10000"):
+        assert part in exported["title"]
+    row = dict(zip(exported["columns"], cells(exported["rows"][0]), strict=True))
+    assert (row["group"], row["kept as"], row["bytes"], row["entropy, bits"]) == ("mlp", "int8", "990", "–")
+    found = [cells(row) for row in data["evaluations"]["rows"]]
+    assert found[0][3:] == ["ema", "sliding, stride 64", "2,048", "3.0000", "1.5000", ""]
+    assert found[1][4:] == ["sliding, stride 64, hashed5 cache", "2,048", "2.0000", "1.2500", "mass 1.2: not a distribution"]
+    assert found[2][4] == "lambada" and found[2][-1] == "acc 0.5"
+    assert len(found) == 3
+
+
+def test_results_of_any_shape_are_no_bug(tmp_path):
+    directory = fake_run.make(tmp_path / "run")
+    (directory / "a.json").write_text('{"artifact_bytes": "x", "bits_per_weight": [1], "score": 3, "limit": null}')
+    (directory / "b.json").write_text('{"artifact_bytes": null, "bits_per_weight": {"mlp": 3}, "total_bytes": "y"}')
+    (directory / "c.json").write_text('{"bpb": null, "mode": {}, "ngram": 3, "tasks": [1]}')
+    (directory / "summary.json").write_text('{"val_bpb": "x", "train_seconds": [], "val_loss": 1e308}')
+    data = report([read_run(directory)], "now")
+    assert [len(table["rows"]) for table in data["exports"]] == [0, 1]
+    json.dumps(data, allow_nan=False)
+
+
+def test_long_runs_make_a_bounded_page(tmp_path):
+    directory = fake_run.make(tmp_path / "run", steps=10, levels=3)
+    run, rng = read_run(directory), np.random.default_rng(0)
+    steps = np.arange(20_000.0)
+    long = {name: type(series)(steps, rng.normal(size=20_000)) for name, series in run.series.items()}
+    long["code/layer00/cos"].values[777] = 100.0
+    runs = [type(run)(**{**vars(run), "series": long}) for _ in range(3)]
+    data = report(runs, "now")
+    curves = data["runs"][0]["curves"]
+    assert all(len(data["numbers"][i]) <= 600 for run in data["runs"] for curve in run["curves"].values() for i in curve["raw"])
+    assert {len(data["numbers"][curves["train_loss"][kind][0]]) for kind in ("raw", "mean")} <= set(range(200, 601))
+    values = data["numbers"][curves["code/layer00/cos"]["raw"][1]]
+    assert len(values) <= 60 and 100 in values
+    assert len(page(data)) < 2_000_000
+
+
+def test_health_is_known_by_level_and_layer(tmp_path):
+    found = report([read_run(fake_run.make(tmp_path / "run", levels=2))], "now")["health"]
+    assert {entry["name"]: entry["levels"] for entry in found["quantities"]} == {"dead": [0, 1], "cos": [], "mu_mean": [0, 1]}
+    assert found["layers"] == ["00", "01"]
+    assert report([read_run(fake_run.make(tmp_path / "dense"))], "now")["health"] is None
+
+
+def test_numbers_are_kept_to_six_digits(tmp_path):
+    data = report([read_run(fake_run.make(tmp_path / "run"))], "now")
+    steps, values = (data["numbers"][i] for i in data["runs"][0]["curves"]["train_loss"]["raw"])
+    assert steps == list(range(1, 41))
+    assert values == pytest.approx([fake_run.loss(step, 1) for step in steps], rel=5e-6)
+
+
+def test_names_and_settings_are_data(tmp_path):
+    directory = fake_run.make(tmp_path / "evil")
+    config = json.loads((directory / "config.json").read_text())
+    config["eval"]["sample_prompt"] = HOSTILE
+    (directory / "config.json").write_text(json.dumps(config))
+    moved = directory.rename(tmp_path / "<img src=x onerror=alert(1)>")
+    runs = [read_run(moved), read_run(fake_run.make(tmp_path / "tame"))]
+    html = page(report(runs, "now"))
+    assert "<img" not in html and html.count("</script>") == 2
+    assert html.count("\\u003cimg src=x onerror") >= 3
