@@ -252,6 +252,7 @@ class ImportArguments:
 
 
 def import_command(argv: Sequence[str]) -> int:
+    """`interop import`; the exit status."""
     arguments = parse_command(
         ImportArguments,
         argv,
@@ -279,6 +280,7 @@ class ExportArguments:
 
 
 def export_command(argv: Sequence[str]) -> int:
+    """`interop export`; the exit status."""
     arguments = tyro.cli(
         ExportArguments,
         args=list(argv),

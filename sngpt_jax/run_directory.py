@@ -40,14 +40,17 @@ _SEEN_WITHIN = 15.0  # seconds until a network file system shows a file to other
 
 
 def config_path(run_dir: Path) -> Path:
+    """The configuration that replays the run."""
     return run_dir / "config.json"
 
 
 def checkpoint_dir(run_dir: Path) -> Path:
+    """The folder of the run's checkpoints, one a step."""
     return run_dir / "checkpoints"
 
 
 def summary_path(run_dir: Path) -> Path:
+    """What a finished run came to; missing until then."""
     return run_dir / "summary.json"
 
 
@@ -185,6 +188,7 @@ def read_summary(run_dir: Path) -> Summary | None:
 
 
 def write_summary(run_dir: Path, summary: Summary) -> None:
+    """Writes `summary` as JSON, atomically."""
     write_text_atomic(summary_path(run_dir), json.dumps(asdict(summary), indent=2) + "\n")
 
 

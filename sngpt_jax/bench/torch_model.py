@@ -22,15 +22,19 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """x over the root mean square of its last axis, times `scale`."""
     y = F.rms_norm(x, (x.shape[-1],), eps=eps)
     return y if scale == 1.0 else scale * y
 
 
 def parameter(*shape: int) -> nn.Parameter:
+    """An empty float32 parameter."""
     return nn.Parameter(torch.empty(shape))
 
 
 class Attention(nn.Module):
+    """[B, T, D] → the attention's output [B, T, D], and its values [B, T, K, h] for the value residual of later layers."""
+
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
         D, H, K, h = m.d_model, m.num_heads, m.num_kv_heads, m.head_dim
@@ -85,6 +89,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """[..., D] → [..., D] over F hidden units."""
+
     def __init__(self, m: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[m.mlp_activation]
@@ -95,6 +101,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """The stream and the embedding, both [B, T, D] → the stream after the layer, and its attention's values."""
+
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
         self.m, self.norm_scale = m, (layer + 1) ** -0.5 if m.ln_scale else 1.0
@@ -128,10 +136,12 @@ class Parameters(nn.Module):
 
 
 def previous(x: Tensor) -> Tensor:
+    """x [B, T, ...] one position later, after a zero."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
 def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
+    """The row [B, T] of the bigram table for each token and the one before it, by `model.bigram_hash`."""
     if m.bigram_hash == "sum":
         return (2654435761 * tokens_BT + 40503 * previous(tokens_BT)) % m.bigram_buckets
     a, b = ((factor * part).to(torch.int32) for factor, part in ((36313, tokens_BT[:, 1:]), (27191, tokens_BT[:, :-1])))

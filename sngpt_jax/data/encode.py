@@ -73,6 +73,7 @@ def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
 
 
 def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
+    """`texts`, numbered from `first`, in runs of about `_CHUNK_CHARACTERS` characters: each with its first number."""
     chunk: list[str] = []
     size = 0
     for number, text in enumerate(texts, first):

@@ -54,6 +54,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class Grid:
+    """How the codes of a tensor stand on their grid and in the file."""
+
     bits: int
     q_min: int
     transposed: bool
@@ -66,6 +68,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Tensor:
+    """A row of the table of tensors."""
+
     name: str
     shape: tuple[int, ...]
     kind: Literal["grid", "float16", "float32"]

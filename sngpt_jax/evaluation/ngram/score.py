@@ -36,6 +36,8 @@ class Mass:
 
 @dataclass(frozen=True)
 class CachedScore:
+    """A score with a cache, the same stream's without it, and what `mass` needs."""
+
     model: Score  # without the cache
     score: Score
     chunks: list[Chunk]  # what the cache was given, for `mass`
