@@ -47,7 +47,8 @@ def test_links_and_commands_exist(page):
         module = ROOT / "sngpt_jax" / MODULES.get(command, command).replace(".", "/")
         assert command in ("test", "docs") or module.with_suffix(".py").exists(), command
     for recipe in re.findall(r"--config (?:configs/)?(\w+)(?:\.py)?", text):
-        assert recipe == "runs" or (ROOT / "configs" / f"{recipe}.py").exists(), recipe
+        saved = f"\n```python\n# {recipe}.py\n" in text or f"\n```python\n# configs/{recipe}.py\n" in text
+        assert recipe == "runs" or saved or (ROOT / "configs" / f"{recipe}.py").exists(), recipe
 
 
 def test_every_page_is_in_the_index():
