@@ -1,9 +1,12 @@
 """What every command shares, here and in `sngpt_jax.cli`: one-line errors with exit status 2, and stable JSON output.
 
 A command's `main(argv)` returns its exit status and raises `UserError` for a mistake that its user can mend;
-`run` turns that into one line on stderr. Anything else that escapes is a bug and shows its traceback.
+`run` turns that into one line on stderr, and sees to it that any encoding can show what is printed. Anything else that escapes
+is a bug and shows its traceback.
 """
 
+import codecs
+import io
 import json
 import os
 import sys
@@ -16,12 +19,19 @@ EXIT_USER_ERROR = 2
 EXIT_SIGINT = 130
 
 
+_PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||----++++++++x<u-", strict=True)) | {"…": "...", "▁": "_"}
+
+
 class UserError(Exception):
     """A mistake of the user's: one line that says what was wrong, where, and what to do."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status; `UserError` is one line and status 2."""
+    codecs.register_error("plain", _in_plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -35,6 +45,14 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """What is printed in place of characters that a terminal's encoding lacks: the nearest of ASCII's, or their escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
 
 
 def progress(line: str) -> None:

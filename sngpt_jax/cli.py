@@ -3,20 +3,21 @@
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kernels import commands
 from kernels.commands import (
     EXIT_SIGINT,
     EXIT_USER_ERROR,
     UserError,
     check_json,
     check_writable,
-    run,
     write_bytes_atomic,
     write_json,
     write_text_atomic,
 )
+from sngpt_jax import terminal
 
 __all__ = [
     "EXIT_LOST",
@@ -51,14 +52,29 @@ def command(module: str, *arguments: str) -> str:
     return shlex.join([str(interpreter), "-m", module, *arguments])
 
 
-def log_to_stderr() -> None:
-    """Sends the packages' log lines to stderr as they are; stdout is for results."""
-    handler = logging.StreamHandler(sys.stderr)
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """`kernels.commands.run`, whose error does not stand behind a line of progress."""
+
+    def to_the_end(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        finally:
+            terminal.clear()
+
+    commands.run(to_the_end)
+
+
+def log_to_stderr(quiet: bool = False) -> None:
+    """Sends the packages' log lines to stderr as they are; stdout is for results. `quiet`: warnings and errors alone.
+
+    Progress is shown where lines of the level INFO are.
+    """
+    handler = terminal.LogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("sngpt_jax", "kernels"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def expand_json(argv: Sequence[str]) -> list[str]:

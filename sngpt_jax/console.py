@@ -3,7 +3,7 @@
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -13,28 +13,11 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
-from sngpt_jax import processes
+from sngpt_jax import processes, terminal
 from sngpt_jax.metrics import Record
+from sngpt_jax.terminal import BAR_WIDTH, Progress, Report, Rows, TerminalConsole, format_duration
 
 WIDTH = 120  # columns that no line passes where there is no terminal
-BAR_WIDTH = 16
-
-
-def format_duration(seconds: float) -> str:
-    """`0.4s`, `42s`, `3m12s`, `2h05m`, `3d04h`: two units at most."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02d}h"
-
 
 _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("train_loss", lambda x: f"loss {x:.4f}"),
@@ -54,17 +37,18 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 _DISPENSABLE = ("grad_norm", "lr", "step_ms", "percent", "mfu", "tok_per_s")
 
 
-def format_step(record: Mapping[str, Any], total_steps: int, width: int | None = None) -> str:
+def format_step(record: Mapping[str, Any], total_steps: int, width: int | None = None, *, share: float | None = None) -> str:
     """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │ eta 3m12s`.
 
     A record with validation numbers begins with `val` instead. What a record lacks is left out, and what matters least until
-    the line fits `width` columns, if it can; `eta` is in seconds.
+    the line fits `width` columns, if it can; `eta` is in seconds. `share` of the run that is done: that of the steps, unless
+    given.
     """
     digits = max(5, len(str(total_steps)))
     head = "val " if any(name.startswith("val_") for name in record) else "step"
     step = record["step"]
     place = f"{head} {step:0{digits}d}/{total_steps:0{digits}d}"
-    percent = f" ({step / total_steps:5.1%})"
+    percent = f" ({step / total_steps if share is None else share:5.1%})"
     shown = {name: show(record[name]) for name, show in _COLUMNS if record.get(name) is not None}
     for name in ("", *_DISPENSABLE):  # whole first
         if name == "percent":
@@ -80,53 +64,103 @@ class Console:
     """What a person sees of a run, on stdout: on a terminal colours and a live last line, otherwise plain lines.
 
     Of the steps it prints the first ten and the last, and between them a line about every hundredth of the time passed, 2 to
-    30 seconds; the live line shows every step. Validations and headers are always printed.
+    30 seconds; the live line shows every step. Validations and headers are always printed. With `quiet` the result alone is.
+    Where nobody reads them any more the lines are dropped and the run goes on.
     """
 
     def __init__(
-        self, total_steps: int, *, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        total_steps: int,
+        max_seconds: float = 0.0,
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._total = total_steps
+        """`max_seconds` of training after which the run ends, whatever its steps; 0: never."""
+        self._total, self._max_seconds = total_steps, max_seconds
+        self.quiet = quiet
         self._clock = clock
-        self._rich = rich.console.Console(file=stream or sys.stdout, highlight=False)
-        if not self._rich.is_terminal:
+        self._rich = TerminalConsole(stream or sys.stdout)
+        if not self._rich.has_cursor:
             self._rich.width = WIDTH
         self._start = self._next = clock()
         self._printed = 0
         self._latest: Record | None = None
         self._latest_is_printed = True
+        self._has_live = self._rich.has_cursor and not quiet and processes.index() == 0
         self._live: rich.live.Live | None = None
+        self._aside: Progress | None = None  # what the live line shows in place of the step
 
     def __enter__(self) -> "Console":
-        if self._rich.is_terminal and processes.index() == 0:
-            self._live = rich.live.Live(
-                get_renderable=self._status, console=self._rich, refresh_per_second=4, transient=True, auto_refresh=True
-            )
-            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end_live()
+        self.flush()
+
+    def _begin_live(self) -> None:
+        """Shows the live line from here on: not before there is something in it, as what is drawn by others would collide."""
+        if self._has_live and self._live is None:
+            self._live = rich.live.Live(
+                get_renderable=self._status,
+                console=self._rich,
+                refresh_per_second=4,
+                transient=True,
+                auto_refresh=True,
+                redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+            )
+            self._live.start()
+
+    def _end_live(self) -> None:
+        self._has_live = False
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self.flush()
+
+    def _share(self, record: Record) -> float:
+        """How much of the run is done by its steps or by its clock, whichever is further."""
+        share = float(record["step"]) / self._total
+        if self._max_seconds:
+            timed = record if "elapsed_seconds" in record else self._latest or {}
+            share = max(share, float(timed.get("elapsed_seconds") or 0.0) / self._max_seconds)
+        return min(share, 1.0)
+
+    def _format(self, record: Record, width: int | None = None) -> str:
+        return format_step(record, self._total, width, share=self._share(record))
 
     def _status(self) -> rich.console.RenderableType:
         """The live line; called four times a second by rich's own thread, so that a step costs only keeping its record."""
+        columns = self._rich.width
+        if self._aside is not None:
+            return self._aside.drawing(columns)
         if self._latest is None:
-            return rich.text.Text("starting …", style="dim")
-        record, columns = self._latest, self._rich.width
-        text = rich.text.Text(format_step(record, self._total, columns), no_wrap=True, overflow="ellipsis")
-        if len(format_step(record, self._total)) + BAR_WIDTH + 1 > columns:
+            return rich.text.Text()
+        record = self._latest
+        text = rich.text.Text(self._format(record, columns), no_wrap=True, overflow="ellipsis")
+        if len(self._format(record)) + BAR_WIDTH + 1 > columns:
             return text
         line = rich.table.Table.grid(padding=(0, 1))
-        line.add_row(rich.progress_bar.ProgressBar(self._total, float(record["step"]), width=BAR_WIDTH), text)
+        line.add_row(rich.progress_bar.ProgressBar(1.0, self._share(record), width=BAR_WIDTH, complete_style="cyan"), text)
         return line
+
+    def progress(self, label: str) -> Report:
+        """A function of (done, total) for work beside the steps: shown in the live line, where there is one, while it lasts."""
+        self._begin_live()
+        if self._live is None:
+            return progress_reporter(label)
+        aside = Progress(label, self._clock)
+
+        def report(done: float, total: float, note: str = "") -> None:
+            aside.reach(done, total, note)
+            self._aside = None if done == total else aside
+
+        return report
 
     def print(self, text: str, style: str = "") -> None:
         """Text as it is; where there is no terminal its lines are cut at the width."""
-        if processes.index() == 0:
-            if not self._rich.is_terminal:
+        if processes.index() == 0 and not self.quiet:
+            if not self._rich.has_cursor:
                 text = "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in text.split("\n"))
             self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
             self._rich.file.flush()
@@ -141,9 +175,17 @@ class Console:
                 self.print(f"  {name:<{width}}  {line}")
                 name = ""
 
+    def result(self, title: str, rows: Rows, following: Sequence[str] = ()) -> None:
+        """The run's result and the commands to type next, as `terminal.show_result` has them."""
+        if processes.index() == 0:
+            self.flush()
+            self._end_live()
+            terminal.show_result(title, rows, following, console=self._rich)
+
     def step(self, record: Record) -> None:
         """A training step's record: shown live, and printed when its turn has come."""
         self._latest, self._latest_is_printed = record, False
+        self._begin_live()
         now = self._clock()
         if self._printed < 10 or now >= self._next or record["step"] == self._total:
             self._next = now + min(max((now - self._start) / 100, 2.0), 30.0)
@@ -157,34 +199,13 @@ class Console:
     def _print_step(self, record: Record) -> None:
         self._printed += 1
         self._latest_is_printed = True
-        self.print(format_step(record, self._total))
+        self.print(self._format(record, self._rich.width if self._rich.has_cursor else None))
 
     def validation(self, record: Record) -> None:
         """A validation's record."""
-        self.print(format_step(record, self._total), "bold green")
+        self.print(self._format(record), "bold green")
 
 
-def progress_reporter(
-    label: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
-) -> Callable[[int, int], None]:
-    """A function of (done, total) that says on stderr how far something is, once it takes more than two seconds.
-
-    On a terminal it rewrites one line, otherwise it writes one every five seconds. Process 0 alone says it.
-    """
-    out = stream or sys.stderr
-    live = out.isatty()
-    start = clock()
-    due, shown = start + 2.0, False
-
-    def report(done: int, total: int) -> None:
-        nonlocal due, shown
-        now = clock()
-        if processes.index() or (now < due and not (shown and done == total)):
-            return
-        due, shown = now + (0.2 if live else 5.0), True
-        left = f", {format_duration((now - start) / done * (total - done))} left" if 0 < done < total else ""
-        line = f"{label}: {done:,}/{total:,} ({done / total:.1%}), {format_duration(now - start)}{left}"
-        out.write(f"\r\x1b[K{line}" + ("\n" if done == total else "") if live else f"{line}\n")
-        out.flush()
-
-    return report
+def progress_reporter(label: str) -> Report:
+    """`terminal.progress_reporter` in process 0, and nothing in the others."""
+    return (lambda done, total, note="": None) if processes.index() else terminal.progress_reporter(label)

@@ -16,11 +16,11 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from sngpt_jax import __version__, cli, processes
+from sngpt_jax import __version__, cli, processes, terminal
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
 from sngpt_jax.cluster import ProcessArguments
-from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.config import Config, ExportConfig
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation import tasks
@@ -37,6 +37,7 @@ from sngpt_jax.evaluation.windows import (
     window_batches,
 )
 from sngpt_jax.model_source import open_model
+from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import peek
@@ -51,17 +52,17 @@ MOST_MEMORY = 2**16  # GiB
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    run: Path | None = None  # run directory of a trained model
-    artifact: Path | None = None  # or an exported model, *.sngpt
-    data: Path | None = None  # folder with prepared validation shards; default: the run's
-    step: int | None = None  # checkpoint to score; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    run: OptionalPath = None  # run directory of a trained model
+    artifact: OptionalPath = None  # or an exported model, *.sngpt
+    data: OptionalPath = None  # folder with prepared validation shards; default: the run's
+    step: OptionalInt = None  # checkpoint to score; default: the latest
+    weights: WeightsOption = None
     fake_quantize: bool = False  # score what `export` would write, without writing it
     export: Annotated[ExportConfig, tyro.conf.FlagConversionOff] = field(
         default_factory=ExportConfig
     )  # how it would; default: the run's
     mode: Literal["standard", "sliding", "none"] = "standard"  # windows side by side, or overlapping; none: only --tasks
-    stride: int | None = None  # targets by which sliding windows advance; default: 64, or a whole window where that is less
+    stride: OptionalInt = None  # targets by which sliding windows advance; default: 64, or a whole window where that is less
     tail: Tail = "full"  # of sliding windows: every target once; published: the last ones again and again, as submitted
     tokens: int = 0  # score so many tokens from the start of the stream; 0: all
     ngram: Literal["none", "hashed5", "backoff", "exact", "tilt"] = "none"  # cache of what has been scored, beside the model
@@ -69,8 +70,9 @@ class EvaluateArguments:
     ngram_memory: float = 4.0  # GiB that exact may take for its counts
     tasks: str = ""  # downstream tasks: hellaswag=PATH,lambada=PATH,squad=PATH, or names of lm-eval's
     task_limit: int = 0  # the first so many samples of each task; 0: all
-    task_definitions: Path | None = None  # folder with more task definitions for lm-eval, YAML
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    task_definitions: OptionalPath = None  # folder with more task definitions for lm-eval, YAML
+    json: Json = ""
+    quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(default_factory=ProcessArguments)
 
 
@@ -165,22 +167,25 @@ def score(arguments: EvaluateArguments, config: Config, variables: Variables, da
     return result
 
 
-def describe(result: Mapping[str, Any]) -> list[str]:
-    """The score as lines for a person."""
+def describe(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The score for a person."""
     which = f"{result['windows']:,} windows" + (f", stride {result['stride']}" if result["mode"] == "sliding" else "")
-    lines = [
-        f"{which}: loss {result['loss']:.4f} nats/token, {result['bpb']:.4f} bits/byte"
-        f" over {result['tokens']:,} tokens = {result['bytes']:,} bytes ({result['seconds']:.1f} s)"
+    rows = [
+        ("score", f"loss {result['loss']:.4f} nats/token, {result['bpb']:.4f} bits/byte"),
+        ("over", f"{result['tokens']:,} tokens = {result['bytes']:,} bytes in {which}; {result['seconds']:.1f} s"),
     ]
     if cached := result.get("ngram"):
         mass = cached["mass"]
         verdict = "" if cached["is_distribution"] else ": not a probability distribution"
-        lines.append(
-            f"with n-gram cache {cached['cache']}: loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of"
-            f" the vocabulary {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at {mass['positions']:,}"
-            f" positions{verdict}; {cached['normalized_bpb']:.4f} bits/byte if divided by it"
+        rows.append(
+            (
+                f"with {cached['cache']}",
+                f"loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of the vocabulary"
+                f" {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at {mass['positions']:,}"
+                f" positions{verdict}; {cached['normalized_bpb']:.4f} bits/byte if divided by it",
+            )
         )
-    return lines
+    return rows
 
 
 def readable(value: Any) -> str:
@@ -200,14 +205,23 @@ def main(argv: Sequence[str]) -> int:
     )
     check(arguments, default)
     spec = tasks.parse_tasks(arguments.tasks, arguments.task_definitions) if arguments.tasks else {}
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     with processes.joined(arguments.processes):
         return evaluate(arguments, spec)
 
 
+def following(arguments: EvaluateArguments) -> list[str]:
+    """The commands that a person may type next."""
+    if not arguments.run:
+        return []
+    run, chosen = str(arguments.run), ["--step", str(arguments.step)] if arguments.step is not None else []
+    chosen += ["--weights", arguments.weights] if arguments.weights else []
+    return [cli.command("sngpt_jax.export", "--run", run, *chosen, "--out", f"{run}/model.sngpt")]
+
+
 def evaluate(arguments: EvaluateArguments, spec: dict[str, Path | None]) -> int:
     """Scores what `arguments` name, and prints or writes the result."""
-    options = {name: repr(value) for name, value in vars(arguments).items() if name not in ("processes", "json")}
+    options = {name: repr(value) for name, value in vars(arguments).items() if name not in ("processes", "json", "quiet")}
     processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | options)
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
@@ -225,29 +239,29 @@ def evaluate(arguments: EvaluateArguments, spec: dict[str, Path | None]) -> int:
         tokenizer = model.tokenizer() if model.tokenizer_path or not dataset else dataset.tokenizer
         asked = LanguageModel(config, variables, tokenizer, mesh)
 
-    def tell(line: str) -> None:
-        if arguments.json != "-" and processes.index() == 0:
-            print(line, flush=True)
-
     result: dict[str, Any] = {"step": model.step, "weights": model.weights, "fake_quantized": arguments.fake_quantize}
-    tell(f"step {model.step}, {model.weights} weights" + (" as export would keep them" if arguments.fake_quantize else ""))
+    kept = " as export would keep them" if arguments.fake_quantize else ""
+    rows = [("model", f"{model.source}, step {model.step}, {model.weights} weights{kept}")]
     if arguments.mode != "none":
         assert dataset
         result = score(arguments, config, variables, dataset, mesh) | result
         if not math.isfinite(result["loss"]):
             remedy = "export other weights" if arguments.artifact else "take an earlier --step"
             raise UserError(f"{model.source}: the loss of step {model.step} is {result['loss']}; {remedy}")
-        for line in describe(result):
-            tell(line)
+        rows += describe(result)
+        if asked and processes.index() == 0:
+            logger.info("%s; the tasks follow", rows[1][1])
     failed = []
     if asked:
         result["tasks"] = tasks.run_tasks(
             asked, spec, limit=arguments.task_limit, include=arguments.task_definitions, progress=progress_reporter
         )
         for name, metrics in result["tasks"].items():
-            tell(f"{name}: " + ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items()))
+            rows.append((name, ", ".join(f"{metric} {readable(value)}" for metric, value in metrics.items())))
         failed = [f"{name}: {metrics['error']}" for name, metrics in result["tasks"].items() if "error" in metrics]
     if processes.index() == 0:
+        if arguments.json != "-":
+            terminal.show_result("evaluated", rows, [] if failed else following(arguments))
         cli.write_json(result, arguments.json)
     if failed:
         raise UserError("; ".join(failed))

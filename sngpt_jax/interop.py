@@ -7,7 +7,7 @@ The scripts keep a plain dictionary of tensors with linear weights [out, in]; ou
 are stacked into four banks. `tensors_of` is the one table of what corresponds to what; both directions follow it.
 """
 
-import sys
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,19 +23,22 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from sngpt_jax import cli, run_directory
+from sngpt_jax import cli, run_directory, terminal
 from sngpt_jax.checkpoint import Checkpointer, step_folder
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ModelConfig, Weights
+from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.model_source import open_model
+from sngpt_jax.options import OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import make_mesh, path_name
 from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.state_dict_files import InteropError, read_state_dict
 from sngpt_jax.step import Params, TrainState, shardings
 from sngpt_jax.step import begin as begin_state
+
+logger = logging.getLogger("sngpt_jax")
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -50,7 +53,7 @@ class Correspondence:
     path: str  # of our parameter
     name: str  # of the scripts' tensor
     index: int | slice | EllipsisType = ...  # which part of our parameter
-    entry: int | None = None  # which entry of the tensor, where that is a bank
+    entry: OptionalInt = None  # which entry of the tensor, where that is a bank
     transposed: bool = False
     negated: bool = False
 
@@ -234,7 +237,7 @@ def _tokenizer(file: str, config: Config) -> Tokenizer | None:
         try:
             return open_dataset(config.data.dir, config.model.vocab_size).tokenizer
         except UserError as error:
-            print(f"the run will keep no tokenizer, which sampling needs: give --tokenizer ({error})", file=sys.stderr)
+            logger.warning(f"the run will keep no tokenizer, which sampling needs: give --tokenizer ({error})")
             return None
     tokenizer = load_tokenizer(file)
     if tokenizer.vocab_size > (rows := config.model.vocab_size):
@@ -249,6 +252,7 @@ class ImportArguments:
     file: tyro.conf.Positional[Path] = tyro.MISSING  # the checkpoint: .safetensors, .npz, .pt, .pth or .bin
     run_dir: Path = tyro.MISSING  # run directory to make; training in it goes on from the imported weights
     tokenizer: str = ""  # a SentencePiece .model or a tokenizer.json to keep with the run; default: that of the recipe's data
+    quiet: Quiet = False
 
 
 def import_command(argv: Sequence[str]) -> int:
@@ -259,11 +263,11 @@ def import_command(argv: Sequence[str]) -> int:
         program="python -m sngpt_jax.interop import",
         description="Makes a run directory of a checkpoint of the original PyTorch scripts, to evaluate, sample or train on.",
     )
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     config, run_dir = arguments.overrides, arguments.run_dir
     folder = import_run(arguments.file, config, run_dir, _tokenizer(arguments.tokenizer, config))
-    print(f"imported {arguments.file} into {folder}")
-    print(f"to score it: {cli.command('sngpt_jax.evaluate', '--run', str(run_dir), '--weights', 'final')}")
+    score = cli.command("sngpt_jax.evaluate", "--run", str(run_dir), "--weights", "final")
+    terminal.show_result("imported", [("from", str(arguments.file)), ("checkpoint", str(folder))], [score])
     return 0
 
 
@@ -273,10 +277,11 @@ def import_command(argv: Sequence[str]) -> int:
 @dataclass(frozen=True)
 class ExportArguments:
     out: Path  # file to write, *.safetensors
-    run: Path | None = None  # run directory of a trained model
-    artifact: Path | None = None  # or an exported model, *.sngpt
-    step: int | None = None  # checkpoint to export; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    run: OptionalPath = None  # run directory of a trained model
+    artifact: OptionalPath = None  # or an exported model, *.sngpt
+    step: OptionalInt = None  # checkpoint to export; default: the latest
+    weights: WeightsOption = None
+    quiet: Quiet = False
 
 
 def export_command(argv: Sequence[str]) -> int:
@@ -290,7 +295,7 @@ def export_command(argv: Sequence[str]) -> int:
     out = arguments.out
     if out.suffix != ".safetensors":
         raise InteropError(f"--out {out}: expected a file named *.safetensors")
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     trained = open_model(arguments.run, arguments.artifact, make_mesh(jax.devices()[:1]), arguments.step, arguments.weights)
     state = export_state_dict(nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.variables))
     try:
@@ -298,7 +303,8 @@ def export_command(argv: Sequence[str]) -> int:
     except OSError as error:
         raise InteropError(f"--out {out}: cannot be written: {error.strerror}") from None
     count = sum(tensor.size for tensor in state.values())
-    print(f"wrote {out}: {len(state)} tensors, {count:,} parameters of step {trained.step}, {trained.weights} weights")
+    held = f"{len(state)} tensors, {count:,} parameters of step {trained.step}, {trained.weights} weights"
+    terminal.show_result("exported", [("file", str(out)), ("holds", held)])
     return 0
 
 

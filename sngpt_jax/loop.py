@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax import checkpoint, processes, run_directory, typed_json
 from sngpt_jax.config import Config, Weights
-from sngpt_jax.console import Console, progress_reporter
+from sngpt_jax.console import Console
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Score, score_stream
@@ -228,7 +228,7 @@ class Run:
 
     def stoppable(self, what: str) -> Callable[[int, int], None]:
         """Reports the progress of `what`, done and total, and raises `Stopped` once a signal has asked for it."""
-        report = progress_reporter(what)
+        report = self.console.progress(what)
 
         def progress(done: int, total: int) -> None:
             self.seconds()

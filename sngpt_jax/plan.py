@@ -9,16 +9,16 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 
 from kernels.cayley import dictionary
 from sngpt_jax import cli, topology
 from sngpt_jax.config import Config
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.muon import newton_schulz_flops
+from sngpt_jax.options import Json, Quiet
 from sngpt_jax.parallel import make_mesh, path_name
 from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.step import Params, abstract_state, init_params
@@ -151,7 +151,8 @@ class PlanArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     topology: str = ""  # GPUs to compile the training step for, which need not be here: h100x1, h100x8, h200x2, a100x8, b200x8
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     )
     config = arguments.overrides
     cli.check_json(arguments.json)
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     target = topology.parse(arguments.topology, config) if arguments.topology else None
     plan = make_plan(config)
     if arguments.json != "-":

@@ -64,7 +64,8 @@ def recipe_name(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- the command line
 
-Overrides = Annotated[Config, tyro.conf.arg(name="")]  # a command's field of this type becomes `--section.field value` options
+# A command's field of this type becomes `--section.field value` options.
+Overrides = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
 def peek(argv: Sequence[str], option: str) -> str:
@@ -82,7 +83,7 @@ def parse_command(kind: type[T], argv: Sequence[str], *, program: str, descripti
     """
     name = peek(argv, "--config")
     base = load(name) if name else Config()
-    settings = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
+    settings = (tyro.conf.OmitSubcommandPrefixes,)
     default: Any = typing.cast(Any, kind)(config=name or tyro.MISSING, overrides=base)
     arguments: Any = tyro.cli(kind, args=list(argv), prog=program, description=description, config=settings, default=default)
     validate(arguments.overrides)

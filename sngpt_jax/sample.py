@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -12,10 +10,11 @@ from jax.sharding import Mesh
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import ModelConfig, Weights
+from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.generation import generate_tokens
 from sngpt_jax.model_source import open_model
+from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.step import Variables
 
@@ -62,16 +61,17 @@ def generate(
 
 @dataclass(frozen=True)
 class SampleArguments:
-    run: Path | None = None  # run directory of a trained model
-    artifact: Path | None = None  # or an exported model, *.sngpt
+    run: OptionalPath = None  # run directory of a trained model
+    artifact: OptionalPath = None  # or an exported model, *.sngpt
     prompt: str = ""  # text to continue; empty: a new document
     max_tokens: int = 128  # tokens to add
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     seed: int = 0  # of the draws
-    step: int | None = None  # checkpoint to load; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    step: OptionalInt = None  # checkpoint to load; default: the latest
+    weights: WeightsOption = None
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.check_json(arguments.json)
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     tokenizer = model.tokenizer()

@@ -32,6 +32,7 @@ from sngpt_jax.metrics import MetricsWriter, StepMeter, peak_flops
 from sngpt_jax.optim import qat
 from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.options import Quiet
 from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
 from sngpt_jax.recipe import Overrides, parse_command, recipe_name
@@ -142,8 +143,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
         # 7. The result.
         if processes.index() == 0:
             run_directory.write_summary(directory, summary)
-        print_summary(console, summary)
-        if config.eval.sample_tokens:
+        print_summary(console, directory, summary)
+        if config.eval.sample_tokens and not console.quiet:
             weights = run.weights()
             if config.eval.weights not in weights:
                 console.print(
@@ -190,13 +191,15 @@ def derived(
     ]
 
 
-def print_summary(console: Console, summary: Summary) -> None:
-    """The result of a finished run."""
+def print_summary(console: Console, directory: Path, summary: Summary) -> None:
+    """The result of a finished run, and what can be done with it."""
     untrained = summary.untrained_val_bpb
     ratio = f" = {summary.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}" if untrained else ""
-    console.header(
+    run = str(directory)
+    console.result(
         "finished",
         [
+            ("run", run),
             ("training", f"{summary.steps:,} steps, {summary.tokens:,} tokens in {summary.train_seconds:,.1f} s"),
             ("speed", f"{summary.tok_per_s:,.0f} tok/s"),
             ("validation", f"loss {summary.val_loss:.4f} nats/token, {summary.val_bpb:.4f} bits/byte{ratio}"),
@@ -207,6 +210,11 @@ def print_summary(console: Console, summary: Summary) -> None:
             ),
             ("checkpoint", summary.checkpoint),
         ],
+        [
+            cli.command("sngpt_jax.evaluate", "--run", run),
+            cli.command("sngpt_jax.sample", "--run", run),
+            cli.command("sngpt_jax.export", "--run", run, "--out", f"{run}/model.sngpt"),
+        ],
     )
 
 
@@ -215,6 +223,7 @@ class TrainArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     run_dir: str = ""  # where the run is kept, and resumed from; default: runs/NAME
+    quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(default_factory=ProcessArguments)
 
 
@@ -227,17 +236,17 @@ def main(argv: Sequence[str]) -> int:
     )
     directory = Path(arguments.run_dir or Path("runs") / recipe_name(arguments.config))
     again = cli.command("sngpt_jax.train", *argv)
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     config = arguments.overrides
     with (
         processes.joined(arguments.processes),
-        Console(config.train.steps) as console,
+        Console(config.train.steps, config.train.max_seconds, quiet=arguments.quiet) as console,
         run_directory.claim(directory, config),
     ):
         summary = run_directory.read_summary(directory)
         if processes.broadcast(lambda: summary is not None):
             if summary:
-                print_summary(console, summary)
+                print_summary(console, directory, summary)
             return 0
         try:
             status = train(config, directory, console)

@@ -2,15 +2,15 @@
 
 import io
 import math
+import os
 import re
 import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sngpt_jax.console import Console, format_duration, format_step, progress_reporter
+from sngpt_jax.console import Console, format_step
+from tests.screen import Clock, Screen, as_terminal, plain
 
 RECORD = {
     "step": 120,
@@ -24,19 +24,6 @@ RECORD = {
     "eta": 192.0,
 }
 VAL = {"step": 120, "val_loss": 3.2, "val_bpb": 1.9, "val_seconds": 2.51}
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_the_console_line_to_the_letter():
@@ -68,38 +55,6 @@ def test_a_narrow_line_leaves_out_what_matters_least():
     ]
     assert len(format_step(LARGE, 100_000, 80)) <= 80 and "mfu" in format_step(LARGE, 100_000, 80)
     assert format_step(RECORD, 2000, 1) == "step 00120/02000 │ loss 3.2145 │ eta 3m12s"  # nothing more to leave out
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0s"),
-        (0.44, "0.4s"),
-        (9.94, "9.9s"),
-        (9.96, "10s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (192, "3m12s"),
-        (3599.6, "1h00m"),
-        (7500, "2h05m"),
-        (86399, "1d00h"),
-        (273_600, "3d04h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
-
-
-def parse_duration(text: str) -> float:
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(float(number) * unit[letter] for number, letter in re.findall(r"([\d.]+)([smhd])", text))
-
-
-@given(st.floats(0, 1e7))
-def test_durations_say_what_they_stand_for(seconds):
-    text = format_duration(seconds)
-    assert parse_duration(text) == pytest.approx(seconds, rel=0.021, abs=0.051)  # half an hour of a day, half a tenth
-    assert len(text) <= 7
 
 
 def test_piped_lines_are_plain_and_come_at_their_time():
@@ -138,21 +93,10 @@ def test_header_validation_and_long_lines():
     assert lines[-2:] == ["sample:", "x" * 119 + "…"] and max(map(len, lines)) <= 120
 
 
-def as_terminal(monkeypatch, columns: int) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-
-
 @pytest.mark.parametrize(("columns", "has_bar"), [(80, False), (120, False), (160, True)])
 def test_the_live_line_fits_the_terminal(monkeypatch, columns, has_bar):
     as_terminal(monkeypatch, columns)
-    out = Terminal()
+    out = Screen()
     with Console(2000, stream=out, clock=Clock()) as console:
         for step in range(1, 12):  # the eleventh is not printed
             console.step(RECORD | {"step": step})
@@ -163,7 +107,7 @@ def test_the_live_line_fits_the_terminal(monkeypatch, columns, has_bar):
         assert (name in live) == (columns > 80 or name not in ("lr", "grad", "ms")), name
 
 
-def await_text(out: Terminal, text: str) -> None:
+def await_text(out: Screen, text: str) -> None:
     """The live line is drawn by its own thread."""
     deadline = time.monotonic() + 10
     while text not in out.getvalue() and time.monotonic() < deadline:
@@ -173,7 +117,7 @@ def await_text(out: Terminal, text: str) -> None:
 
 def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
     as_terminal(monkeypatch, 160)
-    clock, out = Clock(), Terminal()
+    clock, out = Clock(), Screen()
     with Console(2000, stream=out, clock=clock) as console:
         for step in range(1, 31):
             console.step(RECORD | {"step": step})
@@ -194,26 +138,73 @@ def test_a_step_that_is_not_printed_costs_little():
     assert (time.perf_counter() - start) / 2000 < 50e-6
 
 
-def test_progress_speaks_after_two_seconds_and_ends():
-    clock, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 101):
-        clock.now += 0.125  # exact in binary
-        report(done, 100)
-    assert out.getvalue().splitlines() == [
-        "evaluate: 16/100 (16.0%), 2.0s, 10s left",
-        "evaluate: 56/100 (56.0%), 7.0s, 5.5s left",
-        "evaluate: 96/100 (96.0%), 12s, 0.5s left",
-        "evaluate: 100/100 (100.0%), 12s",
-    ]
-    quick, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=quick)
-    for done in range(1, 101):
-        report(done, 100)
-    assert out.getvalue() == ""
-    clock, terminal = Clock(), Terminal()
-    report = progress_reporter("evaluate", stream=terminal, clock=clock)
-    for done in range(1, 41):
-        clock.now += 0.125
-        report(done, 40)
-    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("evaluate: 40/40 (100.0%), 5.0s\n")
+def test_a_run_that_ends_by_the_clock_is_as_far_as_the_clock(monkeypatch):
+    as_terminal(monkeypatch, 160)
+    out, screen = io.StringIO(), Screen()
+    for stream in (out, screen):
+        with Console(20_000, 600.0, stream=stream, clock=Clock()) as console:
+            console.step(RECORD | {"elapsed_seconds": 150.0})
+            console.validation(VAL)
+            console.step(RECORD | {"step": 19_000, "elapsed_seconds": 300.0})
+            console.step(RECORD | {"step": 19_500, "elapsed_seconds": 600.5})
+    for text in (out.getvalue(), plain(screen.getvalue())):
+        places = dict.fromkeys(re.findall(r"(step|val)  ?(\d+)/20000 \( *([\d.]+)%\)", text))  # a screen has each twice
+        assert list(places) == [
+            ("step", "00120", "25.0"),
+            ("val", "00120", "25.0"),
+            ("step", "19000", "95.0"),
+            ("step", "19500", "100.0"),
+        ]
+
+
+def test_printed_steps_fit_a_narrow_terminal(monkeypatch):
+    as_terminal(monkeypatch, 40)
+    out = Screen()
+    with Console(2000, stream=out, clock=Clock()) as console:
+        console.step(RECORD)
+    assert "step 00120/02000 │ loss 3.2145 │ eta 3m12s" in plain(out.getvalue()) and "tok/s" not in out.getvalue()
+
+
+def test_work_aside_takes_the_live_line_while_it_lasts(monkeypatch):
+    as_terminal(monkeypatch, 160)
+    out = Screen()
+    with Console(2000, stream=out, clock=Clock()) as console:
+        report = console.progress("validation")
+        report(3, 8)
+        await_text(out, "3/8 (37.5%)")
+        report(8, 8)
+        console.step(RECORD)
+        await_text(out, "00120/02000")
+    assert "8/8" not in out.getvalue() and re.search("validation ━+", plain(out.getvalue()))
+
+
+def test_quiet_prints_the_result_alone(monkeypatch, capsys):
+    as_terminal(monkeypatch, 80)
+    out = Screen()
+    with Console(2000, quiet=True, stream=out) as console:
+        console.header("configuration", [("a", "b")])
+        console.print("compiling …")
+        console.step(RECORD)
+        console.progress("validation")(1, 2)
+        console.validation(VAL)
+        console.result("finished", [("run", "runs/x")], ["next"])
+    assert plain(out.getvalue()) == "finished\n  run  runs/x\n" and capsys.readouterr().err == ""
+
+
+def test_the_result_comes_after_the_last_step_and_whole():
+    out = io.StringIO()
+    with Console(2000, stream=out) as console:
+        for step in range(1, 12):
+            console.step({"step": step})
+        console.result("finished", [("checkpoint", "x/" * 100)])
+    assert out.getvalue().splitlines()[-3:] == ["step 00011/02000 ( 0.5%)", "finished", f"  checkpoint  {'x/' * 100}"]
+
+
+def test_a_run_goes_on_where_nobody_reads_its_lines():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, Console(2000, stream=stream) as console:
+        console.print("compiling")
+        for step in range(1, 2001):
+            console.step({"step": step})
+        console.result("finished", [("run", "runs/x")])

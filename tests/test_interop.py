@@ -310,7 +310,7 @@ def test_import_then_export(tiny_recipe, checkpoint_file, tmp_path, capsys):
     arguments = ["import", file, "--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES, *AVERAGES]
     code, out, err = status(arguments, capsys)
     assert code == 0, err
-    assert f"imported {file} into {run_dir}/checkpoints/00000000" in out
+    assert f"imported\n  from        {file}\n  checkpoint  {run_dir}/checkpoints/00000000\n" in out
     assert (run_dir / "tokenizer.model").read_bytes() == (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
 
     with pytest.raises(cli.UserError, match="no snapshot was taken up to step 0"):

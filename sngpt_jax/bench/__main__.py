@@ -15,11 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
 from kernels.dispatch import current_device
@@ -31,6 +30,7 @@ from sngpt_jax.data.loader import make_loader
 from sngpt_jax.metrics import peak_flops, peak_memory
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.optim.schedules import step_controls
+from sngpt_jax.options import Json, Quiet
 from sngpt_jax.parallel import batch_placer, make_mesh, path_name
 from sngpt_jax.plan import make_plan
 from sngpt_jax.recipe import Overrides, parse_command
@@ -206,7 +206,8 @@ class BenchArguments:
     against: Literal["none", "torch"] = "none"  # torch: the same model in PyTorch too, eager and compiled, on one device
     rounds: int = 9  # in which all take their turn
     steps: int = 10  # of each in a round
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -216,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
         program="python -m sngpt_jax.bench",
         description="Times the training step of a recipe on the device at hand, alone or beside the same model in PyTorch.",
     )
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     if min(arguments.rounds, arguments.steps) < 1:
         raise UserError("--rounds and --steps are 1 or more")
     cli.check_json(arguments.json)

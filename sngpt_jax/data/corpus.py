@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ from sngpt_jax.data.manifest import DataError, file_sha256
 from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
 from sngpt_jax.untrusted import problem_of_name, shown
+
+logger = logging.getLogger("sngpt_jax")
 
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
@@ -72,6 +75,14 @@ def count_parts(source: str) -> int:
     return min(files, MAX_PARTS)
 
 
+def text_bytes(source: str) -> int:
+    """How many bytes of text `source` holds, by its files' sizes; 0 where they do not tell. Raises `UserError`."""
+    if source.startswith("hub:"):
+        return 0
+    files = _stdlib_files() if source == "stdlib" else _text_files(source)
+    return sum(path.stat().st_size for path in files) if all(path.suffix in (".py", ".txt") for path in files) else 0
+
+
 def fingerprint(source: str) -> str:
     """A short name for the content of `source`: its kind, how many files, and a hash of their names and contents.
 
@@ -98,6 +109,8 @@ def fingerprint(source: str) -> str:
 def imported(package: str, what: str) -> Any:
     """The module of an optional package that `what` needs. Raises `UserError` with the command that installs it."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it tells of every retry; the last failure is an exception
+    if not logger.isEnabledFor(logging.INFO):
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
         return importlib.import_module(package)
     except ImportError:

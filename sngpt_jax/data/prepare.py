@@ -6,24 +6,22 @@ the files depend on the text, the tokenizer and the shard size alone, not on the
 the preparation was killed and started again.
 """
 
-import contextlib
 import itertools
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.console
-import rich.progress
 import tyro
 
-from sngpt_jax import cli
+from sngpt_jax import cli, terminal
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.corpus import count_parts, documents, download_golf, imported
+from sngpt_jax.data.corpus import count_parts, documents, download_golf, imported, text_bytes
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.folder import PARTS, begin_or_resume, finished, locked
 from sngpt_jax.data.manifest import (
@@ -42,8 +40,11 @@ from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, write
 from sngpt_jax.data.spec import COMMAND, PrepareSpec, check_size, command_line, origin_of
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
+from sngpt_jax.options import Json, Quiet
+from sngpt_jax.terminal import format_duration, progress_reporter
 
-_FIRST_REPORT, _NEXT_REPORT = 2.0, 10.0  # seconds before and between lines of progress where there is no terminal
+logger = logging.getLogger("sngpt_jax")
+
 _GOLF_VOCAB_SIZE = 1024
 
 
@@ -62,7 +63,8 @@ class Arguments(PrepareSpec):
     workers: int = _cpus()  # processes that tokenize, or tasks at a time of a Slurm job
     executor: Executor = "processes"  # local: each process reads files of its own; slurm: so do a cluster's jobs
     train_shards: int = 80  # of a golf source: how many of its training shards to fetch
-    json: str = ""  # print the summary as one JSON object (--json), or write it to a file (--json PATH)
+    json: Json = ""
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True)
@@ -70,35 +72,36 @@ class VerifyArguments:
     """Reads a finished folder back and compares every checksum."""
 
     verify: str  # the folder
-    json: str = ""  # as for a preparation
+    json: Json = ""
+    quiet: Quiet = False
 
 
 # ---------------------------------------------------------------------------------------------- what is seen of it
 
 
-@contextlib.contextmanager
-def _reporter(out: Path) -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (split, documents, tokens) that shows progress on stderr: a live line, or a line every few seconds."""
-    start = time.monotonic()
+def _counts(documents: int, tokens: int) -> str:
+    return f"{documents:,} documents, {tokens:,} tokens"
 
-    def line(split: str, count: int, tokens: int) -> str:
-        return f"{out}: {split}: {count:,} documents, {tokens:,} tokens, {time.monotonic() - start:.0f} s"
 
-    if sys.stderr.isatty():
-        columns = (rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}", markup=False))
-        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-            task = bar.add_task(f"{out}: reading")
-            yield lambda split, count, tokens: bar.update(task, description=line(split, count, tokens))
-        return
-    next_line = start + _FIRST_REPORT
+class _Reading:
+    """The documents of a split as they are read, and what share of them that is."""
 
-    def report(split: str, count: int, tokens: int) -> None:
-        nonlocal next_line
-        if time.monotonic() >= next_line:
-            print(line(split, count, tokens), file=sys.stderr, flush=True)
-            next_line = time.monotonic() + _NEXT_REPORT
+    def __init__(self, texts: Iterator[str], documents: int, size: int) -> None:
+        """So many `documents`, or so many bytes of UTF-8 (`size`); 0: not known."""
+        self._texts, self._documents, self._size = texts, documents, size
+        self._count = self._bytes = 0
 
-    yield report
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self._count += 1
+            self._bytes += len(text.encode()) if self._size else 0
+            yield text
+
+    @property
+    def share(self) -> float:
+        """Less than 1, as it runs ahead of what is written; 0 where it is not known."""
+        shares = [done / total for done, total in ((self._count, self._documents), (self._bytes, self._size)) if total]
+        return min(max(shares, default=0.0), 0.999)
 
 
 # ---------------------------------------------------------------------------------------------- the splits' documents
@@ -139,9 +142,10 @@ def _tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
 def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerEntry:
     if spec.tokenizer == "train":
         path = out / "tokenizer.model"
-        print(f"{out}: learning a tokenizer of {origin.vocab_size} tokens", file=sys.stderr, flush=True)
-        texts = _train_documents(spec)
+        logger.info(f"{out}: learning a tokenizer of {origin.vocab_size:,} tokens")
+        start, texts = time.monotonic(), _train_documents(spec)
         tokenizer = train_sentencepiece(texts, path, vocab_size=origin.vocab_size, normalization=spec.normalization)
+        logger.info(f"{out}: tokenizer learnt in {format_duration(time.monotonic() - start)}")
     else:
         path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
         write_hashed(path, Path(spec.tokenizer).read_bytes())
@@ -157,7 +161,7 @@ def _write_splits(
     sources = {"val": spec.val_source or spec.source, "train": spec.source}
     held_out = 0 if spec.val_source else spec.val_docs
 
-    with encoder(tokenizer, workers) as encode, _reporter(out) as report:
+    with encoder(tokenizer, workers) as encode:
         for split in ("val", "train"):
             done = getattr(progress, split)
             if done.finished:
@@ -173,18 +177,23 @@ def _write_splits(
                 out, split, spec.shard_tokens, limit=limit, token_bytes=token_bytes, progress=done, on_shard=on_shard
             )
             first = done.documents + (held_out if split == "train" else 0)
+            before = sum(entry.bytes for entry in progress.val.shards) if held_out and split == "train" else 0
+            expected = held_out if split == "val" else 0
+            reading = _Reading(texts[split], expected, size=max(text_bytes(sources[split]) - before, 0))
+            report = progress_reporter(f"{out}: {split}")
             if parts and split == "train":
                 chunks = parts.read(first)
             else:
-                left = itertools.islice(texts[split], done.documents, None)
-                chunks = encode(sources[split], cut_chunks(left, first + 1))
+                chunks = encode(sources[split], cut_chunks(itertools.islice(reading, done.documents, None), first + 1))
             for chunk in chunks:
                 for tokens, extra in chunk:
                     writer.append(tokens, extra)
-                report(split, writer.documents, writer.tokens)
+                share = max(reading.share, writer.tokens / limit if limit else 0.0)
+                report(share, bool(share), _counts(writer.documents, writer.tokens))
                 if writer.full:
                     break
             writer.finish()
+            report(1, 1, _counts(writer.documents, writer.tokens))
     return progress
 
 
@@ -217,8 +226,8 @@ def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: 
             here = ("--executor", "local", "--workers", "1")  # finds every part encoded
             return executors.submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
         if executors:
-            with _reporter(out) as report:
-                executors.encode_here(parts, workers, report)
+            report = progress_reporter(f"{out}: encoding")
+            executors.encode_here(parts, workers, lambda what, n, tokens: report(0, 0, f"{what}, {_counts(n, tokens)}"))
         elif parts.left():  # not all there: tokenized here
             parts = None
     progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)
@@ -276,7 +285,7 @@ def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
     if differing:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
         raise UserError(f"--source {spec.source} is already tokens; it takes no {options} but its own")
-    print(f"{spec.out}: fetching the published shards of {vocab_size} tokens", file=sys.stderr, flush=True)
+    logger.info(f"{spec.out}: fetching the published shards of {vocab_size:,} tokens")
     download_golf(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
     return open_dataset(spec.out, vocab_size)
 
@@ -305,13 +314,25 @@ def _show_submitted(out: str, jobs: Submitted, json: str) -> int:
     return 0
 
 
+def _show_summary(summary: dict[str, Any], title: str) -> None:
+    """What lies in the folder, and the command that trains on it."""
+    rows = [("data", summary["dir"])]
+    for name, split in (("training", summary["train"]), ("validation", summary["val"])):
+        counts = ", ".join(f"{split[unit]:,} {unit}" for unit in ("tokens", "documents", "bytes") if unit in split)
+        per_token = f", {split['bytes'] / split['tokens']:.3f} bytes/token" if split.get("bytes") and split["tokens"] else ""
+        rows.append((name, f"{counts} in {split['shards']:,} shard{'s' * (split['shards'] != 1)}{per_token}"))
+    rows.append(("tokenizer", f"{summary['tokenizer']['file']}, {summary['tokenizer']['vocab_size']:,} tokens"))
+    terminal.show_result(title, rows, [cli.command("sngpt_jax.train", "--config", "RECIPE", "--data.dir", summary["dir"])])
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status. Raises `UserError`."""
     argv = cli.expand_json(argv)
     kind: Any = VerifyArguments if any(a.split("=")[0] == "--verify" for a in argv) else Arguments
-    arguments = tyro.cli(kind, args=argv, prog=cli.command(COMMAND), config=(tyro.conf.FlagConversionOff,))
+    arguments = tyro.cli(kind, args=argv, prog=f"python -m {COMMAND}")
+    cli.log_to_stderr(arguments.quiet)
     if isinstance(arguments, VerifyArguments):
-        print(f"{arguments.verify}: reading every file back", file=sys.stderr, flush=True)
+        logger.info(f"{arguments.verify}: reading every file back")
         summary = _summary(arguments.verify, verify(arguments.verify))
     else:
         spec = PrepareSpec(**{key: getattr(arguments, key) for key in PrepareSpec.__dataclass_fields__})
@@ -325,10 +346,7 @@ def main(argv: Sequence[str]) -> int:
                 return _show_submitted(spec.out, made, arguments.json)
             summary = _summary(spec.out, made)
     if arguments.json != "-":
-        for split in ("train", "val"):
-            print(f"{summary['dir']}: {split}: " + ", ".join(f"{name} {count:,}" for name, count in summary[split].items()))
-        file, vocab_size = summary["tokenizer"]["file"], summary["tokenizer"]["vocab_size"]
-        print(f"{summary['dir']}: tokenizer: {file}, {vocab_size} tokens")
+        _show_summary(summary, "verified" if isinstance(arguments, VerifyArguments) else "prepared")
     cli.write_json(summary, arguments.json)
     return 0
 

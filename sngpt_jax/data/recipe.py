@@ -78,7 +78,9 @@ def _prepare(spec: PrepareSpec) -> None:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        process = subprocess.Popen([sys.executable, "-m", COMMAND, *command_line(spec)])
+        quiet = [] if logger.isEnabledFor(logging.INFO) else ["--quiet"]
+        command = [sys.executable, "-m", COMMAND, *command_line(spec), "--json", *quiet]  # no panel, no next command
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if terminated:  # while it was being started
             process.terminate()
         status = process.wait()

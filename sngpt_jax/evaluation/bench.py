@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +27,7 @@ from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, Chunk, Mode, make_cache
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
+from sngpt_jax.options import Json, OptionalInt, Quiet
 from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, make_mesh, partition_specs
 from sngpt_jax.recipe import Overrides, parse_command
 from sngpt_jax.step import Variables, abstract_variables, hidden, init_state, make_eval_step
@@ -37,11 +37,12 @@ from sngpt_jax.step import Variables, abstract_variables, hidden, init_state, ma
 class BenchArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
-    stride: int | None = None  # of the sliding windows; default: 64, or a whole window where that is less
+    stride: OptionalInt = None  # of the sliding windows; default: 64, or a whole window where that is less
     batches: int = 16  # of windows in each timing
     repeats: int = 5  # of each timing, of which the median counts
     cache_targets: int = 4_000_000  # targets that each n-gram cache scores, from the training shards; 0: none
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def make_forward(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
@@ -137,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         program="python -m sngpt_jax.evaluation.bench",
         description="Times the scoring of a recipe's model, and the n-gram caches, on the device at hand.",
     )
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     config = arguments.overrides
     if min(arguments.batches, arguments.repeats) < 1 or arguments.cache_targets < 0:
         raise UserError("--batches and --repeats are 1 or more, --cache-targets 0 or more")

@@ -9,20 +9,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from jax.sharding import Mesh
 
 from kernels.cayley.dictionary import level_range
-from sngpt_jax import cli, webpage
+from sngpt_jax import cli, terminal, webpage
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import ModelConfig, Weights
+from sngpt_jax.config import ModelConfig
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import score_stream
 from sngpt_jax.evaluation.feature_study import Slice, make_selections, study_slice
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows
+from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.run_directory import load_model
 from sngpt_jax.step import Variables, make_eval_step
@@ -81,10 +82,11 @@ def page(study: dict[str, Any]) -> str:
 class FeaturesArguments:
     run: Path  # run directory of a trained model with a sparse code (model.levels)
     out: Path  # the HTML page to write; opens in any browser
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
-    data: Path | None = None  # folder with prepared validation shards; default: the run's
-    step: int | None = None  # checkpoint to study; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    json: Json = ""
+    quiet: Quiet = False
+    data: OptionalPath = None  # folder with prepared validation shards; default: the run's
+    step: OptionalInt = None  # checkpoint to study; default: the latest
+    weights: WeightsOption = None
     tokens: int = 65_536  # read so many tokens from the start of the stream; 0: all
     layers: str = "all"  # layers whose features are studied, such as 0,3,11
     features: int = 32  # of each level of each layer, half of them those that fire most; with their closest relatives
@@ -115,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         cli.check_writable(Path(arguments.json), "--json")
         if Path(arguments.json).resolve() == arguments.out.resolve():
             raise UserError(f"--json {arguments.json}: is the page itself; give the path of another file")
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     config = model.config.model
@@ -151,11 +153,13 @@ def main(argv: Sequence[str]) -> int:
     )
     webpage.write(arguments.out, page(study))
     if arguments.json != "-":
+        shown = [("page", str(arguments.out))]
         for row in losses:
             kept_levels = "level 0" if row["levels"] == 1 else f"levels 0-{row['levels'] - 1}"
-            print(f"{kept_levels} kept: loss {row['loss']:.4f} nats/token, {row['bpb']:.4f} bits/byte")
+            shown.append((f"{kept_levels} kept", f"loss {row['loss']:.4f} nats/token, {row['bpb']:.4f} bits/byte"))
         count, names = len(study["features"]), ",".join(map(str, layers))
-        print(f"{count:,} features of layers {names} over {study['tokens']:,} tokens: {arguments.out}")
+        shown.append(("features", f"{count:,} of layers {names} over {study['tokens']:,} tokens"))
+        terminal.show_result("studied", shown)
     cli.write_json(study, arguments.json)
     return 0
 

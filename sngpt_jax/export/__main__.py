@@ -19,10 +19,10 @@ from typing import Annotated, Any, cast
 import tyro
 
 import sngpt_jax
-from sngpt_jax import cli
+from sngpt_jax import cli, terminal
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.config import Config, ExportConfig
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.export import artifact, bundle, fit, report
@@ -31,6 +31,7 @@ from sngpt_jax.export.bundle import Bundle
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.quantize import Stored, dequantize
 from sngpt_jax.export.report import GroupReport
+from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import calibrate, host_tensors
 from sngpt_jax.recipe import peek
@@ -44,9 +45,9 @@ logger = logging.getLogger("sngpt_jax")
 class ExportArguments:
     run: Path  # run directory of a trained model
     out: Path  # artifact to write, *.sngpt; the program and the tokenizer are written beside it
-    data: Path | None = None  # folder with prepared shards, to score and to calibrate on; default: the run's
-    step: int | None = None  # checkpoint to export; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    data: OptionalPath = None  # folder with prepared shards, to score and to calibrate on; default: the run's
+    step: OptionalInt = None  # checkpoint to export; default: the latest
+    weights: WeightsOption = None
     limit: int = 0  # bytes that artifact and program may take together, or exit status 4; 0: any
     tune_to_fit: bool = False  # search for the policy that loses least within --limit, instead of the one of --export
     score: bool = True  # score the model before and after; without, the tensors alone are compared
@@ -54,7 +55,8 @@ class ExportArguments:
     export: Annotated[ExportConfig, tyro.conf.FlagConversionOff] = field(
         default_factory=ExportConfig
     )  # the policy; default: the run's
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def check(arguments: ExportArguments) -> None:
@@ -111,7 +113,7 @@ def publish(files: Mapping[str, bytes], folder: Path, stored: Mapping[str, Store
             for path, content in zip(made, files.values(), strict=True):
                 cli.write_bytes_atomic(path, content)
             verify(made[0], stored)
-            said = bundle.run(made[1], made[0], data, tokens)
+            said = bundle.run(made[1], made[0], data, tokens, progress_reporter("score by the program"))
             for path in reversed(made):  # the artifact last: where it is, the others are
                 os.replace(path, folder / path.name)
     except OSError as error:
@@ -146,23 +148,37 @@ def result_of(
     }
 
 
-def print_result(result: dict[str, Any], lines: Sequence[GroupReport], files: Sequence[Path]) -> None:
-    """The result for a person."""
-    print(report.format_table(lines))
-    print()
-    print(f"{'artifact':<9} {result['artifact_bytes']:>12,} bytes, of which header {result['header_bytes']:,}")
-    print(f"{'program':<9} {result['code_bytes']:>12,} bytes, made of")
-    print(textwrap.fill(", ".join(result["program_files"]), 120, initial_indent="  ", subsequent_indent="  "))
-    print(textwrap.fill(f"to run with {', '.join(result['libraries'])}", 120, initial_indent="  ", subsequent_indent="  "))
+def print_result(
+    result: dict[str, Any], lines: Sequence[GroupReport], files: Sequence[Path], data: Path | None, quiet: bool
+) -> None:
+    """The result for a person: what each group takes, and the sum of it; the sum alone if `quiet`."""
+    if not quiet:
+        terminal.clear()
+        print(report.format_table(lines))
+        print("\nthe program is made of")
+        console = terminal.TerminalConsole(sys.stdout)
+        fill = functools.partial(
+            textwrap.fill,
+            width=min(120, console.width) if console.has_cursor else 120,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        )
+        print(fill(", ".join(result["program_files"])))
+        print(fill(f"to run with {', '.join(result['libraries'])}"))
     limit, over = result["limit"], result["total_bytes"] - result["limit"]
     verdict = "" if not limit else f", {-over:,} below the limit" if over <= 0 else f", {over:,} over the limit of {limit:,}"
-    print(f"{'total':<9} {result['total_bytes']:>12,} bytes{verdict}")
-    print(f"wrote {', '.join(map(str, files))}")
+    rows = [
+        ("artifact", f"{result['artifact_bytes']:>12,} bytes, of which header {result['header_bytes']:,}"),
+        ("program", f"{result['code_bytes']:>12,} bytes"),
+        ("total", f"{result['total_bytes']:>12,} bytes{verdict}"),
+        *(("wrote", str(file)) for file in files),
+    ]
     if scores := result.get("score"):
-        print(
-            f"bits/byte {scores['bpb_before']:.5f} before, {scores['bpb_after']:.5f} by the program from the file,"
-            f" gap {scores['gap']:+.5f}, over {scores['tokens']:,} tokens"
-        )
+        before_and_after = f"{scores['bpb_before']:.5f} before, {scores['bpb_after']:.5f} by the program from the file"
+        rows.append(("bits/byte", f"{before_and_after}, gap {scores['gap']:+.5f}, over {scores['tokens']:,} tokens"))
+    score = cli.command("sngpt_jax.evaluate", "--artifact", str(files[0]), *(["--data", str(data)] if data else []))
+    terminal.show_result("exported", rows, [score] if result["fits"] else [])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -176,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
         description="Quantizes and compresses a trained model into one file, verifies it, and accounts for every byte.",
     )
     check(arguments)
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     config = validate(replace(model.config, export=arguments.export))
@@ -217,12 +233,12 @@ def main(argv: Sequence[str]) -> int:
             "gap": after - before.bpb,
         }
     if arguments.json != "-":
-        print_result(result, lines, [arguments.out.parent / name for name in files])
+        print_result(result, lines, [arguments.out.parent / name for name in files], arguments.data, arguments.quiet)
     cli.write_json(result, arguments.json)
     if not result["fits"]:
         over = result["total_bytes"] - arguments.limit
         remedy = "raise --limit" if arguments.tune_to_fit else "try --tune-to-fit"
-        print(f"error: {arguments.out} is {over:,} bytes over --limit {arguments.limit:,}; {remedy}", file=sys.stderr)
+        logger.error(f"error: {arguments.out} is {over:,} bytes over --limit {arguments.limit:,}; {remedy}")
         return cli.EXIT_OVER_LIMIT
     return 0
 

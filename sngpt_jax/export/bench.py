@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.cli import UserError
@@ -25,6 +24,7 @@ from sngpt_jax.export.header import Storage
 from sngpt_jax.export.packing import pack
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.quantize import Quantized, Stored, dequantize
+from sngpt_jax.options import Json, Quiet
 from sngpt_jax.parallel import path_name
 from sngpt_jax.policy import is_exported, policy_of
 from sngpt_jax.recipe import Overrides, parse_command
@@ -44,7 +44,8 @@ class BenchArguments:
     repeats: int = 5  # of each timing, of which the median counts
     limit: int = 16_000_000  # bytes that artifact and program may take together, for the table
     tune_to_fit: bool = False  # time the policy that `export --tune-to-fit` finds under that limit
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def draw(config: Config, sigma: float, seed: int) -> dict[str, np.ndarray]:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         program="python -m sngpt_jax.export.bench",
         description="Times the export of a model with drawn weights, and prints what its artifact takes.",
     )
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     if arguments.repeats < 1 or not arguments.sigma > 0:
         raise UserError("--repeats is 1 or more, --sigma more than 0")
     if arguments.overrides.export.gptq:

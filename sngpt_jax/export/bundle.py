@@ -12,11 +12,12 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ logger = logging.getLogger("sngpt_jax")
 ROOT = Path(__file__).parents[2]
 PROJECT = ("sngpt_jax", "kernels")
 ENTRY = "sngpt_jax.export.scorer"
+_ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # as the entry says how far it is
 
 # What the compressed text begins with. `_` is the list of the parts after it: entry's package, entry, name, source, name, ….
 # A package's name ends in a dot. A module that is not here is not looked for anywhere else: packages have an empty path.
@@ -140,11 +142,17 @@ def _pack(text: bytes) -> bytes:
     return file.getvalue()
 
 
-def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0) -> dict[str, Any]:
+def run(
+    bundle: Path,
+    artifact: Path,
+    data: Path | None = None,
+    tokens: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """What the bundle finds in `artifact`, and its score on the first `tokens` (0: all) validation tokens of `data`.
 
     Runs in a process of its own, in an empty folder, without this process's import path. Raises `UserError` with the last
-    line that it wrote where it fails.
+    line that it wrote where it fails. `progress(done, total)` is told of rows of windows as it scores them.
     """
     command = [sys.executable, "-I", str(bundle.absolute()), str(artifact.absolute()), "--json"]
     if data:
@@ -159,7 +167,10 @@ def run(bundle: Path, artifact: Path, data: Path | None = None, tokens: int = 0)
         line = ""
         try:
             for line in process.stderr or ():
-                logger.info("%s: %s", bundle.name, line.rstrip())
+                if progress and (rows := _ROWS.match(line)):
+                    progress(int(rows[1]), int(rows[2]))
+                else:
+                    logger.info("%s: %s", bundle.name, line.rstrip())
             status = process.wait()
         finally:
             process.kill()  # does nothing to one that has ended; an interrupted export leaves none behind

@@ -7,20 +7,21 @@ import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from sngpt_jax import cli
 from sngpt_jax.checks import validate
 from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.config import Config, ExportConfig
 from sngpt_jax.console import progress_reporter
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.export import artifact, fit
 from sngpt_jax.export.pipeline import quantize_tensors
 from sngpt_jax.export.quantize import Quantized, dequantize
 from sngpt_jax.export.report import entropy_of, relative_error
+from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import calibrate, host_tensors
 from sngpt_jax.recipe import load
@@ -33,13 +34,14 @@ PUBLISHED = {"#333": "golf_11l_xsa4", "#465": "golf_10l_int5mlp", "#1573": "golf
 @dataclass(frozen=True)
 class CompareArguments:
     run: Path  # run directory of a trained model
-    data: Path | None = None  # folder with prepared shards; default: the run's
-    step: int | None = None  # checkpoint; default: the latest
-    weights: Weights | None = None  # of the last step, or an average; default: what the run's eval.weights says
+    data: OptionalPath = None  # folder with prepared shards; default: the run's
+    step: OptionalInt = None  # checkpoint; default: the latest
+    weights: WeightsOption = None
     passthrough_size: int = 65_536  # of all policies; the published one is for models of width 512
     gptq_tokens: int = 131_072  # training tokens that GPTQ takes its second moments over
     tokens: int = 0  # validation tokens to score, from the start of the stream; 0: all
-    json: Annotated[str, tyro.conf.arg(metavar="[PATH]")] = ""  # print one JSON object, or write it to PATH
+    json: Json = ""
+    quiet: Quiet = False
 
 
 def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]:
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.tokens < 0 or arguments.passthrough_size < 0:
         raise UserError("--tokens and --passthrough-size are 0 or more")
-    cli.log_to_stderr()
+    cli.log_to_stderr(arguments.quiet)
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     dataset = model.open_data(arguments.data)

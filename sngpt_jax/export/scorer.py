@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 
-from sngpt_jax import cli
-from sngpt_jax.cli import UserError
+from kernels.commands import UserError, run, write_json
 from sngpt_jax.evaluation.bpb import Score, score_validation
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.policy import is_exported
@@ -42,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.data:
         result |= asdict(_score(model, arguments.data, arguments.tokens, arguments.stride))
     if arguments.json:
-        cli.write_json(result, "-")
+        write_json(result, "-")
     else:
         print(", ".join(f"{name} {value}" for name, value in result.items()))
     return 0
@@ -69,4 +68,4 @@ def _progress() -> Callable[[int, int], None]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

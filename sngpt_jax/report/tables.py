@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sngpt_jax.console import format_duration
 from sngpt_jax.report import grouping
 from sngpt_jax.report.reading import RunData, number
+from sngpt_jax.terminal import format_duration
 
 Table = dict[str, Any]
 Cell = list[str]

@@ -427,7 +427,8 @@ def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer
     assert summary["tokenizer"]["vocab_size"] == VOCAB
     assert main([*options, "--json", str(tmp_path / "summary.json"), "--val-docs", "7"]) == 0
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert "train: shards 1, " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "  validation  " in said.out and " 7 documents, " in said.out and f"--data.dir {out}" in said.err
 
     assert main(["--verify", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
