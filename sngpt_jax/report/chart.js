@@ -1,6 +1,6 @@
 // Charts of lines over steps: axes, crosshair, zoom. They share one `view`; `view.changed()` draws all of them anew.
 
-const view = {axis: "step", from: null, to: null, cursor: null, charts: []};
+const view = {axis: "step", from: null, to: null, cursor: null, told: null, charts: []};
 const MARGIN = {left: 54, right: 10, top: 8, bottom: 22};
 
 /** A number to read: five digits, thousands separated. */
@@ -60,7 +60,8 @@ class Chart {
   constructor(spec) {
     this.spec = spec;
     this.log = this.all = false;
-    this.plot = el("div", {class: "plot"});
+    this.height = spec.height ?? 230;
+    this.plot = el("div", {class: "plot", style: `min-height: ${this.height}px`});
     this.tools = el("span", {class: "tools"});
     this.node = el("div", {class: "card chart", "data-chart": spec.id},
       el("div", {class: "head"}, el("h3", {}, spec.title), el("span", {class: "soft small"}, spec.unit), this.tools), this.plot);
@@ -95,12 +96,14 @@ class Chart {
       if (reach > 0) [low, high] = [Math.max(low, quarter(1) - reach), Math.min(high, quarter(3) + reach)];
     }
     if (this.log) { const pad = (high / low) ** 0.05; return low === high ? [low / 2, high * 2] : [low / pad, high * pad]; }
+    const signed = lines.some(({y}) => y.some((value) => value < 0));
+    if (!signed) low = Math.max(low, 0);  // a band may reach below what there can be
     const pad = low === high ? Math.abs(low) * 0.1 || 1 : 0.05 * (high - low);
-    return [low < 0 || low - pad >= 0 ? low - pad : 0, high + pad];
+    return [signed ? low - pad : Math.max(low - pad, 0), high + pad];
   }
 
   draw() {
-    const width = this.plot.clientWidth, height = this.spec.height ?? 230;
+    const width = this.plot.clientWidth, {height} = this;
     if (!width) return;
     this.lines = this.spec.lines();
     const [from, to] = [view.from ?? view.first, view.to ?? view.last];
@@ -120,17 +123,17 @@ class Chart {
     for (const x of ticks(from, to, Math.max(inner.width / 90, 2), false, view.axis === "time")) {
       svg.append(el("text", {x: MARGIN.left + this.toX(x), y: height - 6, "text-anchor": "middle"}, view.axis === "time" ? clock(x) : short(x)));
     }
-    const area = el("svg", {x: MARGIN.left, y: MARGIN.top, ...inner, overflow: "hidden"});
+    const area = el("g", {transform: "translate(4 4)"});  // clipped four pixels outside of the axes, so that dots stay whole
     for (const line of this.lines) this.drawLine(area, line);
     this.cursor = el("g");
     this.box = el("rect", {class: "zoom", y: 0, height: inner.height, width: 0});
     area.append(this.box, this.cursor);
-    svg.append(area);
+    svg.append(el("svg", {x: MARGIN.left - 4, y: MARGIN.top - 4, width: inner.width + 8, height: inner.height + 8, overflow: "hidden"}, area));
     if (!range) svg.append(el("text", {x: width / 2, y: height / 2, "text-anchor": "middle"}, "nothing to draw here"));
     this.tip = el("div", {class: "tip", hidden: ""});
     this.plot.replaceChildren(svg, this.tip);
     this.listen(svg);
-    if (view.cursor !== null) this.point();
+    if (view.cursor !== null) this.point(view.told === this.spec.id);
   }
 
   drawLine(area, {x, y, sd, color, dash, width = 1.6, opacity = 1, dots}) {
@@ -203,7 +206,7 @@ class Chart {
       }
       x = best ?? x;
     }
-    view.cursor = x;
+    [view.cursor, view.told] = [x, this.spec.id];
     for (const chart of view.charts) chart.point(chart === this);
   }
 
@@ -213,7 +216,7 @@ class Chart {
     this.tip.hidden = true;
     if (view.cursor === null) return;
     const at = this.toX(view.cursor), near = Math.abs(this.toStep(4) - this.toStep(0)), table = el("table");
-    this.cursor.append(el("line", {class: "cursor", x1: at, x2: at, y1: 0, y2: this.spec.height ?? 230}));
+    this.cursor.append(el("line", {class: "cursor", x1: at, x2: at, y1: 0, y2: this.height}));
     for (const line of this.lines.filter((one) => one.tip)) {
       const i = nearest(line.x, line.y, view.cursor);
       const off = i < 0 ? 0 : Math.abs(line.x[i] - view.cursor);

@@ -39,10 +39,18 @@ def group(runs: Sequence[RunData]) -> list[list[int]]:
     return list(found.values())
 
 
-def label(names: Sequence[str]) -> str:
-    """What the names of a group begin with alike, or the first of them."""
+def labels(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
+    """A name for each group: of one run its own; of several what theirs begin with alike, where no other has that name."""
+    found = [_beginning([names[i] for i in members]) if len(members) > 1 else names[members[0]] for members in groups]
+    return [
+        name if len(members) == 1 or (name and found.count(name) == 1) else f"{names[members[0]]} + {len(members) - 1}"
+        for name, members in zip(found, groups, strict=True)
+    ]
+
+
+def _beginning(names: Sequence[str]) -> str:
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in alike).removesuffix("seed").rstrip("-_. /") or names[0]
+    return "".join(letters[0] for letters in alike).removesuffix("seed").rstrip("-_. /")
 
 
 def statistic(values: Iterable[object]) -> Statistic | None:

@@ -164,11 +164,11 @@ def report(runs: Sequence[RunData], written: str, live: bool = False) -> dict[st
         ],
         "groups": [
             {
-                "name": grouping.label([names[i] for i in members]) if len(members) > 1 else names[members[0]],
+                "name": label,
                 "runs": members,
                 "bands": group_bands([runs[i] for i in members], numbers) if len(members) > 1 else {},
             }
-            for members in groups
+            for members, label in zip(groups, grouping.labels(names, groups), strict=True)
         ],
         "metrics": [
             vars(metric) | {"more": metric.name in others}

@@ -113,12 +113,15 @@ function folded(part, title, nodes) {
 
 // ------------------------------------------------------------------ tables
 
-const cells = (row) => row.cells.map(([text, kind]) => el("td", {class: kind || undefined, title: text.length > 30 ? text : undefined}, text));
+/** A text that may be broken after its points and underscores. */
+const breakable = (text) => text.split(/(?<=[._])/).flatMap((part, i) => i ? [el("wbr"), part] : [part]);
+const cells = (row) => row.cells.map(([text, kind], i) => el("td", {class: kind || undefined, title: text.length > 30 ? text : undefined}, ...(i ? [text] : breakable(text))));
 
-function table({columns, rows}) {
+/** A table; `groups` are those whose colours its columns after the first have. */
+function table({columns, rows}, groups = []) {
   const numeric = columns.map((_, i) => rows.length > 0 && rows.every((row) => row.cells[i][1].startsWith("number")));
   return el("div", {class: "wide"}, el("table", {},
-    el("tr", {}, ...columns.map((name, i) => el("th", {class: numeric[i] ? "number" : undefined}, name))),
+    el("tr", {}, ...columns.map((name, i) => el("th", {class: numeric[i] ? "number" : undefined}, groups[i - 1] === undefined ? null : swatch(colorOf(groups[i - 1])), name))),
     ...rows.map((row) => el("tr", {}, ...cells(row)))));
 }
 
@@ -135,7 +138,7 @@ function scores() {
       scores();
       view.changed();
     });
-    first.replaceChildren(el("label", {style: `--color: var(${colorOf(entry.group).color})`}, box, " ", swatch(colorOf(entry.group)), first.textContent));
+    first.replaceChildren(el("label", {style: `--color: var(${colorOf(entry.group).color})`}, box, " ", swatch(colorOf(entry.group)), ...first.childNodes));
     lines[i].className = [whole ? "group" : several ? "member" : "", off ? "off" : ""].join(" ").trim();
   });
   $("scores").replaceChildren(el("h2", {}, "Runs"), made, ...report.notes.map((note) => el("div", {class: "note small"}, note)));
@@ -143,14 +146,15 @@ function scores() {
 
 function tables() {
   const {differences, configuration, exports, evaluations, environment} = report;
+  const groups = [...report.groups.keys()];
   const same = report.runs.length === 1 ? null : el("p", {class: "soft small"}, "Every field is the same in all runs.");
   const whole = el("details", {}, el("summary", {}, "All fields"));
-  whole.addEventListener("toggle", () => { if (whole.childElementCount === 1) whole.append(table(configuration)); });
+  whole.addEventListener("toggle", () => { if (whole.childElementCount === 1) whole.append(table(configuration, groups)); });
   $("config").replaceChildren(el("h2", {}, report.runs.length === 1 ? "Configuration" : "What the configurations differ in"),
-    ...[differences.rows.length ? table(differences) : same, whole].filter(Boolean));
+    ...[differences.rows.length ? table(differences, groups) : same, whole].filter(Boolean));
   $("export").replaceChildren(...(exports.length ? [el("h2", {}, "Exports"), ...exports.flatMap((one) => [el("p", {class: "small"}, one.title), table(one)])] : []));
   $("evaluation").replaceChildren(...(evaluations.rows.length ? [el("h2", {}, "Evaluations"), table(evaluations)] : []));
-  $("environment").replaceChildren(...(environment ? [el("h2", {}, "Environment"), table(environment)] : []));
+  $("environment").replaceChildren(...(environment ? [el("h2", {}, "Environment"), table(environment, report.runs.map((_, i) => report.groups.findIndex((group) => group.runs.includes(i))))] : []));
 }
 
 // ------------------------------------------------------------------ the page

@@ -39,8 +39,8 @@ def figure(value: Any, form: str) -> Cell:
 
 # (title, name in summary.json, name in metrics.jsonl for a run that has not finished, format)
 SCORES = (
-    ("val loss", "val_loss", "val_loss", ".4f"),
     ("val BPB", "val_bpb", "val_bpb", ".4f"),
+    ("val loss", "val_loss", "val_loss", ".4f"),
     ("best val loss", "best_val_loss", None, ".4f"),
     ("SWA BPB", "swa_val_bpb", "swa_val_bpb", ".4f"),
     ("EMA BPB", "ema_val_bpb", "ema_val_bpb", ".4f"),
@@ -68,6 +68,7 @@ def score(run: RunData, final: str, running: str | None) -> float:
 
 def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]) -> Table:
     """A row a run, and before a group of several a row of its means; the best BPB of a finished run or of a mean is marked."""
+    labels = grouping.labels(names, groups)
     shown = [row for row in SCORES if any(score(run, row[1], row[2]) == score(run, row[1], row[2]) for run in runs)]
     rows: list[dict[str, Any]] = []
     means: dict[int, float] = {}  # by row, what competes for the best
@@ -78,15 +79,13 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
             found = [grouping.statistic(run.summary.get(final) for run in finished) for _, final, _, _ in shown]
             seeds = {text(runs[i].config.get(grouping.SEED)) for i in members}
             again = "" if len(seeds) == len(members) else f", {len(seeds)} different"
-            cells = [[f"{grouping.label([names[i] for i in members])}", ""], [f"{len(members)} runs{again}", ""]]
-            cells += [[f"mean ± sd, n = {len(finished)}", ""], [ABSENT, "number"], [ABSENT, "number"]]
+            cells = [[labels[g], ""], [f"{len(members)} runs{again}", ""]]
+            cells.append([f"mean ± sd, n = {len(finished)}", ""])
             for value, (_, _, _, form) in zip(found, shown, strict=True):
-                if value is None:
-                    cells.append([ABSENT, "number"])
-                else:
-                    spread = f" ± {value.sd:{form}}" if value.sd is not None else ""
-                    cells.append([f"{value.mean:{form}}{spread}", "number"])
-            cells.append([ABSENT, "number"])
+                spread = f" ± {value.sd:{form}}" if value and value.sd is not None else ""
+                fewer = f" (n = {value.n})" if value and value.n < len(finished) else ""
+                cells.append([f"{value.mean:{form}}{spread}{fewer}" if value else ABSENT, "number"])
+            cells += [[ABSENT, "number"]] * 3
             if place is not None and (best := found[place]):
                 means[len(rows)] = best.mean
             rows.append({"group": g, "cells": cells})
@@ -96,14 +95,14 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
                 means[len(rows)] = score(run, "val_bpb", None)
             seconds = number(run.summary.get("train_seconds"))
             cells = [[names[i], ""], [text(run.config.get(grouping.SEED)), ""], [state(run), ""]]
-            cells += [figure(run.summary.get("tokens"), ",.0f"), figure(run.summary.get("parameters"), ",.0f")]
             cells += [figure(score(run, final, running), form) for _, final, running, form in shown]
             cells.append([format_duration(seconds) if seconds == seconds else ABSENT, "number"])
+            cells += [figure(run.summary.get("tokens"), ",.0f"), figure(run.summary.get("parameters"), ",.0f")]
             rows.append({"group": g, "run": i, "cells": cells})
     competing = {row: value for row, value in means.items() if value == value}
     if place is not None and len(competing) > 1:
-        rows[min(competing, key=competing.__getitem__)]["cells"][5 + place][1] += " best"
-    columns = ["run", "seed", "state", "tokens", "parameters", *(title for title, *_ in shown), "training"]
+        rows[min(competing, key=competing.__getitem__)]["cells"][3 + place][1] += " best"
+    columns = ["run", "seed", "state", *(title for title, *_ in shown), "training", "tokens", "parameters"]
     return {"columns": columns, "rows": rows}
 
 
@@ -129,8 +128,7 @@ def config_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence
         if grouping.SEED in side:
             side[grouping.SEED] = ", ".join(dict.fromkeys(text(runs[i].config.get(grouping.SEED)) for i in members))
         sides.append(side)
-    columns = [grouping.label([names[i] for i in members]) if len(members) > 1 else names[members[0]] for members in groups]
-    return side_by_side(columns, sides, only_differing)
+    return side_by_side(grouping.labels(names, groups), sides, only_differing)
 
 
 def _of_start(name: str, value: Any) -> str:

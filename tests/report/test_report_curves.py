@@ -73,8 +73,12 @@ def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path):
         fake_run.make(tmp_path / "again", seed=1),
     ]
     assert grouping.group([read_run(directory) for directory in made]) == [[0, 2, 4], [1], [3]]
-    assert grouping.label(["a_seed1", "a_seed2"]) == "a"
-    assert grouping.label(["a", "b"]) == "a"
+
+
+def test_groups_have_names_of_their_own():
+    names = ["a_seed1", "a_seed2", "b", "x", "y", "b1", "b2", "cc-1", "cc-2", "cc-3"]
+    groups = [[0, 1], [2], [3, 4], [5, 6], [7, 8, 9]]
+    assert grouping.labels(names, groups) == ["a", "b", "x + 1", "b1 + 1", "cc"]
 
 
 def test_bands_are_the_statistics_of_each_step():
