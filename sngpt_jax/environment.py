@@ -18,6 +18,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def path(run_dir: Path) -> Path:
+    """The file that the starts of a run are kept in."""
     return run_dir / "environment.jsonl"
 
 

@@ -13,6 +13,8 @@ import tyro
 
 from sngpt_jax import cli, webpage
 from sngpt_jax.cli import UserError
+from sngpt_jax.console import progress_reporter
+from sngpt_jax.options import OptionalPath, Quiet
 from sngpt_jax.report.live import LiveRuns, make_server, now
 from sngpt_jax.report.page import page, report
 from sngpt_jax.report.reading import read_run
@@ -21,9 +23,10 @@ from sngpt_jax.report.reading import read_run
 @dataclass(frozen=True)
 class ReportArguments:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]  # run directories
-    out: Path | None = None  # the HTML page to write; opens in any browser
+    out: OptionalPath = None  # the HTML page to write; opens in any browser
     live: bool = False  # serve the page on this machine, as the runs go on, until Ctrl-C; --out is then written at its end
     port: int = 8631  # of --live; 0: any that is free
+    quiet: Quiet = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,8 +46,12 @@ def main(argv: Sequence[str]) -> int:
         directories.setdefault(directory.resolve(), directory)
     if arguments.out:
         cli.check_writable(arguments.out, "--out")
+    cli.log_to_stderr(arguments.quiet)
     if not arguments.live:
-        runs = [read_run(directory) for directory in directories.values()]
+        runs, progress = [], progress_reporter("read")
+        for directory in directories.values():
+            runs.append(read_run(directory))
+            progress(len(runs), len(directories))
         _write(arguments.out, report(runs, now()))
         return 0
     live = LiveRuns([*directories.values()])

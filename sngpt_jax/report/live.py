@@ -18,6 +18,7 @@ NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a request's H
 
 
 def now() -> str:
+    """The time for a reader, with its zone."""
     return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 

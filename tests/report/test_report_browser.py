@@ -1,9 +1,11 @@
 """The report in a browser: curves drawn, values under the mouse, no error, readable on a phone."""
 
 import json
+import threading
 
 import pytest
 
+from sngpt_jax.report.live import LiveRuns, make_server
 from sngpt_jax.report.page import page, report
 from sngpt_jax.report.reading import read_run
 from tests import fake_run
@@ -137,3 +139,28 @@ def test_texts_are_shown_as_they_are(browser, url):
     assert "onerror=document.title='taken'>" in browser.ask("document.getElementById('scores').innerText")
     assert HOSTILE in browser.ask("document.getElementById('config').innerText")
     assert browser.ask("document.title") == "Report of 3 runs"
+
+
+def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
+    directory = fake_run.make(tmp_path / "run", finished=False, levels=1)
+    with make_server(LiveRuns([directory, fake_run.make(tmp_path / "other", seed=2, steps=60)]), 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            browser.open(f"http://localhost:{server.server_address[1]}/")
+            browser.ask("document.querySelectorAll('#scores input')[1].click(), window.scrollTo(0, 700)")
+            top = browser.ask("window.scrollY")
+            (directory / "summary.json").write_text('{"val_bpb": 1.25, "steps": 40}')
+            with (directory / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 80, "train_loss": 0.5}\n')
+            browser.ask("refresh()")
+            assert "1.2500" in browser.ask("document.getElementById('scores').innerText")
+            assert browser.ask("[view.last, window.scrollY]") == [80, top] and top > 0
+            assert drawn(browser, "train_loss") == 1  # the other one is still hidden
+            assert browser.ask("document.getElementById('live').innerText") == "· live"
+            assert browser.problems == []
+        finally:
+            server.shutdown()
+    browser.ask("refresh()")
+    assert "has ended" in browser.ask("document.getElementById('live').innerText")
+    browser.problems.clear()  # that nobody answers is one
+    browser.open("about:blank")  # or it would go on asking

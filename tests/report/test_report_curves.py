@@ -37,6 +37,12 @@ def test_spikes_of_one_step_are_kept_wherever_they_are():
     assert set(high) | set(low) <= set(kept) and len(kept) <= 600
 
 
+def test_a_gap_of_one_step_is_kept():
+    y = np.sin(np.arange(1000.0))
+    y[[503, 777]] = np.nan, np.inf
+    assert {503, 777} <= set(thin(y, 50))
+
+
 @given(VALUES, st.integers(0, 20).map(lambda half: 2 * half + 1))
 def test_a_running_mean_is_the_mean_of_what_is_around(values, window):
     y = np.array(values)
