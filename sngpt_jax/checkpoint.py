@@ -169,7 +169,7 @@ def _describe(leaf: Any) -> str:
 def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str]) -> None:
     names = list(asked) + [name for name in saved if name not in asked]
     problems = [
-        f"{name or 'the state'}: saved {saved.get(name, 'nothing')}, expected {asked.get(name, 'nothing')}"
+        f"{name[:200] or 'the state'}: saved {saved.get(name, 'nothing')[:100]}, expected {asked.get(name, 'nothing')}"
         for name in names
         if saved.get(name) != asked.get(name)
     ]

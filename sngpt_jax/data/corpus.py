@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import tokenize
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,6 +37,9 @@ logger = logging.getLogger("sngpt_jax")
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
 SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a document
+
+MAX_DOCUMENT = 2**30  # bytes of a line, letters of a document: a small compressed file unpacks to any number of them
+_TOO_LONG = f"a document that is longer than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between documents"
 
 MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks, unless the cluster says otherwise
 
@@ -185,7 +189,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         if codec and not path.stat().st_size:
             raise OSError("the file is empty")
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:  # reads on over members and frames
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT + 1), b""), start=1):
+                if len(line) > MAX_DOCUMENT:
+                    raise DataError(f"{path}:{number}: {_TOO_LONG}")
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -196,12 +202,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _txt_texts(path: Path) -> Iterator[str]:
     lines: list[str] = []
-    for _, line in _lines(path):
+    size = 0
+    for number, line in _lines(path):
         if line.rstrip("\r\n") == SEPARATOR:
             yield "".join(lines)
-            lines = []
+            lines, size = [], 0
         else:
             lines.append(line)
+            size += len(line)
+            if size > MAX_DOCUMENT:
+                raise DataError(f"{path}:{number}: {_TOO_LONG}")
     yield "".join(lines)
 
 

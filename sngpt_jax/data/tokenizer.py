@@ -128,7 +128,8 @@ class SentencePieceTokenizer(Tokenizer):
         sp = sentencepiece.SentencePieceProcessor()
         try:
             sp.LoadFromSerializedProto(data)
-        except RuntimeError:
+            sp.id_to_piece(list(range(sp.vocab_size())))  # each is text
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
         if sp.bos_id() < 0:
             raise UserError(f"{path}: the SentencePiece model has no BOS token; documents begin with one")

@@ -409,6 +409,18 @@ def golf_fails(out, *expected, vocab_size=280, train_shards=1):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.txt.zst", "x" * 1001), ("a.jsonl.gz", "x" * 1001), ("a.txt", "xyz\n" * 251)])
+def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, name, text):
+    monkeypatch.setattr("sngpt_jax.data.corpus.MAX_DOCUMENT", 1000)
+    compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(compress(text.encode()))
+    with pytest.raises(DataError, match=rf"{name}:\d+: a document that is longer"):
+        list(documents(str(tmp_path / name)))
+    if name == "a.txt":
+        (tmp_path / name).write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
+        assert len(list(documents(str(tmp_path / name)))) == 3
+
+
 def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     files, _ = published
     out = tmp_path / "out"

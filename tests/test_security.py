@@ -1,0 +1,296 @@
+"""No data is ever run: found in the source of every module, and seen where the commands read files."""
+
+import _pickle
+import ast
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sngpt_jax.cli import UserError
+from sngpt_jax.data import corpus
+from sngpt_jax.data.manifest import verify
+from sngpt_jax.data.shards import open_dataset
+from tests import fuzz, tiny_run
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for package in ("sngpt_jax", "kernels") for path in (ROOT / package).rglob("*.py"))
+
+# Modules that make code or objects of data, or run text as a command.
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "pickletools",
+    "marshal",
+    "shelve",
+    "dbm",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "copyreg",
+}
+MODULES |= {"yaml", "ruamel", "runpy", "imp", "code", "codeop", "pty", "commands", "jsonpickle", "xmlrpc", "builtins"}
+BUILTINS = {"eval", "exec", "compile", "__import__", "input", "execfile"}
+CALLS = {
+    *("importlib.import_module", "importlib.__import__", "importlib.reload", "importlib.util.spec_from_file_location"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp"),
+    *("asyncio.create_subprocess_shell", "pandas.read_pickle"),
+}
+# Functions of libraries that unpickle unless an option says otherwise.
+OPTIONS = {"numpy.load": ("allow_pickle", False), "numpy.lib.format.read_array": ("allow_pickle", False)}
+OPTIONS |= {"torch.load": ("weights_only", True)}
+TEXT = re.compile(r"\b(eval|exec|compile|__import__)\(")  # code in a string, which something may run
+
+# Each with its reason. What is here and not found any more is an error too.
+EXCEPTIONS = {
+    ("sngpt_jax/recipe.py", "import runpy"): "recipes are code, of the user's own",
+    ("sngpt_jax/state_dict_files.py", "import pickle"): "names the error of torch.load, which reads tensors alone",
+    ("sngpt_jax/data/corpus.py", "importlib.import_module"): "optional packages: their names are in the source",
+    ("sngpt_jax/export/bundle.py", "code in a string"): "the exported program runs the source that is in its own file",
+    ("kernels/cayley/api.py", "importlib.import_module"): "a backend that is imported late: its name is in the source",
+    ("kernels/xsa/api.py", "importlib.import_module"): "the same",
+    ("kernels/programs.py", "importlib.import_module"): "of the operations that the source lists",
+    ("kernels/tune.py", "importlib.import_module"): "of the operations that the command line lists",
+}
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """Of every import, anywhere in a module: the module it names, the name it binds, and what that stands for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                yield alias.name, alias.asname or top, alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.module or "", alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """`a.b.c` as a text, with what `names` says of `a`; nothing of anything else."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    inner = dotted(node.value, names) if isinstance(node, ast.Attribute) else ""
+    return f"{inner}.{node.attr}" if inner and isinstance(node, ast.Attribute) else ""
+
+
+def dangers(tree: ast.Module) -> Iterator[str]:
+    """What a module does, anywhere in it, that could run data."""
+    imports = list(imported(tree))
+    yield from (f"import {module}" for module, _, _ in imports if module.partition(".")[0] in MODULES)
+    names = {bound: target for _, bound, target in imports}
+    nodes = list(ast.walk(tree))
+    holders = (node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and node.body)
+    docstrings = {id(node.body[0].value) for node in holders if isinstance(node.body[0], ast.Expr)}
+    set_right = {  # functions that are called with the option that they need
+        id(call.func)
+        for call in nodes
+        if isinstance(call, ast.Call)
+        for word in call.keywords
+        if isinstance(word.value, ast.Constant) and OPTIONS.get(dotted(call.func, names)) == (word.arg, word.value.value)
+    }
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and TEXT.search(node.value):
+            if id(node) not in docstrings:
+                yield "code in a string"
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):  # called, or passed on
+            what = dotted(node, names)
+            if what in BUILTINS | CALLS or re.fullmatch(r"os\.(exec|spawn)\w+", what):
+                yield what
+            elif what in OPTIONS and id(node) not in set_right:
+                yield "{} without {}={}".format(what, *OPTIONS[what])
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg in ("shell", "allow_pickle", "trust_remote_code")
+            and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+        ):
+            yield f"{node.arg}="
+
+
+def test_no_module_runs_data():
+    assert len(SOURCES) > 100
+    found = {
+        (path.relative_to(ROOT).as_posix(), danger)
+        for path in SOURCES
+        for danger in dangers(ast.parse(path.read_text("utf-8")))
+    }
+    assert found == set(EXCEPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("source", "danger"),
+    [
+        ("import pickle", "import pickle"),
+        ("def f():\n    from dill import loads", "import dill"),
+        ("import joblib.externals as x", "import joblib.externals"),
+        ("import yaml\nyaml.load(x)", "import yaml"),
+        ("def f(x):\n    return eval(x)", "eval"),
+        ("run = exec", "exec"),
+        ("compile(x, '', 'exec')", "compile"),
+        ("__import__(x)", "__import__"),
+        ("import importlib as i\ni.import_module(x)", "importlib.import_module"),
+        ("from importlib import import_module as m\nm(x)", "importlib.import_module"),
+        ("import numpy\nnumpy.load(x)", "numpy.load without allow_pickle=False"),
+        ("import numpy as np\nnp.load(x, allow_pickle=True)", "numpy.load without allow_pickle=False"),
+        ("from numpy import load\nload(x)", "numpy.load without allow_pickle=False"),
+        ("import numpy as np\nf = np.load", "numpy.load without allow_pickle=False"),
+        ("import torch\ntorch.load(x)", "torch.load without weights_only=True"),
+        ("import torch\ntorch.load(x, weights_only=safe)", "torch.load without weights_only=True"),
+        ("g(x, allow_pickle=p)", "allow_pickle="),
+        ("import subprocess\nsubprocess.run(x, shell=True)", "shell="),
+        ("import os\nos.system(x)", "os.system"),
+        ("from os import execvp\nexecvp(x, y)", "os.execvp"),
+        ("import tempfile\ntempfile.mktemp()", "tempfile.mktemp"),
+        ("load_dataset(x, trust_remote_code=True)", "trust_remote_code="),
+        ("x = 'exec(y)'", "code in a string"),
+    ],
+)
+def test_what_the_search_finds(source, danger):
+    assert danger in dangers(ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import re\nre.compile(x)",
+        "lowered.compile(compiler_options=x)",
+        "import numpy as np\nnp.load(x, allow_pickle=False)",
+        "import torch\ntorch.load(x, weights_only=True)",
+        "import subprocess\nsubprocess.run([x], shell=False)",
+        "import importlib.util\nimportlib.util.find_spec(x)",
+        '"""Never calls eval(x)."""',
+    ],
+)
+def test_what_the_search_leaves(source):
+    assert not list(dangers(ast.parse(source)))
+
+
+# ---------------------------------------------------------------------------------------------- seen while files are read
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    return {kind.name: kind for kind in fuzz.make_formats(tmp_path_factory.mktemp("formats"))}
+
+
+class Refused:
+    """In place of pickle's functions; a class, since libraries derive from some of them."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        raise AssertionError("something is unpickled")
+
+
+def test_no_reader_unpickles(formats, monkeypatch):
+    """Data, runs, checkpoints through orbax, tokenizers, artifacts, npz and safetensors."""
+    for module in (pickle, _pickle):
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(module, name, Refused)
+    with pytest.raises(AssertionError, match="is unpickled"):
+        pickle.loads(b"N.")
+    for kind in formats.values():
+        kind.read()
+
+
+POISON = """
+import sys, pickle, _pickle, runpy
+class Refused:
+    def __init__(self, *arguments, **options):
+        raise AssertionError("something is unpickled")
+for module in (pickle, _pickle):
+    for name in ("load", "loads", "Unpickler"):
+        setattr(module, name, Refused)
+def watch(event, arguments):
+    if event == "pickle.find_class":
+        raise AssertionError("something is unpickled")
+sys.addaudithook(watch)
+target, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = target
+getattr(runpy, "run_path" if target.endswith(("pyz", "py")) else "run_module")(target, run_name="__main__")
+"""
+
+
+def poisoned(target: object, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", POISON, str(target), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_no_command_unpickles(tiny_trained, tmp_path):
+    """A run and an artifact are scored, sampled from and exported, and the exported program runs, where nothing can be."""
+    model, data = tmp_path / "model.sngpt", tiny_trained.parent / "data"
+    evil = tmp_path / "evil.py"
+    evil.write_text("import pickle; pickle.loads(pickle.dumps(print))")
+    assert "something is unpickled" in poisoned(evil).stderr
+    for target, *arguments in [
+        ("sngpt_jax.evaluate", "--run", tiny_trained, "--data", data),
+        ("sngpt_jax.export", "--run", tiny_trained, "--out", model, "--data", data, "--tokens", 2048),
+        ("sngpt_jax.evaluate", "--artifact", model, "--data", data),
+        ("sngpt_jax.sample", "--artifact", model, "--prompt", "a", "--max-tokens", 4),
+        (model.with_suffix(".pyz"), model, "--data", data, "--tokens", 2048),
+    ]:
+        done = poisoned(target, *arguments)
+        assert done.returncode == 0, (target, done.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- names in files
+
+
+OUTSIDE = ["../x", "/etc/hostname", "a/../../x", "..\\x", "C:\\x", "a\0b", "", ".", "..", "a/b/../../../x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("kind", ["manifest.json", "progress.json", "checkpoint record", "published manifest"])
+def test_names_in_files_stay_in_their_folder(kind, name, formats, monkeypatch):
+    """Nothing outside is so much as looked for."""
+    if kind == "published manifest":
+        with pytest.raises(UserError, match="names"):
+            download_named(name, monkeypatch)
+        return
+    target = formats[kind].target
+    whole = target.read_text()
+    values = json.loads(whole)
+    if kind == "checkpoint record":
+        values["record"]["files"] = {name: "0" * 64}
+        values["sha256"] = hashlib.sha256(json.dumps(values["record"], sort_keys=True).encode()).hexdigest()
+    else:
+        holder = values if kind == "manifest.json" else values["train"]
+        holder["train" if kind == "manifest.json" else "shards"][0]["name"] = name
+    target.write_text(json.dumps(values))
+    try:
+        with pytest.raises(UserError, match="names the file|expected a plain file name"):
+            formats[kind].read()
+    finally:
+        target.write_text(whole)
+
+
+def download_named(name, monkeypatch):
+    """As if the published data set's manifest named its tokenizer so."""
+    hub = types.SimpleNamespace(hf_hub_download=lambda *arguments, **options: __file__)
+    monkeypatch.setattr(corpus, "imported", lambda *arguments: hub)
+    monkeypatch.setattr(corpus, "_golf_entry", lambda *arguments: ("x", name, {"train": 1, "val": 1}))
+    with tempfile.TemporaryDirectory() as folder:
+        corpus.download_golf(Path(folder), vocab_size=1024, train_shards=1)
+
+
+@pytest.mark.parametrize("kind", ["shard", "tokenizer"])
+def test_a_link_in_a_folder_of_tokens_does_not_lead_out(kind, formats, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(formats["manifest.json"].target.parent, folder)
+    name = "train_000000.bin" if kind == "shard" else "tokenizer.model"
+    assert open_dataset(folder, 320)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: a link that leads out of"):
+        open_dataset(folder, 320)
+    with pytest.raises(UserError, match=rf"{name}: a link that leads out of"):
+        verify(folder)
