@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from sngpt_jax import checkpoint, config_file, typed_json
+from sngpt_jax import checkpoint, config_file, environment, typed_json
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_json
 from sngpt_jax.data import manifest, shards, tokenizer
@@ -173,6 +173,11 @@ def of_runs(folder: Path) -> list[Format]:
     def read_run_metrics() -> None:
         assert all(np.isfinite(record["step"]) for record in read_metrics(metrics))
 
+    environment.path(run).write_text("".join(json.dumps(environment.environment(step)) + "\n" for step in (0, 10)))
+
+    def read_starts() -> None:
+        assert all(isinstance(start, dict) for start in environment.read(run))
+
     checkpoints, state = run / "checkpoints", {"params": {"w": jax.numpy.arange(6.0)}}
     position = Position(elapsed_seconds=2.5, first=Validation(0, 6.0, 3.0, 99), averages={"ema": 1.5}, data={"step": 3})
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -189,6 +194,7 @@ def of_runs(folder: Path) -> list[Format]:
         Format("config.json", config, read_config, mutations.of_json),
         Format("summary.json", run / "summary.json", read_run_summary, mutations.of_json),
         Format("metrics.jsonl", metrics, read_run_metrics, of_lines),
+        Format("environment.jsonl", environment.path(run), read_starts, of_lines),
         Format("checkpoint record", checkpoints / "00000003.json", read_record, of_record, per=4),
     ]
 

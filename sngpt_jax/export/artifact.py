@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from sngpt_jax import untrusted
 from sngpt_jax.export import codecs, packing
 from sngpt_jax.export.header import ArtifactError, Codes, Floats, Grid, Storage, Table, Tensor, as_json, explained, parse
 from sngpt_jax.export.quantize import Quantized, Stored
@@ -32,6 +33,7 @@ from sngpt_jax.export.quantize import Quantized, Stored
 MAGIC = b"\x89SNG\r\n\x1a\n"
 VERSION = 1
 MEMORY_LIMIT, MEMORY_RATIO = 8 * 2**30, 48  # bytes that decoding may take, or times the file's size where that is more
+FILE_LIMIT = 2**40
 HEADER_LIMIT = 4 * 2**20  # bytes of JSON; a hundred tensors take about 15,000
 
 HEAD = struct.Struct("<8sIIQ")
@@ -138,13 +140,9 @@ def _encode_floats(stream: Floats, tensors: Mapping[str, Stored], storage: Stora
 
 def read(path: Path, memory_limit: int | None = None) -> Artifact:
     """The artifact in the file `path`; raises `ArtifactError`, one line that begins with the path."""
+    data = untrusted.read_bytes(path, FILE_LIMIT if memory_limit is None else memory_limit, ArtifactError)
     try:
-        size = path.stat().st_size
-        if memory_limit is not None and size > memory_limit:
-            raise ArtifactError(f"{size:,} bytes, above the limit of {memory_limit:,} bytes of memory")
-        return decode(path.read_bytes(), memory_limit)
-    except OSError as problem:
-        raise ArtifactError(f"{path}: cannot be read: {problem.strerror}") from None
+        return decode(data, memory_limit)
     except ArtifactError as problem:
         raise ArtifactError(f"{path}: {problem}") from None
 

@@ -231,7 +231,7 @@ def refused(data, message, **limits):
         ({"tensors__0__shape": [16, 0]}, "expected at most 16 axes, each 1 to 2"),
         ({"tensors__0__shape": [16, -24]}, "expected at most 16 axes"),
         ({"tensors__0__shape": [2**62, 2**62]}, "expected at most 16 axes"),
-        ({"tensors__0__shape": [10**4000, 1]}, "expected at most 16 axes"),
+        ({"tensors__0__shape": [2**63 - 1, 1]}, "expected at most 16 axes"),
         ({"tensors__5__shape": [1] * 17}, "expected at most 16 axes"),
         ({"tensors__0__shape": [16.0, 24]}, "expected int, found 16.0"),
         ({"tensors__0__shape": [True, 24]}, "expected int, found True"),
@@ -244,15 +244,16 @@ def refused(data, message, **limits):
         ({"tensors__0__grid": None}, "kind grid without a grid"),
         ({"tensors__0__grid__bits": 1}, "expected 2 to 8 bits, found 1"),
         ({"tensors__0__grid__bits": 9}, "expected 2 to 8 bits, found 9"),
-        ({"tensors__0__grid__bits": 10**4000}, "expected 2 to 8 bits"),
+        ({"tensors__0__grid__bits": 10**4000}, "not an integer of 64 bits"),
         ({"tensors__0__grid__bits": True}, "expected int, found True"),
         ({"tensors__0__grid__q_min": -14}, "expected codes of 5 bits from -15 or -16 on, found -14"),
         ({"tensors__0__grid__transposed": 1}, "expected bool, found 1"),
         ({"tensors__0__grid__length": -1}, "do not fill the payload"),
-        ({"tensors__0__grid__length": 10**4000}, "do not fill the payload"),
+        ({"tensors__0__grid__length": 2**63 - 1}, "do not fill the payload"),
         ({"tensors__0__grid__offset": 0}, "unknown key 'offset'"),
         ({"scales": 0}, "do not fill the payload"),
-        ({"float32": 2**64}, "do not fill the payload"),
+        ({"float32": 2**63 - 1}, "do not fill the payload"),
+        ({"float32": 2**63}, "not an integer of 64 bits"),
         ({"storage__level": 0}, "level 0 of rans, expected 1 to 22"),
         ({"storage__level": 23}, "level 23 of rans"),
         ({"storage__codec": "zip"}, "expected one of rans, zstd, lzma"),
@@ -281,13 +282,13 @@ def test_streams_lie_end_to_end():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"step":7', '"step":7,"step":7'), "not as this program writes it"),
+        (lambda text: text.replace('"step":7', '"step":7,"step":7'), "the key 'step' is given twice"),
         (lambda text: text.replace('"step":7', '"step": 7'), "not as this program writes it"),
-        (lambda text: text.replace('"step":7', '"step":NaN'), "not JSON compliant"),
-        (lambda text: text.replace('"step":7', '"step":1e999'), "not JSON compliant"),
-        (lambda text: text.replace('"step":7', '"step":' + "1" * 5000), "digit"),
+        (lambda text: text.replace('"step":7', '"step":NaN'), "NaN is no number"),
+        (lambda text: text.replace('"step":7', '"step":1e999'), "too large a number"),
+        (lambda text: text.replace('"step":7', '"step":' + "1" * 5000), "not an integer of 64 bits"),
         (lambda text: text.replace('"step":7', '"step":' + "[" * 100_000 + "]" * 100_000), "levels deep"),
-        (lambda text: text.replace("tiny", "tïny"), "ascii"),
+        (lambda text: text.replace("tiny", "tïny"), "not as this program writes it"),
         (lambda text: text[:-1], "header: "),
         (lambda text: "", "header: "),
         (lambda text: "[]", "expected an object of metadata and table"),
@@ -353,7 +354,7 @@ def test_the_memory_of_headers_and_of_many_small_tensors_is_bounded_too():
 def test_a_file_above_the_limit_is_not_read(tmp_path):
     path = tmp_path / "large"
     path.write_bytes(bytes(2000))
-    with pytest.raises(ArtifactError, match=f"{path}: 2,000 bytes, above the limit of 1,999 bytes of memory"):
+    with pytest.raises(ArtifactError, match=f"{path}: 2,000 bytes; no file of its kind has more than 1,999"):
         read(path, memory_limit=1999)
 
 
