@@ -1,1 +1,5 @@
 """Operations for accelerators. Imports jax and numpy, never sngpt_jax."""
+
+from kernels import commands
+
+commands.expect_interrupts()

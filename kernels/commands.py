@@ -6,17 +6,22 @@ is a bug and shows its traceback.
 """
 
 import codecs
+import errno
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 EXIT_USER_ERROR = 2
 EXIT_SIGINT = 130
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, this user's share of it, or the largest file that is allowed
 
 
 _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||----++++++++x<u-", strict=True)) | {"…": "...", "▁": "_"}
@@ -26,6 +31,25 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what was wrong, where, and what to do."""
 
 
+def _end_quietly(number: int, frame: FrameType | None) -> None:
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(EXIT_SIGINT)
+
+
+def expect_interrupts() -> None:
+    """Until `run` begins, Ctrl-C ends the process with a word instead of a traceback.
+
+    To be called as a package is imported: nothing where that is not by `python -m`, whose modules take seconds to import.
+    """
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_quietly)
+
+
+def drop_output() -> None:
+    """Sends stdout, what waits to be written included, nowhere from here on: it cannot be written any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status; `UserError` is one line and status 2."""
     codecs.register_error("plain", _in_plain_characters)
@@ -33,6 +57,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="plain")
     try:
+        if signal.getsignal(signal.SIGINT) is _end_quietly:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
@@ -42,8 +68,15 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         print("interrupted", file=sys.stderr)
         status = EXIT_SIGINT
     except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours, and nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         status = 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        drop_output()
+        where = error.filename or "stdout, or a file,"
+        print(f"error: {where} cannot be written: {error.strerror}; free space and start again", file=sys.stderr)
+        status = EXIT_USER_ERROR
     sys.exit(status)
 
 

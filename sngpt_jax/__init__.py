@@ -3,4 +3,6 @@
 Importing this package imports nothing heavy; data preparation and the configuration run without jax.
 """
 
+import kernels  # noqa: F401 - it prepares a command for Ctrl-C, before anything heavy is imported
+
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from kernels.commands import (
     UserError,
     check_json,
     check_writable,
+    drop_output,
     write_bytes_atomic,
     write_json,
     write_text_atomic,
@@ -23,6 +24,7 @@ __all__ = [
     "EXIT_LOST",
     "EXIT_NON_FINITE",
     "EXIT_OVER_LIMIT",
+    "EXIT_SIGHUP",
     "EXIT_SIGINT",
     "EXIT_SIGTERM",
     "EXIT_USER_ERROR",
@@ -30,6 +32,7 @@ __all__ = [
     "check_json",
     "check_writable",
     "command",
+    "drop_output",
     "expand_json",
     "log_to_stderr",
     "run",
@@ -41,6 +44,7 @@ __all__ = [
 EXIT_NON_FINITE = 3
 EXIT_OVER_LIMIT = 4
 EXIT_LOST = 5  # another process of the same job is gone
+EXIT_SIGHUP = 129
 EXIT_SIGTERM = 143
 
 

@@ -1,5 +1,6 @@
 """What a person sees of a run on the console: one line a step, a live one on a terminal, plain ones otherwise."""
 
+import logging
 import sys
 import textwrap
 import time
@@ -14,8 +15,11 @@ import rich.table
 import rich.text
 
 from sngpt_jax import processes, terminal
+from sngpt_jax.cli import drop_output
 from sngpt_jax.metrics import Record
 from sngpt_jax.terminal import BAR_WIDTH, Progress, Report, Rows, TerminalConsole, format_duration
+
+logger = logging.getLogger("sngpt_jax")
 
 WIDTH = 120  # columns that no line passes where there is no terminal
 
@@ -162,8 +166,16 @@ class Console:
         if processes.index() == 0 and not self.quiet:
             if not self._rich.has_cursor:
                 text = "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in text.split("\n"))
-            self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
-            self._rich.file.flush()
+            try:
+                self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
+                self._rich.file.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:  # a full disk, a terminal that was closed: no reason to lose a run
+                if self._rich.file is not sys.stdout:
+                    raise
+                drop_output()
+                logger.warning(f"stdout: cannot be written: {error.strerror}; the run goes on without")
 
     def header(self, title: str, pairs: Iterable[tuple[str, str]]) -> None:
         """A title and a (name, value) a line: the quantities that a recipe comes to."""

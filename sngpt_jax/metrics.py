@@ -5,10 +5,15 @@ A record is a flat mapping. `step` counts the optimizer steps done; `train_loss`
 itself where TensorBoard groups it.
 """
 
+import contextlib
 import json
+import logging
 import math
+import os
 import resource
+import socket
 import statistics
+import struct
 import sys
 import time
 from collections import deque
@@ -16,11 +21,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from sngpt_jax import processes, typed_json, untrusted
 from sngpt_jax.cli import UserError, write_text_atomic
@@ -28,6 +34,8 @@ from sngpt_jax.cli import UserError, write_text_atomic
 Record = Mapping[str, float | int | str]
 
 MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps, each with its line
+
+logger = logging.getLogger("sngpt_jax")
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -71,6 +79,64 @@ def _tag(name: str) -> str:
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name.removeprefix('train_')}"
 
 
+class _Board:
+    """A TensorBoard event file, buffered. It only repeats metrics.jsonl, so a write that fails ends it with a warning.
+
+    tensorboardX's own writer hands events to a thread, which dies of a full disk with a traceback; the queue to it, once full,
+    then holds up the training for ever.
+    """
+
+    _FLUSH_SECONDS = 30.0
+
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        """Makes the file; TensorBoard drops earlier files' events from `purge_step` on. Raises `OSError`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file: BinaryIO | None = open(directory / name, "wb")  # noqa: SIM115 - closed by close()
+        self._flushed = time.monotonic()
+        self._append(Event(file_version="brain.Event:2"))
+        self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._append(Event(step=step, summary=Summary(value=values)))
+
+    def _append(self, event: Event) -> None:
+        if self._file is None:
+            return
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        try:  # TFRecord's frame
+            for piece in (length, _crc(length), content, _crc(content)):
+                self._file.write(piece)
+            if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning(f"{self._directory}: no longer written: {error.strerror}; metrics.jsonl has the same numbers")
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):  # what is buffered cannot be written either
+            if file is not None:
+                file.close()
+
+    def close(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.flush()
+                self._file.close()
+        except OSError as error:
+            self._give_up(error)
+
+
+def _crc(content: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(content))
+
+
 class MetricsWriter:
     """Appends records to a run's `metrics.jsonl` and draws the same numbers in its `tensorboard/`. Process 0 alone writes."""
 
@@ -78,7 +144,7 @@ class MetricsWriter:
         """Goes on after `resume_step`, or anew where it is None: later records, of steps that are done again, are dropped."""
         self._path = run_dir / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._board: SummaryWriter | None = None
+        self._board: _Board | None = None
         if processes.index():
             return
         last = -1 if resume_step is None else resume_step
@@ -86,13 +152,14 @@ class MetricsWriter:
         try:
             write_text_atomic(self._path, "".join(map(_line, kept)))
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            # A longer queue than the default of 10, which holds up the training loop whenever the writing thread is behind.
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1, max_queue=1000, flush_secs=30)
+            self._board = _Board(run_dir / "tensorboard", purge_step=last + 1)
         except OSError as error:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self._path}: metrics cannot be written: {error}; free or choose another --run-dir and resume")
+        return UserError(
+            f"{self._path}: metrics cannot be written: {error.strerror}; free space and start again: the run goes on"
+        )
 
     def write(self, record: Record) -> None:
         """Appends one record, which has a `step`, and flushes it. Raises `UserError` where the disk is full."""
@@ -104,14 +171,13 @@ class MetricsWriter:
         except OSError as error:
             raise self._unwritable(error) from None
         scalars = {_tag(name): v for name, v in record.items() if name != "step" and not isinstance(v, str)}
-        # One event for all: add_scalar, one by one, would cost the training loop ten times as much.
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        self._board.file_writer.add_summary(summary, record["step"])
+        self._board.write(int(record["step"]), scalars)
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._file is not None and self._board is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a record whose `write` has raised it
+                self._file.close()
             self._board.close()
 
     def __enter__(self) -> "MetricsWriter":

@@ -2,6 +2,7 @@
 
 config.json     the resolved configuration; replays the run
 tokenizer.*     the tokenizer that the model was trained with
+data.json       which tokens it takes
 metrics.jsonl   one object a line
 environment.jsonl  versions, devices and commit: a line at every start of the run
 checkpoints/    orbax checkpoints with their checksums
@@ -13,6 +14,7 @@ summary.json    written when the run has finished
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import secrets
@@ -28,6 +30,7 @@ from sngpt_jax import checkpoint, config_file, processes, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
 from sngpt_jax.data.manifest import file_sha256
+from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.runtime import use_compilation_cache
@@ -105,6 +108,8 @@ def _lock(run_dir: Path) -> Iterator[None]:
             raise UserError(f"{run_dir}: another process is training in it; wait for it or choose another --run-dir") from None
         except OSError as error:  # a file system without locks
             raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
+        for leftover in run_dir.glob("*.tmp-*"):  # of a killed run: the lock is ours
+            leftover.unlink()
         yield
 
 
@@ -141,7 +146,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another --run-dir") from None
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; mend that or choose another --run-dir") from None
 
 
 def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
@@ -158,6 +163,28 @@ def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
             write_bytes_atomic(kept, tokenizer.path.read_bytes())
         if not config_path(run_dir).exists():
             write_text_atomic(config_path(run_dir), to_json(config))
+
+
+def keep_data(run_dir: Path, data: Dataset) -> None:
+    """Notes in a claimed directory which tokens the run takes, or finds the same noted there.
+
+    Raises `UserError` where it began with others: prepared from another text since, say. What stands in the shards is compared
+    by the manifest's checksums, whether or not the shards themselves are read back.
+    """
+    shards = (*data.manifest.train, *data.manifest.val) if data.manifest else ()
+    names = [(shard.path.name, len(shard.tokens)) for shard in (*data.train.shards, *data.val.shards)]
+    listed = json.dumps([names, [shard.sha256 for shard in shards]]).encode()
+    found = {"train_tokens": len(data.train), "val_tokens": len(data.val), "sha256": hashlib.sha256(listed).hexdigest()}
+    path = run_dir / "data.json"
+    if not path.exists():
+        with _writing(run_dir):
+            write_text_atomic(path, json.dumps(found, indent=2) + "\n")
+    elif (noted := typed_json.read(path, UserError)) != found:
+        counts = [f"{v['train_tokens']:,} training and {v['val_tokens']:,} validation tokens" for v in (noted, found)]
+        raise UserError(
+            f"{data.directory}: not the data that the run in {run_dir} began with ({counts[0]} then, {counts[1]} now);"
+            " put them back, or choose another --run-dir"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +216,8 @@ def read_summary(run_dir: Path) -> Summary | None:
 
 def write_summary(run_dir: Path, summary: Summary) -> None:
     """Writes `summary` as JSON, atomically."""
-    write_text_atomic(summary_path(run_dir), json.dumps(asdict(summary), indent=2) + "\n")
+    with _writing(run_dir):
+        write_text_atomic(summary_path(run_dir), json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None) -> TrainedModel:

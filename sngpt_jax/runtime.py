@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 
 import jax
 
-from sngpt_jax.cli import EXIT_SIGINT, EXIT_SIGTERM
+from sngpt_jax.cli import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM
 
 
 class Stopwatch:
@@ -40,11 +40,15 @@ class Stopwatch:
             self._paused_at = None
 
 
-EXIT_STATUS: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}  # by a signal's number
+# by a signal's number; SIGHUP says that the terminal has been closed
+EXIT_STATUS: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM, signal.SIGHUP: EXIT_SIGHUP}
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted instead of killing, so that a step can end; a second one kills."""
+    """While entered, a first SIGINT, SIGTERM or SIGHUP is noted instead of killing, so that a step can end; a second one kills.
+
+    One that the process was started to ignore, as by nohup, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -53,7 +57,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        print(f"{self.received.name}: stopping and saving; a second one ends at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"{self.received.name}: stopping and saving; a second one ends at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -61,7 +66,8 @@ class StopSignals:
         self._before = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in map(signal.Signals, EXIT_STATUS)}
+        heeded = [number for number in map(signal.Signals, EXIT_STATUS) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -103,6 +103,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
             environment.record(directory, done)
+            run_directory.keep_data(directory, data)
         if restored:
             console.print(f"resuming after step {done:,}")
 

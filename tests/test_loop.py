@@ -167,7 +167,7 @@ def test_the_first_validation_of_imported_weights_is_not_the_untrained_models(ru
     validate(run, monkeypatch, 5.0, 3.0)
     assert run.position.first is None
     assert run.position.best_val_loss == 3.0
-    assert Position.from_json(dataclasses.asdict(run.position)) == run.position
+    assert Position.from_json(dataclasses.asdict(run.position), "here") == run.position
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

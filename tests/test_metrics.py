@@ -92,6 +92,27 @@ def test_an_unwritable_run_directory_is_a_user_error(tmp_path):
         MetricsWriter(tmp_path / "file", resume_step=None)
 
 
+def test_a_full_disk_ends_tensorboard_with_a_line_and_not_the_run(tmp_path, caplog):
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+        writer._board._file.close()
+        writer._board._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by the writer
+        for step in range(3000):  # more than any queue or buffer takes
+            writer.write({"step": step, "train_loss": 1.0})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(3000))
+    (said,) = caplog.messages
+    assert said == f"{tmp_path}/tensorboard: no longer written: No space left on device; metrics.jsonl has the same numbers"
+
+
+def test_a_record_that_cannot_be_written_is_a_user_error_and_nothing_follows_it(tmp_path):
+    with (
+        pytest.raises(UserError, match="metrics cannot be written: .*No space left"),
+        MetricsWriter(tmp_path, resume_step=None) as w,
+    ):
+        w._file.close()
+        w._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
+        w.write({"step": 1})
+
+
 def read_events(run_dir) -> list[Event]:
     """TFRecord framing by hand: length u64, its checksum u32, the bytes, their checksum u32."""
     events = []

@@ -10,6 +10,7 @@ from sngpt_jax import processes, run_directory
 from sngpt_jax.checkpoint import Checkpointer
 from sngpt_jax.cli import UserError
 from sngpt_jax.config import Config
+from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.optim.averaging import update_swa
 from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
@@ -72,9 +73,28 @@ def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny
         pass
 
 
+def test_other_data_than_the_run_began_with_are_refused(tmp_path, tiny_recipe):
+    data = open_dataset(tiny_recipe.parent / "data", 320)
+    run_directory.keep_data(tmp_path, data)
+    run_directory.keep_data(tmp_path, data)
+    (shard, *rest) = data.manifest.train
+    changed = dataclasses.replace(data.manifest, train=(dataclasses.replace(shard, sha256="0" * 64), *rest))
+    with pytest.raises(UserError, match="not the data that the run in .* began with .* choose another --run-dir"):
+        run_directory.keep_data(tmp_path, dataclasses.replace(data, manifest=changed))
+    fewer = dataclasses.replace(data, train=data.val, manifest=None)
+    with pytest.raises(UserError, match=f"{len(data.train):,} training .* then, {len(data.val):,} training .* now"):
+        run_directory.keep_data(tmp_path, fewer)
+
+
+def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
+    (tmp_path / "summary.json.tmp-123").write_text("{")
+    with run_directory.claim(tmp_path, Config()):
+        assert not list(tmp_path.glob("*.tmp-*"))
+
+
 def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     (tmp_path / ".shared").mkdir()  # what a file cannot replace
-    refused = pytest.raises(UserError, match="cannot be written: .*; choose another --run-dir")
+    refused = pytest.raises(UserError, match="cannot be written: .*; mend that or choose another --run-dir")
     with refused, run_directory.claim(tmp_path, Config()):
         pass

@@ -28,7 +28,7 @@ def test_the_stopwatch_leaves_out_pauses():
     assert watch.seconds == pytest.approx(8.0)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_is_noted_and_the_second_kills(number, status):
     killed = []
     before = signal.signal(number, lambda *_: killed.append(number))
@@ -42,6 +42,17 @@ def test_the_first_signal_is_noted_and_the_second_kills(number, status):
             assert killed == [number]
     finally:
         signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_come_back():

@@ -93,7 +93,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, tiny_trained, tmp_path):
     assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_trained, tmp_path, number, status):
     process = start(tiny_recipe, tmp_path / "run")
     wait_for(process, tmp_path / "run" / "metrics.jsonl", "train_loss")

@@ -4,14 +4,17 @@ Beside the artifact are written the program that decodes and scores it, `model.p
 program's and the artifact's; the tokenizer is the data's.
 """
 
+import contextlib
+import fcntl
 import functools
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -102,14 +105,40 @@ def verify(path: Path, stored: Mapping[str, Stored]) -> None:
         raise RuntimeError(f"{path}: does not hold what was exported: {', '.join(differing)}")
 
 
+@contextlib.contextmanager
+def _hidden(folder: Path) -> Iterator[Path]:
+    """A new hidden folder in `folder`, which does not outlive the body; those that killed exports left behind go first."""
+    for leftover in folder.glob(".export-*"):
+        with _lock(leftover) as abandoned:
+            if abandoned:
+                shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name, _lock(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Holds the folder until the body or the process ends; whether nobody else did."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held; or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def publish(files: Mapping[str, bytes], folder: Path, stored: Mapping[str, Stored], data: Path | None, tokens: int) -> Any:
     """Puts artifact, program and tokenizer, in this order, into `folder`; returns what the program says of the artifact.
 
     They come there once the artifact is verified and the program has run: until then they lie in a hidden folder beside.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as hidden:
-            made = [Path(hidden) / name for name in files]
+        with _hidden(folder) as hidden:
+            made = [hidden / name for name in files]
             for path, content in zip(made, files.values(), strict=True):
                 cli.write_bytes_atomic(path, content)
             verify(made[0], stored)

@@ -185,6 +185,16 @@ def test_nothing_appears_before_the_program_has_run(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_export_left_is_deleted_and_one_at_work_is_not(tmp_path):
+    (tmp_path / ".export-killed").mkdir()
+    (tmp_path / ".export-killed" / "m.sngpt").write_bytes(b"half")
+    with export_command._hidden(tmp_path) as first:
+        assert list(tmp_path.iterdir()) == [first]
+        with export_command._hidden(tmp_path) as second:
+            assert set(tmp_path.iterdir()) == {first, second}
+    assert not list(tmp_path.iterdir())
+
+
 def test_gptq_reads_training_text_alone_and_lowers_the_gap(tiny_trained, tmp_path):
     options = ["--export.mlp-bits", "3", "--export.attention-bits", "3"]
     near, _ = export(tiny_trained, tmp_path / "near.sngpt", *options)
