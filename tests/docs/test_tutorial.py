@@ -1,66 +1,26 @@
 """docs/tutorial.md as a reader follows it: its commands in order, in an empty folder, and what its text says of the results.
 
-Blocks without a language are commands, `python` blocks begin with the name of the file to save, and `text` blocks are what is
-printed or needs another machine. `launch.sh` is a stand-in that runs the same module in this environment and shortens the
-training to 20 steps; all else is run as it stands.
+The training is shortened to 20 steps; all else is run as it stands.
 """
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests import tiny_run
+from tests.docs.followed import ROOT, follow
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 CAP = 16_000_000
-LAUNCH = """#!/bin/sh
-command=$1; shift
-case "$command" in
-prepare) module=data.prepare ;;
-train) module=train; set -- "$@" --train.steps 20 ;;
-*) module=$command ;;
-esac
-PYTHONPATH='{root}' exec '{python}' -m "sngpt_jax.$module" "$@"
-"""
-
-
-def blocks(page):
-    """(language, text) of every fenced block of a page."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def write_executable(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
     """The folder in which the page's blocks were followed, and what each command block printed on stdout."""
     folder = tmp_path_factory.mktemp("tutorial")
-    write_executable(folder / "launch.sh", LAUNCH.format(root=ROOT, python=sys.executable))
-    write_executable(folder / ".venv/bin/python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
-    env = {name: value for name, value in tiny_run.environment().items() if name != "PYTHONPATH"}
-    env |= {"HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
-    printed = []
-    for language, text in blocks(ROOT / "docs/tutorial.md"):
-        if language == "python":
-            name = re.match(r"# (\S+\.py)\n", text)[1]
-            (folder / name).write_text(text)
-        elif language == "":
-            done = subprocess.run(["bash", "-eu"], input=text, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            printed.append(done.stdout)
-    return folder, printed
+    return folder, follow(ROOT / "docs/tutorial.md", folder, ROOT, training="--train.steps 20")
 
 
 def test_the_artifact_is_below_the_cap_and_scores(followed):
