@@ -84,8 +84,8 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than its window."""
-        return int(self.ask("document.documentElement.scrollWidth - window.innerWidth"))
+        """Pixels by which the page is wider than its window; window.innerWidth would not do, which a phone lets grow."""
+        return int(self.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""

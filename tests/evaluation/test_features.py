@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from sngpt_jax.parallel import make_mesh
 from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import TrainedModel
 from sngpt_jax.step import init_params, init_statistics, join, losses, tapped_losses
+from tests.browser import DESKTOP, PHONE, needs_browser, opened
 
 CONFIG = ModelConfig(
     family="pre_norm",
@@ -221,29 +220,33 @@ def test_no_text_can_end_the_data_of_the_page(study):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium to open the page in")
+@needs_browser
 def test_a_browser_draws_the_page(study, tmp_path):
     hostile = "</script><b>&amp;"
     first, *others = study["features"]
     value = whole(study, features=[first | {"tokens": [first["tokens"][0] | {"text": hostile}]}, *others])
     (tmp_path / "page.html").write_text(page(value))
+    with opened(tmp_path / "profile") as browser:
 
-    def drawn(place):
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        url = f"file://{tmp_path}/page.html{place}"
-        return subprocess.run(
-            ["chromium", *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
-        ).stdout
+        def drawn(place, size=DESKTOP):
+            browser.open("about:blank")
+            browser.open(f"file://{tmp_path}/page.html{place}", size)
+            assert browser.problems == []
+            return browser.ask("document.documentElement.outerHTML")
 
-    overview = drawn("")
-    assert "<title>Features of runs/tiny</title>" in overview
-    assert overview.count("<svg") == 2 * 3
-    assert f"{len(study['features'])} of {len(study['features'])} features" in overview
-    feature = drawn(f"#L{first['layer']}/{first['level']}/{first['id']}")
-    assert f">Feature {first['id']}</span> of layer {first['layer']}, level {first['level']}" in feature
-    assert "&lt;/script&gt;&lt;b&gt;&amp;amp;</span>" in feature
-    assert feature.count('class="context"') == len(first["contexts"])
-    assert "is not among the features studied" in drawn("#L0/0/999999")
+        overview = drawn("")
+        assert "<title>Features of runs/tiny</title>" in overview
+        assert overview.count("<svg") == 2 * 3
+        assert f"{len(study['features'])} of {len(study['features'])} features" in overview
+        place = f"#L{first['layer']}/{first['level']}/{first['id']}"
+        feature = drawn(place)
+        assert f">Feature {first['id']}</span> of layer {first['layer']}, level {first['level']}" in feature
+        assert "&lt;/script&gt;&lt;b&gt;&amp;amp;</span>" in feature
+        assert feature.count('class="context"') == len(first["contexts"])
+        assert "is not among the features studied" in drawn("#L0/0/999999")
+        for where in ("", place):
+            drawn(where, PHONE)
+            assert browser.overflow() <= 0
 
 
 @pytest.mark.slow

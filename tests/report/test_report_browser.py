@@ -114,7 +114,7 @@ def test_runs_and_scales_can_be_chosen(browser, url):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_can_read_it(browser, url, theme):
     browser.open(url, PHONE, theme)
-    assert browser.ask("window.innerWidth") == 390
+    assert browser.ask("document.documentElement.clientWidth") == 390
     assert browser.overflow() <= 0
     assert browser.ask("[...document.querySelectorAll('.chart svg')].every((svg) => svg.getBoundingClientRect().right <= 390)")
     browser.ask("document.querySelector('#config details').open = true")
