@@ -53,7 +53,6 @@ config = Config(
         embed_bits=16,
         table_bits=8,
         late_key_layers=1,
-        passthrough_size=65_536,
         control_dtype="float16",
         codes="full",
         codec="zstd",

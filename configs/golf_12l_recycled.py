@@ -63,7 +63,6 @@ config = Config(
     export=ExportConfig(
         mlp_bits=5,
         attention_bits=5,
-        passthrough_size=65_536,
         control_dtype="float16",
         clip="search",
         table_clip="percentile",

@@ -50,7 +50,6 @@ config = Config(
     train=TrainConfig(steps=20_000, max_seconds=600.0, device_batch_tokens=98_304),
     eval=EvalConfig(every=1000),
     export=ExportConfig(
-        passthrough_size=65_536,
         codes="full",
         clip="percentile",
         table_clip="percentile",

@@ -35,6 +35,6 @@ config = Config(
         seq_len=256,
         shuffle=True,
     ),
-    train=TrainConfig(steps=400, device_batch_tokens=2048, checkpoint_every=100),
+    train=TrainConfig(steps=400, checkpoint_every=100),
     eval=EvalConfig(every=100, tokens=65_536, device_batch_tokens=4096, sample_prompt="def ", sample_tokens=120),
 )

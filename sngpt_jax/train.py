@@ -24,7 +24,7 @@ from sngpt_jax.cli import EXIT_NON_FINITE, UserError
 from sngpt_jax.cluster import ProcessArguments
 from sngpt_jax.config import Config, microbatches, profile_window
 from sngpt_jax.console import Console
-from sngpt_jax.data.loader import GlobalBatches, make_loader
+from sngpt_jax.data.loader import batches_of, make_loader
 from sngpt_jax.data.recipe import prepared_data
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.loop import NonFinite, Position, Run, Stopped
@@ -63,7 +63,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         data = prepared_data(config)
     if config.model.smear_mask_bos and data.tokenizer.bos_id != config.model.bos_id:
         raise UserError(f"model.bos_id = {config.model.bos_id}, but the tokenizer's is {data.tokenizer.bos_id}; set it to that")
-    batches = GlobalBatches(data.train, d.batch_tokens, d.seq_len, d.slices, t.seed if d.shuffle else None)
+    batches = batches_of(config, data.train)
     place = batch_placer(mesh, accumulation)
     processes.check_alike(
         {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, Stopwatch
@@ -122,4 +123,6 @@ def test_a_program_finds_the_memory_of_the_call_before():
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    assert page_faults("kept") < 1000 < 10_000 < page_faults("as jax does")
+    assert page_faults("kept") < 1000
+    if jax.__version_info__ < (0, 11):  # 0.12 finds it by itself
+        assert page_faults("as jax does") > 10_000

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, SupportsIndex, TypeVar
 import grain
 import numpy as np
 
+from sngpt_jax.config import Config
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import TokenStream
 
@@ -75,6 +76,12 @@ class GlobalBatches:
     @property
     def _epoch_slices(self) -> int:
         return len(self.stream) // (self.batch_tokens // self.slices + 1)
+
+
+def batches_of(config: Config, stream: TokenStream) -> GlobalBatches:
+    """The recipe's batches of `stream`."""
+    d = config.data
+    return GlobalBatches(stream, d.batch_tokens, d.seq_len, d.slices, config.train.seed if d.shuffle else None)
 
 
 class Loader(Iterator[T], Generic[T]):

@@ -20,14 +20,10 @@ logger = logging.getLogger("sngpt_jax")
 _GRACE = 5.0  # seconds that a preparation gets to end by itself after Ctrl-C
 
 
-def prepared_data(config: Config) -> Dataset:
-    """The recipe's data; prepared first where that has not been done (or not finished) and its source is on this machine.
-
-    Raises `UserError` where the source is on the network, where the preparation was killed, and where the folder holds data
-    that were prepared with other settings than the recipe's; `SystemExit` where the preparation failed or was told to stop.
-    """
-    d, directory = config.data, Path(config.data.dir)
-    spec = PrepareSpec(
+def spec_of(config: Config) -> PrepareSpec:
+    """What the recipe has prepared, and where to."""
+    d = config.data
+    return PrepareSpec(
         source=d.source,
         out=d.dir,
         tokenizer=d.tokenizer,
@@ -37,6 +33,15 @@ def prepared_data(config: Config) -> Dataset:
         vocab_size=config.model.vocab_size,
         normalization=d.normalization,
     )
+
+
+def prepared_data(config: Config) -> Dataset:
+    """The recipe's data; prepared first where that has not been done (or not finished) and its source is on this machine.
+
+    Raises `UserError` where the source is on the network, where the preparation was killed, and where the folder holds data
+    that were prepared with other settings than the recipe's; `SystemExit` where the preparation failed or was told to stop.
+    """
+    d, directory, spec = config.data, Path(config.data.dir), spec_of(config)
     if d.source and not _ready(directory):
         if d.source.startswith(("hub:", "golf")):
             raise UserError(

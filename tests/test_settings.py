@@ -1,0 +1,345 @@
+"""No setting is dead: every field of a configuration is read, and each that a recipe sets changes what the recipe does.
+
+For each field in which a recipe differs from the defaults, the recipe with that field alone set back is held against it: the
+traced program of its model's start and loss, the schedule's controls, the traced optimizer and step, the batches and the
+preparation, the loop's validations and checkpoints, the windows that are scored, what the export makes of weights.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax import loop
+from sngpt_jax.cli import UserError
+from sngpt_jax.config import Config, ExportConfig, ModelConfig, OptimConfig, TrainConfig, microbatches
+from sngpt_jax.data.loader import batches_of
+from sngpt_jax.data.recipe import spec_of
+from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from sngpt_jax.evaluation import health
+from sngpt_jax.export.fit import storage_of
+from sngpt_jax.export.pipeline import quantize_tensors
+from sngpt_jax.export.quantize import Quantized
+from sngpt_jax.optim.groups import groups, make_optimizer
+from sngpt_jax.optim.schedules import StepControls, step_controls
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.policy import Policy, policy_of
+from sngpt_jax.recipe import load
+from sngpt_jax.sample import generate
+from sngpt_jax.step import abstract_state, init_params, init_statistics, join, losses, make_train_step
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+DEFAULTS = Config()
+
+# Read where this file does not look
+SEEN_ELSEWHERE = {
+    "eval.weights": "tests/test_run_directory.py loads the weights that it names",
+    "eval.sample_prompt": "printed at the end of a run; .ci/quickstart looks for it",
+    "eval.sample_tokens": "the same",
+}
+
+
+def fields() -> Iterator[tuple[str, str]]:
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(getattr(DEFAULTS, section.name)):
+            yield section.name, field.name
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def own_fields(config: Config) -> Iterator[tuple[str, str, Config]]:
+    """Section and name of each field that is not at its default, and the configuration with it there."""
+    for section, name in fields():
+        default = getattr(getattr(DEFAULTS, section), name)
+        if getattr(getattr(config, section), name) != default:
+            yield section, name, changed(config, section, **{name: default})
+
+
+# ---------------------------------------------------------------------------------------------- every field is read
+
+
+def read_names(path: Path) -> Iterator[str]:
+    """Attributes that a module reads, as patterns: `.name`, and what `getattr` makes of a text with holes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield re.escape(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
+            parts = node.args[1].values
+            yield "".join(re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in parts)
+
+
+def test_every_field_is_read():
+    """Outside of the checks. config.py counts for what it derives of fields: head_dim, cayley_levels, profile_window."""
+    modules = [path for path in (ROOT / "sngpt_jax").rglob("*.py") if path.name != "checks.py"]
+    patterns = {pattern for path in modules for pattern in read_names(path)}
+    assert [f"{section}.{name}" for section, name in fields() if not any(re.fullmatch(p, name) for p in patterns)] == []
+
+
+# ---------------------------------------------------------------------------------------------- what can be observed
+
+
+def digest(value: Any) -> str:
+    """Of an array's dtype, shape and bytes."""
+    array = np.asarray(value)
+    return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+
+
+def as_text(jaxpr: jax.extend.core.ClosedJaxpr) -> str:
+    """A traced program, with what stands for its constants, and no addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", "\n".join([str(jaxpr), *map(digest, jaxpr.consts)]))
+
+
+@functools.cache
+def model_program(model: ModelConfig, B: int, T: int) -> str:
+    """A model's start and the losses [B, T] of it."""
+
+    def start_and_losses(key: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return losses(model)(join(init_params(model, key), init_statistics(model)), tokens_BT, tokens_BT)
+
+    return as_text(jax.make_jaxpr(start_and_losses)(jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32)))
+
+
+def shallow_program(config: Config, *, coded: bool) -> str:
+    """Of a model of two layers, or three where the depth is the default, with what belongs to layers on one of them.
+
+    In its training's shape, since chunks of logits and stretched positions depend on that.
+    """
+    m, T = config.model, config.data.seq_len
+    small = dataclasses.replace(
+        m,
+        num_layers=3 if m.num_layers == DEFAULTS.model.num_layers else 2,
+        xsa_layers=min(m.xsa_layers, 1),
+        value_embed_layers=(1,) if m.value_embed_layers else (),
+        recycle_layers=(0,) if m.recycle_layers else (),
+        levels=m.levels if coded else "",
+    )
+    return model_program(small, config.train.device_batch_tokens // T, T)
+
+
+def longest_sample(config: Config) -> None:
+    """Raises what says how long a text can be."""
+    tokenizer = SimpleNamespace(encode=lambda text: [1], bos_id=1)
+    generate(config.model, {}, None, tokenizer, "", seq_len=config.data.seq_len, max_tokens=10**9)
+
+
+def shapes(sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A tree of abstract float32 arrays from their paths."""
+    tree: dict[str, Any] = {}
+    for path, shape in sizes.items():
+        *folders, leaf = path.split("/")
+        node = functools.reduce(lambda node, folder: node.setdefault(folder, {}), folders, tree)
+        node[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return tree
+
+
+# One or two parameters of every group, for the optimizer and for the export
+PARAMETERS = {
+    "embed/table": (16, 8),
+    "bigram/table": (16, 4),
+    "bigram/proj": (4, 8),
+    "blocks/0/mlp/up": (8, 16),
+    "blocks/0/attn/key": (8, 8),
+    "blocks/0/attn_scale": (8,),
+}
+
+
+@functools.cache
+def optimizer_program(optim: OptimConfig) -> str:
+    params = shapes(PARAMETERS)
+    optimizer = make_optimizer(optim, params)
+    update = functools.partial(optimizer.update, lr_multiplier=0.5, adam_lr_multiplier=0.25)
+    return as_text(jax.make_jaxpr(update)(params, jax.eval_shape(optimizer.init, params), params))
+
+
+@functools.cache
+def controls(optim: OptimConfig, train: TrainConfig) -> list[StepControls]:
+    """Of every seventh step and all snapshots, on a machine that grows slower and ends with the clock where there is one."""
+    total = train.max_seconds or 1000.0
+    steps = sorted({*range(0, train.steps, 7), *range(optim.swa_every - 1, train.steps, optim.swa_every or train.steps)} - {-1})
+    return [step_controls(optim, train, step, total * (step / train.steps) ** 1.1) for step in steps]
+
+
+@functools.cache
+def step_program(optim: OptimConfig, train: TrainConfig) -> str:
+    """A training step of a model as small as they come."""
+    model = ModelConfig(vocab_size=8, num_layers=1, d_model=4, num_heads=1, num_kv_heads=1, mlp_dim=4, max_seq_len=4)
+    config = changed(Config(model=model, optim=optim, train=train), "data", batch_tokens=8, seq_len=4, slices=1)
+    mesh = make_mesh(jax.devices()[:1])
+    batch = {name: jax.ShapeDtypeStruct((1, 2, 4), jnp.int32) for name in ("inputs", "targets")}
+    flags = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(True))
+    return as_text(make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, flags).jaxpr)
+
+
+@functools.cache
+def stream() -> TokenStream:
+    tokens = np.random.default_rng(0).integers(0, 2**16, 2**21).astype(np.uint16)
+    return TokenStream((Shard(Path("0.bin"), tokens, NO_EXTRA),), 2**16)
+
+
+def batch(config: Config) -> dict[str, str]:
+    return {name: digest(array) for name, array in batches_of(config, stream())[3].items()}
+
+
+class LoopAlone(loop.Run):
+    """A run that notes when it validates and saves, and has nothing else to do."""
+
+    def __post_init__(self) -> None:
+        self.events: list[tuple[int, bool, bool]] = []
+        self.eval_step = self.token_bytes = None
+
+    def seconds(self) -> float:
+        return 0.125 * self.done
+
+    def step(self, seconds: float) -> None:
+        self.done += 1
+
+    def stoppable(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+    def aside(self, validating: bool, saving: bool) -> None:
+        self.events.append((self.done, validating, saving))
+
+
+def loop_of(config: Config) -> LoopAlone:
+    """Its first 2,500 steps at most."""
+    given = {field.name: SimpleNamespace(start=lambda step: None, flush=lambda: None) for field in dataclasses.fields(loop.Run)}
+    config = changed(config, "train", steps=min(config.train.steps, 2500))
+    data = SimpleNamespace(val=range(10**8))
+    run = LoopAlone(**given | {"config": config, "data": data, "mesh": make_mesh(), "done": 0, "sent": None})
+    run.state = SimpleNamespace(variables=lambda: None)
+    return run
+
+
+def scored(config: Config) -> dict[str, Any]:
+    """What the loop asks a validation for."""
+    asked: dict[str, Any] = {}
+
+    def score_stream(*arguments: Any, **named: Any) -> None:
+        asked.update(windows=arguments[-1], tokens=named["device_batch_tokens"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "score_stream", score_stream)
+        loop_of(config).score({})
+    return asked
+
+
+def measured(config: Config) -> str:
+    """What the health of the codes is measured on."""
+
+    class Asked(Exception):
+        pass
+
+    def window_batches(*arguments: Any) -> None:
+        raise Asked(str(arguments))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked) as asked:
+        patch.setattr(health, "window_batches", window_batches)
+        health.score_health(config, {}, None, range(10**8), make_mesh(), step=1)
+    return str(asked.value)
+
+
+def events(config: Config) -> list[tuple[int, bool, bool]]:
+    run = loop_of(config)
+    run.loop()
+    return run.events
+
+
+@functools.cache
+def exported(export: ExportConfig) -> dict[str, str]:
+    """What becomes of weights, some of whose rows are small and some large."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in PARAMETERS.items():
+        columns = 48 if name == "bigram/proj" else 1200  # one of fewer than passthrough_size weights
+        rows = np.exp(3 * rng.normal(size=(64, 1)))
+        tensors[name] = (rows[:, 0] if len(shape) == 1 else rows * rng.standard_t(3, size=(64, columns))).astype(np.float32)
+    stored = quantize_tensors(tensors, dataclasses.replace(DEFAULTS, export=export))
+    return {name: repr(jax.tree.map(digest, vars(x) if isinstance(x, Quantized) else x)) for name, x in stored.items()}
+
+
+@functools.cache
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    tree = jax.eval_shape(lambda: init_params(dataclasses.replace(model, levels=""), jax.random.key(0)))
+    return {"/".join(str(k.key) for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def policies(config: Config) -> list[Policy]:
+    return [policy_of(path, shape, config) for path, shape in parameter_shapes(config.model).items()]
+
+
+# Of each section, the cheapest first: those after the first that sees a difference are not asked
+OBSERVERS: dict[str, list[Callable[[Config], object]]] = {
+    "model": [functools.partial(shallow_program, coded=False), functools.partial(shallow_program, coded=True), longest_sample],
+    "optim": [
+        lambda config: groups(config.optim),
+        lambda config: controls(config.optim, config.train),
+        lambda config: optimizer_program(config.optim),
+        lambda config: step_program(config.optim, TrainConfig()),
+    ],
+    "data": [spec_of, batch],
+    "train": [
+        lambda config: controls(config.optim, config.train),
+        lambda config: [
+            microbatches(config.data.batch_tokens, config.train.device_batch_tokens, config.data.seq_len, n) for n in (1, 8)
+        ],
+        lambda config: make_mesh(fsdp=config.train.fsdp).shape,
+        events,
+    ],
+    "eval": [scored, events, measured],
+    "export": [lambda config: storage_of(config.export), policies, lambda config: exported(config.export)],
+}
+
+
+def outcome(observe: Callable[[Config], object], config: Config) -> object:
+    """What is observed, or how the configuration is refused."""
+    try:
+        return observe(config)
+    except (ValueError, UserError) as error:
+        return str(error)
+
+
+def differ(section: str, config: Config, other: Config) -> bool:
+    """Whether what a section decides is different."""
+    return any(outcome(observe, config) != outcome(observe, other) for observe in OBSERVERS[section])
+
+
+# ---------------------------------------------------------------------------------------------- every field changes something
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_sets_changes_something(recipe):
+    config = load(recipe)
+    own = [
+        (section, name, without) for section, name, without in own_fields(config) if f"{section}.{name}" not in SEEN_ELSEWHERE
+    ]
+    assert [f"{section}.{name}" for section, name, without in own if not differ(section, config, without)] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"bos_id": 7}),  # without smear_mask_bos
+        ("optim", {"swa_below": 0.25}),  # without snapshots
+        ("data", {"val_docs": 40}),  # as it is
+        ("train", {"keep_checkpoints": 7}),  # nothing here looks at it
+        ("eval", {"sample_tokens": 7}),  # nor at that
+        ("export", {"clip_percentile": 99.0}),  # with another clip
+    ],
+)
+def test_a_field_that_does_nothing_is_seen_to(section, values):
+    config = load("quickstart")
+    assert not differ(section, config, changed(config, section, **values))
