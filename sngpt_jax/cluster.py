@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jax._src.clusters import SlurmCluster  # jax's own reading of Slurm's variables, needed before jax.distributed is called
 
 from sngpt_jax.cli import UserError
+from sngpt_jax.options import OptionalInt
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class ProcessArguments:
     """Options of a command that several processes may run together."""
 
     coordinator: str = ""  # HOST:PORT at which process 0 will answer the others; default under Slurm: the step's first node
-    process_id: int | None = None  # this process's number, from 0; default under Slurm: the task's
-    num_processes: int | None = None  # how many there are; 1: this one by itself, also under Slurm
+    process_id: OptionalInt = None  # this process's number, from 0; default under Slurm: the task's
+    num_processes: OptionalInt = None  # how many there are; 1: this one by itself, also under Slurm
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ def print_summary(console: Console, directory: Path, summary: Summary) -> None:
             cli.command("sngpt_jax.evaluate", "--run", run),
             cli.command("sngpt_jax.sample", "--run", run),
             cli.command("sngpt_jax.export", "--run", run, "--out", f"{run}/model.sngpt"),
+            cli.command("sngpt_jax.report", run, "--out", f"{run}/report.html"),
         ],
     )
 

@@ -4,17 +4,20 @@ lm-eval is EleutherAI's lm-evaluation-harness, of the extra `eval`; importing th
 the whole task on the model they share, and come to the same results: to lm-eval each is alone.
 """
 
+import contextlib
 import difflib
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval import simple_evaluate
+from lm_eval.api import task as task_module
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -132,6 +135,34 @@ def run(
         except Exception as error:  # whatever a task's own code, its data set or the network gives
             raise NotLoaded(f"lm-eval cannot load its task {name}: {_one_line(error)}") from error
 
+    with _in_silence():
+        return _run(model, name, limit, load, progress)
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """Keeps lm-eval's and its libraries' bars and remarks from stderr. Ours says how far it is; errors are exceptions."""
+    log, bar, had_none = logging.getLogger("lm_eval"), task_module.tqdm, datasets.are_progress_bars_disabled()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    task_module.tqdm = functools.partial(bar, disable=True)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        task_module.tqdm = bar
+        if not had_none:
+            datasets.enable_progress_bars()
+
+
+def _run(
+    model: LanguageModel,
+    name: str,
+    limit: int,
+    load: Callable[[], tuple[TaskManager, dict[str, Any]]],
+    progress: Progress | None,
+) -> dict[str, Any]:
     manager, loaded = processes.everywhere(load)
     groups: dict[str, Any] = loaded.get("groups") or {}
     tasks = [groups[name]] if name in groups else list(loaded["tasks"].values())
