@@ -1,10 +1,11 @@
 """What a person sees of a run on the console: one line a step, a live one on a terminal, plain ones otherwise."""
 
+import contextlib
 import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -119,7 +120,8 @@ class Console:
     def _end_live(self) -> None:
         self._has_live = False
         if self._live is not None:
-            self._live.stop()
+            with self._expecting_loss():
+                self._live.stop()
             self._live = None
 
     def _share(self, record: Record) -> float:
@@ -166,15 +168,20 @@ class Console:
         if processes.index() == 0 and not self.quiet:
             if not self._rich.has_cursor:
                 text = "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in text.split("\n"))
-            try:
+            with self._expecting_loss():
                 self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
                 self._rich.file.flush()
-            except BrokenPipeError:
+
+    @contextlib.contextmanager
+    def _expecting_loss(self) -> Iterator[None]:
+        """Goes on without stdout where that cannot be written: a full disk, a closed terminal are no reason to lose a run."""
+        try:
+            yield
+        except OSError as error:
+            if self._rich.file is not sys.stdout:
                 raise
-            except OSError as error:  # a full disk, a terminal that was closed: no reason to lose a run
-                if self._rich.file is not sys.stdout:
-                    raise
-                drop_output()
+            drop_output()
+            if not isinstance(error, BrokenPipeError):
                 logger.warning(f"stdout: cannot be written: {error.strerror}; the run goes on without")
 
     def header(self, title: str, pairs: Iterable[tuple[str, str]]) -> None:
@@ -192,7 +199,8 @@ class Console:
         if processes.index() == 0:
             self.flush()
             self._end_live()
-            terminal.show_result(title, rows, following, console=self._rich)
+            with self._expecting_loss():
+                terminal.show_result(title, rows, following, console=self._rich)
 
     def step(self, record: Record) -> None:
         """A training step's record: shown live, and printed when its turn has come."""

@@ -4,6 +4,7 @@ Progress goes to stderr at the log's level INFO: where `--quiet` has raised that
 Colours, bars and boxes are for terminals alone. Nothing here imports jax.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -163,10 +164,11 @@ def progress_reporter(
         if not logger.isEnabledFor(logging.INFO) or (now < due and not (shown and ended)):
             return
         due, shown = now + (REDRAW if console.has_cursor else NEXT_REPORT), True
-        if console.has_cursor:
-            _draw(console, progress, ended)
-        else:
-            console.print(progress.line(), soft_wrap=True)
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk: the work goes on
+            if console.has_cursor:
+                _draw(console, progress, ended)
+            else:
+                console.print(progress.line(), soft_wrap=True)
 
     return report
 
@@ -178,11 +180,9 @@ class LogHandler(logging.Handler):
     """Log lines as they are, to whatever sys.stderr is at that moment: beside a live line that is what keeps the two apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(OSError):  # nobody reads it any more
             clear()
             print(self.format(record), file=sys.stderr, flush=True)
-        except OSError:  # nobody reads it any more
-            pass
 
 
 # ---------------------------------------------------------------------------------------------- results
