@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             server.serve_forever()
         finally:
             if arguments.out:
-                _write(arguments.out, live.data() | {"live": False, "written": now()})
+                _write(arguments.out, live.data() | {"live": "", "written": now()})
     return 0
 
 

@@ -1,6 +1,7 @@
 """The report of runs that go on: a small server for this machine's browsers, which reads what has changed when it is asked."""
 
 import datetime
+import time
 import urllib.parse
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,7 +55,7 @@ class LiveRuns:
                     changed = True
             if changed:
                 runs = [self._read[directory][1] for directory in self._directories]
-                self._data = report(runs, datetime.datetime.now().astimezone().isoformat(sep=" "), live=True)
+                self._data = report(runs, now(), live=str(time.time_ns()))
             return self._data
 
 
@@ -75,7 +76,7 @@ def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
                 return self.answer(503, "text/plain", str(error))
             if url.path == "/":
                 return self.answer(200, "text/html", page(data))
-            if urllib.parse.parse_qs(url.query).get("since") == [data["written"]]:
+            if urllib.parse.parse_qs(url.query).get("since") == [data["live"]]:
                 return self.answer(204, "text/plain", "")
             return self.answer(200, "application/json", webpage.to_json(data))
 

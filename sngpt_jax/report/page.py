@@ -145,8 +145,11 @@ def notes(run: RunData, name: str) -> list[str]:
     return found
 
 
-def report(runs: Sequence[RunData], written: str, live: bool = False) -> dict[str, Any]:
-    """The data of the page: plain values, none of them NaN. `written`: when, for a reader."""
+def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, Any]:
+    """The data of the page: plain values, none of them NaN.
+
+    `written`: when, for a reader. `live`: of a page that is served and asks for newer data, the name of these.
+    """
     names, groups, numbers = run_names(runs), grouping.group(runs), Numbers()
     known = {metric.name for metric in METRICS}
     others = sorted({name for run in runs for name in run.series if name not in known and not NOT_DRAWN.fullmatch(name)})
@@ -188,4 +191,6 @@ def report(runs: Sequence[RunData], written: str, live: bool = False) -> dict[st
 
 def page(data: dict[str, Any]) -> str:
     """The HTML page of `report`'s data."""
-    return webpage.render(__package__, "report", data["title"], data, scripts=("chart.js", "report.js"), connect=data["live"])
+    return webpage.render(
+        __package__, "report", data["title"], data, scripts=("chart.js", "report.js"), connect=bool(data["live"])
+    )

@@ -174,7 +174,7 @@ function show() {
 /** Asks the server for what has changed since. */
 async function refresh() {
   try {
-    const answer = await fetch(`data.json?since=${encodeURIComponent(report.written)}`);
+    const answer = await fetch(`data.json?since=${report.live}`);
     if (answer.status === 200) { report = await answer.json(); show(); }
     $("live").textContent = answer.ok ? "· live" : `· not read: ${await answer.text()}`;
     $("live").className = answer.ok ? "" : "lost";

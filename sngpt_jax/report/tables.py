@@ -6,8 +6,11 @@ A table is {"columns": [text], "rows": [row]}; a row {"cells": [[text, class]]} 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sngpt_jax.report import grouping
 from sngpt_jax.report.reading import RunData, number
@@ -37,15 +40,28 @@ def figure(value: Any, form: str) -> Cell:
 
 # ---------------------------------------------------------------------------------------------- scores
 
-# (title, name in summary.json, name in metrics.jsonl for a run that has not finished, format)
+
+@dataclass(frozen=True)
+class Score:
+    """A column: a field of summary.json, or of a run that has not finished what stands for it in its metrics so far."""
+
+    title: str
+    final: str
+    form: str
+    metric: str = ""
+    so_far: Callable[[np.ndarray], float] = lambda values: values[-1]  # of the metric's finite values
+
+
 SCORES = (
-    ("val BPB", "val_bpb", "val_bpb", ".4f"),
-    ("val loss", "val_loss", "val_loss", ".4f"),
-    ("best val loss", "best_val_loss", None, ".4f"),
-    ("SWA BPB", "swa_val_bpb", "swa_val_bpb", ".4f"),
-    ("EMA BPB", "ema_val_bpb", "ema_val_bpb", ".4f"),
-    ("tok/s", "tok_per_s", None, ",.0f"),
+    Score("val BPB", "val_bpb", ".4f", "val_bpb"),
+    Score("val loss", "val_loss", ".4f", "val_loss"),
+    Score("best val loss", "best_val_loss", ".4f", "val_loss", np.min),
+    Score("SWA BPB", "swa_val_bpb", ".4f", "swa_val_bpb"),
+    Score("EMA BPB", "ema_val_bpb", ".4f", "ema_val_bpb"),
+    Score("tok/s", "tok_per_s", ",.0f", "tok_per_s", lambda values: float(np.median(values[-32:]))),
 )
+SECONDS = Score("training", "train_seconds", "", "elapsed_seconds")
+TOKENS = Score("tokens", "tokens", ",.0f", "tokens")
 
 
 def state(run: RunData) -> str:
@@ -58,33 +74,34 @@ def state(run: RunData) -> str:
     return "finished" if run.summary else f"at step {run.last_step:,}{of}"
 
 
-def score(run: RunData, final: str, running: str | None) -> float:
-    """A score of the finished run, or the last one of a run that has not finished; NaN where there is none."""
+def score(run: RunData, of: Score) -> float:
+    """A score of the run as it is; NaN where there is none."""
     if run.summary:
-        return number(run.summary.get(final))
-    series = run.series.get(running) if running else None
-    return float(series.values[-1]) if series is not None else float("nan")
+        return number(run.summary.get(of.final))
+    series = run.series.get(of.metric)
+    finite = series.values[np.isfinite(series.values)] if series is not None else np.empty(0)
+    return float(of.so_far(finite)) if len(finite) else float("nan")
 
 
 def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]) -> Table:
     """A row a run, and before a group of several a row of its means; the best BPB of a finished run or of a mean is marked."""
     labels = grouping.labels(names, groups)
-    shown = [row for row in SCORES if any(score(run, row[1], row[2]) == score(run, row[1], row[2]) for run in runs)]
+    shown = [of for of in SCORES if any(np.isfinite(score(run, of)) for run in runs)]
     rows: list[dict[str, Any]] = []
     means: dict[int, float] = {}  # by row, what competes for the best
-    place = next((i for i, row in enumerate(shown) if row[1] == "val_bpb"), None)
+    place = next((i for i, of in enumerate(shown) if of.final == "val_bpb"), None)
     for g, members in enumerate(groups):
         finished = [runs[i] for i in members if runs[i].summary]
         if len(members) > 1:
-            found = [grouping.statistic(run.summary.get(final) for run in finished) for _, final, _, _ in shown]
+            found = [grouping.statistic(run.summary.get(of.final) for run in finished) for of in shown]
             seeds = {text(runs[i].config.get(grouping.SEED)) for i in members}
             again = "" if len(seeds) == len(members) else f", {len(seeds)} different"
             cells = [[labels[g], ""], [f"{len(members)} runs{again}", ""]]
             cells.append([f"mean ± sd, n = {len(finished)}", ""])
-            for value, (_, _, _, form) in zip(found, shown, strict=True):
-                spread = f" ± {value.sd:{form}}" if value and value.sd is not None else ""
+            for value, of in zip(found, shown, strict=True):
+                spread = f" ± {value.sd:{of.form}}" if value and value.sd is not None else ""
                 fewer = f" (n = {value.n})" if value and value.n < len(finished) else ""
-                cells.append([f"{value.mean:{form}}{spread}{fewer}" if value else ABSENT, "number"])
+                cells.append([f"{value.mean:{of.form}}{spread}{fewer}" if value else ABSENT, "number"])
             cells += [[ABSENT, "number"]] * 3
             if place is not None and (best := found[place]):
                 means[len(rows)] = best.mean
@@ -92,17 +109,17 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
         for i in members:
             run = runs[i]
             if len(members) == 1 and finished and place is not None:
-                means[len(rows)] = score(run, "val_bpb", None)
-            seconds = number(run.summary.get("train_seconds"))
+                means[len(rows)] = score(run, shown[place])
+            seconds = score(run, SECONDS)
             cells = [[names[i], ""], [text(run.config.get(grouping.SEED)), ""], [state(run), ""]]
-            cells += [figure(score(run, final, running), form) for _, final, running, form in shown]
+            cells += [figure(score(run, of), of.form) for of in shown]
             cells.append([format_duration(seconds) if seconds == seconds else ABSENT, "number"])
-            cells += [figure(run.summary.get("tokens"), ",.0f"), figure(run.summary.get("parameters"), ",.0f")]
+            cells += [figure(score(run, TOKENS), TOKENS.form), figure(run.summary.get("parameters"), ",.0f")]
             rows.append({"group": g, "run": i, "cells": cells})
     competing = {row: value for row, value in means.items() if value == value}
     if place is not None and len(competing) > 1:
         rows[min(competing, key=competing.__getitem__)]["cells"][3 + place][1] += " best"
-    columns = ["run", "seed", "state", *(title for title, *_ in shown), "training", "tokens", "parameters"]
+    columns = ["run", "seed", "state", *(of.title for of in [*shown, SECONDS, TOKENS]), "parameters"]
     return {"columns": columns, "rows": rows}
 
 

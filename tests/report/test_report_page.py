@@ -55,7 +55,11 @@ def test_statistics_are_of_finished_runs_only(tmp_path):
     rows = report(runs, "now")["scores"]["rows"]
     assert cells(rows[0])[1:3] == ["4 runs, 3 different", "mean ± sd, n = 3"]
     assert cells(rows[3])[2] == "at step 40 of 40"
-    assert f"{fake_run.loss(40, 3):.4f}" in cells(rows[3])  # its latest validation
+    columns = report(runs, "now")["scores"]["columns"]
+    so_far = dict(zip(columns, cells(rows[3]), strict=True))
+    assert so_far["val loss"] == f"{fake_run.loss(40, 3):.4f}"
+    assert so_far["best val loss"] == f"{min(fake_run.loss(step, 3) for step in range(0, 41, 10)):.4f}"
+    assert (so_far["tok/s"], so_far["tokens"], so_far["training"]) == ("20,480", f"{40 * 2048:,}", "4.0s")
 
 
 def test_a_run_that_diverged_says_so(tmp_path):
