@@ -13,6 +13,7 @@ WRITTEN = [path for folder in PACKAGES for path in folder.rglob("*") if path.suf
 
 # Folders of tests of no single package
 OF_THEIR_OWN = {
+    "docs": "what the documentation says",
     "deviceless": "programs for GPUs that are not here",
     "faults": "runs that are broken on purpose",
 }
