@@ -152,7 +152,7 @@ def _problems(config: Config) -> Iterator[str]:
     for option in t.xla_options:
         if not re.fullmatch(r"xla_\w+=.*", option):
             yield f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
-        elif re.search(r"_(dump|dir|file|path|from|to|flags|results)(_|=)|=.*[/\\]", option):
+        elif re.search(r"^[^=]*(dump|_dir|file|path|_from=|_to=|flags|extra_options|results)|=.*[/\\]", option):
             yield f"train.xla_options: {option!r} names files for XLA; set it in the environment variable XLA_FLAGS instead"
     if e.tokens and e.tokens < d.seq_len:
         yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"

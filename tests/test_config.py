@@ -116,6 +116,8 @@ def test_names_of_runs(tmp_path):
         ("model", {"recycle_layers": (0,) * 257}, ["model.recycle_layers has 257 entries"]),
         ("train", {"xla_options": ("xla_dump_to=x",)}, ["xla_dump_to=x", "XLA_FLAGS"]),
         ("train", {"xla_options": ("xla_gpu_x=/tmp/y",)}, ["names files"]),
+        ("train", {"xla_options": ("xla_gpu_target_config_filename=x",)}, ["names files"]),
+        ("train", {"xla_options": ("xla_backend_extra_options=x",)}, ["names files"]),
     ],
 )
 def test_an_impossible_combination_names_its_fields(section, fields, named):

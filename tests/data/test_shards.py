@@ -17,7 +17,7 @@ from sngpt_jax import cli
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import shards
 from sngpt_jax.data.manifest import DataError, ExtraEntry, Manifest, Origin, ShardEntry, TokenizerEntry
-from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_headerless, open_shard, write_shard
+from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_extra, open_headerless, open_shard, write_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
@@ -25,6 +25,30 @@ VOCAB = 300
 
 
 # ---------------------------------------------------------------------------------------------- one file
+
+
+def test_byte_corrections_are_what_their_header_says(tmp_path):
+    path = tmp_path / "extra.npy"
+    np.save(path, np.array([[3, 1], [9, 2]]))
+    whole = path.read_bytes()
+    np.testing.assert_array_equal(open_extra(path, 10), [[3, 1], [9, 2]])
+    claims = [
+        whole.replace(b"(2, 2), }          ", b"(2, 1000000000), } "),
+        whole.replace(b"NUMPY\1", b"NUMPY\3"),
+        whole[:-1],
+        b"PK",
+    ]
+    for content, said in zip(claims, ("mmap length", "version 1.0 of npy", "mmap length", "magic string"), strict=True):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"extra\.npy: cannot be read: .*{said}"):
+            open_extra(path, 10)
+    with open(path, "wb") as file:
+        np.savez(file, x=np.zeros((1, 2), np.int64))
+    with pytest.raises(DataError, match="extra"):
+        open_extra(path, 10)
+    np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))  # each difference wraps to above 0
+    with pytest.raises(DataError, match="expected ascending token positions below 10"):
+        open_extra(path, 10)
 
 
 def test_a_shard_has_the_published_bytes(tmp_path):
@@ -234,7 +258,7 @@ def edit(folder, change):
         (lambda m: m["tokenizer"].update(file=""), "tokenizer.file: expected a plain file name, found ''"),
         (lambda m: m["val"].append(m["train"][0]), "names train_000000.bin twice"),
         (lambda m: m["train"][0].update(tokens=5), "train_000000.bin: expected 5 tokens as manifest.json says, found 4"),
-        (lambda m: m["val"].clear(), "at least one"),
+        (lambda m: m["val"].clear(), "manifest.json: names no shards of val"),
     ],
 )
 def test_a_wrong_manifest_is_one_line(folder, change, message):

@@ -328,7 +328,7 @@ def changed(spec, **values):
         *folders, last = where.split("__")
         inner = spec
         for folder in folders:
-            inner = inner[folder]
+            inner = inner[int(folder) if folder.isdigit() else folder]
         inner[last] = value
     return spec
 
@@ -374,3 +374,21 @@ def test_a_vocabulary_beyond_16_bits_is_refused(loaded, monkeypatch):
         assert load_tokenizer(path).vocab_size == size
         monkeypatch.setattr(module, "MAX_VOCAB", size - 1)
         refused(path, f"vocabulary of {size} tokens")
+
+
+def test_what_a_file_claims_is_not_made(tmp_path, loaded):
+    """tokenizers lists every id up to the largest: 8 GB and a minute for 2^31."""
+    spec, path = json.loads(loaded["byte level"].path.read_text(encoding="utf-8")), tmp_path / "tokenizer.json"
+    vocab = spec["model"]["vocab"]
+    for bad in (changed(spec, model__vocab=vocab | {"zzz": 2**31 - 1}), changed(spec, added_tokens__0__id=2**31 - 1)):
+        path.write_text(json.dumps(bad), encoding="utf-8")
+        refused(path, "a vocabulary of 2147483648 tokens")
+    with open(path, "wb") as file:
+        file.truncate(module.MAX_BYTES + 1)
+    refused(path, "no file of its kind has more than")
+
+
+def test_a_piece_that_is_no_text(tmp_path, loaded):
+    content = loaded["identity"].path.read_bytes()
+    (tmp_path / "t.model").write_bytes(content.replace(b"<s>", b"\xffs>", 1))
+    refused(tmp_path / "t.model", "not a SentencePiece model")
