@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sngpt_jax.cli import UserError
-from sngpt_jax.data import corpus
+from sngpt_jax.data import corpus, shards
 from sngpt_jax.data.manifest import verify
 from sngpt_jax.data.shards import open_dataset
 from tests import fuzz, tiny_run
@@ -267,7 +267,7 @@ def test_names_in_files_stay_in_their_folder(kind, name, formats, monkeypatch):
         holder["train" if kind == "manifest.json" else "shards"][0]["name"] = name
     target.write_text(json.dumps(values))
     try:
-        with pytest.raises(UserError, match="names the file|expected a plain file name"):
+        with pytest.raises(UserError, match="names the file" if kind == "checkpoint record" else "expected a plain file name"):
             formats[kind].read()
     finally:
         target.write_text(whole)
@@ -283,7 +283,8 @@ def download_named(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["shard", "tokenizer"])
-def test_a_link_in_a_folder_of_tokens_does_not_lead_out(kind, formats, tmp_path):
+def test_a_link_in_a_folder_of_tokens_does_not_lead_out(kind, formats, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_VERIFIED_BYTES", 0)  # as of a large data set, whose checksums are left alone
     folder = tmp_path / "data"
     shutil.copytree(formats["manifest.json"].target.parent, folder)
     name = "train_000000.bin" if kind == "shard" else "tokenizer.model"
