@@ -189,8 +189,10 @@ def test_what_has_no_cursor_gets_plain_lines(monkeypatch, name, value):
     report = progress_reporter("evaluate", stream=out, clock=clock)
     clock.now += 2
     report(16, 40)
-    show_result("evaluated", [("score", "1.0")], console=TerminalConsole(out))
-    assert out.getvalue() == "evaluate: 16/40 (40.0%), 2.0s, 3.0s left\nevaluated\n  score  1.0\n"
+    console = TerminalConsole(out)
+    console.print("bold", style="bold green")
+    show_result("evaluated", [("score", "1.0")], console=console)
+    assert out.getvalue() == "evaluate: 16/40 (40.0%), 2.0s, 3.0s left\nbold\nevaluated\n  score  1.0\n"
 
 
 ROWS = [("run", "/tmp/" + "long/" * 30), ("score", "1.0 [bold]bits[/bold]/byte")]

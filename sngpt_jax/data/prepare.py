@@ -79,29 +79,22 @@ class VerifyArguments:
 # ---------------------------------------------------------------------------------------------- what is seen of it
 
 
-def _counts(documents: int, tokens: int) -> str:
-    return f"{documents:,} documents, {tokens:,} tokens"
-
-
 class _Reading:
-    """The documents of a split as they are read, and what share of them that is."""
+    """A split's documents as they are read, and what share of its bytes they are."""
 
-    def __init__(self, texts: Iterator[str], documents: int, size: int) -> None:
-        """So many `documents`, or so many bytes of UTF-8 (`size`); 0: not known."""
-        self._texts, self._documents, self._size = texts, documents, size
-        self._count = self._bytes = 0
+    def __init__(self, texts: Iterator[str], size: int) -> None:
+        """`size`: the bytes of all documents in UTF-8; 0: not known."""
+        self._texts, self._size, self._bytes = texts, size, 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
-            self._count += 1
             self._bytes += len(text.encode()) if self._size else 0
             yield text
 
     @property
     def share(self) -> float:
-        """Less than 1, as it runs ahead of what is written; 0 where it is not known."""
-        shares = [done / total for done, total in ((self._count, self._documents), (self._bytes, self._size)) if total]
-        return min(max(shares, default=0.0), 0.999)
+        """Somewhat ahead of what is written; 0 where it is not known."""
+        return self._bytes / self._size if self._size else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- the splits' documents
@@ -178,8 +171,7 @@ def _write_splits(
             )
             first = done.documents + (held_out if split == "train" else 0)
             before = sum(entry.bytes for entry in progress.val.shards) if held_out and split == "train" else 0
-            expected = held_out if split == "val" else 0
-            reading = _Reading(texts[split], expected, size=max(text_bytes(sources[split]) - before, 0))
+            reading = _Reading(texts[split], max(text_bytes(sources[split]) - before, 0))
             report = progress_reporter(f"{out}: {split}")
             if parts and split == "train":
                 chunks = parts.read(first)
@@ -188,12 +180,13 @@ def _write_splits(
             for chunk in chunks:
                 for tokens, extra in chunk:
                     writer.append(tokens, extra)
-                share = max(reading.share, writer.tokens / limit if limit else 0.0)
-                report(share, bool(share), _counts(writer.documents, writer.tokens))
+                share = writer.documents / held_out if held_out and split == "val" else reading.share
+                share = max(share, writer.tokens / limit) if limit else share
+                report(min(share, 0.999), bool(share), f"{writer.tokens:,} tokens")  # whole once it is written
                 if writer.full:
                     break
             writer.finish()
-            report(1, 1, _counts(writer.documents, writer.tokens))
+            report(1, 1, f"{writer.tokens:,} tokens")
     return progress
 
 
@@ -227,7 +220,7 @@ def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: 
             return executors.submit(parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here])
         if executors:
             report = progress_reporter(f"{out}: encoding")
-            executors.encode_here(parts, workers, lambda what, n, tokens: report(0, 0, f"{what}, {_counts(n, tokens)}"))
+            executors.encode_here(parts, workers, lambda what, documents, tokens: report(0, 0, f"{what}, {tokens:,} tokens"))
         elif parts.left():  # not all there: tokenized here
             parts = None
     progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)

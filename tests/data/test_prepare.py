@@ -479,3 +479,27 @@ def test_golf_alone_means_the_vocabulary_asked_for(tmp_path, monkeypatch, option
     with pytest.raises(Killed) as caught:
         main(["--source", "golf", "--out", str(tmp_path), *options])
     assert caught.value.args == (expected,)
+
+
+def test_progress_tells_the_share_of_the_text(tmp_path, tokenizer_file, monkeypatch):
+    """Plain text by its bytes, what is held out by its documents, a limit by its tokens; of other files nothing is known."""
+    texts = ["river stone snow\n" * 40] * 60
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    said: dict[str, list[tuple[float, float]]] = {}
+    monkeypatch.setattr(module, "cut_chunks", lambda texts, first: ((n, [t]) for n, t in enumerate(texts, first)))
+
+    def reporter(label):
+        return lambda done, total, note="": said.setdefault(label.rpartition("/")[2], []).append((done, total))
+
+    monkeypatch.setattr(module, "progress_reporter", reporter)
+    for name, options in (("txt", {}), ("limited", {"max_tokens": 300}), ("jsonl", {})):
+        source = tmp_path / ("text.jsonl" if name == "jsonl" else "text.txt")
+        spec = PrepareSpec(str(source), str(tmp_path / name), tokenizer=str(tokenizer_file), val_docs=10, **options)
+        assert prepare(spec)
+    assert said["txt: val"] == [(n / 10, 1) for n in range(1, 10)] + [(0.999, 1), (1, 1)]
+    shares = [share for share, _ in said["txt: train"]]
+    assert shares[:-1] == pytest.approx([min(n / 50, 0.999) for n in range(1, 51)], abs=0.03) and shares[-1] == 1
+    assert said["limited: train"][0][0] > 2 * shares[0] and len(said["limited: train"]) < len(shares)
+    assert said["limited: train"][-1] == (1, 1)
+    assert said["jsonl: train"][:-1] == [(0.0, False)] * 50
