@@ -25,7 +25,7 @@ def followed(tmp_path_factory):
 
 def test_the_artifact_is_below_the_cap_and_scores(followed):
     folder, _ = followed
-    exported, scored = (json.loads((folder / f"{name}.json").read_text()) for name in ("export", "artifact"))
+    exported, scored = (json.loads((folder / f"runs/pocket/{name}.json").read_text()) for name in ("export", "artifact"))
     size = (folder / "pocket.sngpt").stat().st_size
     assert exported["artifact_bytes"] == size
     assert exported["total_bytes"] == size + (folder / "pocket.pyz").stat().st_size <= exported["limit"] == CAP
@@ -47,7 +47,14 @@ def test_what_the_page_says_of_the_model_and_the_run(followed):
 
 
 def test_sliding_windows_score_at_least_as_well_as_standard_ones(followed):
-    _, printed = followed
-    (both,) = (text for text in printed if "stride 64" in text)
-    standard, sliding = (float(bpb) for bpb in re.findall(r"([\d.]+) bits/byte", both))
-    assert sliding < standard
+    folder, _ = followed
+    sliding, whole = (json.loads((folder / f"runs/pocket/{name}.json").read_text()) for name in ("sliding", "summary"))
+    assert 0 < sliding["bpb"] < whole["val_bpb"]
+
+
+def test_the_report_has_the_run_and_its_results(followed):
+    folder, _ = followed
+    page = (folder / "pocket.html").read_text()
+    sliding, exported = (json.loads((folder / f"runs/pocket/{name}.json").read_text()) for name in ("sliding", "export"))
+    for shown in ("Report of pocket", f"{sliding['bpb']:.4f}", f"{exported['artifact_bytes']:,}"):
+        assert shown in page
