@@ -133,7 +133,7 @@ def check_json(destination: str) -> None:
 def write_json(value: Any, destination: str | None) -> None:
     """Prints `value` as one JSON object on stdout (`destination` "-"), or writes it to the file `destination` names.
 
-    No `destination`: does nothing. The value holds no NaN or infinity.
+    No `destination`: does nothing. The value holds no NaN or infinity. Raises `UserError` where the file cannot be written.
     """
     if not destination:
         return

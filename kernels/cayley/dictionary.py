@@ -30,7 +30,7 @@ MAX_BITS = 30  # of an id, which is int32: a sign bit and a spare bit for the ma
 
 
 def multiply(a: np.typing.ArrayLike, b: np.typing.ArrayLike, t: int) -> np.ndarray:
-    """The product in GF(2^t), elementwise, int64."""
+    """The product in GF(2^t), elementwise with broadcasting, int64; elements are the integers 0 … 2^t - 1."""
     a, b = np.broadcast_arrays(np.asarray(a, np.int64), np.asarray(b, np.int64))
     product = np.zeros_like(a)
     for i in range(t):
@@ -135,7 +135,7 @@ def child_generators(below: int, n: int, degree: int, kind: Generators) -> list[
 
 
 def span(basis: Sequence[int]) -> np.ndarray:
-    """All 2^len(basis) sums (XOR) of the basis, int64: that of the subset with the bits j at index j."""
+    """All 2^len(basis) sums (XOR) of the basis, int64 [2^len(basis)]: that of the subset with the bits j at index j."""
     elements = np.zeros(1, np.int64)
     for b in basis:
         elements = np.concatenate([elements, elements ^ b])

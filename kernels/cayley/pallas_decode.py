@@ -21,7 +21,7 @@ WORD = 32  # points a thread
 
 
 def table(d: int, features: int) -> np.ndarray:
-    """The words of the signs of the features below `features`, a power of two, at all points: see `sign_words`."""
+    """The words of the signs of the features below `features`, a power of two, at all d points, int32: see `sign_words`."""
     return sign_words.sign_words(dictionary.trace_masks(d), features.bit_length() - 1)
 
 

@@ -19,7 +19,10 @@ DIGIT_BITS = 5  # 32 rows a digit: the tables of all the digits are 4 to 40 kB, 
 
 
 def sign_words(masks: np.ndarray, n: int) -> np.ndarray:
-    """The tables of the features below 2^n at `masks` [P] int64, P a multiple of 32: int32 [ceil(n/5), 32, P/32]."""
+    """The tables of the features below 2^n at `masks` [P] int64, P a multiple of 32: int32 [ceil(n/5), 32, P/32].
+
+    Raises ValueError for masks of another shape.
+    """
     if masks.ndim != 1 or masks.size % 32:
         raise ValueError(f"masks is {list(masks.shape)}; expected one axis, a multiple of 32 long")
     digits = -(-n // DIGIT_BITS)

@@ -60,7 +60,10 @@ def signs(ids: jax.Array, d: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-    """The Walsh-Hadamard transform of the last axis, unnormalized, float32: two matrix products, H_d being H_p ⊗ H_q."""
+    """The Walsh-Hadamard transform of the last axis of [..., d], d a power of two, unnormalized, float32.
+
+    Two matrix products, H_d being H_p ⊗ H_q.
+    """
     d = x.shape[-1]
     t = d.bit_length() - 1
     p, q = 2 ** (t // 2), 2 ** (t - t // 2)

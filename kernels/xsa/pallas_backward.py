@@ -192,7 +192,10 @@ def _queries(problem: Problem, blocks: Blocks, *arrays: jax.Array) -> jax.Array:
 def gradients(
     problem: Problem, config: Config, saved: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v; `saved` is what the forward pass kept: q, k, v, out, lse and, where exclusive, the share."""
+    """The gradients of q, k and v, in their shapes and dtypes.
+
+    `saved` is what the forward pass kept: q, k, v, out, lse and, where exclusive, the share.
+    """
     q, k, v, out, lse, *share = saved
     if problem.exclusive:
         dy, delta, through_exclusion = _prepare(problem, cotangent, out, v, *share)

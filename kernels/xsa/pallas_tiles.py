@@ -88,6 +88,7 @@ class Problem:
         return self.heads // self.groups
 
     def dot(self, a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
+        """a [n, k] times b [k, m], or b [m, k] where `trans_b`: float32 [n, m]; of float32 as three TF32 products."""
         precision = None if self.interpret or self.dtype == jnp.bfloat16 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
@@ -120,7 +121,7 @@ class Problem:
         return mask
 
     def rows_exist(self, start: jax.Array | int, rows: int, ragged: bool = True) -> jax.Array | None:
-        """The same of one number a row."""
+        """The same of one number a row, [rows]."""
         if not ragged or self.length % rows == 0:
             return None
         return start + lax.iota(jnp.int32, rows) < self.length
@@ -134,7 +135,7 @@ class Problem:
 
 
 def load(ref: Any, mask: jax.Array | None, other: float = 0.0) -> jax.Array:
-    """The ref's tile, with `other` where the mask says that there is nothing."""
+    """The ref's tile, of its shape, with `other` where the mask says that there is nothing."""
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=other)
 
 

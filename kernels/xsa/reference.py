@@ -39,7 +39,7 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, exclusive: bool, scal
 def gradients(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, cotangent: ArrayLike, *, exclusive: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v."""
+    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v, float64 in their shapes; `cotangent` [B, T, H, h]."""
     q, k, v, cotangent = (np.asarray(array, np.float64) for array in (q, k, v, cotangent))
     group = q.shape[2] // k.shape[2]
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)

@@ -54,6 +54,7 @@ class Sum:
         self.total = 0.0
 
     def add(self, values: np.ndarray) -> None:
+        """Adds the numbers [n], the first one first."""
         self.total = float(np.cumsum(np.concatenate([[self.total], values]), dtype=np.float64)[-1])
 
 

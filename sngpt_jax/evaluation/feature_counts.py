@@ -36,12 +36,12 @@ class Family:
         return cls(level_range(levels, level - 1), table.group_of_parent, group, slot, ids)
 
     def parents_of(self, child: int) -> np.ndarray:
-        """The ids of a child's parents, ascending."""
+        """The ids [n] of a child's parents, ascending."""
         groups = self.group_of_parent[self.parents.start : self.parents.stop]
         return self.parents.start + np.flatnonzero(groups == self.group_of_child[child])
 
     def children_of(self, parent: int) -> np.ndarray:
-        """The ids of a parent's children."""
+        """The ids [n] of a parent's children."""
         return self.children_of_group[self.group_of_parent[parent]]
 
 
@@ -64,7 +64,7 @@ class FiringCounts:
         self._pairs = [np.zeros((num_layers, f.parents.stop * f.children_of_group.shape[1]), np.uint32) for f in self.families]
 
     def add(self, layer: int, ids: np.ndarray, activations: np.ndarray) -> None:
-        """Counts a batch of tokens of the layer at index `layer`."""
+        """Counts a batch of N tokens of the layer at index `layer`: features `ids` [N, A] and their `activations` [N, A]."""
         flat, num_features = ids.reshape(-1), self.counts.shape[1]
         self.counts[layer] += np.bincount(flat, minlength=num_features)
         self.sums[layer] += np.bincount(flat, activations.reshape(-1), num_features)
@@ -79,13 +79,13 @@ class FiringCounts:
         return parents.astype(np.int64) * family.children_of_group.shape[1] + family.slot_of_child[offspring]
 
     def parents(self, layer: int, level: int, child: int) -> tuple[np.ndarray, np.ndarray]:
-        """The parents of a feature of `level` ≥ 1, and the tokens on which each fired with it."""
+        """The parents [n] of a feature of `level` ≥ 1, and the number of tokens [n] on which each fired with it."""
         family = self.families[level - 1]
         ids = family.parents_of(child)
         return ids, self._pairs[level - 1][layer][self._at(family, ids, np.asarray(child))]
 
     def children(self, layer: int, level: int, parent: int) -> tuple[np.ndarray, np.ndarray]:
-        """The children of a feature of `level`, not the last, and the tokens on which each fired with it."""
+        """The children [n] of a feature of `level`, not the last, and the number of tokens [n] on which each fired with it."""
         family = self.families[level]
         ids = family.children_of(parent)
         return ids, self._pairs[level][layer][self._at(family, np.asarray(parent), ids)]
@@ -156,12 +156,12 @@ class Examples:
         self.place, self.activation, self.position = place[rank < self._per_feature], activation[kept], position[kept]
 
     def strongest(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Activations and positions of the strongest firings of the chosen feature at `place`, strongest first."""
+        """Activations [n] and positions [n] of the strongest firings of the chosen feature at `place`, strongest first."""
         rows = slice(*np.searchsorted(self.place, [place, place + 1]))
         return self.activation[rows], self.position[rows]
 
     def tokens(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that fired the chosen feature at `place` and how often each did, most often first."""
+        """The tokens [n] that fired the chosen feature at `place` and how often each did [n], most often first."""
         rows = slice(*np.searchsorted(self.token_key, [place * 2**16, (place + 1) * 2**16]))
         order = np.argsort(-self.token_count[rows], kind="stable")
         return self.token_key[rows][order] % 2**16, self.token_count[rows][order]

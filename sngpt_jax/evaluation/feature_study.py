@@ -115,7 +115,7 @@ def overview(firing: FiringCounts, generators: dictionary.Generators, layer: int
 def relatives(
     ids: np.ndarray, together: np.ndarray, parent_counts: np.ndarray, child_counts: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Those of a feature's parents or children `ids` that fired `together` with it, most often first."""
+    """Those of a feature's parents or children `ids` [n] that fired `together` [n] with it, most often first."""
     parent_counts, child_counts = (np.broadcast_to(counts, ids.shape) for counts in (parent_counts, child_counts))
     return [
         {

@@ -45,7 +45,10 @@ def truncated(config: ModelConfig, variables: Variables, num_levels: int) -> tup
 
 
 def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, windows: Windows) -> list[dict[str, Any]]:
-    """Loss and bits per byte of the validation text with one level kept, with two, … with all."""
+    """Loss in nats a token and bits per byte of the validation text with one level kept, with two, … with all.
+
+    Raises `UserError` where one is not finite.
+    """
     losses = []
     for num_levels in range(1, len(model.config.model.cayley_levels) + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
@@ -94,7 +97,7 @@ class FeaturesArguments:
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """The layers that `--layers` names, ascending."""
+    """The layers that `--layers` names, ascending. Raises `UserError` for any other text."""
     if text == "all":
         return tuple(range(num_layers))
     names = text.split(",")

@@ -95,6 +95,7 @@ def sliding_windows(num_tokens: int, seq_len: int, stride: int, max_tokens: int,
 
     With the published tail the targets end where standard windows end, and windows that overrun this end are kept, each
     scoring the last `stride` targets once more with less context, as parameter-golf submissions 333, 465 and 1573 do.
+    Raises `UserError` for a stride that is not between 1 and `seq_len`.
     """
     if not 1 <= stride <= seq_len:
         raise UserError(f"--stride {stride} is not between 1 and one window, data.seq_len = {seq_len}")

@@ -96,7 +96,7 @@ def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:
 
 
 def verify(path: Path, stored: Mapping[str, Stored]) -> None:
-    """Reads the artifact back and compares every tensor, bit by bit, with the one in memory."""
+    """Reads the artifact back and compares every tensor, bit by bit, with the one in memory. Raises RuntimeError: a bug."""
     found = artifact.read(path).tensors
     differing = sorted(found.keys() ^ stored.keys()) or [
         name for name in stored if dequantize(found[name]).tobytes() != dequantize(stored[name]).tobytes()
@@ -135,6 +135,7 @@ def publish(files: Mapping[str, bytes], folder: Path, stored: Mapping[str, Store
     """Puts artifact, program and tokenizer, in this order, into `folder`; returns what the program says of the artifact.
 
     They come there once the artifact is verified and the program has run: until then they lie in a hidden folder beside.
+    Raises `UserError` where they cannot be written.
     """
     try:
         with _hidden(folder) as hidden:

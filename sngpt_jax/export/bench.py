@@ -49,7 +49,7 @@ class BenchArguments:
 
 
 def draw(config: Config, sigma: float, seed: int) -> dict[str, np.ndarray]:
-    """A model's tensors with matrices and tables from N(0, sigma²); gains and their like are ones."""
+    """A model's tensors by name, float32, with matrices and tables from N(0, sigma²); gains and their like are ones."""
     rng, tensors = np.random.default_rng(seed), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config.model)):
         name = path_name(path)
@@ -89,7 +89,7 @@ def in_threads(jobs: Sequence[Callable[[], bytes]]) -> None:
 
 
 def dequantize_all(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
-    """All tensors in float32."""
+    """All tensors in float32, in their own shapes."""
     return {name: dequantize(tensor) for name, tensor in tensors.items()}
 
 

@@ -32,7 +32,7 @@ def compress(raw: bytes, codec: ByteCodec, level: int) -> bytes:
 
 
 def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
-    """The `size` bytes that `compress` made `data` of."""
+    """The `size` bytes that `compress` made `data` of. Raises ValueError for any other data."""
     if codec == "zstd":
         if zstd_size(data) != size:
             raise ValueError(f"the zstd frame states {zstd_size(data)} bytes, expected {size}")
@@ -57,7 +57,7 @@ def zstd_size(data: bytes | memoryview) -> int:
     """How many bytes a zstd frame states that it holds.
 
     zstandard allocates what the frame states, whatever `max_output_size` says, so this is to be asked first. A window larger
-    than the content, which the decoder would allocate beside it, is no frame of ours.
+    than the content, which the decoder would allocate beside it, is no frame of ours. Raises ValueError for what is none.
     """
     try:
         frame = zstandard.get_frame_parameters(data)
@@ -89,14 +89,14 @@ def join_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def entropy(codes: np.ndarray) -> float:
-    """Bits a code that no coder can go below which takes every code alike: the entropy of the codes' frequencies."""
+    """Bits a code, of any shape, that no coder can go below which takes every code alike: the entropy of their frequencies."""
     counts = np.unique_counts(codes).counts
     shares = counts / codes.size
     return float(-(shares * np.log2(shares)).sum())
 
 
 def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
-    """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, by rANS (Duda 2013, arXiv 1311.2540).
+    """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, else ValueError, by rANS (Duda 2013, arXiv 1311.2540).
 
     Rows are put into 1, 2, 4, 8 or 16 classes, and each class has its own frequencies: rows differ in spread. The number of
     classes is the one that gives the fewest bytes, counting the classes' frequencies and the class of each row.
@@ -128,7 +128,7 @@ def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
 
 
 def decode_codes(data: bytes | memoryview, rows: int, columns: int, bits: int, q_min: int) -> np.ndarray:
-    """The codes int8 [rows, columns] that `encode_codes` made `data` of."""
+    """The codes int8 [rows, columns] that `encode_codes` made `data` of. Raises ValueError for data that it did not make."""
     alphabet = _alphabet(bits, q_min)
     if not len(data) or data[0] not in CLASS_BITS:
         raise ValueError("a rans stream begins with no number of classes")

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def pack(codes: np.ndarray, bits: int, q_min: int) -> bytes:
-    """Codes int8 [n], each q_min … q_min + 2^bits - 1, as bytes; bits 1 to 8."""
+    """Codes int8 [n], each q_min … q_min + 2^bits - 1, as bytes; bits 1 to 8. Raises ValueError for others."""
     values, size = _group(bits)
     u = codes.view(np.uint8) - np.uint8(q_min % 256)  # modulo 256, where every code of 8 bits or fewer is right
     if u.size and int(u.max()) >> bits:
@@ -28,7 +28,7 @@ def pack(codes: np.ndarray, bits: int, q_min: int) -> bytes:
 
 
 def unpack(data: bytes, n: int, bits: int, q_min: int) -> np.ndarray:
-    """The n codes int8 that `pack` made `data` of.
+    """The codes int8 [n] that `pack` made `data` of.
 
     Raises ValueError where `data` has another length, codes past 2^(bits - 1) - 1, or fills up with other than zeros.
     """

@@ -37,7 +37,7 @@ class Quantized:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def dequantize(self) -> np.ndarray:
-        """The tensor, float32, C-contiguous: float32(scale) · code, exactly rounded once."""
+        """The tensor, float32 of `shape`, C-contiguous: float32(scale) · code, exactly rounded once."""
         rows = self.scales.astype(np.float32)[:, None] * self.codes
         return np.ascontiguousarray(rows.T) if self.transposed else rows
 
@@ -46,7 +46,7 @@ Stored = Quantized | np.ndarray  # what an artifact holds of a tensor: codes and
 
 
 def dequantize(stored: Stored) -> np.ndarray:
-    """The tensor in float32."""
+    """The tensor in float32, in its own shape."""
     return stored.dequantize() if isinstance(stored, Quantized) else stored.astype(np.float32)
 
 
@@ -101,7 +101,10 @@ def nearest_codes(rows: np.ndarray, scales: np.ndarray, q_min: int, q_max: int) 
 
 
 def inverse(scales: np.ndarray) -> np.ndarray:
-    """1 / scale, float32. XLA turns the division in training into a product with it: so do we, and ties go the same way."""
+    """1 / scale, float32 of the scales' shape.
+
+    XLA turns the division in training into a product with it: so do we, and ties go the same way.
+    """
     return np.float32(1) / scales.astype(np.float32)
 
 

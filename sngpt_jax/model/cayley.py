@@ -93,7 +93,8 @@ def code_state(variables: dict[str, Any]) -> CodeState:
 def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: int) -> jax.Array:
     """The positions that the statistics of `step` see: ⌈1024 / sequences⌉ of `seq_len` at random, the same in every sequence.
 
-    With a thousand sequences or more a step sees one position; the averages are over about a hundred steps.
+    int32 [P], each once. With a thousand sequences or more a step sees one position; the averages are over about a hundred
+    steps.
     """
     count = min(seq_len, math.ceil(SAMPLE_TOKENS / sequences))
     return jax.random.choice(jax.random.fold_in(key, step), seq_len, (count,), replace=False)

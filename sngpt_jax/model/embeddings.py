@@ -71,14 +71,20 @@ class SmearGate(nnx.Module):
 
 
 def hash_xor(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for the first position."""
+    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for the first position.
+
+    int32 [B, T], each 0 … buckets - 1. Source: parameter-golf submission 162.
+    """
     tokens_BT = tokens_BT.astype(jnp.int32)
     pairs = jnp.bitwise_xor(36313 * tokens_BT[:, 1:], 27191 * tokens_BT[:, :-1]) % (buckets - 1)
     return jnp.concatenate([jnp.full_like(tokens_BT[:, :1], buckets - 1), pairs], axis=1)
 
 
 def hash_sum(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """(2654435761 x_t + 40503 x_{t-1}) modulo buckets ≤ 65536, exactly, with x_{-1} = 0."""
+    """(2654435761 x_t + 40503 x_{t-1}) modulo buckets ≤ 65536, exactly, with x_{-1} = 0.
+
+    int32 [B, T], each 0 … buckets - 1. Source: parameter-golf submission 740.
+    """
     x, before = (t.astype(jnp.uint32) % buckets for t in (tokens_BT, _previous(tokens_BT)))
     # each factor is below 2^16, so that no product leaves 32 bits
     return ((2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets) % buckets).astype(jnp.int32)

@@ -115,7 +115,7 @@ class GPT(nnx.Module):
         return x_BTD, self.value_embed(tokens_BT) if config.value_embed_layers else {}
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D], of whole sequences."""
+        """What the head multiplies, [B, T, D], of whole sequences. Raises ValueError where T exceeds `max_seq_len`."""
         config = self.config
         chex.assert_rank(tokens_BT, 2)
         T = tokens_BT.shape[1]

@@ -16,7 +16,7 @@ def fan_in_uniform(key: jax.Array, shape: Shape) -> jax.Array:
 
 
 def orthogonal(key: jax.Array, shape: Shape, gain: float = 1.0) -> jax.Array:
-    """A matrix whose singular values are all `gain`: its rows or its columns, whichever are fewer, are orthogonal.
+    """A matrix [in, out] whose singular values are all `gain`: its rows or its columns, whichever are fewer, are orthogonal.
 
     Saxe et al. 2013, arXiv:1312.6120.
     """
@@ -41,22 +41,22 @@ def residual_output(config: ModelConfig, rngs: nnx.Rngs, shape: Shape) -> jax.Ar
 
 
 def normal(key: jax.Array, shape: Shape, std: float) -> jax.Array:
-    """Independent N(0, std²)."""
+    """An array of `shape` of independent N(0, std²)."""
     return std * jax.random.normal(key, shape, jnp.float32)
 
 
 def zeros(shape: Shape) -> jax.Array:
-    """All zero."""
+    """An array of `shape`, all zero."""
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(shape: Shape) -> jax.Array:
-    """All one: gains and scales that start as the identity."""
+    """An array of `shape`, all one: gains and scales that start as the identity."""
     return jnp.ones(shape, jnp.float32)
 
 
 def overtone(table_VD: jax.Array) -> jax.Array:
-    """The table with its k-th singular value replaced by the largest one times k^(-1/2), k = 1, 2, …; same vectors.
+    """The table [V, D] with its k-th singular value replaced by the largest one times k^(-1/2), k = 1, 2, …; same vectors.
 
     Source: parameter-golf submission 333.
     """

@@ -14,7 +14,10 @@ from sngpt_jax.config import ModelConfig
 
 @contextlib.contextmanager
 def chosen_by(field: str) -> Iterator[None]:
-    """Inside, an implementation that does not serve here is a mistake of who set the model's `field` to it."""
+    """Inside, an implementation that does not serve here is a mistake of who set the model's `field` to it.
+
+    `CannotServe` becomes a `UserError` that names the field.
+    """
     try:
         yield
     except CannotServe as reason:
@@ -67,19 +70,19 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:
-    """scale · x / sqrt(mean(x²) + eps) over the last axis, without a gain; all in float32, result in x's dtype.
+    """scale · x / sqrt(mean(x²) + eps) over the last axis of [..., n], without a gain.
 
-    Zhang & Sennrich 2019, arXiv:1910.07467.
+    All in float32, the result in x's shape and dtype. Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * (scale * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps))).astype(x.dtype)
 
 
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap · tanh(logits / cap): the identity for small logits, never beyond ±cap. Gemma 2, arXiv:2408.00118."""
+    """cap · tanh(logits / cap): the identity for small logits, never beyond ±cap. Elementwise. Gemma 2, arXiv:2408.00118."""
     return cap * jnp.tanh(logits / cap)
 
 
 def per_channel(weights_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """Each channel times its own weight; float32 weights are rounded to x's dtype first."""
+    """Each channel of [B, T, D] times its own weight; float32 weights are rounded to x's dtype first."""
     return weights_D.astype(x_BTD.dtype)[None, None, :] * x_BTD

@@ -10,17 +10,20 @@ from sngpt_jax.model.layers import linear
 
 
 def relu2(h: jax.Array) -> jax.Array:
-    """relu(h)². So et al. 2021, arXiv:2109.08668."""
+    """relu(h)², elementwise. So et al. 2021, arXiv:2109.08668."""
     return jnp.square(jax.nn.relu(h))
 
 
 def leaky_relu2(h: jax.Array) -> jax.Array:
-    """leaky_relu(h, slope 0.5)²: h² above zero, h²/4 below, so never negative. Source: parameter-golf submission 740."""
+    """leaky_relu(h, slope 0.5)², elementwise: h² above zero, h²/4 below, so never negative.
+
+    Source: parameter-golf submission 740.
+    """
     return jnp.square(jax.nn.leaky_relu(h, 0.5))
 
 
 def gelu(h: jax.Array) -> jax.Array:
-    """h Φ(h) with the exact normal distribution function Φ. Hendrycks & Gimpel 2016, arXiv:1606.08415."""
+    """h Φ(h) with the exact normal distribution function Φ, elementwise. Hendrycks & Gimpel 2016, arXiv:1606.08415."""
     return jax.nn.gelu(h, approximate=False)
 
 

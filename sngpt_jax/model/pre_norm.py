@@ -70,7 +70,10 @@ class PreNormGPT(nnx.Module):
         return x_BTD
 
     def tapped_hidden(self, tokens_BT: jax.Array, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
-        """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions `tapped_P`."""
+        """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions `tapped_P`.
+
+        Raises ValueError where T exceeds `max_seq_len`.
+        """
         config = self.config
         chex.assert_rank(tokens_BT, 2)
         T = tokens_BT.shape[1]
@@ -82,7 +85,7 @@ class PreNormGPT(nnx.Module):
         return self.tapped_run(x_BTD, positions, tapped_P)
 
     def tapped_run(self, x_BTD: jax.Array, positions: Positions, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
-        """The same of what `encode` gives at these positions."""
+        """As `tapped_hidden`, of the stream [B, T, D] that `encode` gives at these positions."""
         taps: list[tuple[jax.Array, ...]] = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
