@@ -33,7 +33,17 @@ class UserError(Exception):
 
 def _end_quietly(number: int, frame: FrameType | None) -> None:
     print("interrupted", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
+        sys.stderr.flush()
     os._exit(EXIT_SIGINT)
+
+
+def _heed_interrupts(unraisable: Any) -> None:
+    """For `sys.unraisablehook`: Ctrl-C while the interpreter is in a callback of its own, where the exception goes nowhere."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _end_quietly(signal.SIGINT, None)
+    sys.__unraisablehook__(unraisable)
 
 
 def expect_interrupts() -> None:
@@ -56,6 +66,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="plain")
+    sys.unraisablehook = _heed_interrupts
     try:
         if signal.getsignal(signal.SIGINT) is _end_quietly:
             signal.signal(signal.SIGINT, signal.default_int_handler)

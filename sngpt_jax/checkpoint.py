@@ -33,6 +33,10 @@ logger = logging.getLogger("sngpt_jax")
 # orbax's threads log the traceback of a failed write (a full disk, say) once per layer, and then raise the same error to us.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
+# Seconds after which orbax gives a save up. It measures them by the clock that people set, which may jump; a save that waits
+# for a process that is gone is ended by `processes`.
+_TIMEOUT = 30 * 86_400
+
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, is damaged, is not there, or does not fit the state asked for."""
@@ -323,6 +327,7 @@ class Checkpointer:
         context = ocp.Context()
         # Made in the background, a folder that cannot be made leaves orbax threads waiting 300 s for it at exit.
         context.asynchronous.create_directories_asynchronously = False
+        context.asynchronous.timeout_secs = _TIMEOUT
         try:
             with context:
                 response = ocp.save_async(step_folder(self._directory, step), leaves, overwrite=True)

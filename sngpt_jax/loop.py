@@ -110,8 +110,9 @@ class Run:
     def loop(self) -> None:
         """Steps until the recipe's last one or its wall-clock cap; raises `Stopped` on a signal. Every step is read then."""
         train, every = self.config.train, self.config.eval.every
-        if self.done == 0 and every:
-            self.aside(validating=True, saving=False)
+        if every and self.done % every == 0 and not (self.position.latest and self.position.latest.step == self.done):
+            # at the start, or where a signal has ended this validation: its score is the checkpoint's then, too
+            self.aside(validating=True, saving=self.done > 0)
         self.meter.start(self.done)
         seconds = self.seconds()
         while self.done < train.steps and not (train.max_seconds and seconds >= train.max_seconds):

@@ -12,7 +12,7 @@ import pytest
 
 from sngpt_jax import loop
 from sngpt_jax.evaluation.bpb import Score
-from sngpt_jax.loop import NonFinite, Position, Run, Stopped
+from sngpt_jax.loop import NonFinite, Position, Run, Stopped, Validation
 from sngpt_jax.metrics import StepMeter
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.parallel import make_mesh
@@ -160,6 +160,19 @@ def test_a_step_is_given_its_own_time_whenever_it_is_read(run, monkeypatch, inli
     run.loop()
     logged = [args[0] for name, args, _ in run.writer.calls if name == "write"]
     assert [(record["step"], record["step_ms"]) for record in logged] == [(n, 1000 * n) for n in range(1, 21)]
+
+
+@pytest.mark.parametrize(
+    ("done", "known", "asked"), [(0, None, [(True, False)]), (10, 5, [(True, True)]), (10, 10, []), (7, 0, [])]
+)
+def test_a_validation_that_a_signal_ended_is_made_up_for(run, monkeypatch, done, known, asked):
+    run.done, seen = done, []
+    run.position = Position(latest=None if known is None else Validation(known, 3.0, 2.0, 10))
+    monkeypatch.setattr(run, "aside", lambda validating, saving: seen.append((validating, saving)))
+    monkeypatch.setattr(run, "seconds", lambda: math.inf)
+    run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, max_seconds=1.0))
+    run.loop()
+    assert seen == asked
 
 
 def test_the_first_validation_of_imported_weights_is_not_the_untrained_models(run, monkeypatch):

@@ -23,9 +23,9 @@ from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import quantize_variables
 from sngpt_jax.recipe import load
 from sngpt_jax.run_directory import load_model
-from sngpt_jax.step import TrainState, abstract_state, make_eval_step
+from sngpt_jax.step import make_eval_step
 from tests import tiny_run
-from tests.tiny_run import wait_for
+from tests.tiny_run import assert_same_run, losses, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -36,34 +36,6 @@ def train(recipe: Path, directory: Path, *arguments: object, devices: int = 1) -
 
 def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen[str]:
     return tiny_run.start("train", "--config", recipe, "--run-dir", directory, *arguments)
-
-
-def final_state(recipe: Path, directory: Path) -> TrainState:
-    mesh = make_mesh(jax.devices()[:1])
-    restored = checkpoint.restore(directory / "checkpoints", abstract_state(load(str(recipe)), mesh))
-    assert restored is not None
-    assert restored.step == 20
-    return restored.state
-
-
-def losses(directory: Path) -> list[tuple[int, str, float]]:
-    """(step, name, value) of every loss logged, in order."""
-    return [
-        (record["step"], name, record[name])
-        for record in read_metrics(directory / "metrics.jsonl")
-        for name in ("train_loss", "val_loss", "val_bpb")
-        if name in record
-    ]
-
-
-def assert_same_run(recipe: Path, a: Path, b: Path) -> None:
-    """Parameters, optimizer state, step, key and logged losses are equal bit for bit."""
-    first, second = final_state(recipe, a), final_state(recipe, b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
-    assert losses(a) == losses(b)
 
 
 def test_a_run_leaves_what_it_should(tiny_recipe, tiny_trained):
@@ -90,7 +62,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, tiny_trained, tmp_path):
     done = train(tiny_recipe, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 10" in done.stdout
-    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+    assert_same_run(tiny_trained, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -106,7 +78,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_traine
     done = tiny_run.run(*again.split())
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {saved}" in done.stdout
-    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+    assert_same_run(tiny_trained, tmp_path / "run")
 
 
 def test_a_run_resumes_on_another_number_of_devices(tiny_recipe, tiny_trained, tmp_path):
@@ -142,7 +114,7 @@ def test_a_broken_latest_checkpoint_falls_back(tiny_recipe, tiny_trained, tmp_pa
     (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
     assert "00000020" in warning
     assert "00000010" in warning
-    assert_same_run(tiny_recipe, tiny_trained, tmp_path / "run")
+    assert_same_run(tiny_trained, tmp_path / "run")
 
 
 def test_a_finished_run_prints_its_summary_again(tiny_recipe, tiny_trained):

@@ -8,7 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+
+from sngpt_jax import checkpoint
 from sngpt_jax.data.prepare import PrepareSpec, prepare
+from sngpt_jax.metrics import read_metrics
+from sngpt_jax.parallel import make_mesh
+from sngpt_jax.recipe import load
+from sngpt_jax.step import TrainState, abstract_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,3 +91,35 @@ def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -
     except BaseException:
         process.kill()
         raise
+
+
+# ---------------------------------------------------------------------------------------------- what runs have come to
+
+
+def final_state(directory: Path) -> TrainState:
+    """The state after the last step of a run."""
+    config = load(str(directory / "config.json"))
+    restored = checkpoint.restore(directory / "checkpoints", abstract_state(config, make_mesh(jax.devices()[:1])))
+    assert restored is not None
+    assert restored.step == config.train.steps
+    return restored.state
+
+
+def losses(directory: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of every loss logged, in order."""
+    return [
+        (record["step"], name, record[name])
+        for record in read_metrics(directory / "metrics.jsonl")
+        for name in ("train_loss", "val_loss", "val_bpb")
+        if name in record
+    ]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Parameters, optimizer state, step, key and logged losses are equal bit for bit."""
+    first, second = final_state(a), final_state(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
+    assert losses(a) == losses(b)

@@ -1,0 +1,96 @@
+"""All scenarios, and the table of what came of them: `python -m tests.faults --kills 20 --markdown docs/reliability.md`."""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from sngpt_jax.cli import write_text_atomic
+from tests.faults import damage, disks, kills, numbers, signals
+from tests.faults.lab import Lab, Row, Scenario, described
+
+SCENARIOS: tuple[Scenario, ...] = (
+    kills.of_trainings,
+    kills.of_preparations,
+    kills.of_exports,
+    kills.of_one_of_two_processes,
+    signals.asked_to_stop,
+    signals.interrupted_while_starting,
+    disks.full_in_training,
+    disks.full_for_output,
+    disks.full_in_preparation,
+    disks.full_in_export,
+    disks.unwritable,
+    damage.a_byte_of_the_latest_checkpoint,
+    damage.a_byte_of_every_checkpoint,
+    damage.a_missing_shard,
+    damage.a_changed_shard,
+    damage.other_data,
+    damage.another_tokenizer,
+    numbers.nan_stops,
+    numbers.nan_is_skipped,
+    numbers.nan_to_the_limit,
+    numbers.clock,
+)
+BEGIN, END = "<!-- begin: tests.faults -->\n", "<!-- end: tests.faults -->\n"
+
+
+def name_of(scenario: Scenario) -> str:
+    return f"{scenario.__module__.rpartition('.')[2]}.{scenario.__name__}"
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = ["| fault | what happens | message | exit status | tried | lost |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        message = f"`{row.message}`" if row.message else ""
+        lines.append(f"| {row.fault} | {row.happens} | {message} | {row.status} | {row.tried} | {row.lost} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_between(path: Path, text: str) -> None:
+    """Replaces what stands between the marks in a page."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{path}: has no lines {BEGIN.strip()} and {END.strip()}")
+    write_text_atomic(path, before + begin + text + end + after)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="of trainings and of preparations; a quarter as many of exports")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is damaged")
+    parser.add_argument("--only", default="", help="scenarios, by the start of their names, comma between them")
+    parser.add_argument("--markdown", type=Path, help="page whose table to replace")
+    arguments = parser.parse_args()
+    wanted = tuple(arguments.only.split(","))
+    rows, failed = [], 0
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        lab = Lab(Path(folder), arguments.kills, random.Random())
+        for scenario in SCENARIOS:
+            if not name_of(scenario).startswith(wanted):
+                continue
+            lab.rng.seed(f"{arguments.seed} {name_of(scenario)}")
+            start = time.monotonic()
+            try:
+                rows.append(row := described(scenario(lab), lab))
+                print(f"{name_of(scenario)}: {row.tried} tried, {time.monotonic() - start:.0f} s: {row.message}", flush=True)
+            except Exception as error:
+                failed += 1
+                where = traceback.extract_tb(error.__traceback__)[1:]
+                lines = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where)
+                print(f"{name_of(scenario)}: FAILED at {lines}: {type(error).__name__}: {error}"[:3000], flush=True)
+    if arguments.markdown and not failed:
+        write_between(arguments.markdown, table(rows))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Disks that are full and folders that cannot be written."""
+
+import contextlib
+import functools
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests import tiny_run
+from tests.faults import kills
+from tests.faults.lab import PREPARATION, Ended, Lab, Row
+
+ROOM = ("4k", "12k", "24k", "64k", "300k", "700k", "1300k")  # bytes of disks on which a training fails: sooner or later
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    """Mounts, or mounts anew, a disk in memory; False where that is not allowed."""
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@contextlib.contextmanager
+def small_disk(lab: Lab, size: str) -> Iterator[tuple[Path, Callable[[], None], dict[str, object]]]:
+    """A folder on a disk of that `size`, what makes room there, and options for the process that is to meet it full.
+
+    A disk in memory where one can be mounted, else files that may not become larger than that.
+    """
+    folder = lab.fresh("disk")
+    folder.mkdir()
+    if not mounted(folder, "-o", f"size={size}"):
+        most = int(size.removesuffix("k")) * 1024 // 4
+        yield folder, lambda: None, {"preexec_fn": functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))}
+        return
+    try:
+        yield folder, lambda: _remount(folder, "size=100m"), {}
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+def full_in_training(lab: Lab) -> Row:
+    """A training on a disk that becomes full at its start, in its metrics, in a checkpoint; then there is room."""
+    messages: list[str] = []
+    rooms = ROOM if lab.thorough else ROOM[2:3]
+    for size in rooms:
+        with small_disk(lab, size) as (disk, make_room, limits):
+            done = lab.run(lab.training(disk / "run"), **limits)
+            assert done.status == 2, (size, done)
+            messages.append(done.error)
+            make_room()
+            lab.goes_on_to_the_same(disk / "run")
+    of_checkpoints = [message for message in messages if "the checkpoint could not be saved" in message]
+    return Row(
+        "disk full while training",
+        "stops with what could not be written; once there is room the same command goes on from the last finished checkpoint",
+        min(of_checkpoints or messages, key=len),
+        "2",
+        len(rooms),
+    )
+
+
+def full_for_output(lab: Lab) -> Row:
+    """`train … > log` where the log's disk is full."""
+    directory = lab.fresh("unheard")
+    with open("/dev/full", "w") as full:
+        done = lab.run(lab.training(directory), stdout=full)
+    assert done.status == 0 and "Traceback" not in done.err, done
+    lab.goes_on_to_the_same(directory)
+    (said,) = [line for line in done.err.splitlines() if line.startswith("stdout:")]
+    return Row("disk full where stdout goes", "the training goes on; metrics.jsonl has what was to be printed", said, "0")
+
+
+def full_in_preparation(lab: Lab) -> Row:
+    """Shards on a full disk; with room they are those of an undisturbed preparation."""
+
+    def command(out: Path) -> list[str]:
+        return tiny_run.command("data.prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION)
+
+    assert lab.run(command(lab.fresh("undisturbed"))).status == 0
+    messages: list[Ended] = []
+    for size in ("4k", "16k", "40k"):
+        with small_disk(lab, size) as (disk, make_room, limits):
+            done = lab.run(command(disk / "data"), **limits)
+            assert done.status == 2, (size, done)
+            messages.append(done)
+            make_room()
+            assert lab.run(command(disk / "data")).status == 0
+            assert kills.contents(disk / "data") == kills.contents(lab.folder / "undisturbed")
+    return Row(
+        "disk full while preparing shards",
+        "stops; the same command goes on after the last whole shard, to the same bytes",
+        messages[-1].error,
+        "2",
+        len(messages),
+    )
+
+
+def full_in_export(lab: Lab) -> Row:
+    """An export on a full disk leaves nothing there."""
+    with small_disk(lab, "32k") as (disk, make_room, limits):
+        done = lab.run(kills.export_command(lab, disk), **limits)
+        assert done.status == 2, done
+        assert not list(disk.iterdir())
+        make_room()
+        assert lab.run(kills.export_command(lab, disk)).status == 0
+    return Row("disk full while exporting", "stops and leaves nothing half written", done.error, "2")
+
+
+def unwritable(lab: Lab) -> Row:
+    """A run directory that cannot be made, one on a disk that is read-only, and one that becomes so during the run."""
+    (lab.folder / "a_file").write_text("")
+    done = lab.run(lab.training(lab.folder / "a_file" / "run"))
+    assert done.status == 2, done
+    message, tried = done.error, 1
+    folder = lab.fresh("disk")
+    folder.mkdir()
+    if mounted(folder):
+        try:
+            process = lab.start(lab.training(folder / "run"))
+            lab.until(lambda: (folder / "run" / "checkpoints" / "00000004.json").exists(), process)
+            # files that are open for writing keep a disk from becoming read-only; its folders may be immutable nevertheless
+            subprocess.run(["chattr", "+i", str(folder / "run" / "checkpoints")], check=True, capture_output=True)
+            done = lab.end(process)
+            subprocess.run(["chattr", "-i", str(folder / "run" / "checkpoints")], check=True)
+            assert done.status == 2, done
+            message, tried = done.error, tried + 1
+            lab.goes_on_to_the_same(folder / "run")
+            _remount(folder, "ro")
+            done = lab.run(lab.training(folder / "other"))
+            assert done.status == 2 and done.error, done
+            tried += 1
+        except subprocess.CalledProcessError:  # a system whose disks in memory have no such attribute
+            lab.end(process)
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    return Row(
+        "run directory that cannot be written, from the start or from a moment on",
+        "refused before anything is computed; or stops, and goes on with the same command once it is mended",
+        message,
+        "2",
+        tried,
+    )

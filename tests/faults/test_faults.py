@@ -1,0 +1,45 @@
+"""The short form of `python -m tests.faults`: what neither tests/test_train.py nor the other tests of runs do already."""
+
+import random
+
+import pytest
+
+from tests.faults import damage, disks, kills, numbers
+from tests.faults.__main__ import BEGIN, END, SCENARIOS, table, write_between
+from tests.faults.lab import Lab, Row, described
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("faults"), kills=1, rng=random.Random(0), thorough=False)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        kills.of_trainings,
+        kills.of_preparations,
+        disks.full_in_training,
+        disks.full_for_output,
+        damage.other_data,
+        numbers.nan_is_skipped,
+        numbers.clock,
+    ],
+    ids=lambda scenario: scenario.__name__,
+)
+def test_nothing_is_lost(scenario, lab):
+    assert scenario in SCENARIOS
+    row = described(scenario(lab), lab)
+    assert row.tried and str(lab.folder) not in row.message
+
+
+def test_the_table_takes_the_place_of_the_one_before(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{BEGIN}old\n{END}below\n")
+    write_between(page, table([Row("fault", "what", "message", "2", 3)]))
+    assert page.read_text().splitlines()[-3:] == ["| fault | what | `message` | 2 | 3 | nothing |", END.strip(), "below"]
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="has no lines"):
+        write_between(page, "")
