@@ -42,7 +42,7 @@ def format_duration(seconds: float) -> str:
 
 
 class TerminalConsole(rich.console.Console):
-    """rich's console on a stream: colours, and what a terminal alone can show, if and only if the stream is a terminal.
+    """rich's console on a stream, breaking no lines: colours, and what a terminal alone can show, where that is a terminal.
 
     `has_cursor` is false of a file, of a pipe and of a terminal that cannot go back in a line (TERM=dumb). Once the reader of a
     pipe is gone nothing more is written; rich would end the program.
@@ -50,7 +50,7 @@ class TerminalConsole(rich.console.Console):
 
     def __init__(self, stream: TextIO | None, *, width: int | None = None) -> None:
         file = stream or open(os.devnull, "w")  # noqa: SIM115 - a stream that was closed before Python began
-        super().__init__(file=file, highlight=False, markup=False, force_terminal=file.isatty(), width=width)
+        super().__init__(file=file, highlight=False, markup=False, soft_wrap=True, force_terminal=file.isatty(), width=width)
         self.has_cursor = file.isatty() and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
@@ -168,7 +168,7 @@ def progress_reporter(
             if console.has_cursor:
                 _draw(console, progress, ended)
             else:
-                console.print(progress.line(), soft_wrap=True)
+                console.print(progress.line())
 
     return report
 
@@ -209,7 +209,9 @@ def show_result(title: str, rows: Rows, following: Sequence[str] = (), *, consol
         grid.add_column(overflow="fold")
         for row in rows:
             grid.add_row(*row)
-        console.print(rich.panel.Panel(grid, title=title, title_align="left", expand=False, border_style="green"))
+        console.print(
+            rich.panel.Panel(grid, title=title, title_align="left", expand=False, border_style="green"), soft_wrap=False
+        )
     else:
         for line in (title, *aligned(rows)):
             print(line, file=console.file)

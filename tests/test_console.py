@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import sys
 import time
 
 import numpy as np
@@ -208,3 +209,15 @@ def test_a_run_goes_on_where_nobody_reads_its_lines():
         for step in range(1, 2001):
             console.step({"step": step})
         console.result("finished", [("run", "runs/x")])
+
+
+def test_a_log_line_beside_the_live_line_is_whole(monkeypatch):
+    """It may be a command to paste."""
+    as_terminal(monkeypatch, 60)
+    out = Screen()
+    monkeypatch.setattr(sys, "stderr", out)
+    command = f"stopped; to go on: python -m sngpt_jax.train --run-dir {'x' * 80} --train.steps 3000"
+    with Console(2000, stream=out, clock=Clock()) as console:
+        console.step(RECORD)
+        print(command, file=sys.stderr)
+    assert command in plain(out.getvalue())
