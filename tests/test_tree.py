@@ -15,7 +15,6 @@ WRITTEN = [path for folder in PACKAGES for path in folder.rglob("*") if path.suf
 OF_THEIR_OWN = {
     "docs": "what the documentation says",
     "deviceless": "programs for GPUs that are not here",
-    "docs": "pages that a test follows",
     "faults": "runs that are broken on purpose",
 }
 
