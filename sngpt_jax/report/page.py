@@ -29,9 +29,9 @@ class Metric:
 
 
 METRICS = (
-    Metric("train_loss", "Training loss", "nats/token", noisy=True),
-    Metric("val_loss", "Validation loss", "nats/token"),
-    Metric("val_bpb", "Validation BPB", "bits/byte"),
+    Metric("train_loss", "Training loss", "nats/token", noisy=True, spiky=True),
+    Metric("val_loss", "Validation loss", "nats/token", spiky=True),
+    Metric("val_bpb", "Validation BPB", "bits/byte", spiky=True),
     Metric("lr", "Learning rate of the matrices", ""),
     Metric("grad_norm", "Gradient norm", "", noisy=True, spiky=True),
     Metric("tok_per_s", "Speed", "tokens/s", noisy=True, spiky=True),

@@ -111,6 +111,15 @@ def test_runs_and_scales_can_be_chosen(browser, url):
     assert browser.problems == []
 
 
+def test_the_axis_leaves_outliers_out_until_asked(browser, url):
+    browser.open(url)
+    found = "view.charts.find((chart) => chart.spec.id === 'grad_norm')"
+    highest = f"{found}.range({found}.lines, 0, 400)[1]"
+    assert browser.ask(highest) < 0.1  # of 1 / step, whose quartiles are at 1/300 and 1/100
+    browser.ask(f"{chart('grad_norm')}.querySelectorAll('button')[1].click()")
+    assert browser.ask(highest) > 1
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_can_read_it(browser, url, theme):
     browser.open(url, PHONE, theme)
