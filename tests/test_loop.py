@@ -27,6 +27,9 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
+    def progress(self, label):
+        return lambda done, total: None
+
     def __getattr__(self, name):
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
