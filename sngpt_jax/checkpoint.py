@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from sngpt_jax import processes, typed_json
 from sngpt_jax.cli import UserError, write_text_atomic
 from sngpt_jax.parallel import path_name
-from sngpt_jax.untrusted import inside
+from sngpt_jax.untrusted import file_sha256, inside
 
 logger = logging.getLogger("sngpt_jax")
 # orbax's threads log the traceback of a failed write (a full disk, say) once per layer, and then raise the same error to us.
@@ -98,13 +98,8 @@ def _read_record(directory: Path, step: int) -> _Record:
     return record
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_files(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): file_sha256(p, CheckpointError) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _verified_record(directory: Path, step: int) -> _Record:
@@ -112,10 +107,7 @@ def _verified_record(directory: Path, step: int) -> _Record:
     record = _read_record(directory, step)
     folder = step_folder(directory, step)
     for name, expected in record.files.items():
-        try:
-            found = _sha256(inside(folder, name, CheckpointError))
-        except OSError as error:
-            raise CheckpointError(f"{folder}: {name} cannot be read: {error.strerror}") from None
+        found = file_sha256(inside(folder, name, CheckpointError), CheckpointError)
         if found != expected:
             raise CheckpointError(f"{folder}: {name} is damaged: SHA-256 {found[:12]}…, recorded {expected[:12]}…")
     return record

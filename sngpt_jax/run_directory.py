@@ -29,13 +29,13 @@ from jax.sharding import Mesh
 from sngpt_jax import checkpoint, config_file, processes, typed_json
 from sngpt_jax.cli import UserError, write_bytes_atomic, write_text_atomic
 from sngpt_jax.config import Config, Weights, differences, to_json
-from sngpt_jax.data.manifest import file_sha256
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.runtime import use_compilation_cache
 from sngpt_jax.step import abstract_state, join
 from sngpt_jax.trained_model import TrainedModel, on_any_device
+from sngpt_jax.untrusted import file_sha256
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -251,5 +251,5 @@ def load_model(run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weig
         weights,
         run_dir,
         tokenizer_path=kept,
-        tokenizer_sha256=file_sha256(kept) if kept else None,
+        tokenizer_sha256=file_sha256(kept, UserError) if kept else None,
     )

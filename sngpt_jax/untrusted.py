@@ -1,6 +1,7 @@
 """What is asked of every file that somebody else may have written, before it is read: that it is a plain file, no larger than
 such a file can be, and where a file names others, that they lie in its own folder."""
 
+import hashlib
 import re
 import stat
 from pathlib import Path
@@ -31,6 +32,15 @@ def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
     if len(content) > limit:
         raise error(f"{path}: {max(found.st_size, len(content)):,} bytes; no file of its kind has more than {limit:,}")
     return content
+
+
+def file_sha256(path: Path, error: type[UserError]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; raises `error` in one line where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from None
 
 
 def problem_of_name(name: str) -> str | None:

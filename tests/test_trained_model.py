@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax.config import Config, ConfigError, DataConfig, ExportConfig, ModelConfig, OptimConfig, to_json
-from sngpt_jax.data.manifest import file_sha256
+from sngpt_jax.data.manifest import DataError
 from sngpt_jax.export import artifact
 from sngpt_jax.export.artifact import ArtifactError, Storage
 from sngpt_jax.export.pipeline import quantize_tensors
@@ -16,6 +16,7 @@ from sngpt_jax.parallel import make_mesh
 from sngpt_jax.quantized_model import host_tensors, quantize_variables
 from sngpt_jax.step import forward, init_state
 from sngpt_jax.trained_model import TrainedModel, from_artifact, to_variables, tokenizer_beside
+from sngpt_jax.untrusted import file_sha256
 
 CODED = ModelConfig(
     family="pre_norm", vocab_size=64, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, mlp_dim=32, levels="4,2,0;5,2,4"
@@ -115,7 +116,7 @@ def test_another_tokenizer_than_the_models_is_refused(tiny_recipe):
     config = dataclasses.replace(config_of(COMPACT), data=DataConfig(dir=str(data)))
     config = dataclasses.replace(config, model=dataclasses.replace(COMPACT, vocab_size=320))
     tokenizer = next(data.glob("*.model"))
-    right, wrong = file_sha256(tokenizer), "0" * 64
+    right, wrong = file_sha256(tokenizer, DataError), "0" * 64
     model = TrainedModel(config, {}, 1, "final", tiny_recipe, tokenizer_path=tokenizer, tokenizer_sha256=right)
     assert model.tokenizer().vocab_size == 320 and model.open_data().directory == data
     other = dataclasses.replace(model, tokenizer_sha256=wrong)

@@ -27,10 +27,10 @@ import pyarrow
 
 from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError
-from sngpt_jax.data.manifest import DataError, file_sha256
+from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
-from sngpt_jax.untrusted import problem_of_name, shown
+from sngpt_jax.untrusted import file_sha256, problem_of_name, shown
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -105,7 +105,7 @@ def fingerprint(source: str) -> str:
     by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
     for path, stat in zip(files, stats, strict=True):
-        content = file_sha256(path) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
+        content = file_sha256(path, DataError) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
         digest.update(f"{path.relative_to(root).as_posix()}\0{content}\0".encode())
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 

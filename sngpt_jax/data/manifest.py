@@ -4,7 +4,6 @@ Both are read strictly: an unknown, missing or ill-typed key is an error, and a 
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from sngpt_jax import typed_json
 from sngpt_jax.cli import UserError, write_text_atomic
-from sngpt_jax.untrusted import inside, problem_of_name, shown
+from sngpt_jax.untrusted import file_sha256, inside, problem_of_name, shown
 
 T = TypeVar("T")
 
@@ -148,15 +147,6 @@ def save(value: Manifest | Progress, directory: Path) -> None:
 # ---------------------------------------------------------------------------------------------- checksums
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. Raises `DataError` where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def verify(directory: str | Path) -> Manifest:
     """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError` at the first that differs."""
     directory = Path(directory)
@@ -167,7 +157,7 @@ def verify(directory: str | Path) -> Manifest:
         if shard.extra:
             expected[shard.extra.name] = shard.extra.sha256
     for name, sha256 in expected.items():
-        found = file_sha256(inside(directory, name, DataError))
+        found = file_sha256(inside(directory, name, DataError), DataError)
         if found != sha256:
             raise DataError(f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data again")
     return manifest

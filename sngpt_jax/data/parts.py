@@ -22,14 +22,13 @@ from sngpt_jax.data.manifest import (
     ShardEntry,
     SplitProgress,
     TokenizerEntry,
-    file_sha256,
     load_progress,
     save,
 )
 from sngpt_jax.data.shards import TokenStream, open_entries
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
-from sngpt_jax.untrusted import inside
+from sngpt_jax.untrusted import file_sha256, inside
 
 _SHARD_TOKENS = 10_000_000  # in a part's shard: seconds of work, which is what a killed worker loses
 _CHUNK_DOCUMENTS = 256  # read at a time
@@ -152,7 +151,7 @@ class Parts:
             path = inside(folder, file.name, DataError)
             if not path.is_file():
                 raise DataError(f"{path}: missing; {remedy}")
-            if (found := file_sha256(path)) != file.sha256:
+            if (found := file_sha256(path, DataError)) != file.sha256:
                 raise DataError(f"{path}: damaged: expected SHA-256 {file.sha256}, found {found}; {remedy}")
         stream = TokenStream(tuple(open_entries(folder, reached.shards)), self.tokenizer_entry.vocab_size)
         edges, end = [], 0

@@ -31,7 +31,6 @@ from sngpt_jax.data.manifest import (
     Origin,
     Progress,
     TokenizerEntry,
-    file_sha256,
     save,
     verify,
 )
@@ -42,6 +41,7 @@ from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepi
 from sngpt_jax.data.writer import SplitWriter
 from sngpt_jax.options import Json, Quiet
 from sngpt_jax.terminal import format_duration, progress_reporter
+from sngpt_jax.untrusted import file_sha256
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -207,7 +207,7 @@ def _make(spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: 
         save(progress, out)
     entry = progress.tokenizer
     assert entry is not None
-    tokenizer, found = out / entry.file, file_sha256(out / entry.file)
+    tokenizer, found = out / entry.file, file_sha256(out / entry.file, UserError)
     if found != entry.sha256:
         raise UserError(f"{tokenizer}: changed since the preparation began: expected SHA-256 {entry.sha256}, found {found}")
     # Both are opened before anything is written, so that a source that is too small is known at once.

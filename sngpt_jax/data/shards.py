@@ -20,12 +20,11 @@ from sngpt_jax.data.manifest import (
     DataError,
     Manifest,
     ShardEntry,
-    file_sha256,
     load_manifest,
     verify,
 )
 from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
-from sngpt_jax.untrusted import inside
+from sngpt_jax.untrusted import file_sha256, inside
 
 MAGIC = 20240520
 VERSION = 1
@@ -282,7 +281,7 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)
     path = inside(directory, manifest.tokenizer.file, DataError) if manifest else _tokenizer_file(directory)
-    if manifest and (found := file_sha256(path)) != manifest.tokenizer.sha256:
+    if manifest and (found := file_sha256(path, DataError)) != manifest.tokenizer.sha256:
         raise DataError(
             f"{path}: not the tokenizer that the shards were made with:"
             f" expected SHA-256 {manifest.tokenizer.sha256}, found {found}"

@@ -88,7 +88,12 @@ def causal_mask(num_positions: int) -> jax.Array:
 
 
 def make_positions(config: ModelConfig, num_positions: int) -> Positions:
-    """The positions of a sequence of that length, by the configuration's rotary width, base and NTK scaling."""
+    """The positions of a sequence of that length, by the configuration's rotary width, base and NTK scaling.
+
+    Raises `ValueError` where it is longer than the model takes.
+    """
+    if num_positions > config.max_seq_len:
+        raise ValueError(f"{num_positions} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
     causal = causal_mask(num_positions)
     if config.positions == "learned":
         return Positions(None, causal)

@@ -118,10 +118,7 @@ class GPT(nnx.Module):
         """What the head multiplies, [B, T, D], of whole sequences. Raises ValueError where T exceeds `max_seq_len`."""
         config = self.config
         chex.assert_rank(tokens_BT, 2)
-        T = tokens_BT.shape[1]
-        if T > config.max_seq_len:
-            raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
-        positions = make_positions(config, T)
+        positions = make_positions(config, tokens_BT.shape[1])
         with jax.named_scope("embed"):
             encoded = self.encode(tokens_BT)
         return self.run(encoded, positions)

@@ -76,10 +76,7 @@ class PreNormGPT(nnx.Module):
         """
         config = self.config
         chex.assert_rank(tokens_BT, 2)
-        T = tokens_BT.shape[1]
-        if T > config.max_seq_len:
-            raise ValueError(f"{T} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
-        positions = make_positions(config, T)
+        positions = make_positions(config, tokens_BT.shape[1])
         with jax.named_scope("embed"):
             x_BTD = self.encode(tokens_BT)
         return self.tapped_run(x_BTD, positions, tapped_P)

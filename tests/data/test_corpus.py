@@ -233,7 +233,7 @@ def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, mon
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("abc")
         os.utime(tmp_path / name, (1, 1))
-    monkeypatch.setattr(corpus, "file_sha256", lambda path: pytest.fail("read the text"))
+    monkeypatch.setattr(corpus, "file_sha256", lambda path, error: pytest.fail("read the text"))
     first = fingerprint(str(tmp_path))
     assert fingerprint(str(tmp_path)) == first
     os.utime(tmp_path / "b.txt", ns=(1, 2))
