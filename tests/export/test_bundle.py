@@ -182,7 +182,7 @@ def test_the_programs_files(built):
     assert not names & {f"sngpt_jax/{name}.py" for name in ("checkpoint", "recipe", "run_directory", "loop", "optim/schedules")}
     assert not set(built.libraries) & {"orbax", "tyro", "rich", "tensorboardX", "grain", "python_minifier", "sngpt_jax"}
     assert all((bundle.ROOT / name).is_file() for name in names)
-    assert len(built.data) < 36_000  # it counts towards the limit; 2.3 kB of it are strict reading and one-line errors
+    assert len(built.data) < 36_500  # it counts towards the limit; 2.3 kB of it are strict reading and one-line errors
 
 
 @pytest.mark.slow

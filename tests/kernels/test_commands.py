@@ -76,8 +76,6 @@ def run(folder, module, **options):
         env={"PYTHONPATH": f"{folder}:{ROOT}"},
         stderr=subprocess.PIPE,
         text=True,
-            signal.SIGINT, signal.default_int_handler
-        ),  # also where the tests run in the background
         **settings,
     )
 
