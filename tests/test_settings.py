@@ -219,7 +219,9 @@ def loop_of(config: Config) -> LoopAlone:
     given = {field.name: SimpleNamespace(start=lambda step: None, flush=lambda: None) for field in dataclasses.fields(loop.Run)}
     config = changed(config, "train", steps=min(config.train.steps, 2500))
     data = SimpleNamespace(val=range(10**8))
-    run = LoopAlone(**given | {"config": config, "data": data, "mesh": make_mesh(), "done": 0, "sent": None})
+    run = LoopAlone(
+        **given | {"config": config, "data": data, "mesh": make_mesh(), "position": loop.Position(), "done": 0, "sent": None}
+    )
     run.state = SimpleNamespace(variables=lambda: None)
     return run
 
