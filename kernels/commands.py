@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
         status = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -97,6 +98,11 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
         raise error
     found = error.object[error.start : error.end]
     return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+
+
+def _in_one_line(text: str) -> str:
+    """`text` without line ends, control characters escaped: a terminal would obey those that a file has put there."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", " ".join(text.split()))
 
 
 def progress(line: str) -> None:

@@ -188,8 +188,14 @@ def _load(directory: Path, record: _Record, abstract: Any, parts: Iterable[str] 
     }
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # what may be left out is checked above
-    with context:
-        arrays = ocp.load(folder.absolute(), targets)
+    try:
+        with context:
+            arrays = ocp.load(folder.absolute(), targets)
+    except jax.errors.JaxRuntimeError:  # the device's: memory, say
+        raise
+    except Exception as error:  # orbax and tensorstore raise a dozen kinds for what they cannot make out
+        reason = next(iter(str(error).strip().splitlines()), "")[:300]
+        raise CheckpointError(f"{folder}: cannot be read: {type(error).__name__}: {reason}") from None
     return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
 
 

@@ -35,6 +35,7 @@ _MOST = {
 }
 _MOST_ELSEWHERE = 2**53  # of other whole numbers: a float64 holds them exactly
 _LONGEST = 2**16  # letters of a text, entries of a list
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends: a terminal would obey them
 
 
 def _too_large(config: Config) -> Iterator[str]:
@@ -44,8 +45,8 @@ def _too_large(config: Config) -> Iterator[str]:
             if isinstance(value, str | tuple):
                 if len(value) > _MOST.get(name, _LONGEST):
                     yield f"{name} has {len(value)} {'letters' if isinstance(value, str) else 'entries'}"
-                elif "\0" in value:
-                    yield f"{name} = {value!r} holds a NUL"
+                elif _CONTROL.search(value if isinstance(value, str) else "".join(map(str, value))):
+                    yield f"{name} = {value!r} holds a control character"
             elif isinstance(value, int) and value > _MOST.get(name, _MOST_ELSEWHERE):
                 yield f"{name} = {value} exceeds {_MOST.get(name, _MOST_ELSEWHERE)}"
 

@@ -98,7 +98,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
 def _lock(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
+        lock = (run_dir / ".lock").open("a")  # what a link leads to keeps its bytes
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be used as a run directory: {error.strerror}; choose another --run-dir") from None
     with lock:
@@ -165,6 +165,15 @@ def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
             write_text_atomic(config_path(run_dir), to_json(config))
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """data.json."""
+
+    train_tokens: int
+    val_tokens: int
+    sha256: str  # of the shards' names, lengths and checksums
+
+
 def keep_data(run_dir: Path, data: Dataset) -> None:
     """Notes in a claimed directory which tokens the run takes, or finds the same noted there.
 
@@ -174,13 +183,13 @@ def keep_data(run_dir: Path, data: Dataset) -> None:
     shards = (*data.manifest.train, *data.manifest.val) if data.manifest else ()
     names = [(shard.path.name, len(shard.tokens)) for shard in (*data.train.shards, *data.val.shards)]
     listed = json.dumps([names, [shard.sha256 for shard in shards]]).encode()
-    found = {"train_tokens": len(data.train), "val_tokens": len(data.val), "sha256": hashlib.sha256(listed).hexdigest()}
+    found = _Tokens(len(data.train), len(data.val), hashlib.sha256(listed).hexdigest())
     path = run_dir / "data.json"
     if not path.exists():
         with _writing(run_dir):
-            write_text_atomic(path, json.dumps(found, indent=2) + "\n")
-    elif (noted := typed_json.read(path, UserError)) != found:
-        counts = [f"{v['train_tokens']:,} training and {v['val_tokens']:,} validation tokens" for v in (noted, found)]
+            write_text_atomic(path, json.dumps(asdict(found), indent=2) + "\n")
+    elif (noted := typed_json.parse(_Tokens, typed_json.read(path, UserError), str(path), UserError)) != found:
+        counts = [f"{x.train_tokens:,} training and {x.val_tokens:,} validation tokens" for x in (noted, found)]
         raise UserError(
             f"{data.directory}: not the data that the run in {run_dir} began with ({counts[0]} then, {counts[1]} now);"
             " put them back, or choose another --run-dir"

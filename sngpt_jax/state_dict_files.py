@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 import safetensors.numpy
 
-from sngpt_jax import cli
+from sngpt_jax import cli, untrusted
 from sngpt_jax.cli import UserError
 from sngpt_jax.untrusted import shown
 
@@ -103,6 +103,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise InteropError(f"{path}: expected a file named {', '.join(f'*{suffix}' for suffix in _READERS)}")
+    untrusted.plain_size(path, InteropError)
     try:
         with path.open("rb"):
             pass

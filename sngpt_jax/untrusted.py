@@ -17,20 +17,29 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:120]} …"
 
 
-def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
-    """The bytes of the file `path`; raises `error` in one line where it is no plain file, or has more than `limit` bytes."""
+def plain_size(path: Path, error: type[UserError]) -> int:
+    """The bytes that the file `path` has; raises `error` in one line where it is no plain file."""
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would never end, and neither would some devices
-            raise error(f"{path}: cannot be read: not a plain file")
-        with open(path, "rb") as file:
-            content = file.read(min(limit, found.st_size) + 1)  # so much is allocated, whatever is there
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from None
     except ValueError as problem:  # a path that no file can have
         raise error(f"{shown(str(path))}: cannot be read: {problem}") from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would never end, and neither would some devices
+        raise error(f"{path}: cannot be read: not a plain file")
+    return found.st_size
+
+
+def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
+    """The bytes of the file `path`; raises `error` in one line where it is no plain file, or has more than `limit` bytes."""
+    size = plain_size(path, error)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(min(limit, size) + 1)  # so much is allocated, whatever is there
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from None
     if len(content) > limit:
-        raise error(f"{path}: {max(found.st_size, len(content)):,} bytes; no file of its kind has more than {limit:,}")
+        raise error(f"{path}: {max(size, len(content)):,} bytes; no file of its kind has more than {limit:,}")
     return content
 
 

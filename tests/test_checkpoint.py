@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all: roundtrips, retention, damage, kills, other device counts, full disks."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -264,6 +265,19 @@ def test_all_broken_lists_them_all(two_steps, tmp_path):
     assert f"delete {directory} to start over" in message
     with pytest.raises(CheckpointError, match="00000001: unfinished, it has no record 00000001.json; choose another step"):
         restore(directory, abstract(make_state(0)), 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"a": 1}', b"\0" * 10])
+def test_files_that_orbax_cannot_make_out_are_one_line(two_steps, tmp_path, content):
+    """With their hashes in the record, so that somebody has made them so."""
+    directory = shutil.copytree(two_steps, tmp_path / "copy")
+    for path in files_of(directory, 2)[:-1]:
+        path.write_bytes(content)
+    record = dataclasses.replace(checkpoint._read_record(directory, 2), files=checkpoint._hash_files(directory / "00000002"))
+    (directory / "00000002.json").write_text(checkpoint._record_text(record))
+    with pytest.raises(CheckpointError, match="00000002: cannot be read: ") as error:
+        restore(directory, abstract(make_state(0)), 2)
+    assert "\n" not in str(error.value)
 
 
 def test_a_first_save_that_was_never_finished_is_no_checkpoint(two_steps, tmp_path, caplog):

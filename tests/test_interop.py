@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import zipfile
@@ -231,12 +232,14 @@ def test_damaged_files_are_one_line(tmp_path, suffix):
 
 def test_what_is_no_checkpoint_file(tmp_path):
     (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
     for name, reason in [
         ("absent.npz", "cannot be read: No such file"),
-        ("folder.npz", "cannot be read: Is a directory"),
+        ("folder.npz", "cannot be read: not a plain file"),
+        ("pipe.safetensors", "cannot be read: not a plain file"),
         ("model.ckpt", r"expected a file named \*.safetensors, \*.npz, \*.pt"),
         ("array.npz", "not a zip archive"),
         ("objects.npz", "Object arrays cannot be loaded"),

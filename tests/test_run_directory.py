@@ -86,6 +86,21 @@ def test_other_data_than_the_run_began_with_are_refused(tmp_path, tiny_recipe):
         run_directory.keep_data(tmp_path, fewer)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"train_tokens": "x", "val_tokens": 1, "sha256": ""}', "{"])
+def test_a_note_of_the_data_that_is_none_is_one_line(tmp_path, tiny_recipe, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match=r"data\.json(\.train_tokens)?: "):
+        run_directory.keep_data(tmp_path, open_dataset(tiny_recipe.parent / "data", 320))
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
+    with run_directory.claim(tmp_path / "run", Config()):
+        assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (tmp_path / "summary.json.tmp-123").write_text("{")
     with run_directory.claim(tmp_path, Config()):

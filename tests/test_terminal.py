@@ -198,6 +198,15 @@ def test_what_has_no_cursor_gets_plain_lines(monkeypatch, name, value):
 ROWS = [("run", "/tmp/" + "long/" * 30), ("score", "1.0 [bold]bits[/bold]/byte")]
 
 
+def test_an_error_is_one_line_that_no_terminal_obeys(capsys):
+    def main(argv):
+        raise cli.UserError("a\nb\x1b[2J\x9b\x7f é")
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert capsys.readouterr().err == "error: a b\\x1b[2J\\x9b\\x7f é\n"
+
+
 def test_a_result_in_a_file_is_plain_and_whole(capsys):
     show_result("evaluated", ROWS, ["python -m next --run 'a b'"])
     out, err = capsys.readouterr()

@@ -36,7 +36,7 @@ def locked(out: Path) -> Iterator[None]:
     an `OSError` of the block: no space, no permission, a file where the folder should be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "w") as file:
+        with open(out / ".lock", "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -24,7 +24,7 @@ from sngpt_jax.data.manifest import (
     verify,
 )
 from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
-from sngpt_jax.untrusted import file_sha256, inside
+from sngpt_jax.untrusted import file_sha256, inside, plain_size
 
 MAGIC = 20240520
 VERSION = 1
@@ -58,8 +58,8 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
 
 def open_shard(path: Path) -> np.memmap:
     """Maps a shard's tokens, uint16 [N]. Checks magic, version and size; raises `DataError` with expected and found."""
+    size = plain_size(path, DataError)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
     except OSError as error:
@@ -82,10 +82,7 @@ def open_shard(path: Path) -> np.memmap:
 
 def open_headerless(path: Path) -> np.memmap:
     """Maps a file of uint16 tokens without a header (nanoGPT's form). Raises `DataError`."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    size = plain_size(path, DataError)
     if size == 0 or size % TOKEN.itemsize:
         raise DataError(f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes")
     tokens = np.memmap(path, dtype=TOKEN, mode="r")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -331,7 +332,13 @@ def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
     assert data.train.take(0, 5).tolist() == [1, 2, 3, 4, 5]
     assert data.val.take(0, 2).tolist() == [1, 9]
     assert data.manifest is None
+    (tmp_path / "fineweb_val_000000.bin").unlink()
+    os.mkfifo(tmp_path / "fineweb_val_000000.bin")
+    with pytest.raises(DataError, match=r"val_000000\.bin: cannot be read: not a plain file"):
+        open_dataset(tmp_path, VOCAB)
     shutil.copy(tokenizer_file, tmp_path / "other.model")
+    (tmp_path / "fineweb_val_000000.bin").unlink()
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 9], np.uint16))
     with pytest.raises(DataError, match=r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"):
         open_dataset(tmp_path, VOCAB)
 
