@@ -11,6 +11,8 @@ from tests import test_processes, tiny_run
 from tests.faults.lab import PREPARATION, Lab, Row, steps_logged, unfinished_saves
 
 IN_A_ROW = 4  # kills that one run meets at most before it may end
+TWO = ("--train.steps", 60, "--train.checkpoint-every", 10)  # of a run of two processes
+LONGEST_SILENCE = 100  # seconds that the one which is left may take to notice
 
 
 def a_moment(lab: Lab, directory: Path) -> Callable[[], bool]:
@@ -136,10 +138,10 @@ def of_one_of_two_processes(lab: Lab) -> Row:
             process.communicate()
     assert started[0].returncode == 5 and "Traceback" not in err, err
     (message,) = [line for line in err.splitlines() if "no sign of life" in line]
-    done = test_processes.finish(test_processes.train(lab.recipe, directory, *TWO[:2]))
+    done = test_processes.finish(test_processes.train(lab.recipe, directory, *TWO))
     assert [status for status, _, _ in done] == [0, 0], done
     whole = lab.fresh("two_whole")
-    assert [status for status, _, _ in test_processes.finish(test_processes.train(lab.recipe, whole, *TWO[:2]))] == [0, 0]
+    assert [status for status, _, _ in test_processes.finish(test_processes.train(lab.recipe, whole, *TWO))] == [0, 0]
     tiny_run.assert_same_run(directory, whole)
     shutil.rmtree(whole)
     return Row(
@@ -148,7 +150,3 @@ def of_one_of_two_processes(lab: Lab) -> Row:
         message,
         "5",
     )
-
-
-TWO = ("--train.checkpoint-every", 5)
-LONGEST_SILENCE = 100
