@@ -14,6 +14,7 @@ from sngpt_jax.report.reading import RunData, Series, number
 
 POINTS = 600  # most of a curve as measured
 SMOOTH_POINTS = 300  # of a running mean, and of a band
+SMALLEST = 1e-100  # what is less is drawn as 0: a logarithmic axis would have no end
 LAYER_POINTS = 60  # of a quantity of one layer of a sparse code
 
 
@@ -77,6 +78,8 @@ class Numbers:
 def _short(x: float) -> float | int | None:
     if not np.isfinite(x):
         return None
+    if abs(x) < SMALLEST:
+        return 0
     return int(x) if x == int(x) and abs(x) < 2**53 else float(f"{x:.6g}")
 
 

@@ -15,6 +15,8 @@ from sngpt_jax import environment, run_directory, typed_json
 from sngpt_jax.cli import UserError
 from sngpt_jax.metrics import read_metrics
 
+LARGEST = 1e38  # float32 holds little more; charts of numbers beyond float64's roots have no axes
+MOST_STEPS = 2**53  # as of train.steps
 OWN_FILES = ("config.json", "summary.json", "tokenizer.json")
 
 
@@ -42,12 +44,12 @@ class RunData:
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN where it is no finite number."""
+    """`value` as a float; NaN where it is no number, or one beyond `LARGEST`."""
     try:
         found = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:  # an integer beyond the floats
         return math.nan
-    return found if math.isfinite(found) else math.nan
+    return found if abs(found) <= LARGEST else math.nan
 
 
 def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
@@ -55,7 +57,7 @@ def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     columns: dict[str, dict[float, float]] = {}
     for record in records:
         step = number(record["step"])
-        if math.isnan(step):
+        if not 0 <= step <= MOST_STEPS:
             continue
         for name, value in record.items():
             if name != "step" and (value is None or isinstance(value, int | float)):

@@ -15,7 +15,7 @@ function places(run, steps) {
   let i = 0;
   return steps.map((step) => {
     while (i + 1 < at.length && at[i + 1] < step) i++;
-    if (i + 1 >= at.length || step <= at[i]) return step <= at[0] ? seconds[0] * step / at[0] : seconds[i];
+    if (i + 1 >= at.length || step <= at[i]) return step < at[0] ? seconds[0] * step / at[0] : seconds[i];
     return seconds[i] + (seconds[i + 1] - seconds[i]) * (step - at[i]) / (at[i + 1] - at[i]);
   });
 }

@@ -150,6 +150,20 @@ def test_texts_are_shown_as_they_are(browser, url):
     assert browser.ask("document.title") == "Report of 3 runs"
 
 
+def test_numbers_that_no_run_has_are_drawn(browser, tmp_path):
+    directory = fake_run.make(tmp_path / "run")
+    values = [(0, 3.0, 0), (0.5, 1e-320, -1), (3, -1e308, 1e300), (4, 1e308, 5), (5, 1e38, 4), (6, -1e38, 1e38), (1e300, 2, 9)]
+    found = [{"step": s, "train_loss": x, "elapsed_seconds": t, "lr": -x, "constructor": 1, "x" * 900: x} for s, x, t in values]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    (tmp_path / "page.html").write_text(page(report([read_run(directory)], "now")))
+    browser.open(f"file://{tmp_path}/page.html", PHONE)
+    browser.ask("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    for axis in ("tokens", "time", "step"):
+        choose(browser, "axis", axis)
+    browser.ask("document.querySelectorAll('.tools button').forEach((button) => button.click())")
+    assert drawn(browser, "train_loss") == 1 and browser.overflow() <= 0 and browser.problems == []
+
+
 def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
     directory = fake_run.make(tmp_path / "run", finished=False, levels=1)
     with make_server(LiveRuns([directory, fake_run.make(tmp_path / "other", seed=2, steps=60)]), 0) as server:

@@ -32,7 +32,7 @@ def test_a_run_is_read(tmp_path):
 
 def test_what_is_no_number_is_none():
     assert number(3) == 3 and number(True) == 1
-    for value in (None, "3", [], math.nan, math.inf, 10**400):
+    for value in (None, "3", [], math.nan, math.inf, 10**400, 2e38, -1e300):
         assert math.isnan(number(value))
 
 
@@ -44,6 +44,8 @@ def test_series_hold_what_was_a_number():
             {"step": 2, "loss": float("nan")},
             {"step": 3, "loss": 5, "other": 10**400},
             {"step": float("nan"), "loss": 9.0},
+            {"step": -1, "loss": 9.0},
+            {"step": 1e300, "loss": 9.0},
         ]
     )
     np.testing.assert_array_equal(found["loss"].steps, [1, 2, 3])
