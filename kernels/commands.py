@@ -72,7 +72,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if signal.getsignal(signal.SIGINT) is _end_quietly:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before Python began
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
         status = EXIT_USER_ERROR

@@ -137,8 +137,8 @@ def clear() -> None:
 def _draw(console: TerminalConsole, progress: Progress, ended: bool) -> None:
     global _drawn
     clear()
-    drawing = progress.drawing(console.width - 1)  # in the last column some terminals go on to the next line
-    (line, *_) = console.render_lines(drawing, console.options.update(width=console.width - 1), pad=False)
+    width = max(console.width - 1, 1)  # in the last column some terminals go on to the next line
+    (line, *_) = console.render_lines(progress.drawing(width), console.options.update(width=width), pad=False)
     console.print(rich.segment.Segments([*line, rich.segment.Segment.line()] if ended else line), end="")
     _drawn = None if ended else console
 

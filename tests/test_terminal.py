@@ -121,6 +121,15 @@ def test_a_narrow_terminal_is_told_what_matters(monkeypatch, columns, line):
     assert len(line) < columns, "a full line would go on in the next one"
 
 
+def test_no_terminal_is_too_narrow(monkeypatch):
+    as_terminal(monkeypatch, 1)
+    clock, out = Clock(), Screen()
+    report = progress_reporter("evaluate", stream=out, clock=clock)
+    clock.now += 2
+    report(16, 40)
+    assert drawn(out) == ["…"]
+
+
 def test_work_of_unknown_length_and_notes():
     clock, out = Clock(), io.StringIO()
     report = progress_reporter("data: train", stream=out, clock=clock)
@@ -255,6 +264,13 @@ def test_every_encoding_can_show_what_is_printed(monkeypatch):
     with pytest.raises(SystemExit):
         commands.run(main)
     assert bytes_.getvalue() == b"| 2 x 3 ... _\\xe9\\udc80\n"
+
+
+def test_a_stdout_that_was_closed_before_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda argv: 0)
+    assert ended.value.code == 0
 
 
 def test_a_reader_that_has_gone_ends_nothing(monkeypatch):

@@ -1,6 +1,7 @@
 """The report of runs that go on: a small server for this machine's browsers, which reads what has changed when it is asked."""
 
 import datetime
+import sys
 import time
 import urllib.parse
 from collections.abc import Sequence
@@ -59,46 +60,50 @@ class LiveRuns:
             return self._data
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a browser that has gone."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
     """The server, bound to `port` of the loopback address (0: any free one). Raises `UserError` where it is taken."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            url = urllib.parse.urlsplit(self.path)
+            path, _, query = self.path.partition("?")
             host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
             if host not in NAMES:
                 return self.answer(403, "text/plain", "this server answers requests to localhost")
-            if url.path not in ("/", "/data.json"):
+            if path not in ("/", "/data.json"):
                 return self.answer(404, "text/plain", "there is / and /data.json")
             try:
                 data = runs.data()
             except UserError as error:
                 return self.answer(503, "text/plain", str(error))
-            if url.path == "/":
+            if path == "/":
                 return self.answer(200, "text/html", page(data))
-            if urllib.parse.parse_qs(url.query).get("since") == [data["live"]]:
+            if urllib.parse.parse_qs(query).get("since") == [data["live"]]:
                 return self.answer(204, "text/plain", "")
             return self.answer(200, "application/json", webpage.to_json(data))
 
         def answer(self, status: int, kind: str, text: str) -> None:
             content = text.encode("utf-8", "replace")
-            try:
-                self.send_response(status)
-                self.send_header("Content-Type", f"{kind}; charset=utf-8")
-                self.send_header("X-Content-Type-Options", "nosniff")
-                self.send_header("Cache-Control", "no-store")
-                if status != 204:
-                    self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-            except (BrokenPipeError, ConnectionResetError):  # the browser has gone
-                self.close_connection = True
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Cache-Control", "no-store")
+            if status != 204:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: Any) -> None:
             """Says nothing: a page asks every three seconds."""
 
     try:
-        return ThreadingHTTPServer((ADDRESS, port), Handler)
+        return _Server((ADDRESS, port), Handler)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such port"
         raise UserError(f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any that is free") from None

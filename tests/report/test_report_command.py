@@ -4,6 +4,8 @@ import http.client
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import threading
 
@@ -101,6 +103,17 @@ def test_only_this_machine_is_answered(served):
     assert status == 503 and "cannot be read as JSON" in text
     with pytest.raises(UserError, match=rf"--port {port}: cannot be listened on: Address already in use; give another"):
         make_server(LiveRuns([directory]), port)
+
+
+def test_odd_requests_and_browsers_that_have_gone_are_no_errors(served, capsys):
+    _, ask, port = served
+    assert ask("http://[x")[0] == 404
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert ask("/")[0] == 200
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
