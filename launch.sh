@@ -16,7 +16,7 @@ fail() {
   exit 2
 }
 
-usage="usage: ./launch.sh train|evaluate|export|sample|plan|features|report|prepare|bench|interop|docs|test [arguments]"
+usage="usage: ./launch.sh prepare|train|evaluate|export|sample|plan|features|report|bench|interop|docs|test [arguments]"
 command=${1:-}
 case "$command" in
 train | evaluate | export | sample | plan | report | bench | interop) module=sngpt_jax.$command ;;
@@ -24,6 +24,11 @@ prepare) module=sngpt_jax.data.prepare ;;
 features) module=sngpt_jax.evaluation.features ;;
 test) module=pytest ;;
 docs) module=mkdocs ;; # build, serve
+-h | --help | help)
+  echo "$usage"
+  echo "./launch.sh COMMAND --help says what a command takes; docs/index.md has the documentation"
+  exit
+  ;;
 "") fail "$usage" ;;
 *) fail "unknown command '$command'; $usage" ;;
 esac

@@ -1,5 +1,6 @@
 """launch.sh: what it refuses, what it runs, and that an environment once made is not made again."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -176,6 +177,15 @@ def test_what_it_cannot_run_is_one_line_and_status_2(checkout, arguments, said):
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not calls
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help_names_every_command_and_installs_nothing(checkout, word):
+    done, calls = launch(checkout, word)
+    assert done.returncode == 0 and not done.stderr and not calls
+    source = (ROOT / "launch.sh").read_text()
+    known = {name for names in re.findall(r"^([\w| ]+)\) module=", source, flags=re.MULTILINE) for name in names.split(" | ")}
+    assert len(known) > 10 and set(re.search(r"launch\.sh ([\w|]+) ", done.stdout)[1].split("|")) == known
 
 
 def test_a_python_that_is_too_old_is_named(checkout):
