@@ -39,6 +39,11 @@ def group(runs: Sequence[RunData]) -> list[list[int]]:
     return list(found.values())
 
 
+def one_a_seed(runs: Sequence[RunData]) -> list[RunData]:
+    """The first run of each seed: another one of the same seed is no further sample."""
+    return list({json.dumps(run.config.get(SEED)): run for run in reversed(runs)}.values())[::-1]
+
+
 def labels(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
     """A name for each group: of one run its own; of several what theirs begin with alike, where no other has that name."""
     found = [_beginning([names[i] for i in members]) if len(members) > 1 else names[members[0]] for members in groups]

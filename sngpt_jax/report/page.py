@@ -110,6 +110,7 @@ def group_bands(runs: Sequence[RunData], numbers: Numbers) -> dict[str, list[int
     """By metric the band of runs of one group: places of steps, means and standard deviations."""
     noisy = {metric.name for metric in METRICS if metric.noisy}
     found = {}
+    runs = grouping.one_a_seed(runs)
     for name in runs[0].series:
         if not all(name in run.series for run in runs) or (NOT_DRAWN.fullmatch(name) and not _is_health(name)):
             continue

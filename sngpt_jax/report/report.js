@@ -56,6 +56,7 @@ function measure() {
 
 view.changed = () => { measure(); for (const chart of view.charts) chart.draw(); };
 view.zoom = (from, to) => {
+  if (from !== null && !(to - from > (view.last - view.first) * 1e-9)) return; // no axis is that short
   [view.from, view.to] = [from, to];
   $("range").value = from === null ? "0" : "zoom";
   view.changed();

@@ -91,11 +91,11 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
     means: dict[int, float] = {}  # by row, what competes for the best
     place = next((i for i, of in enumerate(shown) if of.final == "val_bpb"), None)
     for g, members in enumerate(groups):
-        finished = [runs[i] for i in members if runs[i].summary]
+        finished = grouping.one_a_seed([runs[i] for i in members if runs[i].summary])
         if len(members) > 1:
             found = [grouping.statistic(run.summary.get(of.final) for run in finished) for of in shown]
             seeds = {text(runs[i].config.get(grouping.SEED)) for i in members}
-            again = "" if len(seeds) == len(members) else f", {len(seeds)} different"
+            again = "" if len(seeds) == len(members) else f", {len(seeds)} seeds"
             cells = [[labels[g], ""], [f"{len(members)} runs{again}", ""]]
             cells.append([f"mean ± sd, n = {len(finished)}", ""])
             for value, of in zip(found, shown, strict=True):

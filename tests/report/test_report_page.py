@@ -53,7 +53,7 @@ def test_statistics_are_of_finished_runs_only(tmp_path):
         read_run(fake_run.make(tmp_path / "a4", seed=2)),
     ]
     rows = report(runs, "now")["scores"]["rows"]
-    assert cells(rows[0])[1:3] == ["4 runs, 3 different", "mean ± sd, n = 3"]
+    assert cells(rows[0])[1:3] == ["4 runs, 3 seeds", "mean ± sd, n = 2"]  # one did not finish, one repeats another
     assert cells(rows[3])[2] == "at step 40 of 40"
     columns = report(runs, "now")["scores"]["columns"]
     so_far = dict(zip(columns, cells(rows[3]), strict=True))
