@@ -121,3 +121,18 @@ def keep_working_memory() -> None:
     if mallopt is not None:  # glibc, which other systems need not have
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def forgive_late_callbacks() -> None:
+    """From here on, a callback into an event loop that was closed prints no traceback.
+
+    A save of which one write fails, as on a full disk, is given up with a line; its other writes end later, in threads of
+    tensorstore's, and report to the loop of orbax that waited for them and is gone.
+    """
+    shown = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            shown(unraisable)
+
+    sys.unraisablehook = hook

@@ -37,7 +37,14 @@ from sngpt_jax.parallel import batch_placer, make_mesh
 from sngpt_jax.plan import abstract_params, make_plan
 from sngpt_jax.recipe import Overrides, parse_command, recipe_name
 from sngpt_jax.run_directory import Summary
-from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, keep_working_memory, use_compilation_cache
+from sngpt_jax.runtime import (
+    EXIT_STATUS,
+    Profiler,
+    StopSignals,
+    forgive_late_callbacks,
+    keep_working_memory,
+    use_compilation_cache,
+)
 from sngpt_jax.sample import generate
 from sngpt_jax.step import (
     abstract_state,
@@ -54,6 +61,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     # 1. Devices: how the sequences of a step are dealt out.
     d, t = config.data, config.train
     keep_working_memory()
+    forgive_late_callbacks()
     mesh = make_mesh(fsdp=t.fsdp)
     accumulation = microbatches(d.batch_tokens, t.device_batch_tokens, d.seq_len, mesh.devices.size)
     use_compilation_cache(t.compilation_cache)

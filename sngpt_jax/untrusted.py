@@ -2,6 +2,7 @@
 such a file can be, and where a file names others, that they lie in its own folder."""
 
 import hashlib
+import os
 import re
 import stat
 from pathlib import Path
@@ -32,9 +33,10 @@ def plain_size(path: Path, error: type[UserError]) -> int:
 
 def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
     """The bytes of the file `path`; raises `error` in one line where it is no plain file, or has more than `limit` bytes."""
-    size = plain_size(path, error)
+    plain_size(path, error)
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size  # of the file that is open: its name may stand for another one by now
             content = file.read(min(limit, size) + 1)  # so much is allocated, whatever is there
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from None

@@ -1,6 +1,7 @@
 """The console: its text to the letter, what is printed when, and that it costs nothing."""
 
 import io
+import logging
 import math
 import os
 import re
@@ -179,7 +180,8 @@ def test_work_aside_takes_the_live_line_while_it_lasts(monkeypatch):
     assert "8/8" not in out.getvalue() and re.search("validation ━+", plain(out.getvalue()))
 
 
-def test_quiet_prints_the_result_alone(monkeypatch, capsys):
+def test_quiet_prints_the_result_alone(monkeypatch, capsys, caplog):
+    caplog.set_level(logging.WARNING, "sngpt_jax")  # as a command's --quiet sets it
     as_terminal(monkeypatch, 80)
     out = Screen()
     with Console(2000, quiet=True, stream=out) as console:

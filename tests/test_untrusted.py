@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sngpt_jax import untrusted
 from sngpt_jax.cli import UserError
 from sngpt_jax.untrusted import inside, problem_of_name, read_bytes
 
@@ -64,3 +65,10 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
         read_bytes(tmp_path / "file", 9, UserError)
     with pytest.raises(UserError, match="missing: cannot be read: No such file"):
         read_bytes(tmp_path / "missing", 9, UserError)
+
+
+def test_a_file_that_is_replaced_by_a_longer_one_meanwhile_is_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "progress.json"
+    path.write_bytes(b"{}")
+    monkeypatch.setattr(untrusted, "plain_size", lambda path, error: path.write_bytes(b'{"shards": 12}'))
+    assert read_bytes(path, 1000, UserError) == b'{"shards": 12}'
