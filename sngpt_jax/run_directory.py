@@ -109,7 +109,8 @@ def _lock(run_dir: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             raise UserError(f"{run_dir}: cannot be locked: {error.strerror}; choose another --run-dir") from None
         for leftover in run_dir.glob("*.tmp-*"):  # of a killed run: the lock is ours
-            leftover.unlink()
+            if leftover.suffix[5:].isdigit() and leftover.is_file():  # the name that `write_bytes_atomic` gives
+                leftover.unlink()
         yield
 
 

@@ -103,8 +103,10 @@ def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
 
 def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (tmp_path / "summary.json.tmp-123").write_text("{")
+    (tmp_path / "somebodys.tmp-notes").write_text("kept")
+    (tmp_path / "somebodys.tmp-1").mkdir()
     with run_directory.claim(tmp_path, Config()):
-        assert not list(tmp_path.glob("*.tmp-*"))
+        assert {path.name for path in tmp_path.glob("*.tmp-*")} == {"somebodys.tmp-notes", "somebodys.tmp-1"}
 
 
 def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):

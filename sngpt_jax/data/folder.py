@@ -49,7 +49,8 @@ def locked(out: Path) -> Iterator[None]:
 def begin_or_resume(out: Path, origin: Origin) -> Progress:
     """The journal of a folder that is held; a new one where nothing was written yet. Raises `UserError` for another's data."""
     for stale in out.glob("*.tmp-*"):  # of a killed run: the lock is ours
-        stale.unlink()
+        if stale.suffix[5:].isdigit() and stale.is_file():  # the name that `write_bytes_atomic` gives
+            stale.unlink()
     if (out / PROGRESS).is_file():
         progress = load_progress(out)
         if progress.origin == origin:

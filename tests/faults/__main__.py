@@ -71,6 +71,10 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="page whose table to replace")
     arguments = parser.parse_args()
     wanted = tuple(arguments.only.split(","))
+    if strangers := [start for start in wanted if not any(name_of(scenario).startswith(start) for scenario in SCENARIOS)]:
+        parser.error(f"--only: no scenario begins with {', '.join(strangers)}; there are {', '.join(map(name_of, SCENARIOS))}")
+    if arguments.only and arguments.markdown:
+        parser.error("--markdown replaces the whole table; leave --only out")
     rows, failed = [], 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lab = Lab(Path(folder), arguments.kills, random.Random())
