@@ -42,9 +42,11 @@ def nan_is_skipped(lab: Lab) -> Row:
 
 def nan_to_the_limit(lab: Lab) -> Row:
     """One skipped step more in a row than are allowed."""
-    options = ("--train.nonfinite", "skip", "--train.max-skipped-steps", 2)
+    options = ("--train.nonfinite", "skip", "--train.max-skipped-steps", 2, "--train.keep-checkpoints", 4)
     done = lab.run(lab.injected(("--nan", "9,10,11"), lab.training(lab.fresh("limit"), *options)))
     assert done.status == 3, done
+    assert "step 11" in done.error and "number 3 in a row" in done.error, done
+    assert "checkpoints/00000006" in done.error, done  # step 8's parameters are those that the steps after it failed with
     return Row("the same, more in a row than `train.max_skipped_steps`", "stops as without", done.error, "3")
 
 
