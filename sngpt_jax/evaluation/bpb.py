@@ -103,7 +103,7 @@ def token_scores(
 
 
 def score_of(nll: float, stream: TokenStream, token_bytes: TokenBytes, windows: Windows) -> Score:
-    """The score of the windows' targets whose losses are `nll` in all. Raises `UserError` where they stand for no text."""
+    """The score of the windows' targets whose losses are `nll` nats in all. Raises `UserError` where they are no text."""
     tokens = sum(stop - start for start, stop in windows.spans())
     total_bytes = sum(stream.count_bytes(token_bytes, start + 1, stop + 1) for start, stop in windows.spans())
     if not total_bytes:

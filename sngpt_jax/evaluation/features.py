@@ -70,7 +70,7 @@ def losses_by_level(model: TrainedModel, dataset: Dataset, mesh: Mesh, windows: 
 
 
 def page(study: dict[str, Any]) -> str:
-    """One HTML page that needs nothing else."""
+    """The HTML text of a page of `study`, the object that `--json` prints; it needs nothing else."""
     layers = [
         layer | {"levels": [{name: x for name, x in level.items() if name != "counts"} for level in layer["levels"]]}
         for layer in study["layers"]

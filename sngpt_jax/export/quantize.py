@@ -91,7 +91,8 @@ def row_scales(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.nda
 def nearest_codes(rows: np.ndarray, scales: np.ndarray, q_min: int, q_max: int) -> np.ndarray:
     """int8 [rows, columns], C-contiguous: round(rows / scale) with halves to even, held within q_min … q_max.
 
-    Within the grid's range a code is at most half a scale from its weight. Weights on the grid get their own codes back.
+    `rows` are float32, `scales` [rows] float16. Within the grid's range a code is at most half a scale from its weight. Weights
+    on the grid get their own codes back.
     """
     codes = np.empty(rows.shape, np.int8)
     inverses = inverse(scales)[:, None]
