@@ -13,7 +13,8 @@ import jax
 from sngpt_jax import __version__, processes, typed_json, untrusted
 from sngpt_jax.cli import UserError, write_bytes_atomic
 
-MAX_BYTES = 2**20  # of an environment.jsonl: the starts of years
+MAX_BYTES = 2**20  # of an environment.jsonl
+MOST_STARTS = 1000  # that are kept: the first, and the latest ones
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -64,9 +65,10 @@ def record(run_dir: Path, step: int) -> None:
     """Appends this start of the run to its `environment.jsonl`. Process 0 alone writes. Raises `UserError` where it cannot."""
     if processes.index():
         return
-    before = untrusted.read_bytes(path(run_dir), MAX_BYTES, UserError) if path(run_dir).exists() else b""
+    before = untrusted.read_bytes(path(run_dir), MAX_BYTES, UserError).splitlines() if path(run_dir).exists() else []
+    lines = [*before[:1], *before[1:][2 - MOST_STARTS :], json.dumps(environment(step)).encode()]
     try:
-        write_bytes_atomic(path(run_dir), before + json.dumps(environment(step)).encode() + b"\n")
+        write_bytes_atomic(path(run_dir), b"\n".join(lines) + b"\n")
     except OSError as error:
         raise UserError(f"{path(run_dir)}: cannot be written: {error.strerror}; choose another --run-dir") from None
 

@@ -25,6 +25,13 @@ def test_every_start_is_a_line(tmp_path):
     assert first["time"] <= second["time"] and first["time"].endswith("+00:00")
 
 
+def test_of_very_many_starts_the_first_and_the_latest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "MOST_STARTS", 4)
+    for step in range(7):
+        environment.record(tmp_path, step)
+    assert [start["step"] for start in environment.read(tmp_path)] == [0, 4, 5, 6]
+
+
 def test_the_machine_is_not_named(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: pytest.fail("asked for the name of the machine"))
     monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the name of the machine"))
