@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, Stopwatch
+from sngpt_jax.runtime import EXIT_STATUS, Profiler, StopSignals, Stopwatch, forgive_late_callbacks
 from tests.tiny_run import ROOT, environment
 
 
@@ -54,6 +55,15 @@ def test_a_signal_that_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_late_callbacks_of_a_failed_save_are_not_heard(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    forgive_late_callbacks()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert heard == ["another", "Event loop is closed"]
 
 
 def test_handlers_come_back():
