@@ -6,6 +6,7 @@ is a bug and shows its traceback.
 """
 
 import codecs
+import contextlib
 import errno
 import io
 import json
@@ -30,6 +31,8 @@ _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||---
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what was wrong, where, and what to do."""
+
+    at_once = False  # whether the process is to end as soon as that is said, without waiting for what else is at work in it
 
 
 def _end_quietly(number: int, frame: FrameType | None) -> None:
@@ -61,6 +64,13 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed before Python began
+            with contextlib.suppress(OSError):
+                stream.flush()
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status; `UserError` is one line and status 2."""
     codecs.register_error("plain", _in_plain_characters)
@@ -77,6 +87,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except UserError as error:
         print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
         status = EXIT_USER_ERROR
+        if error.at_once:
+            _flush()
+            os._exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_SIGINT

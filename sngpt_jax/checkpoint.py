@@ -348,7 +348,9 @@ class Checkpointer:
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         remedy = "free space or mend the folder, then start again: the run resumes from the last finished checkpoint"
-        return CheckpointError(f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error}; {remedy}")
+        failure = CheckpointError(f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error}; {remedy}")
+        failure.at_once = True  # what still works on it would print tracebacks as the interpreter ends
+        return failure
 
     def _prune(self, latest: int) -> None:
         """Deletes every step but the newest ones up to `latest`, which is finished, and the best of those up to it."""
@@ -387,4 +389,6 @@ class Checkpointer:
         except CheckpointError as failure:
             if error is None:
                 raise
+            if isinstance(error, UserError):
+                error.at_once = True
             logger.error(str(failure))  # the error under way says more, and its exit status counts

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from sngpt_jax import checkpoint
 from sngpt_jax.checkpoint import Checkpointer, CheckpointError, restore, restore_parts, steps
+from sngpt_jax.cli import UserError
 
 
 class Moments(NamedTuple):
@@ -351,6 +352,20 @@ def test_an_error_under_way_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch
         checkpointer.save(2, make_state(2), {})
         raise KeyboardInterrupt
     assert "No space left" in caplog.text
+
+
+def test_a_process_whose_save_has_failed_ends_at_once(tmp_path, monkeypatch):
+    """Whatever else it fails of: threads that still work on the save would keep it, or print as it ends."""
+    with pytest.raises(UserError) as error, checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoint, "_hash_files", fail)
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        raise UserError("metrics cannot be written")
+    assert error.value.at_once
+    assert not UserError("another").at_once
+
+
+def fail(*arguments):
+    raise OSError("no room")
 
 
 def test_check_says_that_a_save_has_failed_and_never_waits_for_one(tmp_path, monkeypatch):

@@ -45,22 +45,26 @@ def name_of(scenario: Scenario) -> str:
     return f"{scenario.__module__.rpartition('.')[2]}.{scenario.__name__}"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
-    lines = ["| fault | what happens | message | exit status | tried | lost |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        message = f"`{row.message}`" if row.message else ""
-        lines.append(f"| {row.fault} | {row.happens} | {message} | {row.status} | {row.tried} | {row.lost} |")
-    return "\n".join(lines) + "\n"
+HEAD = ["| fault | what happens | message | exit status | tried | lost |", "|---|---|---|---|---|---|"]
 
 
-def write_between(path: Path, text: str) -> None:
-    """Replaces what stands between the marks in a page."""
+def line(row: Row) -> str:
+    """The row as Markdown."""
+    message = f"`{row.message}`" if row.message else ""
+    return f"| {row.fault} | {row.happens} | {message} | {row.status} | {row.tried} | {row.lost} |"
+
+
+def write_between(path: Path, lines: dict[int, str], count: int) -> None:
+    """Puts the `lines`, by their places among `count`, into the table between the marks in a page; others stay as they are."""
     before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{path}: has no lines {BEGIN.strip()} and {END.strip()}")
-    write_text_atomic(path, before + begin + text + end + after)
+    there = old.splitlines()[len(HEAD) :]
+    if len(lines) < count and len(there) != count:
+        raise SystemExit(f"{path}: its table has {len(there)} lines and not {count}; run all scenarios")
+    new = [lines.get(i) or there[i] for i in range(count)]
+    write_text_atomic(path, before + begin + "\n".join([*HEAD, *new]) + "\n" + end + after)
 
 
 def main() -> int:
@@ -68,31 +72,31 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="of trainings and of preparations; a quarter as many of exports")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is damaged")
     parser.add_argument("--only", default="", help="scenarios, by the start of their names, comma between them")
-    parser.add_argument("--markdown", type=Path, help="page whose table to replace")
+    parser.add_argument("--markdown", type=Path, help="page in whose table to put what came of them")
     arguments = parser.parse_args()
     wanted = tuple(arguments.only.split(","))
     if strangers := [start for start in wanted if not any(name_of(scenario).startswith(start) for scenario in SCENARIOS)]:
         parser.error(f"--only: no scenario begins with {', '.join(strangers)}; there are {', '.join(map(name_of, SCENARIOS))}")
-    if arguments.only and arguments.markdown:
-        parser.error("--markdown replaces the whole table; leave --only out")
-    rows, failed = [], 0
+    lines: dict[int, str] = {}
+    failed = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lab = Lab(Path(folder), arguments.kills, random.Random())
-        for scenario in SCENARIOS:
+        for place, scenario in enumerate(SCENARIOS):
             if not name_of(scenario).startswith(wanted):
                 continue
             lab.rng.seed(f"{arguments.seed} {name_of(scenario)}")
             start = time.monotonic()
             try:
-                rows.append(row := described(scenario(lab), lab))
+                row = described(scenario(lab), lab)
+                lines[place] = line(row)
                 print(f"{name_of(scenario)}: {row.tried} tried, {time.monotonic() - start:.0f} s: {row.message}", flush=True)
             except Exception as error:
                 failed += 1
                 where = traceback.extract_tb(error.__traceback__)[1:]
-                lines = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where)
-                print(f"{name_of(scenario)}: FAILED at {lines}: {type(error).__name__}: {error}"[:3000], flush=True)
+                at = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where)
+                print(f"{name_of(scenario)}: FAILED at {at}: {type(error).__name__}: {error}"[:3000], flush=True)
     if arguments.markdown and not failed:
-        write_between(arguments.markdown, table(rows))
+        write_between(arguments.markdown, lines, len(SCENARIOS))
     return int(failed > 0)
 
 

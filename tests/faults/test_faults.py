@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.faults import damage, disks, kills, numbers
-from tests.faults.__main__ import BEGIN, END, SCENARIOS, table, write_between
+from tests.faults.__main__ import BEGIN, END, HEAD, SCENARIOS, line, write_between
 from tests.faults.lab import Lab, Row, described
 
 pytestmark = pytest.mark.slow
@@ -36,10 +36,14 @@ def test_nothing_is_lost(scenario, lab):
 
 
 def test_the_table_takes_the_place_of_the_one_before(tmp_path):
-    page = tmp_path / "page.md"
+    page, new = tmp_path / "page.md", line(Row("fault", "what", "message", "2", 3))
     page.write_text(f"above\n{BEGIN}old\n{END}below\n")
-    write_between(page, table([Row("fault", "what", "message", "2", 3)]))
-    assert page.read_text().splitlines()[-3:] == ["| fault | what | `message` | 2 | 3 | nothing |", END.strip(), "below"]
+    with pytest.raises(SystemExit, match="run all scenarios"):
+        write_between(page, {0: new}, 2)
+    write_between(page, {0: "first", 1: "second"}, 2)
+    write_between(page, {1: new}, 2)
+    assert new == "| fault | what | `message` | 2 | 3 | nothing |"
+    assert page.read_text() == "\n".join(["above", BEGIN.strip(), *HEAD, "first", new, END.strip(), "below", ""])
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
-        write_between(page, "")
+        write_between(page, {}, 0)
