@@ -85,7 +85,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if sys.stdout is not None:  # closed before Python began
             sys.stdout.flush()
     except UserError as error:
-        print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
+        print(f"error: {escape_controls(' '.join(str(error).split()))}", file=sys.stderr)
         status = EXIT_USER_ERROR
         if error.at_once:
             _flush()
@@ -114,9 +114,9 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
 
 
-def _in_one_line(text: str) -> str:
-    """`text` without line ends, control characters escaped: a terminal would obey those that a file has put there."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", " ".join(text.split()))
+def escape_controls(text: str) -> str:
+    """`text` with control characters but line ends and tabs escaped: a terminal would obey those that a file has put there."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def progress(line: str) -> None:

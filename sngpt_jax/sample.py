@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
     )
     if arguments.json != "-":
-        print(text)
+        print(cli.escape_controls(text))
     cli.write_json({"prompt": arguments.prompt, "text": text, "step": model.step, "weights": model.weights}, arguments.json)
     return 0
 

@@ -170,7 +170,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 temperature=0.8,
             )
             console.print("sample:")
-            for line in text.splitlines():
+            for line in cli.escape_controls(text).splitlines():
                 console.print(line)
         return 0
 

@@ -80,6 +80,15 @@ def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained, capsys):
     assert json.loads(first)["text"].startswith("abc")
 
 
+def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypatch, capsys):
+    said = "a\tline\nand \x1b[2J\x9b31m\r more"
+    monkeypatch.setattr("sngpt_jax.sample.generate", lambda *arguments, **options: said)
+    assert main(["--run", str(tiny_trained), "--prompt", "abc"]) == 0
+    assert capsys.readouterr().out == "a\tline\nand \\x1b[2J\\x9b31m\\x0d more\n"
+    assert main(["--run", str(tiny_trained), "--prompt", "abc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == said
+
+
 def test_a_text_that_does_not_fit_is_refused(tiny_recipe):
     tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
     with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
