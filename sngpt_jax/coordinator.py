@@ -22,12 +22,8 @@ def main(argv: Sequence[str]) -> None:
     stdout, or what stands against it.
     """
     address, (count, timeout, linger) = argv[0], map(int, argv[1:])
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a job's signals reach all of its processes, and those are to save first
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a job's signals reach all of its processes, and those are to save first
     try:
         service = _jax.get_distributed_runtime_service(address, count, heartbeat_timeout=timeout, shutdown_timeout=timeout)
     except RuntimeError as error:
