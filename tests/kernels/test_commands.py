@@ -1,4 +1,4 @@
-"""How a command ends: Ctrl-C at any moment, a full disk, a file that is too large."""
+"""How a command ends: Ctrl-C at any moment, a full disk, a file that is too large, threads that are still at work."""
 
 import subprocess
 import sys
@@ -63,6 +63,19 @@ def main(argv):
 
 commands.run(main)
 """
+AT_ONCE = """
+import threading, time
+from kernels import commands
+
+def main(argv):
+    threading.Thread(target=time.sleep, args=(600,)).start()  # a process waits for its threads
+    print("so far")
+    error = commands.UserError("the save has failed")
+    error.at_once = True
+    raise error
+
+commands.run(main)
+"""
 
 
 def run(folder, module, **options):
@@ -103,3 +116,8 @@ def test_a_file_that_no_room_is_left_for_is_named(tmp_path, name):
 def test_other_failures_of_the_system_are_bugs(tmp_path):
     done = run(tmp_path, WRITES.format(name="EPERM"))
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_an_error_that_ends_at_once_waits_for_no_thread(tmp_path):
+    done = run(tmp_path, AT_ONCE, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "so far\n", "error: the save has failed\n")
