@@ -19,9 +19,7 @@ fail() {
 usage="usage: ./launch.sh prepare|train|evaluate|export|sample|plan|features|report|bench|interop|docs|test [arguments]"
 command=${1:-}
 case "$command" in
-train | evaluate | export | sample | plan | report | bench | interop) module=sngpt_jax.$command ;;
-prepare) module=sngpt_jax.data.prepare ;;
-features) module=sngpt_jax.evaluation.features ;;
+prepare | train | evaluate | export | sample | plan | features | report | bench | interop) module=sngpt_jax.$command ;;
 test) module=pytest ;;
 docs) module=mkdocs ;; # build, serve
 -h | --help | help)
@@ -60,7 +58,7 @@ if [ "$command" = evaluate ]; then
   done
   [ -z "$needs_eval" ] || wanted+=(eval)
 fi
-if [ "$command" = plan ] && [[ " $* " == *" --topology"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
+if [ "$command" = plan ] && [[ " $* " == *" --topology"* || " $* " == *" --kernels"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
   wanted+=(cuda13) # what compiles for GPUs, whether or not there are any
 fi
 if [ "$command" = prepare ]; then

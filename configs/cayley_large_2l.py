@@ -1,4 +1,5 @@
-r"""cayley-large-2L: a 1.3 B GPT, 24 layers of width 2048, with two levels of code, 48 of 32,768 features a token.
+r"""cayley-large-2L: a 1.3 B GPT, 24 layers of width 2048, with two levels of code, 48 of 32,768
+features a token.
 
 Published  validation loss 2.8081 after 20 B tokens; about 248k tok/s on 8 × RTX PRO 6000.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json

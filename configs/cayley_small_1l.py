@@ -1,4 +1,5 @@
-r"""The 202.5 M GPT with one level of code, 16 of 1024 features a token: stands in for the predecessor cayley-10b.
+r"""The 202.5 M GPT with one level of code, 16 of 1024 features a token: stands in for the
+predecessor cayley-10b.
 
 Published  the predecessor: validation loss 3.173 after 10 B tokens; its exact levels are not public.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
@@ -55,10 +56,6 @@ config = Config(
         slices=96,
         shuffle=True,
     ),
-    train=TrainConfig(
-        steps=6_358,
-        device_batch_tokens=32_768,
-        checkpoint_every=500,
-    ),
+    train=TrainConfig(steps=6_358, device_batch_tokens=32_768, checkpoint_every=500),
     eval=EvalConfig(every=500, tokens=10_485_760, device_batch_tokens=32_768),
 )

@@ -1,4 +1,5 @@
-r"""cayley-small-2L: the 202.5 M GPT with two levels of code, 48 of 32,768 features a token, trained on 20 B tokens.
+r"""cayley-small-2L: the 202.5 M GPT with two levels of code, 48 of 32,768 features a token,
+trained on 20 B tokens.
 
 Published  validation loss 3.1584; about 545k tok/s on 8×A100.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
@@ -54,10 +55,6 @@ config = Config(
         slices=96,
         shuffle=True,
     ),
-    train=TrainConfig(
-        steps=12_716,
-        device_batch_tokens=32_768,
-        checkpoint_every=500,
-    ),
+    train=TrainConfig(steps=12_716, device_batch_tokens=32_768, checkpoint_every=500),
     eval=EvalConfig(every=500, tokens=10_485_760, device_batch_tokens=32_768),
 )

@@ -1,4 +1,5 @@
-r"""cayley-small-3L: a 202.5 M GPT whose MLPs see 112 of 131,072 features a token, trained on 20 B tokens.
+r"""cayley-small-3L: a 202.5 M GPT whose MLPs see 112 of 131,072 features a token, trained on 20 B
+tokens.
 
 Published  validation loss 3.1330 (best), 3.1461 (last); 328k tok/s, about 17 h on 2×H200, 44.8 GB at 32 sequences a microbatch.
 Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json
@@ -54,10 +55,6 @@ config = Config(
         slices=96,
         shuffle=True,
     ),
-    train=TrainConfig(
-        steps=12_716,
-        device_batch_tokens=32_768,
-        checkpoint_every=500,
-    ),
+    train=TrainConfig(steps=12_716, device_batch_tokens=32_768, checkpoint_every=500),
     eval=EvalConfig(every=500, tokens=10_485_760, device_batch_tokens=32_768),
 )

@@ -54,10 +54,6 @@ config = Config(
         slices=96,
         shuffle=True,
     ),
-    train=TrainConfig(
-        steps=12_716,
-        device_batch_tokens=32_768,
-        checkpoint_every=500,
-    ),
+    train=TrainConfig(steps=12_716, device_batch_tokens=32_768, checkpoint_every=500),
     eval=EvalConfig(every=500, tokens=10_485_760, device_batch_tokens=32_768),
 )

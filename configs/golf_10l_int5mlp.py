@@ -10,7 +10,15 @@ Here       The described cosine schedule was never run: the warmdown is linear, 
            Speed and score: not measured on a GPU.
 """
 
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
     model=ModelConfig(

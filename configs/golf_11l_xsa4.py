@@ -1,4 +1,5 @@
-"""Parameter-golf submission 333: 11 layers, XSA in the last 4, overtone and phase initial values; 25,388,121 parameters.
+"""Parameter-golf submission 333: 11 layers, XSA in the last 4, overtone and phase initial values;
+25,388,121 parameters.
 
 Published  1.1565 bits per byte on FineWeb, quantized, sliding windows, mean of 3 seeds (1.1664 at the last step, standard
            windows, seed 1337); 75.86 ms a step, 7,910 steps in 600 s on 8×H100; 15,990,398 bytes.
@@ -10,7 +11,15 @@ Here       XSA as described; the submission's code subtracted v / 2048 instead, 
            logged run (--optim.qat-below 0.66 begins it at 75 % of the time). Speed and score: not measured on a GPU.
 """
 
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
     model=ModelConfig(

@@ -1,4 +1,5 @@
-"""Parameter-golf submission 1573: 12 layers, two of them applied twice, int5 weights; 29,406,940 parameters.
+"""Parameter-golf submission 1573: 12 layers, two of them applied twice, int5 weights; 29,406,940
+parameters.
 
 Published  1.1464 bits per byte on FineWeb, quantized, sliding windows (1.1333 before quantization, standard windows; one
            seed); 110.14 ms a step, 5,449 steps in 600 s on 8×H100; 15,925,822 bytes.
@@ -13,7 +14,15 @@ Here       Where the submission's texts disagree, docs/seeds.md says what is fol
            Speed and score: not measured on a GPU.
 """
 
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
     model=ModelConfig(

@@ -9,7 +9,15 @@ Here       Rotary positions turn the described 25 % of a head; the submission's 
            master weights, tables and Adam state included. Speed and score: not measured on a GPU.
 """
 
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
     model=ModelConfig(
@@ -50,10 +58,6 @@ config = Config(
     train=TrainConfig(steps=20_000, max_seconds=600.0, device_batch_tokens=98_304),
     eval=EvalConfig(every=1000),
     export=ExportConfig(
-        codes="full",
-        clip="percentile",
-        table_clip="percentile",
-        clip_floor=1.0,
-        codec="zstd",
+        codes="full", clip="percentile", table_clip="percentile", clip_floor=1.0, codec="zstd"
     ),
 )

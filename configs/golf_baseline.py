@@ -1,4 +1,5 @@
-"""The parameter-golf challenge's own baseline: 9 layers, d = 512, 1024-token vocabulary, 17,059,912 parameters.
+"""The parameter-golf challenge's own baseline: 9 layers, d = 512, 1024-token vocabulary,
+17,059,912 parameters.
 
 Published  1.2244 bits per byte on FineWeb (quantized artifact); 43.54 ms a step, 13,780 steps in 600 s on 8×H100.
 Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/fineweb_sp1024

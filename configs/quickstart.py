@@ -1,9 +1,10 @@
-"""A small golf-style model on text that every machine has: the Python standard library's source code.
+"""A small golf-style model on text that every machine has: the Python standard library's source
+code.
 
     ./launch.sh train --config configs/quickstart.py
 
-Learns a tokenizer, prepares the text, trains, validates and prints a sample, in under 5 minutes on 2 CPU cores.
-The tokenizer keeps every byte of whitespace, which is syntax here.
+Learns a tokenizer, prepares the text, trains, validates and prints a sample, in under 5 minutes on
+2 CPU cores. The tokenizer keeps every byte of whitespace, which is syntax here.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -36,5 +37,7 @@ config = Config(
         shuffle=True,
     ),
     train=TrainConfig(steps=400, checkpoint_every=100),
-    eval=EvalConfig(every=100, tokens=65_536, device_batch_tokens=4096, sample_prompt="def ", sample_tokens=120),
+    eval=EvalConfig(
+        every=100, tokens=65_536, device_batch_tokens=4096, sample_prompt="def ", sample_tokens=120
+    ),
 )

@@ -1,11 +1,13 @@
-"""A small GPT with a three-level sparse code before every MLP, on the text of quickstart: the standard library's source.
+"""A small GPT with a three-level sparse code before every MLP, on the text of quickstart: the
+standard library's source.
 
     ./launch.sh train --config configs/quickstart_cayley.py
     ./launch.sh train --config configs/quickstart_cayley.py --model.levels "" --run-dir runs/quickstart_dense
 
 The second command trains its dense twin.
 
-28 of 4,096 features a token. Data and tokenizer are those of quickstart; under 5 minutes on 2 CPU cores.
+28 of 4,096 features a token. Data and tokenizer are those of quickstart; under 5 minutes on 2 CPU
+cores.
 """
 
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,4 +1,5 @@
-"""An extension of griffe, which reads the source for the site: the comment behind a dataclass's field is its docstring.
+"""An extension of griffe, which reads the source for the site: the comment behind a dataclass's
+field is its docstring.
 
 `--help` shows the same comments. mkdocs.yml names this file.
 """
@@ -15,7 +16,9 @@ class FieldComments(griffe.Extension):
     """Gives each public field that has a comment behind it, and no docstring, that comment."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Reads the comment on the last line of the field's declaration, of a class alone: a module's constants need none."""
+        """Reads the comment on the last line of the field's declaration, of a class alone: a
+        module's constants need none.
+        """
         if attr.docstring or not attr.parent or not attr.parent.is_class or attr.endlineno is None:
             return
         tokens = list(tokenize.generate_tokens(StringIO(attr.source).readline))

@@ -1,8 +1,9 @@
 """A hook of mkdocs: what the site has beside the pages of this folder, and in which order.
 
-The navigation is the list of docs/index.md. The repository's own README, CONTRIBUTING and CHANGELOG are pages too; links
-between them and this folder are written for a forge and turned here. Each public module has a page made of its docstrings,
-whose source is read and never imported.
+The navigation is the list of docs/index.md. The repository's own README, CONTRIBUTING and
+CHANGELOG are pages too; links between them and this folder are written for a forge and turned
+here. Each public module has a page made of its docstrings, whose source is read and never
+imported.
 """
 
 import re
@@ -18,16 +19,28 @@ PACKAGES = ("sngpt_jax", "kernels")
 
 
 def public_modules(package: str) -> list[str]:
-    """Dotted names of the package and of its modules without a leading underscore, each package before what it holds."""
-    paths = (path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / package).rglob("*.py"))
+    """Dotted names of the package and of its modules without a leading underscore, each package
+    before what it holds.
+    """
+    paths = (
+        path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / package).rglob("*.py")
+    )
     names = [parts[:-1] if parts[-1] == "__init__" else parts for parts in paths]
-    return [".".join(parts) for parts in sorted(names) if not any(part.startswith("_") for part in parts)]
+    return [
+        ".".join(parts)
+        for parts in sorted(names)
+        if not any(part.startswith("_") for part in parts)
+    ]
 
 
 def navigation(index: str) -> list[Any]:
-    """The sections and pages that the index lists: lines `## Section` and `- [Title](page.md): …`, paths as on the site."""
+    """The sections and pages that the index lists: lines `## Section` and `- [Title](page.md): …`,
+    paths as on the site.
+    """
     sections: list[Any] = [{"Index": "index.md"}]
-    for heading, title, target in re.findall(r"^(?:## (.+)|- \[(.+?)\]\(([^)]+\.md)\).*)$", turned(index), flags=re.MULTILINE):
+    for heading, title, target in re.findall(
+        r"^(?:## (.+)|- \[(.+?)\]\(([^)]+\.md)\).*)$", turned(index), flags=re.MULTILINE
+    ):
         if heading:
             sections.append({heading: []})
         else:
@@ -37,7 +50,9 @@ def navigation(index: str) -> list[Any]:
 
 def turned(markdown: str) -> str:
     """The text with the links between docs/ and the root as they are where both are one folder."""
-    return re.sub(r"\]\((?:\.\./|docs/)?([\w.-]+\.md[#)])", lambda link: f"]({_uri(link[1])}", markdown)
+    return re.sub(
+        r"\]\((?:\.\./|docs/)?([\w.-]+\.md[#)])", lambda link: f"]({_uri(link[1])}", markdown
+    )
 
 
 def _uri(name: str) -> str:
@@ -46,7 +61,10 @@ def _uri(name: str) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Gives the site its navigation: the index's, then a section of reference for each package."""
-    reference = [{package: [{name: f"api/{name}.md"} for name in public_modules(package)]} for package in PACKAGES]
+    reference = [
+        {package: [{name: f"api/{name}.md"} for name in public_modules(package)]}
+        for package in PACKAGES
+    ]
     config.nav = [*navigation((ROOT / "docs/index.md").read_text()), {"API": reference}]
     return config
 
@@ -56,7 +74,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in OF_THE_ROOT:
         files.append(File.generated(config, _uri(name), abs_src_path=str(ROOT / name)))
     for module in (name for package in PACKAGES for name in public_modules(package)):
-        files.append(File.generated(config, f"api/{module}.md", content=f"# `{module}`\n\n::: {module}\n"))
+        files.append(
+            File.generated(config, f"api/{module}.md", content=f"# `{module}`\n\n::: {module}\n")
+        )
     return files
 
 

@@ -4,59 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import tyro
-from jax.sharding import Mesh
 
-from sngpt_jax import cli
-from sngpt_jax.cli import UserError
-from sngpt_jax.config import ModelConfig
-from sngpt_jax.data.tokenizer import Tokenizer
-from sngpt_jax.generation import generate_tokens
-from sngpt_jax.model_source import open_model
-from sngpt_jax.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.step import Variables
-
-
-def generate(
-    config: ModelConfig,
-    variables: Variables,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    seq_len: int,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-) -> str:
-    """The prompt continued by `max_tokens` tokens, cut at the next document's start.
-
-    `temperature` 0 takes the likeliest token; `top_k` 0 keeps the whole vocabulary; `seq_len` is the training's. Raises
-    `UserError` where the text would not fit into model.max_seq_len positions.
-    """
-    prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-    if len(prompt_ids) + max_tokens > config.max_seq_len:
-        raise UserError(
-            f"--prompt of {len(prompt_ids)} tokens and --max-tokens {max_tokens} exceed model.max_seq_len ="
-            f" {config.max_seq_len}; shorten one of them"
-        )
-    (new,) = generate_tokens(
-        config,
-        variables,
-        mesh,
-        [prompt_ids],
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        vocab_size=tokenizer.vocab_size,
-        end_id=tokenizer.bos_id,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-    )
-    return tokenizer.decode(np.concatenate([prompt_ids[1:], new]))
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.model.generation import generate
+from sngpt_jax.weights.source import open_model
 
 
 @dataclass(frozen=True)
@@ -76,10 +31,15 @@ class SampleArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(
-        SampleArguments, args=cli.expand_json(argv), prog="python -m sngpt_jax.sample", description="Generates text."
+        SampleArguments,
+        args=cli.expand_json(argv),
+        prog="python -m sngpt_jax.sample",
+        description="Generates text.",
     )
     if arguments.max_tokens < 1 or not 0 <= arguments.temperature < math.inf or arguments.top_k < 0:
-        raise UserError("--max-tokens must be at least 1; --temperature and --top-k must be numbers from 0 up")
+        raise UserError(
+            "--max-tokens must be at least 1; --temperature and --top-k must be numbers from 0 up"
+        )
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.check_json(arguments.json)
@@ -101,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.json != "-":
         print(cli.escape_controls(text))
-    cli.write_json({"prompt": arguments.prompt, "text": text, "step": model.step, "weights": model.weights}, arguments.json)
+    cli.write_json(
+        {"prompt": arguments.prompt, "text": text, "step": model.step, "weights": model.weights},
+        arguments.json,
+    )
     return 0
 
 

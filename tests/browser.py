@@ -1,4 +1,6 @@
-"""A headless Chromium spoken to over its DevTools pipe: to open a page, move the mouse over it and ask it questions."""
+"""A headless Chromium spoken to over its DevTools pipe: to open a page, move the mouse over it and
+ask it questions.
+"""
 
 import base64
 import contextlib
@@ -27,7 +29,9 @@ class Browser:
         self._buffer, self._number, self._session = b"", 0, ""
         self.problems: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -49,7 +53,11 @@ class Browser:
         self._number += 1
         session = {"sessionId": self._session} if self._session else {}
         os.write(
-            self._commands, json.dumps({"id": self._number, "method": method, "params": parameters, **session}).encode() + b"\0"
+            self._commands,
+            json.dumps(
+                {"id": self._number, "method": method, "params": parameters, **session}
+            ).encode()
+            + b"\0",
         )
         while True:
             message = self._message()
@@ -60,15 +68,26 @@ class Browser:
     def open(self, url: str, size: tuple[int, int] = DESKTOP, theme: str = "light") -> None:
         """Loads a page in a window of so many pixels, under a system that is set to light or dark."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=size == PHONE
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=size == PHONE,
         )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": theme}],
+        )
         self.call("Page.navigate", url=url)
-        self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
+        self.wait(
+            f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})"
+        )
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression, which is waited for."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -84,13 +103,21 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than its window; window.innerWidth would not do, which a phone lets grow."""
-        return int(self.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+        """Pixels by which the page is wider than its window; window.innerWidth would not do, which
+        a phone lets grow.
+        """
+        return int(
+            self.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        )
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}} if whole else {}
+        clip = (
+            {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+            if whole
+            else {}
+        )
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -100,7 +127,13 @@ def opened(profile: Path) -> Iterator[Browser]:
     """A browser with its files in `profile`, closed at the end."""
     assert CHROMIUM
     (commands_out, commands), (answers, answers_in) = os.pipe(), os.pipe()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={profile}",
+    ]
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$@" 3<&{commands_out} 4>&{answers_in}', "bash", CHROMIUM, *flags],
         pass_fds=(commands_out, answers_in),

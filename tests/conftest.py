@@ -1,6 +1,7 @@
 """Every test runs on eight CPU devices, with silent broadcasting between ranks an error.
 
-Programs are compiled without optimizing their machine code: here they take longer to compile than to run.
+Programs are compiled without optimizing their machine code: here they take longer to compile than
+to run.
 """
 
 import os
@@ -41,7 +42,9 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_trained(tiny_recipe: Path) -> Path:
-    """The run directory of that recipe, trained without interruption on one device by a process of its own."""
+    """The run directory of that recipe, trained without interruption on one device by a process of
+    its own.
+    """
     directory = tiny_recipe.parent / "uninterrupted"
     done = tiny_run.run("train", "--config", tiny_recipe, "--run-dir", directory)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
-"""Files of every format, damaged at random: each is read to something whole, or refused in one line that names the file.
+"""Files of every format, damaged at random: each is read to something whole, or refused in one
+line that names the file.
 
     python -m tests.fuzz --examples 20000 [--formats config.json,manifest.json] [--seed 0] [--markdown]
 
-Prints a line a format: examples, accepted, refused, seconds, the slowest, the most memory that one took, and other exceptions,
-of which there are to be none. `tests/test_fuzz.py` does the same with few examples; `tests/export/test_fuzz.py` what follows an
-artifact's header.
+Prints a line a format: examples, accepted, refused, seconds, the slowest, the most memory that one
+took, and other exceptions, of which there are to be none. `tests/test_fuzz.py` does the same with
+few examples; `tests/artifact/test_fuzz.py` what follows an artifact's header.
 """
 
 import argparse
@@ -30,21 +31,23 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from sngpt_jax import checkpoint, config_file, environment, typed_json
-from sngpt_jax.cli import UserError
+from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact.policy import is_exported
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh, path_name
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_json
+from sngpt_jax.config import file as config_file
 from sngpt_jax.data import manifest, shards, tokenizer
 from sngpt_jax.data.corpus import _golf_entry
 from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
-from sngpt_jax.export import artifact
-from sngpt_jax.loop import Position, Validation
-from sngpt_jax.metrics import read_metrics
-from sngpt_jax.parallel import make_mesh, path_name
-from sngpt_jax.policy import is_exported
-from sngpt_jax.run_directory import Summary, read_summary, write_summary
-from sngpt_jax.state_dict_files import read_state_dict
-from sngpt_jax.step import abstract_variables
-from sngpt_jax.trained_model import from_artifact
+from sngpt_jax.model.forward import abstract_variables
+from sngpt_jax.run import checkpoint, environment
+from sngpt_jax.run.directory import Summary, read_summary, write_summary
+from sngpt_jax.run.metrics import read_metrics
+from sngpt_jax.training.loop import Position, Validation
+from sngpt_jax.weights.state_dict_files import read_state_dict
+from sngpt_jax.weights.trained_model import from_artifact
 from tests import mutations, tiny_run
 
 SLOWEST = 1.0  # seconds that one file may take
@@ -82,14 +85,20 @@ def binary(rng: random.Random, content: bytes) -> bytes:
 
 
 def numbers(width: int, size: int) -> Mutate:
-    """Binary mutations, and extremes in the little-endian integers of `width` bytes of the first `size` bytes."""
+    """Binary mutations, and extremes in the little-endian integers of `width` bytes of the first
+    `size` bytes.
+    """
 
     def mutate(rng: random.Random, content: bytes) -> bytes:
         if rng.random() < 0.5:
             return binary(rng, content)
         at = rng.randrange(size // width) * width
         value = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**16, rng.randrange(2**31), 299, 301])
-        return content[:at] + (value % 2 ** (8 * width)).to_bytes(width, "little") + content[at + width :]
+        return (
+            content[:at]
+            + (value % 2 ** (8 * width)).to_bytes(width, "little")
+            + content[at + width :]
+        )
 
     return mutate
 
@@ -111,7 +120,9 @@ def make_formats(folder: Path) -> list[Format]:
 
 
 def of_data(folder: Path, data: Path) -> list[Format]:
-    shard, extra, progress, golf = (folder / name for name in ("a_train_000000.bin", "extra.npy", "journal", "golf.json"))
+    shard, extra, progress, golf = (
+        folder / name for name in ("a_train_000000.bin", "extra.npy", "journal", "golf.json")
+    )
     shards.write_shard(shard, np.random.default_rng(0).integers(0, 320, 300).astype(np.uint16))
     np.save(extra, np.array([[3, 1], [5, -2], [299, 7]], np.int64))
 
@@ -121,14 +132,22 @@ def of_data(folder: Path, data: Path) -> list[Format]:
 
     def read_extra() -> None:
         rows = shards.open_extra(extra, 300)
-        assert rows.dtype == np.int64 and (np.diff(rows[:, 0].astype(object)) > 0).all() and rows.shape[1] == 2
+        assert (
+            rows.dtype == np.int64
+            and (np.diff(rows[:, 0].astype(object)) > 0).all()
+            and rows.shape[1] == 2
+        )
 
     def read_manifest() -> None:
         found = shards.open_dataset(data, 320)
-        assert found.manifest and sum(entry.tokens for entry in found.manifest.train) == len(found.train)
+        assert found.manifest and sum(entry.tokens for entry in found.manifest.train) == len(
+            found.train
+        )
 
     whole = manifest.load_manifest(data)
-    journal = manifest.Progress(1, whole.origin, whole.tokenizer, manifest.SplitProgress(whole.train, 3, 7))
+    journal = manifest.Progress(
+        1, whole.origin, whole.tokenizer, manifest.SplitProgress(whole.train, 3, 7)
+    )
     progress.mkdir()
     manifest.save(journal, progress)
     for entry in whole.train:
@@ -140,8 +159,19 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         again = typed_json.loads(json.dumps(dataclasses.asdict(found)).encode())
         assert typed_json.parse(manifest.Progress, again, "", UserError) == found
 
-    entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": {"files_train": 3, "files_val": 1}}
-    golf.write_text(json.dumps({"datasets": [entry], "tokenizers": [{"name": "sp", "model_path": "tokenizers/a.model"}]}))
+    entry = {
+        "name": "fineweb10B_sp1024",
+        "tokenizer_name": "sp",
+        "stats": {"files_train": 3, "files_val": 1},
+    }
+    golf.write_text(
+        json.dumps(
+            {
+                "datasets": [entry],
+                "tokenizers": [{"name": "sp", "model_path": "tokenizers/a.model"}],
+            }
+        )
+    )
     return [
         Format("shard", shard, read_shard, numbers(4, 24)),
         Format("byte corrections (npy)", extra, read_extra, binary),
@@ -156,7 +186,9 @@ def of_runs(folder: Path) -> list[Format]:
     run.mkdir()
     config, metrics = run / "config.json", run / "metrics.jsonl"
     config.write_text(to_json(Config(optim=OptimConfig(warmdown_steps=10))))
-    summary = Summary(20, 1000, 2.5, 1.5, 100, 2.25, None, 3.5, 1e4, 5000, "checkpoints/00000020", None, 1.25)
+    summary = Summary(
+        20, 1000, 2.5, 1.5, 100, 2.25, None, 3.5, 1e4, 5000, "checkpoints/00000020", None, 1.25
+    )
     write_summary(run, summary)
     lines = [{"step": i, "train_loss": 3.5 / (i + 1), "lr": 0.01, "note": "x"} for i in range(6)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -173,13 +205,20 @@ def of_runs(folder: Path) -> list[Format]:
     def read_run_metrics() -> None:
         assert all(np.isfinite(record["step"]) for record in read_metrics(metrics))
 
-    environment.path(run).write_text("".join(json.dumps(environment.environment(step)) + "\n" for step in (0, 10)))
+    environment.path(run).write_text(
+        "".join(json.dumps(environment.environment(step)) + "\n" for step in (0, 10))
+    )
 
     def read_starts() -> None:
         assert all(isinstance(start, dict) for start in environment.read(run))
 
     checkpoints, state = run / "checkpoints", {"params": {"w": jax.numpy.arange(6.0)}}
-    position = Position(elapsed_seconds=2.5, first=Validation(0, 6.0, 3.0, 99), averages={"ema": 1.5}, data={"step": 3})
+    position = Position(
+        elapsed_seconds=2.5,
+        first=Validation(0, 6.0, 3.0, 99),
+        averages={"ema": 1.5},
+        data={"step": 3},
+    )
     logging.getLogger("absl").setLevel(logging.ERROR)
     with checkpoint.Checkpointer(checkpoints, keep=1) as saving:
         saving.save(3, state, dataclasses.asdict(position), value=2.5)
@@ -213,7 +252,13 @@ def of_record(rng: random.Random, content: bytes) -> bytes:
     body = mutations.of_json(rng, json.dumps(json.loads(content)["record"]).encode())
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
-    return b'{"record": ' + body + b', "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+    return (
+        b'{"record": '
+        + body
+        + b', "sha256": "'
+        + hashlib.sha256(body).hexdigest().encode()
+        + b'"}\n'
+    )
 
 
 def of_tokenizers(folder: Path, data: Path) -> list[Format]:
@@ -224,7 +269,10 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=270,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(["to be or not to be"] * 9, trainer)
     of_bytes, of_pieces = folder / "tokenizer.json", folder / "fuzzed.model"
@@ -236,7 +284,10 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
             found = tokenizer.load_tokenizer(path)
             document = found.encode_document("to be, é ▁ x\n" * 3)
             table = found.token_bytes()
-            assert len(table.base) == found.vocab_size <= 65_536 and document.tokens.max() < found.vocab_size
+            assert (
+                len(table.base) == found.vocab_size <= 65_536
+                and document.tokens.max() < found.vocab_size
+            )
 
         return read
 
@@ -247,17 +298,37 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
 
 
 def of_artifact(folder: Path) -> Format:
-    """The configuration and what else an artifact's header says of its model, in an artifact that is whole otherwise."""
+    """The configuration and what else an artifact's header says of its model, in an artifact that
+    is whole otherwise.
+    """
     path = folder / "model.sngpt"
     model = ModelConfig(
-        vocab_size=64, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, mlp_dim=32, max_seq_len=32, family="pre_norm"
+        vocab_size=64,
+        num_layers=1,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=32,
+        max_seq_len=32,
+        family="pre_norm",
     )
     config = Config(model=model, data=DataConfig(seq_len=32), optim=OptimConfig(warmdown_steps=10))
     leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(model))
-    tensors = {path_name(p): np.zeros(x.shape, np.float32) for p, x in leaves if is_exported(x.dtype)}
-    storage, mesh = artifact.Storage(packed=False, codec="zstd", level=1), make_mesh(jax.devices()[:1])
+    tensors = {
+        path_name(p): np.zeros(x.shape, np.float32) for p, x in leaves if is_exported(x.dtype)
+    }
+    storage, mesh = (
+        artifact.Storage(packed=False, codec="zstd", level=1),
+        make_mesh(jax.devices()[:1]),
+    )
     kept = {"sha256": "0" * 64, "suffix": ".model"}
-    about = {"config": json.loads(to_json(config)), "tokenizer": kept, "step": 3, "weights": "ema", "version": "0"}
+    about = {
+        "config": json.loads(to_json(config)),
+        "tokenizer": kept,
+        "step": 3,
+        "weights": "ema",
+        "version": "0",
+    }
     path.write_bytes(artifact.encode(about, tensors, storage).data)
 
     def mutate(rng: random.Random, _: bytes) -> bytes:
@@ -331,18 +402,40 @@ def fuzz(kind: Format, examples: int, seed: int) -> Tally:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1000, help="of each format; those that cost more have a part of it")
-    parser.add_argument("--formats", default="", help="names, with commas between them; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=1000,
+        help="of each format; those that cost more have a part of it",
+    )
+    parser.add_argument(
+        "--formats", default="", help="names, with commas between them; default: all"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--markdown", action="store_true", help="print a table for docs/security.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a table for docs/security.md"
+    )
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     wanted, failed = arguments.formats.split(",") if arguments.formats else None, 0
     bar = "|" if arguments.markdown else " "
-    heads = ("format", "examples", "accepted", "refused", "seconds", "slowest, ms", "memory, MiB", "other")
+    heads = (
+        "format",
+        "examples",
+        "accepted",
+        "refused",
+        "seconds",
+        "slowest, ms",
+        "memory, MiB",
+        "other",
+    )
     widths = (24, 9, 9, 9, 8, 12, 12, 6)
-    print(bar + bar.join(f" {head:<{width}}" for head, width in zip(heads, widths, strict=True)) + bar)
+    print(
+        bar + bar.join(f" {head:<{width}}" for head, width in zip(heads, widths, strict=True)) + bar
+    )
     if arguments.markdown:
         print("|---" * len(heads) + "|")
     with tempfile.TemporaryDirectory() as folder:
@@ -350,9 +443,21 @@ def main() -> int:
             if wanted and kind.name not in wanted:
                 continue
             t = fuzz(kind, max(1, arguments.examples // kind.per), arguments.seed)
-            row = (kind.name, t.examples, t.accepted, t.refused, f"{t.seconds:.1f}", f"{1e3 * t.slowest:.0f}")
+            row = (
+                kind.name,
+                t.examples,
+                t.accepted,
+                t.refused,
+                f"{t.seconds:.1f}",
+                f"{1e3 * t.slowest:.0f}",
+            )
             row += (f"{t.memory / 2**20:.1f}", len(t.others))
-            print(bar + bar.join(f" {x!s:<{width}}" for x, width in zip(row, widths, strict=True)) + bar, flush=True)
+            print(
+                bar
+                + bar.join(f" {x!s:<{width}}" for x, width in zip(row, widths, strict=True))
+                + bar,
+                flush=True,
+            )
             for other in t.others[:5]:
                 print(f"  {other}", file=sys.stderr)
             failed += len(t.others)

@@ -1,7 +1,9 @@
-"""Checkpoints of the original PyTorch scripts: invented ones, and what they compute in numpy float64.
+"""Checkpoints of the original PyTorch scripts: invented ones, and what they compute in numpy
+float64.
 
-Names and [out, in] matrices are the scripts' own. In `banked` checkpoints the blocks' matrices are stacked into four tensors;
-in `plain` ones each is a tensor of its own. Which techniques are on follows from the `ModelConfig`.
+Names and [out, in] matrices are the scripts' own. In `banked` checkpoints the blocks' matrices are
+stacked into four tensors; in `plain` ones each is a tensor of its own. Which techniques are on
+follows from the `ModelConfig`.
 """
 
 from collections.abc import Mapping
@@ -24,14 +26,21 @@ def logits(state: Mapping[str, np.ndarray], config: ModelConfig, tokens: np.ndar
 def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
     """What the tensors mean, written out: nested under the model's own names, matrices [in, out]."""
     w = {name: np.asarray(tensor, np.float64) for name, tensor in state.items()}
-    params: dict[str, Any] = {"embed": {"table": w["tok_emb.weight"]}, "skip_weights": w.get("skip_weights")}
+    params: dict[str, Any] = {
+        "embed": {"table": w["tok_emb.weight"]},
+        "skip_weights": w.get("skip_weights"),
+    }
     if config.smear == "after_norm":
         params["smear"] = {"gate": w["smear.gate"]}
-    if config.smear == "before_norm":  # here the gate is the share of the current position: sigmoid(-g) = 1 - sigmoid(g)
+    # here the gate is the share of the current position: sigmoid(-g) = 1 - sigmoid(g)
+    if config.smear == "before_norm":
         params["smear"] = {"gate": -w["smear_gate"]}
     if config.bigram_buckets:
         prefix = "bigram" if config.bigram_hash == "xor" else "bigram_hash"
-        params["bigram"] = {"table": w[f"{prefix}.embed.weight"], "proj": w[f"{prefix}.proj.weight"].T}
+        params["bigram"] = {
+            "table": w[f"{prefix}.embed.weight"],
+            "proj": w[f"{prefix}.proj.weight"].T,
+        }
         if config.bigram_scale_init:
             params["bigram"]["scale"] = w[f"{prefix}.scale"]
     if config.value_embed_layers:
@@ -39,10 +48,14 @@ def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
             "table": w["ve_shared.embed.weight"],
             "proj": w["ve_shared.proj.weight"].T,
             "scale": w["ve_shared.scale"],
-            "layer_scale": [w[f"ve_layer_scales.{j}"][0] for j in range(len(config.value_embed_layers))],
+            "layer_scale": [
+                w[f"ve_layer_scales.{j}"][0] for j in range(len(config.value_embed_layers))
+            ],
         }
     applications = range(len(config.recycle_layers))
-    params["recycle"] = {name: [w[f"recycle_mods.{j}.{name}"] for j in applications] for name in ("scale", "bias")}
+    params["recycle"] = {
+        name: [w[f"recycle_mods.{j}.{name}"] for j in applications] for name in ("scale", "bias")
+    }
     params["blocks"] = [block_of(w, config, i) for i in range(config.num_layers)]
     return params
 
@@ -50,14 +63,30 @@ def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
 def block_of(w: State, config: ModelConfig, i: int) -> dict[str, Any]:
     block, attn, L = f"blocks.{i}", f"blocks.{i}.attn", config.num_layers
     if "qo_bank" in w:
-        query, key, value, out = w["qo_bank"][i], w["kv_bank"][i], w["kv_bank"][L + i], w["qo_bank"][L + i]
+        query, key, value, out = (
+            w["qo_bank"][i],
+            w["kv_bank"][i],
+            w["kv_bank"][L + i],
+            w["qo_bank"][L + i],
+        )
         up, down = w["mlp_up_bank"][i], w["mlp_down_bank"][i]
     else:
-        query, key, value, out = (w[f"{attn}.{name}.weight"] for name in ("c_q", "c_k", "c_v", "proj"))
+        query, key, value, out = (
+            w[f"{attn}.{name}.weight"] for name in ("c_q", "c_k", "c_v", "proj")
+        )
         up, down = w[f"{block}.mlp.fc.weight"], w[f"{block}.mlp.proj.weight"]
-    gains = {"query": query.T, "key": key.T, "value": value.T, "out": out.T, "q_gain": w[f"{attn}.q_gain"]}
+    gains = {
+        "query": query.T,
+        "key": key.T,
+        "value": value.T,
+        "out": out.T,
+        "q_gain": w[f"{attn}.q_gain"],
+    }
     if config.attention_gate:
-        gains |= {"gate_weight": w[f"{attn}.attn_gate.weight"].T, "gate_bias": w[f"{attn}.attn_gate.bias"]}
+        gains |= {
+            "gate_weight": w[f"{attn}.attn_gate.weight"].T,
+            "gate_bias": w[f"{attn}.attn_gate.bias"],
+        }
     if config.value_residual:
         gains["value_mix"] = w[f"{attn}.vr_lambda"]
     scales = {name: w[f"{block}.{name}"] for name in ("attn_scale", "mlp_scale", "resid_mix")}
@@ -68,7 +97,9 @@ def block_of(w: State, config: ModelConfig, i: int) -> dict[str, Any]:
 
 
 def random_state(config: ModelConfig, dialect: Dialect, seed: int) -> State:
-    """A float32 checkpoint of `config` with every tensor away from where its technique would do nothing."""
+    """A float32 checkpoint of `config` with every tensor away from where its technique would do
+    nothing.
+    """
     rng = np.random.default_rng(seed)
     V, L, D, F = config.vocab_size, config.num_layers, config.d_model, config.mlp_dim
     H, K = config.num_heads, config.num_kv_heads

@@ -6,9 +6,61 @@ import random
 import re
 
 EXTREMES = [
-    *(0, 1, -1, 2, 3, 9, 255, 256, 1000, 65_536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63, 2**64, 10**30, -(2**63)),
-    *(10**4000, 0.5, 1.0, -0.0, 1e308, float("nan"), float("inf"), True, False, None, "", "x", "..", "a/b", "\0", "\ud800"),
-    *("é", "rans", "zstd", "lzma", "grid", "float16", "float32", "x" * 10_000, [], {}, [[]], [1], [2, 3], [2**40] * 16),
+    *(
+        0,
+        1,
+        -1,
+        2,
+        3,
+        9,
+        255,
+        256,
+        1000,
+        65_536,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**62,
+        2**63,
+        2**64,
+        10**30,
+        -(2**63),
+    ),
+    *(
+        10**4000,
+        0.5,
+        1.0,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        True,
+        False,
+        None,
+        "",
+        "x",
+        "..",
+        "a/b",
+        "\0",
+        "\ud800",
+    ),
+    *(
+        "é",
+        "rans",
+        "zstd",
+        "lzma",
+        "grid",
+        "float16",
+        "float32",
+        "x" * 10_000,
+        [],
+        {},
+        [[]],
+        [1],
+        [2, 3],
+        [2**40] * 16,
+    ),
 ]
 
 
@@ -26,7 +78,11 @@ def truncated(rng, data):
 
 def inserted(rng, data):
     at = rng.randrange(len(data) + 1)
-    return data[:at] + rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))]) + data[at:]
+    return (
+        data[:at]
+        + rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))])
+        + data[at:]
+    )
 
 
 def deleted(rng, data):
@@ -36,14 +92,20 @@ def deleted(rng, data):
 
 def spliced(rng, data):
     """A piece of it copied over another place."""
-    start, at, length = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1), rng.randrange(1, 200)
+    start, at, length = (
+        rng.randrange(len(data) + 1),
+        rng.randrange(len(data) + 1),
+        rng.randrange(1, 200),
+    )
     piece = data[start : start + length]
     return data[:at] + piece + data[at + len(piece) :]
 
 
 def overwritten(rng, data):
     at, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8])
-    return (data[:at] + rng.choice([b"\xff", b"\0", b"\x7f"]) * length + data[at + length :])[: len(data)]
+    return (data[:at] + rng.choice([b"\xff", b"\0", b"\x7f"]) * length + data[at + length :])[
+        : len(data)
+    ]
 
 
 BYTES = [flipped, truncated, inserted, deleted, spliced, overwritten]
@@ -51,7 +113,13 @@ BYTES = [flipped, truncated, inserted, deleted, spliced, overwritten]
 
 def places(value):
     """(container, key) of everything inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield value, key
         yield from places(inner)
@@ -99,7 +167,19 @@ def number_replaced(rng: random.Random, text: bytes) -> bytes:
     if not numbers:
         return text
     found = rng.choice(numbers)
-    other = rng.choice([b"1e999", b"-1e999", b"9" * 5000, b"NaN", b"-Infinity", b"0x10", b"01", b"1_0", "٣".encode()])
+    other = rng.choice(
+        [
+            b"1e999",
+            b"-1e999",
+            b"9" * 5000,
+            b"NaN",
+            b"-Infinity",
+            b"0x10",
+            b"01",
+            b"1_0",
+            "٣".encode(),
+        ]
+    )
     return text[: found.start()] + other + text[found.end() :]
 
 
@@ -113,7 +193,9 @@ def key_doubled(rng: random.Random, text: bytes) -> bytes:
 
 def nested(rng: random.Random, text: bytes) -> bytes:
     depth = rng.choice([10, 63, 64, 65, 900, 2_000, 200_000])
-    return rng.choice([b"[" * depth + text + b"]" * depth, b'{"x":' * depth + text + b"}" * depth, b"[" * depth])
+    return rng.choice(
+        [b"[" * depth + text + b"]" * depth, b'{"x":' * depth + text + b"}" * depth, b"[" * depth]
+    )
 
 
 def recoded(rng: random.Random, text: bytes) -> bytes:

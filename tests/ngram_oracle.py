@@ -1,7 +1,8 @@
-"""The n-gram caches once more: dictionaries and Python's integers, nothing shared with the caches but the definitions.
+"""The n-gram caches once more: dictionaries and Python's integers, nothing shared with the caches
+but the definitions.
 
-Each function plays a stream of `tokens`, the first of which is no target, and says for every target what the cache gives each
-token of the vocabulary, before the target itself is counted.
+Each function plays a stream of `tokens`, the first of which is no target, and says for every
+target what the cache gives each token of the vocabulary, before the target itself is counted.
 """
 
 import math
@@ -20,7 +21,9 @@ def hashed(
     buckets: int,
     undercount: bool = False,
 ) -> list[list[float] | None]:
-    """p_ng of every token at each target, None where no order applies; `segments` are their lengths, one after the other."""
+    """p_ng of every token at each target, None where no order applies; `segments` are their
+    lengths, one after the other.
+    """
     contexts: dict[int, Counter[int]] = {n: Counter() for n in orders}
     fulls: dict[int, Counter[int]] = {n: Counter() for n in orders}
 
@@ -39,7 +42,9 @@ def hashed(
             found = None
             for n in sorted(orders, reverse=True):
                 if found is None and t >= n - 1 and (count := contexts[n][places(t, n, 0)[0]]) >= 2:
-                    found = [min(fulls[n][places(t, n, v)[1]], count) / count for v in range(vocab_size)]
+                    found = [
+                        min(fulls[n][places(t, n, v)[1]], count) / count for v in range(vocab_size)
+                    ]
                     mixed_at[t] = n
             given.append(found)
         for t in range(j, stop):
@@ -54,9 +59,16 @@ def hashed(
 
 
 def exact(
-    tokens: Sequence[int], p: Sequence[float], vocab_size: int, *, start: float, start_count: float, room: float = math.inf
+    tokens: Sequence[int],
+    p: Sequence[float],
+    vocab_size: int,
+    *,
+    start: float,
+    start_count: float,
+    room: float = math.inf,
 ) -> list[tuple[float, list[float]]]:
-    """The weight w and Witten-Bell's p of every token at each target; `p` are the model's probabilities of the targets.
+    """The weight w and Witten-Bell's p of every token at each target; `p` are the model's
+    probabilities of the targets.
 
     No more than `room` n-grams are stored, the shortest of a target first.
     """
@@ -68,7 +80,11 @@ def exact(
     def count(t: int) -> None:
         for n in range(1, 8):
             gram = tuple(tokens[max(t + 1 - n, 0) : t + 1])
-            if len(gram) == n and gram[:-1] in stored and (gram in stored or len(stored) - 1 < room):
+            if (
+                len(gram) == n
+                and gram[:-1] in stored
+                and (gram in stored or len(stored) - 1 < room)
+            ):
                 stored.add(gram)
                 following[gram[:-1]][gram[-1]] += 1
 
@@ -82,7 +98,10 @@ def exact(
                 break
             length = k
             total, distinct = sum(after.values()), len(after)
-            probability = [(after[v] + distinct * probability[v]) / (total + distinct) for v in range(vocab_size)]
+            probability = [
+                (after[v] + distinct * probability[v]) / (total + distinct)
+                for v in range(vocab_size)
+            ]
         w = weights[length]
         given.append((w, probability))
         share = w * probability[tokens[t]] / ((1 - w) * p[t - 1] + w * probability[tokens[t]])
@@ -93,9 +112,11 @@ def exact(
 
 
 def hints(tokens: Sequence[int]) -> list[int]:
-    """The hint at each target: the candidate of its 15 tokens, where it followed them in four of five cases or more; else -1.
+    """The hint at each target: the candidate of its 15 tokens, where it followed them in four of
+    five cases or more; else -1.
 
-    A candidate that is no longer the majority gives way to the token that made it so, which begins with a count of 1.
+    A candidate that is no longer the majority gives way to the token that made it so, which begins
+    with a count of 1.
     """
     followers: dict[tuple[int, ...], tuple[int, int, int]] = {}  # candidate, its count, all
     given = []

@@ -1,7 +1,9 @@
-"""The compact GPT family in float64 numpy, written from the techniques' formulas, and one comparison with jax.
+"""The compact GPT family in float64 numpy, written from the techniques' formulas, and one
+comparison with jax.
 
-Everything here is the slow and literal form: complex rotation, Python integers, loops over heads. No function of
-`sngpt_jax` is used. Axes as elsewhere: B batch, T sequence, D width, H heads, K kv heads, h head size, V vocabulary.
+Everything here is the slow and literal form: complex rotation, Python integers, loops over heads.
+No function of `sngpt_jax` is used. Axes as elsewhere: B batch, T sequence, D width, H heads, K kv
+heads, h head size, V vocabulary.
 """
 
 import jax
@@ -12,11 +14,13 @@ import numpy as np
 
 
 def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
-    """`jax_fn` in float32 equals `numpy_fn` in float64, and so does the gradient of a random weighting of its output.
+    """`jax_fn` in float32 equals `numpy_fn` in float64, and so does the gradient of a random
+    weighting of its output.
 
-    `args` are pytrees of float arrays. The gradient in each of their leaves is compared with central differences of
-    `numpy_fn` along random directions. `tol` is relative to the largest value, and to the norm of the leaf's gradient:
-    float32 leaves about 1e-6, a wrong sign, a lost term or a shifted row far more.
+    `args` are pytrees of float arrays. The gradient in each of their leaves is compared with
+    central differences of `numpy_fn` along random directions. `tol` is relative to the largest
+    value, and to the norm of the leaf's gradient: float32 leaves about 1e-6, a wrong sign, a lost
+    term or a shifted row far more.
     """
     rng = np.random.default_rng(seed)
     paths, tree = jax.tree_util.tree_flatten_with_path(args)
@@ -35,7 +39,10 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
 
     def slope(i, direction):
         eps = 1e-5 * max(1.0, np.abs(leaves64[i]).max())
-        sides = [[*leaves64[:i], leaves64[i] + step * direction, *leaves64[i + 1 :]] for step in (eps, -eps)]
+        sides = [
+            [*leaves64[:i], leaves64[i] + step * direction, *leaves64[i + 1 :]]
+            for step in (eps, -eps)
+        ]
         ahead, behind = (np.vdot(weight, numpy_fn(*tree.unflatten(side))) for side in sides)
         return (ahead - behind) / (2 * eps)
 
@@ -45,7 +52,9 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
         assert np.all(np.isfinite(grad64)), name
         for direction in rng.normal(size=(directions, *grad64.shape)):
             atol = tol * (np.linalg.norm(grad64) + 0.01)
-            np.testing.assert_allclose(np.vdot(grad64, direction), slope(i, direction), rtol=0, atol=atol, err_msg=name)
+            np.testing.assert_allclose(
+                np.vdot(grad64, direction), slope(i, direction), rtol=0, atol=atol, err_msg=name
+            )
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -56,12 +65,20 @@ def rms_norm(x, eps=1.1920929e-7):
 
 
 def ntk_base(base, width, length, trained_len):
-    """A base that slows every frequency but the first, so that the slowest turns as far over `length` as it did before."""
-    return base * (length / trained_len) ** (width / (width - 2)) if trained_len and length > trained_len else base
+    """A base that slows every frequency but the first, so that the slowest turns as far over
+    `length` as it did before.
+    """
+    return (
+        base * (length / trained_len) ** (width / (width - 2))
+        if trained_len and length > trained_len
+        else base
+    )
 
 
 def rotary(x, width, base):
-    """x [B, T, H, h]: the pair (j, j + width/2) is the complex number turned by -t · base^(-2j/width); the rest stays."""
+    """x [B, T, H, h]: the pair (j, j + width/2) is the complex number turned by -t ·
+    base^(-2j/width); the rest stays.
+    """
     half, T = width // 2, x.shape[1]
     z = x[..., :half] + 1j * x[..., half:width]
     angle = np.array([[t * base ** (-2 * j / width) for j in range(half)] for t in range(T)])
@@ -83,7 +100,9 @@ def attend(q, k, v):
 
 
 def exclude_own_value(y, v):
-    """XSA: y - ⟨y, v̂⟩ v̂ with v̂ = v / max(‖v‖, 1e-12), the same token's value of the head's group. arXiv:2603.09078."""
+    """XSA: y - ⟨y, v̂⟩ v̂ with v̂ = v / max(‖v‖, 1e-12), the same token's value of the head's
+    group. arXiv:2603.09078.
+    """
     group = y.shape[2] // v.shape[2]
     out = np.zeros_like(y)
     for head in range(y.shape[2]):
@@ -103,14 +122,23 @@ def gate_heads(y, u, weight, bias):
 
 
 def attention(config, layer, p, u, *, added_v=None, first_v=None):
-    """The attention half of block `layer` of normalized u; returns its output and the values before their mixing.
+    """The attention half of block `layer` of normalized u; returns its output and the values
+    before their mixing.
 
     `added_v` is the value embedding to add, `first_v` layer 0's values, where there are any.
     """
     B, T, _ = u.shape
-    H, K, h, width = config.num_heads, config.num_kv_heads, config.head_dim, config.rope_dims or config.head_dim
+    H, K, h, width = (
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.rope_dims or config.head_dim,
+    )
     base = ntk_base(config.rope_base, width, T, config.rope_ntk_len)
-    q = rotary(rms_norm((u @ p["query"]).reshape(B, T, H, h), config.norm_eps), width, base) * p["q_gain"][:, None]
+    q = (
+        rotary(rms_norm((u @ p["query"]).reshape(B, T, H, h), config.norm_eps), width, base)
+        * p["q_gain"][:, None]
+    )
     k = rotary(rms_norm((u @ p["key"]).reshape(B, T, K, h), config.norm_eps), width, base)
     raw_v = (u @ p["value"]).reshape(B, T, K, h)
     if added_v is not None:
@@ -139,7 +167,9 @@ def leaky_relu2(x):
 
 
 def smear(x, gate, starts=None):
-    """(1 - g) x_t + g x_{t-1}, g = σ(gate), x_{-1} = 0; nothing of x_{t-1} where `starts` [B, T] is true."""
+    """(1 - g) x_t + g x_{t-1}, g = σ(gate), x_{-1} = 0; nothing of x_{t-1} where `starts` [B, T]
+    is true.
+    """
     out = np.zeros_like(x)
     g = sigmoid(gate)
     for t in range(x.shape[1]):
@@ -155,11 +185,16 @@ def _int32(n):
 
 
 def hash_xor(tokens, buckets):
-    """((36313 x_t) XOR (27191 x_{t-1})) mod (buckets - 1) in wrapping int32, floored; the last bucket at t = 0."""
+    """((36313 x_t) XOR (27191 x_{t-1})) mod (buckets - 1) in wrapping int32, floored; the last
+    bucket at t = 0.
+    """
     rows = []
     for row in np.asarray(tokens).tolist():
         pairs = zip(row[1:], row[:-1], strict=True)
-        rows.append([buckets - 1] + [(_int32(36313 * now) ^ _int32(27191 * last)) % (buckets - 1) for now, last in pairs])
+        rows.append(
+            [buckets - 1]
+            + [(_int32(36313 * now) ^ _int32(27191 * last)) % (buckets - 1) for now, last in pairs]
+        )
     return np.array(rows)
 
 
@@ -167,7 +202,12 @@ def hash_sum(tokens, buckets):
     """(2654435761 x_t + 40503 x_{t-1}) mod buckets without overflow, x_{-1} = 0."""
     rows = []
     for row in np.asarray(tokens).tolist():
-        rows.append([(2654435761 * now + 40503 * last) % buckets for now, last in zip(row, [0, *row[:-1]], strict=True)])
+        rows.append(
+            [
+                (2654435761 * now + 40503 * last) % buckets
+                for now, last in zip(row, [0, *row[:-1]], strict=True)
+            ]
+        )
     return np.array(rows)
 
 
@@ -178,8 +218,12 @@ def bigram(config, p, tokens):
 
 def value_embedding(config, p, tokens):
     """{layer: s_layer · s · E_v[token] P_v as [B, T, K, h]}."""
-    shared = (p["table"][tokens] @ p["proj"] * p["scale"]).reshape(*tokens.shape, config.num_kv_heads, config.head_dim)
-    return {layer: p["layer_scale"][j] * shared for j, layer in enumerate(config.value_embed_layers)}
+    shared = (p["table"][tokens] @ p["proj"] * p["scale"]).reshape(
+        *tokens.shape, config.num_kv_heads, config.head_dim
+    )
+    return {
+        layer: p["layer_scale"][j] * shared for j, layer in enumerate(config.value_embed_layers)
+    }
 
 
 # ------------------------------------------------------------------------------------------------ initial values
@@ -204,7 +248,14 @@ def block(config, layer, p, x, x0, *, added_v=None, first_v=None):
     """Returns the block's output and its values before their mixing."""
     scale = 1 / np.sqrt(layer + 1) if config.ln_scale else 1.0
     u = p["resid_mix"][0] * x + p["resid_mix"][1] * x0
-    y, raw_v = attention(config, layer, p["attn"], scale * rms_norm(u, config.norm_eps), added_v=added_v, first_v=first_v)
+    y, raw_v = attention(
+        config,
+        layer,
+        p["attn"],
+        scale * rms_norm(u, config.norm_eps),
+        added_v=added_v,
+        first_v=first_v,
+    )
     u = u + p["attn_scale"] * y
     activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.mlp_activation]
     hidden = activation(scale * rms_norm(u, config.norm_eps) @ p["mlp"]["up"])
@@ -226,7 +277,9 @@ def embed(config, p, tokens):
 def gpt(config, p, tokens):
     """Logits [B, T, V] of parameters `p`, nested as the model's own."""
     x = x0 = embed(config, p, tokens)
-    embedded = value_embedding(config, p["value_embed"], tokens) if config.value_embed_layers else {}
+    embedded = (
+        value_embedding(config, p["value_embed"], tokens) if config.value_embed_layers else {}
+    )
     encoder, saved, first_v = config.num_layers // 2, [], None
 
     def apply(layer, x, added_v=None):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from sngpt_jax import evaluate
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.evaluation.ngram import exact
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.run_directory import load_model
-from sngpt_jax.step import forward
+from sngpt_jax.model.forward import forward
+from sngpt_jax.weights.source import load_model
 from tests import ngram_oracle, tiny_run
 
 pytestmark = pytest.mark.slow
@@ -35,24 +35,52 @@ def test_sliding_windows(capsys, tiny_trained):
     assert (found["tokens"], found["mode"], found["stride"]) == (TOKENS, "sliding", 8)
     assert found["windows"] == (TOKENS - 32) // 8 + 1
     assert found["bytes_per_token"] == found["bytes"] / TOKENS
-    assert found["bpb"] == pytest.approx(found["loss"] * TOKENS / math.log(2) / found["bytes"], rel=1e-12)
+    assert found["bpb"] == pytest.approx(
+        found["loss"] * TOKENS / math.log(2) / found["bytes"], rel=1e-12
+    )
     assert found["tok_per_s"] == pytest.approx(TOKENS / found["seconds"])
     standard = run(capsys, tiny_trained, "--tokens", TOKENS)
     assert (standard["tokens"], standard["windows"]) == (TOKENS // 32 * 32, TOKENS // 32)
     assert found["loss"] != standard["loss"]
     model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
-    own = score_validation(model.config, model.variables, model.open_data(), make_mesh(jax.devices()[:1]), TOKENS, stride=8)
+    own = score_validation(
+        model.config,
+        model.variables,
+        model.open_data(),
+        make_mesh(jax.devices()[:1]),
+        TOKENS,
+        stride=8,
+    )
     assert found["loss"] == pytest.approx(own.loss, rel=1e-6)  # eight devices and one
-    again = run(capsys, tiny_trained, "--mode", "sliding", "--stride", 8, "--tokens", TOKENS, "--tail", "published")
+    again = run(
+        capsys,
+        tiny_trained,
+        "--mode",
+        "sliding",
+        "--stride",
+        8,
+        "--tokens",
+        TOKENS,
+        "--tail",
+        "published",
+    )
     assert again["tokens"] == 992 + 3 * 8  # 31 windows' targets, and three windows overrun the end
 
 
 @pytest.fixture(scope="module")
 def repeating(tiny_recipe, tmp_path_factory):
-    """A folder whose validation stream says the same 40 tokens again and again, with noise: all caches find something."""
+    """A folder whose validation stream says the same 40 tokens again and again, with noise: all
+    caches find something.
+    """
     directory, rng = tmp_path_factory.mktemp("repeating"), np.random.default_rng(0)
-    tokens = np.where(rng.random(2000) < 0.02, rng.integers(4, 320, 2000), np.resize(rng.integers(4, 320, 40), 2000))
-    (directory / "tokenizer.model").write_bytes((tiny_recipe.parent / "data" / "tokenizer.model").read_bytes())
+    tokens = np.where(
+        rng.random(2000) < 0.02,
+        rng.integers(4, 320, 2000),
+        np.resize(rng.integers(4, 320, 40), 2000),
+    )
+    (directory / "tokenizer.model").write_bytes(
+        (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
+    )
     for name in ("train.bin", "val.bin"):
         tokens.astype("<u2").tofile(directory / name)
     return directory
@@ -60,12 +88,19 @@ def repeating(tiny_recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(tiny_trained, repeating):
-    """What the model says of the first TOKENS targets of that stream in windows of 32 with stride 16: p [n, V], float64."""
+    """What the model says of the first TOKENS targets of that stream in windows of 32 with stride
+    16: p [n, V], float64.
+    """
     model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
     tokens = open_dataset(repeating, 320).val.take(0, TOKENS + 1).astype(int)
     starts = [min(max(0, -(-(target - 31) // 16) * 16), TOKENS - 32) for target in range(TOKENS)]
-    logits = {s: forward(model.config.model)(model.variables, jnp.asarray(tokens[None, s : s + 32])) for s in set(starts)}
-    rows = np.stack([np.asarray(logits[s][0, target - s], np.float64) for target, s in enumerate(starts)])
+    logits = {
+        s: forward(model.config.model)(model.variables, jnp.asarray(tokens[None, s : s + 32]))
+        for s in set(starts)
+    }
+    rows = np.stack(
+        [np.asarray(logits[s][0, target - s], np.float64) for target, s in enumerate(starts)]
+    )
     return tokens.tolist(), np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
 
 
@@ -100,7 +135,9 @@ def oracle(cache, tokens, p):
 
 @pytest.mark.parametrize("cache", [*DISTRIBUTIONS, "undercount"])
 def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, read, cache):
-    """The command against the definition, from the shards to the score: segments, first token, hints, a fresh cache's mass."""
+    """The command against the definition, from the shards to the score: segments, first token,
+    hints, a fresh cache's mass.
+    """
     options = ["backoff", "--ngram-undercount"] if cache == "undercount" else [cache]
     arguments = ["--data", repeating, "--mode", "sliding", "--stride", 16, "--tokens", TOKENS]
     found = run(capsys, tiny_trained, *arguments, "--ngram", *options)
@@ -108,7 +145,10 @@ def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, 
     own, mixed = (-np.log(x[np.arange(TOKENS), tokens[1:]]) for x in (p, oracle(cache, tokens, p)))
     assert found["loss"] == pytest.approx(own.mean(), rel=1e-6)
     with_cache, mass = found["ngram"], found["ngram"]["mass"]
-    assert with_cache["loss"] == pytest.approx(mixed.mean(), rel=1e-6) and with_cache["loss"] < found["loss"]
+    assert (
+        with_cache["loss"] == pytest.approx(mixed.mean(), rel=1e-6)
+        and with_cache["loss"] < found["loss"]
+    )
     masses = oracle(cache, tokens, p).sum(1)
     assert mass["positions"] == TOKENS  # all of them
     for name, value in (("mean", masses.mean()), ("min", masses.min()), ("max", masses.max())):
@@ -116,17 +156,22 @@ def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, 
     assert mass["mean_log"] == pytest.approx(np.log(masses).mean(), rel=1e-4, abs=1e-6)
     bits = math.log(2) * found["bytes"] / TOKENS
     assert with_cache["bpb"] == pytest.approx(with_cache["loss"] / bits, rel=1e-12)
-    assert with_cache["normalized_bpb"] == pytest.approx((with_cache["loss"] + mass["mean_log"]) / bits, rel=1e-12)
+    assert with_cache["normalized_bpb"] == pytest.approx(
+        (with_cache["loss"] + mass["mean_log"]) / bits, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("cache", ["hashed5", "exact"])
 def test_what_a_person_is_told_of_a_cache(tiny_trained, repeating, cache):
-    done = tiny_run.run("evaluate", "--run", tiny_trained, "--data", repeating, "--tokens", 320, "--ngram", cache)
+    done = tiny_run.run(
+        "evaluate", "--run", tiny_trained, "--data", repeating, "--tokens", 320, "--ngram", cache
+    )
     assert done.returncode == 0, done.stderr
     assert ("not a probability distribution" in done.stdout) == (not DISTRIBUTIONS[cache])
     assert "bits/byte; mass of the vocabulary" in done.stdout
     said = [line for line in done.stderr.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
-    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings are kept for the mass")  # before it starts
+    # before it starts
+    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings are kept for the mass")
 
 
 def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
@@ -134,7 +179,9 @@ def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
     text.write_text("abc def abc def\nfed cba fed cba\n")
     found = run(capsys, tiny_trained, "--tasks", f"lambada={text}", "--mode", "none")
     assert found["tasks"]["lambada"]["samples"] == 2 and "loss" not in found
-    found = run(capsys, tiny_trained, "--tasks", f"lambada={text}", "--tokens", 64, "--task-limit", 1)
+    found = run(
+        capsys, tiny_trained, "--tasks", f"lambada={text}", "--tokens", 64, "--task-limit", 1
+    )
     assert found["tasks"]["lambada"]["samples"] == 1 and "loss" in found
 
 
@@ -142,10 +189,15 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
     text = tmp_path / "lambada.txt"
     text.write_text("abc def abc def\n")
     spec = f"hellaswag={tmp_path}/none.jsonl,lambada={text}"
-    done = tiny_run.run("evaluate", "--run", tiny_trained, "--tasks", spec, "--mode", "none", "--json")
+    done = tiny_run.run(
+        "evaluate", "--run", tiny_trained, "--tasks", spec, "--mode", "none", "--json"
+    )
     assert done.returncode == 2
     found = json.loads(done.stdout)["tasks"]
-    assert found["lambada"]["samples"] == 1 and "none.jsonl: cannot be read" in found["hellaswag"]["error"]
+    assert (
+        found["lambada"]["samples"] == 1
+        and "none.jsonl: cannot be read" in found["hellaswag"]["error"]
+    )
     assert done.stderr.splitlines()[-1].startswith("error: hellaswag: ")
 
 
@@ -159,12 +211,21 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
         (["--mode", "sliding", "--tokens", "31"], "31 tokens to score are less than one window"),
         (["--tokens", "-1"], "cannot be negative"),
         (["--mode", "none"], "name --tasks"),
-        (["--mode", "none", "--tasks", "lambada=x", "--ngram", "exact"], "--ngram and --tokens are of a stream"),
+        (
+            ["--mode", "none", "--tasks", "lambada=x", "--ngram", "exact"],
+            "--ngram and --tokens are of a stream",
+        ),
         (["--mode", "sliding", "--tail", "published", "--ngram", "exact"], "leave one of them out"),
         (["--ngram", "exact", "--ngram-undercount"], "--ngram-undercount is of --ngram backoff"),
         (["--ngram", "hashed5", "--ngram-memory", "1"], "--ngram-memory is of --ngram exact"),
-        (["--ngram", "exact", "--ngram-memory", "nan"], "--ngram-memory nan is not a number of GiB above 0"),
-        (["--ngram", "exact", "--ngram-memory", "1e300"], "--ngram-memory 1e\\+300 is not a number of GiB above 0"),
+        (
+            ["--ngram", "exact", "--ngram-memory", "nan"],
+            "--ngram-memory nan is not a number of GiB above 0",
+        ),
+        (
+            ["--ngram", "exact", "--ngram-memory", "1e300"],
+            "--ngram-memory 1e\\+300 is not a number of GiB above 0",
+        ),
         (["--json", "/proc/none/x.json"], "--json /proc/none/x.json: cannot be written"),
         (["--ngram", "exact", "--ngram-memory", "1e-6"], "too little memory"),
         (["--task-limit", "3"], "are of --tasks"),
@@ -192,9 +253,22 @@ def test_streams_that_cannot_be_scored(tiny_trained, tiny_recipe, tmp_path):
         ("empty", [], "found 0 bytes"),
         ("markless", [1] * 100, "stand for no text"),
         ("short", [5] * 32, "has 32 tokens; one window needs"),
-        ("foreign", [5, 5, 5, 320] + [5] * 97, "expected tokens below the vocabulary size 320, found 320"),
+        (
+            "foreign",
+            [5, 5, 5, 320] + [5] * 97,
+            "expected tokens below the vocabulary size 320, found 320",
+        ),
     ):
         for mode in ("standard", "sliding"):
             with pytest.raises(UserError, match=message):
-                evaluate.main(["--run", str(tiny_trained), "--data", folder(f"{name}_{mode}", tokens), "--mode", mode])
+                evaluate.main(
+                    [
+                        "--run",
+                        str(tiny_trained),
+                        "--data",
+                        folder(f"{name}_{mode}", tokens),
+                        "--mode",
+                        mode,
+                    ]
+                )
     assert open_dataset(folder("fine", [5] * 100), 320).val.vocab_size == 320

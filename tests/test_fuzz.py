@@ -1,4 +1,6 @@
-"""Damaged files of every format are read to something whole or refused in one line; `tests/fuzz.py` is the long form."""
+"""Damaged files of every format are read to something whole or refused in one line;
+`tests/fuzz.py` is the long form.
+"""
 
 import dataclasses
 import json
@@ -9,16 +11,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax import config_file, typed_json
-from sngpt_jax.cli import UserError
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, to_json
+from sngpt_jax.config import file as config_file
 from sngpt_jax.data.manifest import DataError, Manifest, load_manifest, load_progress
 from sngpt_jax.data.shards import HEADER_BYTES, MAGIC, VERSION, open_shard
-from sngpt_jax.metrics import read_metrics
+from sngpt_jax.run.metrics import read_metrics
 from tests import fuzz
 
 FORMATS = [
-    *("shard", "byte corrections (npy)", "manifest.json", "progress.json", "published manifest", "config.json", "summary.json"),
+    *(
+        "shard",
+        "byte corrections (npy)",
+        "manifest.json",
+        "progress.json",
+        "published manifest",
+        "config.json",
+        "summary.json",
+    ),
     *(
         "metrics.jsonl",
         "environment.jsonl",
@@ -64,23 +75,37 @@ def test_the_harness_sees_what_it_looks_for(formats):
 
     kind = formats["summary.json"]
     whole = kind.target.read_bytes()
-    for read in (failing(KeyError("x")), failing(UserError("nothing")), failing(UserError(f"{kind.target}: a\nb"))):
+    for read in (
+        failing(KeyError("x")),
+        failing(UserError("nothing")),
+        failing(UserError(f"{kind.target}: a\nb")),
+    ):
         assert fuzz.fuzz(dataclasses.replace(kind, read=read), 5, seed=0).others
     named = UserError(f"{kind.target}: x")
     assert not fuzz.fuzz(dataclasses.replace(kind, read=failing(named)), 5, seed=0).others
-    assert fuzz.fuzz(dataclasses.replace(kind, read=failing(named, fuzz.MOST_MEMORY + 2**20)), 5, seed=0).others
+    assert fuzz.fuzz(
+        dataclasses.replace(kind, read=failing(named, fuzz.MOST_MEMORY + 2**20)), 5, seed=0
+    ).others
 
 
 # ---------------------------------------------------------------------------------------------- any content
 
-SECTIONS = {field.name for field in dataclasses.fields(Config)} | {field.name for field in dataclasses.fields(Manifest)}
+SECTIONS = {field.name for field in dataclasses.fields(Config)} | {
+    field.name for field in dataclasses.fields(Manifest)
+}
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9) | st.sampled_from(sorted(SECTIONS)), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=9) | st.sampled_from(sorted(SECTIONS)), inner)
+    ),
     max_leaves=20,
 )
 texts = json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200)
-READERS = {"config.json": config_file.read, "manifest.json": lambda path: load_manifest(path.parent)}
+READERS = {
+    "config.json": config_file.read,
+    "manifest.json": lambda path: load_manifest(path.parent),
+}
 READERS |= {"progress.json": lambda path: load_progress(path.parent)}
 
 
@@ -96,7 +121,10 @@ def test_no_other_content_is_one(name, tmp_path_factory, content):
 
 
 @settings(max_examples=100)
-@given(st.lists(json_values | st.fixed_dictionaries({"step": st.integers() | st.floats()})), st.binary(max_size=9))
+@given(
+    st.lists(json_values | st.fixed_dictionaries({"step": st.integers() | st.floats()})),
+    st.binary(max_size=9),
+)
 def test_any_metrics_are_records_or_refused(tmp_path_factory, values, torn):
     path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
     path.write_bytes("".join(json.dumps(value) + "\n" for value in values).encode() + torn)
@@ -117,7 +145,9 @@ ints = st.integers(-(2**31), 2**31 - 1)
     st.integers(0, 2 * 20 + 1),
     st.binary(max_size=40),
 )
-def test_a_shard_is_exactly_its_header_and_its_tokens(tmp_path_factory, magic, version, count, size, start):
+def test_a_shard_is_exactly_its_header_and_its_tokens(
+    tmp_path_factory, magic, version, count, size, start
+):
     path = tmp_path_factory.getbasetemp() / "a_train_000000.bin"
     body = start.ljust(size, b"\1")[:size]
     path.write_bytes(struct.pack("<3i", magic, version, count).ljust(HEADER_BYTES, b"\0") + body)
@@ -131,7 +161,9 @@ def test_a_shard_is_exactly_its_header_and_its_tokens(tmp_path_factory, magic, v
 @given(st.sampled_from(sorted(dataclasses.asdict(Config())["model"])), json_values)
 def test_a_configuration_that_is_accepted_is_the_one_written(tmp_path_factory, field, value):
     path = tmp_path_factory.getbasetemp() / "config.json"
-    good = dataclasses.replace(Config(), optim=dataclasses.replace(Config().optim, warmdown_steps=10))
+    good = dataclasses.replace(
+        Config(), optim=dataclasses.replace(Config().optim, warmdown_steps=10)
+    )
     values = json.loads(to_json(good))
     values["model"][field] = value
     path.write_text(json.dumps(values))
@@ -141,5 +173,7 @@ def test_a_configuration_that_is_accepted_is_the_one_written(tmp_path_factory, f
         assert str(error).startswith(str(path))
         return
     expected = tuple(value) if isinstance(value, list) else value
-    assert found == dataclasses.replace(good, model=dataclasses.replace(good.model, **{field: expected}))
+    assert found == dataclasses.replace(
+        good, model=dataclasses.replace(good.model, **{field: expected})
+    )
     assert typed_json.loads(to_json(found).encode())["model"][field] == value

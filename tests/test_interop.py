@@ -1,4 +1,6 @@
-"""The scripts' checkpoints: imported weights against an oracle that reads the originals, and every file and mistake."""
+"""The scripts' checkpoints: imported weights against an oracle that reads the originals, and every
+file and mistake.
+"""
 
 import dataclasses
 import json
@@ -17,21 +19,29 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax import cli, evaluate, interop, sample
-from sngpt_jax.cli import UserError
+from sngpt_jax import evaluate, interop, sample
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ModelConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.interop import InteropError, export_state_dict, import_state_dict, read_state_dict
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.recipe import load
-from sngpt_jax.run_directory import load_model
+from sngpt_jax.weights.source import load_model
 from tests import golf_oracle, tiny_run
 
 SIZE = {"vocab_size": 96, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 24}
 PLAIN_HASH = {"bigram_buckets": 40, "bigram_dim": 12}
 
 LIKE_333 = ModelConfig(
-    **SIZE, **PLAIN_HASH, num_layers=5, mlp_dim=88, xsa_layers=2, rope_base=50_000.0, smear="after_norm", logit_soft_cap=5.0
+    **SIZE,
+    **PLAIN_HASH,
+    num_layers=5,
+    mlp_dim=88,
+    xsa_layers=2,
+    rope_base=50_000.0,
+    smear="after_norm",
+    logit_soft_cap=5.0,
 )
 LIKE_465 = ModelConfig(**SIZE, **PLAIN_HASH, num_layers=4, mlp_dim=96, smear="after_norm")
 LIKE_740 = ModelConfig(
@@ -164,7 +174,10 @@ def test_the_layout_is_read_from_the_names():
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_become_float32(dtype):
-    state = {name: tensor.astype(dtype) for name, tensor in golf_oracle.random_state(LIKE_740, "plain", seed=8).items()}
+    state = {
+        name: tensor.astype(dtype)
+        for name, tensor in golf_oracle.random_state(LIKE_740, "plain", seed=8).items()
+    }
     found = export_state_dict(import_state_dict(state, LIKE_740))
     equal(found, {name: tensor.astype(np.float32) for name, tensor in state.items()})
     equal(export_state_dict(import_state_dict(jax.tree.map(np.asarray, found), LIKE_740)), found)
@@ -215,14 +228,24 @@ def test_bfloat16_files(tmp_path):
     np.testing.assert_array_equal(found.astype(np.float32), tensor.astype(np.float32))
     torch = pytest.importorskip("torch")
     torch.save({"x": torch.tensor(tensor.astype(np.float32)).bfloat16()}, tmp_path / "x.pt")
-    np.testing.assert_array_equal(read_state_dict(tmp_path / "x.pt")["x"], tensor.astype(np.float32))
+    np.testing.assert_array_equal(
+        read_state_dict(tmp_path / "x.pt")["x"], tensor.astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
 def test_damaged_files_are_one_line(tmp_path, suffix):
-    path = write_file(tmp_path / f"model{suffix}", golf_oracle.random_state(LIKE_740, "plain", seed=11))
+    path = write_file(
+        tmp_path / f"model{suffix}", golf_oracle.random_state(LIKE_740, "plain", seed=11)
+    )
     content = path.read_bytes()
-    for damaged in (b"", b"nonsense", content[: len(content) // 2], content[:-40], content[:20] + b"\xff" * 40 + content[60:]):
+    for damaged in (
+        b"",
+        b"nonsense",
+        content[: len(content) // 2],
+        content[:-40],
+        content[:20] + b"\xff" * 40 + content[60:],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InteropError, match="cannot be read as a") as error:
             read_state_dict(path)
@@ -251,7 +274,10 @@ def test_what_is_no_checkpoint_file(tmp_path):
 def test_archives_that_claim_more_than_they_hold(tmp_path):
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(10_000_000, np.int8))
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
-    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive, archive.open("x.npy", "w") as file:
+    with (
+        zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive,
+        archive.open("x.npy", "w") as file,
+    ):
         np.lib.format.write_array_header_1_0(file, header)
     for name, reason in [
         ("bomb.npz", "unpacks to 10,000,128 bytes, more than 64 times"),
@@ -265,9 +291,13 @@ def test_pt_files_of_something_else(tmp_path):
     torch = pytest.importorskip("torch")
     for value, reason in [
         (torch.ones(2), "holds a Tensor, expected a dict of tensors"),
-        ({"model": {"x": torch.ones(2)}, "step": 3}, "'model' is of type dict, 'step' is of type int; save that part"),
+        (
+            {"model": {"x": torch.ones(2)}, "step": 3},
+            "'model' is of type dict, 'step' is of type int; save that part",
+        ),
         ({0: torch.ones(2)}, "0 is of type Tensor"),
-        (Path("code"), "cannot be read as a .pt file of nothing but tensors"),  # a class that weights_only does not allow
+        # a class that weights_only does not allow
+        (Path("code"), "cannot be read as a .pt file of nothing but tensors"),
     ]:
         torch.save(value, tmp_path / "model.pt")
         with pytest.raises(InteropError, match=reason):
@@ -277,7 +307,9 @@ def test_pt_files_of_something_else(tmp_path):
 def test_pt_files_without_pytorch(tmp_path, monkeypatch):
     (tmp_path / "model.pt").write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InteropError, match="model.pt: reading it needs PyTorch.*-m pip install torch"):
+    with pytest.raises(
+        InteropError, match="model.pt: reading it needs PyTorch.*-m pip install torch"
+    ):
         read_state_dict(tmp_path / "model.pt")
 
 
@@ -301,7 +333,11 @@ def status(arguments: list[object], capsys) -> tuple[int, str, str]:
 @pytest.fixture
 def checkpoint_file(tiny_recipe, tmp_path) -> tuple[Path, dict[str, np.ndarray], ModelConfig]:
     config = dataclasses.replace(
-        load(str(tiny_recipe)).model, smear="before_norm", value_residual=True, recycle_layers=(0,), bigram_buckets=16
+        load(str(tiny_recipe)).model,
+        smear="before_norm",
+        value_residual=True,
+        recycle_layers=(0,),
+        bigram_buckets=16,
     )
     state = golf_oracle.random_state(config, "banked", seed=12)
     return write_file(tmp_path / "final_model.safetensors", state), state, config
@@ -310,19 +346,32 @@ def checkpoint_file(tiny_recipe, tmp_path) -> tuple[Path, dict[str, np.ndarray],
 def test_import_then_export(tiny_recipe, checkpoint_file, tmp_path, capsys):
     file, state, _ = checkpoint_file
     run_dir = tmp_path / "run"
-    arguments = ["import", file, "--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES, *AVERAGES]
+    arguments = [
+        "import",
+        file,
+        "--config",
+        tiny_recipe,
+        "--run-dir",
+        run_dir,
+        *OVERRIDES,
+        *AVERAGES,
+    ]
     code, out, err = status(arguments, capsys)
     assert code == 0, err
     assert f"imported\n  from        {file}\n  checkpoint  {run_dir}/checkpoints/00000000\n" in out
-    assert (run_dir / "tokenizer.model").read_bytes() == (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
+    assert (run_dir / "tokenizer.model").read_bytes() == (
+        tiny_recipe.parent / "data" / "tokenizer.model"
+    ).read_bytes()
 
-    with pytest.raises(cli.UserError, match="no snapshot was taken up to step 0"):
+    with pytest.raises(UserError, match="no snapshot was taken up to step 0"):
         load_model(run_dir, make_mesh(), weights="swa")
 
     total = sum(tensor.size for tensor in state.values())
     for weights in ("final", "ema"):
         out_file = tmp_path / f"{weights}.safetensors"
-        code, out, err = status(["export", "--run", run_dir, "--out", out_file, "--weights", weights], capsys)
+        code, out, err = status(
+            ["export", "--run", run_dir, "--out", out_file, "--weights", weights], capsys
+        )
         assert code == 0, err
         assert f"{len(state)} tensors, {total:,} parameters of step 0, {weights} weights" in out
         equal(safetensors.numpy.load_file(out_file), state)
@@ -334,13 +383,29 @@ def test_import_then_export(tiny_recipe, checkpoint_file, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_imported_runs_are_scored_and_trained_on(tiny_recipe, checkpoint_file, tmp_path, capsys):
-    """`train` validates before its first step: the loss is the one that the script's model has on the same tokens."""
+    """`train` validates before its first step: the loss is the one that the script's model has on
+    the same tokens.
+    """
     file, state, config = checkpoint_file
     run_dir = tmp_path / "run"
-    recipe = ["--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES, "--train.steps", "4", "--eval.tokens", "1024"]
+    recipe = [
+        "--config",
+        tiny_recipe,
+        "--run-dir",
+        run_dir,
+        *OVERRIDES,
+        "--train.steps",
+        "4",
+        "--eval.tokens",
+        "1024",
+    ]
     assert status(["import", file, *recipe], capsys)[0] == 0
 
-    stream = open_dataset(tiny_recipe.parent / "data", config.vocab_size).val.take(0, 1025).astype(np.int64)
+    stream = (
+        open_dataset(tiny_recipe.parent / "data", config.vocab_size)
+        .val.take(0, 1025)
+        .astype(np.int64)
+    )
     logits = golf_oracle.logits(state, config, stream[:-1].reshape(-1, 32))
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = -np.mean(np.take_along_axis(log_p.reshape(1024, -1), stream[1:, None], axis=1))
@@ -355,20 +420,49 @@ def test_imported_runs_are_scored_and_trained_on(tiny_recipe, checkpoint_file, t
 
 
 def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_path, capsys):
-    arguments = ["import", checkpoint_file[0], "--config", tiny_recipe, *OVERRIDES, "--data.dir", tmp_path / "none"]
+    arguments = [
+        "import",
+        checkpoint_file[0],
+        "--config",
+        tiny_recipe,
+        *OVERRIDES,
+        "--data.dir",
+        tmp_path / "none",
+    ]
     code, _, err = status([*arguments, "--run-dir", tmp_path / "bare"], capsys)
     assert code == 0
-    assert len([line for line in err.splitlines() if line.startswith("the run will keep no tokenizer")]) == 1
+    assert (
+        len(
+            [line for line in err.splitlines() if line.startswith("the run will keep no tokenizer")]
+        )
+        == 1
+    )
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     data = tiny_recipe.parent / "data"
-    assert evaluate.main(["--run", str(tmp_path / "bare"), "--data", str(data), "--tokens", "512", "--weights", "final"]) == 0
+    assert (
+        evaluate.main(
+            [
+                "--run",
+                str(tmp_path / "bare"),
+                "--data",
+                str(data),
+                "--tokens",
+                "512",
+                "--weights",
+                "final",
+            ]
+        )
+        == 0
+    )
     assert "bits/byte" in capsys.readouterr().out
     with pytest.raises(UserError, match="keeps no tokenizer; import its weights with --tokenizer"):
         sample.main(["--run", str(tmp_path / "bare"), "--weights", "final"])
     assert load_model(tmp_path / "bare", make_mesh()).step == 0
 
     tokenizer = tiny_recipe.parent / "data" / "tokenizer.model"
-    code, _, err = status([*arguments, "--run-dir", tmp_path / "given", "--tokenizer", tokenizer], capsys)
+    code, _, err = status(
+        [*arguments, "--run-dir", tmp_path / "given", "--tokenizer", tokenizer], capsys
+    )
     assert (code, "keep no tokenizer" in err) == (0, False)
     assert (tmp_path / "given" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
@@ -387,20 +481,36 @@ TOO_LARGE = ["--tokenizer", "{tokenizer}", "--model.vocab-size", "319"]
             ["import", "{tmp}/absent.npz", "--config", "{recipe}", "--run-dir", "{tmp}/run"],
             "absent.npz: cannot be read: No such",
         ),
-        (["import", "{tmp}", "--config", "{recipe}", "--run-dir", "{tmp}/run"], "expected a file named"),
+        (
+            ["import", "{tmp}", "--config", "{recipe}", "--run-dir", "{tmp}/run"],
+            "expected a file named",
+        ),
         (
             ["import", "{file}", "--config", "{recipe}", "--run-dir", "{tmp}/run", *TOO_LARGE],
             "tokenizer.model: expected at most model.vocab_size = 319 tokens, found 320",
         ),
-        (["export", "--run", "{tmp}/run", "--out", "{tmp}/x.safetensors"], "run: not a run directory"),
-        (["export", "--run", "{tmp}/run", "--out", "{tmp}/x.pt"], "x.pt: expected a file named \\*.safetensors"),
+        (
+            ["export", "--run", "{tmp}/run", "--out", "{tmp}/x.safetensors"],
+            "run: not a run directory",
+        ),
+        (
+            ["export", "--run", "{tmp}/run", "--out", "{tmp}/x.pt"],
+            "x.pt: expected a file named \\*.safetensors",
+        ),
         (["convert"], "expected import or export after sngpt_jax.interop, found convert"),
         ([], "found nothing"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_run(tiny_recipe, checkpoint_file, tmp_path, capsys, arguments, reason):
+def test_mistakes_are_one_line_and_leave_no_run(
+    tiny_recipe, checkpoint_file, tmp_path, capsys, arguments, reason
+):
     tokenizer = tiny_recipe.parent / "data" / "tokenizer.model"
-    names = {"file": checkpoint_file[0], "recipe": tiny_recipe, "tmp": tmp_path, "tokenizer": tokenizer}
+    names = {
+        "file": checkpoint_file[0],
+        "recipe": tiny_recipe,
+        "tmp": tmp_path,
+        "tokenizer": tokenizer,
+    }
     code, out, err = status([argument.format(**names) for argument in arguments], capsys)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()

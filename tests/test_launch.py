@@ -24,15 +24,20 @@ def write_executable(path, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what launch.sh looks at, and a python3 that writes down how it is called instead of running."""
+    """A copy of what launch.sh looks at, and a python3 that writes down how it is called instead
+    of running.
+    """
     root = tmp_path / "a checkout"
     root.mkdir()
     tools = tmp_path / "tools"
     tools.mkdir()
-    write_executable(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")  # a machine without a GPU, whatever this one has
+    # a machine without a GPU, whatever this one has
+    write_executable(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
-    shutil.copytree(ROOT / "sngpt_jax", root / "sngpt_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "sngpt_jax", root / "sngpt_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
     write_executable(tmp_path / "python3", FAKE_PYTHON.format(log=tmp_path / "log"))
     return root
 
@@ -41,8 +46,17 @@ def launch(checkout, *arguments):
     """Runs launch.sh with the recording python3; returns what it did, a line a call."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
-    env = {"PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin", "PYTHON": str(checkout.parent / "python3")}
-    done = subprocess.run([checkout / "launch.sh", *arguments], env=env, cwd=checkout.parent, capture_output=True, text=True)
+    env = {
+        "PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin",
+        "PYTHON": str(checkout.parent / "python3"),
+    }
+    done = subprocess.run(
+        [checkout / "launch.sh", *arguments],
+        env=env,
+        cwd=checkout.parent,
+        capture_output=True,
+        text=True,
+    )
     return done, log.read_text().splitlines() if log.exists() else []
 
 
@@ -59,7 +73,7 @@ def test_first_call_installs_and_the_second_only_runs(checkout):
     assert calls[-1].endswith("-m sngpt_jax.train --config a b.py")
     done, calls = launch(checkout, "prepare", "--source", "stdlib")
     assert installed(calls) == []
-    assert calls[-1].endswith("-m sngpt_jax.data.prepare --source stdlib")
+    assert calls[-1].endswith("-m sngpt_jax.prepare --source stdlib")
 
 
 def test_extras_are_installed_when_a_command_needs_them(checkout):
@@ -68,7 +82,9 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert installed(calls) == [f"{checkout}[test]"]
     assert calls[-1].endswith("-m pytest -k x")
     assert installed(launch(checkout, "test")[1]) == []
-    assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [f"{checkout}[hub]"]
+    assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [
+        f"{checkout}[hub]"
+    ]
     _, calls = launch(checkout, "docs", "build", "--strict")
     assert installed(calls) == [f"{checkout}[docs]"]
     assert calls[-1].endswith("-m mkdocs build --strict")
@@ -116,7 +132,12 @@ def test_evaluate_needs_more_for_caches_and_for_tasks_without_a_file(checkout, a
 
 @pytest.mark.parametrize(
     ("arguments", "needed"),
-    [([], False), (["--against", "none"], False), (["--against", "torch"], True), (["--against=torch"], True)],
+    [
+        ([], False),
+        (["--against", "none"], False),
+        (["--against", "torch"], True),
+        (["--against=torch"], True),
+    ],
 )
 def test_bench_needs_torch_where_it_is_held_against_it(checkout, arguments, needed):
     launch(checkout, "train")
@@ -126,7 +147,9 @@ def test_bench_needs_torch_where_it_is_held_against_it(checkout, arguments, need
 
 
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
-    write_executable(checkout.parent / "tools" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n")
+    write_executable(
+        checkout.parent / "tools" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n"
+    )
     assert installed(launch(checkout, "train")[1]) == [f"{checkout}[cuda13]"]
 
 
@@ -184,8 +207,15 @@ def test_help_names_every_command_and_installs_nothing(checkout, word):
     done, calls = launch(checkout, word)
     assert done.returncode == 0 and not done.stderr and not calls
     source = (ROOT / "launch.sh").read_text()
-    known = {name for names in re.findall(r"^([\w| ]+)\) module=", source, flags=re.MULTILINE) for name in names.split(" | ")}
-    assert len(known) > 10 and set(re.search(r"launch\.sh ([\w|]+) ", done.stdout)[1].split("|")) == known
+    known = {
+        name
+        for names in re.findall(r"^([\w| ]+)\) module=", source, flags=re.MULTILINE)
+        for name in names.split(" | ")
+    }
+    assert (
+        len(known) > 10
+        and set(re.search(r"launch\.sh ([\w|]+) ", done.stdout)[1].split("|")) == known
+    )
 
 
 def test_a_python_that_is_too_old_is_named(checkout):
@@ -196,11 +226,18 @@ def test_a_python_that_is_too_old_is_named(checkout):
 
 
 def test_tasks_of_a_slurm_step_share_one_installation_and_run_each(checkout):
-    """Two tasks on a fresh checkout: one installs, slowly, while the other waits; both run with Slurm's variables in place."""
+    """Two tasks on a fresh checkout: one installs, slowly, while the other waits; both run with
+    Slurm's variables in place.
+    """
     python, log = checkout.parent / "python3", checkout.parent / "log"
     slow = python.read_text().replace('*"-m venv"*)', '*"pip install"*) sleep 1 ;;\n*"-m venv"*)')
     write_executable(python, slow + f'echo "task $SLURM_PROCID of $SLURM_NTASKS: $*" >> "{log}"\n')
-    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
     env = {"PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin", "PYTHON": str(python), **step}
     tasks = [
         subprocess.Popen(

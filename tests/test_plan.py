@@ -1,4 +1,6 @@
-"""The plan's counts against published totals, the compiler's own FLOP count, and the bytes of a real state."""
+"""The plan's counts against published totals, the compiler's own FLOP count, and the bytes of a
+real state.
+"""
 
 import importlib.util
 import json
@@ -8,18 +10,20 @@ import numpy as np
 import pytest
 
 from sngpt_jax import plan
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.recipe import load
-from sngpt_jax.step import abstract_state, forward, init_state
+from sngpt_jax.config.recipe import load
+from sngpt_jax.model.forward import forward
+from sngpt_jax.training.state import abstract_state, init_state
 
 
 def parameter_groups(parameters):
     return {name: count for name, count in parameters.items() if name not in ("total", "backbone")}
 
 
-# The cards' sizes: positions and the biases of the codes are left out of the small ones', positions are in the large ones'
+# The cards' sizes: positions and the biases of the codes are left out of the small ones',
+# positions are in the large ones'
 CAYLEY = {
     "cayley_small_3l": (202_531_840, 1024 * 1024, 12 * 2**17),
     "cayley_small_2l": (202_531_840, 1024 * 1024, 12 * 2**15),
@@ -35,8 +39,16 @@ def test_sizes_of_the_sparse_models(name):
     totals = plan.make_plan(load(name))
     parameters = totals["parameters"]
     backbone, positions, sae_bias = CAYLEY[name]
-    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (backbone, positions, sae_bias)
-    assert parameters["total"] == backbone + positions + sae_bias == sum(parameter_groups(parameters).values())
+    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
+        backbone,
+        positions,
+        sae_bias,
+    )
+    assert (
+        parameters["total"]
+        == backbone + positions + sae_bias
+        == sum(parameter_groups(parameters).values())
+    )
     assert totals["bytes"]["statistics"] == (
         2 * 4 * sae_bias + (4 * positions // 1024) * (12 if positions == 2**20 else 24)
     ) * bool(sae_bias)
@@ -44,7 +56,9 @@ def test_sizes_of_the_sparse_models(name):
 
 
 def test_operations_of_the_codes():
-    """Small 3L: 16 parents with 248 children and 32 with 192, each scored over 1024 dimensions; 112 atoms summed."""
+    """Small 3L: 16 parents with 248 children and 32 with 192, each scored over 1024 dimensions;
+    112 atoms summed.
+    """
     flops = plan.make_plan(load("cayley_small_3l"))["flops_per_token"]
     assert flops["code"] == 12 * (2 * 1024 * (16 * 248 + 32 * 192 + 112) + 2 * 1024 * (32 + 32))
     dense = plan.make_plan(load("cayley_small_dense"))["flops_per_token"]
@@ -55,19 +69,31 @@ def test_baseline_counts():
     totals = plan.make_plan(load("golf_baseline"))
     parameters = totals["parameters"]
     assert parameters["total"] == sum(parameter_groups(parameters).values()) == 17_059_912
-    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (17_059_912, 0, 0)
+    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
+        17_059_912,
+        0,
+        0,
+    )
     assert parameters["embed"] == 1024 * 512
     assert parameters["mlp"] == 9 * 2 * 512 * 1024
     assert totals["bytes"]["parameters"] == 4 * 17_059_912
-    square, wide, tall = 4 * 512**3 + 2 * 512**3, 4 * 512**2 * 1024 + 2 * 512**3, 4 * 256**2 * 512 + 2 * 256**3
+    square, wide, tall = (
+        4 * 512**3 + 2 * 512**3,
+        4 * 512**2 * 1024 + 2 * 512**3,
+        4 * 256**2 * 512 + 2 * 256**3,
+    )
     assert totals["flops_per_step"]["optimizer"] == 9 * 5 * (2 * square + 2 * wide + 2 * tall)
     assert totals["tokens"] == {"step": 524_288, "run": 524_288 * 20_000}
 
 
 def test_forward_flops_agree_with_the_compiler():
-    """XLA counts the whole T x T attention and a few element-wise operations; the plan counts its causal half."""
+    """XLA counts the whole T x T attention and a few element-wise operations; the plan counts its
+    causal half.
+    """
     config = Config(
-        model=ModelConfig(num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=1024, max_seq_len=128),
+        model=ModelConfig(
+            num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=1024, max_seq_len=128
+        ),
         optim=OptimConfig(schedule="constant"),
         data=DataConfig(batch_tokens=1024, seq_len=128),
         train=TrainConfig(steps=1),
@@ -76,7 +102,9 @@ def test_forward_flops_agree_with_the_compiler():
     tokens = jax.ShapeDtypeStruct((2, T), np.int32)
     cost = jax.jit(forward(m)).lower(plan.abstract_params(config), tokens).compile().cost_analysis()
     masked_half = m.num_layers * 2 * 2 * m.d_model * (T - 1) // 2
-    assert cost["flops"] / (2 * T) == pytest.approx(plan.forward_flops_per_token(config) + masked_half, rel=0.05)
+    assert cost["flops"] / (2 * T) == pytest.approx(
+        plan.forward_flops_per_token(config) + masked_half, rel=0.05
+    )
 
 
 def test_bytes_are_those_of_a_real_state(tiny_recipe):
@@ -116,6 +144,10 @@ def test_topology_that_there_is_not(topology, message):
 
 def test_topology_without_the_plugin_says_how_to_install_it(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("jax_plugins") else find(name))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name.startswith("jax_plugins") else find(name),
+    )
     with pytest.raises(UserError, match=r"--topology: .*pip install 'sngpt-jax\[cuda13\]'"):
         plan.main(["--config", "golf_baseline", "--topology", "h100x8"])

@@ -1,4 +1,6 @@
-"""Texts: what is asked of the generation and made of its tokens, that a trained model's greedy text is the recomputed one."""
+"""Texts: what is asked of the generation and made of its tokens, that a trained model's greedy
+text is the recomputed one.
+"""
 
 import dataclasses
 import json
@@ -8,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config.recipe import load
 from sngpt_jax.data.tokenizer import load_tokenizer
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.recipe import load
-from sngpt_jax.run_directory import load_model, tokenizer_path
-from sngpt_jax.sample import generate, main
-from sngpt_jax.step import abstract_variables, forward
+from sngpt_jax.model.forward import abstract_variables, forward
+from sngpt_jax.model.generation import generate
+from sngpt_jax.run.directory import tokenizer_path
+from sngpt_jax.sample import main
+from sngpt_jax.weights.source import load_model
 
 
 def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
@@ -29,7 +33,9 @@ def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
     monkeypatch.setattr("sngpt_jax.sample.generate_tokens", generate_tokens)
     config = load(str(tiny_recipe)).model
     options = {"seq_len": 24, "max_tokens": 3, "temperature": 0.5, "top_k": 9, "seed": 2}
-    assert generate(config, {}, make_mesh(), tokenizer, "a", **options) == tokenizer.decode([*tokenizer.encode("a"), b, a])
+    assert generate(config, {}, make_mesh(), tokenizer, "a", **options) == tokenizer.decode(
+        [*tokenizer.encode("a"), b, a]
+    )
     (((prompt,), given),) = asked
     assert prompt.tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]
     assert given == {**options, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.bos_id}
@@ -38,8 +44,12 @@ def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
 def test_a_text_of_a_model_with_more_rows_than_tokens_can_be_read(tiny_recipe):
     """Rows of the table that no text has trained may be the likeliest."""
     tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
-    config = dataclasses.replace(load(str(tiny_recipe)).model, vocab_size=tokenizer.vocab_size + 7, num_layers=1)
-    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), abstract_variables(config))
+    config = dataclasses.replace(
+        load(str(tiny_recipe)).model, vocab_size=tokenizer.vocab_size + 7, num_layers=1
+    )
+    params = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), abstract_variables(config)
+    )
     params["embed"]["table"][tokenizer.vocab_size :] = 100.0
     options = {"seq_len": 8, "max_tokens": 3, "temperature": 1.0, "top_k": config.vocab_size}
     assert generate(config, params, make_mesh(jax.devices()[:1]), tokenizer, "", **options)
@@ -54,7 +64,11 @@ def test_greedy_text_equals_recomputation(tiny_trained):
     for _ in range(12):
         padded = jnp.asarray([ids + [0] * (32 - len(ids))])  # one shape, one program
         ids.append(int(np.argmax(apply(model.variables, padded)[0, len(ids) - 1])))
-    stop = ids.index(tokenizer.bos_id, prompt_length) if tokenizer.bos_id in ids[prompt_length:] else len(ids)
+    stop = (
+        ids.index(tokenizer.bos_id, prompt_length)
+        if tokenizer.bos_id in ids[prompt_length:]
+        else len(ids)
+    )
     text = generate(
         model.config.model,
         model.variables,
@@ -72,7 +86,17 @@ def test_greedy_text_equals_recomputation(tiny_trained):
 def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained, capsys):
     printed = []
     for seed in ("1", "1", "2"):
-        arguments = ["--run", str(tiny_trained), "--prompt", "abc", "--max-tokens", "20", "--seed", seed, "--json"]
+        arguments = [
+            "--run",
+            str(tiny_trained),
+            "--prompt",
+            "abc",
+            "--max-tokens",
+            "20",
+            "--seed",
+            seed,
+            "--json",
+        ]
         assert main(arguments) == 0
         printed.append(capsys.readouterr().out)
     first, again, other = printed
@@ -92,4 +116,12 @@ def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypat
 def test_a_text_that_does_not_fit_is_refused(tiny_recipe):
     tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
     with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
-        generate(load(str(tiny_recipe)).model, {}, make_mesh(), tokenizer, "abc", seq_len=32, max_tokens=32)
+        generate(
+            load(str(tiny_recipe)).model,
+            {},
+            make_mesh(),
+            tokenizer,
+            "abc",
+            seq_len=32,
+            max_tokens=32,
+        )

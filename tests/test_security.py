@@ -1,4 +1,6 @@
-"""No data is ever run: found in the source of every module, and seen where the commands read files."""
+"""No data is ever run: found in the source of every module, and seen where the commands read
+files.
+"""
 
 import _pickle
 import ast
@@ -16,14 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import corpus, shards
 from sngpt_jax.data.manifest import verify
 from sngpt_jax.data.shards import open_dataset
 from tests import fuzz, tiny_run
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for package in ("sngpt_jax", "kernels") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("sngpt_jax", "kernels") for path in (ROOT / package).rglob("*.py")
+)
 
 # Modules that make code or objects of data, or run text as a command.
 MODULES = {
@@ -39,33 +43,80 @@ MODULES = {
     "joblib",
     "copyreg",
 }
-MODULES |= {"yaml", "ruamel", "runpy", "imp", "code", "codeop", "pty", "commands", "jsonpickle", "xmlrpc", "builtins"}
+MODULES |= {
+    "yaml",
+    "ruamel",
+    "runpy",
+    "imp",
+    "code",
+    "codeop",
+    "pty",
+    "commands",
+    "jsonpickle",
+    "xmlrpc",
+    "builtins",
+}
 BUILTINS = {"eval", "exec", "compile", "__import__", "input", "execfile"}
 CALLS = {
-    *("importlib.import_module", "importlib.__import__", "importlib.reload", "importlib.util.spec_from_file_location"),
-    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp"),
+    *(
+        "importlib.import_module",
+        "importlib.__import__",
+        "importlib.reload",
+        "importlib.util.spec_from_file_location",
+    ),
+    *(
+        "os.system",
+        "os.popen",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "tempfile.mktemp",
+    ),
     *("asyncio.create_subprocess_shell", "pandas.read_pickle"),
 }
 # Functions of libraries that unpickle unless an option says otherwise.
-OPTIONS = {"numpy.load": ("allow_pickle", False), "numpy.lib.format.read_array": ("allow_pickle", False)}
+OPTIONS = {
+    "numpy.load": ("allow_pickle", False),
+    "numpy.lib.format.read_array": ("allow_pickle", False),
+}
 OPTIONS |= {"torch.load": ("weights_only", True)}
-TEXT = re.compile(r"\b(eval|exec|compile|__import__)\(")  # code in a string, which something may run
+# code in a string, which something may run
+TEXT = re.compile(r"\b(eval|exec|compile|__import__)\(")
 
 # Each with its reason. What is here and not found any more is an error too.
 EXCEPTIONS = {
-    ("sngpt_jax/recipe.py", "import runpy"): "recipes are code, of the user's own",
-    ("sngpt_jax/state_dict_files.py", "import pickle"): "names the error of torch.load, which reads tensors alone",
-    ("sngpt_jax/data/corpus.py", "importlib.import_module"): "optional packages: their names are in the source",
-    ("sngpt_jax/export/bundle.py", "code in a string"): "the exported program runs the source that is in its own file",
-    ("kernels/cayley/api.py", "importlib.import_module"): "a backend that is imported late: its name is in the source",
-    ("kernels/xsa/api.py", "importlib.import_module"): "the same",
-    ("kernels/programs.py", "importlib.import_module"): "of the operations that the source lists",
-    ("kernels/tune.py", "importlib.import_module"): "of the operations that the command line lists",
+    ("sngpt_jax/config/recipe.py", "import runpy"): "recipes are code, of the user's own",
+    (
+        "sngpt_jax/weights/state_dict_files.py",
+        "import pickle",
+    ): "names the error of torch.load, which reads tensors alone",
+    (
+        "sngpt_jax/data/corpus.py",
+        "importlib.import_module",
+    ): "optional packages: their names are in the source",
+    (
+        "sngpt_jax/artifact/bundle.py",
+        "code in a string",
+    ): "the exported program runs the source that is in its own file",
+    (
+        "kernels/sngpt_kernels/cayley/api.py",
+        "importlib.import_module",
+    ): "a backend that is imported late: its name is in the source",
+    ("kernels/sngpt_kernels/xsa/api.py", "importlib.import_module"): "the same",
+    (
+        "sngpt_jax/ahead/programs.py",
+        "importlib.import_module",
+    ): "of the operations that the source lists",
+    (
+        "sngpt_jax/bench/tune.py",
+        "importlib.import_module",
+    ): "of the operations that the command line lists",
 }
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
-    """Of every import, anywhere in a module: the module it names, the name it binds, and what that stands for."""
+    """Of every import, anywhere in a module: the module it names, the name it binds, and what that
+    stands for.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -87,23 +138,35 @@ def dotted(node: ast.expr, names: dict[str, str]) -> str:
 def dangers(tree: ast.Module) -> Iterator[str]:
     """What a module does, anywhere in it, that could run data."""
     imports = list(imported(tree))
-    yield from (f"import {module}" for module, _, _ in imports if module.partition(".")[0] in MODULES)
+    yield from (
+        f"import {module}" for module, _, _ in imports if module.partition(".")[0] in MODULES
+    )
     names = {bound: target for _, bound, target in imports}
     nodes = list(ast.walk(tree))
-    holders = (node for node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and node.body)
+    holders = (
+        node
+        for node in nodes
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and node.body
+    )
     docstrings = {id(node.body[0].value) for node in holders if isinstance(node.body[0], ast.Expr)}
     set_right = {  # functions that are called with the option that they need
         id(call.func)
         for call in nodes
         if isinstance(call, ast.Call)
         for word in call.keywords
-        if isinstance(word.value, ast.Constant) and OPTIONS.get(dotted(call.func, names)) == (word.arg, word.value.value)
+        if isinstance(word.value, ast.Constant)
+        and OPTIONS.get(dotted(call.func, names)) == (word.arg, word.value.value)
     }
     for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and TEXT.search(node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and TEXT.search(node.value)
+        ):
             if id(node) not in docstrings:
                 yield "code in a string"
-        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):  # called, or passed on
+        # called, or passed on
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             what = dotted(node, names)
             if what in BUILTINS | CALLS or re.fullmatch(r"os\.(exec|spawn)\w+", what):
                 yield what
@@ -141,7 +204,10 @@ def test_no_module_runs_data():
         ("import importlib as i\ni.import_module(x)", "importlib.import_module"),
         ("from importlib import import_module as m\nm(x)", "importlib.import_module"),
         ("import numpy\nnumpy.load(x)", "numpy.load without allow_pickle=False"),
-        ("import numpy as np\nnp.load(x, allow_pickle=True)", "numpy.load without allow_pickle=False"),
+        (
+            "import numpy as np\nnp.load(x, allow_pickle=True)",
+            "numpy.load without allow_pickle=False",
+        ),
         ("from numpy import load\nload(x)", "numpy.load without allow_pickle=False"),
         ("import numpy as np\nf = np.load", "numpy.load without allow_pickle=False"),
         ("import torch\ntorch.load(x)", "torch.load without weights_only=True"),
@@ -221,19 +287,33 @@ getattr(runpy, "run_path" if target.endswith(("pyz", "py")) else "run_module")(t
 
 def poisoned(target: object, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", POISON, str(target), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=tiny_run.environment(), capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
 def test_no_command_unpickles(tiny_trained, tmp_path):
-    """A run and an artifact are scored, sampled from and exported, and the exported program runs, where nothing can be."""
+    """A run and an artifact are scored, sampled from and exported, and the exported program runs,
+    where nothing can be.
+    """
     model, data = tmp_path / "model.sngpt", tiny_trained.parent / "data"
     evil = tmp_path / "evil.py"
     evil.write_text("import pickle; pickle.loads(pickle.dumps(print))")
     assert "something is unpickled" in poisoned(evil).stderr
     for target, *arguments in [
         ("sngpt_jax.evaluate", "--run", tiny_trained, "--data", data),
-        ("sngpt_jax.export", "--run", tiny_trained, "--out", model, "--data", data, "--tokens", 2048),
+        (
+            "sngpt_jax.export",
+            "--run",
+            tiny_trained,
+            "--out",
+            model,
+            "--data",
+            data,
+            "--tokens",
+            2048,
+        ),
         ("sngpt_jax.evaluate", "--artifact", model, "--data", data),
         ("sngpt_jax.sample", "--artifact", model, "--prompt", "a", "--max-tokens", 4),
         (model.with_suffix(".pyz"), model, "--data", data, "--tokens", 2048),
@@ -245,11 +325,24 @@ def test_no_command_unpickles(tiny_trained, tmp_path):
 # ---------------------------------------------------------------------------------------------- names in files
 
 
-OUTSIDE = ["../x", "/etc/hostname", "a/../../x", "..\\x", "C:\\x", "a\0b", "", ".", "..", "a/b/../../../x"]
+OUTSIDE = [
+    "../x",
+    "/etc/hostname",
+    "a/../../x",
+    "..\\x",
+    "C:\\x",
+    "a\0b",
+    "",
+    ".",
+    "..",
+    "a/b/../../../x",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-@pytest.mark.parametrize("kind", ["manifest.json", "progress.json", "checkpoint record", "published manifest"])
+@pytest.mark.parametrize(
+    "kind", ["manifest.json", "progress.json", "checkpoint record", "published manifest"]
+)
 def test_names_in_files_stay_in_their_folder(kind, name, formats, monkeypatch):
     """Nothing outside is so much as looked for."""
     if kind == "published manifest":
@@ -261,13 +354,18 @@ def test_names_in_files_stay_in_their_folder(kind, name, formats, monkeypatch):
     values = json.loads(whole)
     if kind == "checkpoint record":
         values["record"]["files"] = {name: "0" * 64}
-        values["sha256"] = hashlib.sha256(json.dumps(values["record"], sort_keys=True).encode()).hexdigest()
+        values["sha256"] = hashlib.sha256(
+            json.dumps(values["record"], sort_keys=True).encode()
+        ).hexdigest()
     else:
         holder = values if kind == "manifest.json" else values["train"]
         holder["train" if kind == "manifest.json" else "shards"][0]["name"] = name
     target.write_text(json.dumps(values))
     try:
-        with pytest.raises(UserError, match="names the file" if kind == "checkpoint record" else "expected a plain file name"):
+        with pytest.raises(
+            UserError,
+            match="names the file" if kind == "checkpoint record" else "expected a plain file name",
+        ):
             formats[kind].read()
     finally:
         target.write_text(whole)
@@ -277,14 +375,17 @@ def download_named(name, monkeypatch):
     """As if the published data set's manifest named its tokenizer so."""
     hub = types.SimpleNamespace(hf_hub_download=lambda *arguments, **options: __file__)
     monkeypatch.setattr(corpus, "imported", lambda *arguments: hub)
-    monkeypatch.setattr(corpus, "_golf_entry", lambda *arguments: ("x", name, {"train": 1, "val": 1}))
+    monkeypatch.setattr(
+        corpus, "_golf_entry", lambda *arguments: ("x", name, {"train": 1, "val": 1})
+    )
     with tempfile.TemporaryDirectory() as folder:
         corpus.download_golf(Path(folder), vocab_size=1024, train_shards=1)
 
 
 @pytest.mark.parametrize("kind", ["shard", "tokenizer"])
 def test_a_link_in_a_folder_of_tokens_does_not_lead_out(kind, formats, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_VERIFIED_BYTES", 0)  # as of a large data set, whose checksums are left alone
+    # as of a large data set, whose checksums are left alone
+    monkeypatch.setattr(shards, "_VERIFIED_BYTES", 0)
     folder = tmp_path / "data"
     shutil.copytree(formats["manifest.json"].target.parent, folder)
     name = "train_000000.bin" if kind == "shard" else "tokenizer.model"

@@ -1,8 +1,10 @@
-"""No setting is dead: every field of a configuration is read, and each that a recipe sets changes what the recipe does.
+"""No setting is dead: every field of a configuration is read, and each that a recipe sets changes
+what the recipe does.
 
-For each field in which a recipe differs from the defaults, the recipe with that field alone set back is held against it: the
-traced program of its model's start and loss, the schedule's controls, the traced optimizer and step, the batches and the
-preparation, the loop's validations and checkpoints, the windows that are scored, what the export makes of weights.
+For each field in which a recipe differs from the defaults, the recipe with that field alone set
+back is held against it: the traced program of its model's start and loss, the schedule's controls,
+the traced optimizer and step, the batches and the preparation, the loop's validations and
+checkpoints, the windows that are scored, what the export makes of weights.
 """
 
 import ast
@@ -21,23 +23,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax import loop
-from sngpt_jax.cli import UserError
-from sngpt_jax.config import Config, ExportConfig, ModelConfig, OptimConfig, TrainConfig, microbatches
+from sngpt_jax.artifact.fit import storage_of
+from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.artifact.policy import Policy, policy_of
+from sngpt_jax.artifact.quantize import Quantized
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import (
+    Config,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    microbatches,
+)
+from sngpt_jax.config.recipe import load
 from sngpt_jax.data.loader import batches_of
-from sngpt_jax.data.recipe import spec_of
+from sngpt_jax.data.prepared import spec_of
 from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
 from sngpt_jax.evaluation import health
-from sngpt_jax.export.fit import storage_of
-from sngpt_jax.export.pipeline import quantize_tensors
-from sngpt_jax.export.quantize import Quantized
+from sngpt_jax.model.forward import init_params, init_statistics, join, losses
+from sngpt_jax.model.generation import generate
 from sngpt_jax.optim.groups import groups, make_optimizer
 from sngpt_jax.optim.schedules import StepControls, step_controls
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.policy import Policy, policy_of
-from sngpt_jax.recipe import load
-from sngpt_jax.sample import generate
-from sngpt_jax.step import abstract_state, init_params, init_statistics, join, losses, make_train_step
+from sngpt_jax.training import loop
+from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -45,7 +56,7 @@ DEFAULTS = Config()
 
 # Read where this file does not look
 SEEN_ELSEWHERE = {
-    "eval.weights": "tests/test_run_directory.py loads the weights that it names",
+    "eval.weights": "tests/run/test_directory.py loads the weights that it names",
     "eval.sample_prompt": "printed at the end of a run; .ci/quickstart looks for it",
     "eval.sample_tokens": "the same",
 }
@@ -58,11 +69,15 @@ def fields() -> Iterator[tuple[str, str]]:
 
 
 def changed(config: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **values)}
+    )
 
 
 def own_fields(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Section and name of each field that is not at its default, and the configuration with it there."""
+    """Section and name of each field that is not at its default, and the configuration with it
+    there.
+    """
     for section, name in fields():
         default = getattr(getattr(DEFAULTS, section), name)
         if getattr(getattr(config, section), name) != default:
@@ -73,20 +88,35 @@ def own_fields(config: Config) -> Iterator[tuple[str, str, Config]]:
 
 
 def read_names(path: Path) -> Iterator[str]:
-    """Attributes that a module reads, as patterns: `.name`, and what `getattr` makes of a text with holes."""
+    """Attributes that a module reads, as patterns: `.name`, and what `getattr` makes of a text
+    with holes.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield re.escape(node.attr)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and isinstance(node.args[1], ast.JoinedStr)
+        ):
             parts = node.args[1].values
-            yield "".join(re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in parts)
+            yield "".join(
+                re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+"
+                for part in parts
+            )
 
 
 def test_every_field_is_read():
-    """Outside of the checks. config.py counts for what it derives of fields: head_dim, cayley_levels, profile_window."""
+    """Outside of the checks. config.py counts for what it derives of fields: head_dim,
+    cayley_levels, profile_window.
+    """
     modules = [path for path in (ROOT / "sngpt_jax").rglob("*.py") if path.name != "checks.py"]
     patterns = {pattern for path in modules for pattern in read_names(path)}
-    assert [f"{section}.{name}" for section, name in fields() if not any(re.fullmatch(p, name) for p in patterns)] == []
+    assert [
+        f"{section}.{name}"
+        for section, name in fields()
+        if not any(re.fullmatch(p, name) for p in patterns)
+    ] == []
 
 
 # ---------------------------------------------------------------------------------------------- what can be observed
@@ -108,13 +138,18 @@ def model_program(model: ModelConfig, B: int, T: int) -> str:
     """A model's start and the losses [B, T] of it."""
 
     def start_and_losses(key: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return losses(model)(join(init_params(model, key), init_statistics(model)), tokens_BT, tokens_BT)
+        return losses(model)(
+            join(init_params(model, key), init_statistics(model)), tokens_BT, tokens_BT
+        )
 
-    return as_text(jax.make_jaxpr(start_and_losses)(jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32)))
+    return as_text(
+        jax.make_jaxpr(start_and_losses)(jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32))
+    )
 
 
 def shallow_program(config: Config, *, coded: bool) -> str:
-    """Of a model of two layers, or three where the depth is the default, with what belongs to layers on one of them.
+    """Of a model of two layers, or three where the depth is the default, with what belongs to
+    layers on one of them.
 
     In its training's shape, since chunks of logits and stretched positions depend on that.
     """
@@ -167,21 +202,37 @@ def optimizer_program(optim: OptimConfig) -> str:
 
 @functools.cache
 def controls(optim: OptimConfig, train: TrainConfig) -> list[StepControls]:
-    """Of every seventh step and all snapshots, on a machine that grows slower and ends with the clock where there is one."""
+    """Of every seventh step and all snapshots, on a machine that grows slower and ends with the
+    clock where there is one.
+    """
     total = train.max_seconds or 1000.0
-    steps = sorted({*range(0, train.steps, 7), *range(optim.swa_every - 1, train.steps, optim.swa_every or train.steps)} - {-1})
-    return [step_controls(optim, train, step, total * (step / train.steps) ** 1.1) for step in steps]
+    steps = sorted(
+        {
+            *range(0, train.steps, 7),
+            *range(optim.swa_every - 1, train.steps, optim.swa_every or train.steps),
+        }
+        - {-1}
+    )
+    return [
+        step_controls(optim, train, step, total * (step / train.steps) ** 1.1) for step in steps
+    ]
 
 
 @functools.cache
 def step_program(optim: OptimConfig, train: TrainConfig) -> str:
     """A training step of a model as small as they come."""
-    model = ModelConfig(vocab_size=8, num_layers=1, d_model=4, num_heads=1, num_kv_heads=1, mlp_dim=4, max_seq_len=4)
-    config = changed(Config(model=model, optim=optim, train=train), "data", batch_tokens=8, seq_len=4, slices=1)
+    model = ModelConfig(
+        vocab_size=8, num_layers=1, d_model=4, num_heads=1, num_kv_heads=1, mlp_dim=4, max_seq_len=4
+    )
+    config = changed(
+        Config(model=model, optim=optim, train=train), "data", batch_tokens=8, seq_len=4, slices=1
+    )
     mesh = make_mesh(jax.devices()[:1])
     batch = {name: jax.ShapeDtypeStruct((1, 2, 4), jnp.int32) for name in ("inputs", "targets")}
     flags = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(True))
-    return as_text(make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, flags).jaxpr)
+    return as_text(
+        make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, flags).jaxpr
+    )
 
 
 @functools.cache
@@ -216,11 +267,22 @@ class LoopAlone(loop.Run):
 
 def loop_of(config: Config) -> LoopAlone:
     """Its first 2,500 steps at most."""
-    given = {field.name: SimpleNamespace(start=lambda step: None, flush=lambda: None) for field in dataclasses.fields(loop.Run)}
+    given = {
+        field.name: SimpleNamespace(start=lambda step: None, flush=lambda: None)
+        for field in dataclasses.fields(loop.Run)
+    }
     config = changed(config, "train", steps=min(config.train.steps, 2500))
     data = SimpleNamespace(val=range(10**8))
     run = LoopAlone(
-        **given | {"config": config, "data": data, "mesh": make_mesh(), "position": loop.Position(), "done": 0, "sent": None}
+        **given
+        | {
+            "config": config,
+            "data": data,
+            "mesh": make_mesh(),
+            "position": loop.Position(),
+            "done": 0,
+            "sent": None,
+        }
     )
     run.state = SimpleNamespace(variables=lambda: None)
     return run
@@ -266,26 +328,43 @@ def exported(export: ExportConfig) -> dict[str, str]:
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in PARAMETERS.items():
-        columns = 48 if name == "bigram/proj" else 1200  # one of fewer than passthrough_size weights
+        # one of fewer than passthrough_size weights
+        columns = 48 if name == "bigram/proj" else 1200
         rows = np.exp(3 * rng.normal(size=(64, 1)))
-        tensors[name] = (rows[:, 0] if len(shape) == 1 else rows * rng.standard_t(3, size=(64, columns))).astype(np.float32)
+        tensors[name] = (
+            rows[:, 0] if len(shape) == 1 else rows * rng.standard_t(3, size=(64, columns))
+        ).astype(np.float32)
     stored = quantize_tensors(tensors, dataclasses.replace(DEFAULTS, export=export))
-    return {name: repr(jax.tree.map(digest, vars(x) if isinstance(x, Quantized) else x)) for name, x in stored.items()}
+    return {
+        name: repr(jax.tree.map(digest, vars(x) if isinstance(x, Quantized) else x))
+        for name, x in stored.items()
+    }
 
 
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(lambda: init_params(dataclasses.replace(model, levels=""), jax.random.key(0)))
-    return {"/".join(str(k.key) for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    tree = jax.eval_shape(
+        lambda: init_params(dataclasses.replace(model, levels=""), jax.random.key(0))
+    )
+    return {
+        "/".join(str(k.key) for k in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def policies(config: Config) -> list[Policy]:
-    return [policy_of(path, shape, config) for path, shape in parameter_shapes(config.model).items()]
+    return [
+        policy_of(path, shape, config) for path, shape in parameter_shapes(config.model).items()
+    ]
 
 
 # Of each section, the cheapest first: those after the first that sees a difference are not asked
 OBSERVERS: dict[str, list[Callable[[Config], object]]] = {
-    "model": [functools.partial(shallow_program, coded=False), functools.partial(shallow_program, coded=True), longest_sample],
+    "model": [
+        functools.partial(shallow_program, coded=False),
+        functools.partial(shallow_program, coded=True),
+        longest_sample,
+    ],
     "optim": [
         lambda config: groups(config.optim),
         lambda config: controls(config.optim, config.train),
@@ -296,13 +375,20 @@ OBSERVERS: dict[str, list[Callable[[Config], object]]] = {
     "train": [
         lambda config: controls(config.optim, config.train),
         lambda config: [
-            microbatches(config.data.batch_tokens, config.train.device_batch_tokens, config.data.seq_len, n) for n in (1, 8)
+            microbatches(
+                config.data.batch_tokens, config.train.device_batch_tokens, config.data.seq_len, n
+            )
+            for n in (1, 8)
         ],
         lambda config: make_mesh(fsdp=config.train.fsdp).shape,
         events,
     ],
     "eval": [scored, events, measured],
-    "export": [lambda config: storage_of(config.export), policies, lambda config: exported(config.export)],
+    "export": [
+        lambda config: storage_of(config.export),
+        policies,
+        lambda config: exported(config.export),
+    ],
 }
 
 
@@ -316,7 +402,9 @@ def outcome(observe: Callable[[Config], object], config: Config) -> object:
 
 def differ(section: str, config: Config, other: Config) -> bool:
     """Whether what a section decides is different."""
-    return any(outcome(observe, config) != outcome(observe, other) for observe in OBSERVERS[section])
+    return any(
+        outcome(observe, config) != outcome(observe, other) for observe in OBSERVERS[section]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- every field changes something
@@ -326,9 +414,15 @@ def differ(section: str, config: Config, other: Config) -> bool:
 def test_what_a_recipe_sets_changes_something(recipe):
     config = load(recipe)
     own = [
-        (section, name, without) for section, name, without in own_fields(config) if f"{section}.{name}" not in SEEN_ELSEWHERE
+        (section, name, without)
+        for section, name, without in own_fields(config)
+        if f"{section}.{name}" not in SEEN_ELSEWHERE
     ]
-    assert [f"{section}.{name}" for section, name, without in own if not differ(section, config, without)] == []
+    assert [
+        f"{section}.{name}"
+        for section, name, without in own
+        if not differ(section, config, without)
+    ] == []
 
 
 @pytest.mark.parametrize(

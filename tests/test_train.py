@@ -1,4 +1,6 @@
-"""Whole runs: what a run leaves, and that nothing is lost when it is killed, stopped, diverges or is moved."""
+"""Whole runs: what a run leaves, and that nothing is lost when it is killed, stopped, diverges or
+is moved.
+"""
 
 import dataclasses
 import itertools
@@ -13,25 +15,30 @@ import jax
 import numpy as np
 import pytest
 
-from sngpt_jax import checkpoint, config_file
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import file as config_file
+from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows
-from sngpt_jax.metrics import read_metrics
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.quantized_model import quantize_variables
-from sngpt_jax.recipe import load
-from sngpt_jax.run_directory import load_model
-from sngpt_jax.step import make_eval_step
+from sngpt_jax.run import checkpoint
+from sngpt_jax.run.metrics import read_metrics
+from sngpt_jax.weights.quantized_model import quantize_variables
+from sngpt_jax.weights.source import load_model
 from tests import tiny_run
 from tests.tiny_run import assert_same_run, losses, wait_for
 
 pytestmark = pytest.mark.slow
 
 
-def train(recipe: Path, directory: Path, *arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    return tiny_run.run("train", "--config", recipe, "--run-dir", directory, *arguments, devices=devices)
+def train(
+    recipe: Path, directory: Path, *arguments: object, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    return tiny_run.run(
+        "train", "--config", recipe, "--run-dir", directory, *arguments, devices=devices
+    )
 
 
 def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -40,7 +47,14 @@ def start(recipe: Path, directory: Path, *arguments: object) -> subprocess.Popen
 
 def test_a_run_leaves_what_it_should(tiny_recipe, tiny_trained):
     names = {path.name for path in tiny_trained.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "tokenizer.model"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "summary.json",
+        "tokenizer.model",
+    } <= names
     summary = json.loads((tiny_trained / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (20, 20 * 2048)
     assert summary["val_bpb"] < 0.95 * summary["untrained_val_bpb"]
@@ -58,15 +72,21 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, tiny_trained, tmp_path):
     wait_for(process, tmp_path / "run" / "checkpoints" / "00000010.json")
     process.kill()
     process.communicate()
-    assert not (tmp_path / "run" / "summary.json").exists(), "it was finished before it could be killed"
+    assert not (tmp_path / "run" / "summary.json").exists(), (
+        "it was finished before it could be killed"
+    )
     done = train(tiny_recipe, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "resuming after step 10" in done.stdout
     assert_same_run(tiny_trained, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny_recipe, tiny_trained, tmp_path, number, status):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_stopped_run_saves_says_how_to_go_on_and_does(
+    tiny_recipe, tiny_trained, tmp_path, number, status
+):
     process = start(tiny_recipe, tmp_path / "run")
     wait_for(process, tmp_path / "run" / "metrics.jsonl", "train_loss")
     process.send_signal(number)
@@ -97,13 +117,19 @@ def test_a_run_resumes_on_another_number_of_devices(tiny_recipe, tiny_trained, t
 def test_eight_devices_train_the_same_losses(tiny_recipe, tiny_trained, tmp_path):
     done = train(tiny_recipe, tmp_path / "run", devices=8)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose([e[2] for e in losses(tmp_path / "run")], [e[2] for e in losses(tiny_trained)], atol=1e-5)
+    np.testing.assert_allclose(
+        [e[2] for e in losses(tmp_path / "run")], [e[2] for e in losses(tiny_trained)], atol=1e-5
+    )
 
 
 def test_a_broken_latest_checkpoint_falls_back(tiny_recipe, tiny_trained, tmp_path):
     shutil.copytree(tiny_trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    files = [path for path in (tmp_path / "run" / "checkpoints" / "00000020").rglob("*") if path.is_file()]
+    files = [
+        path
+        for path in (tmp_path / "run" / "checkpoints" / "00000020").rglob("*")
+        if path.is_file()
+    ]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -134,7 +160,9 @@ def test_another_configuration_in_the_same_directory_is_refused(tiny_recipe, tin
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_recipe, tmp_path):
-    """The rate grows until the run breaks; the checkpoint named is the newest whose own next loss was finite."""
+    """The rate grows until the run breaks; the checkpoint named is the newest whose own next loss
+    was finite.
+    """
     rates = (
         "--optim.scalar-lr",
         "1e30",
@@ -145,12 +173,23 @@ def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_r
         "--optim.warmdown-fraction",
         "0",
     )
-    warmup = ("--optim.warmup-steps", "4", "--train.checkpoint-every", "1", "--train.keep-checkpoints", "9")
+    warmup = (
+        "--optim.warmup-steps",
+        "4",
+        "--train.checkpoint-every",
+        "1",
+        "--train.keep-checkpoints",
+        "9",
+    )
     done = train(tiny_recipe, tmp_path / "run", *rates, *warmup)
     assert done.returncode == 3
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in done.stderr
-    finite = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r.get("train_loss") is not None]
+    finite = [
+        r["step"]
+        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if r.get("train_loss") is not None
+    ]
     assert re.search(r"step \d+", error)
     named = int(re.search(r"last good checkpoint is \S*/(\d+)", error)[1])
     assert named in checkpoint.steps(tmp_path / "run" / "checkpoints")
@@ -158,12 +197,31 @@ def test_a_diverging_run_stops_with_the_step_and_the_last_good_checkpoint(tiny_r
 
 
 def test_the_wall_clock_ends_the_schedule_and_the_run(tiny_recipe, tmp_path):
-    arguments = ("--train.steps", "100000", "--train.max-seconds", "3", "--optim.warmdown-clock", "wall_clock")
-    done = train(tiny_recipe, tmp_path / "run", *arguments, "--eval.every", "0", "--train.checkpoint-every", "0")
+    arguments = (
+        "--train.steps",
+        "100000",
+        "--train.max-seconds",
+        "3",
+        "--optim.warmdown-clock",
+        "wall_clock",
+    )
+    done = train(
+        tiny_recipe,
+        tmp_path / "run",
+        *arguments,
+        "--eval.every",
+        "0",
+        "--train.checkpoint-every",
+        "0",
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 3.0 <= summary["train_seconds"] < 5.0
-    rates = [record["lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in record]
+    rates = [
+        record["lr"]
+        for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "lr" in record
+    ]
     assert rates[0] == pytest.approx(0.04)
     assert rates[-1] < 0.01
     assert all(a >= b for a, b in itertools.pairwise(rates))
@@ -195,10 +253,15 @@ def test_the_clock_goes_on_in_a_resumed_run_and_leaves_out_validation(tiny_recip
     assert elapsed == sorted(elapsed)
     timed = sum(record["step_ms"] for record in records if "step_ms" in record) / 1e3
     assert elapsed[-1] == pytest.approx(timed, rel=0.1, abs=0.1)
-    assert sum(record["val_seconds"] for record in records if "val_seconds" in record) > 0.1 * elapsed[-1]
+    assert (
+        sum(record["val_seconds"] for record in records if "val_seconds" in record)
+        > 0.1 * elapsed[-1]
+    )
     scores = [record["val_loss"] for record in records if "val_loss" in record]
     assert len(scores) == 9
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"] == min(scores)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"] == min(
+        scores
+    )
 
 
 def test_a_mistake_leaves_no_run_behind(tiny_recipe, tiny_trained, tmp_path):
@@ -208,12 +271,16 @@ def test_a_mistake_leaves_no_run_behind(tiny_recipe, tiny_trained, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_killed_before_its_summary_does_not_validate_twice(tiny_recipe, tiny_trained, tmp_path):
+def test_a_run_killed_before_its_summary_does_not_validate_twice(
+    tiny_recipe, tiny_trained, tmp_path
+):
     shutil.copytree(tiny_trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     assert train(tiny_recipe, tmp_path / "run").returncode == 0
     assert losses(tmp_path / "run") == losses(tiny_trained)
-    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", tiny_trained))
+    ours, theirs = (
+        json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", tiny_trained)
+    )
     assert ours["train_seconds"] == pytest.approx(theirs["train_seconds"], abs=0.05)
     for timed in ("train_seconds", "tok_per_s", "checkpoint"):
         del ours[timed], theirs[timed]
@@ -224,7 +291,12 @@ def test_another_tokenizer_in_the_run_is_refused(tiny_recipe, tiny_trained, tmp_
     shutil.copytree(tiny_trained, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     documents = (tiny_recipe.parent / "text.txt").read_text().split("\n<|endoftext|>\n")
-    train_sentencepiece(documents[:100], tmp_path / "run" / "tokenizer.model", vocab_size=320, normalization="identity")
+    train_sentencepiece(
+        documents[:100],
+        tmp_path / "run" / "tokenizer.model",
+        vocab_size=320,
+        normalization="identity",
+    )
     done = train(tiny_recipe, tmp_path / "run")
     assert done.returncode == 2
     assert "another tokenizer" in done.stderr
@@ -236,7 +308,11 @@ def test_another_tokenizer_in_the_run_is_refused(tiny_recipe, tiny_trained, tmp_
 def test_log_every_and_shuffle_do_what_they_say(tiny_recipe, tiny_trained, tmp_path):
     done = train(tiny_recipe, tmp_path / "run", "--train.log-every", "7", "--data.shuffle", "True")
     assert done.returncode == 0, done.stderr
-    ours = {(step, name): value for step, name, value in losses(tmp_path / "run") if name == "train_loss"}
+    ours = {
+        (step, name): value
+        for step, name, value in losses(tmp_path / "run")
+        if name == "train_loss"
+    }
     theirs = {(step, name): value for step, name, value in losses(tiny_trained)}
     assert [step for step, _ in ours] == [7, 14, 20]
     assert all(theirs[key] != value for key, value in ours.items())
@@ -252,7 +328,9 @@ def test_two_processes_cannot_train_in_one_directory(tiny_recipe, tmp_path):
     assert "another process is training in it" in second.stderr
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused_before_anything_compiles(tiny_recipe, tmp_path):
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused_before_anything_compiles(
+    tiny_recipe, tmp_path
+):
     done = train(tiny_recipe, tmp_path / "run", devices=3)
     assert done.returncode == 2
     assert "do not divide over 3 devices" in done.stderr
@@ -260,17 +338,23 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused_before_anythin
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", "pallas_triton"])
-def test_an_implementation_for_other_devices_is_refused_before_there_is_a_run(tiny_recipe, tmp_path, implementation):
+def test_an_implementation_for_other_devices_is_refused_before_there_is_a_run(
+    tiny_recipe, tmp_path, implementation
+):
     options = ("--model.attention", implementation, "--model.compute-dtype", "bfloat16")
     done = train(tiny_recipe, tmp_path / "run", *options)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        f"error: model.attention: {implementation} serves NVIDIA GPUs; the device is cpu; set it to auto"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"error: model.attention: {implementation} serves NVIDIA GPUs; the device is cpu; set it"
+        " to auto"
     )
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "config.json").exists()
 
 
-def test_an_option_that_the_compiler_does_not_know_is_refused_before_there_is_a_run(tiny_recipe, tmp_path):
+def test_an_option_that_the_compiler_does_not_know_is_refused_before_there_is_a_run(
+    tiny_recipe, tmp_path
+):
     done = train(tiny_recipe, tmp_path / "run", "--train.xla-options", "xla_nonsense=1")
     assert done.returncode == 2
     assert "No such compile option: 'xla_nonsense'" in done.stderr.splitlines()[-1]
@@ -288,13 +372,24 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     mesh = make_mesh(jax.devices()[:1])
     config, model = load(str(tiny_trained / "config.json")), load_model(tiny_trained, mesh)
     done = tiny_run.run(
-        "evaluate", "--run", tiny_trained, "--tokens", "2048", "--fake-quantize", "--export.mlp-bits", "3", "--json"
+        "evaluate",
+        "--run",
+        tiny_trained,
+        "--tokens",
+        "2048",
+        "--fake-quantize",
+        "--export.mlp-bits",
+        "3",
+        "--json",
     )
     coarse = json.loads(done.stdout)
     data = open_dataset(Path(config.data.dir), config.model.vocab_size)
     on_three_bits = score_stream(
         quantize_variables(
-            model.variables, dataclasses.replace(config, export=dataclasses.replace(config.export, mlp_bits=3)), data, mesh
+            model.variables,
+            dataclasses.replace(config, export=dataclasses.replace(config.export, mlp_bits=3)),
+            data,
+            mesh,
         ),
         make_eval_step(config.model, mesh),
         data.val,
@@ -307,11 +402,17 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     assert coarse["loss"] == pytest.approx(on_three_bits.loss, rel=1e-5)
     assert abs(coarse["loss"] - result["loss"]) > 1e-4
     for name in ("swa", "ema"):
-        done = tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--weights", name, "--json")
+        done = tiny_run.run(
+            "evaluate", "--run", tiny_trained, "--tokens", "2048", "--weights", name, "--json"
+        )
         average = json.loads(done.stdout)
         assert average["bpb"] == pytest.approx(summary[f"{name}_val_bpb"], rel=1e-6)
         assert abs(average["bpb"] - result["bpb"]) > 1e-4
-    other = json.loads(tiny_run.run("evaluate", "--run", tiny_trained, "--tokens", "2048", "--json", devices=8).stdout)
+    other = json.loads(
+        tiny_run.run(
+            "evaluate", "--run", tiny_trained, "--tokens", "2048", "--json", devices=8
+        ).stdout
+    )
     assert other["loss"] == pytest.approx(result["loss"], rel=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""What holds of the tree as a whole: the size of its files, what is explained, where tests stand, and what needs no jax."""
+"""What holds of the tree as a whole: the size of its files, what is explained, where tests stand,
+and what needs no jax.
+"""
 
 import ast
 import subprocess
@@ -9,7 +11,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [ROOT / "sngpt_jax", ROOT / "kernels"]
 MODULES = sorted(path for folder in [*PACKAGES, ROOT / "configs"] for path in folder.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-WRITTEN = [path for folder in PACKAGES for path in folder.rglob("*") if path.suffix in (".py", ".html", ".js", ".css")]
+WRITTEN = [
+    path
+    for folder in PACKAGES
+    for path in folder.rglob("*")
+    if path.suffix in (".py", ".html", ".js", ".css")
+]
 
 # Folders of tests of no single package
 OF_THEIR_OWN = {
@@ -30,7 +37,11 @@ def test_the_tree_is_found():
 def test_no_file_is_too_long_to_read():
     """A module is asking to be two at 400 lines, a file of tests at 550."""
     lines = {relative(path): path.read_text().count("\n") for path in [*MODULES, *WRITTEN, *TESTS]}
-    assert {name: count for name, count in lines.items() if count > (550 if name.startswith("tests/") else 400)} == {}
+    assert {
+        name: count
+        for name, count in lines.items()
+        if count > (550 if name.startswith("tests/") else 400)
+    } == {}
 
 
 def unexplained(path: Path) -> list[str]:
@@ -42,13 +53,15 @@ def unexplained(path: Path) -> list[str]:
         node.name
         for node in module.body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not ast.get_docstring(node)
-        if not node.name.startswith("_") and node.name != "main" and not node.name.endswith("Arguments")
+        if not node.name.startswith("_")
+        and node.name != "main"
+        and not node.name.endswith("Arguments")
     ]
 
 
 def test_what_is_public_is_explained():
-    """Every module; in the packages every function and class too, but for a command's `main` and its options, which the
-    module's docstring and the options' own texts explain.
+    """Every module; in the packages every function and class too, but for a command's `main` and
+    its options, which the module's docstring and the options' own texts explain.
     """
     found = {relative(path): unexplained(path) for path in [*MODULES, *TESTS]}
     assert {name: silent for name, silent in found.items() if silent} == {}
@@ -56,7 +69,10 @@ def test_what_is_public_is_explained():
 
 def test_tests_stand_where_what_they_test_does():
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {"."}
-    packages = {path.parent.relative_to(ROOT / "sngpt_jax").as_posix() for path in (ROOT / "sngpt_jax").rglob("*.py")}
+    packages = {
+        path.parent.relative_to(ROOT / "sngpt_jax").as_posix()
+        for path in (ROOT / "sngpt_jax").rglob("*.py")
+    }
     assert folders - packages - {"kernels"} - set(OF_THEIR_OWN) == set()
 
 
@@ -64,5 +80,13 @@ def test_preparation_and_decoding_import_no_jax():
     """Not even by way of a package's `__init__`, which the contracts on imports do not follow."""
     names = ("config", "data.recipe", "data.prepare", "export.artifact", "export.bundle")
     imports = "; ".join(f"import sngpt_jax.{name}" for name in names)
-    check = f"import sys; {imports}; print(sorted(m for m in ('jax', 'flax', 'optax', 'orbax') if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    check = (
+        f"import sys; {imports}; print(sorted(m for m in ('jax', 'flax', 'optax', 'orbax') if m in"
+        " sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sngpt_jax import checkpoint
-from sngpt_jax.data.prepare import PrepareSpec, prepare
-from sngpt_jax.metrics import read_metrics
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.recipe import load
-from sngpt_jax.step import TrainState, abstract_state
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config.recipe import load
+from sngpt_jax.data.preparation import PrepareSpec, prepare
+from sngpt_jax.run import checkpoint
+from sngpt_jax.run.metrics import read_metrics
+from sngpt_jax.training.state import TrainState, abstract_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,13 +41,19 @@ config = Config(
 
 
 def make(folder: Path) -> Path:
-    """Prepares data from invented text in `folder` and writes the recipe; returns the recipe's path."""
+    """Prepares data from invented text in `folder` and writes the recipe; returns the recipe's
+    path.
+    """
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
     documents = [" ".join(rng.choices(words, k=rng.randint(20, 200))) for _ in range(300)]
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     spec = PrepareSpec(
-        source=str(folder / "text.txt"), out=str(folder / "data"), val_docs=20, vocab_size=320, normalization="identity"
+        source=str(folder / "text.txt"),
+        out=str(folder / "data"),
+        val_docs=20,
+        vocab_size=320,
+        normalization="identity",
     )
     prepare(spec, workers=1)
     recipe = folder / "tiny.py"
@@ -62,20 +68,34 @@ def command(name: str, *arguments: object) -> list[str]:
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment for a command on so many CPU devices."""
     kept = {name: value for name, value in os.environ.items() if not re.match("XLA_FLAGS", name)}
-    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return {
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
 
 
 def run(name: str, *arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
     return subprocess.run(
-        command(name, *arguments), cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300
+        command(name, *arguments),
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:
     """Starts a command on one device."""
     return subprocess.Popen(
-        command(name, *arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(name, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -99,7 +119,9 @@ def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -
 def final_state(directory: Path) -> TrainState:
     """The state after the last step of a run."""
     config = load(str(directory / "config.json"))
-    restored = checkpoint.restore(directory / "checkpoints", abstract_state(config, make_mesh(jax.devices()[:1])))
+    restored = checkpoint.restore(
+        directory / "checkpoints", abstract_state(config, make_mesh(jax.devices()[:1]))
+    )
     assert restored is not None
     assert restored.step == config.train.steps
     return restored.state
@@ -118,7 +140,9 @@ def losses(directory: Path) -> list[tuple[int, str, float]]:
 def assert_same_run(a: Path, b: Path) -> None:
     """Parameters, optimizer state, step, key and logged losses are equal bit for bit."""
     first, second = final_state(a), final_state(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
+    ):
         if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))

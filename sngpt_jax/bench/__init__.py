@@ -1,1 +1,1 @@
-"""How fast a recipe's training step is on this machine, alone or beside the same model in PyTorch."""
+"""Measurements: training steps, kernels, exports, scoring. Part of a checkout, not of the wheel."""

@@ -1,8 +1,10 @@
-"""The compact GPT in PyTorch, as one writes it for speed: what the package's own step is held against.
+"""The compact GPT in PyTorch, as one writes it for speed: what the package's own step is held
+against.
 
-It computes what `sngpt_jax.model.gpt` does: attention by `scaled_dot_product_attention`, parameters float32 and cast where they
-are used, logits and losses float32. Modules and parameters have our names and our layout, matrices [in, out]. Imported by
-`sngpt_jax.bench` alone: PyTorch is an extra.
+It computes what `sngpt_jax.model.gpt` does: attention by `scaled_dot_product_attention`,
+parameters float32 and cast where they are used, logits and losses float32. Modules and parameters
+have our names and our layout, matrices [in, out]. Imported by `sngpt_jax.bench` alone: PyTorch is
+an extra.
 """
 
 from typing import Any
@@ -33,7 +35,9 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Attention(nn.Module):
-    """[B, T, D] → the attention's output [B, T, D], and its values [B, T, K, h] for the value residual of later layers."""
+    """[B, T, D] → the attention's output [B, T, D], and its values [B, T, K, h] for the value
+    residual of later layers.
+    """
 
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
@@ -57,7 +61,11 @@ class Attention(nn.Module):
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], added_value: Tensor | None, first_value: Tensor | None
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        added_value: Tensor | None,
+        first_value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         m, dtype = self.m, x_BTD.dtype
         B, T, _ = x_BTD.shape
@@ -74,10 +82,15 @@ class Attention(nn.Module):
             v = first * first_value + own * v
         q_BHTh, k_BKTh, v_BKTh = (part.transpose(1, 2) for part in (q, k, v))
         if x_BTD.is_cuda:
-            y = F.scaled_dot_product_attention(q_BHTh, k_BKTh, v_BKTh, is_causal=True, enable_gqa=H != K).transpose(1, 2)
-        else:  # with enable_gqa a CPU falls back to whole scores: expanded heads reach its flash kernel
+            y = F.scaled_dot_product_attention(
+                q_BHTh, k_BKTh, v_BKTh, is_causal=True, enable_gqa=H != K
+            ).transpose(1, 2)
+        # with enable_gqa a CPU falls back to whole scores: expanded heads reach its flash kernel
+        else:
             k_BHTh, v_BHTh = (part.repeat_interleave(H // K, dim=1) for part in (k_BKTh, v_BKTh))
-            y = F.scaled_dot_product_attention(q_BHTh, k_BHTh, v_BHTh, is_causal=True).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q_BHTh, k_BHTh, v_BHTh, is_causal=True).transpose(
+                1, 2
+            )
         if self.exclusive:
             unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
             grouped = y.float().unflatten(2, (K, H // K))
@@ -101,7 +114,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The stream and the embedding, both [B, T, D] → the stream after the layer, and its attention's values."""
+    """The stream and the embedding, both [B, T, D] → the stream after the layer, and its
+    attention's values.
+    """
 
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
@@ -141,16 +156,23 @@ def previous(x: Tensor) -> Tensor:
 
 
 def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
-    """The row [B, T] of the bigram table for each token and the one before it, by `model.bigram_hash`."""
+    """The row [B, T] of the bigram table for each token and the one before it, by
+    `model.bigram_hash`.
+    """
     if m.bigram_hash == "sum":
         return (2654435761 * tokens_BT + 40503 * previous(tokens_BT)) % m.bigram_buckets
-    a, b = ((factor * part).to(torch.int32) for factor, part in ((36313, tokens_BT[:, 1:]), (27191, tokens_BT[:, :-1])))
+    a, b = (
+        (factor * part).to(torch.int32)
+        for factor, part in ((36313, tokens_BT[:, 1:]), (27191, tokens_BT[:, :-1]))
+    )
     pairs = torch.bitwise_xor(a, b) % (m.bigram_buckets - 1)
     return torch.cat([torch.full_like(pairs[:, :1], m.bigram_buckets - 1), pairs], dim=1)
 
 
 class TorchGPT(nn.Module):
-    """`model(inputs [B, T], targets [B, T])`, int64 → the mean cross-entropy in nats, float32. Its parameters are empty."""
+    """`model(inputs [B, T], targets [B, T])`, int64 → the mean cross-entropy in nats, float32. Its
+    parameters are empty.
+    """
 
     def __init__(self, m: ModelConfig, seq_len: int, dtype: torch.dtype):
         super().__init__()
@@ -161,20 +183,27 @@ class TorchGPT(nn.Module):
             self.skip_weights = parameter(m.num_skips, D)
         if m.bigram_buckets:
             scale: dict[str, Any] = {"scale": ()} if m.bigram_scale_init > 0 else {}
-            self.bigram = Parameters(table=(m.bigram_buckets, m.bigram_dim), proj=(m.bigram_dim, D), **scale)
+            self.bigram = Parameters(
+                table=(m.bigram_buckets, m.bigram_dim), proj=(m.bigram_dim, D), **scale
+            )
         if m.smear != "none":
             self.smear = Parameters(gate=(D,))
         if m.value_embed_layers:
             heads = m.num_kv_heads * m.head_dim
             layers = len(m.value_embed_layers)
             self.value_embed = Parameters(
-                table=(m.vocab_size, m.value_embed_dim), proj=(m.value_embed_dim, heads), scale=(), layer_scale=(layers,)
+                table=(m.vocab_size, m.value_embed_dim),
+                proj=(m.value_embed_dim, heads),
+                scale=(),
+                layer_scale=(layers,),
             )
         if m.recycle_layers:
             shape = (len(m.recycle_layers), D)
             self.recycle = Parameters(scale=shape, bias=shape)
         width = m.rotary_dims
-        tables = rotary_tables(seq_len, width, ntk_base(m.rope_base, width, seq_len, m.rope_ntk_len))
+        tables = rotary_tables(
+            seq_len, width, ntk_base(m.rope_base, width, seq_len, m.rope_ntk_len)
+        )
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, torch.from_numpy(table)[:, None].to(dtype), persistent=False)
 
@@ -197,7 +226,9 @@ class TorchGPT(nn.Module):
         added = {}
         if m.value_embed_layers:
             rows = F.embedding(tokens, self.value_embed.table).to(dtype)
-            values = (rows @ self.value_embed.proj.to(dtype)).unflatten(-1, (m.num_kv_heads, m.head_dim))
+            values = (rows @ self.value_embed.proj.to(dtype)).unflatten(
+                -1, (m.num_kv_heads, m.head_dim)
+            )
             scales = (self.value_embed.scale * self.value_embed.layer_scale).to(dtype)
             added = {layer: scales[i] * values for i, layer in enumerate(m.value_embed_layers)}
         return x, added
@@ -210,7 +241,10 @@ class TorchGPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == m.num_skips:
                 for application, layer in enumerate(m.recycle_layers):
-                    scale, bias = (part[application].to(x.dtype) for part in (self.recycle.scale, self.recycle.bias))
+                    scale, bias = (
+                        part[application].to(x.dtype)
+                        for part in (self.recycle.scale, self.recycle.bias)
+                    )
                     x, _ = self.blocks[layer](scale * x + bias, x0, rotary, first_value=first_value)
             if i >= m.num_skips and skips:
                 x = x + self.skip_weights[i - m.num_skips].to(x.dtype) * skips.pop()

@@ -1,4 +1,6 @@
-"""A recipe's training step in PyTorch: gradient accumulation, Muon and Adam, as `sngpt_jax.step` and `sngpt_jax.optim` do."""
+"""A recipe's training step in PyTorch: gradient accumulation, Muon and Adam, as
+`sngpt_jax.training.step` and `sngpt_jax.optim` do.
+"""
 
 import math
 from collections import defaultdict
@@ -30,14 +32,19 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """`sngpt_jax.optim.muon` with a learning rate and decoupled weight decay; matrices of equal shape are one stack."""
+    """`sngpt_jax.optim.muon` with a learning rate and decoupled weight decay; matrices of equal
+    shape are one stack.
+    """
 
     def __init__(self, matrices: list[torch.nn.Parameter], config: OptimConfig):
         self.config, self.count, self.momentum = config, 0, muon_momentum(config)
         by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[tuple(matrix.shape)].append(matrix)
-        self.stacks = [(found, torch.zeros(len(found), *shape, device=found[0].device)) for shape, found in by_shape.items()]
+        self.stacks = [
+            (found, torch.zeros(len(found), *shape, device=found[0].device))
+            for shape, found in by_shape.items()
+        ]
         self.orthogonalize: Callable[..., Tensor] = newton_schulz
         self.dtype = DTYPES[config.newton_schulz_dtype]
 
@@ -47,25 +54,39 @@ class Muon:
         for matrices, buffer in self.stacks:
             grads = torch.stack([matrix.grad for matrix in matrices])
             buffer.mul_(mu).add_(grads)
-            directions = self.orthogonalize(grads.add_(buffer, alpha=mu), c.newton_schulz_steps, self.dtype)
+            directions = self.orthogonalize(
+                grads.add_(buffer, alpha=mu), c.newton_schulz_steps, self.dtype
+            )
             rows, columns = buffer.shape[1:]
             lr = c.muon_lr * multiplier
             if c.muon_weight_decay:
                 torch._foreach_mul_(matrices, 1.0 - lr * c.muon_weight_decay)
-            torch._foreach_add_(matrices, list(directions.unbind()), alpha=-lr * math.sqrt(max(1.0, columns / rows)))
+            torch._foreach_add_(
+                matrices, list(directions.unbind()), alpha=-lr * math.sqrt(max(1.0, columns / rows))
+            )
         self.count += 1
 
 
 class TorchStep:
-    """The training step of a recipe that has no averages and no late quantization; call it once for each batch."""
+    """The training step of a recipe that has no averages and no late quantization; call it once
+    for each batch.
+    """
 
     def __init__(self, config: Config, params: dict[str, np.ndarray], compiled: bool):
-        """`params` are our own by path, float32. `compiled`: model and orthogonalization go through torch.compile."""
+        """`params` are our own by path, float32. `compiled`: model and orthogonalization go
+        through torch.compile.
+        """
         o, d = config.optim, config.data
         self.clip = o.grad_clip
-        self.rows = d.batch_tokens // d.seq_len // microbatches(d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1)
+        self.rows = (
+            d.batch_tokens
+            // d.seq_len
+            // microbatches(d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1)
+        )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = TorchGPT(config.model, d.seq_len, DTYPES[compute_dtype(config.model).name]).to(self.device)
+        model = TorchGPT(config.model, d.seq_len, DTYPES[compute_dtype(config.model).name]).to(
+            self.device
+        )
         by_group: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
         for name, p in model.named_parameters():
             path = name.replace(".", "/")
@@ -73,13 +94,23 @@ class TorchStep:
             by_group[group_of(path)].append(p)
         settings = groups(o)
         self.parameters = list(model.parameters())
-        self.muon = Muon([p for name, found in by_group.items() if settings[name].rule == "muon" for p in found], o)
+        self.muon = Muon(
+            [p for name, found in by_group.items() if settings[name].rule == "muon" for p in found],
+            o,
+        )
         adam = [
-            {"params": found, "lr": settings[name].lr, "peak": settings[name].lr, "weight_decay": settings[name].weight_decay}
+            {
+                "params": found,
+                "lr": settings[name].lr,
+                "peak": settings[name].lr,
+                "weight_decay": settings[name].weight_decay,
+            }
             for name, found in by_group.items()
             if settings[name].rule == "adam"
         ]
-        self.adam = torch.optim.AdamW(adam, betas=(o.adam_b1, o.adam_b2), eps=o.adam_eps, fused=True)
+        self.adam = torch.optim.AdamW(
+            adam, betas=(o.adam_b1, o.adam_b2), eps=o.adam_eps, fused=True
+        )
         self.loss = model
         if compiled:
             self.loss = torch.compile(model)
@@ -87,10 +118,15 @@ class TorchStep:
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         """The "inputs" and "targets" [B, T] of a batch on the device."""
-        inputs, targets = (torch.from_numpy(batch[name].astype(np.int64)).to(self.device) for name in ("inputs", "targets"))
+        inputs, targets = (
+            torch.from_numpy(batch[name].astype(np.int64)).to(self.device)
+            for name in ("inputs", "targets")
+        )
         return inputs, targets
 
-    def __call__(self, batch: tuple[Tensor, Tensor], lr_multiplier: float, adam_lr_multiplier: float) -> Tensor:
+    def __call__(
+        self, batch: tuple[Tensor, Tensor], lr_multiplier: float, adam_lr_multiplier: float
+    ) -> Tensor:
         """One step on a batch that `place` has placed; returns the mean loss, on the device."""
         inputs, targets = (rows.split(self.rows) for rows in batch)
         for p in self.parameters:

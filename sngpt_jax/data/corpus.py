@@ -1,7 +1,9 @@
-"""Where text comes from: the interpreter's own library, files, Hugging Face; and the challenge's published token shards.
+"""Where text comes from: the interpreter's own library, files, Hugging Face; and the challenge's
+published token shards.
 
-A source is named by one string (`FORMS`). Its documents come in a fixed order, so that the first n can be held out and an
-interrupted preparation can go on where it stopped. A source of several files can be read in parts, each by another machine.
+A source is named by one string (`FORMS`). Its documents come in a fixed order, so that the first n
+can be held out and an interrupted preparation can go on where it stopped. A source of several
+files can be read in parts, each by another machine.
 """
 
 import hashlib
@@ -25,37 +27,55 @@ from typing import Any
 
 import pyarrow
 
-from sngpt_jax import typed_json
-from sngpt_jax.cli import UserError
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.untrusted import file_sha256, problem_of_name, shown
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
-from sngpt_jax.untrusted import file_sha256, problem_of_name, shown
 
 logger = logging.getLogger("sngpt_jax")
 
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in {', '.join(ENDINGS)}"
+FORMS = (
+    "stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in"
+    f" {', '.join(ENDINGS)}"
+)
 SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a document
 
-MAX_DOCUMENT = 2**30  # bytes of a line, letters of a document: a small compressed file unpacks to any number of them
-_TOO_LONG = f"a document that is longer than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between documents"
+# bytes of a line, letters of a document: a small compressed file unpacks to any number of them
+MAX_DOCUMENT = 2**30
+_TOO_LONG = (
+    f"a document that is longer than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between"
+    " documents"
+)
 
-MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks, unless the cluster says otherwise
+# of a source: a Slurm array has at most 1001 tasks, unless the cluster says otherwise
+MAX_PARTS = 1000
 
 GOLF_REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
 
-_HASHED_BYTES = 256 * 2**20  # text below this size is known by its content: hashing so much takes a fifth of a second
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+# text below this size is known by its content: hashing so much takes a fifth of a second
+_HASHED_BYTES = 256 * 2**20
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+}
 _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+))?")
 
 
 def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
-    """Yields the documents of `source` in their fixed order; empty ones are left out, lone surrogates become U+FFFD.
+    """Yields the documents of `source` in their fixed order; empty ones are left out, lone
+    surrogates become U+FFFD.
 
-    With `parts`, at most `count_parts(source)`, only those of part `part`: a run of whole files. Parts 0, 1, …, one after the
-    other, are all documents in their order. Raises `UserError` at the call for a source that is not there, and `DataError` on
-    the way for text that is damaged.
+    With `parts`, at most `count_parts(source)`, only those of part `part`: a run of whole files.
+    Parts 0, 1, …, one after the other, are all documents in their order. Raises `UserError` at the
+    call for a source that is not there, and `DataError` on the way for text that is damaged.
     """
 
     def of_part(files: list[Path]) -> list[Path]:
@@ -71,7 +91,9 @@ def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
 
 
 def count_parts(source: str) -> int:
-    """How many parts `documents` can cut `source` into: one a file, but at most `MAX_PARTS`. Raises `UserError`."""
+    """How many parts `documents` can cut `source` into: one a file, but at most `MAX_PARTS`.
+    Raises `UserError`.
+    """
     if source.startswith("hub:"):
         files = _hub_files(*_hub_parts(source))
     else:
@@ -80,18 +102,25 @@ def count_parts(source: str) -> int:
 
 
 def text_bytes(source: str) -> int:
-    """How many bytes of text `source` holds, by its files' sizes; 0 where they do not tell. Raises `UserError`."""
+    """How many bytes of text `source` holds, by its files' sizes; 0 where they do not tell. Raises
+    `UserError`.
+    """
     if source.startswith("hub:"):
         return 0
     files = _stdlib_files() if source == "stdlib" else _text_files(source)
-    return sum(path.stat().st_size for path in files) if all(path.suffix in (".py", ".txt") for path in files) else 0
+    return (
+        sum(path.stat().st_size for path in files)
+        if all(path.suffix in (".py", ".txt") for path in files)
+        else 0
+    )
 
 
 def fingerprint(source: str) -> str:
-    """A short name for the content of `source`: its kind, how many files, and a hash of their names and contents.
+    """A short name for the content of `source`: its kind, how many files, and a hash of their
+    names and contents.
 
-    Text of 256 MiB or more is known by its files' names, sizes and modification times, a Hugging Face data set by its name.
-    Where a folder lies does not matter.
+    Text of 256 MiB or more is known by its files' names, sizes and modification times, a Hugging
+    Face data set by its name. Where a folder lies does not matter.
     """
     if source.startswith("hub:"):
         name, config, split = _hub_parts(source)
@@ -105,14 +134,19 @@ def fingerprint(source: str) -> str:
     by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
     for path, stat in zip(files, stats, strict=True):
-        content = file_sha256(path, DataError) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
+        content = (
+            file_sha256(path, DataError) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
+        )
         digest.update(f"{path.relative_to(root).as_posix()}\0{content}\0".encode())
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 
 
 def imported(package: str, what: str) -> Any:
-    """The module of an optional package that `what` needs. Raises `UserError` with the command that installs it."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it tells of every retry; the last failure is an exception
+    """The module of an optional package that `what` needs. Raises `UserError` with the command
+    that installs it.
+    """
+    # else it tells of every retry; the last failure is an exception
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not logger.isEnabledFor(logging.INFO):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
@@ -134,15 +168,25 @@ def _stdlib_root() -> Path:
 
 
 def _stdlib_files() -> list[Path]:
-    """The library's Python files without its tests, in the order of their relative paths' hashes: any prefix is a sample."""
+    """The library's Python files without its tests, in the order of their relative paths' hashes:
+    any prefix is a sample.
+    """
     root = _stdlib_root()
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise UserError(f"source stdlib: no .py files under {root}; give a file or folder of text instead")
-    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+        raise UserError(
+            f"source stdlib: no .py files under {root}; give a file or folder of text instead"
+        )
+    return sorted(
+        files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+    )
 
 
 def _stdlib_texts(files: list[Path]) -> Iterator[str]:
@@ -151,7 +195,8 @@ def _stdlib_texts(files: list[Path]) -> Iterator[str]:
             with tokenize.open(path) as file:  # decodes as PEP 263 says
                 yield file.read()
         except (SyntaxError, UnicodeDecodeError):
-            continue  # the library ships a few files in no or another encoding than they declare, as fixtures
+            # the library ships a few files in no or another encoding than they declare, as fixtures
+            continue
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -164,14 +209,18 @@ def _text_files(source: str) -> list[Path]:
     if path.is_dir() and source:  # Path("") is the current folder
         files = [p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()]
         if not files:
-            raise UserError(f"{path}: no text in this folder; expected files ending in {', '.join(ENDINGS)}")
+            raise UserError(
+                f"{path}: no text in this folder; expected files ending in {', '.join(ENDINGS)}"
+            )
         return sorted(files, key=lambda p: p.relative_to(path).as_posix())
     if path.is_file() and path.name.endswith(ENDINGS):
         return [path]
     if path.exists() and source:
         raise UserError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
     if source.startswith("golf:"):
-        raise UserError(f"source {source}: published token shards hold no text; a source of text is {FORMS}")
+        raise UserError(
+            f"source {source}: published token shards hold no text; a source of text is {FORMS}"
+        )
     raise UserError(f"source {source!r}: no such file or folder; a source is {FORMS}")
 
 
@@ -183,21 +232,31 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line with its end) of a plain or compressed file, without a byte order mark."""
+    """Yields (line number from 1, line with its end) of a plain or compressed file, without a byte
+    order mark.
+    """
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     try:
         if codec and not path.stat().st_size:
             raise OSError("the file is empty")
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:  # reads on over members and frames
-            for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT + 1), b""), start=1):
+        # reads on over members and frames
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:
+            for number, line in enumerate(
+                iter(partial(file.readline, MAX_DOCUMENT + 1), b""), start=1
+            ):
                 if len(line) > MAX_DOCUMENT:
                     raise DataError(f"{path}:{number}: {_TOO_LONG}")
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
+                    raise DataError(
+                        f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the"
+                        " line"
+                    ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read to its end: {' '.join(str(error).split())}") from None
+        raise DataError(
+            f"{path}: cannot be read to its end: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _txt_texts(path: Path) -> Iterator[str]:
@@ -228,9 +287,14 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
 
 def _text_of(row: Any, where: str) -> str:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with the key text, found {type(row).__name__}")
+        raise DataError(
+            f"{where}: expected an object with the key text, found {type(row).__name__}"
+        )
     if "text" not in row:
-        raise DataError(f"{where}: expected the key text, found {', '.join(map(repr, list(row)[:8])) or 'no keys'}")
+        raise DataError(
+            f"{where}: expected the key text, found"
+            f" {', '.join(map(repr, list(row)[:8])) or 'no keys'}"
+        )
     if not isinstance(row["text"], str):
         raise DataError(f"{where}: expected a string in text, found {type(row['text']).__name__}")
     return row["text"]
@@ -243,15 +307,22 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         with parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                raise DataError(f"{path}: expected a column text, found {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):  # decodes one row group's pages at a time
+                raise DataError(
+                    f"{path}: expected a column text, found {', '.join(file.schema_arrow.names)}"
+                )
+            # decodes one row group's pages at a time
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
                 for value in batch.column(0):
                     row += 1
                     yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: row {row}: not UTF-8: {error.reason} at byte {error.start} of the text") from None
+        raise DataError(
+            f"{path}: row {row}: not UTF-8: {error.reason} at byte {error.start} of the text"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file, or a damaged one, after row {row}: {_one_line(error)}") from None
+        raise DataError(
+            f"{path}: not a Parquet file, or a damaged one, after row {row}: {_one_line(error)}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face
@@ -260,7 +331,10 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 def _hub_parts(source: str) -> tuple[str, str | None, str]:
     match = _HUB.fullmatch(source)
     if not match:
-        raise UserError(f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT], such as hub:HuggingFaceFW/fineweb-edu@train")
+        raise UserError(
+            f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT], such as"
+            " hub:HuggingFaceFW/fineweb-edu@train"
+        )
     return match["name"], match["config"], match["split"] or "train"
 
 
@@ -269,7 +343,9 @@ def _hub_files(name: str, config: str | None, split: str) -> int:
     try:
         return datasets.load_dataset(name, config, split=split, streaming=True).num_shards
     except Exception as error:  # whatever the network and the hub raise
-        raise DataError(f"source hub:{name}: the data set's files cannot be listed: {_one_line(error)}") from None
+        raise DataError(
+            f"source hub:{name}: the data set's files cannot be listed: {_one_line(error)}"
+        ) from None
 
 
 def _hub_texts(name: str, config: str | None, split: str, part: int, parts: int) -> Iterator[str]:
@@ -283,15 +359,19 @@ def _hub_texts(name: str, config: str | None, split: str, part: int, parts: int)
     except UserError:
         raise
     except Exception as error:  # whatever the network, the hub and the data set's format raise
-        raise DataError(f"source hub:{name}: the data set fails after row {row}: {_one_line(error)}") from None
+        raise DataError(
+            f"source hub:{name}: the data set fails after row {row}: {_one_line(error)}"
+        ) from None
 
 
 def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
-    """Fetches the challenge's FineWeb tokens: all validation shards, the first `train_shards` training shards, the tokenizer.
+    """Fetches the challenge's FineWeb tokens: all validation shards, the first `train_shards`
+    training shards, the tokenizer.
 
-    They land flat in `out_dir` as `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model`. Whole files that are there
-    already are kept, so that the same call goes on after an interruption. Layout: openai/parameter-golf,
-    data/cached_challenge_fineweb.py. Raises `UserError` where the network fails or the data set lacks what is asked for.
+    They land flat in `out_dir` as `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model`.
+    Whole files that are there already are kept, so that the same call goes on after an
+    interruption. Layout: openai/parameter-golf, data/cached_challenge_fineweb.py. Raises
+    `UserError` where the network fails or the data set lacks what is asked for.
     """
     hub = imported("huggingface_hub", f"the data set {GOLF_REPO}")
 
@@ -299,25 +379,38 @@ def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
         if problem := problem_of_name(name):
             raise DataError(f"{GOLF_REPO}: its manifest names {shown(name)}, which {problem}")
         try:
-            return Path(hub.hf_hub_download(GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=folder))
+            return Path(
+                hub.hf_hub_download(
+                    GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=folder
+                )
+            )
         except Exception as error:  # whatever the network and the hub raise
-            raise UserError(f"{GOLF_REPO}: datasets/{name} cannot be fetched: {_one_line(error)}") from None
+            raise UserError(
+                f"{GOLF_REPO}: datasets/{name} cannot be fetched: {_one_line(error)}"
+            ) from None
 
     with tempfile.TemporaryDirectory() as folder:
         dataset, model_path, shards = _golf_entry(fetch("manifest.json", Path(folder)), vocab_size)
     if not 1 <= train_shards <= shards["train"]:
-        raise UserError(f"{GOLF_REPO}: {dataset} has {shards['train']} training shards; asked for {train_shards}")
+        raise UserError(
+            f"{GOLF_REPO}: {dataset} has {shards['train']} training shards; asked for"
+            f" {train_shards}"
+        )
     model = out_dir / PurePosixPath(model_path).name
     other = next((path for path in sorted(out_dir.glob("*.model")) if path != model), None)
     if other:
-        raise UserError(f"{out_dir}: holds {other.name}; tokens of {model.name} go into another folder")
+        raise UserError(
+            f"{out_dir}: holds {other.name}; tokens of {model.name} go into another folder"
+        )
     staging = out_dir / DOWNLOAD  # from here until its removal the folder counts as unfinished
     staging.mkdir(parents=True, exist_ok=True)
     if not model.is_file():
         fetched = fetch(model_path, staging)
         found = load_tokenizer(fetched).vocab_size
         if found != vocab_size:
-            raise DataError(f"{GOLF_REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}")
+            raise DataError(
+                f"{GOLF_REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}"
+            )
         os.replace(fetched, model)
     for split, count in (("val", shards["val"]), ("train", train_shards)):
         for n in range(count):
@@ -338,7 +431,9 @@ def _whole(path: Path) -> bool:
 
 
 def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
-    """Name of the data set for `vocab_size`, path of its tokenizer, and how many shards each split has."""
+    """Name of the data set for `vocab_size`, path of its tokenizer, and how many shards each split
+    has.
+    """
     where = f"{GOLF_REPO}: datasets/manifest.json"
     try:
         values = typed_json.loads(manifest.read_bytes())
@@ -347,10 +442,23 @@ def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, in
         if name not in by_name:
             raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))[:500]}")
         tokenizer_name, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
-        models = {entry["name"]: str(entry["model_path"]) for entry in values["tokenizers"] if "model_path" in entry}
+        models = {
+            entry["name"]: str(entry["model_path"])
+            for entry in values["tokenizers"]
+            if "model_path" in entry
+        }
         if tokenizer_name not in models:
             known = ", ".join(sorted(models))[:500]
-            raise DataError(f"{where}: no SentencePiece tokenizer {shown(tokenizer_name)} for {name}; it has {known}")
-        return name, models[tokenizer_name], {"train": int(stats["files_train"]), "val": int(stats["files_val"])}
+            raise DataError(
+                f"{where}: no SentencePiece tokenizer {shown(tokenizer_name)} for {name}; it has"
+                f" {known}"
+            )
+        return (
+            name,
+            models[tokenizer_name],
+            {"train": int(stats["files_train"]), "val": int(stats["files_val"])},
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: not the layout that this program knows: {_one_line(error)}") from None
+        raise DataError(
+            f"{where}: not the layout that this program knows: {_one_line(error)}"
+        ) from None

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK_CHARACTERS = 2**17  # text that a worker gets at a time: about a tenth of a second's work
-_CHUNKS_IN_FLIGHT = 3  # for each worker: one in work, the others so that it need not wait for the writer
+# for each worker: one in work, the others so that it need not wait for the writer
+_CHUNKS_IN_FLIGHT = 3
 
-Chunk = tuple[int, list[str]]  # the first document's number, counted from 1 as lines are; the documents
-Encoded = list[tuple[np.ndarray, np.ndarray]]  # of each document: tokens uint16 [n], byte corrections int64 [m, 2]
+# the first document's number, counted from 1 as lines are; the documents
+Chunk = tuple[int, list[str]]
+# of each document: tokens uint16 [n], byte corrections int64 [m, 2]
+Encoded = list[tuple[np.ndarray, np.ndarray]]
 
 _worker_tokenizer: Tokenizer  # in a worker process
 
@@ -41,8 +44,9 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def holding_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block. A process started in it never sees one, where `follow_parent` alone
-    would leave it the seconds of its imports. Unlike an ignored signal, none is lost, and any thread may do this."""
+    """Holds Ctrl-C back until the end of the block. A process started in it never sees one, where
+    `follow_parent` alone would leave it the seconds of its imports. Unlike an ignored signal, none
+    is lost, and any thread may do this."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -67,13 +71,17 @@ def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
         try:
             document = tokenizer.encode_document(text)
         except Exception as error:
-            raise UserError(f"{source}: document {number} cannot be tokenized: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{source}: document {number} cannot be tokenized: {type(error).__name__}: {error}"
+            ) from error
         encoded.append((np.asarray(document.tokens, np.uint16), document.extra))
     return encoded
 
 
 def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
-    """`texts`, numbered from `first`, in runs of about `_CHUNK_CHARACTERS` characters: each with its first number."""
+    """`texts`, numbered from `first`, in runs of about `_CHUNK_CHARACTERS` characters: each with
+    its first number.
+    """
     chunk: list[str] = []
     size = 0
     for number, text in enumerate(texts, first):
@@ -86,7 +94,9 @@ def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
         yield number + 1 - len(chunk), chunk
 
 
-def _in_order(pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iterator[Chunk]) -> Iterator[Encoded]:
+def _in_order(
+    pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iterator[Chunk]
+) -> Iterator[Encoded]:
     pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
@@ -97,7 +107,9 @@ def _in_order(pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iter
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a tokenizing process was killed, perhaps for memory; run it again with fewer --workers") from None
+        raise UserError(
+            "a tokenizing process was killed, perhaps for memory; run it again with fewer --workers"
+        ) from None
 
 
 Encoder = Callable[[str, Iterator[Chunk]], Iterator[Encoded]]
@@ -110,8 +122,11 @@ def encoder(tokenizer: Path, workers: int) -> Iterator[Encoder]:
         here = load_tokenizer(tokenizer)
         yield lambda source, chunks: (_encode(here, source, chunk) for chunk in chunks)
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads the caller has
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer),))
+    # fork would copy the locks of whatever threads the caller has
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer),)
+    )
     try:
         yield partial(_in_order, pool, workers)
     finally:

@@ -1,6 +1,8 @@
-"""Encodes the parts of a source with datatrove (https://github.com/huggingface/datatrove): here, or in jobs of a Slurm cluster.
+"""Encodes the parts of a source with datatrove (https://github.com/huggingface/datatrove): here,
+or in jobs of a Slurm cluster.
 
-One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Needs the extra `datatrove`.
+One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Needs the extra
+`datatrove`.
 """
 
 import multiprocessing
@@ -22,7 +24,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor, launch_slurm_job
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.encode import follow_parent, holding_interrupt
 from sngpt_jax.data.parts import Parts, Submitted
 
@@ -58,20 +60,24 @@ def _start_worker(told: Connection) -> None:
 
     follow_parent()
     threading.Thread(target=exit_when_told, daemon=True).start()
-    logger.disable("datatrove")  # it shows errors with their tracebacks; the parent gets them as exceptions
+    # it shows errors with their tracebacks; the parent gets them as exceptions
+    logger.disable("datatrove")
 
 
 def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], None]) -> None:
-    """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents, tokens) every few seconds.
+    """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents,
+    tokens) every few seconds.
 
-    Raises `UserError` at the first that fails, and stops the others then; their whole shards are kept. The pool is not
-    datatrove's own, which waits for ever for a process that was killed.
+    Raises `UserError` at the first that fails, and stops the others then; their whole shards are
+    kept. The pool is not datatrove's own, which waits for ever for a process that was killed.
     """
     left = parts.left()
     if not left:
         return
     logs = str(parts.directory / "logs")
-    executor = LocalPipelineExecutor([EncodePart(parts)], tasks=parts.count, logging_dir=logs, skip_completed=False)
+    executor = LocalPipelineExecutor(
+        [EncodePart(parts)], tasks=parts.count, logging_dir=logs, skip_completed=False
+    )
     context = multiprocessing.get_context("spawn")
     # Not an Event, whose set() waits for every waiter to wake, for ever where one was killed.
     told, tell = context.Pipe(duplex=False)
@@ -85,14 +91,19 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
                 done, pending = wait(pending, _REPORT_SECONDS, FIRST_COMPLETED)
                 for task in done:
                     task.result()
-                for part in [tasks[task] for task in (*done, *(task for task in pending if task.running()))]:
+                for part in [
+                    tasks[task] for task in (*done, *(task for task in pending if task.running()))
+                ]:
                     reached = parts.reached(part)
                     counts[part] = reached.documents, sum(entry.tokens for entry in reached.shards)
-                documents, tokens = (sum(count[column] for count in counts.values()) for column in (0, 1))
+                documents, tokens = (
+                    sum(count[column] for count in counts.values()) for column in (0, 1)
+                )
                 report(f"{len(left) - len(pending)} of {len(left)} parts", documents, tokens)
         except BrokenProcessPool:
             raise UserError(
-                "an encoding process was killed, perhaps for memory; run it again with fewer --workers to go on"
+                "an encoding process was killed, perhaps for memory; run it again with fewer"
+                " --workers to go on"
             ) from None
         except BaseException:
             tell.close()
@@ -110,24 +121,37 @@ class _Array(SlurmPipelineExecutor):
         return self.pipeline[0].parts.left()
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Leaves partition and time to SBATCH_PARTITION and SBATCH_TIMELIMIT or the cluster's defaults, as sbatch does."""
-        return {key: value for key, value in super().get_sbatch_args(max_array).items() if key not in ("partition", "time")}
+        """Leaves partition and time to SBATCH_PARTITION and SBATCH_TIMELIMIT or the cluster's
+        defaults, as sbatch does.
+        """
+        return {
+            key: value
+            for key, value in super().get_sbatch_args(max_array).items()
+            if key not in ("partition", "time")
+        }
 
     def launch_merge_stats(self) -> None:
         """Nothing: the parts' journals hold what was counted."""
 
 
 def check_quoting(out: Path) -> None:
-    """Raises `UserError` where a job's script could not name `out`: datatrove writes paths there as they are."""
+    """Raises `UserError` where a job's script could not name `out`: datatrove writes paths there
+    as they are.
+    """
     if found := re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute())):
-        raise UserError(f"--out {out.absolute()}: with --executor slurm its path may not hold {found[0]!r}; give another")
+        raise UserError(
+            f"--out {out.absolute()}: with --executor slurm its path may not hold {found[0]!r};"
+            " give another"
+        )
 
 
 def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
-    """Submits a job array that encodes the parts that are left, `workers` at a time, and after it the command `merge`.
+    """Submits a job array that encodes the parts that are left, `workers` at a time, and after it
+    the command `merge`.
 
-    The jobs run in this folder with this interpreter, so that both, the source and the output must be on a file system that
-    the nodes share. They log into `.slurm` beside the parts. Raises `UserError` where sbatch is missing or refuses.
+    The jobs run in this folder with this interpreter, so that both, the source and the output must
+    be on a file system that the nodes share. They log into `.slurm` beside the parts. Raises
+    `UserError` where sbatch is missing or refuses.
     """
     logger.disable("datatrove")  # its own account of the launch
     logs = parts.directory.parent.absolute() / ".slurm"
@@ -149,7 +173,9 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
         array.launch_job()
         if array.job_id != -1:
             array_job = str(array.job_id)
-        arguments = {key: value for key, value in array.get_sbatch_args().items() if key != "array"} | {"job-name": "merge"}
+        arguments = {
+            key: value for key, value in array.get_sbatch_args().items() if key != "array"
+        } | {"job-name": "merge"}
         arguments |= dict.fromkeys(("output", "error"), logs / "slurm_logs" / "merge_%j.out")
         if array_job:  # where a task fails, the merge leaves the queue
             arguments |= {"dependency": f"afterok:{array_job}", "kill-on-invalid-dep": "yes"}
@@ -158,11 +184,16 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
     except FileNotFoundError as error:
         if error.filename != "sbatch":
             raise
-        raise UserError("--executor slurm: no sbatch here; run it on a machine that submits to the cluster") from None
+        raise UserError(
+            "--executor slurm: no sbatch here; run it on a machine that submits to the cluster"
+        ) from None
     except subprocess.CalledProcessError as error:
-        message = f"--executor slurm: sbatch failed with status {error.returncode}; see its message above"
+        message = (
+            f"--executor slurm: sbatch failed with status {error.returncode}; see its message above"
+        )
         if array_job:
             message += (
-                f"; job {array_job}, which encodes, is in the queue: scancel {array_job}, then run the same command again"
+                f"; job {array_job}, which encodes, is in the queue: scancel {array_job}, then run"
+                " the same command again"
             )
         raise UserError(message) from None

@@ -1,6 +1,8 @@
-"""What a folder of prepared tokens holds: `manifest.json`, and `progress.json` while it is being made.
+"""What a folder of prepared tokens holds: `manifest.json`, and `progress.json` while it is being
+made.
 
-Both are read strictly: an unknown, missing or ill-typed key is an error, and a file name cannot lead out of the folder.
+Both are read strictly: an unknown, missing or ill-typed key is an error, and a file name cannot
+lead out of the folder.
 """
 
 import dataclasses
@@ -11,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sngpt_jax import typed_json
-from sngpt_jax.cli import UserError, write_text_atomic
-from sngpt_jax.untrusted import file_sha256, inside, problem_of_name, shown
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import write_text_atomic
+from sngpt_jax.base.untrusted import file_sha256, inside, problem_of_name, shown
 
 T = TypeVar("T")
 
@@ -23,7 +26,9 @@ PROGRESS = "progress.json"
 
 
 class DataError(UserError):
-    """Token data that is missing, damaged or of another make than asked for; names the file, what was expected and found."""
+    """Token data that is missing, damaged or of another make than asked for; names the file, what
+    was expected and found.
+    """
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Origin:
     """What the folder is made from. Two preparations with equal origins write equal bytes."""
 
     source: str  # fingerprint of the text
-    val_source: str  # fingerprint of the validation text; empty: it is the first val_docs documents of the source
+    # fingerprint of the validation text; empty: it is the first val_docs documents of the source
+    val_source: str
     val_docs: int
     tokenizer: str  # "train", or "sha256:" and the hash of the tokenizer file given
     vocab_size: int
@@ -52,7 +58,9 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class ExtraEntry:
-    """A shard's sidecar of byte corrections: int64 [n, 2] in npy format, rows (token position in the shard, bytes)."""
+    """A shard's sidecar of byte corrections: int64 [n, 2] in npy format, rows (token position in
+    the shard, bytes).
+    """
 
     name: str
     sha256: str
@@ -83,7 +91,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class SplitProgress:
-    """How far one split has come: the next token to write is token `offset` of document `documents` of the split."""
+    """How far one split has come: the next token to write is token `offset` of document
+    `documents` of the split.
+    """
 
     shards: tuple[ShardEntry, ...] = ()  # complete, in place
     documents: int = 0  # whole documents in those shards
@@ -118,7 +128,10 @@ def _check(name: str, value: Any, where: str) -> None:
 def _load(kind: type[T], path: Path) -> T:
     values = typed_json.read(path, DataError)
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        raise DataError(f"{path}: expected format {FORMAT}, found {shown(values.get('format'))}; prepare the data again")
+        raise DataError(
+            f"{path}: expected format {FORMAT}, found {shown(values.get('format'))}; prepare the"
+            " data again"
+        )
     return typed_json.parse(kind, values, str(path), DataError, _check)
 
 
@@ -127,7 +140,11 @@ def load_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     manifest = _load(Manifest, path)
     shards = (*manifest.val, *manifest.train)
-    names = [manifest.tokenizer.file, *(s.name for s in shards), *(s.extra.name for s in shards if s.extra)]
+    names = [
+        manifest.tokenizer.file,
+        *(s.name for s in shards),
+        *(s.extra.name for s in shards if s.extra),
+    ]
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise DataError(f"{path}: names {twice[0]} twice")
     return manifest
@@ -148,7 +165,9 @@ def save(value: Manifest | Progress, directory: Path) -> None:
 
 
 def verify(directory: str | Path) -> Manifest:
-    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError` at the first that differs."""
+    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError` at
+    the first that differs.
+    """
     directory = Path(directory)
     manifest = load_manifest(directory)
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
@@ -159,5 +178,8 @@ def verify(directory: str | Path) -> Manifest:
     for name, sha256 in expected.items():
         found = file_sha256(inside(directory, name, DataError), DataError)
         if found != sha256:
-            raise DataError(f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data again")
+            raise DataError(
+                f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data"
+                " again"
+            )
     return manifest

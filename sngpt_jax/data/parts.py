@@ -1,7 +1,9 @@
-"""A source's documents encoded part by part, by any number of machines, and read again in their order.
+"""A source's documents encoded part by part, by any number of machines, and read again in their
+order.
 
-A part is a run of the source's files (`corpus.count_parts`), encoded by one process into a folder of its own: shards and a
-journal, as a whole preparation's. A part does not know which of its documents are held out, so that it has all of them.
+A part is a run of the source's files (`corpus.count_parts`), encoded by one process into a folder
+of its own: shards and a journal, as a whole preparation's. A part does not know which of its
+documents are held out, so that it has all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.untrusted import file_sha256, inside
 from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.encode import Encoded, cut_chunks, encoder
 from sngpt_jax.data.folder import begin_or_resume, locked, refuse_other
@@ -28,9 +31,9 @@ from sngpt_jax.data.manifest import (
 from sngpt_jax.data.shards import TokenStream, open_entries
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
-from sngpt_jax.untrusted import file_sha256, inside
 
-_SHARD_TOKENS = 10_000_000  # in a part's shard: seconds of work, which is what a killed worker loses
+# in a part's shard: seconds of work, which is what a killed worker loses
+_SHARD_TOKENS = 10_000_000
 _CHUNK_DOCUMENTS = 256  # read at a time
 
 
@@ -55,11 +58,15 @@ class Parts:
     tokenizer_entry: TokenizerEntry
 
     def folder(self, part: int) -> Path:
-        """Where part `part` is; named after the number of parts too, which a Hugging Face data set may change."""
+        """Where part `part` is; named after the number of parts too, which a Hugging Face data set
+        may change.
+        """
         return self.directory / f"{part:05d}-of-{self.count:05d}"
 
     def reached(self, part: int) -> SplitProgress:
-        """How far part `part` is encoded. Raises `DataError` where its journal is damaged or another preparation's."""
+        """How far part `part` is encoded. Raises `DataError` where its journal is damaged or
+        another preparation's.
+        """
         folder = self.folder(part)
         if not (folder / PROGRESS).is_file():
             return SplitProgress()
@@ -68,7 +75,9 @@ class Parts:
         return progress.train
 
     def left(self) -> list[int]:
-        """The parts to encode yet, in order: those not whole. Where the ones before hold `max_tokens`, no more are needed."""
+        """The parts to encode yet, in order: those not whole. Where the ones before hold
+        `max_tokens`, no more are needed.
+        """
         result: list[int] = []
         entries: list[ShardEntry] = []
         for part in range(self.count):
@@ -81,7 +90,9 @@ class Parts:
         return result
 
     def _enough(self, entries: Sequence[ShardEntry]) -> bool:
-        """Whether `entries`, all of them or only some that come first, are certain to hold `max_tokens` training tokens."""
+        """Whether `entries`, all of them or only some that come first, are certain to hold
+        `max_tokens` training tokens.
+        """
         tokens = begun = 0
         for entry in entries:
             if begun > self.origin.val_docs:  # the first training document began before this shard
@@ -90,16 +101,25 @@ class Parts:
         return 0 < self.origin.max_tokens <= tokens
 
     def _reached_now(self, known: Sequence[SplitProgress]) -> list[SplitProgress]:
-        """How far parts 0, 1, … are encoded, of which `known` was true earlier: whole ones are not read again."""
-        return [progress if progress.finished else self.reached(part) for part, progress in enumerate(known)]
+        """How far parts 0, 1, … are encoded, of which `known` was true earlier: whole ones are not
+        read again.
+        """
+        return [
+            progress if progress.finished else self.reached(part)
+            for part, progress in enumerate(known)
+        ]
 
     def encode(self, part: int) -> None:
-        """Encodes part `part`, or what is missing of it. Raises `UserError`; whole shards are kept then, as in a kill."""
+        """Encodes part `part`, or what is missing of it. Raises `UserError`; whole shards are kept
+        then, as in a kill.
+        """
         folder = self.folder(part)
         with locked(folder):
             progress = begin_or_resume(folder, self.origin)
             before = self._reached_now([SplitProgress()] * part if self.origin.max_tokens else [])
-            if progress.train.finished or self._enough([entry for earlier in before for entry in earlier.shards]):
+            if progress.train.finished or self._enough(
+                [entry for earlier in before for entry in earlier.shards]
+            ):
                 return
             tokenizer = load_tokenizer(self.tokenizer)
             if tokenizer.sha256 != self.tokenizer_entry.sha256:
@@ -127,20 +147,30 @@ class Parts:
                     for tokens, extra in chunk:
                         writer.append(tokens, extra)
                     if len(writer.progress.shards) > shards:
-                        before = self._reached_now(before)  # the parts before may be in work at the same time
-                    if self._enough([entry for reached in (*before, writer.progress) for entry in reached.shards]):
+                        # the parts before may be in work at the same time
+                        before = self._reached_now(before)
+                    if self._enough(
+                        [
+                            entry
+                            for reached in (*before, writer.progress)
+                            for entry in reached.shards
+                        ]
+                    ):
                         break
             writer.finish()
 
     def read(self, first: int) -> Iterator[Encoded]:
-        """The source's documents from number `first` on (from 0), held-out ones included, in their order, in chunks.
+        """The source's documents from number `first` on (from 0), held-out ones included, in their
+        order, in chunks.
 
         Raises `DataError` at a part that is not whole or is damaged.
         """
         for part in range(self.count):
             reached = self.reached(part)
             if not reached.finished:
-                raise DataError(f"{self.folder(part)}: not encoded to its end; run the same command again")
+                raise DataError(
+                    f"{self.folder(part)}: not encoded to its end; run the same command again"
+                )
             if reached.documents > first:
                 yield from self._read_part(self.folder(part), reached, first)
             first = max(0, first - reached.documents)
@@ -152,15 +182,22 @@ class Parts:
             if not path.is_file():
                 raise DataError(f"{path}: missing; {remedy}")
             if (found := file_sha256(path, DataError)) != file.sha256:
-                raise DataError(f"{path}: damaged: expected SHA-256 {file.sha256}, found {found}; {remedy}")
-        stream = TokenStream(tuple(open_entries(folder, reached.shards)), self.tokenizer_entry.vocab_size)
+                raise DataError(
+                    f"{path}: damaged: expected SHA-256 {file.sha256}, found {found}; {remedy}"
+                )
+        stream = TokenStream(
+            tuple(open_entries(folder, reached.shards)), self.tokenizer_entry.vocab_size
+        )
         edges, end = [], 0
-        for shard in stream.shards:  # a document's one BOS is its first token: no text encodes to it
+        # a document's one BOS is its first token: no text encodes to it
+        for shard in stream.shards:
             edges.append(end + np.flatnonzero(shard.tokens == self.tokenizer_entry.bos_id))
             end += len(shard.tokens)
         begins = np.concatenate(edges).tolist()
         if len(begins) != reached.documents:
-            raise DataError(f"{folder}: expected {reached.documents} documents, found {len(begins)}; {remedy}")
+            raise DataError(
+                f"{folder}: expected {reached.documents} documents, found {len(begins)}; {remedy}"
+            )
         spans = pairwise([*begins[first:], end])
         while chunk := list(islice(spans, _CHUNK_DOCUMENTS)):
             yield [(stream.take(a, b - a), stream.extra(a, b) - np.array([a, 0])) for a, b in chunk]

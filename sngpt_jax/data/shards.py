@@ -1,7 +1,8 @@
 """Token shards on disk, read as one endless stream.
 
-A shard is the published challenge's format: a header of 256 little-endian int32 (magic 20240520, version 1, token count,
-zeros), then that many little-endian uint16 tokens. nanoGPT's `train.bin` and `val.bin` are the tokens alone.
+A shard is the published challenge's format: a header of 256 little-endian int32 (magic 20240520,
+version 1, token count, zeros), then that many little-endian uint16 tokens. nanoGPT's `train.bin`
+and `val.bin` are the tokens alone.
 """
 
 import hashlib
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax import cli
-from sngpt_jax.cli import write_bytes_atomic
+from sngpt_jax.base import cli
+from sngpt_jax.base.files import write_bytes_atomic
+from sngpt_jax.base.untrusted import file_sha256, inside, plain_size
 from sngpt_jax.data.manifest import (
     MANIFEST,
     PROGRESS,
@@ -24,7 +26,6 @@ from sngpt_jax.data.manifest import (
     verify,
 )
 from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
-from sngpt_jax.untrusted import file_sha256, inside, plain_size
 
 MAGIC = 20240520
 VERSION = 1
@@ -32,10 +33,12 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
-DOWNLOAD = ".download"  # a folder that is there while published shards are fetched into the folder above it
+# a folder that is there while published shards are fetched into the folder above it
+DOWNLOAD = ".download"
 
 _COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: the count takes 8 bytes a token
-_VERIFIED_BYTES = 64 * 2**20  # data sets smaller than this have their checksums verified whenever they are opened
+# data sets smaller than this have their checksums verified whenever they are opened
+_VERIFIED_BYTES = 64 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------- one file
@@ -50,14 +53,21 @@ def write_hashed(path: Path, content: bytes) -> str:
 def write_shard(path: Path, tokens: np.ndarray) -> str:
     """Writes `tokens` (uint16 [N], N ≥ 1) as a shard, atomically; returns the file's SHA-256."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 1 <= len(tokens) <= MAX_SHARD_TOKENS:
-        raise ValueError(f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype} {tokens.shape}")
+        raise ValueError(
+            f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype}"
+            f" {tokens.shape}"
+        )
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    return write_hashed(path, b"".join([header.data, np.ascontiguousarray(tokens, dtype=TOKEN).data]))
+    return write_hashed(
+        path, b"".join([header.data, np.ascontiguousarray(tokens, dtype=TOKEN).data])
+    )
 
 
 def open_shard(path: Path) -> np.memmap:
-    """Maps a shard's tokens, uint16 [N]. Checks magic, version and size; raises `DataError` with expected and found."""
+    """Maps a shard's tokens, uint16 [N]. Checks magic, version and size; raises `DataError` with
+    expected and found.
+    """
     size = plain_size(path, DataError)
     try:
         with open(path, "rb") as file:
@@ -65,7 +75,9 @@ def open_shard(path: Path) -> np.memmap:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if len(header) < HEADER_BYTES:
-        raise DataError(f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}")
+        raise DataError(
+            f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}"
+        )
     magic, version, count = (int(x) for x in header.view("<i4")[:3])
     if magic != MAGIC:
         raise DataError(f"{path}: not a token shard: expected magic {MAGIC}, found {magic}")
@@ -76,7 +88,9 @@ def open_shard(path: Path) -> np.memmap:
     expected = HEADER_BYTES + TOKEN.itemsize * count
     if size != expected:
         problem = "truncated" if size < expected else "oversized"
-        raise DataError(f"{path}: {problem}: expected {expected} bytes for {count} tokens, found {size}")
+        raise DataError(
+            f"{path}: {problem}: expected {expected} bytes for {count} tokens, found {size}"
+        )
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -84,18 +98,26 @@ def open_headerless(path: Path) -> np.memmap:
     """Maps a file of uint16 tokens without a header (nanoGPT's form). Raises `DataError`."""
     size = plain_size(path, DataError)
     if size == 0 or size % TOKEN.itemsize:
-        raise DataError(f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes")
+        raise DataError(
+            f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
+        )
     tokens = np.memmap(path, dtype=TOKEN, mode="r")
     if size >= 4 and int(tokens[0]) | int(tokens[1]) << 16 == MAGIC:
-        raise DataError(f"{path}: expected tokens alone, found a shard header; name it *_{path.stem}_000000.bin instead")
+        raise DataError(
+            f"{path}: expected tokens alone, found a shard header; name it *_{path.stem}_000000.bin"
+            " instead"
+        )
     return tokens
 
 
 def open_extra(path: Path, tokens: int) -> np.ndarray:
-    """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending. Raises `DataError`."""
+    """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending.
+    Raises `DataError`.
+    """
     try:
         with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):  # later ones may state a header of 4 GB, which numpy allocates
+            # later ones may state a header of 4 GB, which numpy allocates
+            if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("expected version 1.0 of npy")
         # mapped, since it then must be as long as its header says; `np.load` also takes archives
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
@@ -104,7 +126,9 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
         raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")
     positions = rows[:, 0]
-    if len(rows) and (positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any()):
+    if len(rows) and (
+        positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any()
+    ):
         raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
     return rows
 
@@ -120,12 +144,15 @@ class Shard:
 
     path: Path
     tokens: np.ndarray  # uint16 [N]
-    extra: np.ndarray  # int64 [n, 2]: token position in the shard, bytes that the token's own length does not count
+    # int64 [n, 2]: token position in the shard, bytes that the token's own length does not count
+    extra: np.ndarray
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The shards of one split in order, as one sequence of tokens that starts again at its end. Safe to read from threads."""
+    """The shards of one split in order, as one sequence of tokens that starts again at its end.
+    Safe to read from threads.
+    """
 
     shards: tuple[Shard, ...]
     vocab_size: int
@@ -140,7 +167,10 @@ class TokenStream:
 
     @cached_property
     def _extra(self) -> np.ndarray:
-        rows = [shard.extra + np.array([start, 0]) for shard, start in zip(self.shards, self._starts[:-1], strict=True)]
+        rows = [
+            shard.extra + np.array([start, 0])
+            for shard, start in zip(self.shards, self._starts[:-1], strict=True)
+        ]
         return np.concatenate([NO_EXTRA, *rows])
 
     def __len__(self) -> int:
@@ -149,7 +179,8 @@ class TokenStream:
     def take(self, start: int, count: int) -> np.ndarray:
         """Tokens start, start + 1, …, start + count - 1 of the endless stream: uint16 [count].
 
-        Position p is token p mod len(self). Raises `DataError` naming the file that holds a token outside the vocabulary.
+        Position p is token p mod len(self). Raises `DataError` naming the file that holds a token
+        outside the vocabulary.
         """
         if start < 0 or count < 0:
             raise ValueError(f"take({start}, {count}): neither may be negative")
@@ -162,8 +193,9 @@ class TokenStream:
             if piece.max() >= self.vocab_size:
                 at = offset + int(np.argmax(piece >= self.vocab_size))
                 raise DataError(
-                    f"{shard.path}: expected tokens below the vocabulary size {self.vocab_size}, found {shard.tokens[at]}"
-                    f" at token {at}; the shard was made with another tokenizer or is damaged"
+                    f"{shard.path}: expected tokens below the vocabulary size {self.vocab_size},"
+                    f" found {shard.tokens[at]} at token {at}; the shard was made with another"
+                    " tokenizer or is damaged"
                 )
             result[filled : filled + len(piece)] = piece
             filled += len(piece)
@@ -172,12 +204,15 @@ class TokenStream:
         return result
 
     def extra(self, start: int, stop: int) -> np.ndarray:
-        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], rows (position in the stream, bytes)."""
+        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], rows (position
+        in the stream, bytes).
+        """
         first, last = np.searchsorted(self._extra[:, 0], [start, stop])
         return self._extra[first:last]
 
     def target_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> np.ndarray:
-        """UTF-8 bytes of each of the tokens [start, stop) given the one before it, corrections included: int64 [stop - start].
+        """UTF-8 bytes of each of the tokens [start, stop) given the one before it, corrections
+        included: int64 [stop - start].
 
         1 ≤ start ≤ stop ≤ len(self).
         """
@@ -190,10 +225,14 @@ class TokenStream:
         return result
 
     def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> int:
-        """The sum of `target_bytes` over the same tokens, in blocks, so that it takes little memory however many they are."""
+        """The sum of `target_bytes` over the same tokens, in blocks, so that it takes little
+        memory however many they are.
+        """
         total = 0
         for block in range(start, stop, _COUNT_BLOCK):
-            total += int(self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum())
+            total += int(
+                self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum()
+            )
         return total
 
 
@@ -212,32 +251,52 @@ class Dataset:
 
 
 def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
-    """Maps the shards that a manifest or journal names, checking presence, headers and sizes. Raises `DataError`."""
+    """Maps the shards that a manifest or journal names, checking presence, headers and sizes.
+    Raises `DataError`.
+    """
     shards = []
     for entry in entries:
         path = inside(directory, entry.name, DataError)
         if not path.is_file():
-            raise DataError(f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data again elsewhere")
+            raise DataError(
+                f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data"
+                " again elsewhere"
+            )
         tokens = open_shard(path)
         if len(tokens) != entry.tokens:
-            raise DataError(f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}")
-        extra = open_extra(inside(directory, entry.extra.name, DataError), entry.tokens) if entry.extra else NO_EXTRA
+            raise DataError(
+                f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}"
+            )
+        extra = (
+            open_extra(inside(directory, entry.extra.name, DataError), entry.tokens)
+            if entry.extra
+            else NO_EXTRA
+        )
         shards.append(Shard(path, tokens, extra))
     return shards
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether a preparation or a download of published shards into this folder has begun and not ended."""
+    """Whether a preparation or a download of published shards into this folder has begun and not
+    ended.
+    """
     if (directory / MANIFEST).is_file():  # written last
         return False
     return (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
 
 
 def _tokenizer_file(directory: Path) -> Path:
-    found = sorted(path for path in directory.iterdir() if path.suffix == ".model" or path.name == "tokenizer.json")
+    found = sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix == ".model" or path.name == "tokenizer.json"
+    )
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{directory}: expected one tokenizer beside the shards (a .model or tokenizer.json), found {names}")
+        raise DataError(
+            f"{directory}: expected one tokenizer beside the shards (a .model or tokenizer.json),"
+            f" found {names}"
+        )
     return found[0]
 
 
@@ -245,39 +304,56 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
     """The train and val shards of a folder of any of the three kinds."""
     if manifest:
         if not (manifest.train and manifest.val):
-            raise DataError(f"{directory / MANIFEST}: names no shards of {'val' if manifest.train else 'train'}")
+            raise DataError(
+                f"{directory / MANIFEST}: names no shards of {'val' if manifest.train else 'train'}"
+            )
         return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
     if unfinished(directory):
-        raise DataError(f"{directory}: its preparation has not finished; run the same prepare command again to go on")
+        raise DataError(
+            f"{directory}: its preparation has not finished; run the same prepare command again to"
+            " go on"
+        )
     train, val = (sorted(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
     if train and val:
-        return [Shard(p, open_shard(p), NO_EXTRA) for p in train], [Shard(p, open_shard(p), NO_EXTRA) for p in val]
+        return [Shard(p, open_shard(p), NO_EXTRA) for p in train], [
+            Shard(p, open_shard(p), NO_EXTRA) for p in val
+        ]
     if (directory / "train.bin").is_file() and (directory / "val.bin").is_file():
-        plain = [Shard(p, open_headerless(p), NO_EXTRA) for p in (directory / "train.bin", directory / "val.bin")]
+        plain = [
+            Shard(p, open_headerless(p), NO_EXTRA)
+            for p in (directory / "train.bin", directory / "val.bin")
+        ]
         return plain[:1], plain[1:]
     raise DataError(
-        f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and val.bin; found none"
+        f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or"
+        " train.bin and val.bin; found none"
     )
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
-    """Opens a folder of tokens for a model whose table has `vocab_size` rows, one for each token of the folder's tokenizer
-    or more. Raises `DataError` in one line that names the file.
+    """Opens a folder of tokens for a model whose table has `vocab_size` rows, one for each token
+    of the folder's tokenizer or more. Raises `DataError` in one line that names the file.
 
-    With a manifest, the folder is one of `sngpt_jax.data.prepare`. Without one, shards named `*_train_*.bin` and `*_val_*.bin`
-    are read in the order of their names, else nanoGPT's `train.bin` and `val.bin`; one tokenizer file lies beside them.
-    The tokenizer's checksum and every shard's header and size are checked; the shards' checksums only in a data set smaller
+    With a manifest, the folder is one of `sngpt_jax.prepare`. Without one, shards named
+    `*_train_*.bin` and `*_val_*.bin` are read in the order of their names, else nanoGPT's
+    `train.bin` and `val.bin`; one tokenizer file lies beside them. The tokenizer's checksum and
+    every shard's header and size are checked; the shards' checksums only in a data set smaller
     than 64 MiB, since the others take minutes to read (`prepare --verify` does so).
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(
-            f"{directory.absolute()}: no such folder; say where the data are (train: --data.dir DIR, evaluate: --data DIR), or"
-            f" make it with: {cli.command('sngpt_jax.data.prepare', '--out', str(directory))} --source … --tokenizer …"
+            f"{directory.absolute()}: no such folder; say where the data are (train: --data.dir"
+            " DIR, evaluate: --data DIR), or make it with:"
+            f" {cli.command('sngpt_jax.prepare', '--out', str(directory))} --source … --tokenizer …"
         )
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)
-    path = inside(directory, manifest.tokenizer.file, DataError) if manifest else _tokenizer_file(directory)
+    path = (
+        inside(directory, manifest.tokenizer.file, DataError)
+        if manifest
+        else _tokenizer_file(directory)
+    )
     if manifest and (found := file_sha256(path, DataError)) != manifest.tokenizer.sha256:
         raise DataError(
             f"{path}: not the tokenizer that the shards were made with:"
@@ -285,8 +361,13 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
         )
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
-        raise DataError(f"{path}: expected at most model.vocab_size = {vocab_size} tokens, found {tokenizer.vocab_size}")
+        raise DataError(
+            f"{path}: expected at most model.vocab_size = {vocab_size} tokens, found"
+            f" {tokenizer.vocab_size}"
+        )
     if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
         verify(directory)
-    train_stream, val_stream = (TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val))
+    train_stream, val_stream = (
+        TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val)
+    )
     return Dataset(directory, train_stream, val_stream, tokenizer, manifest)

@@ -7,16 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.data.manifest import ExtraEntry, ShardEntry, SplitProgress
-from sngpt_jax.data.shards import NO_EXTRA, TOKEN, Shard, TokenStream, open_entries, write_hashed, write_shard
+from sngpt_jax.data.shards import (
+    NO_EXTRA,
+    TOKEN,
+    Shard,
+    TokenStream,
+    open_entries,
+    write_hashed,
+    write_shard,
+)
 from sngpt_jax.data.tokenizer import MAX_VOCAB, TokenBytes
 
 
 class SplitWriter:
-    """Appends documents to one split of a folder; each shard but the last holds exactly `shard_tokens` tokens.
+    """Appends documents to one split of a folder; each shard but the last holds exactly
+    `shard_tokens` tokens.
 
-    `progress` says where to go on and `limit` after how many tokens of the whole split to stop (None: never). After each shard
-    that is complete and in place, `on_shard` is called with the new progress. Appending the documents from number
-    `progress.documents` on gives the same files as one run over all of them.
+    `progress` says where to go on and `limit` after how many tokens of the whole split to stop
+    (None: never). After each shard that is complete and in place, `on_shard` is called with the
+    new progress. Appending the documents from number `progress.documents` on gives the same files
+    as one run over all of them.
     """
 
     def __init__(
@@ -32,8 +42,14 @@ class SplitWriter:
     ) -> None:
         self.progress = progress
         self.documents = progress.documents  # appended whole
-        self.tokens = sum(entry.tokens for entry in progress.shards)  # appended, the unfinished shard's included
-        self._directory, self._split, self._token_bytes, self._on_shard = directory, split, token_bytes, on_shard
+        # appended, the unfinished shard's included
+        self.tokens = sum(entry.tokens for entry in progress.shards)
+        self._directory, self._split, self._token_bytes, self._on_shard = (
+            directory,
+            split,
+            token_bytes,
+            on_shard,
+        )
         self._limit = limit
         self._offset = progress.offset
         written = open_entries(directory, progress.shards)
@@ -53,7 +69,9 @@ class SplitWriter:
         return self._capacity == 0
 
     def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
-        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m, 2]. When full, nothing."""
+        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m,
+        2]. When full, nothing.
+        """
         if self.full:
             return
         while self._offset < len(tokens) and not self.full:
@@ -76,7 +94,9 @@ class SplitWriter:
         """Writes what is left as the last shard."""
         if self._filled:
             self._end_shard(self.documents, self._offset)
-        self.progress = SplitProgress(self.progress.shards, self.documents, self._offset, finished=True)
+        self.progress = SplitProgress(
+            self.progress.shards, self.documents, self._offset, finished=True
+        )
         self._on_shard(self.progress)
 
     def _end_shard(self, documents: int, offset: int) -> None:
@@ -88,7 +108,9 @@ class SplitWriter:
             file = io.BytesIO()
             np.save(file, extra, allow_pickle=False)
             sidecar_name = f"{name}.extra.npy"
-            sidecar = ExtraEntry(sidecar_name, write_hashed(self._directory / sidecar_name, file.getvalue()))
+            sidecar = ExtraEntry(
+                sidecar_name, write_hashed(self._directory / sidecar_name, file.getvalue())
+            )
         entry = ShardEntry(
             name=name,
             tokens=len(tokens),
@@ -103,6 +125,9 @@ class SplitWriter:
         self._begin_shard()
 
     def _count_bytes(self, shard: Shard) -> int:
-        previous = shard.tokens[0] if self._previous is None else self._previous  # a split begins with BOS: 0 bytes
+        # a split begins with BOS: 0 bytes
+        previous = shard.tokens[0] if self._previous is None else self._previous
         before = Shard(shard.path, np.array([previous], TOKEN), NO_EXTRA)
-        return TokenStream((before, shard), MAX_VOCAB).count_bytes(self._token_bytes, 1, 1 + len(shard.tokens))
+        return TokenStream((before, shard), MAX_VOCAB).count_bytes(
+            self._token_bytes, 1, 1 + len(shard.tokens)
+        )

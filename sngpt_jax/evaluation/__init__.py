@@ -1,1 +1,3 @@
-"""What a model is worth: scores over a validation stream, downstream tasks, the study of its sparse codes."""
+"""What a model is worth: scores over a validation stream, downstream tasks, the study of its
+sparse codes.
+"""

@@ -1,11 +1,14 @@
-"""Second moments H = mean(x xᵀ) of what a model's matrices are multiplied with over training text; GPTQ rounds them by H.
+"""Second moments H = mean(x xᵀ) of what a model's matrices are multiplied with over training text;
+GPTQ rounds them by H.
 
-Frantar et al. 2022, arXiv:2210.17323. `Observed` matrices stand in the model's variables for the arrays, and note their
-inputs while the forward pass is traced. So training and scoring are compiled as ever.
+Frantar et al. 2022, arXiv:2210.17323. `Observed` matrices stand in the model's variables for the
+arrays, and note their inputs while the forward pass is traced. So training and scoring are
+compiled as ever.
 
-Cost. A token takes a forward pass without the head, and 2 n² operations for each input of width n: those of query, key and
-value (one), out, up and down. With widths D and F, and K of H key/value heads, that is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F)
-of the products with the matrices themselves, 1.33 with F = 3 D and K = H/2. The host adds up 4 n² bytes for each, a batch.
+Cost. A token takes a forward pass without the head, and 2 n² operations for each input of width n:
+those of query, key and value (one), out, up and down. With widths D and F, and K of H key/value
+heads, that is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F) of the products with the matrices
+themselves, 1.33 with F = 3 D and K = H/2. The host adds up 4 n² bytes for each, a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +20,29 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.artifact.policy import MATRICES, policy_of
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs, path_name
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
+from sngpt_jax.model.forward import Batch, Variables, abstract_variables, forward
 from sngpt_jax.model.layers import Observed
-from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs, path_name
-from sngpt_jax.policy import MATRICES, policy_of
-from sngpt_jax.step import Batch, Variables, abstract_variables, forward
 
-SAME_TEXT = 1024  # tokens; shards that begin with so many in common, or the whole of the shorter one, hold the same text
+# tokens; shards that begin with so many in common, or the whole of the shorter one, hold the same
+# text
+SAME_TEXT = 1024
 
-Moments = dict[tuple[str, ...], Any]  # the paths of the matrices that share an input → its second moment [n, n]
+# the paths of the matrices that share an input → its second moment [n, n]
+Moments = dict[tuple[str, ...], Any]
 
 
 def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
     """The training tokens of `dataset`, of which the first `tokens` are to be read.
 
-    Raises `UserError` where one of the shards that hold those is a validation shard too, as the file, as a copy, or as text
-    that begins with the same 1,024 tokens. Beyond that the maker of the shards keeps the splits apart, as `prepare` does.
+    Raises `UserError` where one of the shards that hold those is a validation shard too, as the
+    file, as a copy, or as text that begins with the same 1,024 tokens. Beyond that the maker of
+    the shards keeps the splits apart, as `prepare` does.
     """
     first = 0
     for shard in dataset.train.shards:
@@ -46,8 +53,9 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
             count = min(SAME_TEXT, len(shard.tokens), len(held_out.tokens))
             if np.array_equal(shard.tokens[:count], held_out.tokens[:count]):
                 raise UserError(
-                    f"{shard.path}: a training shard with the text of the validation shard {held_out.path}; GPTQ must not see"
-                    " what the artifact is scored on: take data whose splits are apart, or leave export.gptq out"
+                    f"{shard.path}: a training shard with the text of the validation shard"
+                    f" {held_out.path}; GPTQ must not see what the artifact is scored on: take data"
+                    " whose splits are apart, or leave export.gptq out"
                 )
     return dataset.train
 
@@ -56,17 +64,23 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
 
 
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
-    """Σ x xᵀ, float32 [n, n], over the positions of the rows that count. Products of bfloat16 numbers are exact in it."""
+    """Σ x xᵀ, float32 [n, n], over the positions of the rows that count. Products of bfloat16
+    numbers are exact in it.
+    """
     kept_BTn = jnp.where(counted_B[:, None, None], x_BTn, 0)
     highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum("btn,btm->nm", kept_BTn, x_BTn, precision=highest, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "btn,btm->nm", kept_BTn, x_BTn, precision=highest, preferred_element_type=jnp.float32
+    )
 
 
 def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Moments`, sums over a batch, float32, known to all processes.
+    """The jitted function (variables, batch) → `Moments`, sums over a batch, float32, known to all
+    processes.
 
-    The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that are in the sums. Of a matrix that is applied more
-    than once, which recycled layers' are, the sum is the mean of its applications'.
+    The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that are in the sums. Of a
+    matrix that is applied more than once, which recycled layers' are, the sum is the mean of its
+    applications'.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config.model)), P(BATCH_AXES)
 
@@ -83,7 +97,8 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         # nobody takes the logits, so the compiler leaves the last product and the head out
         forward(config.model)(observed, batch["inputs"].astype(jnp.int32))
 
-        sharing: dict[tuple[int, ...], list[str]] = {}  # by the very arrays that they are multiplied with
+        # by the very arrays that they are multiplied with
+        sharing: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in seen.items():
             sharing.setdefault(tuple(map(id, inputs)), []).append(name)
 
@@ -93,7 +108,9 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
         return {tuple(names): mean(seen[names[0]]) for names in sharing.values()}
 
-    return jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False))
+    return jax.jit(
+        jax.shard_map(moments, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- on the host
@@ -109,10 +126,11 @@ def second_moments(
 ) -> dict[str, np.ndarray]:
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
-    The mean is over the inputs at all positions of the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens of `stream`
-    (of `training_stream`), and over all applications of a recycled layer. Matrices with the same input share one array.
-    `variables` lie on the mesh as a step's do. Summed over `eval.device_batch_tokens` on a device in float32, and over batches
-    in float64 on the host. `progress(done, total)` is told of windows as they are read.
+    The mean is over the inputs at all positions of the first ⌊tokens / T⌋ windows of T =
+    `data.seq_len` tokens of `stream` (of `training_stream`), and over all applications of a
+    recycled layer. Matrices with the same input share one array. `variables` lie on the mesh as a
+    step's do. Summed over `eval.device_batch_tokens` on a device in float32, and over batches in
+    float64 on the host. `progress(done, total)` is told of windows as they are read.
 
     Raises `UserError` where `tokens` are less than a window, or more than the stream holds.
     """
@@ -151,6 +169,7 @@ def second_moments(
 
     found: dict[str, np.ndarray] = {}
     for paths, sum_nn in total.items():
-        moment = (sum_nn + sum_nn.T) / (2 * windows.targets)  # a product's rounding may not be symmetric
+        # a product's rounding may not be symmetric
+        moment = (sum_nn + sum_nn.T) / (2 * windows.targets)
         found |= dict.fromkeys(paths, moment)
     return found

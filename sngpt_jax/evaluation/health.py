@@ -1,6 +1,8 @@
-"""The health of the sparse codes: which features fire, how strongly, and how well they rebuild what they code.
+"""The health of the sparse codes: which features fire, how strongly, and how well they rebuild
+what they code.
 
-Measured at validation over N tokens from the start of the stream, for each layer and level; V are the level's features:
+Measured at validation over N tokens from the start of the stream, for each layer and level; V are
+the level's features:
 
     dead        share of V selected fewer than C · N · k / |V| times, C = 1/10
     silent      share of V selected in no sample of the last 100 optimizer steps, or of all where there were fewer
@@ -12,12 +14,13 @@ Measured at validation over N tokens from the start of the stream, for each laye
     min_z       smallest standardized score of any feature selected, without its bias
     duplicates  candidates a token that an earlier of its parents had already brought; none at level 0
 
-and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and `rms`, the root of the mean
-square of x̂'s coordinates.
+and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and
+`rms`, the root of the mean square of x̂'s coordinates.
 
-Cost. A token here takes a forward pass without logits, and an eighth of that again for the scores and the reconstruction of
-its features: 0.37 of a training token's time with four layers of width 128 on a CPU. H tokens at every validation are so
-0.37 · H / (eval.every · data.batch_tokens) of the training between two, less than 2 % with H below a twentieth of its tokens.
+Cost. A token here takes a forward pass without logits, and an eighth of that again for the scores
+and the reconstruction of its features: 0.37 of a training token's time with four layers of width
+128 on a CPU. H tokens at every validation are so 0.37 · H / (eval.every · data.batch_tokens) of
+the training between two, less than 2 % with H below a twentieth of its tokens.
 """
 
 import math
@@ -30,28 +33,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sngpt_kernels import cayley
+from sngpt_kernels.cayley import dictionary
 
-from kernels import cayley
-from kernels.cayley import dictionary
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.evaluation.windows import rows_at_a_time, standard_windows, window_batches
 from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
-from sngpt_jax.parallel import BATCH_AXES, batch_placer, gather, partition_specs
-from sngpt_jax.step import Batch, Variables, abstract_variables, tapped_losses
+from sngpt_jax.model.forward import Batch, Variables, abstract_variables, tapped_losses
 
-RARE = 10  # a feature is dead below a tenth of the firings of an even spread, a zombie below a tenth of the median
+# a feature is dead below a tenth of the firings of an even spread, a zombie below a tenth of the
+# median
+RARE = 10
 SILENT_STEPS = 100  # optimizer steps without firing that make a feature silent
 
 
 class Sums(NamedTuple):
-    """What adds up over tokens. F features and so many levels a layer; without the dimension L it is one layer's."""
+    """What adds up over tokens. F features and so many levels a layer; without the dimension L it
+    is one layer's.
+    """
 
     tokens: Any  # [L], N
     counts: Any  # [L, F], tokens that selected the feature
     activations: Any  # [L, F], sum of its activation over them
     min_z: Any  # [L, levels], smallest standardized score of a selected feature
-    repeats: Any  # [L, levels], selected parents whose children another selected parent had already brought
+    # [L, levels], selected parents whose children another selected parent had already brought
+    repeats: Any
     cos: Any  # [L], sum of cos(x, x_hat)
     mean_square: Any  # [L], sum of the mean square of x_hat's coordinates
 
@@ -60,33 +68,44 @@ class Sums(NamedTuple):
 
 
 def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
-    """How many of the parents, over all P positions, share their group (those with the same children) with one counted."""
+    """How many of the parents, over all P positions, share their group (those with the same
+    children) with one counted.
+    """
     group_PK = jnp.sort(jnp.asarray(group_of_parent)[parents_PK], axis=-1)
     return jnp.sum(group_PK[:, 1:] == group_PK[:, :-1], dtype=jnp.int32)
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
-    """The sums of one layer, whose `taps` and `code` come without their dimension L, over the rows where `counted_B` is true.
+    """The sums of one layer, whose `taps` and `code` come without their dimension L, over the rows
+    where `counted_B` is true.
 
     One row is worked on at a time, so that beside the taps memory is that of a row.
     """
     levels = config.cayley_levels
-    splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()  # where a level's ids end and the next one's begin
-    groups = [dictionary.children(levels, config.generators, level).group_of_parent for level in range(1, len(levels))]
+    # where a level's ids end and the next one's begin
+    splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()
+    groups = [
+        dictionary.children(levels, config.generators, level).group_of_parent
+        for level in range(1, len(levels))
+    ]
 
     def row(total: Sums, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
         x_hat_PD = cayley.combine(c_PA, ids_PA, config.d_model)
         lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
-        cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)  # 0 where either vector is
+        # 0 where either vector is
+        cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
         ids = ids_PA.reshape(-1)
         after = Sums(
             tokens=total.tokens + len(ids_PA),
             counts=total.counts.at[ids].add(1),
             activations=total.activations.at[ids].add(c_PA.reshape(-1)),
-            min_z=jnp.minimum(total.min_z, jnp.stack([jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)])),
-            repeats=total.repeats + jnp.stack([jnp.int32(0), *map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)]),
+            min_z=jnp.minimum(
+                total.min_z, jnp.stack([jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)])
+            ),
+            repeats=total.repeats
+            + jnp.stack([jnp.int32(0), *map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)]),
             cos=total.cos + jnp.sum(cos_P),
             mean_square=total.mean_square + jnp.sum(jnp.mean(jnp.square(x_hat_PD), axis=-1)),
         )
@@ -108,8 +127,9 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (variables, batch) → `Sums` over the batch, known to all processes.
 
-    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that are in the sums. What the codes of all
-    layers take in and choose is held at once: L · (D + 2 A) numbers of 2 bytes a token in bfloat16.
+    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that are in the
+    sums. What the codes of all layers take in and choose is held at once: L · (D + 2 A) numbers of
+    2 bytes a token in bfloat16.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
@@ -121,11 +141,14 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
         assert taps is not None
         # one layer after the other
         local = jax.lax.map(
-            lambda layer: layer_sums(config, layer[0], layer[1], batch["counted"]), (taps, code_state(variables))
+            lambda layer: layer_sums(config, layer[0], layer[1], batch["counted"]),
+            (taps, code_state(variables)),
         )
         return jax.lax.psum(local, BATCH_AXES)._replace(min_z=jax.lax.pmin(local.min_z, BATCH_AXES))
 
-    return jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False))
+    return jax.jit(
+        jax.shard_map(sums, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- on the host
@@ -134,14 +157,19 @@ _all_scores = jax.jit(cayley.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones fired too seldom; `counts` int64 [..., |V|] are over so many tokens."""
-    return RARE * counts * counts.shape[-1] < tokens * k  # in integers, so that the threshold itself is alive
+    """Which features of a level with k active ones fired too seldom; `counts` int64 [..., |V|] are
+    over so many tokens.
+    """
+    # in integers, so that the threshold itself is alive
+    return RARE * counts * counts.shape[-1] < tokens * k
 
 
 def accumulate(total: Sums | None, batch: Sums) -> Sums:
     """The sums of two sets of tokens, in int64 and float64; `total` is None before the first."""
     host = jax.tree.map(np.asarray, batch)
-    host = Sums(*(array.astype(np.int64 if array.dtype.kind == "i" else np.float64) for array in host))
+    host = Sums(
+        *(array.astype(np.int64 if array.dtype.kind == "i" else np.float64) for array in host)
+    )
     if total is None:
         return host
     return Sums(*map(np.add, total, host))._replace(min_z=np.minimum(total.min_z, host.min_z))
@@ -149,7 +177,9 @@ def accumulate(total: Sums | None, batch: Sums) -> Sums:
 
 @dataclass(frozen=True)
 class Health:
-    """The quantities that the module's docstring defines, [L, levels], those of a layer [L]; shares as fractions."""
+    """The quantities that the module's docstring defines, [L, levels], those of a layer [L];
+    shares as fractions.
+    """
 
     tokens: int  # that the sums are over
     dead: np.ndarray
@@ -169,31 +199,48 @@ class Health:
                 yield field.name, getattr(self, field.name)
 
     def record(self) -> dict[str, float]:
-        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`, and without the layer their means over layers."""
+        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`, and without the
+        layer their means over layers.
+        """
         found: dict[str, float] = {"code/tokens": self.tokens}
         for name, array in self._values():
-            places = [("", array.mean(axis=0)), *((f"layer{layer:02d}/", row) for layer, row in enumerate(array))]
+            places = [
+                ("", array.mean(axis=0)),
+                *((f"layer{layer:02d}/", row) for layer, row in enumerate(array)),
+            ]
             for place, values in places:
                 if values.ndim:
-                    found |= {f"code/{place}level{level}/{name}": float(value) for level, value in enumerate(values)}
+                    found |= {
+                        f"code/{place}level{level}/{name}": float(value)
+                        for level, value in enumerate(values)
+                    }
                 else:
                     found[f"code/{place}{name}"] = float(values)
         return found
 
     def line(self) -> str:
-        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83`: means over the layers, level by level."""
+        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83`: means over the layers,
+        level by level.
+        """
 
         def percent(name: str) -> str:
             shares = 100 * getattr(self, name).mean(axis=0)
             # a share that is not zero does not read as zero
-            texts = ("<0.1" if 0 < share < 0.05 else f"{share:.1f}" if math.isfinite(share) else "–" for share in shares)
+            texts = (
+                "<0.1" if 0 < share < 0.05 else f"{share:.1f}" if math.isfinite(share) else "–"
+                for share in shares
+            )
             return f"{name} {'/'.join(texts)} %"
 
-        return " │ ".join(["code", *map(percent, ("dead", "silent", "zombies")), f"cos {self.cos.mean():.2f}"])
+        return " │ ".join(
+            ["code", *map(percent, ("dead", "silent", "zombies")), f"cos {self.cos.mean():.2f}"]
+        )
 
 
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
-    """The health after `step` optimizer steps of codes in the state `code`, whose firings are in `sums` (of `accumulate`)."""
+    """The health after `step` optimizer steps of codes in the state `code`, whose firings are in
+    `sums` (of `accumulate`).
+    """
     levels, tokens = config.cayley_levels, int(sums.tokens[0])
     mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
     std_LF, last_fired_LF = np.asarray(code.std), np.asarray(code.last_fired)
@@ -205,7 +252,10 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
         dead = is_dead(counts, tokens, levels[level][1])
         strength = np.where(dead, np.nan, activations / np.maximum(counts, 1))
         median = np.array(
-            [np.median(row[~rare]) if not rare.all() else np.nan for row, rare in zip(strength, dead, strict=True)]
+            [
+                np.median(row[~rare]) if not rare.all() else np.nan
+                for row, rare in zip(strength, dead, strict=True)
+            ]
         )
         silent = last_fired_LF[:, V] <= max(step - SILENT_STEPS, 0)
         members = len(dictionary.children(levels, config.generators, level).steps) if level else 0
@@ -213,7 +263,9 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
             "dead": dead.mean(axis=1),
             "silent": silent.mean(axis=1) if step else np.full(len(counts), np.nan),
             "zombies": np.mean(RARE * strength < median[:, None], axis=1),
-            "reachable": np.full(len(counts), dictionary.reachable(levels, level, config.generators), np.float64),
+            "reachable": np.full(
+                len(counts), dictionary.reachable(levels, level, config.generators), np.float64
+            ),
             "mu_mean": mu_LF[:, V].mean(axis=1, dtype=np.float64),
             "sigma_mean": std_LF[:, V].mean(axis=1, dtype=np.float64),
             "min_z": sums.min_z[:, level],
@@ -222,7 +274,9 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
 
     found = [of_level(level) for level in range(len(levels))]
     by_name = {name: np.stack([values[name] for values in found], axis=1) for name in found[0]}
-    return Health(tokens=tokens, **by_name, cos=sums.cos / tokens, rms=np.sqrt(sums.mean_square / tokens))
+    return Health(
+        tokens=tokens, **by_name, cos=sums.cos / tokens, rms=np.sqrt(sums.mean_square / tokens)
+    )
 
 
 def score_health(
@@ -237,9 +291,10 @@ def score_health(
 ) -> Health:
     """The health of a model's codes after `step` optimizer steps, on the start of `stream`.
 
-    Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one. A last batch with fewer
-    windows than the others is filled up with rows that are not counted. `progress(done, total)` is told of windows as they
-    are sent to the devices; what it raises ends the scoring.
+    Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one.
+    A last batch with fewer windows than the others is filled up with rows that are not counted.
+    `progress(done, total)` is told of windows as they are sent to the devices; what it raises ends
+    the scoring.
     """
     seq_len, devices = config.data.seq_len, mesh.devices.size
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))
@@ -248,7 +303,9 @@ def score_health(
     total: Sums | None = None
     pending: Sums | None = None
     for batch in window_batches(stream, windows, rows):
-        dispatched = health_step(variables, place({**batch.arrays, "counted": np.arange(rows) < batch.count}))
+        dispatched = health_step(
+            variables, place({**batch.arrays, "counted": np.arange(rows) < batch.count})
+        )
         done += batch.count
         if pending is not None:  # read behind the device's back
             total = accumulate(total, pending)

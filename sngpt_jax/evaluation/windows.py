@@ -1,12 +1,13 @@
 """How a stream of tokens is cut into windows of T inputs for scoring.
 
-Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Standard* windows lie side by side: each target sees the
-inputs of its own window alone, and a last partial window is dropped. *Sliding* windows advance by `stride` targets: the first
-one scores all of its T targets, each later one its last `stride`, so that these see T - stride + 1 to T inputs. Standard
-windows are sliding ones whose stride is T.
+Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Standard* windows lie side
+by side: each target sees the inputs of its own window alone, and a last partial window is dropped.
+*Sliding* windows advance by `stride` targets: the first one scores all of its T targets, each
+later one its last `stride`, so that these see T - stride + 1 to T inputs. Standard windows are
+sliding ones whose stride is T.
 
-The devices take rows of one shape, T inputs and `stride` scored positions; the first window is as many rows as its targets
-need.
+The devices take rows of one shape, T inputs and `stride` scored positions; the first window is as
+many rows as its targets need.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.shards import TokenStream
 
 Tail = Literal["full", "published"]
@@ -24,12 +25,15 @@ Tail = Literal["full", "published"]
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over the first `targets` targets of a stream, no fewer than `seq_len`; stride from 1 to `seq_len`."""
+    """Windows over the first `targets` targets of a stream, no fewer than `seq_len`; stride from 1
+    to `seq_len`.
+    """
 
     targets: int  # M
     seq_len: int  # T, inputs of a window
     stride: int  # S, targets by which windows advance, and scored positions of a row
-    tail: Tail = "full"  # what is left at the end: one window of T inputs; or published, see `sliding_windows`
+    # what is left at the end: one window of T inputs; or published, see `sliding_windows`
+    tail: Tail = "full"
 
     @property
     def whole(self) -> int:
@@ -45,11 +49,15 @@ class Windows:
 
     @property
     def num_rows(self) -> int:
-        """Rows that the devices take for them: one a window, but as many as its targets need for the first."""
+        """Rows that the devices take for them: one a window, but as many as its targets need for
+        the first.
+        """
         return self.count - 1 + math.ceil(self.seq_len / self.stride)
 
     def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows first … stop-1: the first input of each, and from and up to which of its positions it scores; int64 [rows]."""
+        """Rows first … stop-1: the first input of each, and from and up to which of its positions
+        it scores; int64 [rows].
+        """
         T, S, M = self.seq_len, self.stride, self.targets
         pieces = math.ceil(T / S)  # of the first window
         row = np.arange(first, stop, dtype=np.int64)
@@ -65,7 +73,9 @@ class Windows:
         return start, begin, upto
 
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges of targets, from and up to, that together are what the rows score; only a published tail scores some again."""
+        """Ranges of targets, from and up to, that together are what the rows score; only a
+        published tail scores some again.
+        """
         if self.tail == "full":
             return [(0, self.targets)]
         start, begin, upto = self.rows(self.num_rows - (self.count - self.whole), self.num_rows)
@@ -74,47 +84,73 @@ class Windows:
 
 
 def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """Targets of a stream of `num_tokens`, at most `max_tokens` (0: no limit); raises `UserError` below one window."""
+    """Targets of a stream of `num_tokens`, at most `max_tokens` (0: no limit); raises `UserError`
+    below one window.
+    """
     if max_tokens and max_tokens < seq_len:
-        raise UserError(f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len} tokens")
+        raise UserError(
+            f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len}"
+            " tokens"
+        )
     if num_tokens - 1 < seq_len:
         raise UserError(
-            f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 = {seq_len + 1}:"
-            " hold out more documents (prepare --val-docs) or score shorter sequences"
+            f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 ="
+            f" {seq_len + 1}: hold out more documents (prepare --val-docs) or score shorter"
+            " sequences"
         )
     return min(num_tokens - 1, max_tokens or num_tokens)
 
 
 def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
-    """As many windows side by side as a stream of `num_tokens` holds, of at most `max_tokens` targets in all (0: no limit)."""
+    """As many windows side by side as a stream of `num_tokens` holds, of at most `max_tokens`
+    targets in all (0: no limit).
+    """
     return Windows(_limited(num_tokens, seq_len, max_tokens) // seq_len * seq_len, seq_len, seq_len)
 
 
-def sliding_windows(num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full") -> Windows:
-    """Windows that advance by `stride` over all targets, or the first `max_tokens`; each is scored once.
+def sliding_windows(
+    num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full"
+) -> Windows:
+    """Windows that advance by `stride` over all targets, or the first `max_tokens`; each is scored
+    once.
 
-    With the published tail the targets end where standard windows end, and windows that overrun this end are kept, each
-    scoring the last `stride` targets once more with less context, as parameter-golf submissions 333, 465 and 1573 do.
-    Raises `UserError` for a stride that is not between 1 and `seq_len`.
+    With the published tail the targets end where standard windows end, and windows that overrun
+    this end are kept, each scoring the last `stride` targets once more with less context, as
+    parameter-golf submissions 333, 465 and 1573 do. Raises `UserError` for a stride that is not
+    between 1 and `seq_len`.
     """
     if not 1 <= stride <= seq_len:
-        raise UserError(f"--stride {stride} is not between 1 and one window, data.seq_len = {seq_len}")
+        raise UserError(
+            f"--stride {stride} is not between 1 and one window, data.seq_len = {seq_len}"
+        )
     targets = _limited(num_tokens, seq_len, max_tokens)
-    return Windows(targets // seq_len * seq_len if tail == "published" else targets, seq_len, stride, tail)
+    return Windows(
+        targets // seq_len * seq_len if tail == "published" else targets, seq_len, stride, tail
+    )
 
 
 def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
-    """How many rows all devices read at a time: as many as fit, no more than there are, a multiple of the devices."""
-    return min(max(1, device_batch_tokens // windows.seq_len), math.ceil(windows.num_rows / num_devices)) * num_devices
+    """How many rows all devices read at a time: as many as fit, no more than there are, a multiple
+    of the devices.
+    """
+    return (
+        min(
+            max(1, device_batch_tokens // windows.seq_len),
+            math.ceil(windows.num_rows / num_devices),
+        )
+        * num_devices
+    )
 
 
 @dataclass(frozen=True)
 class WindowBatch:
     """Rows of windows as the devices take them."""
 
-    arrays: dict[str, np.ndarray]  # "inputs" [B, T], "targets" [B, S]; where S < T "offsets" int32 [B] of the scored positions
+    # "inputs" [B, T], "targets" [B, S]; where S < T "offsets" int32 [B] of the scored positions
+    arrays: dict[str, np.ndarray]
     count: int  # rows that are more than filling
-    scored: tuple[np.ndarray, np.ndarray]  # rows [n] and positions [n] in [B, S] of the targets that count, in order
+    # rows [n] and positions [n] in [B, S] of the targets that count, in order
+    scored: tuple[np.ndarray, np.ndarray]
 
 
 def window_batches(stream: TokenStream, windows: Windows, rows: int) -> Iterator[WindowBatch]:

@@ -1,7 +1,7 @@
 """Causal self-attention: grouped key/value heads.
 
-Where configured: normalized queries and keys with a gain, rotary positions, XSA, a gate on each head, and values that take
-in those of the first layer or an embedding of the token.
+Where configured: normalized queries and keys with a gain, rotary positions, XSA, a gate on each
+head, and values that take in those of the first layer or an embedding of the token.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from sngpt_kernels import xsa
 
-from kernels import xsa
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 from sngpt_jax.model.layers import chosen_by, linear, rms_norm
@@ -28,11 +28,13 @@ KeysValues = tuple[jax.Array, jax.Array]  # of one application of an attention, 
 
 @dataclass(frozen=True)
 class Memory:
-    """The keys and values of a text that grows, for every application of an attention in the order in which they run.
+    """The keys and values of a text that grows, for every application of an attention in the order
+    in which they run.
 
-    It serves one forward pass, while that is traced. The first pass, over positions 0 … T-1, has no `past`, and `kept` is
-    what its applications compute. A later one is of one position a row, which may be another in each: every application
-    writes its key and value there into those of the passes before, and attends to the S positions of the result.
+    It serves one forward pass, while that is traced. The first pass, over positions 0 … T-1, has
+    no `past`, and `kept` is what its applications compute. A later one is of one position a row,
+    which may be another in each: every application writes its key and value there into those of
+    the passes before, and attends to the S positions of the result.
     """
 
     past: Sequence[KeysValues] = ()
@@ -45,27 +47,37 @@ class Memory:
         if self.past:
             rows = jnp.arange(k_BTKh.shape[0])
             k_BSKh, v_BSKh = self.past[len(self.kept)]
-            known = k_BSKh.at[rows, self.position_B].set(k_BTKh[:, 0]), v_BSKh.at[rows, self.position_B].set(v_BTKh[:, 0])
+            known = (
+                k_BSKh.at[rows, self.position_B].set(k_BTKh[:, 0]),
+                v_BSKh.at[rows, self.position_B].set(v_BTKh[:, 0]),
+            )
         self.kept.append(known)
         return known
 
 
 class Positions(NamedTuple):
-    """What the attention of every layer needs to know of the T positions, made once for all of them.
+    """What the attention of every layer needs to know of the T positions, made once for all of
+    them.
 
     The leading axis is 1 where all sequences of a batch have the same positions, else B.
     """
 
-    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines [1 or B, T, r/2]; None: positions are in the stream already
-    causal: jax.Array  # [1 or B, T, S], whether the position of the row sees that of the column; S = T in a whole sequence
-    memory: Memory | None = None  # what a growing text keeps from pass to pass; None: nothing, the sequence is whole
+    # cosines and sines [1 or B, T, r/2]; None: positions are in the stream already
+    rotary: tuple[jax.Array, jax.Array] | None
+    # [1 or B, T, S], whether the position of the row sees that of the column; S = T in a whole
+    # sequence
+    causal: jax.Array
+    # what a growing text keeps from pass to pass; None: nothing, the sequence is whole
+    memory: Memory | None = None
 
 
 def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
-    """The rotary base for sequences of `length`, raised where they are longer than `trained_len` (0: never).
+    """The rotary base for sequences of `length`, raised where they are longer than `trained_len`
+    (0: never).
 
-    base · (length / trained_len)^(width / (width - 2)) turns the slowest pair through the same angle over `length` positions
-    as before over `trained_len`. Source: "NTK-aware scaled RoPE", https://github.com/jquesnelle/yarn.
+    base · (length / trained_len)^(width / (width - 2)) turns the slowest pair through the same
+    angle over `length` positions as before over `trained_len`. Source: "NTK-aware scaled RoPE",
+    https://github.com/jquesnelle/yarn.
     """
     if not trained_len or length <= trained_len:
         return base
@@ -73,7 +85,8 @@ def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
 
 
 def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), as float32 constants.
+    """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), as float32
+    constants.
 
     Made in float64 on the host while tracing. Su et al. 2021, arXiv:2104.09864.
     """
@@ -82,35 +95,50 @@ def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarr
 
 
 def causal_mask(num_positions: int) -> jax.Array:
-    """[1, T, T], true where column ≤ row. Made on the device: as a constant it would stand in the program, T² bytes."""
+    """[1, T, T], true where column ≤ row. Made on the device: as a constant it would stand in the
+    program, T² bytes.
+    """
     position = jnp.arange(num_positions)
     return position[None, :, None] >= position[None, None, :]
 
 
 def make_positions(config: ModelConfig, num_positions: int) -> Positions:
-    """The positions of a sequence of that length, by the configuration's rotary width, base and NTK scaling.
+    """The positions of a sequence of that length, by the configuration's rotary width, base and
+    NTK scaling.
 
     Raises `ValueError` where it is longer than the model takes.
     """
     if num_positions > config.max_seq_len:
-        raise ValueError(f"{num_positions} tokens in a sequence, model.max_seq_len = {config.max_seq_len}")
+        raise ValueError(
+            f"{num_positions} tokens in a sequence, model.max_seq_len = {config.max_seq_len}"
+        )
     causal = causal_mask(num_positions)
     if config.positions == "learned":
         return Positions(None, causal)
     width = config.rotary_dims
-    cos, sin = rotary_tables(num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len))
+    cos, sin = rotary_tables(
+        num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len)
+    )
     return Positions((jnp.asarray(cos[None]), jnp.asarray(sin[None])), causal)
 
 
-def apply_rotary(x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]) -> jax.Array:
-    """Turns each pair (j, j + r/2) of a head's leading r dimensions by its position's angle; the others pass.
+def apply_rotary(
+    x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+) -> jax.Array:
+    """Turns each pair (j, j + r/2) of a head's leading r dimensions by its position's angle; the
+    others pass.
 
     r is twice the width of the tables [1 or B, T, r/2]. In float32; returns x's dtype.
     """
     cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
     half = cos.shape[-1]
-    x1, x2 = (x_BTHh[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half)))
-    turned = [(x1 * cos + x2 * sin).astype(x_BTHh.dtype), (x2 * cos - x1 * sin).astype(x_BTHh.dtype)]
+    x1, x2 = (
+        x_BTHh[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half))
+    )
+    turned = [
+        (x1 * cos + x2 * sin).astype(x_BTHh.dtype),
+        (x2 * cos - x1 * sin).astype(x_BTHh.dtype),
+    ]
     return jnp.concatenate([*turned, x_BTHh[..., 2 * half :]], axis=-1)
 
 
@@ -122,8 +150,9 @@ def _announce_single_positions() -> None:
 class Attention(nnx.Module):
     """The attention half of a block, input [B, T, D] already normalized; no biases.
 
-    Gated attention: each head's output times sigmoid(W x + b), nearly open at the start (W = 0, b = 4); arXiv:2505.06708.
-    Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from (1/2, 1/2); arXiv:2410.17897.
+    Gated attention: each head's output times sigmoid(W x + b), nearly open at the start (W = 0, b
+    = 4); arXiv:2505.06708. Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from
+    (1/2, 1/2); arXiv:2410.17897.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -132,7 +161,11 @@ class Attention(nnx.Module):
         self.norm_eps, self.scale = config.norm_eps, h**-0.5
         self.implementation = None if config.attention == "auto" else config.attention
         self.exclusive = layer >= config.num_layers - config.xsa_layers
-        self.qk_norm, self.gated, self.mixes_values = config.qk_norm, config.attention_gate, config.value_residual
+        self.qk_norm, self.gated, self.mixes_values = (
+            config.qk_norm,
+            config.attention_gate,
+            config.value_residual,
+        )
         self.query = nnx.Param(init.matrix(config, rngs.params(), (D, H * h)))
         self.key = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
         self.value = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
@@ -148,14 +181,18 @@ class Attention(nnx.Module):
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
 
-        Where they are normalized next, one product makes all: fewer and larger products, and the input is read once. Where
-        they go straight to the attention, or the values are excluded from its result too, taking them apart would be a pass
-        of its own over them.
+        Where they are normalized next, one product makes all: fewer and larger products, and the
+        input is read once. Where they go straight to the attention, or the values are excluded
+        from its result too, taking them apart would be a pass of its own over them.
         """
         H, K = self.num_heads, self.num_kv_heads
         matrices = [self.query[...], self.key[...], self.value[...]]
         at_once = self.qk_norm and not self.exclusive
-        products = [linear(x_BTD, *matrices)] if at_once else [linear(x_BTD, matrix) for matrix in matrices]
+        products = (
+            [linear(x_BTD, *matrices)]
+            if at_once
+            else [linear(x_BTD, matrix) for matrix in matrices]
+        )
         heads = [product.reshape(*x_BTD.shape[:2], -1, self.head_dim) for product in products]
         q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if at_once else heads
         return q_BTHh, k_BTKh, v_BTKh
@@ -170,7 +207,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The half's output [B, T, D] and its values [B, T, K, h] at these positions.
 
-        `added_value` is added to the layer's own values; `first_value` are the first layer's, for the value residual.
+        `added_value` is added to the layer's own values; `first_value` are the first layer's, for
+        the value residual.
         """
         B, T, _ = x_BTD.shape
 
@@ -178,7 +216,10 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
         if positions.rotary:
-            q_BTHh, k_BTKh = apply_rotary(q_BTHh, positions.rotary), apply_rotary(k_BTKh, positions.rotary)
+            q_BTHh, k_BTKh = (
+                apply_rotary(q_BTHh, positions.rotary),
+                apply_rotary(k_BTKh, positions.rotary),
+            )
         if self.qk_norm:
             q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
         if added_value is not None:
@@ -186,20 +227,30 @@ class Attention(nnx.Module):
         if self.mixes_values and first_value is not None:
             first, own = self.value_mix[...].astype(x_BTD.dtype)
             v_BTKh = first * first_value + own * v_BTKh
-        k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
+        k_BSKh, v_BSKh = (
+            positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
+        )
         chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
         if k_BSKh is k_BTKh:
             with chosen_by("attention"):
                 y_BTHh = xsa.attention(
-                    q_BTHh, k_BTKh, v_BTKh, exclusive=self.exclusive, scale=self.scale, implementation=self.implementation
+                    q_BTHh,
+                    k_BTKh,
+                    v_BTKh,
+                    exclusive=self.exclusive,
+                    scale=self.scale,
+                    implementation=self.implementation,
                 )
         else:
             _announce_single_positions()
-            y_BTHh = xsa.masked_attention(q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale)
+            y_BTHh = xsa.masked_attention(
+                q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale
+            )
             if self.exclusive:
                 y_BTHh = xsa.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
-            # rounded to the compute dtype first, so that the backward products are not float32 either
+            # rounded to the compute dtype first, so that the backward products are not float32
+            # either
             logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]

@@ -1,7 +1,9 @@
-"""The CayleySAE layer: the input of an MLP as a sparse code over an algebraic dictionary, and its running statistics.
+"""The CayleySAE layer: the input of an MLP as a sparse code over an algebraic dictionary, and its
+running statistics.
 
-The code itself is `kernels.cayley.encode_decode`. A layer learns one bias a feature and keeps statistics that no gradient
-reaches: once an optimizer step they take in a sample of the step's tokens, `Taps` of the layers' inputs and choices.
+The code itself is `sngpt_kernels.cayley.encode_decode`. A layer learns one bias a feature and
+keeps statistics that no gradient reaches: once an optimizer step they take in a sample of the
+step's tokens, `Taps` of the layers' inputs and choices.
 """
 
 import math
@@ -10,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from sngpt_kernels import cayley
 
-from kernels import cayley
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 from sngpt_jax.model.layers import chosen_by
@@ -37,13 +39,15 @@ class CodeState(NamedTuple):
     mean: jax.Array  # [L, D] of the input
     std: jax.Array  # [L, F] of each feature's score
     bias: jax.Array  # [L, F]
-    last_fired: jax.Array  # int32 [L, F], the latest step in whose sample the feature was selected; 0: never
+    # int32 [L, F], the latest step in whose sample the feature was selected; 0: never
+    last_fired: jax.Array
 
 
 class CayleySAE(nnx.Module):
     """x [..., D] → its sparse code's reconstruction, and the ids of the features in it [..., A].
 
-    The bias starts at zero, the statistics at mean 0 and standard deviation 1. Method: arXiv:2607.20652.
+    The bias starts at zero, the statistics at mean 0 and standard deviation 1. Method:
+    arXiv:2607.20652.
     """
 
     def __init__(self, config: ModelConfig):
@@ -71,9 +75,11 @@ class CayleySAE(nnx.Module):
 
 
 def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.Array, jax.Array]:
-    """Standardized scores z and coefficients c, float32 [..., A], of the features that one layer selected.
+    """Standardized scores z and coefficients c, float32 [..., A], of the features that one layer
+    selected.
 
-    z = ⟨x - mean, v⟩ / max(std, 10⁻³) without the bias; `taps` and `code` are that layer's, without their dimension L.
+    z = ⟨x - mean, v⟩ / max(std, 10⁻³) without the bias; `taps` and `code` are that layer's,
+    without their dimension L.
     """
     mu_F = cayley.all_scores(code.mean, config.cayley_levels[-1][0])
     score = cayley.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
@@ -91,26 +97,35 @@ def code_state(variables: dict[str, Any]) -> CodeState:
 
 
 def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: int) -> jax.Array:
-    """The positions that the statistics of `step` see: ⌈1024 / sequences⌉ of `seq_len` at random, the same in every sequence.
+    """The positions that the statistics of `step` see: ⌈1024 / sequences⌉ of `seq_len` at random,
+    the same in every sequence.
 
-    int32 [P], each once. With a thousand sequences or more a step sees one position; the averages are over about a hundred
-    steps.
+    int32 [P], each once. With a thousand sequences or more a step sees one position; the averages
+    are over about a hundred steps.
     """
     count = min(seq_len, math.ceil(SAMPLE_TOKENS / sequences))
     return jax.random.choice(jax.random.fold_in(key, step), seq_len, (count,), replace=False)
 
 
-def update_statistics(statistics: dict[str, Any], taps: Taps, step: jax.Array, axis_names: tuple[str, ...]) -> dict[str, Any]:
-    """The statistics after the optimizer step number `step`, whose sample over all devices is `taps` [L, ..., D] on this one.
+def update_statistics(
+    statistics: dict[str, Any], taps: Taps, step: jax.Array, axis_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """The statistics after the optimizer step number `step`, whose sample over all devices is
+    `taps` [L, ..., D] on this one.
 
-    mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s, with m the sample's mean input and s the standard deviation of
-    each feature's score around the sample's own mean. To be called inside of a `shard_map` over `axis_names`.
+    mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s, with m the sample's mean input and s the
+    standard deviation of each feature's score around the sample's own mean. To be called inside of
+    a `shard_map` over `axis_names`.
 
-    Every score of the sample is needed: 2^n / D transforms of size D a token, as two matrix products each 16.8 MFLOP a layer
-    at D = 1024 and 2^17 features. That is two thirds of a block's forward pass, for 1,536 of the 1.57 M tokens of a step.
+    Every score of the sample is needed: 2^n / D transforms of size D a token, as two matrix
+    products each 16.8 MFLOP a layer at D = 1024 and 2^17 features. That is two thirds of a block's
+    forward pass, for 1,536 of the 1.57 M tokens of a step.
     """
     blocks = statistics["blocks"]
-    old = {name: jnp.stack([block["code"][name] for block in blocks.values()]) for name in ("mean", "std", "last_fired")}
+    old = {
+        name: jnp.stack([block["code"][name] for block in blocks.values()])
+        for name in ("mean", "std", "last_fired")
+    }
     features = old["std"].shape[-1]
     layers, width = taps.x.shape[0], taps.x.shape[-1]
     x_LND = taps.x.reshape(layers, -1, width).astype(jnp.float32)
@@ -118,7 +133,9 @@ def update_statistics(statistics: dict[str, Any], taps: Taps, step: jax.Array, a
     centred_LND = x_LND - mean_LD[:, None]
 
     # one layer after the other: side by side their scores would be held all at once
-    squares_LF = jax.lax.map(lambda x_ND: cayley.sum_squared_scores(x_ND, int(math.log2(features))), centred_LND)
+    squares_LF = jax.lax.map(
+        lambda x_ND: cayley.sum_squared_scores(x_ND, int(math.log2(features))), centred_LND
+    )
     variance_LF = jax.lax.pmean(squares_LF / x_LND.shape[1], axis_names)
     ids = taps.ids.reshape(layers, -1)
     fired_LF = jnp.zeros((layers, features), jnp.int32).at[jnp.arange(layers)[:, None], ids].set(1)
@@ -128,4 +145,8 @@ def update_statistics(statistics: dict[str, Any], taps: Taps, step: jax.Array, a
         "std": DECAY * old["std"] + (1 - DECAY) * jnp.sqrt(variance_LF),
         "last_fired": jnp.where(fired_LF > 0, step, old["last_fired"]),
     }
-    return {"blocks": {key: {"code": {name: new[name][i] for name in new}} for i, key in enumerate(blocks)}}
+    return {
+        "blocks": {
+            key: {"code": {name: new[name][i] for name in new}} for i, key in enumerate(blocks)
+        }
+    }

@@ -1,4 +1,6 @@
-"""From tokens to vectors: the tied embedding, which is also the output head, and what compact models add to it."""
+"""From tokens to vectors: the tied embedding, which is also the output head, and what compact
+models add to it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,23 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
 from sngpt_jax.model.layers import compute_dtype, linear, per_channel
 
-LOOK_BACK = 2  # tokens before its own that an embedding depends on: smear takes the position before, and that one's bigram
+# tokens before its own that an embedding depends on: smear takes the position before, and that
+# one's bigram
+LOOK_BACK = 2
 
 
 class LearnedPositions(nnx.Module):
-    """One vector for each absolute position: `positions(T)` → [1, T, D] in the compute dtype. Radford et al. 2018 (GPT).
+    """One vector for each absolute position: `positions(T)` → [1, T, D] in the compute dtype.
+    Radford et al. 2018 (GPT).
 
     With first positions [B] they are those of T consecutive positions from there, [B, T, D].
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
-        self.table = nnx.Param(init.normal(rngs.params(), (config.max_seq_len, config.d_model), config.embed_init_std))
+        self.table = nnx.Param(
+            init.normal(rngs.params(), (config.max_seq_len, config.d_model), config.embed_init_std)
+        )
 
     def __call__(self, num_positions: int, first_B: jax.Array | None = None) -> jax.Array:
         table_PD = self.table[...]
@@ -29,12 +36,16 @@ class LearnedPositions(nnx.Module):
 
 
 class TiedEmbedding(nnx.Module):
-    """One table [V, D] that turns tokens into vectors and vectors into logits. Press & Wolf 2017, arXiv:1608.05859."""
+    """One table [V, D] that turns tokens into vectors and vectors into logits. Press & Wolf 2017,
+    arXiv:1608.05859.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.cap = config.logit_soft_cap
-        table = init.normal(rngs.params(), (config.vocab_size, config.d_model), config.embed_init_std)
+        table = init.normal(
+            rngs.params(), (config.vocab_size, config.d_model), config.embed_init_std
+        )
         self.table = nnx.Param(init.overtone(table) if config.embed_init == "overtone" else table)
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
@@ -52,10 +63,11 @@ def _previous(x: jax.Array) -> jax.Array:
 
 
 class SmearGate(nnx.Module):
-    """Blends each position with the one before it: (1 - g) ⊙ x_t + g ⊙ x_{t-1}, g = sigmoid(gate) for each channel.
+    """Blends each position with the one before it: (1 - g) ⊙ x_t + g ⊙ x_{t-1}, g = sigmoid(gate)
+    for each channel.
 
-    The gate starts at 0, halfway; x_{-1} = 0, and with `smear_mask_bos` so is what precedes the start of any document.
-    Source: parameter-golf submission 162; the mask is of later ones.
+    The gate starts at 0, halfway; x_{-1} = 0, and with `smear_mask_bos` so is what precedes the
+    start of any document. Source: parameter-golf submission 162; the mask is of later ones.
     """
 
     def __init__(self, config: ModelConfig):
@@ -71,7 +83,8 @@ class SmearGate(nnx.Module):
 
 
 def hash_xor(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for the first position.
+    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for
+    the first position.
 
     int32 [B, T], each 0 … buckets - 1. Source: parameter-golf submission 162.
     """
@@ -87,14 +100,17 @@ def hash_sum(tokens_BT: jax.Array, buckets: int) -> jax.Array:
     """
     x, before = (t.astype(jnp.uint32) % buckets for t in (tokens_BT, _previous(tokens_BT)))
     # each factor is below 2^16, so that no product leaves 32 bits
-    return ((2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets) % buckets).astype(jnp.int32)
+    return (
+        (2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets) % buckets
+    ).astype(jnp.int32)
 
 
 HASHES = {"xor": hash_xor, "sum": hash_sum}
 
 
 class BigramHash(nnx.Module):
-    """A learned vector for each hashed pair of neighbouring tokens: scale · table[hash(x_t, x_{t-1})] · proj → [B, T, D].
+    """A learned vector for each hashed pair of neighbouring tokens: scale · table[hash(x_t,
+    x_{t-1})] · proj → [B, T, D].
 
     Sources: parameter-golf submissions 162 (xor) and 740 (sum, without the scale).
     """
@@ -102,7 +118,11 @@ class BigramHash(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.buckets, self.hash = config.bigram_buckets, HASHES[config.bigram_hash]
-        self.table = nnx.Param(init.normal(rngs.params(), (config.bigram_buckets, config.bigram_dim), config.bigram_init_std))
+        self.table = nnx.Param(
+            init.normal(
+                rngs.params(), (config.bigram_buckets, config.bigram_dim), config.bigram_init_std
+            )
+        )
         shape = (config.bigram_dim, config.d_model)
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape, config.bigram_proj_gain))
         self.scaled = config.bigram_scale_init > 0
@@ -116,16 +136,20 @@ class BigramHash(nnx.Module):
 
 
 class ValueEmbedding(nnx.Module):
-    """An embedding of the token for the values of some layers: one table and projection, a scale for each layer.
+    """An embedding of the token for the values of some layers: one table and projection, a scale
+    for each layer.
 
-    `__call__` → {layer: layer_scale · scale · table[x] · proj} as [B, T, K, h], to be added to the layer's values.
-    Source: modded-nanogpt's value embeddings, in the shared form of parameter-golf submission 1573.
+    `__call__` → {layer: layer_scale · scale · table[x] · proj} as [B, T, K, h], to be added to the
+    layer's values. Source: modded-nanogpt's value embeddings, in the shared form of parameter-golf
+    submission 1573.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype, self.layers = compute_dtype(config), config.value_embed_layers
         self.heads = (config.num_kv_heads, config.head_dim)
-        self.table = nnx.Param(init.normal(rngs.params(), (config.vocab_size, config.value_embed_dim), 0.01))
+        self.table = nnx.Param(
+            init.normal(rngs.params(), (config.vocab_size, config.value_embed_dim), 0.01)
+        )
         shape = (config.value_embed_dim, config.num_kv_heads * config.head_dim)
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape))
         self.scale = nnx.Param(0.1 * init.ones(()))

@@ -21,11 +21,12 @@ from sngpt_jax.model.mlp import MLP
 
 
 class Block(nnx.Module):
-    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)), with learned vectors a, b, α, β.
+    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)), with learned
+    vectors a, b, α, β.
 
-    α = β = 1 at the start, and a = 1, b = 0 unless a handover from x0 to x along the depth is asked for. c = 1, or
-    1/√(layer + 1) with `ln_scale` (Sun et al. 2025, arXiv:2502.05795). The mixing of the embedding into every block is
-    modded-nanogpt's x0 lambda.
+    α = β = 1 at the start, and a = 1, b = 0 unless a handover from x0 to x along the depth is
+    asked for. c = 1, or 1/√(layer + 1) with `ln_scale` (Sun et al. 2025, arXiv:2502.05795). The
+    mixing of the embedding into every block is modded-nanogpt's x0 lambda.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -36,7 +37,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
         phased = config.resid_mix_init == "phase"
         identity = jnp.stack([init.ones((D,)), init.zeros((D,))])
-        self.resid_mix = nnx.Param(init.phase_mix(layer, config.num_layers, D) if phased else identity)
+        self.resid_mix = nnx.Param(
+            init.phase_mix(layer, config.num_layers, D) if phased else identity
+        )
         self.attn_scale = nnx.Param(init.ones((D,)))
         self.mlp_scale = nnx.Param(init.ones((D,)))
 
@@ -49,7 +52,9 @@ class Block(nnx.Module):
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The block's output [B, T, D] and the values of its attention; the arguments are `Attention`'s."""
+        """The block's output [B, T, D] and the values of its attention; the arguments are
+        `Attention`'s.
+        """
 
         def normed(u_BTD: jax.Array) -> jax.Array:
             return rms_norm(u_BTD, self.norm_eps, self.norm_scale)
@@ -57,7 +62,9 @@ class Block(nnx.Module):
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
-            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, added_value=added_value, first_value=first_value)
+            y_BTD, v_BTKh = self.attn(
+                normed(u_BTD), positions, added_value=added_value, first_value=first_value
+            )
             u_BTD += per_channel(self.attn_scale[...], y_BTD)
         with jax.named_scope("mlp"):
             u_BTD += per_channel(self.mlp_scale[...], self.mlp(normed(u_BTD)))
@@ -65,9 +72,11 @@ class Block(nnx.Module):
 
 
 class RecycledCore(nnx.Module):
-    """The modulation s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0 at the start.
+    """The modulation s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0
+    at the start.
 
-    The blocks' own parameters are shared by their applications. Source: parameter-golf submission 1573.
+    The blocks' own parameters are shared by their applications. Source: parameter-golf submission
+    1573.
     """
 
     def __init__(self, config: ModelConfig):
@@ -85,7 +94,9 @@ class GPT(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed = TiedEmbedding(config, rngs=rngs)
-        self.blocks = nnx.List([Block(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.blocks = nnx.List(
+            [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
+        )
         if config.num_skips:
             self.skip_weights = nnx.Param(init.ones((config.num_skips, config.d_model)))
         if config.bigram_buckets:
@@ -97,11 +108,14 @@ class GPT(nnx.Module):
         if config.recycle_layers:
             self.recycle = RecycledCore(config)
 
-    def encode(self, tokens_BT: jax.Array, first_B: jax.Array | None = None) -> tuple[jax.Array, dict[int, jax.Array]]:
-        """The stream [B, T, D] that enters the first block, and every block through its mixing; and what layers add to values.
+    def encode(
+        self, tokens_BT: jax.Array, first_B: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """The stream [B, T, D] that enters the first block, and every block through its mixing;
+        and what layers add to values.
 
-        A position's depend on its token and the `LOOK_BACK` before it; on its place only where that is less than
-        `LOOK_BACK` from the start. `first_B` is not looked at.
+        A position's depend on its token and the `LOOK_BACK` before it; on its place only where
+        that is less than `LOOK_BACK` from the start. `first_B` is not looked at.
         """
         del first_B  # positions are turned into queries and keys
         config = self.config
@@ -115,7 +129,9 @@ class GPT(nnx.Module):
         return x_BTD, self.value_embed(tokens_BT) if config.value_embed_layers else {}
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D], of whole sequences. Raises ValueError where T exceeds `max_seq_len`."""
+        """What the head multiplies, [B, T, D], of whole sequences. Raises ValueError where T
+        exceeds `max_seq_len`.
+        """
         config = self.config
         chex.assert_rank(tokens_BT, 2)
         positions = make_positions(config, tokens_BT.shape[1])
@@ -123,7 +139,9 @@ class GPT(nnx.Module):
             encoded = self.encode(tokens_BT)
         return self.run(encoded, positions)
 
-    def run(self, encoded: tuple[jax.Array, dict[int, jax.Array]], positions: Positions) -> jax.Array:
+    def run(
+        self, encoded: tuple[jax.Array, dict[int, jax.Array]], positions: Positions
+    ) -> jax.Array:
         """What the head multiplies, [B, T, D], of what `encode` gives at these positions."""
         config = self.config
         x0_BTD, added_values = encoded
@@ -135,11 +153,19 @@ class GPT(nnx.Module):
                 for application, layer in enumerate(config.recycle_layers):
                     with jax.named_scope(f"recycle_{layer}"):
                         x_BTD = self.recycle(application, x_BTD)
-                        x_BTD, _ = self.blocks[layer](x_BTD, x0_BTD, positions, first_value=first_value)
+                        x_BTD, _ = self.blocks[layer](
+                            x_BTD, x0_BTD, positions, first_value=first_value
+                        )
             if i >= config.num_skips and skips:
                 x_BTD += per_channel(self.skip_weights[...][i - config.num_skips], skips.pop())
             with jax.named_scope(f"block_{i}"):
-                x_BTD, value = block(x_BTD, x0_BTD, positions, added_value=added_values.get(i), first_value=first_value)
+                x_BTD, value = block(
+                    x_BTD,
+                    x0_BTD,
+                    positions,
+                    added_value=added_values.get(i),
+                    first_value=first_value,
+                )
             first_value = value if i == 0 else first_value
             if i < config.num_skips:
                 skips.append(x_BTD)

@@ -1,4 +1,5 @@
-"""The pre-norm GPT, as GPT-2 with RMSNorm gains and no biases, whose MLPs may take their input through a sparse code.
+"""The pre-norm GPT, as GPT-2 with RMSNorm gains and no biases, whose MLPs may take their input
+through a sparse code.
 
 x = E[tokens] (+ P[positions])
 blocks:  u = x + attention(g₁ ⊙ norm(x));  x = u + mlp(code(g₂ ⊙ norm(u)))
@@ -20,7 +21,9 @@ from sngpt_jax.model.mlp import MLP
 
 
 class PreNormBlock(nnx.Module):
-    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))), where `levels` is empty without the code."""
+    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))), where `levels` is empty
+    without the code.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         self.norm_eps = config.norm_eps
@@ -32,8 +35,12 @@ class PreNormBlock(nnx.Module):
             self.code = CayleySAE(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A] where it has a code."""
+    def __call__(
+        self, x_BTD: jax.Array, positions: Positions
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A]
+        where it has a code.
+        """
 
         def normed(u_BTD: jax.Array, gain: nnx.Param[jax.Array]) -> jax.Array:
             return per_channel(gain[...], rms_norm(u_BTD, self.norm_eps))
@@ -59,18 +66,25 @@ class PreNormGPT(nnx.Module):
         self.embed = TiedEmbedding(config, rngs=rngs)
         if config.positions == "learned":
             self.positions = LearnedPositions(config, rngs=rngs)
-        self.blocks = nnx.List([PreNormBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.blocks = nnx.List(
+            [PreNormBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)]
+        )
         self.final_norm = nnx.Param(init.ones((config.d_model,)))
 
     def encode(self, tokens_BT: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
-        """The stream [B, T, D] that enters the first block; `first_B` are the rows' first positions, by default 0."""
+        """The stream [B, T, D] that enters the first block; `first_B` are the rows' first
+        positions, by default 0.
+        """
         x_BTD = self.embed.encode(tokens_BT)
         if self.config.positions == "learned":
             x_BTD += self.positions(tokens_BT.shape[1], first_B)
         return x_BTD
 
-    def tapped_hidden(self, tokens_BT: jax.Array, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
-        """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions `tapped_P`.
+    def tapped_hidden(
+        self, tokens_BT: jax.Array, tapped_P: jax.Array
+    ) -> tuple[jax.Array, Taps | None]:
+        """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions
+        `tapped_P`.
 
         Raises ValueError where T exceeds `max_seq_len`.
         """
@@ -81,7 +95,9 @@ class PreNormGPT(nnx.Module):
             x_BTD = self.encode(tokens_BT)
         return self.tapped_run(x_BTD, positions, tapped_P)
 
-    def tapped_run(self, x_BTD: jax.Array, positions: Positions, tapped_P: jax.Array) -> tuple[jax.Array, Taps | None]:
+    def tapped_run(
+        self, x_BTD: jax.Array, positions: Positions, tapped_P: jax.Array
+    ) -> tuple[jax.Array, Taps | None]:
         """As `tapped_hidden`, of the stream [B, T, D] that `encode` gives at these positions."""
         taps: list[tuple[jax.Array, ...]] = []
         for i, block in enumerate(self.blocks):

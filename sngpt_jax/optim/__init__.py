@@ -1,1 +1,3 @@
-"""The optimizers as optax transformations, what each parameter takes, and the schedules and averages beside them."""
+"""The optimizers as optax transformations, what each parameter takes, and the schedules and
+averages beside them.
+"""

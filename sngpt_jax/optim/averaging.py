@@ -1,11 +1,14 @@
-"""Averages of the weights that a run keeps beside them: an exponential moving one (EMA) and a plain mean of snapshots (SWA).
+"""Averages of the weights that a run keeps beside them: an exponential moving one (EMA) and a
+plain mean of snapshots (SWA).
 
-Sources: EMA, Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992); SWA, Izmailov et al.,
-"Averaging weights leads to wider optima and better generalization" (https://arxiv.org/abs/1803.05407).
+Sources: EMA, Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992);
+SWA, Izmailov et al., "Averaging weights leads to wider optima and better generalization"
+(https://arxiv.org/abs/1803.05407).
 
-An average has the tree of the parameters, whatever they are. It is float32, and the embedding tables in it (groups embed
-and table) are in `average_table_dtype`. bfloat16 there is what some published runs did and costs accuracy: a table's entry
-moves only where an update exceeds its last bit, 1/256 of it or so. All arithmetic is float32; only what is kept is rounded.
+An average has the tree of the parameters, whatever they are. It is float32, and the embedding
+tables in it (groups embed and table) are in `average_table_dtype`. bfloat16 there is what some
+published runs did and costs accuracy: a table's entry moves only where an update exceeds its last
+bit, 1/256 of it or so. All arithmetic is float32; only what is kept is rounded.
 """
 
 import functools
@@ -16,9 +19,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from sngpt_jax.cluster.mesh import path_name, state_shardings
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim.groups import group_of
-from sngpt_jax.parallel import path_name, state_shardings
 
 
 def _dtypes(config: OptimConfig, params: optax.Params) -> optax.Params:
@@ -61,22 +64,27 @@ def init_swa(config: OptimConfig, params: optax.Params) -> SWA:
 
 
 def update_swa(swa: SWA, params: optax.Params, take: jax.typing.ArrayLike) -> SWA:
-    """`swa` with the snapshot `params` in its mean where the boolean scalar `take` is true, else as it was, to the last bit.
+    """`swa` with the snapshot `params` in its mean where the boolean scalar `take` is true, else
+    as it was, to the last bit.
 
-    `take` may be traced. Both answers are computed and one is selected: a `lax.cond` would have a GPU wait for its predicate.
+    `take` may be traced. Both answers are computed and one is selected: a `lax.cond` would have a
+    GPU wait for its predicate.
     """
     count = swa.count + jnp.asarray(take, jnp.int32)
 
     def update(mean: jax.Array, p: jax.Array) -> jax.Array:
         before = mean.astype(jnp.float32)
-        after = before + (p - before) / jnp.maximum(count, 1)  # count is 0 only where nothing is taken
+        # count is 0 only where nothing is taken
+        after = before + (p - before) / jnp.maximum(count, 1)
         return jnp.where(take, after.astype(mean.dtype), mean)
 
     return SWA(count=count, mean=jax.tree.map(update, swa.mean, params))
 
 
 def averaged_weights(average: optax.Params | SWA, mesh: Mesh) -> optax.Params:
-    """The weights that an EMA or the mean of an `SWA` stands for, float32 and laid out over `mesh` as the model's own."""
+    """The weights that an EMA or the mean of an `SWA` stands for, float32 and laid out over `mesh`
+    as the model's own.
+    """
     mean = average.mean if isinstance(average, SWA) else average
     as_float32 = functools.partial(optax.tree.cast, dtype=jnp.float32)
     return jax.jit(as_float32, out_shardings=state_shardings(mesh, mean))(mean)

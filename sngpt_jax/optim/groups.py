@@ -1,4 +1,6 @@
-"""Which rule updates which parameter: the groups, the optimizer built from them, and the table that shows them."""
+"""Which rule updates which parameter: the groups, the optimizer built from them, and the table
+that shows them.
+"""
 
 import dataclasses
 import math
@@ -12,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from sngpt_jax.cluster.mesh import PARAMETER_AXES, path_name
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.optim import muon, schedules
-from sngpt_jax.parallel import PARAMETER_AXES, path_name
 
-# Whole path -> group, first match wins. Among the parameters with two axes the matrices of the blocks and those behind the
-# bigram and value tables are linear maps that Muon can orthogonalize. Tables and sets of per-channel weights are none.
+# Whole path -> group, first match wins. Among the parameters with two axes the matrices of the
+# blocks and those behind the bigram and value tables are linear maps that Muon can orthogonalize.
+# Tables and sets of per-channel weights are none.
 RULES: tuple[tuple[str, str], ...] = (
     (r"(embed|positions)/table", "embed"),
     (r"(bigram|value_embed)/table", "table"),
@@ -28,13 +31,18 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"blocks/\d+/attn/(q_gain|gate_weight|gate_bias|value_mix)", "scalar"),
     (r"blocks/\d+/(attn_norm|mlp_norm)|final_norm", "scalar"),
     (r"blocks/\d+/code/bias", "code_bias"),
-    (r"skip_weights|smear/gate|bigram/scale|value_embed/(scale|layer_scale)|recycle/(scale|bias)", "scalar"),
+    (
+        r"skip_weights|smear/gate|bigram/scale|value_embed/(scale|layer_scale)|recycle/(scale|bias)",
+        "scalar",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Group:
-    """How the parameters of one group are updated: W ← (1 - η · weight_decay) W - η · u, η = lr × the run's multiplier."""
+    """How the parameters of one group are updated: W ← (1 - η · weight_decay) W - η · u, η = lr ×
+    the run's multiplier.
+    """
 
     rule: Literal["muon", "adam"]  # what makes u of the gradients
     lr: float  # peak learning rate
@@ -51,7 +59,8 @@ def groups(config: OptimConfig) -> dict[str, Group]:
         "matrix": matrix,
         "projection": matrix if config.projection_rule == "muon" else scalar,
         "scalar": scalar,
-        "code_bias": Group("adam", config.scalar_lr, 0.0),  # most are seldom selected and would only decay
+        # most are seldom selected and would only decay
+        "code_bias": Group("adam", config.scalar_lr, 0.0),
     }
 
 
@@ -60,20 +69,27 @@ def group_of(name: str) -> str:
     for pattern, group in RULES:
         if re.fullmatch(pattern, name):
             return group
-    raise ValueError(f"parameter {name} belongs to no optimizer group; add a rule to sngpt_jax.optim.groups.RULES")
+    raise ValueError(
+        f"parameter {name} belongs to no optimizer group; add a rule to"
+        " sngpt_jax.optim.groups.RULES"
+    )
 
 
 def label(params: optax.Params) -> optax.Params:
-    """The tree of `params`, arrays or their abstract shapes, with the name of its group at each leaf."""
+    """The tree of `params`, arrays or their abstract shapes, with the name of its group at each
+    leaf.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path_name(path)), params)
 
 
 def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
-    """`grads` scaled down to the global L2 norm `max_norm` where theirs is larger; a `max_norm` of 0 leaves them alone.
+    """`grads` scaled down to the global L2 norm `max_norm` where theirs is larger; a `max_norm` of
+    0 leaves them alone.
 
-    Where `grad_clip_scope` is global, `make_optimizer` calls it on the mean of the devices' gradients. Where it is device, the
-    training step calls it on each device's own gradient before they are averaged. Source: Pascanu et al., "On the difficulty
-    of training recurrent neural networks" (https://arxiv.org/abs/1211.5063).
+    Where `grad_clip_scope` is global, `make_optimizer` calls it on the mean of the devices'
+    gradients. Where it is device, the training step calls it on each device's own gradient before
+    they are averaged. Source: Pascanu et al., "On the difficulty of training recurrent neural
+    networks" (https://arxiv.org/abs/1211.5063).
     """
     if not max_norm:
         return grads
@@ -92,7 +108,11 @@ def _scale_by_lr_multiplier(rule: Literal["muon", "adam"]) -> optax.GradientTran
         **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        own = adam_lr_multiplier if rule == "adam" and adam_lr_multiplier is not None else lr_multiplier
+        own = (
+            adam_lr_multiplier
+            if rule == "adam" and adam_lr_multiplier is not None
+            else lr_multiplier
+        )
         return optax.tree.scale(own, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
@@ -104,13 +124,16 @@ def make_optimizer(
     mesh: Mesh | None = None,
     kept_over: tuple[str, ...] = PARAMETER_AXES,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract shapes.
+    """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract
+    shapes.
 
-    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with `grad_clip_scope` = device it leaves
-    that to each device), applies each group's rule, and returns what `optax.apply_updates` adds. The scalar `lr_multiplier`,
-    and `adam_lr_multiplier` where Adam's groups have another, may be traced: the host computes them for each step
-    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew. With `mesh` its devices share out
-    Muon's work; gradients and moments are then laid out by `partition_specs(mesh, …, kept_over)`.
+    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with
+    `grad_clip_scope` = device it leaves that to each device), applies each group's rule, and
+    returns what `optax.apply_updates` adds. The scalar `lr_multiplier`, and `adam_lr_multiplier`
+    where Adam's groups have another, may be traced: the host computes them for each step
+    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew. With
+    `mesh` its devices share out Muon's work; gradients and moments are then laid out by
+    `partition_specs(mesh, …, kept_over)`.
     """
 
     def rule(group: Group) -> optax.GradientTransformation:
@@ -134,7 +157,9 @@ def make_optimizer(
     clip_all = optax.stateless(lambda grads, _: clip(grads, max_norm))
     labels = label(params)
     present = set(jax.tree.leaves(labels))  # a group without members keeps no state
-    by_group = optax.partition({name: rule(group) for name, group in groups(config).items() if name in present}, labels)
+    by_group = optax.partition(
+        {name: rule(group) for name, group in groups(config).items() if name in present}, labels
+    )
     return optax.chain(clip_all, by_group)
 
 
@@ -145,7 +170,9 @@ def make_optimizer(
 class Row:
     """One line of the table: parameters that differ in their layer only."""
 
-    path: str  # blocks/* stands for every layer; where only some have such a tensor they are listed, blocks/{7,8}
+    # blocks/* stands for every layer; where only some have such a tensor they are listed,
+    # blocks/{7,8}
+    path: str
     shape: tuple[int, ...]  # of each of the tensors
     count: int  # tensors
     group: str
@@ -163,8 +190,11 @@ _LAYER = re.compile(r"(?<=^blocks/)\d+(?=/)")
 
 
 def describe(config: OptimConfig, params: optax.Params) -> list[Row]:
-    """One row for the tensors that differ in their layer only, by group and in the tree's order; `params` may be abstract."""
-    members: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}  # the layers of each row; none for a single tensor
+    """One row for the tensors that differ in their layer only, by group and in the tree's order;
+    `params` may be abstract.
+    """
+    # the layers of each row; none for a single tensor
+    members: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
         layers = members.setdefault((group_of(name), _LAYER.sub("*", name), tuple(leaf.shape)), [])
@@ -176,7 +206,11 @@ def describe(config: OptimConfig, params: optax.Params) -> list[Row]:
     for (group, pattern, shape), layers in members.items():
         listed = "{" + ",".join(map(str, sorted(layers))) + "}"
         path_shown = pattern if set(layers) == all_layers else pattern.replace("*", listed)
-        rows.append(Row(path_shown, shape, max(len(layers), 1), group, **dataclasses.asdict(settings[group])))
+        rows.append(
+            Row(
+                path_shown, shape, max(len(layers), 1), group, **dataclasses.asdict(settings[group])
+            )
+        )
     return sorted(rows, key=lambda row: list(settings).index(row.group))
 
 
@@ -185,12 +219,33 @@ def format_table(rows: Sequence[Row]) -> str:
     cells = [("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")]
     for row in rows:
         shape = "×".join(map(str, row.shape))
-        numbers = (f"{row.count:,}", f"{row.parameters:,}", row.group, row.rule, f"{row.lr:g}", f"{row.weight_decay:g}")
+        numbers = (
+            f"{row.count:,}",
+            f"{row.parameters:,}",
+            row.group,
+            row.rule,
+            f"{row.lr:g}",
+            f"{row.weight_decay:g}",
+        )
         cells.append((row.path, shape, *numbers))
-    cells.append(("total", "", f"{sum(r.count for r in rows):,}", f"{sum(r.parameters for r in rows):,}", "", "", "", ""))
+    cells.append(
+        (
+            "total",
+            "",
+            f"{sum(r.count for r in rows):,}",
+            f"{sum(r.parameters for r in rows):,}",
+            "",
+            "",
+            "",
+            "",
+        )
+    )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     align = (str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust, str.rjust, str.rjust)
     lines = (
-        "  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)).rstrip() for line in cells
+        "  ".join(
+            put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)
+        ).rstrip()
+        for line in cells
     )
     return "\n".join(lines)

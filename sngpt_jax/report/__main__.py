@@ -1,7 +1,8 @@
 """Runs side by side as one HTML page: `python -m sngpt_jax.report runs/a runs/b --out page.html`.
 
-The page needs nothing else: curves, health of sparse codes, differing settings, exports, evaluations and environments. Runs
-that differ only in `train.seed` are also shown as one, with mean and standard deviation.
+The page needs nothing else: curves, health of sparse codes, differing settings, exports,
+evaluations and environments. Runs that differ only in `train.seed` are also shown as one, with
+mean and standard deviation.
 """
 
 from collections.abc import Sequence
@@ -11,20 +12,24 @@ from typing import Annotated
 
 import tyro
 
-from sngpt_jax import cli, webpage
-from sngpt_jax.cli import UserError
-from sngpt_jax.console import progress_reporter
-from sngpt_jax.options import OptionalPath, Quiet
+from sngpt_jax.base import cli, webpage
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import check_writable
+from sngpt_jax.config.options import OptionalPath, Quiet
 from sngpt_jax.report.live import LiveRuns, make_server, now
 from sngpt_jax.report.page import page, report
 from sngpt_jax.report.reading import read_run
+from sngpt_jax.run.console import progress_reporter
 
 
 @dataclass(frozen=True)
 class ReportArguments:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]  # run directories
+    # run directories
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
     out: OptionalPath = None  # the HTML page to write; opens in any browser
-    live: bool = False  # serve the page on this machine, as the runs go on, until Ctrl-C; --out is then written at its end
+    # serve the page on this machine, as the runs go on, until Ctrl-C; --out is then written at its
+    # end
+    live: bool = False
     port: int = 8631  # of --live; 0: any that is free
     quiet: Quiet = False
 
@@ -34,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
         ReportArguments,
         args=list(argv),
         prog="python -m sngpt_jax.report",
-        description="Compares runs: one HTML page with curves and tables, or with --live a page that follows them.",
+        description=(
+            "Compares runs: one HTML page with curves and tables, or with --live a page that"
+            " follows them."
+        ),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     if not arguments.runs:
@@ -45,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     for directory in arguments.runs:
         directories.setdefault(directory.resolve(), directory)
     if arguments.out:
-        cli.check_writable(arguments.out, "--out")
+        check_writable(arguments.out, "--out")
     cli.log_to_stderr(arguments.quiet)
     if not arguments.live:
         runs, progress = [], progress_reporter("read")

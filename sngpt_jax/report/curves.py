@@ -6,10 +6,12 @@ from sngpt_jax.report.reading import Series
 
 
 def thin(values: np.ndarray, limit: int) -> np.ndarray:
-    """Indices, ascending, of at most `limit` of `values` [N], N of them where N is no more; `limit` is at least 10.
+    """Indices, ascending, of at most `limit` of `values` [N], N of them where N is no more;
+    `limit` is at least 10.
 
-    The first and the last are among them. The others are, of each of equally long stretches, the first, the last, the
-    smallest and the largest, and the first that is not finite: a spike of one step stays as high as it was, a gap stays one.
+    The first and the last are among them. The others are, of each of equally long stretches, the
+    first, the last, the smallest and the largest, and the first that is not finite: a spike of one
+    step stays as high as it was, a gap stays one.
     """
     n = len(values)
     if n <= limit:
@@ -20,7 +22,10 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
         finite = np.isfinite(part)
         chosen = [0, len(part) - 1]
         if finite.any():
-            chosen += [int(np.argmin(np.where(finite, part, np.inf))), int(np.argmax(np.where(finite, part, -np.inf)))]
+            chosen += [
+                int(np.argmin(np.where(finite, part, np.inf))),
+                int(np.argmax(np.where(finite, part, -np.inf))),
+            ]
         if not finite.all():
             chosen.append(int(np.argmin(finite)))
         kept.append(stretch[np.unique(chosen)])
@@ -28,7 +33,9 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """For each of `values` [N] the mean of the finite ones of the `window` (odd) around it, fewer at the ends; NaN of none."""
+    """For each of `values` [N] the mean of the finite ones of the `window` (odd) around it, fewer
+    at the ends; NaN of none.
+    """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])

@@ -1,4 +1,6 @@
-"""The report of runs that go on: a small server for this machine's browsers, which reads what has changed when it is asked."""
+"""The report of runs that go on: a small server for this machine's browsers, which reads what has
+changed when it is asked.
+"""
 
 import datetime
 import sys
@@ -10,13 +12,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sngpt_jax import environment, webpage
-from sngpt_jax.cli import UserError
+from sngpt_jax.base import webpage
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.report.page import page, report
 from sngpt_jax.report.reading import RunData, read_run
+from sngpt_jax.run import environment
 
 ADDRESS = "127.0.0.1"
-NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a request's Host: a site that resolves to it is refused
+# of this machine, in a request's Host: a site that resolves to it is refused
+NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def now() -> str:
@@ -27,7 +31,9 @@ def now() -> str:
 def signature(directory: Path) -> list[tuple[str, int, int]]:
     """What changes whenever a file does that `read_run` reads."""
     found = []
-    for path in sorted([*directory.glob("*.json"), directory / "metrics.jsonl", environment.path(directory)]):
+    for path in sorted(
+        [*directory.glob("*.json"), directory / "metrics.jsonl", environment.path(directory)]
+    ):
         try:
             about = path.stat()
         except OSError:
@@ -68,7 +74,9 @@ class _Server(ThreadingHTTPServer):
 
 
 def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
-    """The server, bound to `port` of the loopback address (0: any free one). Raises `UserError` where it is taken."""
+    """The server, bound to `port` of the loopback address (0: any free one). Raises `UserError`
+    where it is taken.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -106,4 +114,7 @@ def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
         return _Server((ADDRESS, port), Handler)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such port"
-        raise UserError(f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any that is free") from None
+        raise UserError(
+            f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any that is"
+            " free"
+        ) from None

@@ -1,4 +1,6 @@
-"""The report as one HTML page: its data, bounded whatever the runs' length, and the page around them."""
+"""The report as one HTML page: its data, bounded whatever the runs' length, and the page around
+them.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sngpt_jax import webpage
+from sngpt_jax.base import webpage
 from sngpt_jax.report import grouping, tables
 from sngpt_jax.report.curves import smooth, thin
 from sngpt_jax.report.reading import RunData, Series, number
@@ -37,7 +39,8 @@ METRICS = (
     Metric("grad_norm", "Gradient norm", "", noisy=True, spiky=True),
     Metric("tok_per_s", "Speed", "tokens/s", noisy=True, spiky=True),
 )
-NOT_DRAWN = re.compile(r"tokens|elapsed_seconds|val_seconds|(swa|ema)_val_\w+|code/.*")  # a number a run, or known otherwise
+# a number a run, or known otherwise
+NOT_DRAWN = re.compile(r"tokens|elapsed_seconds|val_seconds|(swa|ema)_val_\w+|code/.*")
 HEALTH = {
     "dead": "Dead features, share of the level",
     "silent": "Silent features, share of the level",
@@ -89,13 +92,19 @@ def _curve(numbers: Numbers, series: Series, limit: int) -> list[int]:
 
 
 def run_curves(run: RunData, numbers: Numbers) -> dict[str, dict[str, list[int]]]:
-    """By metric the curve as measured and, of noisy ones, its running mean: places of steps and values among the numbers."""
+    """By metric the curve as measured and, of noisy ones, its running mean: places of steps and
+    values among the numbers.
+    """
     noisy = {metric.name for metric in METRICS if metric.noisy}
     found = {}
     for name, series in run.series.items():
         if name != "elapsed_seconds" and NOT_DRAWN.fullmatch(name) and not _is_health(name):
             continue
-        found[name] = {"raw": _curve(numbers, series, LAYER_POINTS if name.startswith("code/layer") else POINTS)}
+        found[name] = {
+            "raw": _curve(
+                numbers, series, LAYER_POINTS if name.startswith("code/layer") else POINTS
+            )
+        }
         if name in noisy and (mean := smooth(series)):
             found[name]["mean"] = _curve(numbers, mean, SMOOTH_POINTS)
     return found
@@ -112,7 +121,9 @@ def group_bands(runs: Sequence[RunData], numbers: Numbers) -> dict[str, list[int
     found = {}
     runs = grouping.one_a_seed(runs)
     for name in runs[0].series:
-        if not all(name in run.series for run in runs) or (NOT_DRAWN.fullmatch(name) and not _is_health(name)):
+        if not all(name in run.series for run in runs) or (
+            NOT_DRAWN.fullmatch(name) and not _is_health(name)
+        ):
             continue
         curves = [run.series[name] for run in runs]
         means = [mean for curve in curves if name in noisy and (mean := smooth(curve))]
@@ -124,14 +135,23 @@ def group_bands(runs: Sequence[RunData], numbers: Numbers) -> dict[str, list[int
 
 
 def health(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """What there is of the health of sparse codes: layers, and quantities with their levels; None where there is nothing."""
-    matches = [match for run in runs for name in run.series if (match := _CODE.fullmatch(name)) and match[3] in HEALTH]
+    """What there is of the health of sparse codes: layers, and quantities with their levels; None
+    where there is nothing.
+    """
+    matches = [
+        match
+        for run in runs
+        for name in run.series
+        if (match := _CODE.fullmatch(name)) and match[3] in HEALTH
+    ]
     quantities = []
     for name, title in HEALTH.items():
         of = [match for match in matches if match[3] == name]
         if of:
             levels = sorted({int(match[2]) for match in of if match[2]})
-            quantities.append({"name": name, "title": title, "levels": levels, "more": name not in ALWAYS_SHOWN})
+            quantities.append(
+                {"name": name, "title": title, "levels": levels, "more": name not in ALWAYS_SHOWN}
+            )
     layers = sorted({match[1] for match in matches if match[1]})
     return {"quantities": quantities, "layers": layers} if quantities else None
 
@@ -152,28 +172,44 @@ def notes(run: RunData, name: str) -> list[str]:
 def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, Any]:
     """The data of the page: plain values, none of them NaN.
 
-    `written`: when, for a reader. `live`: of a page that is served and asks for newer data, the name of these.
+    `written`: when, for a reader. `live`: of a page that is served and asks for newer data, the
+    name of these.
     """
     names, groups, numbers = run_names(runs), grouping.group(runs), Numbers()
     known = {metric.name for metric in METRICS}
-    others = sorted({name for run in runs for name in run.series if name not in known and not NOT_DRAWN.fullmatch(name)})
+    others = sorted(
+        {
+            name
+            for run in runs
+            for name in run.series
+            if name not in known and not NOT_DRAWN.fullmatch(name)
+        }
+    )
     metrics = [*METRICS, *(Metric(name, name, "", spiky=True) for name in others)]
     batch_tokens = [number(run.config.get("data.batch_tokens")) for run in runs]
-    environments = tables.environment_table(runs, names) if any(run.starts for run in runs) else None
+    environments = (
+        tables.environment_table(runs, names) if any(run.starts for run in runs) else None
+    )
     return {
         "title": f"Report of {names[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs",
         "written": written,
         "live": live,
         "notes": [note for run, name in zip(runs, names, strict=True) for note in notes(run, name)],
         "runs": [
-            {"name": name, "batch_tokens": tokens if tokens == tokens else None, "curves": run_curves(run, numbers)}
+            {
+                "name": name,
+                "batch_tokens": tokens if tokens == tokens else None,
+                "curves": run_curves(run, numbers),
+            }
             for run, name, tokens in zip(runs, names, batch_tokens, strict=True)
         ],
         "groups": [
             {
                 "name": label,
                 "runs": members,
-                "bands": group_bands([runs[i] for i in members], numbers) if len(members) > 1 else {},
+                "bands": (
+                    group_bands([runs[i] for i in members], numbers) if len(members) > 1 else {}
+                ),
             }
             for members, label in zip(groups, grouping.labels(names, groups), strict=True)
         ],
@@ -186,7 +222,11 @@ def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, A
         "scores": tables.runs_table(runs, names, groups),
         "differences": tables.config_table(runs, names, groups, only_differing=True),
         "configuration": tables.config_table(runs, names, groups, only_differing=False),
-        "exports": [table for run, name in zip(runs, names, strict=True) for table in tables.export_tables(name, run.exports)],
+        "exports": [
+            table
+            for run, name in zip(runs, names, strict=True)
+            for table in tables.export_tables(name, run.exports)
+        ],
         "evaluations": tables.evaluation_table(runs, names),
         "environment": environments,
         "numbers": numbers.arrays,
@@ -196,5 +236,10 @@ def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, A
 def page(data: dict[str, Any]) -> str:
     """The HTML page of `report`'s data."""
     return webpage.render(
-        __package__, "report", data["title"], data, scripts=("chart.js", "report.js"), connect=bool(data["live"])
+        __package__,
+        "report",
+        data["title"],
+        data,
+        scripts=("chart.js", "report.js"),
+        connect=bool(data["live"]),
     )

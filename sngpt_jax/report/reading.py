@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from sngpt_jax import environment, run_directory, typed_json
-from sngpt_jax.cli import UserError
-from sngpt_jax.metrics import read_metrics
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.run import directory as run_directory
+from sngpt_jax.run import environment
+from sngpt_jax.run.metrics import read_metrics
 
 LARGEST = 1e38  # float32 holds little more; charts of numbers beyond float64's roots have no axes
 MOST_STEPS = 2**53  # as of train.steps
@@ -22,7 +24,9 @@ OWN_FILES = ("config.json", "summary.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class Series:
-    """A quantity over optimizer steps, float64 [N]: `steps` rise strictly; `values` are NaN where the run had no finite one."""
+    """A quantity over optimizer steps, float64 [N]: `steps` rise strictly; `values` are NaN where
+    the run had no finite one.
+    """
 
     steps: np.ndarray
     values: np.ndarray
@@ -53,7 +57,9 @@ def number(value: Any) -> float:
 
 
 def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """Every quantity of the records in which it is a number or null. Of two values at one step the later one counts."""
+    """Every quantity of the records in which it is a number or null. Of two values at one step the
+    later one counts.
+    """
     columns: dict[str, dict[float, float]] = {}
     for record in records:
         step = number(record["step"])
@@ -70,8 +76,12 @@ def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     return found
 
 
-def read_results(directory: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
-    """The results of `export` and of `evaluate` among the directory's JSON files, known by their keys; others are let be."""
+def read_results(
+    directory: Path,
+) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
+    """The results of `export` and of `evaluate` among the directory's JSON files, known by their
+    keys; others are let be.
+    """
     exports, evaluations = [], []
     for path in sorted(directory.glob("*.json")):
         try:
@@ -88,19 +98,28 @@ def read_results(directory: Path) -> tuple[list[tuple[str, dict[str, Any]]], lis
 
 
 def read_run(directory: Path, *, may_be_empty: bool = False) -> RunData:
-    """The run in `directory`. Raises `UserError` where there is none, or no metrics yet unless it `may_be_empty`."""
+    """The run in `directory`. Raises `UserError` where there is none, or no metrics yet unless it
+    `may_be_empty`.
+    """
     config = asdict(run_directory.read_config(directory))
     metrics, skipped = directory / "metrics.jsonl", list[int]()
     records = read_metrics(metrics, skipped) if metrics.exists() or not may_be_empty else []
     series = make_series(records)
     if not series and not may_be_empty:
-        raise UserError(f"{metrics}: holds no metrics yet; try again once a step is logged, or watch the run with --live")
+        raise UserError(
+            f"{metrics}: holds no metrics yet; try again once a step is logged, or watch the run"
+            " with --live"
+        )
     summary_path = run_directory.summary_path(directory)
     summary = typed_json.read(summary_path, UserError) if summary_path.exists() else {}
     exports, evaluations = read_results(directory)
     return RunData(
         directory=directory,
-        config={f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()},
+        config={
+            f"{section}.{name}": value
+            for section, fields in config.items()
+            for name, value in fields.items()
+        },
         series=series,
         last_step=int(max((column.steps[-1] for column in series.values()), default=0)),
         skipped=len(skipped),

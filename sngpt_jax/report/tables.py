@@ -1,7 +1,9 @@
-"""The report's tables, as text: scores, configurations, environments, what `export` and `evaluate` have found.
+"""The report's tables, as text: scores, configurations, environments, what `export` and `evaluate`
+have found.
 
-A table is {"columns": [text], "rows": [row]}; a row {"cells": [[text, class]]} and, where it stands for curves, "group" and
-"run", their numbers. A class is "number", "mark" (differs from the first run's), "best", "soft" or nothing, or several.
+A table is {"columns": [text], "rows": [row]}; a row {"cells": [[text, class]]} and, where it
+stands for curves, "group" and "run", their numbers. A class is "number", "mark" (differs from the
+first run's), "best", "soft" or nothing, or several.
 """
 
 import json
@@ -12,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sngpt_jax.base.terminal import format_duration
 from sngpt_jax.report import grouping
 from sngpt_jax.report.reading import RunData, number
-from sngpt_jax.terminal import format_duration
 
 Table = dict[str, Any]
 Cell = list[str]
@@ -43,13 +45,16 @@ def figure(value: Any, form: str) -> Cell:
 
 @dataclass(frozen=True)
 class Score:
-    """A column: a field of summary.json, or of a run that has not finished what stands for it in its metrics so far."""
+    """A column: a field of summary.json, or of a run that has not finished what stands for it in
+    its metrics so far.
+    """
 
     title: str
     final: str
     form: str
     metric: str = ""
-    so_far: Callable[[np.ndarray], float] = lambda values: values[-1]  # of the metric's finite values
+    # of the metric's finite values
+    so_far: Callable[[np.ndarray], float] = lambda values: values[-1]
 
 
 SCORES = (
@@ -83,8 +88,12 @@ def score(run: RunData, of: Score) -> float:
     return float(of.so_far(finite)) if len(finite) else float("nan")
 
 
-def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]) -> Table:
-    """A row a run, and before a group of several a row of its means; the best BPB of a finished run or of a mean is marked."""
+def runs_table(
+    runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]]
+) -> Table:
+    """A row a run, and before a group of several a row of its means; the best BPB of a finished
+    run or of a mean is marked.
+    """
     labels = grouping.labels(names, groups)
     shown = [of for of in SCORES if any(np.isfinite(score(run, of)) for run in runs)]
     rows: list[dict[str, Any]] = []
@@ -93,7 +102,9 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
     for g, members in enumerate(groups):
         finished = grouping.one_a_seed([runs[i] for i in members if runs[i].summary])
         if len(members) > 1:
-            found = [grouping.statistic(run.summary.get(of.final) for run in finished) for of in shown]
+            found = [
+                grouping.statistic(run.summary.get(of.final) for run in finished) for of in shown
+            ]
             seeds = {text(runs[i].config.get(grouping.SEED)) for i in members}
             again = "" if len(seeds) == len(members) else f", {len(seeds)} seeds"
             cells = [[labels[g], ""], [f"{len(members)} runs{again}", ""]]
@@ -101,7 +112,9 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
             for value, of in zip(found, shown, strict=True):
                 spread = f" ± {value.sd:{of.form}}" if value and value.sd is not None else ""
                 fewer = f" (n = {value.n})" if value and value.n < len(finished) else ""
-                cells.append([f"{value.mean:{of.form}}{spread}{fewer}" if value else ABSENT, "number"])
+                cells.append(
+                    [f"{value.mean:{of.form}}{spread}{fewer}" if value else ABSENT, "number"]
+                )
             cells += [[ABSENT, "number"]] * 3
             if place is not None and (best := found[place]):
                 means[len(rows)] = best.mean
@@ -114,36 +127,61 @@ def runs_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[S
             cells = [[names[i], ""], [text(run.config.get(grouping.SEED)), ""], [state(run), ""]]
             cells += [figure(score(run, of), of.form) for of in shown]
             cells.append([format_duration(seconds) if seconds == seconds else ABSENT, "number"])
-            cells += [figure(score(run, TOKENS), TOKENS.form), figure(run.summary.get("parameters"), ",.0f")]
+            cells += [
+                figure(score(run, TOKENS), TOKENS.form),
+                figure(run.summary.get("parameters"), ",.0f"),
+            ]
             rows.append({"group": g, "run": i, "cells": cells})
     competing = {row: value for row, value in means.items() if value == value}
     if place is not None and len(competing) > 1:
         rows[min(competing, key=competing.__getitem__)]["cells"][3 + place][1] += " best"
-    columns = ["run", "seed", "state", *(of.title for of in [*shown, SECONDS, TOKENS]), "parameters"]
+    columns = [
+        "run",
+        "seed",
+        "state",
+        *(of.title for of in [*shown, SECONDS, TOKENS]),
+        "parameters",
+    ]
     return {"columns": columns, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------- side by side
 
 
-def side_by_side(columns: Sequence[str], sides: Sequence[Mapping[str, str]], only_differing: bool) -> Table:
+def side_by_side(
+    columns: Sequence[str], sides: Sequence[Mapping[str, str]], only_differing: bool
+) -> Table:
     """A row a name, a column a side; what differs from the first side is marked."""
     names = list(dict.fromkeys(name for side in sides for name in side))
     rows = []
     for name in names:
         cells = [side.get(name, ABSENT) for side in sides]
         if not only_differing or len(set(cells)) > 1:
-            rows.append({"cells": [[name, ""], *([cell, "mark" if cell != cells[0] else ""] for cell in cells)]})
+            rows.append(
+                {
+                    "cells": [
+                        [name, ""],
+                        *([cell, "mark" if cell != cells[0] else ""] for cell in cells),
+                    ]
+                }
+            )
     return {"columns": ["", *columns], "rows": rows}
 
 
-def config_table(runs: Sequence[RunData], names: Sequence[str], groups: Sequence[Sequence[int]], only_differing: bool) -> Table:
+def config_table(
+    runs: Sequence[RunData],
+    names: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    only_differing: bool,
+) -> Table:
     """The configurations, a column a group; of the seeds of a group's runs a list."""
     sides = []
     for members in groups:
         side = {name: text(value) for name, value in runs[members[0]].config.items()}
         if grouping.SEED in side:
-            side[grouping.SEED] = ", ".join(dict.fromkeys(text(runs[i].config.get(grouping.SEED)) for i in members))
+            side[grouping.SEED] = ", ".join(
+                dict.fromkeys(text(runs[i].config.get(grouping.SEED)) for i in members)
+            )
         sides.append(side)
     return side_by_side(grouping.labels(names, groups), sides, only_differing)
 
@@ -203,14 +241,21 @@ def export_tables(name: str, results: Sequence[tuple[str, dict[str, Any]]]) -> l
         if number(value.get("limit")) > 0:
             fits = "fits" if value.get("fits") is True else "does not fit"
             line.append(f"{fits} the limit of {figure(value['limit'], ',.0f')[0]}")
-        before, after, gap = (_at(value, "score", key) for key in ("bpb_before", "bpb_after", "gap"))
+        before, after, gap = (
+            _at(value, "score", key) for key in ("bpb_before", "bpb_after", "gap")
+        )
         if number(after) == number(after):
-            line.append(f"BPB {figure(before, '.5f')[0]} before, {figure(after, '.5f')[0]} after, gap {figure(gap, '+.5f')[0]}")
+            line.append(
+                f"BPB {figure(before, '.5f')[0]} before, {figure(after, '.5f')[0]} after, gap"
+                f" {figure(gap, '+.5f')[0]}"
+            )
         groups = value["bits_per_weight"] if isinstance(value["bits_per_weight"], dict) else {}
         rows = []
         for group, of in groups.items():
             cells = [[text(_at(of, "group") or group), ""], [text(_at(of, "width")), ""]]
-            rows.append({"cells": [*cells, *(figure(_at(of, key), form) for key, _, form in EXPORTED)]})
+            rows.append(
+                {"cells": [*cells, *(figure(_at(of, key), form) for key, _, form in EXPORTED)]}
+            )
         columns = ["group", "kept as", *(title for _, title, _ in EXPORTED)]
         found.append({"title": " · ".join(line), "columns": columns, "rows": rows})
     return found
@@ -224,18 +269,46 @@ def evaluation_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
             kept = f"{text(value.get('weights'))}{', quantized' if value.get('fake_quantized') is True else ''}"
             head = [[name, ""], [file, "soft"], figure(value.get("step"), ",.0f"), [kept, ""]]
             if "bpb" in value:
-                stride = f", stride {text(value.get('stride'))}" if value.get("mode") == "sliding" else ""
+                stride = (
+                    f", stride {text(value.get('stride'))}"
+                    if value.get("mode") == "sliding"
+                    else ""
+                )
                 what = [f"{text(value['mode'])}{stride}", ""]
-                scores = [figure(value.get(key), form) for key, form in (("tokens", ",.0f"), ("loss", ".4f"), ("bpb", ".4f"))]
+                scores = [
+                    figure(value.get(key), form)
+                    for key, form in (("tokens", ",.0f"), ("loss", ".4f"), ("bpb", ".4f"))
+                ]
                 rows.append({"cells": [*head, what, *scores, ["", ""]]})
                 if cache := _at(value, "ngram", "cache"):
                     mass = figure(_at(value, "ngram", "mass", "mean"), ".6g")[0]
-                    note = f"mass {mass}" + ("" if _at(value, "ngram", "is_distribution") is True else ": not a distribution")
-                    scores = [scores[0], *(figure(_at(value, "ngram", key), ".4f") for key in ("loss", "bpb"))]
-                    rows.append({"cells": [*head, [f"{what[0]}, {text(cache)} cache", ""], *scores, [note, ""]]})
+                    note = f"mass {mass}" + (
+                        ""
+                        if _at(value, "ngram", "is_distribution") is True
+                        else ": not a distribution"
+                    )
+                    scores = [
+                        scores[0],
+                        *(figure(_at(value, "ngram", key), ".4f") for key in ("loss", "bpb")),
+                    ]
+                    rows.append(
+                        {
+                            "cells": [
+                                *head,
+                                [f"{what[0]}, {text(cache)} cache", ""],
+                                *scores,
+                                [note, ""],
+                            ]
+                        }
+                    )
             tasks = value.get("tasks")
             for task, metrics in tasks.items() if isinstance(tasks, dict) else ():
                 if isinstance(metrics, dict):
                     found = ", ".join(f"{key} {text(of)}" for key, of in metrics.items())
-                    rows.append({"cells": [*head, [task, ""], *([[ABSENT, "number"]] * 3), [found, ""]]})
-    return {"columns": ["run", "file", "step", "weights", "what", "tokens", "loss", "BPB", ""], "rows": rows}
+                    rows.append(
+                        {"cells": [*head, [task, ""], *([[ABSENT, "number"]] * 3), [found, ""]]}
+                    )
+    return {
+        "columns": ["run", "file", "step", "weights", "what", "tokens", "loss", "BPB", ""],
+        "rows": rows,
+    }

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import corpus
 from sngpt_jax.data.corpus import count_parts, documents, download_golf, fingerprint
 from sngpt_jax.data.manifest import DataError
@@ -52,7 +52,10 @@ def test_stdlib_is_the_librarys_own_text_in_hash_order():
     def rank(name):
         return hashlib.sha256(name.encode()).hexdigest()
 
-    names = sorted(["json/decoder.py", "this.py", "ast.py", "email/message.py", "asyncio/base_events.py"], key=rank)
+    names = sorted(
+        ["json/decoder.py", "this.py", "ast.py", "email/message.py", "asyncio/base_events.py"],
+        key=rank,
+    )
     places = [found.index((root / name).read_text(encoding="utf-8")) for name in names]
     assert places == sorted(places)
 
@@ -87,7 +90,9 @@ def test_stdlib_skips_tests_and_what_cannot_be_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", WRAP)
 def test_txt(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
-    text = "<|endoftext|>\nfirst\n\n  line\r\n<|endoftext|>\r\n<|endoftext|>\nnot <|endoftext|>\nlast"
+    text = (
+        "<|endoftext|>\nfirst\n\n  line\r\n<|endoftext|>\r\n<|endoftext|>\nnot <|endoftext|>\nlast"
+    )
     path.write_bytes(WRAP[ending](b"\xef\xbb\xbf" + text.encode()))
     assert list(documents(str(path))) == ["first\n\n  line\r\n", "not <|endoftext|>\nlast"]
 
@@ -111,7 +116,10 @@ def test_many_members_and_frames(tmp_path):
     for ending in (".gz", ".zst"):
         path = tmp_path / f"a.jsonl{ending}"
         whole = "".join(rows).encode()
-        path.write_bytes(WRAP[ending](whole[:70_001]) + WRAP[ending](b"") + WRAP[ending](whole[70_001:]))  # cut inside a line
+        # cut inside a line
+        path.write_bytes(
+            WRAP[ending](whole[:70_001]) + WRAP[ending](b"") + WRAP[ending](whole[70_001:])
+        )
         assert list(documents(str(path))) == [f"document {i} " + "x" * i for i in range(500)]
 
 
@@ -175,7 +183,9 @@ def test_parquet(tmp_path):
     fails(path, str(path), "expected a column text, found content, id")
     parquet.write_table(pyarrow.table({"text": ["a", pyarrow.scalar("b").as_py()]}), path)
     raw = pyarrow.Array.from_buffers(
-        pyarrow.string(), 2, [None, pyarrow.py_buffer(np.array([0, 1, 2], "<i4")), pyarrow.py_buffer(b"a\xff")]
+        pyarrow.string(),
+        2,
+        [None, pyarrow.py_buffer(np.array([0, 1, 2], "<i4")), pyarrow.py_buffer(b"a\xff")],
     )
     parquet.write_table(pyarrow.table({"text": raw}), path)
     fails(path, f"{path}: row 2", "not UTF-8")
@@ -208,7 +218,9 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def test_fingerprint_follows_content_not_place_or_time(tmp_path):
-    assert fingerprint("stdlib") == fingerprint("stdlib") and platform.python_version() in fingerprint("stdlib")
+    assert fingerprint("stdlib") == fingerprint(
+        "stdlib"
+    ) and platform.python_version() in fingerprint("stdlib")
     seen = set()
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -282,10 +294,15 @@ def test_a_data_sets_files_are_its_parts(monkeypatch):
     whole = list(documents("hub:some/set"))
     assert whole == [f"{file} {row}" for file in "abcde" for row in range(3)]
     for parts in (2, 5):
-        assert [text for part in range(parts) for text in documents("hub:some/set", part, parts)] == whole
+        assert [
+            text for part in range(parts) for text in documents("hub:some/set", part, parts)
+        ] == whole
     assert list(documents("hub:some/set", 3, 5)) == ["d 0", "d 1", "d 2"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    with pytest.raises(DataError, match="source hub:some/set: the data set's files cannot be listed: ZeroDivisionError"):
+    with pytest.raises(
+        DataError,
+        match="source hub:some/set: the data set's files cannot be listed: ZeroDivisionError",
+    ):
         count_parts("hub:some/set")
 
 
@@ -321,7 +338,9 @@ def test_hub_failures_are_one_line(monkeypatch):
     fails("hub:some/set", "hub:some/set", "after row 1", "ConnectionError: no route")
     stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: 1 / 0)
     fails("hub:some/set", "after row 0")
-    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}])
+    stand_in(
+        monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}]
+    )
     fails("hub:some/set", "hub:some/set: row 2", "expected the key text, found 'content'")
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
     fails("hub:some/set", f"{sys.executable} -m pip install datasets", kind=UserError)
@@ -341,14 +360,27 @@ def shard(tokens):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A local stand-in of the data set: {path in the repository: content}, and the list of what was fetched."""
+    """A local stand-in of the data set: {path in the repository: content}, and the list of what
+    was fetched.
+    """
     model = train_sentencepiece(
-        ["some text of words, " * 20], tmp_path / "made.model", vocab_size=280, normalization="nmt_nfkc"
+        ["some text of words, " * 20],
+        tmp_path / "made.model",
+        vocab_size=280,
+        normalization="nmt_nfkc",
     )
     manifest = {
         "datasets": [
-            {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": {"files_train": 9, "files_val": 2}},
-            {"name": "fineweb10B_sp280", "tokenizer_name": "sp_bpe_280", "stats": {"files_train": 3, "files_val": 2}},
+            {
+                "name": "fineweb10B_byte260",
+                "tokenizer_name": "bytes",
+                "stats": {"files_train": 9, "files_val": 2},
+            },
+            {
+                "name": "fineweb10B_sp280",
+                "tokenizer_name": "sp_bpe_280",
+                "stats": {"files_train": 3, "files_val": 2},
+            },
         ],
         "tokenizers": [
             {"name": "bytes", "path": "tokenizers/b.json"},
@@ -361,7 +393,9 @@ def published(tmp_path, monkeypatch):
     }
     for split, count in (("train", 3), ("val", 2)):
         for n in range(count):
-            files[f"datasets/datasets/fineweb10B_sp280/fineweb_{split}_{n:06d}.bin"] = shard([1, 5 + n, len(split)])
+            files[f"datasets/datasets/fineweb10B_sp280/fineweb_{split}_{n:06d}.bin"] = shard(
+                [1, 5 + n, len(split)]
+            )
     fetched = []
 
     def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
@@ -397,7 +431,11 @@ def test_download_golf(tmp_path, published):
     whole = out / "fineweb_train_000001.bin"
     whole.write_bytes(whole.read_bytes()[:-1])
     download_golf(out, vocab_size=280, train_shards=3)
-    assert [Path(name).name for name in fetched] == ["manifest.json", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert [Path(name).name for name in fetched] == [
+        "manifest.json",
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
     assert whole.read_bytes() == shard([1, 6, 5])
 
 
@@ -409,7 +447,10 @@ def golf_fails(out, *expected, vocab_size=280, train_shards=1):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.txt.zst", "x" * 1001), ("a.jsonl.gz", "x" * 1001), ("a.txt", "xyz\n" * 251)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.txt.zst", "x" * 1001), ("a.jsonl.gz", "x" * 1001), ("a.txt", "xyz\n" * 251)],
+)
 def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, name, text):
     monkeypatch.setattr("sngpt_jax.data.corpus.MAX_DOCUMENT", 1000)
     compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)
@@ -427,7 +468,9 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     golf_fails(out, "no fineweb10B_sp999", "fineweb10B_byte260, fineweb10B_sp280", vocab_size=999)
     golf_fails(out, "fineweb10B_sp280 has 3 training shards; asked for 4", train_shards=4)
     missing = files.pop("datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin")
-    golf_fails(out, "datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin cannot be fetched", "404")
+    golf_fails(
+        out, "datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin cannot be fetched", "404"
+    )
     assert (out / "fineweb_val_000000.bin").exists()  # kept for the next try
     files["datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin"] = missing[:-2]
     golf_fails(out, "fineweb_val_000001.bin", "truncated")
@@ -442,11 +485,17 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     manifest["tokenizers"][1]["model_path"] = "../../evil.model"
     files["datasets/manifest.json"] = json.dumps(manifest).encode()
     golf_fails(tmp_path / "new", "no path below its folder")
-    for content in (b"no json", b"[]", b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}'):
+    for content in (
+        b"no json",
+        b"[]",
+        b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}',
+    ):
         files["datasets/manifest.json"] = content
         golf_fails(tmp_path / "new", "manifest.json", "not the layout")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    golf_fails(tmp_path / "new", corpus.GOLF_REPO, f"{sys.executable} -m pip install huggingface_hub")
+    golf_fails(
+        tmp_path / "new", corpus.GOLF_REPO, f"{sys.executable} -m pip install huggingface_hub"
+    )
 
 
 def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, published):
@@ -474,5 +523,7 @@ corpus.imported("huggingface_hub", "a test").hf_hub_download
 logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
 """
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")

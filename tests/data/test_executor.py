@@ -1,4 +1,6 @@
-"""`prepare --executor`: the same files as `prepare`, from two workers here and from the jobs of a stand-in for Slurm."""
+"""`prepare --executor`: the same files as `prepare`, from two workers here and from the jobs of a
+stand-in for Slurm.
+"""
 
 import contextlib
 import fcntl
@@ -18,18 +20,33 @@ from pathlib import Path
 
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import encode
 from sngpt_jax.data import parts as parts_module
-from sngpt_jax.data import prepare as prepare_module
+from sngpt_jax.data import preparation as prepare_module
 from sngpt_jax.data.folder import PARTS
 from sngpt_jax.data.manifest import load_progress
 from sngpt_jax.data.parts import Parts
-from sngpt_jax.data.prepare import main, prepare, prepare_on
+from sngpt_jax.data.preparation import prepare, prepare_on
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.spec import PrepareSpec, origin_of
+from sngpt_jax.prepare import main
 
-WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of", "the", "▁", "🙂"]
+WORDS = [
+    "river",
+    "stone",
+    "naïve",
+    "über",
+    "日本",
+    "x = 3\n",
+    "    return",
+    "snow",
+    "2024",
+    "of",
+    "the",
+    "▁",
+    "🙂",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +56,23 @@ def source(tmp_path_factory):
     rng = random.Random(0)
     for number in range(5):
         texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 80))) for _ in range(100)]
-        (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / f"{number}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     return folder
 
 
-needs_datatrove = pytest.mark.skipif(not importlib.util.find_spec("datatrove"), reason="needs the extra datatrove")
+needs_datatrove = pytest.mark.skipif(
+    not importlib.util.find_spec("datatrove"), reason="needs the extra datatrove"
+)
 
 
 def spec_for(source, out, **changes):
-    return PrepareSpec(str(source), str(out), **({"val_docs": 130, "vocab_size": 300, "shard_tokens": 4000} | changes))
+    return PrepareSpec(
+        str(source),
+        str(out),
+        **({"val_docs": 130, "vocab_size": 300, "shard_tokens": 4000} | changes),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +85,32 @@ def plain(source, tmp_path_factory):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in (".lock", ".slurm")}
+    return {
+        path.name: path.read_bytes()
+        for path in Path(folder).iterdir()
+        if path.name not in (".lock", ".slurm")
+    }
 
 
 def options(source, out, *more):
-    given = ["--source", source, "--out", out, "--val-docs", 130, "--vocab-size", 300, "--shard-tokens", 4000, *more]
+    given = [
+        "--source",
+        source,
+        "--out",
+        out,
+        "--val-docs",
+        130,
+        "--vocab-size",
+        300,
+        "--shard-tokens",
+        4000,
+        *more,
+    ]
     return [str(word) for word in given]
 
 
 def command(*arguments, **more):
-    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
+    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
     return subprocess.run(full, capture_output=True, text=True, timeout=100, **more)
 
 
@@ -112,7 +153,9 @@ def children_of(group):
 @pytest.mark.slow
 @needs_datatrove
 def test_two_workers_write_the_files_of_one_process(source, plain, tmp_path):
-    done = command(*options(source, tmp_path / "out", "--executor", "local", "--workers", 2, "--json"))
+    done = command(
+        *options(source, tmp_path / "out", "--executor", "local", "--workers", 2, "--json")
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(plain)
     assert json.loads(done.stdout)["train"]["documents"] == 370
@@ -142,7 +185,10 @@ def test_what_a_failed_task_leaves_is_gone_on_with(source, plain, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         done = command(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "another preparation is writing there" in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: ")
+        and "another preparation is writing there" in done.stderr
+    )
     assert (out / "progress.json").exists() and not (out / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob(".parts/*/train_*")}
     assert {path.parent.name[:5] for path in kept} >= {"00000", "00001"}
@@ -168,7 +214,8 @@ def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkey
 
     monkeypatch.setattr(encode, "_encode", counting)
     prepare(spec_for(source, tmp_path / "out"))
-    assert len(documents) == (130 if encoded == 5 else 500)  # the held-out ones are not taken from parts
+    # the held-out ones are not taken from parts
+    assert len(documents) == (130 if encoded == 5 else 500)
     assert contents(tmp_path / "out") == contents(plain)
 
 
@@ -191,7 +238,8 @@ def test_a_stop_is_not_held_up_by_a_worker_that_was_killed(source, tmp_path):
             executor.encode_here(parts, 2, kill_one_and_stop)
         ends.append(True)
 
-    thread = threading.Thread(target=encode_until_stopped, daemon=True)  # which a hang leaves behind
+    # which a hang leaves behind
+    thread = threading.Thread(target=encode_until_stopped, daemon=True)
     thread.start()
     thread.join(60)
     for worker in multiprocessing.active_children():
@@ -217,14 +265,20 @@ def test_a_part_in_work_is_reported(source, tmp_path, monkeypatch):
         if tokens:
             seen.set()
 
-    monkeypatch.setattr(executor, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        executor, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers)
+    )
     monkeypatch.setattr(executor, "_REPORT_SECONDS", 0.01)
     monkeypatch.setattr(parts_module, "_SHARD_TOKENS", 1000)
     monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
     monkeypatch.setattr(parts_module, "save", wait_after_a_shard)
     executor.encode_here(parts, 1, report)
     assert ("0 of 1 parts", 1000) in {(what, tokens) for what, _, tokens in reports}
-    assert reports[-1] == ("1 of 1 parts", 500, sum(entry.tokens for entry in parts.reached(0).shards))
+    assert reports[-1] == (
+        "1 of 1 parts",
+        500,
+        sum(entry.tokens for entry in parts.reached(0).shards),
+    )
 
 
 # Workers tell that they start, and take a second longer for it.
@@ -243,8 +297,10 @@ def test_ctrl_c_while_workers_start_says_one_word(source, tmp_path, executor):
     mark = tmp_path / "mark"
     env = shadowed(tmp_path, SLOW_START.format(mark=str(mark)))
     arguments = options(source, tmp_path / "out", "--executor", executor, "--workers", 2)
-    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
-    with subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as process:
+    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
+    with subprocess.Popen(
+        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
+    ) as process:
         deadline = time.monotonic() + 100
         while not mark.exists():
             assert time.monotonic() < deadline and process.poll() is None
@@ -277,13 +333,17 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
     mark.write_text("")
     env = shadowed(tmp_path, SITECUSTOMIZE.format(mark=str(mark)))
     arguments = options(source, tmp_path / "out", "--executor", "local", "--workers", 2)
-    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *arguments]
-    with subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env) as process:
+    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
+    with subprocess.Popen(
+        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
+    ) as process:
         errors = process.communicate(timeout=100)[1]
     assert process.returncode == 2 and not mark.exists()
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == (
-        "error: an encoding process was killed, perhaps for memory; run it again with fewer --workers to go on"
+    assert (
+        errors.splitlines()[-1]
+        == "error: an encoding process was killed, perhaps for memory; run it again with fewer"
+        " --workers to go on"
     )
     deadline = time.monotonic() + 10
     while children_of(process.pid):
@@ -295,8 +355,8 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- Slurm
 
-# Each does just what the submission needs: sbatch writes the script down and gives a number, srun runs the command after its
-# own options, scontrol names the node.
+# Each does just what the submission needs: sbatch writes the script down and gives a number, srun
+# runs the command after its own options, scontrol names the node.
 SBATCH = """#!/bin/sh
 number=$(ls "{jobs}" | grep -c script)
 for script; do :; done
@@ -333,13 +393,23 @@ def cluster(tmp_path, monkeypatch):
 
 
 def directives(script):
-    words = [line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBATCH")]
+    words = [
+        line.removeprefix("#SBATCH --").partition("=")
+        for line in script.splitlines()
+        if line.startswith("#SBATCH")
+    ]
     return {name: value for name, _, value in words}
 
 
 def run_job(script, **env):
     values = {"SLURM_NODELIST": "node1", "SLURM_JOB_ID": "17", **env}
-    return subprocess.run(["bash", str(script)], env={**os.environ, **values}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        ["bash", str(script)],
+        env={**os.environ, **values},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
 
 
 @pytest.mark.slow
@@ -349,13 +419,21 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
     arguments = options(source, out, "--executor", "slurm", "--workers", 3)
     assert main([*arguments, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary == {"dir": str(out), "submitted": {"parts": 5, "array_job": "17", "merge_job": "18"}}
+    assert summary == {
+        "dir": str(out),
+        "submitted": {"parts": 5, "array_job": "17", "merge_job": "18"},
+    }
     array, merge = (directives((cluster / f"{number}.script").read_text()) for number in (0, 1))
     assert array["array"] == "0-4%3" and "dependency" not in array
-    assert merge["dependency"] == "afterok:17" and merge["kill-on-invalid-dep"] == "yes" and "array" not in merge
+    assert (
+        merge["dependency"] == "afterok:17"
+        and merge["kill-on-invalid-dep"] == "yes"
+        and "array" not in merge
+    )
     for job in (array, merge):
         assert job["mem-per-cpu"] == "4G" and job["cpus-per-task"] == "1"
-        assert not job.keys() & {"partition", "time", "qos"}  # sbatch's own environment variables, or the cluster, give them
+        # sbatch's own environment variables, or the cluster, give them
+        assert not job.keys() & {"partition", "time", "qos"}
         assert Path(job["output"]).parent.is_dir()
 
     for task in (4, 0, 2, 1):
@@ -367,7 +445,11 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
     with open(held / ".lock", "w") as file:  # the last task fails
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run_job(cluster / "0.script", SLURM_ARRAY_TASK_ID="3")
-        assert done.returncode == 1 and "UserError" in done.stderr and "another preparation is writing" in done.stderr
+        assert (
+            done.returncode == 1
+            and "UserError" in done.stderr
+            and "another preparation is writing" in done.stderr
+        )
     assert main(arguments) == 0  # once more: only what is left
     assert "job 19 encodes 1 parts, then job 20 writes the shards" in capsys.readouterr().out
     assert directives((cluster / "2.script").read_text())["array"] == "0-0%3"
@@ -390,7 +472,9 @@ def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, c
     with pytest.raises(UserError, match="sbatch failed with status 3; see its message above"):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
     sbatch.unlink()
-    with pytest.raises(UserError, match="no sbatch here; run it on a machine that submits to the cluster"):
+    with pytest.raises(
+        UserError, match="no sbatch here; run it on a machine that submits to the cluster"
+    ):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
 
 
@@ -398,13 +482,17 @@ def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, c
 def test_a_queue_that_takes_the_first_job_only_is_told(source, tmp_path, cluster):
     (tmp_path / "tools" / "sbatch").write_text(FULL_SBATCH.format(jobs=cluster))
     advice = "job 17, which encodes, is in the queue: scancel 17, then run the same command again"
-    with pytest.raises(UserError, match=f"sbatch failed with status 1; see its message above; {advice}"):
+    with pytest.raises(
+        UserError, match=f"sbatch failed with status 1; see its message above; {advice}"
+    ):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
 
 
 @needs_datatrove
 @pytest.mark.parametrize("name", ["two words", "a&b", "$HOME"])
-def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(source, tmp_path, cluster, name):
+def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(
+    source, tmp_path, cluster, name
+):
     with pytest.raises(UserError, match="with --executor slurm its path may not hold"):
         prepare_on(spec_for(source, tmp_path / name), 2, "slurm")
     assert not list(cluster.iterdir()) and not (tmp_path / name / "tokenizer.model").exists()
@@ -424,6 +512,9 @@ def test_published_tokens_and_a_missing_package_are_refused(source, tmp_path, mo
     with pytest.raises(UserError, match="golf is already tokens; it takes no --executor"):
         main(["--source", "golf", "--out", str(tmp_path / "golf"), "--executor", "local"])
     monkeypatch.setitem(sys.modules, "datatrove", None)  # makes the import fail
-    with pytest.raises(UserError, match="--executor needs the package datatrove; install it: .* -m pip install datatrove"):
+    with pytest.raises(
+        UserError,
+        match="--executor needs the package datatrove; install it: .* -m pip install datatrove",
+    ):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "local")
     assert not (tmp_path / "out" / "tokenizer.model").exists()

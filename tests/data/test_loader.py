@@ -1,4 +1,6 @@
-"""The order of batches against a literal sequential reading, and the exactness of a saved position."""
+"""The order of batches against a literal sequential reading, and the exactness of a saved
+position.
+"""
 
 import json
 import threading
@@ -18,11 +20,16 @@ NO_EXTRA = np.zeros((0, 2), np.int64)
 
 
 def stream_of(*shards: np.ndarray, vocab_size: int = 2**16) -> TokenStream:
-    return TokenStream(tuple(Shard(Path(f"{i}.bin"), tokens, NO_EXTRA) for i, tokens in enumerate(shards)), vocab_size)
+    return TokenStream(
+        tuple(Shard(Path(f"{i}.bin"), tokens, NO_EXTRA) for i, tokens in enumerate(shards)),
+        vocab_size,
+    )
 
 
 class PublishedStream:
-    """The challenge's token stream, told step by step: a file, a position in it, the next file at its end, for ever."""
+    """The challenge's token stream, told step by step: a file, a position in it, the next file at
+    its end, for ever.
+    """
 
     def __init__(self, shards):
         self.shards, self.file, self.position = shards, 0, 0
@@ -42,7 +49,9 @@ class PublishedStream:
 
 
 def published_batch(stream, world, batch_tokens, seq_len):
-    """One step of the published loader on `world` devices: what each takes in each of its 8 / world micro-steps, in order."""
+    """One step of the published loader on `world` devices: what each takes in each of its 8 /
+    world micro-steps, in order.
+    """
     accumulation = 8 // world
     local = batch_tokens // (world * accumulation)
     inputs, targets = [], []
@@ -58,7 +67,10 @@ def published_batch(stream, world, batch_tokens, seq_len):
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_order_is_the_published_loaders_on_any_number_of_devices(world):
     shards = [np.arange(a, b, dtype=np.uint16) for a, b in ((0, 700), (700, 701), (701, 1500))]
-    published, batches = PublishedStream(shards), GlobalBatches(stream_of(*shards), batch_tokens=192, seq_len=8, slices=8)
+    published, batches = (
+        PublishedStream(shards),
+        GlobalBatches(stream_of(*shards), batch_tokens=192, seq_len=8, slices=8),
+    )
     for step in range(30):  # 30 x 200 tokens: wraps four times
         inputs, targets = published_batch(published, world, 192, 8)
         np.testing.assert_array_equal(batches[step]["inputs"], inputs)
@@ -66,14 +78,24 @@ def test_order_is_the_published_loaders_on_any_number_of_devices(world):
         assert batches[step]["inputs"].dtype == np.uint16
 
 
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**12))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(0, 10**12),
+)
 def test_a_batch_of_a_stream_shorter_than_itself_wraps(length, slices, rows, seq_len, step):
     tokens = np.arange(length, dtype=np.uint16)
     batch = GlobalBatches(stream_of(tokens), slices * rows * seq_len, seq_len, slices)[step]
     span = rows * seq_len + 1
     positions = (step * slices + np.arange(slices))[:, None] * span + np.arange(span)
-    np.testing.assert_array_equal(batch["inputs"], (positions[:, :-1] % length).reshape(-1, seq_len))
-    np.testing.assert_array_equal(batch["targets"], (positions[:, 1:] % length).reshape(-1, seq_len))
+    np.testing.assert_array_equal(
+        batch["inputs"], (positions[:, :-1] % length).reshape(-1, seq_len)
+    )
+    np.testing.assert_array_equal(
+        batch["targets"], (positions[:, 1:] % length).reshape(-1, seq_len)
+    )
 
 
 def starts_of(batches, steps):
@@ -84,7 +106,8 @@ def starts_of(batches, steps):
 
 def test_a_shuffled_epoch_takes_every_slice_once_in_an_order_of_its_own():
     stream = stream_of(np.arange(0, 700, dtype=np.uint16), np.arange(700, 2049, dtype=np.uint16))
-    batches = GlobalBatches(stream, batch_tokens=64, seq_len=8, slices=4, shuffle_seed=3)  # 120 whole slices of 17, 30 steps
+    # 120 whole slices of 17, 30 steps
+    batches = GlobalBatches(stream, batch_tokens=64, seq_len=8, slices=4, shuffle_seed=3)
     epochs = [starts_of(batches, range(30 * i, 30 * i + 30)) for i in range(3)]
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(0, 120 * 17, 17))
@@ -144,13 +167,16 @@ def test_saved_position_counts_what_was_taken_and_not_what_was_prefetched(batche
     with make_loader(batches, place, num_steps=12) as loader:
         for _ in range(taken):
             next(loader)
-        wait_until(lambda: len(placed) >= min(12, taken + 1))  # the next one is ready in the background
+        # the next one is ready in the background
+        wait_until(lambda: len(placed) >= min(12, taken + 1))
         state = json.loads(json.dumps(loader.get_state()))
         rest = sums(loader)
     with make_loader(batches, lambda batch: batch, num_steps=12, state=state) as fresh:
         assert fresh.get_state() == state
         assert sums(fresh) == rest
-    assert rest == [int(batches[step]["inputs"].astype(np.int64).sum()) for step in range(taken, 12)]
+    assert rest == [
+        int(batches[step]["inputs"].astype(np.int64).sum()) for step in range(taken, 12)
+    ]
 
 
 def test_a_loader_at_a_position_reads_nothing_before_it(batches):
@@ -196,7 +222,10 @@ def test_an_error_in_the_background_reaches_the_caller_and_closes_the_loader():
     loader = make_loader(batches, lambda b: b, num_steps=20)
     for _ in range(7):
         next(loader)
-    with pytest.raises(DataError, match=r"0\.bin: expected tokens below the vocabulary size 50, found 50 at token 700"):
+    with pytest.raises(
+        DataError,
+        match=r"0\.bin: expected tokens below the vocabulary size 50, found 50 at token 700",
+    ):
         next(loader)
     with pytest.raises(ValueError, match="closed"):
         next(loader)

@@ -1,4 +1,6 @@
-"""Parts of a source, encoded apart from each other, are the same documents in the same order as the source read through."""
+"""Parts of a source, encoded apart from each other, are the same documents in the same order as
+the source read through.
+"""
 
 import json
 import random
@@ -8,9 +10,16 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import parts as module
-from sngpt_jax.data.manifest import DataError, Origin, ShardEntry, TokenizerEntry, load_progress, save
+from sngpt_jax.data.manifest import (
+    DataError,
+    Origin,
+    ShardEntry,
+    TokenizerEntry,
+    load_progress,
+    save,
+)
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.tokenizer import load_tokenizer
 
@@ -23,7 +32,9 @@ def tokenizer_file(tmp_path_factory):
     """Without byte fallback: unknown characters need byte corrections, which parts have to carry."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the river and the stone, naïve snow of 2024 x = 3", "über alles"] * 40),
+        sentence_iterator=iter(
+            ["the river and the stone, naïve snow of 2024 x = 3", "über alles"] * 40
+        ),
         model_prefix=str(path.with_suffix("")),
         model_type="bpe",
         vocab_size=60,
@@ -41,7 +52,10 @@ def tokenizer_file(tmp_path_factory):
 def texts(tmp_path):
     """The source's documents, a list a file."""
     rng = random.Random(0)
-    texts = [[" ".join(rng.choices(WORDS, k=rng.randrange(1, 30))) for _ in range(size)] for size in SIZES]
+    texts = [
+        [" ".join(rng.choices(WORDS, k=rng.randrange(1, 30))) for _ in range(size)]
+        for size in SIZES
+    ]
     (tmp_path / "text").mkdir()
     for number, part in enumerate(texts):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
@@ -51,13 +65,18 @@ def texts(tmp_path):
 
 @pytest.fixture
 def parts(tmp_path, texts, tokenizer_file, monkeypatch):
-    monkeypatch.setattr(module, "_SHARD_TOKENS", 400)  # several shards a part, and documents across their edges
+    # several shards a part, and documents across their edges
+    monkeypatch.setattr(module, "_SHARD_TOKENS", 400)
     monkeypatch.setattr(module, "_CHUNK_DOCUMENTS", 7)
     monkeypatch.setattr("sngpt_jax.data.encode._CHUNK_CHARACTERS", 500)
     tokenizer = load_tokenizer(tokenizer_file)
     origin = Origin("files", "", 30, f"sha256:{tokenizer.sha256}", tokenizer.vocab_size, "", 500, 0)
-    entry = TokenizerEntry("tokenizer.model", tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id)
-    return Parts(tmp_path / "parts", str(tmp_path / "text"), len(SIZES), origin, tokenizer_file, entry)
+    entry = TokenizerEntry(
+        "tokenizer.model", tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id
+    )
+    return Parts(
+        tmp_path / "parts", str(tmp_path / "text"), len(SIZES), origin, tokenizer_file, entry
+    )
 
 
 def check_read(parts, texts, first=0):
@@ -105,7 +124,9 @@ def test_a_part_that_was_stopped_is_gone_on_with_where_it_was(parts, texts, monk
         parts.encode(0)
     kept = {path: path.stat().st_mtime_ns for path in parts.folder(0).glob("train_*")}
     assert len(kept) >= 2 and parts.left() == [0, 1, 2, 3, 4]
-    with pytest.raises(DataError, match="00000-of-00005: not encoded to its end; run the same command again"):
+    with pytest.raises(
+        DataError, match="00000-of-00005: not encoded to its end; run the same command again"
+    ):
         next(parts.read(0))
     for part in range(len(SIZES)):
         parts.encode(part)
@@ -123,13 +144,19 @@ def test_no_more_parts_are_encoded_than_hold_the_tokens_asked_for(parts, texts):
     for part in range(len(SIZES)):
         some.encode(part)
     encoded = [some.reached(part).documents for part in range(len(SIZES))]
-    assert some.left() == [] and encoded[-1] == 0 and not some.folder(4).joinpath("train_000000.bin").exists()
+    assert (
+        some.left() == []
+        and encoded[-1] == 0
+        and not some.folder(4).joinpath("train_000000.bin").exists()
+    )
     total = sum(sum(part[:count]) for part, count in zip(lengths, encoded, strict=True))
     needed = sum(lengths[0][:30]) + 100  # the held-out documents are all in part 0
     assert needed <= total <= needed + 3 * 400 + max(map(max, filter(None, lengths))) * 8
 
 
-def test_a_part_stops_where_those_before_it_that_ran_meanwhile_hold_enough(parts, texts, monkeypatch):
+def test_a_part_stops_where_those_before_it_that_ran_meanwhile_hold_enough(
+    parts, texts, monkeypatch
+):
     some = replace(parts, origin=replace(parts.origin, max_tokens=100))
     saved = module.save
 
@@ -154,10 +181,14 @@ def test_a_part_stops_where_those_before_it_that_ran_meanwhile_hold_enough(parts
 def test_tokens_are_only_counted_where_they_are_certain_to_be_training_tokens(parts, held_out):
     rng = np.random.default_rng(held_out)
     for _ in range(200):
-        begins = rng.random(200) < 0.1  # of a stream of 200 tokens in shards of 20: where documents begin
+        # of a stream of 200 tokens in shards of 20: where documents begin
+        begins = rng.random(200) < 0.1
         begins[0] = True
         document = np.cumsum(begins)
-        entries = [ShardEntry("s", 20, int(begins[at : at + 20].sum()), 0, "", None) for at in range(0, 200, 20)]
+        entries = [
+            ShardEntry("s", 20, int(begins[at : at + 20].sum()), 0, "", None)
+            for at in range(0, 200, 20)
+        ]
         training = int((document > held_out).sum())
         asked = int(rng.integers(1, 200))
         some = replace(parts, origin=replace(parts.origin, val_docs=held_out, max_tokens=asked))
@@ -171,7 +202,10 @@ def test_damaged_parts_are_named(parts):
     path = parts.folder(2) / "train_000001.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataError, match=r"00002-of-00005/train_000001\.bin: damaged: .* delete .*00002-of-00005 and run"):
+    with pytest.raises(
+        DataError,
+        match=r"00002-of-00005/train_000001\.bin: damaged: .* delete .*00002-of-00005 and run",
+    ):
         list(parts.read(0))
     path.write_bytes(whole)
     sidecar = parts.folder(2) / parts.reached(2).shards[0].extra.name
@@ -179,7 +213,10 @@ def test_damaged_parts_are_named(parts):
     with pytest.raises(DataError, match=r"extra\.npy: damaged"):
         list(parts.read(0))
     sidecar.unlink()
-    with pytest.raises(DataError, match=r"00002-of-00005/.*extra\.npy: missing; delete .*00002-of-00005 and run the same"):
+    with pytest.raises(
+        DataError,
+        match=r"00002-of-00005/.*extra\.npy: missing; delete .*00002-of-00005 and run the same",
+    ):
         list(parts.read(0))
 
 
@@ -189,7 +226,10 @@ def test_a_journal_that_miscounts_the_documents_is_refused(parts, there):
         parts.encode(part)
     journal = load_progress(parts.folder(2))
     save(replace(journal, train=replace(journal.train, documents=there)), parts.folder(2))
-    with pytest.raises(DataError, match=f"00002-of-00005: expected {there} documents, found 25; delete .*00002-of-00005 and"):
+    with pytest.raises(
+        DataError,
+        match=f"00002-of-00005: expected {there} documents, found 25; delete .*00002-of-00005 and",
+    ):
         list(parts.read(0))
 
 

@@ -1,4 +1,6 @@
-"""Prepared shards against a plain sequential computation, whatever the workers and however often the process is killed."""
+"""Prepared shards against a plain sequential computation, whatever the workers and however often
+the process is killed.
+"""
 
 import contextlib
 import fcntl
@@ -18,18 +20,41 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import manifest as manifests
-from sngpt_jax.data import prepare as module
+from sngpt_jax.data import preparation as module
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.manifest import SplitProgress
-from sngpt_jax.data.prepare import main, prepare
-from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_extra, open_shard, write_shard
+from sngpt_jax.data.preparation import prepare
+from sngpt_jax.data.shards import (
+    Shard,
+    TokenStream,
+    open_dataset,
+    open_extra,
+    open_shard,
+    write_shard,
+)
 from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
+from sngpt_jax.prepare import main
 
-WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of", "the", "▁", "🙂", "é" * 30]
+WORDS = [
+    "river",
+    "stone",
+    "naïve",
+    "über",
+    "日本",
+    "x = 3\n",
+    "    return",
+    "snow",
+    "2024",
+    "of",
+    "the",
+    "▁",
+    "🙂",
+    "é" * 30,
+]
 
 VOCAB = 90  # of the tokenizer that most tests use
 
@@ -43,9 +68,14 @@ def write_jsonl(path, count, seed=0, longest=60):
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    """Without byte fallback, so that some characters are unknown tokens, whose bytes only preparation can count."""
+    """Without byte fallback, so that some characters are unknown tokens, whose bytes only
+    preparation can count.
+    """
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    texts = ["the river and the stone, naïve snow of 2024 x = 3\n    return é", "日本 über alles"] * 40
+    texts = [
+        "the river and the stone, naïve snow of 2024 x = 3\n    return é",
+        "日本 über alles",
+    ] * 40
     special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -86,7 +116,9 @@ def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(text, tmp_pa
         expected = np.concatenate([e.tokens for e in encoded])
         assert sum(len(e.extra) for e in encoded) > 0  # so that the sidecars are tested
         entries = getattr(manifest, split)
-        assert [e.name for e in entries] == [f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // 500))]
+        assert [e.name for e in entries] == [
+            f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // 500))
+        ]
         assert [e.tokens for e in entries[:-1]] == [500] * (len(entries) - 1)
         raw = [np.fromfile(tmp_path / "out" / e.name, "<u2", offset=1024) for e in entries]
         np.testing.assert_array_equal(np.concatenate(raw), expected)
@@ -96,11 +128,16 @@ def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(text, tmp_pa
 
         data = open_dataset(tmp_path / "out", VOCAB)
         stream = getattr(data, split)
-        counted = np.concatenate([[0], stream.target_bytes(table, 1, len(stream))])  # the first is BOS
+        # the first is BOS
+        counted = np.concatenate([[0], stream.target_bytes(table, 1, len(stream))])
         edges = np.cumsum([0] + [e.tokens for e in entries])
-        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [e.bytes for e in entries]
+        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [
+            e.bytes for e in entries
+        ]
         edges = np.cumsum([0] + [len(e.tokens) for e in encoded])
-        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [e.bytes for e in encoded]
+        assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(edges)] == [
+            e.bytes for e in encoded
+        ]
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
     assert not (tmp_path / "out" / "progress.json").exists()
     manifests.verify(tmp_path / "out")
@@ -109,7 +146,9 @@ def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(text, tmp_pa
 def test_validation_text_of_its_own(text, tmp_path, tokenizer_file):
     source, texts = text
     val_texts = write_jsonl(tmp_path / "val.jsonl", 5, seed=1)
-    spec = spec_for(source, tmp_path / "out", tokenizer_file, val_source=str(tmp_path / "val.jsonl"))
+    spec = spec_for(
+        source, tmp_path / "out", tokenizer_file, val_source=str(tmp_path / "val.jsonl")
+    )
     manifest = prepare(spec)
     assert sum(e.documents for e in manifest.val) == len(val_texts)
     assert sum(e.documents for e in manifest.train) == len(texts)
@@ -153,12 +192,19 @@ class Killed(Exception):
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data):
-    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=7), label="document lengths")
+    lengths = data.draw(
+        st.lists(st.integers(1, 9), min_size=1, max_size=7), label="document lengths"
+    )
     shard_tokens = data.draw(st.integers(1, 9), label="shard tokens")
     limit = data.draw(st.none() | st.integers(1, sum(lengths) + 3), label="limit")
-    stops = data.draw(st.sets(st.integers(0, sum(lengths))), label="shards after which it is killed")
+    stops = data.draw(
+        st.sets(st.integers(0, sum(lengths))), label="shards after which it is killed"
+    )
     rng = np.random.default_rng(len(lengths))
-    documents = [(rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2]) for n in lengths]
+    documents = [
+        (rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2])
+        for n in lengths
+    ]
     folder = tmp_path_factory.mktemp("writer")
     progress, stops = SplitProgress(), sorted(stops)
 
@@ -172,7 +218,13 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     while not progress.finished:
         with contextlib.suppress(Killed):
             writer = SplitWriter(
-                folder, "train", shard_tokens, limit=limit, token_bytes=BytesOfPair(), progress=progress, on_shard=on_shard
+                folder,
+                "train",
+                shard_tokens,
+                limit=limit,
+                token_bytes=BytesOfPair(),
+                progress=progress,
+                on_shard=on_shard,
             )
             for tokens, extra in documents[progress.documents :]:
                 writer.append(tokens, extra)
@@ -181,18 +233,29 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     total = sum(lengths) if limit is None else min(limit, sum(lengths))
     whole = np.concatenate([tokens for tokens, _ in documents])
     starts = np.cumsum([0, *lengths])
-    assert [e.tokens for e in progress.shards] == [min(shard_tokens, total - at) for at in range(0, total, shard_tokens)]
-    shards = [Shard(folder / e.name, open_shard(folder / e.name), np.zeros((0, 2), np.int64)) for e in progress.shards]
+    assert [e.tokens for e in progress.shards] == [
+        min(shard_tokens, total - at) for at in range(0, total, shard_tokens)
+    ]
+    shards = [
+        Shard(folder / e.name, open_shard(folder / e.name), np.zeros((0, 2), np.int64))
+        for e in progress.shards
+    ]
     np.testing.assert_array_equal(TokenStream(tuple(shards), 1000).take(0, total), whole[:total])
     begun = starts[:-1][starts[:-1] < total]
     per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 7 + whole
-    rows = [[start + row[0], row[1]] for start, (_, extra) in zip(starts, documents, strict=False) for row in extra.tolist()]
+    rows = [
+        [start + row[0], row[1]]
+        for start, (_, extra) in zip(starts, documents, strict=False)
+        for row in extra.tolist()
+    ]
     for at, entry in zip(range(0, total, shard_tokens), progress.shards, strict=True):
         end = min(at + shard_tokens, total)
         here = [[position - at, count] for position, count in rows if at <= position < end]
         assert entry.documents == int(((begun >= at) & (begun < end)).sum())
         assert entry.bytes == int(per_token[at:end].sum()) + sum(count for _, count in here)
-        assert (open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []) == here
+        assert (
+            open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []
+        ) == here
 
 
 def test_chunks_keep_every_document_and_its_number(monkeypatch):
@@ -204,17 +267,28 @@ def test_chunks_keep_every_document_and_its_number(monkeypatch):
 
 
 def command(*arguments, **more):
-    full = [sys.executable, "-m", "sngpt_jax.data.prepare", *map(str, arguments)]
+    full = [sys.executable, "-m", "sngpt_jax.prepare", *map(str, arguments)]
     return subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_files_and_imports_no_jax(tmp_path, tokenizer_file):
     write_jsonl(tmp_path / "text.jsonl", 2500)  # several chunks
-    one = prepare(spec_for(tmp_path / "text.jsonl", tmp_path / "one", tokenizer_file, shard_tokens=30_000))
+    one = prepare(
+        spec_for(tmp_path / "text.jsonl", tmp_path / "one", tokenizer_file, shard_tokens=30_000)
+    )
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow" / "jax.py").write_text("raise ImportError('jax was imported')")
-    options = ["--source", tmp_path / "text.jsonl", "--tokenizer", tokenizer_file, "--val-docs", 7, "--shard-tokens", 30_000]
+    options = [
+        "--source",
+        tmp_path / "text.jsonl",
+        "--tokenizer",
+        tokenizer_file,
+        "--val-docs",
+        7,
+        "--shard-tokens",
+        30_000,
+    ]
     process = command(
         *options,
         "--out",
@@ -239,7 +313,8 @@ def running(pid):
         return False
 
 
-# Runs the command and kills the process at the nth call of a function of `os`: just before it, or just after.
+# Runs the command and kills the process at the nth call of a function of `os`: just before it, or
+# just after.
 DRIVER = """
 import os, signal, sys
 name, when, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -267,20 +342,45 @@ cli.run(main)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_file, workers):
     write_jsonl(tmp_path / "text.jsonl", 2500)
-    spec = spec_for(tmp_path / "text.jsonl", tmp_path / "whole", tokenizer_file, val_docs=350, shard_tokens=20_000)
+    spec = spec_for(
+        tmp_path / "text.jsonl",
+        tmp_path / "whole",
+        tokenizer_file,
+        val_docs=350,
+        shard_tokens=20_000,
+    )
     manifest = prepare(spec)
     assert len(manifest.val) >= 2 and len(manifest.train) >= 8
-    options = ["--source", spec.source, "--tokenizer", tokenizer_file, "--val-docs", 350, "--shard-tokens", 20_000]
+    options = [
+        "--source",
+        spec.source,
+        "--tokenizer",
+        tokenizer_file,
+        "--val-docs",
+        350,
+        "--shard-tokens",
+        20_000,
+    ]
     options = list(map(str, [*options, "--out", tmp_path / "out", "--workers", workers]))
     seen = set()
     moments = [("replace", "after", 2)]  # the tokenizer is in place, the journal does not know it
     moments += [("replace", "before", 7)]  # between shards of the validation split, or at its end
-    moments += [("replace", "after", 5), ("fsync", "before", 9)]  # a file that the journal does not know; half a file
+    # a file that the journal does not know; half a file
+    moments += [("replace", "after", 5), ("fsync", "before", 9)]
     for moment in moments:
-        process = subprocess.Popen([sys.executable, "-c", DRIVER, *map(str, moment), *options], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, *map(str, moment), *options], stderr=subprocess.DEVNULL
+        )
         while process.poll() is None:
             with contextlib.suppress(OSError):
-                seen.update(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+                seen.update(
+                    map(
+                        int,
+                        Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                        .read_text()
+                        .split(),
+                    )
+                )
             time.sleep(0.01)
         assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -313,24 +413,33 @@ def test_a_finished_folder_is_left_as_it_is(text, tmp_path, tokenizer_file, monk
         prepare(spec)
 
 
-def test_another_preparation_in_the_same_folder_is_refused_by_the_fields_that_differ(text, tmp_path, tokenizer_file):
+def test_another_preparation_in_the_same_folder_is_refused_by_the_fields_that_differ(
+    text, tmp_path, tokenizer_file
+):
     prepare(spec_for(text[0], tmp_path / "out", tokenizer_file))
     with pytest.raises(UserError) as caught:
         prepare(spec_for(text[0], tmp_path / "out", tokenizer_file, shard_tokens=400, val_docs=8))
-    assert "val_docs: 7 there, 8 asked for; shard_tokens: 500 there, 400 asked for" in str(caught.value)
+    assert "val_docs: 7 there, 8 asked for; shard_tokens: 500 there, 400 asked for" in str(
+        caught.value
+    )
     assert "tokenizer:" not in str(caught.value)
     write_jsonl(tmp_path / "other.jsonl", 120, seed=3)
     with pytest.raises(UserError, match=r"\(source: "):
         prepare(spec_for(tmp_path / "other.jsonl", tmp_path / "out", tokenizer_file))
 
 
-def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(text, tmp_path, tokenizer_file, monkeypatch):
+def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(
+    text, tmp_path, tokenizer_file, monkeypatch
+):
     spec = spec_for(text[0], tmp_path / "out", tokenizer_file)
     saved = module.save
 
     def killed_at_third_shard(value, directory):
         saved(value, directory)
-        if isinstance(value, manifests.Progress) and len(value.val.shards) + len(value.train.shards) == 3:
+        if (
+            isinstance(value, manifests.Progress)
+            and len(value.val.shards) + len(value.train.shards) == 3
+        ):
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -349,7 +458,10 @@ def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(text,
 
 
 def test_too_few_documents_say_so_and_leave_the_folder_usable(text, tmp_path, tokenizer_file):
-    message = r"text\.jsonl holds 120 documents and --val-docs 120 leaves none .* lower --val-docs or give --val-source"
+    message = (
+        r"text\.jsonl holds 120 documents and --val-docs 120 leaves none .* lower --val-docs or"
+        r" give --val-source"
+    )
     for tokenizer in (tokenizer_file, "train"):
         with pytest.raises(UserError, match=message):
             prepare(spec_for(text[0], tmp_path / "out", tokenizer, val_docs=120))
@@ -396,7 +508,9 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
         assert len(next(results)) == 1
         with pytest.raises(UserError) as caught:
             next(results)
-    assert str(caught.value).startswith("text.jsonl: document 43 cannot be tokenized: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(
+        "text.jsonl: document 43 cannot be tokenized: "
+    ) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +534,16 @@ def test_impossible_options_are_refused(text, tmp_path, tokenizer_file, changes,
 
 def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer_file, capsys):
     out = tmp_path / "out"
-    options = ["--source", str(text[0]), "--tokenizer", str(tokenizer_file), "--out", str(out), "--workers", "1"]
+    options = [
+        "--source",
+        str(text[0]),
+        "--tokenizer",
+        str(tokenizer_file),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
     assert main([*options, "--val-docs", "7", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["val"]["documents"] == 7 and summary["train"]["documents"] == 113
@@ -428,7 +551,11 @@ def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer
     assert main([*options, "--json", str(tmp_path / "summary.json"), "--val-docs", "7"]) == 0
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     said = capsys.readouterr()
-    assert "  validation  " in said.out and " 7 documents, " in said.out and f"--data.dir {out}" in said.err
+    assert (
+        "  validation  " in said.out
+        and " 7 documents, " in said.out
+        and f"--data.dir {out}" in said.err
+    )
 
     assert main(["--verify", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == summary
@@ -441,7 +568,14 @@ def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer
 
 @pytest.mark.slow
 def test_command_errors_are_one_line_and_status_2(tmp_path, tokenizer_file):
-    process = command("--source", tmp_path / "missing.txt", "--tokenizer", tokenizer_file, "--out", tmp_path / "out")
+    process = command(
+        "--source",
+        tmp_path / "missing.txt",
+        "--tokenizer",
+        tokenizer_file,
+        "--out",
+        tmp_path / "out",
+    )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and output == ""
     assert errors.startswith("error: ") and errors.count("\n") == 1 and "missing.txt" in errors
@@ -451,25 +585,44 @@ def test_published_shards_are_fetched_and_opened(tmp_path, tokenizer_file, monke
     def download(out, *, vocab_size, train_shards):
         assert (vocab_size, train_shards) == (VOCAB, 2)
         out.mkdir(exist_ok=True)
-        for name in ("fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000001.bin"):
+        for name in (
+            "fineweb_val_000000.bin",
+            "fineweb_train_000000.bin",
+            "fineweb_train_000001.bin",
+        ):
             write_shard(out / name, np.arange(10, dtype=np.uint16))
         (out / "fineweb_99_bpe.model").write_bytes(tokenizer_file.read_bytes())
 
     monkeypatch.setattr(module, "download_golf", download)
-    options = ["--source", f"golf:sp{VOCAB}", "--out", str(tmp_path / "golf"), "--train-shards", "2"]
+    options = [
+        "--source",
+        f"golf:sp{VOCAB}",
+        "--out",
+        str(tmp_path / "golf"),
+        "--train-shards",
+        "2",
+    ]
     assert main([*options, "--json", "--vocab-size", str(VOCAB + 6)]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["train"] == {"shards": 2, "tokens": 20} and summary["tokenizer"]["file"] == "fineweb_99_bpe.model"
-    with pytest.raises(UserError, match=rf"golf:sp{VOCAB} is already tokens; it takes no --val-docs, --max-tokens"):
+    assert (
+        summary["train"] == {"shards": 2, "tokens": 20}
+        and summary["tokenizer"]["file"] == "fineweb_99_bpe.model"
+    )
+    with pytest.raises(
+        UserError, match=rf"golf:sp{VOCAB} is already tokens; it takes no --val-docs, --max-tokens"
+    ):
         main([*options, "--val-docs", "3", "--max-tokens", "5"])
-    with pytest.raises(UserError, match=rf"golf:sp{VOCAB}: expected at most --vocab-size 89 tokens, found {VOCAB}"):
+    with pytest.raises(
+        UserError, match=rf"golf:sp{VOCAB}: expected at most --vocab-size 89 tokens, found {VOCAB}"
+    ):
         main([*options, "--vocab-size", "89"])
     with pytest.raises(UserError, match="expected golf or golf:spV"):
         main(["--source", "golf:1024", "--out", str(tmp_path / "golf")])
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [([], 1024), (["--vocab-size", "1024"], 1024), (["--vocab-size", "4096"], 4096)]
+    ("options", "expected"),
+    [([], 1024), (["--vocab-size", "1024"], 1024), (["--vocab-size", "4096"], 4096)],
 )
 def test_golf_alone_means_the_vocabulary_asked_for(tmp_path, monkeypatch, options, expected):
     def download(out, *, vocab_size, train_shards):
@@ -482,24 +635,39 @@ def test_golf_alone_means_the_vocabulary_asked_for(tmp_path, monkeypatch, option
 
 
 def test_progress_tells_the_share_of_the_text(tmp_path, tokenizer_file, monkeypatch):
-    """Plain text by its bytes, what is held out by its documents, a limit by its tokens; of other files nothing is known."""
+    """Plain text by its bytes, what is held out by its documents, a limit by its tokens; of other
+    files nothing is known.
+    """
     texts = ["river stone snow\n" * 40] * 60
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     said: dict[str, list[tuple[float, float]]] = {}
-    monkeypatch.setattr(module, "cut_chunks", lambda texts, first: ((n, [t]) for n, t in enumerate(texts, first)))
+    monkeypatch.setattr(
+        module, "cut_chunks", lambda texts, first: ((n, [t]) for n, t in enumerate(texts, first))
+    )
 
     def reporter(label):
-        return lambda done, total, note="": said.setdefault(label.rpartition("/")[2], []).append((done, total))
+        return lambda done, total, note="": said.setdefault(label.rpartition("/")[2], []).append(
+            (done, total)
+        )
 
     monkeypatch.setattr(module, "progress_reporter", reporter)
     for name, options in (("txt", {}), ("limited", {"max_tokens": 300}), ("jsonl", {})):
         source = tmp_path / ("text.jsonl" if name == "jsonl" else "text.txt")
-        spec = PrepareSpec(str(source), str(tmp_path / name), tokenizer=str(tokenizer_file), val_docs=10, **options)
+        spec = PrepareSpec(
+            str(source), str(tmp_path / name), tokenizer=str(tokenizer_file), val_docs=10, **options
+        )
         assert prepare(spec)
     assert said["txt: val"] == [(n / 10, 1) for n in range(1, 10)] + [(0.999, 1), (1, 1)]
     shares = [share for share, _ in said["txt: train"]]
-    assert shares[:-1] == pytest.approx([min(n / 50, 0.999) for n in range(1, 51)], abs=0.03) and shares[-1] == 1
-    assert said["limited: train"][0][0] > 2 * shares[0] and len(said["limited: train"]) < len(shares)
+    assert (
+        shares[:-1] == pytest.approx([min(n / 50, 0.999) for n in range(1, 51)], abs=0.03)
+        and shares[-1] == 1
+    )
+    assert said["limited: train"][0][0] > 2 * shares[0] and len(said["limited: train"]) < len(
+        shares
+    )
     assert said["limited: train"][-1] == (1, 1)
     assert said["jsonl: train"][:-1] == [(0.0, False)] * 50

@@ -1,4 +1,6 @@
-"""Shards against golden bytes, the stream against plain indexing, and every way a folder can be wrong."""
+"""Shards against golden bytes, the stream against plain indexing, and every way a folder can be
+wrong.
+"""
 
 import dataclasses
 import hashlib
@@ -14,11 +16,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sngpt_jax import cli
+from sngpt_jax.base import cli
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import shards
-from sngpt_jax.data.manifest import DataError, ExtraEntry, Manifest, Origin, ShardEntry, TokenizerEntry
-from sngpt_jax.data.shards import Shard, TokenStream, open_dataset, open_extra, open_headerless, open_shard, write_shard
+from sngpt_jax.data.manifest import (
+    DataError,
+    ExtraEntry,
+    Manifest,
+    Origin,
+    ShardEntry,
+    TokenizerEntry,
+)
+from sngpt_jax.data.shards import (
+    Shard,
+    TokenStream,
+    open_dataset,
+    open_extra,
+    open_headerless,
+    open_shard,
+    write_shard,
+)
 from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
@@ -39,7 +56,9 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
         whole[:-1],
         b"PK",
     ]
-    for content, said in zip(claims, ("mmap length", "version 1.0 of npy", "mmap length", "magic string"), strict=True):
+    for content, said in zip(
+        claims, ("mmap length", "version 1.0 of npy", "mmap length", "magic string"), strict=True
+    ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"extra\.npy: cannot be read: .*{said}"):
             open_extra(path, 10)
@@ -47,7 +66,8 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
         np.savez(file, x=np.zeros((1, 2), np.int64))
     with pytest.raises(DataError, match="extra"):
         open_extra(path, 10)
-    np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))  # each difference wraps to above 0
+    # each difference wraps to above 0
+    np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))
     with pytest.raises(DataError, match="expected ascending token positions below 10"):
         open_extra(path, 10)
 
@@ -93,7 +113,9 @@ def test_nanogpts_files_are_tokens_alone(tmp_path):
     assert list(open_headerless(path)) == [5, 50256, 7]
     for content in (b"\0\0\0", b""):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"train.bin: expected uint16 tokens.*found {len(content)} bytes"):
+        with pytest.raises(
+            DataError, match=f"train.bin: expected uint16 tokens.*found {len(content)} bytes"
+        ):
             open_headerless(path)
     path.write_bytes(GOLDEN)
     with pytest.raises(DataError, match="found a shard header"):
@@ -105,11 +127,16 @@ def test_nanogpts_files_are_tokens_alone(tmp_path):
 
 def stream_of(pieces, vocab_size=2**16, extras=None):
     extras = extras or [np.zeros((0, 2), np.int64)] * len(pieces)
-    made = [Shard(Path(f"{i}.bin"), np.array(p, np.uint16), e) for i, (p, e) in enumerate(zip(pieces, extras, strict=True))]
+    made = [
+        Shard(Path(f"{i}.bin"), np.array(p, np.uint16), e)
+        for i, (p, e) in enumerate(zip(pieces, extras, strict=True))
+    ]
     return TokenStream(tuple(made), vocab_size)
 
 
-PIECES = st.lists(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9), min_size=1, max_size=5)
+PIECES = st.lists(
+    st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9), min_size=1, max_size=5
+)
 
 
 @given(PIECES, st.integers(0, 10**15), st.integers(0, 60))
@@ -123,7 +150,10 @@ def test_take_is_indexing_modulo_the_length(pieces, start, count):
 def test_a_token_outside_the_vocabulary_names_its_file():
     stream = stream_of([[1, 2, 9], [3, 4, 10, 11]], vocab_size=10)
     assert list(stream.take(0, 5)) == [1, 2, 9, 3, 4]
-    with pytest.raises(DataError, match=r"1\.bin: expected tokens below the vocabulary size 10, found 10 at token 2"):
+    with pytest.raises(
+        DataError,
+        match=r"1\.bin: expected tokens below the vocabulary size 10, found 10 at token 2",
+    ):
         stream.take(2, 5)
 
 
@@ -165,7 +195,9 @@ def test_count_bytes_is_the_sum_however_it_is_cut(pieces, block, data):
     extras = [np.array([[len(piece) - 1, 10**9]], np.int64) for piece in pieces]
     stream, whole = stream_of(pieces, extras=extras), [token for piece in pieces for token in piece]
     ends = set(np.cumsum([len(piece) for piece in pieces]) - 1)
-    expected = [0] + [whole[i - 1] * 1000 + whole[i] + 10**9 * (i in ends) for i in range(1, len(whole))]
+    expected = [0] + [
+        whole[i - 1] * 1000 + whole[i] + 10**9 * (i in ends) for i in range(1, len(whole))
+    ]
     start = data.draw(st.integers(1, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
     with mock.patch.object(shards, "_COUNT_BLOCK", block):
@@ -194,23 +226,38 @@ def test_target_bytes_needs_a_token_before():
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    texts = [f"the {word} of a small tokenizer, number {i}" for i, word in enumerate(["first", "second", "third", "plain"] * 8)]
+    texts = [
+        f"the {word} of a small tokenizer, number {i}"
+        for i, word in enumerate(["first", "second", "third", "plain"] * 8)
+    ]
     train_sentencepiece(iter(texts), path, vocab_size=VOCAB, normalization="identity")
     return path
 
 
 @pytest.fixture
 def folder(tmp_path, tokenizer_file):
-    """A folder with a manifest: two training shards, the second with a correction, and one validation shard."""
+    """A folder with a manifest: two training shards, the second with a correction, and one
+    validation shard.
+    """
     directory = tmp_path / "set"
     directory.mkdir()
     shutil.copy(tokenizer_file, directory / "tokenizer.model")
     tokenizer = load_tokenizer(tokenizer_file)
     np.save(directory / "train_000001.bin.extra.npy", np.array([[1, 4]], np.int64))
-    extra_sha256 = hashlib.sha256((directory / "train_000001.bin.extra.npy").read_bytes()).hexdigest()
+    extra_sha256 = hashlib.sha256(
+        (directory / "train_000001.bin.extra.npy").read_bytes()
+    ).hexdigest()
     entries = {}
-    for name, tokens in (("train_000000.bin", [1, 9, 8, 7]), ("train_000001.bin", [1, 3, 6]), ("val_000000.bin", [1, 5])):
-        extra = ExtraEntry("train_000001.bin.extra.npy", extra_sha256) if name == "train_000001.bin" else None
+    for name, tokens in (
+        ("train_000000.bin", [1, 9, 8, 7]),
+        ("train_000001.bin", [1, 3, 6]),
+        ("val_000000.bin", [1, 5]),
+    ):
+        extra = (
+            ExtraEntry("train_000001.bin.extra.npy", extra_sha256)
+            if name == "train_000001.bin"
+            else None
+        )
         digest = write_shard(directory / name, np.array(tokens, np.uint16))
         entries[name] = ShardEntry(name, len(tokens), 1, 3, digest, extra)
     manifest = Manifest(
@@ -247,18 +294,42 @@ def edit(folder, change):
         (lambda m: m.pop("val"), "manifest.json: missing val"),
         (lambda m: m.update(format=2), "manifest.json: expected format 1, found 2"),
         (lambda m: m.update(train={}), "manifest.json.train: expected a list, found dict"),
-        (lambda m: m.update(tokenizer=[]), "manifest.json.tokenizer: expected an object, found list"),
+        (
+            lambda m: m.update(tokenizer=[]),
+            "manifest.json.tokenizer: expected an object, found list",
+        ),
         (lambda m: m["train"][1].update(tokens="4"), "train[1].tokens: expected int, found '4'"),
         (lambda m: m["train"][1].update(tokens=True), "train[1].tokens: expected int, found True"),
-        (lambda m: m["train"][1].update(bytes=-1), "train[1].bytes: expected a count of at least 0, found -1"),
-        (lambda m: m["train"][0].update(sha256="abc"), "train[0].sha256: expected 64 hexadecimal digits, found 'abc'"),
-        (lambda m: m["train"][0].update(name="../train_000000.bin"), "expected a plain file name, found '../train_000000.bin'"),
-        (lambda m: m["train"][0].update(name="/etc/passwd"), "expected a plain file name, found '/etc/passwd'"),
+        (
+            lambda m: m["train"][1].update(bytes=-1),
+            "train[1].bytes: expected a count of at least 0, found -1",
+        ),
+        (
+            lambda m: m["train"][0].update(sha256="abc"),
+            "train[0].sha256: expected 64 hexadecimal digits, found 'abc'",
+        ),
+        (
+            lambda m: m["train"][0].update(name="../train_000000.bin"),
+            "expected a plain file name, found '../train_000000.bin'",
+        ),
+        (
+            lambda m: m["train"][0].update(name="/etc/passwd"),
+            "expected a plain file name, found '/etc/passwd'",
+        ),
         (lambda m: m["train"][0].update(name=".."), "expected a plain file name, found '..'"),
-        (lambda m: m["train"][1]["extra"].update(name="a\\b"), "train[1].extra.name: expected a plain file name"),
-        (lambda m: m["tokenizer"].update(file=""), "tokenizer.file: expected a plain file name, found ''"),
+        (
+            lambda m: m["train"][1]["extra"].update(name="a\\b"),
+            "train[1].extra.name: expected a plain file name",
+        ),
+        (
+            lambda m: m["tokenizer"].update(file=""),
+            "tokenizer.file: expected a plain file name, found ''",
+        ),
         (lambda m: m["val"].append(m["train"][0]), "names train_000000.bin twice"),
-        (lambda m: m["train"][0].update(tokens=5), "train_000000.bin: expected 5 tokens as manifest.json says, found 4"),
+        (
+            lambda m: m["train"][0].update(tokens=5),
+            "train_000000.bin: expected 5 tokens as manifest.json says, found 4",
+        ),
         (lambda m: m["val"].clear(), "manifest.json: names no shards of val"),
     ],
 )
@@ -287,7 +358,9 @@ def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
             open_dataset(folder, vocab_size)
         return str(caught.value)
 
-    assert f"expected at most model.vocab_size = {VOCAB - 1} tokens, found {VOCAB}" in message(VOCAB - 1)
+    assert f"expected at most model.vocab_size = {VOCAB - 1} tokens, found {VOCAB}" in message(
+        VOCAB - 1
+    )
 
     shard = folder / "train_000001.bin"
     whole = shard.read_bytes()
@@ -310,7 +383,12 @@ def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
     np.save(sidecar, np.array([[1, 4]], np.int64))
     open_dataset(folder, VOCAB)
 
-    train_sentencepiece(iter(["quite another text"] * 50), folder / "tokenizer.model", vocab_size=275, normalization="identity")
+    train_sentencepiece(
+        iter(["quite another text"] * 50),
+        folder / "tokenizer.model",
+        vocab_size=275,
+        normalization="identity",
+    )
     assert "not the tokenizer that the shards were made with" in message()
     (folder / "tokenizer.model").unlink()
     assert "tokenizer.model: cannot be read" in message()
@@ -326,7 +404,11 @@ def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
 
 def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
     shutil.copy(tokenizer_file, tmp_path / "fineweb_300_bpe.model")
-    for name, tokens in (("train_000001", [4, 5]), ("train_000000", [1, 2, 3]), ("val_000000", [1, 9])):
+    for name, tokens in (
+        ("train_000001", [4, 5]),
+        ("train_000000", [1, 2, 3]),
+        ("val_000000", [1, 9]),
+    ):
         write_shard(tmp_path / f"fineweb_{name}.bin", np.array(tokens, np.uint16))
     data = open_dataset(tmp_path, VOCAB)
     assert data.train.take(0, 5).tolist() == [1, 2, 3, 4, 5]
@@ -339,7 +421,9 @@ def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
     shutil.copy(tokenizer_file, tmp_path / "other.model")
     (tmp_path / "fineweb_val_000000.bin").unlink()
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 9], np.uint16))
-    with pytest.raises(DataError, match=r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"):
+    with pytest.raises(
+        DataError, match=r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"
+    ):
         open_dataset(tmp_path, VOCAB)
 
 
@@ -360,10 +444,12 @@ def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, 
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'no where'}: no such folder; ")
     assert "--data.dir DIR" in message and "--data DIR" in message
-    assert f"{cli.command('sngpt_jax.data.prepare')} --out 'no where' --source" in message
+    assert f"{cli.command('sngpt_jax.prepare')} --out 'no where' --source" in message
     with pytest.raises(DataError, match=r"expected manifest\.json, shards named"):
         open_dataset(tmp_path, VOCAB)
-    manifests.save(manifests.Progress(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path)
+    manifests.save(
+        manifests.Progress(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path
+    )
     with pytest.raises(DataError, match="run the same prepare command again"):
         open_dataset(tmp_path, VOCAB)
 
@@ -380,7 +466,9 @@ def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tok
 
 
 def test_a_journal_reads_back_as_written(tmp_path):
-    split = manifests.SplitProgress((ShardEntry("a.bin", 1, 1, 2, "0" * 64, ExtraEntry("a.npy", "1" * 64)),), 3, 4, True)
+    split = manifests.SplitProgress(
+        (ShardEntry("a.bin", 1, 1, 2, "0" * 64, ExtraEntry("a.npy", "1" * 64)),), 3, 4, True
+    )
     origin = Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)
     progress = manifests.Progress(1, origin, TokenizerEntry("t.model", "2" * 64, 5, 1), train=split)
     for value in (progress, dataclasses.replace(progress, tokenizer=None)):

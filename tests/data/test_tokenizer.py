@@ -1,4 +1,6 @@
-"""Tokenizers: the bytes that tokens stand for, reversibility, training, and files that are refused."""
+"""Tokenizers: the bytes that tokens stand for, reversibility, training, and files that are
+refused.
+"""
 
 import io
 import itertools
@@ -12,41 +14,75 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import tokenizer as module
 from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates, train_sentencepiece
 
 # every character there is, surrogates too, and often those that the rules turn on
 CHARACTERS = st.one_of(
-    st.characters(exclude_categories=()), st.sampled_from(" \t\n\r▁\0\u3000\u2585\ufeffe\u0301ﬁ日本aeht<|>09")
+    st.characters(exclude_categories=()),
+    st.sampled_from(" \t\n\r▁\0\u3000\u2585\ufeffe\u0301ﬁ日本aeht<|>09"),
 )
 TEXTS = st.one_of(
-    st.text(CHARACTERS), st.lists(st.sampled_from(["  ", "the", "▁", " 日", "本", "\n    ", "<|endoftext|>"])).map("".join)
+    st.text(CHARACTERS),
+    st.lists(st.sampled_from(["  ", "the", "▁", " 日", "本", "\n    ", "<|endoftext|>"])).map(
+        "".join
+    ),
 )
-EXAMPLES = ("", " ", "\u2581", " \u2581 the", "日本 the▁ 本", "the  the\n\n\treturn", "<|endoftext|><s>", "\ud800 the")
+EXAMPLES = (
+    "",
+    " ",
+    "\u2581",
+    " \u2581 the",
+    "日本 the▁ 本",
+    "the  the\n\n\treturn",
+    "<|endoftext|><s>",
+    "\ud800 the",
+)
 
 MODELS = {
     "identity": {},
     "nmt_nfkc": {},
-    "challenge without bytes": {"byte_fallback": False, "normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False},
+    "challenge without bytes": {
+        "byte_fallback": False,
+        "normalization_rule_name": "nmt_nfkc",
+        "add_dummy_prefix": False,
+    },
     "spaces kept, without bytes": {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
     },
-    "llama": {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "llama": {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    },
     "t5": {"byte_fallback": False, "normalization_rule_name": "nmt_nfkc"},
     "runs folded, first space kept": {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
-    "dummy, spaces kept, without bytes": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "dummy, spaces kept, without bytes": {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    },
 }
 BYTE_LEVEL = ["byte level", "byte level NFC"]
 
 
 def sentencepiece_model(texts, **options):
     model = io.BytesIO()
-    base = {"model_type": "bpe", "vocab_size": 400, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **(base | options))
+    base = {
+        "model_type": "bpe",
+        "vocab_size": 400,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **(base | options)
+    )
     return model.getvalue()
 
 
@@ -83,19 +119,27 @@ def loaded(texts, tmp_path_factory):
         else:
             if name == "runs folded, first space kept":
                 options = options | {"normalization_rule_tsv": str(folder / "rules.tsv")}
-            path.write_bytes(sentencepiece_model((line for text in texts for line in text.splitlines() if line), **options))
+            path.write_bytes(
+                sentencepiece_model(
+                    (line for text in texts for line in text.splitlines() if line), **options
+                )
+            )
             found[name] = load_tokenizer(path)
     for name, normalizer in zip(BYTE_LEVEL, (None, tokenizers.normalizers.NFC()), strict=True):
         path = folder / f"{name}.json"
         tok = byte_level(texts, normalizer)
-        tok.add_tokens([tokenizers.AddedToken("   ", normalized=True)])  # whitespace as GPT-NeoX adds it
+        # whitespace as GPT-NeoX adds it
+        tok.add_tokens([tokenizers.AddedToken("   ", normalized=True)])
         tok.save(str(path))
         found[name] = load_tokenizer(path)
     return found
 
 
 def counted(tokenizer, document):
-    return int(tokenizer.token_bytes().count(document.tokens[:-1], document.tokens[1:]).sum() + document.extra[:, 1].sum())
+    return int(
+        tokenizer.token_bytes().count(document.tokens[:-1], document.tokens[1:]).sum()
+        + document.extra[:, 1].sum()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- bytes
@@ -105,7 +149,9 @@ def counted(tokenizer, document):
 def test_bytes_of_any_document_equal_the_normalized_text(loaded, name):
     tokenizer = loaded[name]
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(TEXTS)
     def check(text):
         document = tokenizer.encode_document(text)
@@ -132,26 +178,35 @@ def test_decoding_gives_the_normalized_text_where_every_character_can_be_spelled
     check()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(text=TEXTS)
 def test_what_each_normalizer_gives(loaded, text):
     clean = "".join("\ufffd" if unicodedata.category(c) == "Cs" else c for c in text)
     assert replace_surrogates(text) == clean
     assert loaded["identity"].normalize(text) == clean
     assert loaded["byte level"].normalize(text) == clean
-    assert loaded["llama"].normalize(text) == clean.replace("▁", " ")  # as SentencePiece reads it; the dummy prefix left out
+    # as SentencePiece reads it; the dummy prefix left out
+    assert loaded["llama"].normalize(text) == clean.replace("▁", " ")
     assert not loaded["nmt_nfkc"].normalize(text).startswith(" ")
 
 
 def test_nfkc_folds_whitespace_and_identity_keeps_it(loaded):
     text = " def f(x):\n\treturn  ﬁ\n"
     assert loaded["nmt_nfkc"].normalize(text) == "def f(x): return fi"
-    assert loaded["identity"].normalize(text) == text == loaded["identity"].decode(loaded["identity"].encode(text))
+    assert (
+        loaded["identity"].normalize(text)
+        == text
+        == loaded["identity"].decode(loaded["identity"].encode(text))
+    )
 
 
 def test_a_byte_level_normalizer_is_applied(loaded):
     tokenizer = loaded["byte level NFC"]
-    assert tokenizer.normalize("e\u0301") == "\u00e9" == tokenizer.decode(tokenizer.encode("e\u0301"))
+    assert (
+        tokenizer.normalize("e\u0301") == "\u00e9" == tokenizer.decode(tokenizer.encode("e\u0301"))
+    )
     assert tokenizer.encode_document("e\u0301").bytes == 2
     assert loaded["byte level"].encode_document("e\u0301").bytes == 3
 
@@ -166,7 +221,10 @@ def test_stdlib_round_trip(loaded, texts):
 def test_table_is_the_challenges_rule(loaded, name):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(loaded[name].path))
     table = loaded[name].token_bytes()
-    assert table.base.dtype == np.int32 and len(table.base) == sp.vocab_size() == loaded[name].vocab_size
+    assert (
+        table.base.dtype == np.int32
+        and len(table.base) == sp.vocab_size() == loaded[name].vocab_size
+    )
     for i in range(sp.vocab_size()):
         piece = sp.id_to_piece(i)
         if sp.is_control(i) or sp.is_unknown(i):
@@ -194,7 +252,8 @@ def test_corrections_for_unknown_text(loaded):
     unknown, space, the = sp.unk_id(), sp.piece_to_id("▁"), sp.piece_to_id("▁the")
     document = tokenizer.encode_document("日本 the 日")
     assert document.tokens.tolist() == [1, unknown, the, space, unknown]
-    assert document.extra.tolist() == [[1, 6], [2, 1], [4, 3]]  # the run of two; the space after it; the last one
+    # the run of two; the space after it; the last one
+    assert document.extra.tolist() == [[1, 6], [2, 1], [4, 3]]
     assert document.bytes == len("日本 the 日".encode())
     assert tokenizer.encode_document("the lot of the").extra.shape == (0, 2)
 
@@ -205,7 +264,11 @@ def test_a_learnt_model_without_unknowns_needs_no_corrections(loaded):
 
 
 def test_count_by_hand():
-    table = module.TokenBytes(np.array([0, 2, 3], np.int32), np.array([False, True, False]), np.array([True, False, False]))
+    table = module.TokenBytes(
+        np.array([0, 2, 3], np.int32),
+        np.array([False, True, False]),
+        np.array([True, False, False]),
+    )
     bytes_ = table.count(np.array([0, 1, 2, 1]), np.array([1, 1, 2, 0]))
     assert bytes_.tolist() == [2, 3, 3, 0] and bytes_.dtype == np.int64
 
@@ -215,7 +278,12 @@ def test_count_by_hand():
 
 def test_training_settings_and_determinism(loaded, texts, tmp_path):
     for normalization in ("identity", "nmt_nfkc"):
-        again = train_sentencepiece(iter(texts), tmp_path / "deep" / "again.model", vocab_size=512, normalization=normalization)
+        again = train_sentencepiece(
+            iter(texts),
+            tmp_path / "deep" / "again.model",
+            vocab_size=512,
+            normalization=normalization,
+        )
         assert again.sha256 == loaded[normalization].sha256
         assert [path.name for path in (tmp_path / "deep").iterdir()] == ["again.model"]
         sp = sentencepiece.SentencePieceProcessor(model_file=str(again.path))
@@ -223,7 +291,9 @@ def test_training_settings_and_determinism(loaded, texts, tmp_path):
         assert (again.vocab_size, again.bos_id) == (512, 1)
         assert sum(sp.is_byte(i) for i in range(512)) == 256
         pieces = [sp.id_to_piece(i) for i in range(4 + 256, 512)]
-        assert not any(len(piece) > 1 and any(c.isdigit() for c in piece.lstrip("▁")) for piece in pieces)
+        assert not any(
+            len(piece) > 1 and any(c.isdigit() for c in piece.lstrip("▁")) for piece in pieces
+        )
 
 
 def test_training_reads_a_bounded_prefix_of_long_lines(tmp_path):
@@ -232,9 +302,12 @@ def test_training_reads_a_bounded_prefix_of_long_lines(tmp_path):
     def stream():
         for i in itertools.count():
             read.append(i)
-            yield "".join(f"{'ab' * (j % 7)}c{'d' * (j % 5)} " for j in range(i, i + 20_000))  # one line of more than 200,000
+            # one line of more than 200,000
+            yield "".join(f"{'ab' * (j % 7)}c{'d' * (j % 5)} " for j in range(i, i + 20_000))
 
-    tokenizer = train_sentencepiece(stream(), tmp_path / "t.model", vocab_size=290, normalization="identity")
+    tokenizer = train_sentencepiece(
+        stream(), tmp_path / "t.model", vocab_size=290, normalization="identity"
+    )
     assert tokenizer.vocab_size == 290
     assert len(read) <= 290 * module.TRAINING_CHARS_PER_TOKEN // 200_000 + 1
 
@@ -243,12 +316,16 @@ def test_training_reads_text_that_holds_reserved_characters(tmp_path):
     for i, reserved in enumerate(("\u2585", "\0", "\ud800")):
         path = tmp_path / f"{i}.model"
         assert train_sentencepiece(
-            [f"some words {reserved} and more words"] * 9, path, vocab_size=280, normalization="identity"
+            [f"some words {reserved} and more words"] * 9,
+            path,
+            vocab_size=280,
+            normalization="identity",
         )
 
 
 @pytest.mark.parametrize(
-    ("texts", "vocab_size"), [([], 512), (["hello world"], 512), (["hello world"], 100), (["\0"], 300), (["a"], 70_000)]
+    ("texts", "vocab_size"),
+    [([], 512), (["hello world"], 512), (["hello world"], 100), (["\0"], 300), (["a"], 70_000)],
 )
 def test_text_that_cannot_make_the_vocabulary_is_one_line(tmp_path, texts, vocab_size):
     path = tmp_path / "t.model"
@@ -266,7 +343,11 @@ def test_byte_level_agrees_with_its_library(loaded, texts):
     tok = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     for text in texts[:4]:
         assert tokenizer.encode(text).tolist() == tok.encode(text).ids
-        assert tok.decode(tokenizer.encode(text).tolist()) == tokenizer.decode(tokenizer.encode(text)) == text
+        assert (
+            tok.decode(tokenizer.encode(text).tolist())
+            == tokenizer.decode(tokenizer.encode(text))
+            == text
+        )
     assert tokenizer.bos_id == tok.token_to_id("<|endoftext|>")
 
 
@@ -276,7 +357,10 @@ def test_added_tokens_may_also_stand_in_the_vocabulary(loaded, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
     document = load_tokenizer(path).encode_document("a   b")
-    assert len(document.tokens) == 1 + 3 and counted(load_tokenizer(path), document) == document.bytes == 5
+    assert (
+        len(document.tokens) == 1 + 3
+        and counted(load_tokenizer(path), document) == document.bytes == 5
+    )
 
 
 def test_special_tokens_in_text_are_text(loaded):
@@ -304,7 +388,11 @@ def refused(path, match):
 def test_files_that_are_no_tokenizer(tmp_path, loaded):
     refused(tmp_path / "absent.model", "No such file")
     refused(tmp_path / "a.bin", r"expected a SentencePiece \.model")
-    for name, data in (("e.model", b""), ("g.model", b"garbage" * 9), ("t.model", loaded["identity"].path.read_bytes()[:5000])):
+    for name, data in (
+        ("e.model", b""),
+        ("g.model", b"garbage" * 9),
+        ("t.model", loaded["identity"].path.read_bytes()[:5000]),
+    ):
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, "not a SentencePiece model")
     for name, data in (("e.json", b""), ("g.json", b'{"model": 3}'), ("u.json", b"\xff\xfe")):
@@ -344,22 +432,41 @@ def test_tokenizer_jsons_that_are_not_byte_level_bpe(tmp_path, texts):
     cases = [
         (changed(spec, pre_tokenizer=None), "ByteLevel"),
         (changed(spec, pre_tokenizer=level | {"add_prefix_space": True}), "add_prefix_space"),
-        (changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": [strip, level]}), "Split may change"),
         (
-            changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, level]}),
+            changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": [strip, level]}),
+            "Split may change",
+        ),
+        (
+            changed(
+                spec,
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "WhitespaceSplit"}, level],
+                },
+            ),
             "WhitespaceSplit",
         ),
         (changed(spec, pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "ByteLevel"),
         (changed(spec, model__end_of_word_suffix="s", model__merges=[]), "end_of_word_suffix"),
-        (changed(spec, model__vocab={k: v for k, v in vocab.items() if k != "Ā"}), "no token for byte 0x00"),
+        (
+            changed(spec, model__vocab={k: v for k, v in vocab.items() if k != "Ā"}),
+            "no token for byte 0x00",
+        ),
         (changed(spec, model__vocab=vocab | {"日本": 400}), "byte alphabet"),
         (changed(spec, model={"type": "WordLevel", "vocab": vocab, "unk_token": "a"}), "WordLevel"),
         (changed(spec, added_tokens=[added, extra]), "'mark'"),
         (
-            changed(spec, normalizer={"type": "NFC"}, added_tokens=[added, extra | {"lstrip": False, "normalized": False}]),
+            changed(
+                spec,
+                normalizer={"type": "NFC"},
+                added_tokens=[added, extra | {"lstrip": False, "normalized": False}],
+            ),
             "'mark'",
         ),
-        (changed(spec, added_tokens=[added | {"content": "<|im_end|>", "id": 400}]), r"looked for <\|endoftext\|>"),
+        (
+            changed(spec, added_tokens=[added | {"content": "<|im_end|>", "id": 400}]),
+            r"looked for <\|endoftext\|>",
+        ),
     ]
     for bad, match in cases:
         path.write_text(json.dumps(bad), encoding="utf-8")
@@ -378,9 +485,15 @@ def test_a_vocabulary_beyond_16_bits_is_refused(loaded, monkeypatch):
 
 def test_what_a_file_claims_is_not_made(tmp_path, loaded):
     """tokenizers lists every id up to the largest: 8 GB and a minute for 2^31."""
-    spec, path = json.loads(loaded["byte level"].path.read_text(encoding="utf-8")), tmp_path / "tokenizer.json"
+    spec, path = (
+        json.loads(loaded["byte level"].path.read_text(encoding="utf-8")),
+        tmp_path / "tokenizer.json",
+    )
     vocab = spec["model"]["vocab"]
-    for bad in (changed(spec, model__vocab=vocab | {"zzz": 2**31 - 1}), changed(spec, added_tokens__0__id=2**31 - 1)):
+    for bad in (
+        changed(spec, model__vocab=vocab | {"zzz": 2**31 - 1}),
+        changed(spec, added_tokens__0__id=2**31 - 1),
+    ):
         path.write_text(json.dumps(bad), encoding="utf-8")
         refused(path, "a vocabulary of 2147483648 tokens")
     with open(path, "wb") as file:

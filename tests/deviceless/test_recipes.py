@@ -1,4 +1,6 @@
-"""Every recipe's training step compiled for the GPUs that it is meant for, with none here: that it fits, and what it does."""
+"""Every recipe's training step compiled for the GPUs that it is meant for, with none here: that it
+fits, and what it does.
+"""
 
 import importlib.util
 import json
@@ -9,16 +11,23 @@ from typing import Any
 import pytest
 
 from sngpt_jax.config import Config
-from sngpt_jax.recipe import load
+from sngpt_jax.config.recipe import load
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("jax_plugins") is None, reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'"
+        importlib.util.find_spec("jax_plugins") is None,
+        reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'",
     ),
 ]
 
-GOLF = ("golf_baseline", "golf_11l_xsa4", "golf_10l_int5mlp", "golf_12l_recycled", "golf_9l_xsa_ngram")
+GOLF = (
+    "golf_baseline",
+    "golf_11l_xsa4",
+    "golf_10l_int5mlp",
+    "golf_12l_recycled",
+    "golf_9l_xsa_ngram",
+)
 CASES = [
     *((name, "h100x8") for name in GOLF),
     ("golf_baseline", "h100x1"),
@@ -32,7 +41,17 @@ CASES = [
 
 
 def planned(recipe: str, topology: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "sngpt_jax.plan", "--config", recipe, "--topology", topology, "--json", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "sngpt_jax.plan",
+        "--config",
+        recipe,
+        "--topology",
+        topology,
+        "--json",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -48,22 +67,32 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     found = plan["topology"]
     print(json.dumps({key: value for key, value in found.items() if key != "heaviest"}))
     devices, turns = found["devices"], found["microbatches"]
-    assert found["fits"] and found["memory"]["peak"] <= found["memory"]["limit"] < found["memory"]["device"]
+    assert (
+        found["fits"]
+        and found["memory"]["peak"] <= found["memory"]["limit"] < found["memory"]["device"]
+    )
 
     # 8 bytes of the step and the key, the controls, and a batch of two bytes a token, twice
-    state = sum(plan["bytes"][part] for part in ("parameters", "optimizer", "averages", "statistics"))
+    state = sum(
+        plan["bytes"][part] for part in ("parameters", "optimizer", "averages", "statistics")
+    )
     spread = devices if config.train.fsdp > 1 else 1
     batch = 4 * config.data.batch_tokens // devices
     assert state // spread <= found["memory"]["arguments"] - batch <= 1.05 * state / spread + 4096
 
     model = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"]) / devices
-    assert 0.98 * model <= found["flops"] <= 1.4 * model  # the loss of chunks, samples and recomputation come on top
+    # the loss of chunks, samples and recomputation come on top
+    assert 0.98 * model <= found["flops"] <= 1.4 * model
 
     kernels = found["kernels"]
     for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"):
         assert kernels[name] == turns * attention_calls(config)
     if config.model.levels:
-        assert kernels["cayley_forward"] == kernels["cayley_backward"] == turns * config.model.num_layers
+        assert (
+            kernels["cayley_forward"]
+            == kernels["cayley_backward"]
+            == turns * config.model.num_layers
+        )
     assert not any("sort" in name.lower() or "topk" in name.lower() for name in kernels)
 
     gradient = 4 * plan["parameters"]["total"]
@@ -89,7 +118,9 @@ def test_optimizer_shared_out_over_all_devices() -> None:
 
 
 def test_deterministic_step_compiles() -> None:
-    found = planned("golf_baseline", "h100x8", "--train.deterministic", "True", "--model.num-layers", "2")["topology"]
+    found = planned(
+        "golf_baseline", "h100x8", "--train.deterministic", "True", "--model.num-layers", "2"
+    )["topology"]
     assert found["fits"] and found["kernels"]["cudnn$fmhaSoftmaxBackward"] == 2
 
 

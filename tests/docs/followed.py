@@ -1,8 +1,9 @@
 """How the tests of the documentation follow a page: its fenced blocks, in order, in a folder.
 
-Blocks without a language are commands, `python` blocks begin with the path of the file to save, `diff` blocks are patches;
-`text` blocks are what is printed, or needs another machine. `launch.sh` and `.venv/bin/python` are stand-ins that run this
-environment and this or the folder's copy of the tree.
+Blocks without a language are commands, `python` blocks begin with the path of the file to save,
+`diff` blocks are patches; `text` blocks are what is printed, or needs another machine. `launch.sh`
+and `.venv/bin/python` are stand-ins that run this environment and this or the folder's copy of the
+tree.
 """
 
 import os
@@ -39,11 +40,17 @@ def follow(page: Path, folder: Path, tree: Path, training: str = "") -> list[str
 
     `training` are arguments for every `./launch.sh train`.
     """
-    write_executable(folder / "launch.sh", LAUNCH.format(tree=tree, python=sys.executable, training=training))
+    write_executable(
+        folder / "launch.sh", LAUNCH.format(tree=tree, python=sys.executable, training=training)
+    )
     write_executable(folder / ".venv/bin/python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
     env = {name: value for name, value in tiny_run.environment().items() if name != "PYTHONPATH"}
-    env |= {"HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
-    env |= {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # the folder is no part of a repository around it
+    env |= {
+        "HOME": str(folder / "home"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
+    }
+    # the folder is no part of a repository around it
+    env |= {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     printed = []
     for language, text in blocks(page):
         if language == "python":
@@ -51,7 +58,15 @@ def follow(page: Path, folder: Path, tree: Path, training: str = "") -> list[str
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
         elif command := COMMANDS.get(language):
-            done = subprocess.run(command, input=text, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                command,
+                input=text,
+                cwd=folder,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
             printed += [done.stdout] if language == "" else []
     return printed

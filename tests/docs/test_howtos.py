@@ -1,4 +1,6 @@
-"""The how-tos as a reader follows them, each in its own copy of the tree: patches apply, files are saved, commands succeed."""
+"""The how-tos as a reader follows them, each in its own copy of the tree: patches apply, files are
+saved, commands succeed.
+"""
 
 import shutil
 
@@ -21,7 +23,9 @@ def tree(tmp_path):
 
 
 def test_a_technique(tree):
-    tested, planned = follow(ROOT / "docs/howto_technique.md", tree, tree)[0].split("parameters ", 1)
+    tested, planned = follow(ROOT / "docs/howto_technique.md", tree, tree)[0].split(
+        "parameters ", 1
+    )
     assert " passed" in tested and "failed" not in tested
     assert "blocks/*/attn/head_scale" in planned
 

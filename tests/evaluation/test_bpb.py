@@ -8,18 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.bpb import Sum, score_stream, token_scores
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.step import forward, init_params, make_eval_step
+from sngpt_jax.model.forward import forward, init_params
 
 V = 11
 
 
 class Stream:
-    """A stream in memory whose token t stands for t bytes, plus one for the first token of the text after a 0."""
+    """A stream in memory whose token t stands for t bytes, plus one for the first token of the
+    text after a 0.
+    """
 
     def __init__(self, length, vocab_size=V):
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
@@ -31,7 +34,9 @@ class Stream:
         return np.resize(np.roll(self.tokens, -start), count)
 
     def count_bytes(self, token_bytes, start, stop):
-        return int(token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop]).sum())
+        return int(
+            token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop]).sum()
+        )
 
 
 BYTES = TokenBytes(np.arange(V, dtype=np.int32), np.ones(V, bool), np.arange(V) == 0)
@@ -51,12 +56,26 @@ def fake_eval_step(variables, batch):
 
 def score(stream, windows, devices=1, device_batch_tokens=64, **kwargs):
     mesh = make_mesh(jax.devices()[:devices])
-    return score_stream(None, fake_eval_step, stream, BYTES, mesh, windows, device_batch_tokens=device_batch_tokens, **kwargs)
+    return score_stream(
+        None,
+        fake_eval_step,
+        stream,
+        BYTES,
+        mesh,
+        windows,
+        device_batch_tokens=device_batch_tokens,
+        **kwargs,
+    )
 
 
 def literal_score(tokens, pairs):
-    """Loss, bits per byte, tokens and bytes of (first input, position) pairs, in exact arithmetic but for the losses."""
-    nll = [float(fake_loss(position, tokens[start:], tokens[start + position + 1])) for start, position in pairs]
+    """Loss, bits per byte, tokens and bytes of (first input, position) pairs, in exact arithmetic
+    but for the losses.
+    """
+    nll = [
+        float(fake_loss(position, tokens[start:], tokens[start + position + 1]))
+        for start, position in pairs
+    ]
     total = sum(int(tokens[s + p + 1]) + int(tokens[s + p] != 0) for s, p in pairs)
     return math.fsum(nll) / len(nll), math.fsum(nll) / math.log(2) / total, len(nll), total
 
@@ -65,9 +84,15 @@ def literal_score(tokens, pairs):
 @pytest.mark.parametrize("seq_len", [1, 8])
 def test_standard_windows_equal_a_literal_loop(length, seq_len):
     stream = Stream(length)
-    pairs = [(start, position) for start in range(0, length - seq_len, seq_len) for position in range(seq_len)]
+    pairs = [
+        (start, position)
+        for start in range(0, length - seq_len, seq_len)
+        for position in range(seq_len)
+    ]
     got = score(stream, standard_windows(length, seq_len, 0))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
+        literal_score(stream.tokens, pairs), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 8])
@@ -78,7 +103,9 @@ def test_sliding_windows_equal_a_literal_loop(stride):
         start = min(math.ceil((target - 7) / stride) * stride, 101 - 8)
         pairs.append((start, target - start))
     got = score(stream, sliding_windows(102, 8, stride, 0))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
+        literal_score(stream.tokens, pairs), rel=1e-12
+    )
 
 
 def test_the_published_tail_scores_the_last_targets_again_and_again():
@@ -86,13 +113,19 @@ def test_the_published_tail_scores_the_last_targets_again_and_again():
     stream, pairs = Stream(45), []
     for start in range(0, 40, 2):
         length = min(8, 40 - start)
-        pairs += [(start, position) for position in range(0 if start == 0 else max(length - 2, 0), length)]
+        pairs += [
+            (start, position) for position in range(0 if start == 0 else max(length - 2, 0), length)
+        ]
     assert len(pairs) == 40 + 3 * 2
     got = score(stream, sliding_windows(45, 8, 2, 0, "published"))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(literal_score(stream.tokens, pairs), rel=1e-12)
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
+        literal_score(stream.tokens, pairs), rel=1e-12
+    )
 
 
-@pytest.mark.parametrize(("devices", "device_batch_tokens"), [(1, 8), (1, 24), (8, 8), (8, 16), (3, 10_000)])
+@pytest.mark.parametrize(
+    ("devices", "device_batch_tokens"), [(1, 8), (1, 24), (8, 8), (8, 16), (3, 10_000)]
+)
 @pytest.mark.parametrize("stride", [3, 8])
 def test_batching_changes_nothing(devices, device_batch_tokens, stride):
     stream, windows = Stream(1001), sliding_windows(1001, 8, stride, 0)
@@ -142,7 +175,9 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
 
     stream, mesh = Stream(60), make_mesh(jax.devices()[:2])
     windows = sliding_windows(60, 8, 3, 0)
-    found = list(token_scores(None, step, stream, mesh, windows, device_batch_tokens=24, hints=hints))
+    found = list(
+        token_scores(None, step, stream, mesh, windows, device_batch_tokens=24, hints=hints)
+    )
     assert asked == stream.tokens[1:].tolist()
     assert sent[0].shape == (6, 3)
     given = np.concatenate([piece["hints"] for piece in found])
@@ -150,14 +185,22 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
     read = np.concatenate([piece["nll"] for piece in found])
     np.testing.assert_array_equal(targets, stream.tokens[1:])
     np.testing.assert_array_equal(given, np.where(targets % 2, targets.astype(int), -1))
-    np.testing.assert_array_equal(read, np.maximum(given, 0))  # nothing is asked of the model where there is no hint
+    # nothing is asked of the model where there is no hint
+    np.testing.assert_array_equal(read, np.maximum(given, 0))
 
 
 # ---------------------------------------------------------------------------------------------- of a model
 
 T = 16
 TINY = ModelConfig(
-    vocab_size=29, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, mlp_dim=48, max_seq_len=T, embed_init_std=0.7
+    vocab_size=29,
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=48,
+    max_seq_len=T,
+    embed_init_std=0.7,
 )
 
 
@@ -166,7 +209,9 @@ def model_score(config, windows, devices, device_batch_tokens):
     params = init_params(config, jax.random.key(0))
     table = TokenBytes(np.ones(29, np.int32), np.zeros(29, bool), np.zeros(29, bool))
     step = make_eval_step(config, mesh)
-    return score_stream(params, step, Stream(400, 29), table, mesh, windows, device_batch_tokens=device_batch_tokens)
+    return score_stream(
+        params, step, Stream(400, 29), table, mesh, windows, device_batch_tokens=device_batch_tokens
+    )
 
 
 @pytest.mark.parametrize("stride", [5, 16])
@@ -179,7 +224,9 @@ def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
         start = 0 if target < T else min(math.ceil((target - T + 1) / stride) * stride, 150 - T)
         inputs = np.zeros(T, int)  # one shape, one program; what comes later changes nothing
         inputs[: target - start + 1] = tokens[start : target + 1]
-        logits = np.asarray(apply(params, jnp.asarray(inputs[None])))[0, target - start].astype(np.float64)
+        logits = np.asarray(apply(params, jnp.asarray(inputs[None])))[0, target - start].astype(
+            np.float64
+        )
         nll.append(np.log(np.exp(logits).sum()) - logits[tokens[target + 1]])
     assert model_score(TINY, windows, 1, 64).loss == pytest.approx(np.mean(nll), rel=1e-6)
 
@@ -187,7 +234,10 @@ def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
 @pytest.mark.parametrize("stride", [5, 16])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
 def test_devices_change_no_bit_and_batch_sizes_only_rounding(stride, dtype, tolerance):
-    config, windows = dataclasses.replace(TINY, compute_dtype=dtype), sliding_windows(400, T, stride, 0)
+    config, windows = (
+        dataclasses.replace(TINY, compute_dtype=dtype),
+        sliding_windows(400, T, stride, 0),
+    )
     base = model_score(config, windows, 1, 64)
     for devices in (2, 3, 8):
         assert model_score(config, windows, devices, 64) == base  # four rows a device, as with one

@@ -1,4 +1,6 @@
-"""Second moments against the inputs that a numpy model in float64 multiplies its matrices with, and which text is refused."""
+"""Second moments against the inputs that a numpy model in float64 multiplies its matrices with,
+and which text is refused.
+"""
 
 import shutil
 
@@ -7,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh, path_name, state_shardings
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from sngpt_jax.data.shards import NO_EXTRA, Dataset, Shard, TokenStream, open_shard, write_shard
 from sngpt_jax.evaluation.calibration import second_moments, sum_of_products, training_stream
 from sngpt_jax.model.layers import Observed
-from sngpt_jax.parallel import make_mesh, path_name, state_shardings
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
 from tests.model.test_techniques import TINY, changed, random_params
@@ -35,14 +37,20 @@ def config_of(model, device_batch_tokens=2 * T):
     return Config(model=model, data=data, eval=evaluation)
 
 
-def moments_of(model, variables, stream, tokens, devices=1, fsdp=1, device_batch_tokens=2 * T, progress=None):
+def moments_of(
+    model, variables, stream, tokens, devices=1, fsdp=1, device_batch_tokens=2 * T, progress=None
+):
     mesh = make_mesh(jax.devices()[:devices], fsdp)
     variables = jax.device_put(variables, state_shardings(mesh, variables))
-    return second_moments(config_of(model, device_batch_tokens), variables, stream, tokens, mesh, progress)
+    return second_moments(
+        config_of(model, device_batch_tokens), variables, stream, tokens, mesh, progress
+    )
 
 
 def in_float64(variables):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == jnp.float32 else None), variables)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == jnp.float32 else None), variables
+    )
 
 
 def mean_products(*inputs):
@@ -116,7 +124,13 @@ COMPACT = {
         "value_embed_dim": 7,
         "smear": "before_norm",
     },
-    "the rest": {"value_residual": True, "attention_gate": True, "xsa_layers": 2, "ln_scale": True, "rope_dims": 4},
+    "the rest": {
+        "value_residual": True,
+        "attention_gate": True,
+        "xsa_layers": 2,
+        "ln_scale": True,
+        "rope_dims": 4,
+    },
 }
 
 
@@ -133,7 +147,9 @@ def test_every_matrix_of_the_compact_family(name):
 
 
 def test_all_applications_of_a_recycled_layer_count():
-    """Without skips and modulation the model is a longer one, whose copies' inputs are those of the applications."""
+    """Without skips and modulation the model is a longer one, whose copies' inputs are those of
+    the applications.
+    """
     model = changed(num_layers=2, recycle_layers=(0, 0))
     params = random_params(model)
     params["skip_weights"] = jnp.zeros_like(params["skip_weights"])
@@ -157,7 +173,9 @@ def test_every_matrix_of_the_pre_norm_family(name):
     variables = pre_norm.random_variables(model)
     stream = stream_of(random_tokens(3 * T, 61), vocab_size=61)
     got = moments_of(model, variables, stream, 3 * T)
-    want = recorded(variables, lambda p: pre_norm.oracle(model, p, stream.take(0, 3 * T).reshape(3, T)))
+    want = recorded(
+        variables, lambda p: pre_norm.oracle(model, p, stream.take(0, 3 * T).reshape(3, T))
+    )
     assert set(got) == set(want)
     for path in want:
         close(got[path], want[path])
@@ -165,25 +183,41 @@ def test_every_matrix_of_the_pre_norm_family(name):
 
 # a matrix of 4,096 weights or more is spread over fsdp
 WIDE = ModelConfig(
-    vocab_size=29, num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, mlp_dim=80, max_seq_len=T, compute_dtype="float32"
+    vocab_size=29,
+    num_layers=1,
+    d_model=64,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=80,
+    max_seq_len=T,
+    compute_dtype="float32",
 )
 
 
 def test_batches_and_devices_change_nothing():
-    """Eleven windows: one by one, in twos with a row to spare, and with idle devices; weights whole and spread."""
-    params, stream = random_params(WIDE), stream_of(random_tokens(6 * T), random_tokens(6 * T, seed=1))
+    """Eleven windows: one by one, in twos with a row to spare, and with idle devices; weights
+    whole and spread.
+    """
+    params, stream = (
+        random_params(WIDE),
+        stream_of(random_tokens(6 * T), random_tokens(6 * T, seed=1)),
+    )
     one = moments_of(WIDE, params, stream, 11 * T, device_batch_tokens=T)
     for layout in ({}, {"devices": 3}, {"devices": 8}, {"devices": 8, "fsdp": 4}):
         other = moments_of(WIDE, params, stream, 11 * T, **layout)
         assert set(other) == set(one)
         for path in one:
-            np.testing.assert_allclose(other[path], one[path], rtol=0, atol=1e-6 * np.abs(one[path]).max())
+            np.testing.assert_allclose(
+                other[path], one[path], rtol=0, atol=1e-6 * np.abs(one[path]).max()
+            )
 
 
 def test_windows_are_whole_and_from_the_start():
     params, tokens = random_params(WIDE), random_tokens(12 * T)
     seen = []
-    got = moments_of(WIDE, params, stream_of(tokens), 6 * T - 1, progress=lambda *counts: seen.append(counts))
+    got = moments_of(
+        WIDE, params, stream_of(tokens), 6 * T - 1, progress=lambda *counts: seen.append(counts)
+    )
     short = moments_of(WIDE, params, stream_of(tokens[: 5 * T]), 5 * T)
     longer = moments_of(WIDE, params, stream_of(tokens), 6 * T)
     for path in got:
@@ -201,7 +235,9 @@ def test_moments_are_symmetric_definite_and_shared():
         eigenvalues = np.linalg.eigvalsh(moment)
         assert eigenvalues[0] > -1e-6 * eigenvalues[-1] and eigenvalues[-1] > 0, path
     for layer in (0, 1):
-        query, key, value, out = (got[f"blocks/{layer}/attn/{name}"] for name in ("query", "key", "value", "out"))
+        query, key, value, out = (
+            got[f"blocks/{layer}/attn/{name}"] for name in ("query", "key", "value", "out")
+        )
         assert query is key is value and out is not query
     assert len({id(moment) for moment in got.values()}) == 8
 
@@ -217,9 +253,16 @@ def test_products_are_not_rounded_to_the_compute_dtype(dtype):
 
 
 def test_an_observed_matrix_cannot_be_used_unseen():
-    """A model that takes its matrices in another way is no longer calibrated, and must not seem to be."""
+    """A model that takes its matrices in another way is no longer calibrated, and must not seem to
+    be.
+    """
     x, matrix = jnp.ones((2, 3)), Observed(jnp.ones((3, 4)), [])
-    for use in (lambda: x @ matrix, lambda: jnp.dot(x, matrix), lambda: jnp.einsum("ij,jk->ik", x, matrix), lambda: x * matrix):
+    for use in (
+        lambda: x @ matrix,
+        lambda: jnp.dot(x, matrix),
+        lambda: jnp.einsum("ij,jk->ik", x, matrix),
+        lambda: x * matrix,
+    ):
         with pytest.raises((TypeError, ValueError)):
             use()
     with pytest.raises(AttributeError):
@@ -229,7 +272,10 @@ def test_an_observed_matrix_cannot_be_used_unseen():
 def test_numbers_of_tokens_that_do_not_fit_are_refused():
     params, stream = random_params(WIDE), stream_of(random_tokens(5 * T))
     for tokens in (T - 1, 5 * T + 1):
-        with pytest.raises(UserError, match=f"^export.gptq_tokens = {tokens} .* data.seq_len = 8, and the 40 tokens"):
+        with pytest.raises(
+            UserError,
+            match=f"^export.gptq_tokens = {tokens} .* data.seq_len = 8, and the 40 tokens",
+        ):
             moments_of(WIDE, params, stream, tokens)
 
 
@@ -239,14 +285,19 @@ def test_numbers_of_tokens_that_do_not_fit_are_refused():
 @pytest.fixture
 def shard_files(tmp_path):
     """Two training shards and a validation shard of 1,000 tokens each, all of other text."""
-    paths = [tmp_path / name for name in ("x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin")]
+    paths = [
+        tmp_path / name for name in ("x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin")
+    ]
     for seed, path in enumerate(paths):
         write_shard(path, random_tokens(1000, seed=seed).astype(np.uint16))
     return paths
 
 
 def dataset_of(train, val):
-    splits = (TokenStream(tuple(Shard(p, open_shard(p), NO_EXTRA) for p in paths), 29) for paths in (train, val))
+    splits = (
+        TokenStream(tuple(Shard(p, open_shard(p), NO_EXTRA) for p in paths), 29)
+        for paths in (train, val)
+    )
     return Dataset(train[0].parent, *splits, tokenizer=None, manifest=None)
 
 
@@ -259,7 +310,9 @@ def test_training_shards_of_their_own_are_taken(shard_files):
 def test_validation_text_is_refused(shard_files, tmp_path):
     first, second, val = shard_files
     tokens = np.array(open_shard(val))
-    copy, cut, longer, link = (tmp_path / f"x_train_{name}.bin" for name in ("copy", "cut", "longer", "link"))
+    copy, cut, longer, link = (
+        tmp_path / f"x_train_{name}.bin" for name in ("copy", "cut", "longer", "link")
+    )
     shutil.copy(val, copy)
     write_shard(cut, tokens[:300])
     write_shard(longer, np.concatenate([tokens, random_tokens(500, seed=9).astype(np.uint16)]))
@@ -267,14 +320,18 @@ def test_validation_text_is_refused(shard_files, tmp_path):
     for leaked in (val, copy, cut, longer, link):
         for train in ([leaked], [leaked, second], [first, leaked]):
             with pytest.raises(UserError) as caught:
-                training_stream(dataset_of(train, [second, val] if second not in train else [val]), 1001)
+                training_stream(
+                    dataset_of(train, [second, val] if second not in train else [val]), 1001
+                )
             assert str(leaked) in str(caught.value) and str(val) in str(caught.value)
             assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("common", "refused"), [(1024, True), (1023, False)])
 def test_long_shards_are_told_apart_by_their_beginnings(tmp_path, common, refused):
-    """However many tokens are to be read: a text that goes on otherwise has shown its first ones to the model."""
+    """However many tokens are to be read: a text that goes on otherwise has shown its first ones
+    to the model.
+    """
     train, val = (random_tokens(5000, seed=seed).astype(np.uint16) for seed in (0, 1))
     train[:common] = val[:common]
     train[common] = (val[common] + 1) % 29

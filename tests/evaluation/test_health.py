@@ -1,4 +1,6 @@
-"""The health of sparse codes: sums against float64 loops over tokens, shares at their thresholds, devices, partial batches."""
+"""The health of sparse codes: sums against float64 loops over tokens, shares at their thresholds,
+devices, partial batches.
+"""
 
 import dataclasses
 import functools
@@ -12,14 +14,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sngpt_kernels.cayley import dictionary
 
-from kernels.cayley import dictionary
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.evaluation.health import Health, Sums, accumulate, layer_sums, make_health_step, score_health, summarize
-from sngpt_jax.metrics import MetricsWriter
+from sngpt_jax.evaluation.health import (
+    Health,
+    Sums,
+    accumulate,
+    layer_sums,
+    make_health_step,
+    score_health,
+    summarize,
+)
 from sngpt_jax.model.cayley import CodeState, Taps, code_state
-from sngpt_jax.parallel import batch_placer, make_mesh
-from sngpt_jax.step import init_params, init_statistics, join, tapped_losses
+from sngpt_jax.model.forward import init_params, init_statistics, join, tapped_losses
+from sngpt_jax.run.metrics import MetricsWriter
 
 MODEL = ModelConfig(
     family="pre_norm",
@@ -52,8 +62,14 @@ def random_code(rng, layers=None):
 
 def random_ids(rng, tokens):
     """Distinct features of each level, parents and children as they fall."""
-    levels = [(np.arange(*ids), columns.stop - columns.start) for ids, columns in zip(RANGES, COLUMNS, strict=True)]
-    rows = [np.concatenate([rng.choice(ids, k, replace=False) for ids, k in levels]) for _ in range(tokens)]
+    levels = [
+        (np.arange(*ids), columns.stop - columns.start)
+        for ids, columns in zip(RANGES, COLUMNS, strict=True)
+    ]
+    rows = [
+        np.concatenate([rng.choice(ids, k, replace=False) for ids, k in levels])
+        for _ in range(tokens)
+    ]
     return np.array(rows, np.int32)
 
 
@@ -85,7 +101,9 @@ def oracle(x_ND, ids_NA, code, config=MODEL):
                 z_min[level] = min(z_min[level], z)
                 x_hat += c * v
             if level:
-                candidates = [child_set(f, level, config.generators) for f in ids[COLUMNS[level - 1]]]
+                candidates = [
+                    child_set(f, level, config.generators) for f in ids[COLUMNS[level - 1]]
+                ]
                 duplicates[level] += sum(map(len, candidates)) - len(set().union(*candidates))
         if np.any(x) and np.any(x_hat):
             cos += x @ x_hat / np.linalg.norm(x) / np.linalg.norm(x_hat)
@@ -124,7 +142,9 @@ def test_one_layers_sums_are_those_of_a_loop_over_tokens(standardized, generator
     code.std[3] = 0  # divided by 1e-3
     code.bias[ids_BPA[2, 3]] = -1e6  # nothing is active there
     taps = Taps(jnp.asarray(x_BPD), jnp.asarray(ids_BPA))
-    sums = jax.jit(functools.partial(layer_sums, config))(taps, jax.tree.map(jnp.asarray, code), jnp.asarray(counted))
+    sums = jax.jit(functools.partial(layer_sums, config))(
+        taps, jax.tree.map(jnp.asarray, code), jnp.asarray(counted)
+    )
     sums = accumulate(None, jax.tree.map(lambda a: a[None], sums))
     health = summarize(config, CodeState(*(a[None] for a in code)), sums, 1)
     expected = oracle(x_BPD[counted].reshape(-1, D), ids_BPA[counted].reshape(-1, 15), code, config)
@@ -135,7 +155,9 @@ def test_one_layers_sums_are_those_of_a_loop_over_tokens(standardized, generator
 def random_model():
     """Variables of a model whose codes are no longer those of the start."""
     rng = np.random.default_rng(2)
-    variables = jax.jit(lambda key: join(init_params(MODEL, key), init_statistics(MODEL)))(jax.random.key(3))
+    variables = jax.jit(lambda key: join(init_params(MODEL, key), init_statistics(MODEL)))(
+        jax.random.key(3)
+    )
     code = random_code(rng, MODEL.num_layers)
     for i, block in enumerate(variables["blocks"].values()):
         block["code"] = {
@@ -172,7 +194,9 @@ def test_a_models_sums_are_those_of_its_taps():
 
 
 def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
-    """One layer's sums by hand; a selected feature's mean activation is 1 where `activations` says nothing else."""
+    """One layer's sums by hand; a selected feature's mean activation is 1 where `activations` says
+    nothing else.
+    """
     return Sums(
         tokens=np.array([tokens]),
         counts=np.asarray(counts)[None],
@@ -186,7 +210,9 @@ def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
 
 def fresh_code(last_fired=None):
     zeros = np.zeros((1, F), np.float32)
-    fired = np.zeros((1, F), np.int32) if last_fired is None else np.asarray(last_fired, np.int32)[None]
+    fired = (
+        np.zeros((1, F), np.int32) if last_fired is None else np.asarray(last_fired, np.int32)[None]
+    )
     return CodeState(mean=np.zeros((1, D), np.float32), std=zeros + 1, bias=zeros, last_fired=fired)
 
 
@@ -212,10 +238,12 @@ def test_a_zombie_is_alive_and_below_a_tenth_of_the_median_of_those_alive():
     strength = np.full(F, 2.0)
     strength[:3] = [0.0, 0.199, 0.2]  # the third is at the threshold
     strength[16:64] = 0  # a level whose median is 0
-    counts[64 : 64 + 100], strength[64 : 64 + 100] = 1, 0.001  # dead, so neither zombies nor in the median
+    # dead, so neither zombies nor in the median
+    counts[64 : 64 + 100], strength[64 : 64 + 100] = 1, 0.001
     strength[64 + 100] = 0.1
     health = summarize(MODEL, fresh_code(), host_sums(400 * 100, counts, counts * strength), 1)
-    assert health.dead.tolist() == [[1, 1, 1]] and not health.zombies.any()  # all too seldom for so many tokens
+    # all too seldom for so many tokens
+    assert health.dead.tolist() == [[1, 1, 1]] and not health.zombies.any()
     health = summarize(MODEL, fresh_code(), host_sums(400, counts, counts * strength), 1)
     np.testing.assert_allclose(health.dead, [[0, 0, 100 / 192]])
     np.testing.assert_allclose(health.zombies, [[2 / 16, 0, 1 / 192]])
@@ -245,11 +273,19 @@ def test_statistics_by_level():
     code = random_code(np.random.default_rng(5), layers=1)
     health = summarize(MODEL, code, host_sums(50, np.ones(F), repeats=(0, 25, 10)), 1)
     scores = dictionary.atoms(np.arange(F), D) @ code.mean[0].astype(np.float64)
-    np.testing.assert_allclose(health.mu_mean[0], [np.abs(scores[slice(*r)]).mean() for r in RANGES], rtol=1e-5)
+    np.testing.assert_allclose(
+        health.mu_mean[0], [np.abs(scores[slice(*r)]).mean() for r in RANGES], rtol=1e-5
+    )
     # why not the plain mean: it is one coordinate of the mean, the same at every level
-    np.testing.assert_allclose([scores[slice(*r)].mean() for r in RANGES], code.mean[0, 0] / 4, rtol=1e-6)
-    np.testing.assert_allclose(health.sigma_mean[0], [code.std[0, slice(*r)].mean() for r in RANGES], rtol=1e-6)
-    children = [set().union(*(child_set(f, i, "spread") for f in range(*RANGES[i - 1]))) for i in (1, 2)]
+    np.testing.assert_allclose(
+        [scores[slice(*r)].mean() for r in RANGES], code.mean[0, 0] / 4, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        health.sigma_mean[0], [code.std[0, slice(*r)].mean() for r in RANGES], rtol=1e-6
+    )
+    children = [
+        set().union(*(child_set(f, i, "spread") for f in range(*RANGES[i - 1]))) for i in (1, 2)
+    ]
     np.testing.assert_array_equal(health.reachable[0], [16, *map(len, children)])
     np.testing.assert_allclose(health.duplicates[0], [0, 25 * 6 / 50, 10 * 12 / 50])
     assert health.min_z.tolist() == [[-1.5, 0.25, 2.0]]
@@ -259,7 +295,9 @@ def test_statistics_by_level():
 def test_sums_of_batches_add_up_without_rounding_to_float32():
     big = host_sums(2**31 - 1, np.full(F, 2**31 - 1), np.full(F, 2.0**24))
     narrow = [a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in big]
-    total = accumulate(accumulate(None, Sums(*narrow)), Sums(*narrow)._replace(min_z=np.array([[-2.0, 3.0, 2.0]])))
+    total = accumulate(
+        accumulate(None, Sums(*narrow)), Sums(*narrow)._replace(min_z=np.array([[-2.0, 3.0, 2.0]]))
+    )
     total = accumulate(total, Sums(*narrow)._replace(activations=np.ones((1, F), np.float32)))
     assert total.tokens[0] == total.counts[0, 7] == 3 * (2**31 - 1)
     assert total.activations[0, 7] == 2**25 + 1
@@ -271,7 +309,11 @@ def test_sums_of_batches_add_up_without_rounding_to_float32():
 
 def by_hand(**changes):
     """The health of 2 layers with 3 levels."""
-    per_level = {f.name: np.zeros((2, 3)) for f in dataclasses.fields(Health) if f.name not in ("tokens", "cos", "rms")}
+    per_level = {
+        f.name: np.zeros((2, 3))
+        for f in dataclasses.fields(Health)
+        if f.name not in ("tokens", "cos", "rms")
+    }
     shares = {
         "dead": np.array([[0, 0.002, 0.02], [0, 0.004, 0.022]]),
         "silent": np.array([[0, 0.0002, 0.004]] * 2),
@@ -283,23 +325,48 @@ def by_hand(**changes):
 
 def test_the_record_has_every_layer_and_level_and_their_means():
     record = by_hand().record()
-    per_level = ["dead", "silent", "zombies", "reachable", "mu_mean", "sigma_mean", "min_z", "duplicates"]
+    per_level = [
+        "dead",
+        "silent",
+        "zombies",
+        "reachable",
+        "mu_mean",
+        "sigma_mean",
+        "min_z",
+        "duplicates",
+    ]
     places = ["", "layer00/", "layer01/"]
-    expected = {f"code/{place}level{level}/{name}" for place in places for level in range(3) for name in per_level}
-    expected |= {f"code/{place}{name}" for place in places for name in ("cos", "rms")} | {"code/tokens"}
+    expected = {
+        f"code/{place}level{level}/{name}"
+        for place in places
+        for level in range(3)
+        for name in per_level
+    }
+    expected |= {f"code/{place}{name}" for place in places for name in ("cos", "rms")} | {
+        "code/tokens"
+    }
     assert set(record) == expected
     assert all(type(value) in (int, float) for value in record.values())
     assert (record["code/layer00/level2/dead"], record["code/layer01/level1/dead"]) == (0.02, 0.004)
     assert record["code/level2/dead"] == pytest.approx(0.021)
-    assert (record["code/layer01/cos"], record["code/rms"], record["code/tokens"]) == (0.86, 1.5, 40)
+    assert (record["code/layer01/cos"], record["code/rms"], record["code/tokens"]) == (
+        0.86,
+        1.5,
+        40,
+    )
 
 
 def test_the_line_is_short_and_no_share_above_zero_reads_as_zero():
-    assert by_hand().line() == "code │ dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 % │ cos 0.83"
+    assert (
+        by_hand().line()
+        == "code │ dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 % │ cos 0.83"
+    )
 
 
 def test_numbers_that_are_not_finite_break_nothing(tmp_path):
-    health = by_hand(silent=np.full((2, 3), np.nan), min_z=np.full((2, 3), np.inf), cos=np.array([np.nan, 1]))
+    health = by_hand(
+        silent=np.full((2, 3), np.nan), min_z=np.full((2, 3), np.inf), cos=np.array([np.nan, 1])
+    )
     assert health.line().startswith("code │ dead 0.0/0.3/2.1 % │ silent –/–/– % │")
     with MetricsWriter(tmp_path, resume_step=None) as writer:
         writer.write({"step": 3, **health.record()})
@@ -328,7 +395,9 @@ class Stream:
 
 def run_config(health_tokens):
     eval_config = EvalConfig(health_tokens=health_tokens, device_batch_tokens=4 * T)
-    return Config(model=MODEL, data=DataConfig(seq_len=T, batch_tokens=64, slices=1), eval=eval_config)
+    return Config(
+        model=MODEL, data=DataConfig(seq_len=T, batch_tokens=64, slices=1), eval=eval_config
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,9 +410,13 @@ def test_every_window_of_the_start_counts_once(health_tokens, devices, windows):
 
     def step(variables, batch):
         counted = np.asarray(batch["counted"])
-        inputs, targets = (np.asarray(batch[name])[counted].reshape(-1) for name in ("inputs", "targets"))
+        inputs, targets = (
+            np.asarray(batch[name])[counted].reshape(-1) for name in ("inputs", "targets")
+        )
         assert len(counted) % devices == 0
-        sums = host_sums(inputs.size, np.bincount(inputs, minlength=F), np.bincount(inputs, targets, minlength=F))
+        sums = host_sums(
+            inputs.size, np.bincount(inputs, minlength=F), np.bincount(inputs, targets, minlength=F)
+        )
         return Sums(*(np.repeat(a, 2, axis=0) for a in sums))
 
     seen = []
@@ -354,14 +427,22 @@ def test_every_window_of_the_start_counts_once(health_tokens, devices, windows):
         return seen[-1]
 
     health = score_health(
-        run_config(health_tokens), random_model(), spy, stream, mesh, step=9, progress=lambda *a: progress.append(a)
+        run_config(health_tokens),
+        random_model(),
+        spy,
+        stream,
+        mesh,
+        step=9,
+        progress=lambda *a: progress.append(a),
     )
     total = functools.reduce(accumulate, seen, None)
     inputs, targets = stream.tokens[: windows * T], stream.tokens[1 : windows * T + 1]
     assert health.tokens == windows * T
     np.testing.assert_array_equal(total.counts[1], np.bincount(inputs, minlength=F))
     np.testing.assert_array_equal(total.activations[1], np.bincount(inputs, targets, minlength=F))
-    assert progress[-1] == (windows, windows) and len(progress) == len(seen) == math.ceil(windows / (4 * devices))
+    assert progress[-1] == (windows, windows) and len(progress) == len(seen) == math.ceil(
+        windows / (4 * devices)
+    )
 
 
 def test_devices_and_batches_change_nothing():

@@ -1,4 +1,6 @@
-"""Likelihoods and greedy texts against a literal numpy model, one text at a time; where texts are cut, joined and batched."""
+"""Likelihoods and greedy texts against a literal numpy model, one text at a time; where texts are
+cut, joined and batched.
+"""
 
 import dataclasses
 import math
@@ -8,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation import likelihood
 from sngpt_jax.evaluation.likelihood import LanguageModel, cut_at
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.step import init_params
+from sngpt_jax.model.forward import init_params
 from tests import oracles
 
 ALPHABET = "\x00\x01abcdefghijklmnopqrstuvwxyz .\n"
@@ -22,35 +24,54 @@ V, T, BOS = 40, 32, 1
 TH = len(ALPHABET)
 
 TINY = ModelConfig(
-    vocab_size=V, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, mlp_dim=24, max_seq_len=T, compute_dtype="float32"
+    vocab_size=V,
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=24,
+    max_seq_len=T,
+    compute_dtype="float32",
 )
 
 
 class Letters:
-    """A token a letter, and one for "th"; spaces around the text are dropped, as by SentencePiece's nmt_nfkc."""
+    """A token a letter, and one for "th"; spaces around the text are dropped, as by
+    SentencePiece's nmt_nfkc.
+    """
 
     bos_id = BOS
     vocab_size = TH + 1
 
     def encode(self, text):
         letters = text.strip(" ").replace("th", "\xff")
-        return np.array([TH if letter == "\xff" else ALPHABET.index(letter) for letter in letters], np.int32)
+        return np.array(
+            [TH if letter == "\xff" else ALPHABET.index(letter) for letter in letters], np.int32
+        )
 
     def decode(self, ids):
-        return "".join("th" if i == TH else ALPHABET[i] if i != BOS else "" for i in np.asarray(ids)).lstrip(" ")
+        return "".join(
+            "th" if i == TH else ALPHABET[i] if i != BOS else "" for i in np.asarray(ids)
+        ).lstrip(" ")
 
 
 def random_params(config, seed=0):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves])
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves]
+    )
 
 
 def make(devices=8, device_batch_tokens=64, tokenizer=None, **fields):
     config = dataclasses.replace(TINY, **fields)
     return LanguageModel(
-        Config(model=config, data=DataConfig(seq_len=T), eval=EvalConfig(device_batch_tokens=device_batch_tokens)),
+        Config(
+            model=config,
+            data=DataConfig(seq_len=T),
+            eval=EvalConfig(device_batch_tokens=device_batch_tokens),
+        ),
         random_params(config),
         tokenizer or Letters(),
         make_mesh(jax.devices()[:devices]),
@@ -60,12 +81,16 @@ def make(devices=8, device_batch_tokens=64, tokenizer=None, **fields):
 def log_probabilities(model, tokens):
     """ln p(v) after each of `tokens`, [t, V] float64, by the literal model."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), model.variables)
-    logits_TV = np.asarray(oracles.gpt(model.config.model, params, np.asarray([tokens])), np.float64)[0]
+    logits_TV = np.asarray(
+        oracles.gpt(model.config.model, params, np.asarray([tokens])), np.float64
+    )[0]
     return logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)
 
 
 def score(model, context, scored):
-    """Sum of ln p and whether all are the likeliest, of the tokens `scored` after the tokens `context`."""
+    """Sum of ln p and whether all are the likeliest, of the tokens `scored` after the tokens
+    `context`.
+    """
     tokens = [*context, *scored]
     found = log_probabilities(model, tokens[:-1])[len(context) - 1 :]
     return sum(found[i, token] for i, token in enumerate(scored)), all(found.argmax(-1) == scored)
@@ -81,7 +106,8 @@ LONG = "it was the best of times. it was the worst of times. it was the age"  # 
 PAIRS = [
     ("", "a", [BOS], "a"),
     ("the cat", " sat", [BOS, *ids("the cat")], " sat"),
-    ("the cat ", "sat on", [BOS, *ids("the cat")], " sat on"),  # the space that the context loses is scored
+    # the space that the context loses is scored
+    ("the cat ", "sat on", [BOS, *ids("the cat")], " sat on"),
     ("cow", "hats.", [BOS, *ids("cow")], "hats."),
     ("at", "hen", [BOS, *ids("a")], "then"),  # th spans the border: all of it is scored
     ("dog", "", [BOS, *ids("dog")], ""),
@@ -110,7 +136,9 @@ def test_rolling_windows_are_those_of_lm_eval(length):
     model = make()
     tokens = np.random.default_rng(length).integers(2, 28, length).tolist()
     text = "".join(ALPHABET[token] for token in tokens).replace("th", "tt")
-    windows = utils.get_rolling_token_windows(ids(text), prefix_token=BOS, max_seq_len=T, context_len=1)
+    windows = utils.get_rolling_token_windows(
+        ids(text), prefix_token=BOS, max_seq_len=T, context_len=1
+    )
     wanted = 0.0
     for inputs, targets in windows:
         found = log_probabilities(model, inputs)[-len(targets) :]
@@ -146,7 +174,9 @@ def test_the_others_change_nothing():
     for other, chosen in [(model, [7]), (model, range(30)[::-1]), (make(1, 10_000), range(30))]:
         got = other.loglikelihood([pairs[i] for i in chosen])
         assert [one.tokens for one in got] == [wanted[i].tokens for i in chosen]
-        np.testing.assert_allclose([one.logprob for one in got], [wanted[i].logprob for i in chosen], rtol=1e-5)
+        np.testing.assert_allclose(
+            [one.logprob for one in got], [wanted[i].logprob for i in chosen], rtol=1e-5
+        )
     assert model.loglikelihood([]) == []
 
 
@@ -156,7 +186,8 @@ def test_with_ntk_scaling_a_short_text_has_the_rotary_base_of_training():
     padded = log_probabilities(model, tokens + [0] * (T - len(tokens)))
     wanted = sum(padded[i, token] for i, token in enumerate(tokens[1:]))
     assert model.rolling(["the cat"]) == pytest.approx([wanted], abs=1e-4)
-    assert log_probabilities(model, tokens)[5, 3] != pytest.approx(padded[5, 3], abs=1e-3)  # or this would test nothing
+    # or this would test nothing
+    assert log_probabilities(model, tokens)[5, 3] != pytest.approx(padded[5, 3], abs=1e-3)
 
 
 def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
@@ -164,11 +195,16 @@ def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
 
     def fake_step(*_):
         def step(variables, batch):
-            inputs, targets, offsets = (np.asarray(batch[name]) for name in ("inputs", "targets", "offsets"))
+            inputs, targets, offsets = (
+                np.asarray(batch[name]) for name in ("inputs", "targets", "offsets")
+            )
             assert inputs.size <= 64 * 8 and len(inputs) % 8 == 0
             assert np.all(offsets + targets.shape[1] <= inputs.shape[1])
             shapes.add((inputs.shape, targets.shape[1]))
-            return {"nll": np.ones(targets.shape, np.float32), "greedy": np.ones(targets.shape, bool)}
+            return {
+                "nll": np.ones(targets.shape, np.float32),
+                "greedy": np.ones(targets.shape, bool),
+            }
 
         return step
 
@@ -176,35 +212,52 @@ def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
     seen = []
     pairs = [("a" * n, "b" * m) for n in range(31) for m in (1, 2, 5)] * 3
     found = make().loglikelihood(pairs, lambda done, total: seen.append((done, total)))
-    assert [(one.logprob, one.tokens) for one in found] == [(-float(len(b)), len(b)) for _, b in pairs]
-    assert shapes == {((4 * 8, 16), 8), ((2 * 8, 32), 8)}  # of T = 16 and 32, and the most that any scores, 5, rounded up
+    assert [(one.logprob, one.tokens) for one in found] == [
+        (-float(len(b)), len(b)) for _, b in pairs
+    ]
+    # of T = 16 and 32, and the most that any scores, 5, rounded up
+    assert shapes == {((4 * 8, 16), 8), ((2 * 8, 32), 8)}
     assert seen[-1] == (len(pairs), len(pairs))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
 def test_losses_that_are_not_finite_are_one_line():
     model = make()
-    broken = dataclasses.replace(model, variables=jax.tree.map(lambda a: a * np.nan, model.variables))
+    broken = dataclasses.replace(
+        model, variables=jax.tree.map(lambda a: a * np.nan, model.variables)
+    )
     with pytest.raises(UserError, match="not finite"):
         broken.rolling(["a"])
 
 
 def test_a_tokenizer_of_another_vocabulary_is_one_line():
-    with pytest.raises(UserError, match="the tokenizer has 32 tokens, more than model.vocab_size = 31"):
+    with pytest.raises(
+        UserError, match="the tokenizer has 32 tokens, more than model.vocab_size = 31"
+    ):
         make(vocab_size=TH)
 
 
 def test_a_sentencepiece_tokenizer_that_drops_spaces_loses_no_word(tmp_path):
-    """Its tokens of context and continuation together, but for the context's, are scored; alone the word is another token."""
+    """Its tokens of context and continuation together, but for the context's, are scored; alone
+    the word is another token.
+    """
     text = ["the cat sat on the mat and the dog sat on the log " * 5 + "xyz"]
-    tokenizer = train_sentencepiece(text, tmp_path / "t.model", vocab_size=300, normalization="nmt_nfkc")
+    tokenizer = train_sentencepiece(
+        text, tmp_path / "t.model", vocab_size=300, normalization="nmt_nfkc"
+    )
     model = make(tokenizer=tokenizer, vocab_size=304)
     together, context = (tokenizer.encode(text).tolist() for text in ("the cat sat", "the cat"))
-    assert together[: len(context)] == context and tokenizer.encode(" sat").tolist() != together[len(context) :]
+    assert (
+        together[: len(context)] == context
+        and tokenizer.encode(" sat").tolist() != together[len(context) :]
+    )
     wanted, _ = score(model, [tokenizer.bos_id, *context], together[len(context) :])
     for pair in [("the cat", " sat"), ("the cat ", "sat")]:
         [got] = model.loglikelihood([pair])
-        assert (got.logprob, got.tokens) == (pytest.approx(wanted, abs=2e-4), len(together) - len(context))
+        assert (got.logprob, got.tokens) == (
+            pytest.approx(wanted, abs=2e-4),
+            len(together) - len(context),
+        )
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -214,7 +267,9 @@ def greedy_text(model, tokens, count):
     """The likeliest tokens of the tokenizer's vocabulary, one by one, up to BOS."""
     added = []
     for _ in range(count):
-        token = int(log_probabilities(model, [*tokens, *added])[-1, : model.tokenizer.vocab_size].argmax())
+        token = int(
+            log_probabilities(model, [*tokens, *added])[-1, : model.tokenizer.vocab_size].argmax()
+        )
         if token == BOS:
             break
         added.append(token)
@@ -236,7 +291,9 @@ def test_greedy_texts_equal_full_recomputation_and_are_greedy_continuations():
 
 
 def test_what_is_asked_of_the_generator(monkeypatch):
-    """Prompts cut from the left, longest first, as many at a time as fit; texts up to a stop, in their prompts' order."""
+    """Prompts cut from the left, longest first, as many at a time as fit; texts up to a stop, in
+    their prompts' order.
+    """
     calls = []
 
     def fake(config, variables, mesh, prompts, **options):
@@ -247,17 +304,37 @@ def test_what_is_asked_of_the_generator(monkeypatch):
     seen = []
     model = make(devices=1, device_batch_tokens=2 * T)
     texts = model.generate(
-        ["c", "ab", LONG], ["zz", " no", "."], 8, temperature=0.5, top_k=3, seed=7, progress=lambda *n: seen.append(n)
+        ["c", "ab", LONG],
+        ["zz", " no", "."],
+        8,
+        temperature=0.5,
+        top_k=3,
+        seed=7,
+        progress=lambda *n: seen.append(n),
     )
     assert texts == ["x thebb", "x thebbb", "x the" + "b" * 24]
-    assert [prompts for prompts, _ in calls] == [[ids(LONG)[-24:], [BOS, *ids("ab")]], [[BOS, *ids("c")]]]
-    options = {"seq_len": T, "max_tokens": 8, "vocab_size": TH + 1, "end_id": BOS, "temperature": 0.5, "top_k": 3}
+    assert [prompts for prompts, _ in calls] == [
+        [ids(LONG)[-24:], [BOS, *ids("ab")]],
+        [[BOS, *ids("c")]],
+    ]
+    options = {
+        "seq_len": T,
+        "max_tokens": 8,
+        "vocab_size": TH + 1,
+        "end_id": BOS,
+        "temperature": 0.5,
+        "top_k": 3,
+    }
     assert [given for _, given in calls] == [{**options, "seed": 7}, {**options, "seed": 8}]
     assert seen == [(2, 3), (3, 3)]
 
 
 def test_a_space_that_begins_the_added_text_is_kept(monkeypatch):
-    monkeypatch.setattr(likelihood, "generate_tokens", lambda *_, **__: [np.array([ALPHABET.index(" "), 2], np.int32)])
+    monkeypatch.setattr(
+        likelihood,
+        "generate_tokens",
+        lambda *_, **__: [np.array([ALPHABET.index(" "), 2], np.int32)],
+    )
     assert make().generate(["dog"], [], 2) == [" a"]
 
 

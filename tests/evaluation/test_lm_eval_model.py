@@ -1,4 +1,6 @@
-"""lm-eval runs its three kinds of request on a model here: tiny tasks from local files, against what the model itself gives."""
+"""lm-eval runs its three kinds of request on a model here: tiny tasks from local files, against
+what the model itself gives.
+"""
 
 import json
 import math
@@ -11,50 +13,60 @@ import pytest
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation import lm_eval_model
 from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
 from sngpt_jax.evaluation.lm_eval_model import SngptLM
 from sngpt_jax.evaluation.tasks import parse_tasks, run_tasks
-from sngpt_jax.parallel import make_mesh
-from sngpt_jax.step import init_params
+from sngpt_jax.model.forward import init_params
 
 TASKS = {
-    "tiny_choice": """
+    "tiny_choice": (
+        """
         output_type: multiple_choice
         doc_to_text: "{{question}}"
         doc_to_target: "{{answer}}"
         doc_to_choice: "{{choices}}"
         metric_list: [{metric: acc}, {metric: acc_norm}]
-        """,
-    "tiny_rolling": """
+        """
+    ),
+    "tiny_rolling": (
+        """
         output_type: loglikelihood_rolling
         doc_to_text: ""
         doc_to_target: "{{question}}"
         metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
-        """,
-    "tiny_generate": """
+        """
+    ),
+    "tiny_generate": (
+        """
         output_type: generate_until
         doc_to_text: "{{question}}"
         doc_to_target: "{{choices[answer]}}"
         generation_kwargs: {until: ["s"], max_gen_toks: 5, do_sample: false}
         metric_list: [{metric: exact_match}]
-        """,
-    "tiny_beams": """
+        """
+    ),
+    "tiny_beams": (
+        """
         output_type: generate_until
         doc_to_text: "{{question}}"
         doc_to_target: "{{choices[answer]}}"
         generation_kwargs: {until: ["s"], num_beams: 4}
         metric_list: [{metric: exact_match}]
-        """,
-    "tiny_absent": """
+        """
+    ),
+    "tiny_absent": (
+        """
         output_type: loglikelihood_rolling
         doc_to_text: ""
         doc_to_target: "{{question}}"
         metric_list: [{metric: bits_per_byte}]
-        """,
+        """
+    ),
 }
 GROUP = "group: tiny_group\ntask: [tiny_choice, tiny_rolling]\n"
 HELLASWAG = """
@@ -114,7 +126,14 @@ def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     tokenizer = train_sentencepiece(text, path, vocab_size=300, normalization="nmt_nfkc")
     config = ModelConfig(
-        vocab_size=300, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, mlp_dim=16, max_seq_len=16, embed_init_std=1.0
+        vocab_size=300,
+        num_layers=1,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=16,
+        max_seq_len=16,
+        embed_init_std=1.0,
     )
     return LanguageModel(
         Config(model=config, data=DataConfig(seq_len=16), eval=EvalConfig(device_batch_tokens=64)),
@@ -130,7 +149,9 @@ class Invented:
     seq_len = 16
 
     def loglikelihood(self, pairs, progress=None):
-        found = [zlib.crc32(f"{context}|{continuation}".encode()) for context, continuation in pairs]
+        found = [
+            zlib.crc32(f"{context}|{continuation}".encode()) for context, continuation in pairs
+        ]
         return [Continuation(-(n % 997) / 50, n % 3 == 0, 1 + n % 5) for n in found]
 
 
@@ -143,7 +164,11 @@ def test_multiple_choice(model, include):
         norms = [score / len(choice) for score, choice in zip(scores, doc["choices"], strict=True)]
         right += scores.index(max(scores)) == doc["answer"]
         norm_right += norms.index(max(norms)) == doc["answer"]
-    assert (got["acc"], got["acc_norm"], got["samples"]) == (pytest.approx(right / 3), pytest.approx(norm_right / 3), 3)
+    assert (got["acc"], got["acc_norm"], got["samples"]) == (
+        pytest.approx(right / 3),
+        pytest.approx(norm_right / 3),
+        3,
+    )
     assert all(type(value) in (float, int) for value in got.values())
     assert set(got) == {"acc", "acc_norm", "samples"}
 
@@ -158,7 +183,9 @@ def test_rolling(model, include):
 def test_generate_until(model, include, monkeypatch):
     got = lm_eval_model.run(model, "tiny_generate", include=include)
     texts = model.generate([doc["question"] for doc in DOCS], ["s"], 5)
-    right = sum(text == doc["choices"][doc["answer"]] for text, doc in zip(texts, DOCS, strict=True))
+    right = sum(
+        text == doc["choices"][doc["answer"]] for text, doc in zip(texts, DOCS, strict=True)
+    )
     assert (got["exact_match"], got["samples"]) == (pytest.approx(right / 3), 3)
     asked = []
 
@@ -167,7 +194,9 @@ def test_generate_until(model, include, monkeypatch):
         return ["log"] * len(prompts)
 
     monkeypatch.setattr(LanguageModel, "generate", generate)
-    assert lm_eval_model.run(model, "tiny_generate", include=include)["exact_match"] == pytest.approx(1 / 3)
+    assert lm_eval_model.run(model, "tiny_generate", include=include)[
+        "exact_match"
+    ] == pytest.approx(1 / 3)
     options = {"until": ["s"], "max_tokens": 5, "temperature": 0.0, "top_k": 0, "progress": None}
     assert asked == [([doc["question"] for doc in DOCS], options)]
 
@@ -176,7 +205,10 @@ def test_generate_until(model, include, monkeypatch):
     ("given", "wanted"),
     [
         ({}, {"until": [], "max_tokens": 8, "temperature": 0.0, "top_k": 0}),  # half of T
-        ({"until": "\n", "temperature": 0.5}, {"until": ["\n"], "max_tokens": 8, "temperature": 0.5, "top_k": 0}),
+        (
+            {"until": "\n", "temperature": 0.5},
+            {"until": ["\n"], "max_tokens": 8, "temperature": 0.5, "top_k": 0},
+        ),
         (
             {"do_sample": False, "temperature": 0.5, "top_p": 0.9, "num_beams": 1},
             {"until": [], "max_tokens": 8, "temperature": 0.0, "top_k": 0},
@@ -193,7 +225,9 @@ def test_options_of_generation(given, wanted):
     assert SngptLM(Invented())._options(given) == wanted
 
 
-@pytest.mark.parametrize("given", [{"num_beams": 4}, {"temperature": 1.0, "top_p": 0.9}, {"max_length": 8}])
+@pytest.mark.parametrize(
+    "given", [{"num_beams": 4}, {"temperature": 1.0, "top_p": 0.9}, {"max_length": 8}]
+)
 def test_options_that_are_not_served_are_named(given):
     with pytest.raises(UserError, match=f"{list(given)[-1]} = .*not served"):
         SngptLM(Invented())._options(given)
@@ -202,11 +236,19 @@ def test_options_that_are_not_served_are_named(given):
 def test_each_request_is_served_with_its_own_options():
     class Model(Invented):
         def generate(self, prompts, progress, **options):
-            return [f"{prompt} {options['until']} {options['max_tokens']} {options['temperature']}" for prompt in prompts]
+            return [
+                f"{prompt} {options['until']} {options['max_tokens']} {options['temperature']}"
+                for prompt in prompts
+            ]
 
-    short, long = {"until": ["."], "max_gen_toks": 2}, {"until": ["x"], "max_gen_toks": 5, "temperature": 0.5}
+    short, long = (
+        {"until": ["."], "max_gen_toks": 2},
+        {"until": ["x"], "max_gen_toks": 5, "temperature": 0.5},
+    )
     asked = [("a", short), ("b", long), ("c", long), ("d", short)]
-    requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(asked)]
+    requests = [
+        Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(asked)
+    ]
     got = SngptLM(Model()).generate_until(requests)
     assert got == ["a ['.'] 2 0.0", "b ['x'] 5 0.5", "c ['x'] 5 0.5", "d ['.'] 2 0.0"]
 
@@ -214,7 +256,10 @@ def test_each_request_is_served_with_its_own_options():
 def test_one_that_fails_leaves_the_others(model, include):
     spec = parse_tasks("tiny_absent,tiny_beams,tiny_rolling", include)
     got = run_tasks(model, spec, include=include)
-    assert "cannot load its task tiny_absent" in got["tiny_absent"]["error"] and "\n" not in got["tiny_absent"]["error"]
+    assert (
+        "cannot load its task tiny_absent" in got["tiny_absent"]["error"]
+        and "\n" not in got["tiny_absent"]["error"]
+    )
     assert "num_beams = 4" in got["tiny_beams"]["error"]
     assert got["tiny_rolling"]["samples"] == 3
 
@@ -228,8 +273,12 @@ def test_a_group_is_given_by_task(model, include):
 
 def test_an_unknown_task_is_one_line(include, monkeypatch):
     local = lm_eval_model._manager(include, False)
-    monkeypatch.setattr(lm_eval_model, "_manager", lambda include, own: local)  # to list lm-eval's own takes it 15 s
-    wanted = r"--tasks tiny_choise: lm-eval has no task of this name \(commas part tasks.*\); did you mean tiny_choice"
+    # to list lm-eval's own takes it 15 s
+    monkeypatch.setattr(lm_eval_model, "_manager", lambda include, own: local)
+    wanted = (
+        r"--tasks tiny_choise: lm-eval has no task of this name \(commas part tasks.*\); did you"
+        r" mean tiny_choice"
+    )
     with pytest.raises(UserError, match=wanted):
         parse_tasks("lambada=a folder,tiny_choise", include)
     assert parse_tasks("tiny_group", include) == {"tiny_group": None}
@@ -261,7 +310,10 @@ def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):
         for i in range(4)
         for a, b, mark, tail in cases
     ]
-    passages = [{"text": f"\u201che looked , at  number {'i' * i}\u201d he said {'to' * i}him"} for i in range(12)]
+    passages = [
+        {"text": f"\u201che looked , at  number {'i' * i}\u201d he said {'to' * i}him"}
+        for i in range(12)
+    ]
     write_task(tmp_path, "our_hellaswag", HELLASWAG, choices)
     write_task(tmp_path, "our_lambada", LAMBADA, passages)
     for name in ("hellaswag", "lambada"):
@@ -269,5 +321,7 @@ def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):
         ours = run_tasks(Invented(), {name: tmp_path / f"our_{name}.jsonl"})[name]
         shared = set(ours) & set(theirs)
         assert shared == set(ours) - {"acc_token_norm"}
-        assert {metric: ours[metric] for metric in shared} == pytest.approx({metric: theirs[metric] for metric in shared})
+        assert {metric: ours[metric] for metric in shared} == pytest.approx(
+            {metric: theirs[metric] for metric in shared}
+        )
         assert 0 < ours["acc"] < 1

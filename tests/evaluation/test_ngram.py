@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.evaluation.ngram import compiled, exact, hashed, tilt
-from sngpt_jax.evaluation.ngram.cache import Chunk, make_cache
+from sngpt_jax.evaluation.ngram.cache import make_cache
+from sngpt_jax.evaluation.ngram.chunk import Chunk
 from tests import ngram_oracle
 
 V = 6
@@ -27,7 +28,9 @@ def few_buckets(monkeypatch):
 
 
 def stream(length, seed=0):
-    """Tokens that repeat a pattern, of late another one, with some noise: contexts of all lengths come back."""
+    """Tokens that repeat a pattern, of late another one, with some noise: contexts of all lengths
+    come back.
+    """
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, V, (2, 19))
     tokens = np.array([patterns[int(i > length // 2), i % 19] for i in range(length)])
@@ -50,7 +53,8 @@ def readings(tokens, hints=None):
     return Chunk(
         targets,
         -np.log(p[rows, targets]).astype(np.float32),
-        (-(p * np.log(p)).sum(1) + 3).astype(np.float32),  # near 4, where the weight of backoff turns
+        # near 4, where the weight of backoff turns
+        (-(p * np.log(p)).sum(1) + 3).astype(np.float32),
         np.ones(len(targets), np.float32),
         hints,
         hint_nll,
@@ -75,10 +79,14 @@ def make(mode, tokens, *, first_segment=37, segment=16, memory=2**24):
 
 
 def play(mode, tokens, cuts=(), at=None, **kwargs):
-    """Scores of a stream that a new cache is given in parts, or at the positions `at` masses, and what it was given."""
+    """Scores of a stream that a new cache is given in parts, or at the positions `at` masses, and
+    what it was given.
+    """
     cache = make(mode, tokens, **kwargs)
     edges = [0, *cuts, len(tokens) - 1]
-    hints = cache.hints and np.concatenate([cache.hints(tokens[1:][a:b]) for a, b in itertools.pairwise(edges)])
+    hints = cache.hints and np.concatenate(
+        [cache.hints(tokens[1:][a:b]) for a, b in itertools.pairwise(edges)]
+    )
     chunk = readings(tokens, hints)
     found = []
     for a, b in itertools.pairwise(edges):
@@ -93,11 +101,20 @@ def hashed_oracle(mode, tokens, segments=(37, *[16] * 1000)):
     """What the hashed caches give and with what weight, [n] each; an absent n-gram weighs nothing."""
     orders = (5,) if mode == "hashed5" else range(2, 8)
     found = ngram_oracle.hashed(
-        tokens.tolist(), V, orders=orders, segments=segments, buckets=BUCKETS, undercount=mode == "undercount"
+        tokens.tolist(),
+        V,
+        orders=orders,
+        segments=segments,
+        buckets=BUCKETS,
+        undercount=mode == "undercount",
     )
     entropy = readings(tokens).entropy.astype(np.float64)
-    alpha = np.array([0.2 if mode == "hashed5" else 0.05 + 0.55 / (1 + math.exp(-2 * (h - 4))) for h in entropy])
-    return np.array([np.zeros(V) if a is None else a for a in found]), np.where([a is None for a in found], 0, alpha)
+    alpha = np.array(
+        [0.2 if mode == "hashed5" else 0.05 + 0.55 / (1 + math.exp(-2 * (h - 4))) for h in entropy]
+    )
+    return np.array([np.zeros(V) if a is None else a for a in found]), np.where(
+        [a is None for a in found], 0, alpha
+    )
 
 
 # ---------------------------------------------------------------------------------------------- against literal Python
@@ -120,7 +137,9 @@ def test_hashed_caches_give_what_the_definition_gives(mode):
 
 @pytest.mark.parametrize("mode", ["hashed5", "backoff"])
 def test_a_target_of_almost_no_probability_is_scored_with_1e_12(mode):
-    """Whether it was mixed with nothing, or not at all: every score of the published pass is clipped."""
+    """Whether it was mixed with nothing, or not at all: every score of the published pass is
+    clipped.
+    """
     tokens = np.arange(60).astype(np.uint16) % V
     tokens[-1] = (tokens[-1] + 1) % V  # what never followed its context
     chunk = Chunk(tokens[1:], np.full(59, 60, np.float32), np.zeros(59, np.float32))
@@ -138,36 +157,47 @@ def test_published_tables_are_of_4_194_304_buckets(monkeypatch):
 
 
 def test_hashed5_believes_a_context_seen_twice_and_not_a_target_with_fewer_than_four_tokens_before_it():
-    """A token that repeats: from index 4 on its context is counted, so index 6 is the first that is mixed."""
+    """A token that repeats: from index 4 on its context is counted, so index 6 is the first that
+    is mixed.
+    """
     tokens = np.full(12, 3, np.uint16)
     certain = Chunk(tokens[1:], np.full(11, np.log(10), np.float32))
     mixed = make("hashed5", tokens, first_segment=1, segment=1).score(certain)
     np.testing.assert_allclose(np.exp(-mixed), [0.1] * 5 + [0.8 * 0.1 + 0.2] * 6, rtol=1e-6)
-    later = make("hashed5", tokens, first_segment=9, segment=1).score(certain)  # counted once the segment is scored
+    # counted once the segment is scored
+    later = make("hashed5", tokens, first_segment=9, segment=1).score(certain)
     np.testing.assert_allclose(np.exp(-later), [0.1] * 9 + [0.28] * 2, rtol=1e-6)
 
 
 def test_undercount_keeps_a_mixed_target_from_the_orders_below():
     tokens = np.full(30, 3, np.uint16)
     chunk = Chunk(tokens[1:], np.ones(29, np.float32), np.full(29, 4, np.float32))
-    full, under = (make(mode, tokens, first_segment=1, segment=1) for mode in ("backoff", "undercount"))
+    full, under = (
+        make(mode, tokens, first_segment=1, segment=1) for mode in ("backoff", "undercount")
+    )
     full.score(chunk)
     under.score(chunk)
-    # with every target at every order: 30 tokens hold 31 - n n-grams, of which the first token, no target, ends none
+    # with every target at every order: 30 tokens hold 31 - n n-grams, of which the first token, no
+    # target, ends none
     assert full._tables[:, 0].max(1).tolist() == [30 - max(n - 1, 1) for n in range(7, 1, -1)]
-    # as published: two targets are counted at order n before the next one finds it known, then the order above takes over
+    # as published: two targets are counted at order n before the next one finds it known, then the
+    # order above takes over
     assert under._tables[:, 0].max(1).tolist() == [24, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("memory", [2**24, 16400])
 def test_exact_gives_what_the_definition_gives(memory):
-    """In memory that holds every n-gram, and in 1,024 slots and the root's, of which 682 are for n-grams."""
+    """In memory that holds every n-gram, and in 1,024 slots and the root's, of which 682 are for
+    n-grams.
+    """
     tokens = stream(3000)
     chunk = readings(tokens)
     p = np.exp(-chunk.nll.astype(np.float64))
     start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
     room = 682 if memory == 16400 else math.inf
-    weights, given = zip(*ngram_oracle.exact(tokens.tolist(), p, V, **start, room=room), strict=True)
+    weights, given = zip(
+        *ngram_oracle.exact(tokens.tolist(), p, V, **start, room=room), strict=True
+    )
     weights, given_V = np.array(weights), np.array(given)
 
     p_ng = given_V[np.arange(len(given_V)), chunk.targets]
@@ -181,7 +211,9 @@ def test_exact_gives_what_the_definition_gives(memory):
     assert cache.memory_bytes == cache._nodes.nbytes <= memory
     assert (cache._room[0] == 0) == (memory == 16400)
     stated = (
-        "room for 682 n-grams; what comes later is not counted" if memory == 16400 else "room for every n-gram of the stream"
+        "room for 682 n-grams; what comes later is not counted"
+        if memory == 16400
+        else "room for every n-gram of the stream"
     )
     assert cache.about.endswith(stated)
 
@@ -189,7 +221,15 @@ def test_exact_gives_what_the_definition_gives(memory):
 def test_exact_stays_a_distribution_over_the_largest_vocabulary():
     """A node has 16 bits for how many tokens followed; of 65,536 it counts all but one."""
     targets = np.arange(2**16).astype(np.uint16)
-    cache = make_cache("exact", first_token=0, vocab_size=2**16, targets=len(targets), first_segment=1, segment=1, memory=2**26)
+    cache = make_cache(
+        "exact",
+        first_token=0,
+        vocab_size=2**16,
+        targets=len(targets),
+        first_segment=1,
+        segment=1,
+        memory=2**26,
+    )
     chunk = Chunk(targets, np.ones(2**16, np.float32), mass=np.ones(2**16, np.float32))
     assert cache.mass(chunk, np.array([2**16 - 1])) == pytest.approx(1, abs=1e-9)
     root = cache._nodes[-1]
@@ -199,7 +239,8 @@ def test_exact_stays_a_distribution_over_the_largest_vocabulary():
 
 def test_hints_are_what_followed_in_four_of_five_cases():
     tokens = stream(3000)
-    cache = tilt.TiltCache(int(tokens[0]), 2**22)  # so many buckets that no two contexts meet in one
+    # so many buckets that no two contexts meet in one
+    cache = tilt.TiltCache(int(tokens[0]), 2**22)
     hints = cache.hints(tokens[1:])
     expected = np.array(ngram_oracle.hints(tokens.tolist()))
     np.testing.assert_array_equal(hints, expected)
@@ -207,13 +248,16 @@ def test_hints_are_what_followed_in_four_of_five_cases():
 
 
 def test_a_full_table_of_hints_forgets():
-    """Sixteen buckets for a stream of 3,000 targets: a context that comes back has mostly been driven out, and hints anew."""
+    """Sixteen buckets for a stream of 3,000 targets: a context that comes back has mostly been
+    driven out, and hints anew.
+    """
     tokens = stream(3000)
     cache = make("tilt", tokens[:11])
     assert len(cache._table) == 16
     hints = cache.hints(tokens[1:])
     assert 0 < (hints >= 0).sum() < (np.array(ngram_oracle.hints(tokens.tolist())) >= 0).sum()
-    assert len(make("tilt", tokens)._table) == 8192  # half as many again as there are targets, and a power of two
+    # half as many again as there are targets, and a power of two
+    assert len(make("tilt", tokens)._table) == 8192
 
 
 def test_tilt_lifts_the_hint_and_divides_by_the_sum():
@@ -223,7 +267,9 @@ def test_tilt_lifts_the_hint_and_divides_by_the_sum():
     hinted = chunk.hints >= 0
     p_V[hinted, chunk.hints[hinted]] *= math.exp(2.625)
     p_V /= p_V.sum(1, keepdims=True)
-    np.testing.assert_allclose(scores, -np.log(p_V[np.arange(len(p_V)), chunk.targets]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scores, -np.log(p_V[np.arange(len(p_V)), chunk.targets]), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(scores[~hinted], chunk.nll[~hinted])
 
 
@@ -232,7 +278,9 @@ def test_tilt_lifts_the_hint_and_divides_by_the_sum():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_mass_is_the_sum_of_the_scores_of_every_token(mode):
-    """The last target is replaced by each token in turn, and scored with the state that all before it left."""
+    """The last target is replaced by each token in turn, and scored with the state that all before
+    it left.
+    """
     for length in (5, 800, 1203):
         tokens = stream(length)
         total = 0.0
@@ -257,7 +305,9 @@ def test_distributions_sum_to_one_and_the_others_do_not(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_the_model_lacks_to_one_the_mixture_lacks_in_part(mode):
-    """A model whose p sum to 0.9: (1 - w) 0.9 + w Σ p_ng for a mixture; (0.9 + lift) / (1 + lift) for the tilt."""
+    """A model whose p sum to 0.9: (1 - w) 0.9 + w Σ p_ng for a mixture; (0.9 + lift) / (1 + lift)
+    for the tilt.
+    """
     tokens, at = stream(2000), np.arange(0, 1999, 7)
     whole, chunk = play(mode, tokens, at=at)
     lacking = chunk._replace(mass=np.full(1999, 0.9, np.float32))
@@ -274,7 +324,9 @@ def test_what_the_model_lacks_to_one_the_mixture_lacks_in_part(mode):
         weights = np.array([w for w, _ in ngram_oracle.exact(tokens.tolist(), p, V, **start)])
         np.testing.assert_allclose(missing, 0.1 * (1 - weights[at]), rtol=1e-6)
     else:
-        np.testing.assert_allclose(missing, 0.1 * (1 - hashed_oracle(mode, tokens)[1][at]), rtol=1e-6)
+        np.testing.assert_allclose(
+            missing, 0.1 * (1 - hashed_oracle(mode, tokens)[1][at]), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -291,13 +343,19 @@ def test_a_changed_token_changes_no_score_before_it(mode, changed):
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=10)
-@given(cuts=st.lists(st.integers(0, 599), max_size=8).map(sorted), first=st.integers(1, 90), segment=st.integers(1, 50))
+@given(
+    cuts=st.lists(st.integers(0, 599), max_size=8).map(sorted),
+    first=st.integers(1, 90),
+    segment=st.integers(1, 50),
+)
 def test_how_the_stream_is_cut_changes_nothing(mode, cuts, first, segment):
     tokens, segments = stream(600), {"first_segment": first, "segment": segment}
     whole, _ = play(mode, tokens, **segments)
     np.testing.assert_array_equal(play(mode, tokens, cuts, **segments)[0], whole)
     at = np.arange(0, 599, 5)
-    np.testing.assert_array_equal(play(mode, tokens, cuts, at, **segments)[0], play(mode, tokens, (), at, **segments)[0])
+    np.testing.assert_array_equal(
+        play(mode, tokens, cuts, at, **segments)[0], play(mode, tokens, (), at, **segments)[0]
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -314,7 +372,11 @@ def test_taking_the_mass_counts_as_scoring_does(mode):
 
 def test_too_little_memory_is_refused():
     with pytest.raises(
-        UserError, match=r"1,000 bytes are too little .* give it 16.0 KiB or more \(--ngram-memory 1.6e-05, in GiB"
+        UserError,
+        match=(
+            r"1,000 bytes are too little .* give it 16.0 KiB or more \(--ngram-memory 1.6e-05,"
+            r" in GiB"
+        ),
     ):
         make("exact", stream(3000), memory=1000)
     assert make("exact", stream(3000), memory=16400).memory_bytes == 16400
@@ -325,7 +387,10 @@ def test_memory_that_the_machine_refuses_is_one_line(monkeypatch):
         raise MemoryError("Unable to allocate 1 TiB")
 
     monkeypatch.setattr(exact, "ExactCache", refuse)
-    with pytest.raises(UserError, match="no memory for the tables of the n-gram cache exact: Unable to allocate 1 TiB"):
+    with pytest.raises(
+        UserError,
+        match="no memory for the tables of the n-gram cache exact: Unable to allocate 1 TiB",
+    ):
         make("exact", stream(10))
 
 
@@ -345,5 +410,7 @@ def test_missing_numba_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     for module in ("exact", "compiled"):
         monkeypatch.delitem(sys.modules, f"sngpt_jax.evaluation.ngram.{module}")
-    with pytest.raises(UserError, match="exact needs the package numba; install it: .*pip install numba"):
+    with pytest.raises(
+        UserError, match="exact needs the package numba; install it: .*pip install numba"
+    ):
         make("exact", stream(10))

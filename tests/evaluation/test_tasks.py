@@ -1,4 +1,6 @@
-"""Published formats read, prompts and metrics against answers worked out by hand, damaged files and unknown tasks named."""
+"""Published formats read, prompts and metrics against answers worked out by hand, damaged files
+and unknown tasks named.
+"""
 
 import json
 import math
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sngpt_jax.evaluation
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.evaluation import tasks
 from sngpt_jax.evaluation.likelihood import Continuation
 from sngpt_jax.evaluation.tasks import answer_f1, normalize_answer, parse_tasks, run_tasks
@@ -27,7 +29,12 @@ ACTIVITY = {  # a row of the published file's form, from ActivityNet
     "split": "val",
     "split_type": "indomain",
     "label": 3,
-    "endings": ["naps.", "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing."],
+    "endings": [
+        "naps.",
+        "is ripping level tiles off.",
+        "is holding a rubik's cube.",
+        "starts pulling up roofing.",
+    ],
     "source_id": "activitynet~v_-JhWjGDPHMY",
 }
 WIKIHOW = {
@@ -81,33 +88,65 @@ def test_hellaswag(tmp_path):
         Continuation(-12.0, False, 6),  # "is ripping level tiles off." 27 characters: -0.44, -2.0
         Continuation(-13.0, False, 26),  # "is holding a rubik's cube." 26: -0.5, -0.5
         Continuation(-9.0, False, 3),  # right: 26 characters: -0.35, -3.0
-        Continuation(-6.0, False, 1),  # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 a token
-        Continuation(-9.75, False, 13),  # right: "do not shave." 13: -0.75, -0.75 a byte, -0.75 a token
+        # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 a token
+        Continuation(-6.0, False, 1),
+        # right: "do not shave." 13: -0.75, -0.75 a byte, -0.75 a token
+        Continuation(-9.75, False, 13),
         Continuation(-9.5, False, 5),
         Continuation(-9.8, False, 5),
     ]
     model = Model(found)
     got = only(model, "hellaswag", path)
-    assert got == {"acc": 0.5, "acc_norm": 1.0, "acc_bytes": 0.5, "acc_token_norm": 0.5, "samples": 2}
-    endings = [[f" {e}" for e in ACTIVITY["endings"]], ["  é é é", " do not shave.", " shave", " shave it."]]
-    assert model.asked == [(context, e) for context, four in zip(CONTEXTS, endings, strict=True) for e in four]
+    assert got == {
+        "acc": 0.5,
+        "acc_norm": 1.0,
+        "acc_bytes": 0.5,
+        "acc_token_norm": 0.5,
+        "samples": 2,
+    }
+    endings = [
+        [f" {e}" for e in ACTIVITY["endings"]],
+        ["  é é é", " do not shave.", " shave", " shave it."],
+    ]
+    assert model.asked == [
+        (context, e) for context, four in zip(CONTEXTS, endings, strict=True) for e in four
+    ]
 
 
 def test_of_equal_endings_the_first_counts(tmp_path):
-    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0})
+    path = write(
+        tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0}
+    )
     got = only(Model([Continuation(-1.0, False, 1)] * 4), "hellaswag", path)
-    assert got == {"acc": 1.0, "acc_norm": 1.0, "acc_bytes": 1.0, "acc_token_norm": 1.0, "samples": 1}
+    assert got == {
+        "acc": 1.0,
+        "acc_norm": 1.0,
+        "acc_bytes": 1.0,
+        "acc_token_norm": 1.0,
+        "samples": 1,
+    }
 
 
 def test_acc_norm_is_by_the_characters_of_the_ending_alone(tmp_path):
     """With the space before it counted too the first would win: -0.5 against -0.6."""
     path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["a", "bcd"], "label": 1})
-    got = only(Model([Continuation(-1.0, False, 1), Continuation(-2.4, False, 2)]), "hellaswag", path)
-    assert got == {"acc": 0.0, "acc_norm": 1.0, "acc_bytes": 1.0, "acc_token_norm": 0.0, "samples": 1}
+    got = only(
+        Model([Continuation(-1.0, False, 1), Continuation(-2.4, False, 2)]), "hellaswag", path
+    )
+    assert got == {
+        "acc": 0.0,
+        "acc_norm": 1.0,
+        "acc_bytes": 1.0,
+        "acc_token_norm": 0.0,
+        "samples": 1,
+    }
 
 
 def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
-    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0})
+    path = write(
+        tmp_path / "h.jsonl",
+        {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0},
+    )
     model = Model([Continuation(-1.0, False, 1)] * 2)
     assert only(model, "hellaswag", path)["acc"] == 1.0
     context = "Roof shingle removal: A man is sitting on a roof. \ufffd"
@@ -122,14 +161,27 @@ def without(row, name):
     ("row", "message"),
     [
         (without(ACTIVITY, "endings"), "line 2: 'endings' is missing, expected list"),
-        ({**ACTIVITY, "endings": ["a", 3], "label": 0}, "line 2: one of 'endings' is not text, or empty"),
-        ({**ACTIVITY, "endings": ["a", "[step]"], "label": 1}, "line 2: one of 'endings' is not text, or empty"),
-        ({**ACTIVITY, "endings": ["a", "[x] [y]"], "label": 0}, "line 2: one of 'endings' is not text, or empty"),
+        (
+            {**ACTIVITY, "endings": ["a", 3], "label": 0},
+            "line 2: one of 'endings' is not text, or empty",
+        ),
+        (
+            {**ACTIVITY, "endings": ["a", "[step]"], "label": 1},
+            "line 2: one of 'endings' is not text, or empty",
+        ),
+        (
+            {**ACTIVITY, "endings": ["a", "[x] [y]"], "label": 0},
+            "line 2: one of 'endings' is not text, or empty",
+        ),
         ({**ACTIVITY, "ctx_a": None}, "line 2: 'ctx_a' is of type NoneType, expected str"),
-        (without(ACTIVITY, "label"), "line 2: 'label' is None, expected 0 to 3"),  # the test split's
+        # the test split's
+        (without(ACTIVITY, "label"), "line 2: 'label' is None, expected 0 to 3"),
         ({**ACTIVITY, "label": 4}, "line 2: 'label' is 4, expected 0 to 3"),
         ({**ACTIVITY, "label": True}, "line 2: 'label' is True, expected 0 to 3"),
-        ({**ACTIVITY, "label": "9" * 5000}, "line 2: 'label' is '999999999999...9999999999999', expected 0 to 3"),
+        (
+            {**ACTIVITY, "label": "9" * 5000},
+            "line 2: 'label' is '999999999999...9999999999999', expected 0 to 3",
+        ),
         ({**ACTIVITY, "label": -1}, "line 2: 'label' is -1, expected 0 to 3"),
         ([1], "line 2: 'activity_label' is missing"),
     ],
@@ -137,7 +189,12 @@ def without(row, name):
 def test_a_damaged_line_is_named(tmp_path, row, message):
     path = write(tmp_path / "h.jsonl", ACTIVITY, row)
     got = only(Model(), "hellaswag", path)["error"]
-    assert got.startswith(str(path)) and message in got and got.endswith("hellaswag_val.jsonl") and "\n" not in got
+    assert (
+        got.startswith(str(path))
+        and message in got
+        and got.endswith("hellaswag_val.jsonl")
+        and "\n" not in got
+    )
 
 
 # ---------------------------------------------------------------------------------------------- LAMBADA
@@ -146,14 +203,20 @@ def test_a_damaged_line_is_named(tmp_path, row, message):
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".JSONL"])
 def test_lambada(tmp_path, suffix, start):
-    texts = ["he looked at his dog", "\u201cno\u2028way ,\u201d said  Vivienne", "give me the\x0bkey"]
+    texts = [
+        "he looked at his dog",
+        "\u201cno\u2028way ,\u201d said  Vivienne",
+        "give me the\x0bkey",
+    ]
     path = tmp_path / f"lambada{suffix}"
     if suffix == ".txt":
         path.write_text("\n".join(texts) + "\n")
     else:
         write(path, *({"text": text} for text in texts))
     path.write_text(start + path.read_text())
-    model = Model([Continuation(-1.0, True, 2), Continuation(-3.0, False, 1), Continuation(-0.5, True, 1)])
+    model = Model(
+        [Continuation(-1.0, True, 2), Continuation(-3.0, False, 1), Continuation(-0.5, True, 1)]
+    )
     got = only(model, "lambada", path)
     assert got == {"acc": 2 / 3, "perplexity": pytest.approx(math.exp(1.5)), "samples": 3}
     assert model.asked == [
@@ -170,11 +233,23 @@ def test_lambada(tmp_path, suffix, start):
         ("l.txt", b"", "l.txt, line 1: empty"),
         ("l.txt", b"one two\nword\n", "l.txt, line 2: expected a passage of several words"),
         ("l.txt", b"one two\nthr\xe9e four\n", "l.txt, line 2: not UTF-8"),
-        ("l.json", b'{"text": "one two"}', "l.json, line 1: a JSON object where a passage is expected; name the file .jsonl"),
+        (
+            "l.json",
+            b'{"text": "one two"}',
+            "l.json, line 1: a JSON object where a passage is expected; name the file .jsonl",
+        ),
         ("l.txt", b'{one} two\n{"text": "one two"}', "l.txt, line 2: a JSON object"),
         ("l.jsonl", b'{"text": "one two"}\n{"text": 3}', "l.jsonl, line 2: 'text' is of type int"),
-        ("l.jsonl", b'{"text": "one two"}\n{"text": "tw', "l.jsonl, line 2: cannot be read as JSON"),
-        ("l.jsonl", b'{"text": "one two"}\n' + b"[" * 100_000, "l.jsonl, line 2: cannot be read as JSON"),
+        (
+            "l.jsonl",
+            b'{"text": "one two"}\n{"text": "tw',
+            "l.jsonl, line 2: cannot be read as JSON",
+        ),
+        (
+            "l.jsonl",
+            b'{"text": "one two"}\n' + b"[" * 100_000,
+            "l.jsonl, line 2: cannot be read as JSON",
+        ),
     ],
 )
 def test_a_damaged_passage_is_named(tmp_path, name, content, message):
@@ -188,17 +263,32 @@ def test_a_damaged_passage_is_named(tmp_path, name, content, message):
 def squad(*questions):
     """The published form, with one article of one paragraph."""
     rows = [
-        {"id": str(i), "question": question, "answers": [{"text": text, "answer_start": 0} for text in answers], **more}
+        {
+            "id": str(i),
+            "question": question,
+            "answers": [{"text": text, "answer_start": 0} for text in answers],
+            **more,
+        }
         for i, (question, answers, more) in enumerate(questions)
     ]
-    return {"version": "1.1", "data": [{"title": "Super_Bowl_50", "paragraphs": [{"context": "It was.", "qas": rows}]}]}
+    return {
+        "version": "1.1",
+        "data": [{"title": "Super_Bowl_50", "paragraphs": [{"context": "It was.", "qas": rows}]}],
+    }
 
 
 def test_squad(tmp_path):
-    path = write(tmp_path / "dev-v1.1.json", squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {})))
+    path = write(
+        tmp_path / "dev-v1.1.json",
+        squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {})),
+    )
     model = Model(texts=[" The broncos!", " in 1998, I think"])
     got = only(model, "squad", path)
-    assert got == {"exact_match": 50.0, "f1": pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2), "samples": 2}
+    assert got == {
+        "exact_match": 50.0,
+        "f1": pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2),
+        "samples": 2,
+    }
     prompt = "Title: Super_Bowl_50\n\nBackground: It was.\n\nQuestion: Who?\n\nAnswer:"
     assert model.asked == [([prompt, prompt.replace("Who", "When")], ["\n"], 32)]
 
@@ -225,9 +315,18 @@ def test_a_right_answer_without_words_is_left_out(tmp_path):
     [
         ({"data": []}, "holds no questions"),
         ({"rows": []}, "'data' is missing, expected list"),
-        ({"data": [{"title": "a", "paragraphs": [{"qas": []}]}]}, "data[0].paragraphs[0]: 'context' is missing"),
-        (squad(("Who?", [3], {})), "data[0].paragraphs[0].qas[0].answers[0]: 'text' is of type int"),
-        (squad(("Who?", ["a"], {}), ("Who?", [], {})), "data[0].paragraphs[0].qas[1]: 'is_impossible' contradicts 0 answers"),
+        (
+            {"data": [{"title": "a", "paragraphs": [{"qas": []}]}]},
+            "data[0].paragraphs[0]: 'context' is missing",
+        ),
+        (
+            squad(("Who?", [3], {})),
+            "data[0].paragraphs[0].qas[0].answers[0]: 'text' is of type int",
+        ),
+        (
+            squad(("Who?", ["a"], {}), ("Who?", [], {})),
+            "data[0].paragraphs[0].qas[1]: 'is_impossible' contradicts 0 answers",
+        ),
         (squad(("Who?", ["a"], {"is_impossible": True})), "'is_impossible' contradicts 1 answers"),
     ],
 )
@@ -237,7 +336,13 @@ def test_a_damaged_question_is_named(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("text", "normalized"),
-    [("The  Cat,\tan' the Hat!", "cat hat"), ("theatre", "theatre"), ("a-b", "ab"), ("$1,000.50", "100050"), ("A.", "")],
+    [
+        ("The  Cat,\tan' the Hat!", "cat hat"),
+        ("theatre", "theatre"),
+        ("a-b", "ab"),
+        ("$1,000.50", "100050"),
+        ("A.", ""),
+    ],
 )
 def test_answers_are_normalized_as_published(text, normalized):
     assert normalize_answer(text) == normalized
@@ -249,7 +354,9 @@ words = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "!"]), max_s
 @given(words, words)
 def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer, right):
     def bag(text):
-        text = re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
+        text = re.sub(
+            r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)
+        )
         return text.split()
 
     got, want = bag(answer), bag(right)
@@ -276,7 +383,9 @@ def test_one_that_cannot_be_run_leaves_the_others(tmp_path):
         limit=2,
         progress=lambda name: lambda done, total: seen.append((name, done, total)),
     )
-    assert got["squad"] == {"error": f"{tmp_path}/none.json: cannot be read: No such file or directory"}
+    assert got["squad"] == {
+        "error": f"{tmp_path}/none.json: cannot be read: No such file or directory"
+    }
     assert got["lambada"] == {"acc": 1.0, "perplexity": pytest.approx(math.e), "samples": 2}
     assert "l.txt, line 1: cannot be read as JSON" in got["hellaswag"]["error"]
     assert list(got) == ["squad", "lambada", "hellaswag"]
@@ -332,7 +441,10 @@ def test_without_lm_eval_its_tasks_say_what_to_install(tmp_path, monkeypatch, fo
     path.write_text("one two\n")
     spec = parse_tasks(f"piqa,hellaswag,lambada={path}")
     got = run_tasks(Model([Continuation(-1.0, True, 1)]), spec)
-    needs = "the task {} needs the package lm-eval>=0.4.12; install it: .* -m pip install 'lm-eval>=0.4.12'"
+    needs = (
+        "the task {} needs the package lm-eval>=0.4.12; install it: .* -m pip install"
+        " 'lm-eval>=0.4.12'"
+    )
     assert re.fullmatch(needs.format("piqa"), got["piqa"]["error"])
     instead = "; or give the published file: hellaswag=PATH"
     assert re.fullmatch(needs.format("hellaswag") + instead, got["hellaswag"]["error"])

@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, sliding_windows, standard_windows, window_batches
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.evaluation.windows import (
+    Windows,
+    rows_at_a_time,
+    sliding_windows,
+    standard_windows,
+    window_batches,
+)
 
 
 def literal(targets, T, S, tail):
@@ -16,7 +22,9 @@ def literal(targets, T, S, tail):
         targets = targets // T * T
         for start in range(0, targets, S):
             length = min(start + T, targets) - start
-            scored += [(start, position) for position in range(max(length - S, 0) if start else 0, length)]
+            scored += [
+                (start, position) for position in range(max(length - S, 0) if start else 0, length)
+            ]
         return scored
     scored = [(0, position) for position in range(T)]
     for target in range(T, targets):
@@ -34,7 +42,9 @@ def rows_of(windows):
     ]
 
 
-sizes = st.integers(1, 12).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T), st.integers(T, 5 * T)))
+sizes = st.integers(1, 12).flatmap(
+    lambda T: st.tuples(st.just(T), st.integers(1, T), st.integers(T, 5 * T))
+)
 
 
 @given(sizes, st.sampled_from(["full", "published"]))
@@ -61,11 +71,15 @@ def test_standard_windows_are_sliding_ones_without_overlap(size):
     T, _, targets = size
     windows = standard_windows(targets + 1, T, 0)
     assert windows.count == windows.num_rows == targets // T
-    assert rows_of(windows) == [(start, p) for start in range(0, targets // T * T, T) for p in range(T)]
+    assert rows_of(windows) == [
+        (start, p) for start in range(0, targets // T * T, T) for p in range(T)
+    ]
 
 
 def test_the_challenges_validation_stream():
-    """golf: 62,021,846 tokens; 969,088 windows of stride 64 as published, in each of which 31 overrun the end."""
+    """golf: 62,021,846 tokens; 969,088 windows of stride 64 as published, in each of which 31
+    overrun the end.
+    """
     published = sliding_windows(62_021_846, 2048, 64, 0, "published")
     assert (published.targets, published.count) == (62_021_632, 969_088)
     spans = published.spans()
@@ -74,7 +88,9 @@ def test_the_challenges_validation_stream():
 
 
 @pytest.mark.parametrize("tail", ["full", "published"])
-@pytest.mark.parametrize(("T", "S", "length"), [(8, 8, 65), (8, 3, 50), (7, 1, 23), (5, 5, 29), (6, 4, 7)])
+@pytest.mark.parametrize(
+    ("T", "S", "length"), [(8, 8, 65), (8, 3, 50), (7, 1, 23), (5, 5, 29), (6, 4, 7)]
+)
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_batches_carry_the_inputs_and_targets_of_their_rows(T, S, length, tail, rows):
     tokens = np.random.default_rng(0).integers(0, 1000, length).astype(np.uint16)
@@ -97,7 +113,9 @@ def test_batches_carry_the_inputs_and_targets_of_their_rows(T, S, length, tail, 
             found.append((inputs[row, : at + 1].tolist(), int(targets[row, position])))
     expected = []
     for start, position in literal(length - 1, T, S, tail):
-        expected.append((tokens[start : start + position + 1].tolist(), int(tokens[start + position + 1])))
+        expected.append(
+            (tokens[start : start + position + 1].tolist(), int(tokens[start + position + 1]))
+        )
     assert found == expected
 
 

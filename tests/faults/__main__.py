@@ -1,4 +1,6 @@
-"""All scenarios, and the table of what came of them: `python -m tests.faults --kills 20 --markdown docs/reliability.md`."""
+"""All scenarios, and the table of what came of them: `python -m tests.faults --kills 20 --markdown
+docs/reliability.md`.
+"""
 
 import argparse
 import os
@@ -11,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from sngpt_jax.cli import write_text_atomic
+from sngpt_jax.base.files import write_text_atomic
 from tests.faults import damage, disks, kills, numbers, signals
 from tests.faults.lab import Lab, Row, Scenario, described
 
@@ -45,7 +47,10 @@ def name_of(scenario: Scenario) -> str:
     return f"{scenario.__module__.rpartition('.')[2]}.{scenario.__name__}"
 
 
-HEAD = ["| fault | what happens | message | exit status | tried | lost |", "|---|---|---|---|---|---|"]
+HEAD = [
+    "| fault | what happens | message | exit status | tried | lost |",
+    "|---|---|---|---|---|---|",
+]
 
 
 def line(row: Row) -> str:
@@ -55,28 +60,48 @@ def line(row: Row) -> str:
 
 
 def write_between(path: Path, lines: dict[int, str], count: int) -> None:
-    """Puts the `lines`, by their places among `count`, into the table between the marks in a page; others stay as they are."""
+    """Puts the `lines`, by their places among `count`, into the table between the marks in a page;
+    others stay as they are.
+    """
     before, begin, rest = path.read_text().partition(BEGIN)
     old, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{path}: has no lines {BEGIN.strip()} and {END.strip()}")
     there = old.splitlines()[len(HEAD) :]
     if len(lines) < count and len(there) != count:
-        raise SystemExit(f"{path}: its table has {len(there)} lines and not {count}; run all scenarios")
+        raise SystemExit(
+            f"{path}: its table has {len(there)} lines and not {count}; run all scenarios"
+        )
     new = [lines.get(i) or there[i] for i in range(count)]
     write_text_atomic(path, before + begin + "\n".join([*HEAD, *new]) + "\n" + end + after)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="of trainings and of preparations; a quarter as many of exports")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=20,
+        help="of trainings and of preparations; a quarter as many of exports",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is damaged")
-    parser.add_argument("--only", default="", help="scenarios, by the start of their names, comma between them")
-    parser.add_argument("--markdown", type=Path, help="page in whose table to put what came of them")
+    parser.add_argument(
+        "--only", default="", help="scenarios, by the start of their names, comma between them"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, help="page in whose table to put what came of them"
+    )
     arguments = parser.parse_args()
     wanted = tuple(arguments.only.split(","))
-    if strangers := [start for start in wanted if not any(name_of(scenario).startswith(start) for scenario in SCENARIOS)]:
-        parser.error(f"--only: no scenario begins with {', '.join(strangers)}; there are {', '.join(map(name_of, SCENARIOS))}")
+    if strangers := [
+        start
+        for start in wanted
+        if not any(name_of(scenario).startswith(start) for scenario in SCENARIOS)
+    ]:
+        parser.error(
+            f"--only: no scenario begins with {', '.join(strangers)}; there are"
+            f" {', '.join(map(name_of, SCENARIOS))}"
+        )
     lines: dict[int, str] = {}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -89,12 +114,19 @@ def main() -> int:
             try:
                 row = described(scenario(lab), lab)
                 lines[place] = line(row)
-                print(f"{name_of(scenario)}: {row.tried} tried, {time.monotonic() - start:.0f} s: {row.message}", flush=True)
+                print(
+                    f"{name_of(scenario)}: {row.tried} tried, {time.monotonic() - start:.0f} s:"
+                    f" {row.message}",
+                    flush=True,
+                )
             except Exception as error:
                 failed += 1
                 where = traceback.extract_tb(error.__traceback__)[1:]
                 at = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where)
-                print(f"{name_of(scenario)}: FAILED at {at}: {type(error).__name__}: {error}"[:3000], flush=True)
+                print(
+                    f"{name_of(scenario)}: FAILED at {at}: {type(error).__name__}: {error}"[:3000],
+                    flush=True,
+                )
     if arguments.markdown and not failed:
         write_between(arguments.markdown, lines, len(SCENARIOS))
     return int(failed > 0)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sngpt_jax.data.prepare import PrepareSpec, prepare
+from sngpt_jax.data.preparation import PrepareSpec, prepare
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from tests.faults.lab import Ended, Lab, Row
 
@@ -34,7 +34,11 @@ def a_byte_of_the_latest_checkpoint(lab: Lab) -> Row:
         assert "00000038" in said
         lab.goes_on_to_the_same(run)
     return Row(
-        "a byte of the latest checkpoint is flipped", "takes the checkpoint before, with one line of warning", said, "0", tried
+        "a byte of the latest checkpoint is flipped",
+        "takes the checkpoint before, with one line of warning",
+        said,
+        "0",
+        tried,
     )
 
 
@@ -47,7 +51,13 @@ def a_byte_of_every_checkpoint(lab: Lab) -> Row:
     before = files_of(run)
     done = lab.run(lab.training(run))
     assert done.status == 2 and files_of(run) == before
-    return Row("a byte of every checkpoint is flipped", "refused; nothing is touched", done.error, "2", lost="the run")
+    return Row(
+        "a byte of every checkpoint is flipped",
+        "refused; nothing is touched",
+        done.error,
+        "2",
+        lost="the run",
+    )
 
 
 @contextlib.contextmanager
@@ -65,9 +75,13 @@ def set_aside(path: Path) -> Iterator[None]:
 
 
 def refused_and_then_gone_on_with(lab: Lab, damaged: Path, damage: object) -> Ended:
-    """A run is killed, `damage` done to `damaged`, the run refused; once all is as it was it goes on."""
+    """A run is killed, `damage` done to `damaged`, the run refused; once all is as it was it goes
+    on.
+    """
     run = lab.fresh("of_changed_data")
-    assert lab.kill_at(lab.start(lab.training(run)), lambda: (run / "checkpoints" / "00000006.json").exists())
+    assert lab.kill_at(
+        lab.start(lab.training(run)), lambda: (run / "checkpoints" / "00000006.json").exists()
+    )
     with set_aside(damaged):
         damage()  # type: ignore[operator]
         done = lab.run(lab.training(run))
@@ -89,7 +103,8 @@ def a_changed_shard(lab: Lab) -> Row:
     done = refused_and_then_gone_on_with(lab, shard, lambda: flip(shard, lab))
     return Row(
         "a shard is changed after the run began",
-        "refused by its checksum; goes on once it is as it was (data of 64 MiB and more: by `prepare --verify`)",
+        "refused by its checksum; goes on once it is as it was (data of 64 MiB and more: by"
+        " `prepare --verify`)",
         done.error,
         "2",
     )
@@ -104,10 +119,18 @@ def other_data(lab: Lab) -> Row:
 
     def prepare_other() -> None:
         shutil.rmtree(lab.data)
-        prepare(PrepareSpec(source=str(text), out=str(lab.data), val_docs=20, tokenizer=str(tokenizer)), workers=1)
+        prepare(
+            PrepareSpec(source=str(text), out=str(lab.data), val_docs=20, tokenizer=str(tokenizer)),
+            workers=1,
+        )
 
     done = refused_and_then_gone_on_with(lab, lab.data, prepare_other)
-    return Row("the data folder is prepared anew of other text", "refused; goes on once it is as it was", done.error, "2")
+    return Row(
+        "the data folder is prepared anew of other text",
+        "refused; goes on once it is as it was",
+        done.error,
+        "2",
+    )
 
 
 def another_tokenizer(lab: Lab) -> Row:

@@ -12,7 +12,8 @@ from tests import tiny_run
 from tests.faults import kills
 from tests.faults.lab import PREPARATION, Ended, Lab, Row
 
-ROOM = ("4k", "12k", "24k", "64k", "300k", "700k", "1300k")  # bytes of disks on which a training fails: sooner or later
+# bytes of disks on which a training fails: sooner or later
+ROOM = ("4k", "12k", "24k", "64k", "300k", "700k", "1300k")
 
 
 def mounted(folder: Path, *options: str) -> bool:
@@ -23,7 +24,8 @@ def mounted(folder: Path, *options: str) -> bool:
 
 @contextlib.contextmanager
 def small_disk(lab: Lab, size: str) -> Iterator[tuple[Path, Callable[[], None], dict[str, object]]]:
-    """A folder on a disk of that `size`, what makes room there, and options for the process that is to meet it full.
+    """A folder on a disk of that `size`, what makes room there, and options for the process that
+    is to meet it full.
 
     A disk in memory where one can be mounted, else files that may not become larger than that.
     """
@@ -31,7 +33,15 @@ def small_disk(lab: Lab, size: str) -> Iterator[tuple[Path, Callable[[], None], 
     folder.mkdir()
     if not mounted(folder, "-o", f"size={size}"):
         most = int(size.removesuffix("k")) * 1024 // 4
-        yield folder, lambda: None, {"preexec_fn": functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))}
+        yield (
+            folder,
+            lambda: None,
+            {
+                "preexec_fn": functools.partial(
+                    resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)
+                )
+            },
+        )
         return
     try:
         yield folder, lambda: _remount(folder, "size=100m"), {}
@@ -44,9 +54,12 @@ def _remount(folder: Path, option: str) -> None:
 
 
 def full_in_training(lab: Lab) -> Row:
-    """A training on a disk that becomes full at its start, in its metrics, in a checkpoint; then there is room."""
+    """A training on a disk that becomes full at its start, in its metrics, in a checkpoint; then
+    there is room.
+    """
     messages: list[str] = []
-    rooms = 3 * ROOM if lab.thorough else ROOM[2:3]  # where a write fails is also a matter of chance
+    # where a write fails is also a matter of chance
+    rooms = 3 * ROOM if lab.thorough else ROOM[2:3]
     for size in rooms:
         with small_disk(lab, size) as (disk, make_room, limits):
             done = lab.run(lab.training(disk / "run"), **limits)
@@ -54,10 +67,13 @@ def full_in_training(lab: Lab) -> Row:
             messages.append(done.error)
             make_room()
             lab.goes_on_to_the_same(disk / "run")
-    of_checkpoints = [message for message in messages if "the checkpoint could not be saved" in message]
+    of_checkpoints = [
+        message for message in messages if "the checkpoint could not be saved" in message
+    ]
     return Row(
         "disk full while training",
-        "stops with what could not be written; once there is room the same command goes on from the last finished checkpoint",
+        "stops with what could not be written; once there is room the same command goes on from the"
+        " last finished checkpoint",
         min(of_checkpoints or messages, key=len),
         "2",
         len(rooms),
@@ -72,14 +88,21 @@ def full_for_output(lab: Lab) -> Row:
     assert done.status == 0 and "Traceback" not in done.err, done
     lab.goes_on_to_the_same(directory)
     (said,) = [line for line in done.err.splitlines() if line.startswith("stdout:")]
-    return Row("disk full where stdout goes", "the training goes on; metrics.jsonl has what was to be printed", said, "0")
+    return Row(
+        "disk full where stdout goes",
+        "the training goes on; metrics.jsonl has what was to be printed",
+        said,
+        "0",
+    )
 
 
 def full_in_preparation(lab: Lab) -> Row:
     """Shards on a full disk; with room they are those of an undisturbed preparation."""
 
     def command(out: Path) -> list[str]:
-        return tiny_run.command("data.prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION)
+        return tiny_run.command(
+            "data.prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION
+        )
 
     assert lab.run(command(lab.fresh("undisturbed"))).status == 0
     messages: list[Ended] = []
@@ -108,11 +131,15 @@ def full_in_export(lab: Lab) -> Row:
         assert not list(disk.iterdir())
         make_room()
         assert lab.run(kills.export_command(lab, disk)).status == 0
-    return Row("disk full while exporting", "stops and leaves nothing half written", done.error, "2")
+    return Row(
+        "disk full while exporting", "stops and leaves nothing half written", done.error, "2"
+    )
 
 
 def unwritable(lab: Lab) -> Row:
-    """A run directory that cannot be made, one on a disk that is read-only, and one that becomes so during the run."""
+    """A run directory that cannot be made, one on a disk that is read-only, and one that becomes
+    so during the run.
+    """
     (lab.folder / "a_file").write_text("")
     done = lab.run(lab.training(lab.folder / "a_file" / "run"))
     assert done.status == 2, done
@@ -123,8 +150,13 @@ def unwritable(lab: Lab) -> Row:
         try:
             process = lab.start(lab.training(folder / "run"))
             lab.until(lambda: (folder / "run" / "checkpoints" / "00000004.json").exists(), process)
-            # files that are open for writing keep a disk from becoming read-only; its folders may be immutable nevertheless
-            subprocess.run(["chattr", "+i", str(folder / "run" / "checkpoints")], check=True, capture_output=True)
+            # files that are open for writing keep a disk from becoming read-only; its folders may
+            # be immutable nevertheless
+            subprocess.run(
+                ["chattr", "+i", str(folder / "run" / "checkpoints")],
+                check=True,
+                capture_output=True,
+            )
             done = lab.end(process)
             subprocess.run(["chattr", "-i", str(folder / "run" / "checkpoints")], check=True)
             assert done.status == 2, done
@@ -134,13 +166,15 @@ def unwritable(lab: Lab) -> Row:
             done = lab.run(lab.training(folder / "other"))
             assert done.status == 2 and done.error, done
             tried += 1
-        except subprocess.CalledProcessError:  # a system whose disks in memory have no such attribute
+        # a system whose disks in memory have no such attribute
+        except subprocess.CalledProcessError:
             lab.end(process)
         finally:
             subprocess.run(["umount", str(folder)], check=True)
     return Row(
         "run directory that cannot be written, from the start or from a moment on",
-        "refused before anything is computed; or stops, and goes on with the same command once it is mended",
+        "refused before anything is computed; or stops, and goes on with the same command once it"
+        " is mended",
         message,
         "2",
         tried,

@@ -17,8 +17,8 @@ def make_nan(steps: list[int]) -> None:
     """Marks the batches of these steps and has the loss's gradient be NaN where it meets the mark."""
     import jax.numpy as jnp
 
-    from sngpt_jax import step
     from sngpt_jax.data.loader import GlobalBatches
+    from sngpt_jax.training import step
 
     original, mean_loss = GlobalBatches.__getitem__, step.loss.mean_loss
 
@@ -30,7 +30,8 @@ def make_nan(steps: list[int]) -> None:
         return batch
 
     def poisoned(x_BTD, table_VD, targets_BT, **settings):
-        root = jnp.sqrt(jnp.where(targets_BT[0, 0] == MARK, 0.0 * x_BTD[0, 0, 0], 1.0))  # its slope at 0 is infinite
+        # its slope at 0 is infinite
+        root = jnp.sqrt(jnp.where(targets_BT[0, 0] == MARK, 0.0 * x_BTD[0, 0, 0], 1.0))
         return mean_loss(x_BTD, table_VD, targets_BT, **settings) + 0.0 * root
 
     GlobalBatches.__getitem__ = marked
@@ -38,7 +39,9 @@ def make_nan(steps: list[int]) -> None:
 
 
 def make_clock_jump(seed: int) -> None:
-    """The clock that people set, `time.time`, jumps at every hundredth look at it; those that cannot be set do not."""
+    """The clock that people set, `time.time`, jumps at every hundredth look at it; those that
+    cannot be set do not.
+    """
     rng, real, jump = random.Random(seed), time.time, [0.0]
 
     def jumping() -> float:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import test_processes, tiny_run
+from tests import tiny_run
+from tests.cluster import test_processes
 from tests.faults.lab import PREPARATION, Lab, Row, steps_logged, unfinished_saves
 
 IN_A_ROW = 4  # kills that one run meets at most before it may end
@@ -16,7 +17,9 @@ LONGEST_SILENCE = 100  # seconds that the one which is left may take to notice
 
 
 def a_moment(lab: Lab, directory: Path) -> Callable[[], bool]:
-    """A random moment of a training: while it starts, between steps, or while a checkpoint is being written."""
+    """A random moment of a training: while it starts, between steps, or while a checkpoint is
+    being written.
+    """
     kind, logged = lab.rng.choice(("starting", "training", "saving")), steps_logged(directory)
     if kind == "starting":
         return lab.after(lab.rng.uniform(0, 0.8 * lab.seconds))
@@ -27,7 +30,10 @@ def a_moment(lab: Lab, directory: Path) -> Callable[[], bool]:
     before = set(unfinished_saves(directory))
 
     def saving() -> bool:
-        if steps_logged(directory) < min(target, 36) or not set(unfinished_saves(directory)) - before:
+        if (
+            steps_logged(directory) < min(target, 36)
+            or not set(unfinished_saves(directory)) - before
+        ):
             return False
         time.sleep(delay)
         return True
@@ -45,15 +51,19 @@ def of_trainings(lab: Lab) -> Row:
             if not lab.kill_at(lab.start(lab.training(directory)), a_moment(lab, directory)):
                 break
             saving = set(unfinished_saves(directory)) - old
-            during = "saves" if saving else "steps" if steps_logged(directory) != logged else "starts"
+            during = (
+                "saves" if saving else "steps" if steps_logged(directory) != logged else "starts"
+            )
             seen[during] += 1
         lab.goes_on_to_the_same(directory)
         assert not list(directory.glob("**/*tmp*")), "something half written is left"
     return Row(
         "SIGKILL of a training, "
-        + ", ".join(f"{seen[name]} during {name}" for name in ("starts", "steps", "saves") if seen[name]),
-        "the same command goes on from the last finished checkpoint; parameters, optimizer state, averages and logged losses"
-        " are in the end those of the uninterrupted run, bit for bit",
+        + ", ".join(
+            f"{seen[name]} during {name}" for name in ("starts", "steps", "saves") if seen[name]
+        ),
+        "the same command goes on from the last finished checkpoint; parameters, optimizer state,"
+        " averages and logged losses are in the end those of the uninterrupted run, bit for bit",
         "resuming after step N",
         "137 in a shell",
         seen.total(),
@@ -62,11 +72,17 @@ def of_trainings(lab: Lab) -> Row:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder, but for the lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def of_preparations(lab: Lab) -> Row:
-    """Shards, byte corrections, tokenizer and manifest in the end are those of the undisturbed preparation."""
+    """Shards, byte corrections, tokenizer and manifest in the end are those of the undisturbed
+    preparation.
+    """
     source = lab.recipe.parent / "text.txt"
 
     def command(out: Path) -> list[str]:
@@ -86,7 +102,8 @@ def of_preparations(lab: Lab) -> Row:
         assert contents(out) == expected
     return Row(
         "SIGKILL of a preparation of shards",
-        "the same command goes on after the last whole shard; all files are then those of an undisturbed one, byte for byte",
+        "the same command goes on after the last whole shard; all files are then those of an"
+        " undisturbed one, byte for byte",
         status="137 in a shell",
         tried=tried,
     )
@@ -94,11 +111,15 @@ def of_preparations(lab: Lab) -> Row:
 
 def export_command(lab: Lab, folder: Path) -> list[str]:
     """The command that exports the reference run into `folder`."""
-    return tiny_run.command("export", "--run", lab.reference, "--out", folder / "m.sngpt", "--tokens", 2048)
+    return tiny_run.command(
+        "export", "--run", lab.reference, "--out", folder / "m.sngpt", "--tokens", 2048
+    )
 
 
 def of_exports(lab: Lab) -> Row:
-    """Artifact, program and tokenizer in the end are those of the undisturbed export, and nothing else is there."""
+    """Artifact, program and tokenizer in the end are those of the undisturbed export, and nothing
+    else is there.
+    """
     start = time.monotonic()
     undisturbed = lab.fresh("exported")
     assert lab.run(export_command(lab, undisturbed)).status == 0
@@ -108,17 +129,22 @@ def of_exports(lab: Lab) -> Row:
         # the files appear at the end, so most moments are late ones
         moment = lab.after(seconds * lab.rng.triangular(0, 1, 0.9))
         hidden = lab.rng.random() < 0.5
-        condition = (lambda folder=folder: any(folder.glob(".export-*/m.sngpt"))) if hidden else moment
+        condition = (
+            (lambda folder=folder: any(folder.glob(".export-*/m.sngpt"))) if hidden else moment
+        )
         if lab.kill_at(lab.start(export_command(lab, folder)), condition):
             tried += 1
-            assert not (folder / "m.sngpt").exists() or contents(folder) == contents(undisturbed), "half an export is visible"
+            assert not (folder / "m.sngpt").exists() or contents(folder) == contents(undisturbed), (
+                "half an export is visible"
+            )
         done = lab.run(export_command(lab, folder))
         assert done.status == 0, done.err
         assert contents(folder) == contents(undisturbed)
         assert len(list(folder.iterdir())) == 3
     return Row(
         "SIGKILL of an export",
-        "no artifact is there before it is whole; the same command makes the same bytes, and deletes what the killed one left",
+        "no artifact is there before it is whole; the same command makes the same bytes, and"
+        " deletes what the killed one left",
         status="137 in a shell",
         tried=tried,
     )
@@ -141,12 +167,16 @@ def of_one_of_two_processes(lab: Lab) -> Row:
     done = test_processes.finish(test_processes.train(lab.recipe, directory, *TWO))
     assert [status for status, _, _ in done] == [0, 0], done
     whole = lab.fresh("two_whole")
-    assert [status for status, _, _ in test_processes.finish(test_processes.train(lab.recipe, whole, *TWO))] == [0, 0]
+    assert [
+        status
+        for status, _, _ in test_processes.finish(test_processes.train(lab.recipe, whole, *TWO))
+    ] == [0, 0]
     tiny_run.assert_same_run(directory, whole)
     shutil.rmtree(whole)
     return Row(
         "one of two processes of a training is killed",
-        "the other ends within a minute; both, started again, go on from the last finished checkpoint to the same parameters",
+        "the other ends within a minute; both, started again, go on from the last finished"
+        " checkpoint to the same parameters",
         message,
         "5",
     )

@@ -1,4 +1,6 @@
-"""A workspace with a tiny recipe, its uninterrupted results, and the processes that scenarios start and break in it."""
+"""A workspace with a tiny recipe, its uninterrupted results, and the processes that scenarios
+start and break in it.
+"""
 
 import dataclasses
 import os
@@ -52,7 +54,9 @@ class Row:
 
 @dataclass
 class Lab:
-    """`kills` is how often each kind of kill is tried, `thorough` whether what takes long is done too."""
+    """`kills` is how often each kind of kill is tried, `thorough` whether what takes long is done
+    too.
+    """
 
     folder: Path
     kills: int
@@ -99,29 +103,47 @@ class Lab:
 
     def training(self, directory: Path, *more: object) -> list[str]:
         """The command that trains into `directory`."""
-        return tiny_run.command("train", "--config", self.recipe, "--run-dir", directory, *TRAINING, *more)
+        return tiny_run.command(
+            "train", "--config", self.recipe, "--run-dir", directory, *TRAINING, *more
+        )
 
     def injected(self, faults: Sequence[object], command: Sequence[str]) -> list[str]:
         """`command` with `faults`, as `inject.py` takes them, in its process."""
         return [sys.executable, "-m", "tests.faults.inject", *map(str, faults), *command[2:]]
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
-        """Starts a command; what it prints goes to files, since nobody may be there to read a pipe."""
+        """Starts a command; what it prints goes to files, since nobody may be there to read a
+        pipe.
+        """
         out, err = (open(self.folder / f"std{name}", "w+") for name in ("out", "err"))  # noqa: SIM115 - the process keeps them
-        settings = {"cwd": tiny_run.ROOT, "env": tiny_run.environment(), "stdout": out, "stderr": err, **options}
+        settings = {
+            "cwd": tiny_run.ROOT,
+            "env": tiny_run.environment(),
+            "stdout": out,
+            "stderr": err,
+            **options,
+        }
         process = subprocess.Popen(command, text=True, **settings)  # type: ignore[call-overload]
         out.close()
         err.close()
         return process
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Waits for the end of the process that was started last; one that hangs is killed and fails."""
+        """Waits for the end of the process that was started last; one that hangs is killed and
+        fails.
+        """
         try:
             status = process.wait(LONGEST)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(f"{process.args} hangs: {(self.folder / 'stderr').read_text()}") from None
-        return Ended(status, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text(errors="replace"))
+            raise AssertionError(
+                f"{process.args} hangs: {(self.folder / 'stderr').read_text()}"
+            ) from None
+        return Ended(
+            status,
+            (self.folder / "stdout").read_text(),
+            (self.folder / "stderr").read_text(errors="replace"),
+        )
 
     def run(self, command: Sequence[str], **options: object) -> Ended:
         """Runs a command to its end."""
@@ -134,7 +156,9 @@ class Lab:
         return directory
 
     def goes_on_to_the_same(self, directory: Path) -> None:
-        """The same command again ends with the parameters, optimizer state and logged losses of the reference."""
+        """The same command again ends with the parameters, optimizer state and logged losses of
+        the reference.
+        """
         tiny_run.assert_same_run(self.reference, self.finished(directory))
 
     # ------------------------------------------------------------------------------------------ moments
@@ -161,7 +185,11 @@ class Lab:
 
     def shown(self, message: str) -> str:
         """`message` as the table has it: no paths of this machine, no addresses."""
-        message = message.removeprefix("error: ").replace(str(self.folder), "…").replace(sys.executable, "python")
+        message = (
+            message.removeprefix("error: ")
+            .replace(str(self.folder), "…")
+            .replace(sys.executable, "python")
+        )
         message = re.sub(r"\b[0-9a-f]{12,}\b", "<hash>", message)
         return " ".join(message.replace("|", "\\|").split())
 
@@ -180,7 +208,11 @@ def unfinished_saves(directory: Path) -> list[str]:
         names = set(os.listdir(directory / "checkpoints"))
     except FileNotFoundError:
         return []
-    return [name for name in names if not name.endswith(".json") and f"{name.split('.')[0]}.json" not in names]
+    return [
+        name
+        for name in names
+        if not name.endswith(".json") and f"{name.split('.')[0]}.json" not in names
+    ]
 
 
 def steps_logged(directory: Path) -> int:

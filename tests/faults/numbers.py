@@ -1,6 +1,6 @@
 """NaN in a gradient, and a wall clock that jumps."""
 
-from sngpt_jax.metrics import read_metrics
+from sngpt_jax.run.metrics import read_metrics
 from tests import tiny_run
 from tests.faults.lab import Lab, Row
 
@@ -22,13 +22,23 @@ def nan_is_skipped(lab: Lab) -> Row:
     assert done.status == 0 and "Traceback" not in done.err, done
     said = [line for line in done.out.splitlines() if "skipped," in line]
     assert len(said) == 2, said
-    counts = {record["step"]: record["skipped"] for record in read_metrics(whole / "metrics.jsonl") if "skipped" in record}
+    counts = {
+        record["step"]: record["skipped"]
+        for record in read_metrics(whole / "metrics.jsonl")
+        if "skipped" in record
+    }
     assert [counts[step] for step in (6, 7, 14, 15, 40)] == [0, 1, 1, 2, 2]
     command = lab.injected(nan, lab.training(killed, *skip))
-    assert lab.kill_at(lab.start(command), lambda: (killed / "checkpoints" / "00000010.json").exists())
+    assert lab.kill_at(
+        lab.start(command), lambda: (killed / "checkpoints" / "00000010.json").exists()
+    )
     assert lab.run(command).status == 0
     tiny_run.assert_same_run(whole, killed)
-    again = {record["step"]: record["skipped"] for record in read_metrics(killed / "metrics.jsonl") if "skipped" in record}
+    again = {
+        record["step"]: record["skipped"]
+        for record in read_metrics(killed / "metrics.jsonl")
+        if "skipped" in record
+    }
     assert again == counts
     return Row(
         "NaN in two gradients, with `train.nonfinite = skip`",
@@ -42,16 +52,31 @@ def nan_is_skipped(lab: Lab) -> Row:
 
 def nan_to_the_limit(lab: Lab) -> Row:
     """One skipped step more in a row than are allowed."""
-    options = ("--train.nonfinite", "skip", "--train.max-skipped-steps", 2, "--train.keep-checkpoints", 4)
+    options = (
+        "--train.nonfinite",
+        "skip",
+        "--train.max-skipped-steps",
+        2,
+        "--train.keep-checkpoints",
+        4,
+    )
     done = lab.run(lab.injected(("--nan", "9,10,11"), lab.training(lab.fresh("limit"), *options)))
     assert done.status == 3, done
     assert "step 11" in done.error and "number 3 in a row" in done.error, done
-    assert "checkpoints/00000006" in done.error, done  # step 8's parameters are those that the steps after it failed with
-    return Row("the same, more in a row than `train.max_skipped_steps`", "stops as without", done.error, "3")
+    # step 8's parameters are those that the steps after it failed with
+    assert "checkpoints/00000006" in done.error, done
+    return Row(
+        "the same, more in a row than `train.max_skipped_steps`",
+        "stops as without",
+        done.error,
+        "3",
+    )
 
 
 def clock(lab: Lab) -> Row:
-    """The clock that people set jumps by up to a day all the time; schedules and measurements take another one."""
+    """The clock that people set jumps by up to a day all the time; schedules and measurements take
+    another one.
+    """
     runs = [lab.fresh(f"clock{i}") for i in range(2 if lab.thorough else 1)]
     for seed, run in enumerate(runs):
         done = lab.run(lab.injected(("--clock", seed), lab.training(run)))

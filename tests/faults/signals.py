@@ -35,7 +35,9 @@ def interrupted_while_starting(lab: Lab) -> Row:
     for _ in range(tried):
         run, moment = lab.fresh("hardly_begun"), lab.after(lab.rng.uniform(0.3, 0.5 * lab.seconds))
         process = lab.start(lab.training(run))
-        lab.until(lambda run=run, moment=moment: moment() or (run / "config.json").exists(), process)
+        lab.until(
+            lambda run=run, moment=moment: moment() or (run / "config.json").exists(), process
+        )
         process.send_signal(signal.SIGINT)
         done = lab.end(process)
         assert done.status == 130 and "Traceback" not in done.err, done

@@ -1,4 +1,6 @@
-"""The short form of `python -m tests.faults`: what neither tests/test_train.py nor the other tests of runs do already."""
+"""The short form of `python -m tests.faults`: what neither tests/test_train.py nor the other tests
+of runs do already.
+"""
 
 import random
 
@@ -43,7 +45,9 @@ def test_the_table_takes_the_place_of_the_one_before(tmp_path):
     write_between(page, {0: "first", 1: "second"}, 2)
     write_between(page, {1: new}, 2)
     assert new == "| fault | what | `message` | 2 | 3 | nothing |"
-    assert page.read_text() == "\n".join(["above", BEGIN.strip(), *HEAD, "first", new, END.strip(), "below", ""])
+    assert page.read_text() == "\n".join(
+        ["above", BEGIN.strip(), *HEAD, "first", new, END.strip(), "below", ""]
+    )
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
         write_between(page, {}, 0)

@@ -1,4 +1,6 @@
-"""Which implementation of encode_decode runs, why, and with which kernels a program is lowered for an NVIDIA GPU."""
+"""Which implementation of encode_decode runs, why, and with which kernels a program is lowered for
+an NVIDIA GPU.
+"""
 
 import dataclasses
 import functools
@@ -12,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from sngpt_kernels import dispatch
+from sngpt_kernels.cayley import api, encode_decode, pallas_triton
+from sngpt_kernels.cayley.dictionary import Levels
+from sngpt_kernels.dispatch import CannotServe, Device
 
-from kernels import dispatch
-from kernels.cayley import api, encode_decode, pallas_triton
-from kernels.cayley.dictionary import Levels
-from kernels.dispatch import CannotServe, Device
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
@@ -26,20 +28,28 @@ H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
     ("device", "d", "said"),
     [
         (Device("cpu", "cpu"), 64, "xla: pallas_triton serves NVIDIA GPUs; the device is cpu"),
-        (Device("rocm", "AMD Instinct MI300X"), 64, "xla: pallas_triton serves NVIDIA GPUs; the device is rocm"),
+        (
+            Device("rocm", "AMD Instinct MI300X"),
+            64,
+            "xla: pallas_triton serves NVIDIA GPUs; the device is rocm",
+        ),
         (H100, 64, "pallas_triton: on an NVIDIA GPU, where no measurement says another"),
         (H100, 32, "xla: pallas_triton serves widths from 64 to 2048; x has 32"),
         (H100, 4096, "xla: pallas_triton serves widths from 64 to 2048; x has 4096"),
     ],
 )
-def test_says_once_what_runs_and_why(device: Device, d: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_says_once_what_runs_and_why(
+    device: Device, d: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     dispatch.announce.cache_clear()
     levels = ((d.bit_length() - 1, 4, 0),)
     x, table = jax.ShapeDtypeStruct((3, d), jnp.float32), jax.ShapeDtypeStruct((d,), jnp.float32)
-    with caplog.at_level(logging.INFO, logger="kernels"), dispatch.targeting(device):
+    with caplog.at_level(logging.INFO, logger="sngpt_kernels"), dispatch.targeting(device):
         for _ in range(2):
             jax.eval_shape(functools.partial(encode_decode, levels=levels), x, table, table, table)
-    assert [record.getMessage() for record in caplog.records] == [f"cayley.encode_decode runs as {said}"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cayley.encode_decode runs as {said}"
+    ]
 
 
 def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,27 +59,48 @@ def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW, "spread")[0] == "xla"
     assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread")[0] == "pallas_triton"
     with dispatch.targeting(H100):
-        assert pallas_triton.Config.of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(**config)
-        assert pallas_triton.Config.of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
+        assert pallas_triton.Config.of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(
+            **config
+        )
+        assert pallas_triton.Config.of(
+            jnp.dtype(jnp.float32), SHALLOW
+        ) == pallas_triton.Config.heuristic(64)
 
 
 def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PALLAS_TRITON", "kernels.cayley.not_bundled")
-    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread") == ("xla", "pallas_triton is no part of this program")
+    monkeypatch.setattr(api, "PALLAS_TRITON", "sngpt_kernels.cayley.not_bundled")
+    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread") == (
+        "xla",
+        "pallas_triton is no part of this program",
+    )
 
 
 @pytest.mark.parametrize(
     ("levels", "reason"),
     [
-        (((10, 64, 0), (15, 32, 256)), "keeps candidates in registers; level 1 has 64 x 256, too many"),
-        (((10, 16, 0), (15, 64, 256), (17, 64, 256)), "keeps candidates in registers; level 2 has 64 x 256, too many"),
-        (((10, 4, 0), (15, 32, 4096)), "keeps candidates in registers; level 1 has 4 x 4096, too many"),
+        (
+            ((10, 64, 0), (15, 32, 256)),
+            "keeps candidates in registers; level 1 has 64 x 256, too many",
+        ),
+        (
+            ((10, 16, 0), (15, 64, 256), (17, 64, 256)),
+            "keeps candidates in registers; level 2 has 64 x 256, too many",
+        ),
+        (
+            ((10, 4, 0), (15, 32, 4096)),
+            "keeps candidates in registers; level 1 has 4 x 4096, too many",
+        ),
     ],
 )
-def test_levels_that_the_kernels_cannot_hold_run_in_xla(levels: Levels, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_that_the_kernels_cannot_hold_run_in_xla(
+    levels: Levels, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for table in ({}, {f"bfloat16_d1024_{len(levels)}l": {"implementation": "pallas_triton"}}):
         monkeypatch.setattr(dispatch, "tuned", lambda package, kind, table=table: table)
-        assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == ("xla", f"pallas_triton {reason}")
+        assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == (
+            "xla",
+            f"pallas_triton {reason}",
+        )
 
 
 def test_the_kernels_refuse_a_cpu() -> None:
@@ -78,10 +109,16 @@ def test_the_kernels_refuse_a_cpu() -> None:
         encode_decode(jnp.asarray(x), mean, std, bias, SHALLOW, implementation="pallas_triton")
 
 
-def kernels_of_gradients(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> dict[str, int]:
-    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is lowered for them."""
+def kernels_of_gradients(
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> dict[str, int]:
+    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is
+    lowered for them.
+    """
     gpu = AbstractDevice(device_kind=H100.kind, num_cores=132, platform="gpu")
-    mesh = AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu)
+    mesh = AbstractMesh(
+        (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu
+    )
 
     def loss(x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array) -> jax.Array:
         return jnp.sum(encode_decode(x, mean, std, bias, SHALLOW)[0].astype(jnp.float32) ** 2)
@@ -91,8 +128,19 @@ def kernels_of_gradients(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
         return jax.lax.psum(value, "data"), dx, jax.lax.psum(dbias, "data")
 
     data, same = PartitionSpec("data"), PartitionSpec()
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(data, same, same, same), out_specs=(same, data, same), check_vma=False)
-    shapes = ((8 * 37, 64), jnp.bfloat16), ((64,), jnp.float32), ((512,), jnp.float32), ((512,), jnp.float32)
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(data, same, same, same),
+        out_specs=(same, data, same),
+        check_vma=False,
+    )
+    shapes = (
+        ((8 * 37, 64), jnp.bfloat16),
+        ((64,), jnp.float32),
+        ((512,), jnp.float32),
+        ((512,), jnp.float32),
+    )
     with dispatch.targeting(H100):
         traced = jax.jit(sharded).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

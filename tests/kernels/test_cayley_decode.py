@@ -1,4 +1,6 @@
-"""The kernels that sum signed atoms, in interpretation: signs as words, decoding, both gradients, at widths from 64 to 2048."""
+"""The kernels that sum signed atoms, in interpretation: signs as words, decoding, both gradients,
+at widths from 64 to 2048.
+"""
 
 from typing import Any
 
@@ -9,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-
-from kernels.cayley import dictionary, pallas_backward, pallas_decode, sign_words
-from kernels.cayley.xla import ACTIVE_BIT
+from sngpt_kernels.cayley import dictionary, pallas_backward, pallas_decode, sign_words
+from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
 EPS = np.finfo(np.float32).eps
 
@@ -26,12 +27,17 @@ def test_words_hold_the_parities(n: int, count: int, seed: int) -> None:
     words = np.zeros((5, count), np.int32)
     for digit, rows in enumerate(table):
         words ^= rows[ids >> 5 * digit & 31]
-    odd = np.bitwise_count(ids[:, None] & masks) & 1  # bit i of word j is that of position i · count + j
-    np.testing.assert_array_equal((words[:, None] >> np.arange(32)[:, None] & 1).reshape(5, -1), odd)
+    # bit i of word j is that of position i · count + j
+    odd = np.bitwise_count(ids[:, None] & masks) & 1
+    np.testing.assert_array_equal(
+        (words[:, None] >> np.arange(32)[:, None] & 1).reshape(5, -1), odd
+    )
 
 
 def test_masks_that_fill_no_words_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"masks is \[33\]; expected one axis, a multiple of 32 long"):
+    with pytest.raises(
+        ValueError, match=r"masks is \[33\]; expected one axis, a multiple of 32 long"
+    ):
         sign_words.sign_words(np.zeros(33, np.int64), 6)
 
 
@@ -42,13 +48,19 @@ def decode(saved: np.ndarray, c: np.ndarray, d: int, features: int, tokens: int)
         pallas_decode.store(out_ref, at, sums * np.float32(d**-0.5))
 
     out, grid = jax.ShapeDtypeStruct((len(saved), d), jnp.float32), (pl.cdiv(len(saved), tokens),)
-    return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True)(saved, c, pallas_decode.table(d, features))
+    return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True)(
+        saved, c, pallas_decode.table(d, features)
+    )
 
 
-def make_code(d: int, features: int, rows: int, active: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_code(
+    d: int, features: int, rows: int, active: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, coefficients, half of them 0, and ids with the bit of c > 0."""
     rng = np.random.default_rng(d)
-    ids = np.stack([rng.choice(features, active, replace=False) for _ in range(rows)]).astype(np.int32)
+    ids = np.stack([rng.choice(features, active, replace=False) for _ in range(rows)]).astype(
+        np.int32
+    )
     c = np.maximum(rng.standard_normal(ids.shape), 0).astype(np.float32)
     return ids, c, ids | (c > 0).astype(np.int32) << ACTIVE_BIT
 
@@ -70,7 +82,9 @@ SIZES = pytest.mark.parametrize(
 def test_decodes(d: int, features: int, rows: int, tokens: int) -> None:
     """Σ c v, also where the rows fill no whole number of programs."""
     ids, c, saved = make_code(d, features, rows, 13)
-    difference = np.abs(decode(saved, c, d, features, tokens) - np.einsum("na,nad->nd", c, dictionary.atoms(ids, d)))
+    difference = np.abs(
+        decode(saved, c, d, features, tokens) - np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
+    )
     print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
     assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
 
@@ -82,13 +96,18 @@ def test_gradients(d: int, features: int, rows: int, tokens: int) -> None:
     ids, c, saved = make_code(d, features, rows, 13)
     dx_hat = rng.standard_normal((rows, d)).astype(np.float32)
     inverse_std = rng.uniform(0.5, 1000, features).astype(np.float32)
-    dx, g = pallas_backward.backward(dx_hat, saved, inverse_std, tokens=tokens, num_warps=4, interpret=True)
+    dx, g = pallas_backward.backward(
+        dx_hat, saved, inverse_std, tokens=tokens, num_warps=4, interpret=True
+    )
     atoms = dictionary.atoms(ids, d)
     expected_g = np.einsum("nad,nd->na", atoms, dx_hat.astype(np.float64)) * (c > 0)
     expected_dx = np.einsum("na,nad->nd", expected_g * inverse_std[ids], atoms)
     for name, mine, theirs in (("g", g, expected_g), ("dx", dx, expected_dx)):
         difference = np.abs(mine - theirs)
-        print(f"d {d}: |difference| of {name} max {difference.max():.1e}, mean {difference.mean():.1e}")
+        print(
+            f"d {d}: |difference| of {name} max {difference.max():.1e}, mean"
+            f" {difference.mean():.1e}"
+        )
         assert difference.max() <= 20 * EPS * np.abs(theirs).max()
 
 
@@ -97,7 +116,9 @@ def test_bfloat16_gradients_are_rounded_once() -> None:
     dx_hat = jnp.asarray(np.random.default_rng(7).standard_normal((5, 64)), jnp.bfloat16)
     ones = np.ones(2**11, np.float32)
     dx, g = pallas_backward.backward(dx_hat, saved, ones, tokens=8, num_warps=4, interpret=True)
-    wide, wide_g = pallas_backward.backward(dx_hat.astype(jnp.float32), saved, ones, tokens=8, num_warps=4, interpret=True)
+    wide, wide_g = pallas_backward.backward(
+        dx_hat.astype(jnp.float32), saved, ones, tokens=8, num_warps=4, interpret=True
+    )
     assert dx.dtype == jnp.bfloat16 and g.dtype == jnp.float32
     np.testing.assert_array_equal(g, wide_g)
     np.testing.assert_array_equal(dx, wide.astype(jnp.bfloat16))
@@ -106,9 +127,13 @@ def test_bfloat16_gradients_are_rounded_once() -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 17, 600]))
 def test_bias_gradient_sums_by_feature(seed: int, distinct: int) -> None:
-    """Whole numbers add up exactly: features that nothing selects, a single one that everything does, and all between."""
+    """Whole numbers add up exactly: features that nothing selects, a single one that everything
+    does, and all between.
+    """
     rng = np.random.default_rng(seed)
-    ids = rng.choice(600, distinct, replace=False)[rng.integers(0, distinct, (41, 12))].astype(np.int32)
+    ids = rng.choice(600, distinct, replace=False)[rng.integers(0, distinct, (41, 12))].astype(
+        np.int32
+    )
     g = rng.integers(-9, 10, ids.shape).astype(np.float32)
     sums = bias_gradient(ids | rng.integers(0, 2, ids.shape, np.int32) << ACTIVE_BIT, g)
     np.testing.assert_array_equal(sums, np.bincount(ids.reshape(-1), g.reshape(-1), minlength=600))
@@ -116,13 +141,18 @@ def test_bias_gradient_sums_by_feature(seed: int, distinct: int) -> None:
 
 @jax.jit
 def bias_gradient(saved: jax.Array, g: jax.Array) -> jax.Array:
-    return pallas_backward.bias_gradient(saved, g, 600, block=8, lanes=32, num_warps=4, interpret=True)
+    return pallas_backward.bias_gradient(
+        saved, g, 600, block=8, lanes=32, num_warps=4, interpret=True
+    )
 
 
 def test_bias_gradient_keeps_to_one_order() -> None:
     """How the numbers of one feature are added depends on them alone, not on what else there is."""
     rng = np.random.default_rng(0)
-    ids, g = rng.integers(0, 300, (41, 12)).astype(np.int32), rng.standard_normal((41, 12)).astype(np.float32)
+    ids, g = (
+        rng.integers(0, 300, (41, 12)).astype(np.int32),
+        rng.standard_normal((41, 12)).astype(np.float32),
+    )
     sums = bias_gradient(ids, g)
     others = np.where(ids % 2 == 0, ids, 300 + ids)  # the odd features are other ones
     np.testing.assert_array_equal(bias_gradient(others, g)[:300:2], sums[:300:2])

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from kernels.cayley import dictionary, reference
+from sngpt_kernels.cayley import dictionary, reference
 
 SMALL = ((10, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 1024
 LARGE = ((11, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 2048
@@ -113,8 +112,13 @@ def test_reachable_counts() -> None:
     assert [dictionary.reachable(LARGE, level) for level in range(3)] == [2048, 30720, 98304]
 
 
-@pytest.mark.parametrize(("levels", "generators"), [(SMALL, "spread"), (LARGE, "spread"), (TINY, "spread"), (SMALL, "prefix")])
-def test_every_id_has_the_possible_parents_that_the_definition_states(levels: dictionary.Levels, generators: str) -> None:
+@pytest.mark.parametrize(
+    ("levels", "generators"),
+    [(SMALL, "spread"), (LARGE, "spread"), (TINY, "spread"), (SMALL, "prefix")],
+)
+def test_every_id_has_the_possible_parents_that_the_definition_states(
+    levels: dictionary.Levels, generators: str
+) -> None:
     for level in (1, 2):
         parents = np.array(dictionary.level_range(levels, level - 1))
         own = dictionary.level_range(levels, level)
@@ -125,27 +129,40 @@ def test_every_id_has_the_possible_parents_that_the_definition_states(levels: di
         assert not counts[: own.start].any()
         counts = counts[own.start :]
         assert counts.sum() == len(parents) * len(steps)
-        if generators == "prefix":  # a tree over all lower ids: those below the parents' own have no children here
+        # a tree over all lower ids: those below the parents' own have no children here
+        if generators == "prefix":
             assert (len(steps), set(counts)) == ((31, {1}), (3, {0, 1}))[level - 1]
         elif level == 1:
-            assert (len(steps), set(counts)) == {SMALL: (248, {8}), LARGE: (240, {16}), TINY: (28, {4})}[levels]
+            assert (len(steps), set(counts)) == {
+                SMALL: (248, {8}),
+                LARGE: (240, {16}),
+                TINY: (28, {4}),
+            }[levels]
         else:
             fewest, most = {SMALL: (56, 64), LARGE: (56, 64), TINY: (6, 8)}[levels]
-            assert len(steps) == (24 if levels is TINY else 192) and (counts.min(), counts.max()) == (fewest, most)
+            assert len(steps) == (24 if levels is TINY else 192) and (
+                counts.min(),
+                counts.max(),
+            ) == (fewest, most)
         assert np.count_nonzero(counts) == dictionary.reachable(levels, level, generators)
 
 
 @pytest.mark.parametrize("generators", ["spread", "prefix"])
 @pytest.mark.parametrize("level", [1, 2])
-def test_groups_of_parents_are_the_parents_with_equal_child_sets(level: int, generators: str) -> None:
+def test_groups_of_parents_are_the_parents_with_equal_child_sets(
+    level: int, generators: str
+) -> None:
     steps = reference.child_steps(TINY, level, generators)
     table = dictionary.children(TINY, generators, level)
     naive = [frozenset(f ^ u for u in steps) for f in range(2 ** TINY[level - 1][0])]
     grouped = [frozenset((r ^ table.steps).tolist()) for r in table.representatives]
     assert [grouped[g] for g in table.group_of_parent] == naive
-    assert sum(map(len, grouped)) == len(frozenset().union(*grouped))  # no two have a child in common
+    # no two have a child in common
+    assert sum(map(len, grouped)) == len(frozenset().union(*grouped))
     sizes = np.bincount([table.group_of_parent[f] for f in dictionary.level_range(TINY, level - 1)])
-    assert table.most_parents.tolist() == sorted(np.pad(sizes, (0, len(grouped) - len(sizes))).tolist(), reverse=True)
+    assert table.most_parents.tolist() == sorted(
+        np.pad(sizes, (0, len(grouped) - len(sizes))).tolist(), reverse=True
+    )
 
 
 def test_fewest_candidates_is_that_of_the_worst_parents() -> None:
@@ -184,7 +201,14 @@ def test_impossible_levels(levels: dictionary.Levels, d: int, complaint: str) ->
 
 
 def test_levels_of_the_published_models_are_possible() -> None:
-    for levels, d in ((SMALL, 1024), (SMALL[:2], 1024), (SMALL[:1], 1024), (LARGE, 2048), (LARGE[:2], 2048), (TINY, 128)):
+    for levels, d in (
+        (SMALL, 1024),
+        (SMALL[:2], 1024),
+        (SMALL[:1], 1024),
+        (LARGE, 2048),
+        (LARGE[:2], 2048),
+        (TINY, 128),
+    ):
         dictionary.check_levels(levels, d)
         dictionary.check_levels(levels, d, "prefix")
 
@@ -197,7 +221,10 @@ def test_degree_does_not_bind_prefix_children() -> None:
         dictionary.check_levels(((10, 16, 0),), 1024, "random")
 
 
-@pytest.mark.parametrize(("ids", "d"), [(1, 100), (1, 2), (1, 0), (-1, 128), (2**14, 128), (1.5, 128), ([1, 2**20], 1024)])
+@pytest.mark.parametrize(
+    ("ids", "d"),
+    [(1, 100), (1, 2), (1, 0), (-1, 128), (2**14, 128), (1.5, 128), ([1, 2**20], 1024)],
+)
 def test_atoms_that_are_none(ids, d):
     with pytest.raises(ValueError, match=r"d is|ids hold"):
         dictionary.atoms(ids, d)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from sngpt_kernels.cayley import dictionary, pallas_encode, pallas_triton, reference
+from sngpt_kernels.dispatch import CannotServe
 
-from kernels import targets
-from kernels.cayley import dictionary, pallas_encode, pallas_triton, reference
-from kernels.dispatch import CannotServe
+from sngpt_jax.ahead import targets
 
 D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
 ODD = ((6, 5, 0), (9, 19, 32), (11, 23, 16))  # no k is a power of two; a second block of parents
@@ -22,7 +22,9 @@ D2048 = ((11, 16, 0), (15, 32, 256), (17, 64, 256))
 KINDS = ("random", "constant", "zero", "huge", "tied", "small deviations")
 
 
-@functools.partial(jax.jit, static_argnames=("levels", "generators", "forward_standardized", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("levels", "generators", "forward_standardized", "interpret")
+)
 def encode(
     x: jax.Array,
     mean: jax.Array,
@@ -61,7 +63,9 @@ def encode(
 
     return pl.pallas_call(
         cayley_encode,
-        out_shape=tuple(jax.ShapeDtypeStruct((tokens, active), dtype) for dtype in (jnp.int32, jnp.float32)),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((tokens, active), dtype) for dtype in (jnp.int32, jnp.float32)
+        ),
         grid=(tokens // 2,),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         name="cayley_encode",
@@ -73,16 +77,28 @@ def make_inputs(kind: str, levels: dictionary.Levels, tokens: int) -> list[np.nd
     rng = np.random.default_rng(len(kind))
     d, features = 2 ** levels[0][0], 2 ** levels[-1][0]
     x = rng.standard_normal((tokens, d))
-    x = {"constant": np.full_like(x, 0.7), "zero": 0 * x, "huge": 1e4 * x, "tied": rng.integers(-1, 2, x.shape)}.get(kind, x)
-    mean, std, bias = 0.5 * rng.standard_normal(d), rng.uniform(0.3, 2, features), 0.3 * rng.standard_normal(features)
-    if kind == "tied":  # whole numbers and no statistics: many scores are exactly equal, in float32 as in float64
+    x = {
+        "constant": np.full_like(x, 0.7),
+        "zero": 0 * x,
+        "huge": 1e4 * x,
+        "tied": rng.integers(-1, 2, x.shape),
+    }.get(kind, x)
+    mean, std, bias = (
+        0.5 * rng.standard_normal(d),
+        rng.uniform(0.3, 2, features),
+        0.3 * rng.standard_normal(features),
+    )
+    # whole numbers and no statistics: many scores are exactly equal, in float32 as in float64
+    if kind == "tied":
         mean, std, bias = 0 * mean, 1 + 0 * std, 0 * bias
     if kind == "small deviations":
         std[rng.random(features) < 0.01] = 1e-5
     return [array.astype(np.float32) for array in (x, mean, std, bias)]
 
 
-def check(kind: str, levels: dictionary.Levels, tokens: int = 6, dtype: Any = np.float32, **static: Any) -> None:
+def check(
+    kind: str, levels: dictionary.Levels, tokens: int = 6, dtype: Any = np.float32, **static: Any
+) -> None:
     x, *rest = make_inputs(kind, levels, tokens)
     x = np.asarray(x, dtype)
     saved, c = map(np.asarray, encode(x, *rest, levels=levels, **static))
@@ -92,11 +108,16 @@ def check(kind: str, levels: dictionary.Levels, tokens: int = 6, dtype: Any = np
     for _, k, _ in levels:
         part = slice(start, start + k)
         mine, theirs = np.argsort(ids[:, part], axis=1), np.argsort(code.ids[:, part], axis=1)
-        np.testing.assert_array_equal(*(np.take_along_axis(a[:, part], o, 1) for a, o in ((ids, mine), (code.ids, theirs))))
-        values, expected = (np.take_along_axis(a[:, part], o, 1) for a, o in ((c, mine), (code.c, theirs)))
+        np.testing.assert_array_equal(
+            *(np.take_along_axis(a[:, part], o, 1) for a, o in ((ids, mine), (code.ids, theirs)))
+        )
+        values, expected = (
+            np.take_along_axis(a[:, part], o, 1) for a, o in ((c, mine), (code.c, theirs))
+        )
         error = np.abs(values - expected)
         print(
-            f"{kind} [{start}:{start + k}]: error max {error.max():.1e} mean {error.mean():.1e} of {np.abs(expected).max():.1e}"
+            f"{kind} [{start}:{start + k}]: error max {error.max():.1e} mean {error.mean():.1e} of"
+            f" {np.abs(expected).max():.1e}"
         )
         assert error.max() <= 20 * np.finfo(np.float32).eps * np.abs(code.c).max()
         start += k
@@ -155,20 +176,26 @@ def test_a_token_that_is_not_finite_has_valid_ids_and_leaves_the_others_alone(ba
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [D1024, D2048])
 def test_lowers_for_a_gpu(levels: dictionary.Levels) -> None:
-    """No GPU and no compiler of one is needed: what the kernel says is what Pallas Triton understands."""
+    """No GPU and no compiler of one is needed: what the kernel says is what Pallas Triton
+    understands.
+    """
     d, features = 2 ** levels[0][0], 2 ** levels[-1][0]
     shapes = [
         jax.ShapeDtypeStruct((8, d), jnp.bfloat16),
         *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (d, features, features)),
     ]
     with targets.tracing(targets.find("h100")):
-        lowered = encode.trace(*shapes, levels=levels, interpret=False).lower(lowering_platforms=("cuda",))
+        lowered = encode.trace(*shapes, levels=levels, interpret=False).lower(
+            lowering_platforms=("cuda",)
+        )
     assert lowered.as_text().count("cayley_encode") >= 1
 
 
 @pytest.mark.parametrize("levels", [D1024[:1], D1024[:2], D1024])
 def test_what_a_thread_stores_is_read_after_a_barrier(levels: dictionary.Levels) -> None:
-    """Interpretation cannot show it: between levels, before the end reads ids, before it stores them."""
+    """Interpretation cannot show it: between levels, before the end reads ids, before it stores
+    them.
+    """
     d, features = 2 ** levels[0][0], 2 ** levels[-1][0]
     shapes = [
         jax.ShapeDtypeStruct((8, d), jnp.bfloat16),
@@ -176,10 +203,13 @@ def test_what_a_thread_stores_is_read_after_a_barrier(levels: dictionary.Levels)
     ]
     token = str(encode.trace(*shapes, levels=levels, interpret=False).jaxpr)
     assert token.count("debug_barrier") == len(levels) + 1
-    whole = jax.make_jaxpr(lambda *arguments: pallas_triton.encode_decode(*arguments, levels, True, "spread", interpret=False))(
-        *shapes
-    )
-    assert str(whole).count("debug_barrier") == len(levels) + 2  # and before the tokens are decoded side by side
+    whole = jax.make_jaxpr(
+        lambda *arguments: pallas_triton.encode_decode(
+            *arguments, levels, True, "spread", interpret=False
+        )
+    )(*shapes)
+    # and before the tokens are decoded side by side
+    assert str(whole).count("debug_barrier") == len(levels) + 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""The folded scores of a parent's children against the definition, and the layout of the constants."""
+"""The folded scores of a parent's children against the definition, and the layout of the
+constants.
+"""
 
 import numpy as np
 import pytest
-
-from kernels.cayley import dictionary, folding, reference
-from kernels.cayley.folding import Fold, fold
+from sngpt_kernels.cayley import dictionary, folding, reference
+from sngpt_kernels.cayley.folding import Fold, fold
 
 D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
 D128 = ((7, 8, 0), (10, 16, 32), (12, 32, 32))
@@ -20,7 +21,9 @@ CASES = [
 
 
 def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
-    """Σ_α x_α s_f(α) s_u(α) for u = class_steps[i] ⊕ member_steps[j]: [C, M], as the kernel computes them."""
+    """Σ_α x_α s_f(α) s_u(α) for u = class_steps[i] ⊕ member_steps[j]: [C, M], as the kernel
+    computes them.
+    """
     signed = x * dictionary.signs(parent, len(x))
     of_part = np.einsum("pmk,pk->pm", folded.matrix.astype(np.float64), signed[folded.points])
     of_class = of_part.reshape(len(folded.class_steps), -1, of_part.shape[1]).sum(1)
@@ -30,7 +33,9 @@ def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_folded_scores_are_those_of_the_children(levels: dictionary.Levels, generators: str, level: int) -> None:
+def test_folded_scores_are_those_of_the_children(
+    levels: dictionary.Levels, generators: str, level: int
+) -> None:
     folded, d = fold(levels, generators, level), 2 ** levels[0][0]
     rng = np.random.default_rng(0)
     x, parent = rng.standard_normal(d), int(rng.integers(2 ** levels[level - 1][0]))
@@ -38,15 +43,22 @@ def test_folded_scores_are_those_of_the_children(levels: dictionary.Levels, gene
     sums = folded_sums(folded, x, parent)
     expected = reference.scores(x, parent ^ steps.reshape(-1)).reshape(steps.shape) * np.sqrt(d)
     error = np.abs(sums[:, : folded.members] - expected)
-    print(f"d = {d}, level {level}, {len(folded.class_steps)} classes: error max {error.max():.1e} mean {error.mean():.1e}")
+    print(
+        f"d = {d}, level {level}, {len(folded.class_steps)} classes: error max {error.max():.1e}"
+        f" mean {error.mean():.1e}"
+    )
     assert error.max() < 1e-10 * np.sqrt(d)
     assert not sums[:, folded.members :].any()
     member = np.arange(folded.members)
-    assert set(steps[:, member % 2**folded.new_bits > 0].flat) == reference.child_steps(levels, level, generators)
+    assert set(steps[:, member % 2**folded.new_bits > 0].flat) == reference.child_steps(
+        levels, level, generators
+    )
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_classes_are_equal_parts_of_the_points(levels: dictionary.Levels, generators: str, level: int) -> None:
+def test_classes_are_equal_parts_of_the_points(
+    levels: dictionary.Levels, generators: str, level: int
+) -> None:
     folded, d = fold(levels, generators, level), 2 ** levels[0][0]
     classes = len(folded.class_steps)
     assert folded.points.shape[1] == min(d // classes, folding.MOST_POINTS)
@@ -58,7 +70,9 @@ def test_classes_are_equal_parts_of_the_points(levels: dictionary.Levels, genera
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_words_hold_the_signs_of_parents_part_by_part(levels: dictionary.Levels, generators: str, level: int) -> None:
+def test_words_hold_the_signs_of_parents_part_by_part(
+    levels: dictionary.Levels, generators: str, level: int
+) -> None:
     folded, below = fold(levels, generators, level), levels[level - 1][0]
     parent, d = int(np.random.default_rng(1).integers(2**below)), 2 ** levels[0][0]
     rows = [folded.words[c, (parent >> 5 * c) & 31] for c in range(len(folded.words))]

@@ -1,4 +1,6 @@
-"""The implementation in plain jax: what it holds in memory, how a CPU selects, and the helpers that serve the statistics."""
+"""The implementation in plain jax: what it holds in memory, how a CPU selects, and the helpers
+that serve the statistics.
+"""
 
 import functools
 from typing import Any
@@ -9,10 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sngpt_kernels import cayley
+from sngpt_kernels.cayley import dictionary, encode_decode, reference, xla
 
-from kernels import cayley
-from kernels.cayley import dictionary, encode_decode, reference, xla
-from tests.kernels.cayley_checks import EPS, SHALLOW, check_selection, compiled, make_inputs, value_and_gradients
+from tests.kernels.cayley_checks import (
+    EPS,
+    SHALLOW,
+    check_selection,
+    compiled,
+    make_inputs,
+    value_and_gradients,
+)
 
 
 @st.composite
@@ -28,20 +37,26 @@ def any_levels(draw: st.DrawFn) -> tuple[dictionary.Levels, str]:
             dictionary.check_levels((*levels, (n, 1, degree)), 2**t, generators)
         except ValueError:  # dependent generators
             assume(False)
-        fewest = dictionary.children((*levels, (n, 1, degree)), generators, len(levels)).fewest_candidates(levels[-1][1])
+        fewest = dictionary.children(
+            (*levels, (n, 1, degree)), generators, len(levels)
+        ).fewest_candidates(levels[-1][1])
         levels.append((n, draw(st.sampled_from([1, fewest // 2 or 1, fewest])), degree))
     return tuple(levels), generators
 
 
 @settings(max_examples=5)  # each compiles a program
 @given(any_levels(), st.integers(1, 9), st.sampled_from(["random", "tied"]))
-def test_any_levels_match_reference(levels: tuple[dictionary.Levels, str], tokens: int, kind: str) -> None:
+def test_any_levels_match_reference(
+    levels: tuple[dictionary.Levels, str], tokens: int, kind: str
+) -> None:
     inputs = make_inputs(kind, levels[0], tokens)
     arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
     code = reference.encode_decode(*arrays, levels[0], generators=levels[1])
     x_hat, ids = jax.jit(lambda *a: encode_decode(*a, levels[0], generators=levels[1]))(*arrays)
     equal, _ = check_selection(ids, code, inputs, levels[0])
-    np.testing.assert_allclose(x_hat[equal], code.x_hat[equal], atol=20 * EPS * np.abs(code.x_hat).max())
+    np.testing.assert_allclose(
+        x_hat[equal], code.x_hat[equal], atol=20 * EPS * np.abs(code.x_hat).max()
+    )
 
 
 @given(st.integers(0, 5000), st.integers(1, 10**6), st.integers(1, 10**8))
@@ -65,7 +80,9 @@ def arrays_of(jaxpr: Any) -> list[Any]:
     found = []
     for equation in jaxpr.eqns:
         found += [v.aval for v in equation.outvars]
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(parameter, "jaxpr", parameter)
             found += arrays_of(inner) if hasattr(inner, "eqns") else []
     return found
@@ -74,7 +91,9 @@ def arrays_of(jaxpr: Any) -> list[Any]:
 def test_never_scores_all_features_of_all_tokens() -> None:
     levels, tokens = ((6, 4, 0), (9, 8, 32), (12, 12, 16)), 640
     inputs = make_inputs("random", levels, tokens)
-    arrays = arrays_of(jax.make_jaxpr(functools.partial(value_and_gradients, levels=levels))(**inputs).jaxpr)
+    arrays = arrays_of(
+        jax.make_jaxpr(functools.partial(value_and_gradients, levels=levels))(**inputs).jaxpr
+    )
     candidates = max(4 * 28, 8 * 14)
     assert len(arrays) > 200 and any(a.size == tokens * 24 for a in arrays)
     assert max(a.size for a in arrays) <= tokens * max(
@@ -85,11 +104,15 @@ def test_never_scores_all_features_of_all_tokens() -> None:
 @functools.partial(jax.jit, static_argnames=("dtype", "forward_standardized"))
 def run64(x: jax.Array, dtype: Any = jnp.float32, forward_standardized: bool = True) -> Any:
     _, mean, std, bias, _ = make_inputs("random", SHALLOW, 1).values()
-    return encode_decode(x.astype(dtype), mean, std, bias, SHALLOW, forward_standardized=forward_standardized)
+    return encode_decode(
+        x.astype(dtype), mean, std, bias, SHALLOW, forward_standardized=forward_standardized
+    )
 
 
 def test_a_cpu_selects_by_its_own_top_k() -> None:
-    """Not by sorting, to which the compiler falls back where it does not recognize a top_k: ten times slower in all."""
+    """Not by sorting, to which the compiler falls back where it does not recognize a top_k: ten
+    times slower in all.
+    """
     program = run64.lower(jnp.zeros((37, 64))).compile().as_text()
     assert program.count('custom_call_target="TopK"') >= len(SHALLOW)
     assert "f32[37,112]{1,0}, s32[37,112]{1,0}) sort(" not in program
@@ -99,20 +122,30 @@ def test_helpers_against_reference() -> None:
     rng = np.random.default_rng(3)
     x, ids = rng.standard_normal((2, 3, 64)).astype(np.float32), rng.integers(0, 2048, (2, 3, 5))
     everything = np.array([reference.scores(row, np.arange(2048)) for row in x.reshape(6, 64)])
-    np.testing.assert_allclose(jax.jit(cayley.all_scores, static_argnums=1)(x, 11), everything.reshape(2, 3, 2048), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(cayley.all_scores, static_argnums=1)(x, 11),
+        everything.reshape(2, 3, 2048),
+        atol=1e-5,
+    )
     squares = jax.jit(cayley.sum_squared_scores, static_argnums=1)(x.reshape(6, 64), 11)
     np.testing.assert_allclose(squares, (everything**2).sum(0), rtol=1e-5, atol=1e-6)
     expected = np.take_along_axis(everything.reshape(2, 3, 2048), ids, axis=-1)
     np.testing.assert_allclose(jax.jit(cayley.scores_at)(x, ids), expected, atol=1e-5)
     coefficients = rng.standard_normal((2, 3, 5)).astype(np.float32)
     expected = np.einsum("...a,...ad->...d", coefficients, dictionary.atoms(ids, 64))
-    np.testing.assert_allclose(jax.jit(cayley.combine, static_argnums=2)(coefficients, ids, 64), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(cayley.combine, static_argnums=2)(coefficients, ids, 64), expected, atol=1e-5
+    )
 
 
 def test_running_statistics_from_the_helpers_are_the_references() -> None:
     """Var⟨x, v⟩ = mean ⟨x - mean x, v⟩²."""
     rng = np.random.default_rng(4)
-    sample, mean, std = rng.standard_normal((50, 16)) + 2, rng.standard_normal(16), rng.uniform(0.5, 2, 256)
+    sample, mean, std = (
+        rng.standard_normal((50, 16)) + 2,
+        rng.standard_normal(16),
+        rng.uniform(0.5, 2, 256),
+    )
     centre = sample.mean(0)
     variance = cayley.sum_squared_scores(jnp.asarray(sample - centre, jnp.float32), 8) / 50
     expected_mean, expected_std = reference.update_statistics(mean, std, sample)

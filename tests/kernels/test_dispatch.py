@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from sngpt_kernels import dispatch
+from sngpt_kernels.cayley import pallas_triton as cayley_kernels
+from sngpt_kernels.dispatch import CannotServe, Device
+from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 
-from kernels import dispatch
-from kernels.cayley import pallas_triton as cayley_kernels
-from kernels.dispatch import CannotServe, Device
-from kernels.xsa import pallas_triton as xsa_kernels
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
@@ -50,8 +50,13 @@ def test_gradients_of_gradients_are_refused_in_a_sentence() -> None:
     def attend(q: jax.Array) -> jax.Array:
         return jnp.sum(xsa_kernels.attention(q, q, q, True, 1.0, interpret=True) ** 2)
 
-    for function, argument, operation in ((code, x, "cayley.encode_decode"), (attend, jnp.ones((1, 5, 2, 16)), "attention")):
+    for function, argument, operation in (
+        (code, x, "cayley.encode_decode"),
+        (attend, jnp.ones((1, 5, 2, 16)), "attention"),
+    ):
         refused = f"pallas_triton: the gradient of {operation} has no derivative; xla has one"
         with pytest.raises(CannotServe) as caught:
-            jax.eval_shape(jax.grad(lambda y, function=function: jnp.sum(jax.grad(function)(y))), argument)
+            jax.eval_shape(
+                jax.grad(lambda y, function=function: jnp.sum(jax.grad(function)(y))), argument
+            )
         assert str(caught.value) == refused

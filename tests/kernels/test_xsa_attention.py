@@ -1,4 +1,6 @@
-"""Causal attention with the exclusion of a position's own value: every implementation against the definition in numpy."""
+"""Causal attention with the exclusion of a position's own value: every implementation against the
+definition in numpy.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from sngpt_kernels import xsa
+from sngpt_kernels.xsa import pallas_triton, reference
+from sngpt_kernels.xsa.pallas_tiles import Blocks, Config
 
-from kernels import xsa
-from kernels.xsa import pallas_triton, reference
-from kernels.xsa.pallas_tiles import Blocks, Config
-
-SMALL = Config(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 2))  # several tiles of a short sequence
+# several tiles of a short sequence
+SMALL = Config(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 4, 2))
 
 
 def interpreted(q: Any, k: Any, v: Any, *, exclusive: bool, scale: float) -> jax.Array:
-    return pallas_triton.attention(*(jnp.asarray(a) for a in (q, k, v)), exclusive, scale, config=SMALL, interpret=True)
+    return pallas_triton.attention(
+        *(jnp.asarray(a) for a in (q, k, v)), exclusive, scale, config=SMALL, interpret=True
+    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -36,7 +40,9 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
 
 
 @partial(jax.jit, static_argnames=("function", "exclusive", "scale"))
-def value_and_gradients(function: Callable, q: Any, k: Any, v: Any, cotangent: Any, **static: Any) -> tuple[Any, ...]:
+def value_and_gradients(
+    function: Callable, q: Any, k: Any, v: Any, cotangent: Any, **static: Any
+) -> tuple[Any, ...]:
     out, vjp = jax.vjp(lambda *a: function(*a, **static), q, k, v)
     return out, *vjp(cotangent)
 
@@ -45,21 +51,32 @@ def check(got: tuple[Any, ...], want: tuple[np.ndarray, ...], tolerance: float) 
     """Each of output, dq, dk, dv within tolerance of its largest entry."""
     for name, mine, theirs in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         error, size = np.abs(np.asarray(mine, np.float64) - theirs), np.abs(theirs).max()
-        print(f"  {name:3}: |difference| at most {error.max():.1e}, {error.mean():.1e} in the mean, of {size:.1e}")
+        print(
+            f"  {name:3}: |difference| at most {error.max():.1e}, {error.mean():.1e} in the mean,"
+            f" of {size:.1e}"
+        )
         assert error.max() <= tolerance * size, name
 
 
 def expected(q: Any, k: Any, v: Any, cotangent: Any, **static: Any) -> tuple[np.ndarray, ...]:
-    return reference.attention(q, k, v, **static), *reference.gradients(q, k, v, cotangent, **static)
+    return reference.attention(q, k, v, **static), *reference.gradients(
+        q, k, v, cotangent, **static
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestImplementation:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("exclusive", [False, True])
-    def test_equals_the_definition(self, implementation: str, shape: tuple[int, ...], exclusive: bool) -> None:
+    def test_equals_the_definition(
+        self, implementation: str, shape: tuple[int, ...], exclusive: bool
+    ) -> None:
         arrays, static = draw(shape), {"exclusive": exclusive, "scale": 0.3}
-        check(value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static), expected(*arrays, **static), 3e-6)
+        check(
+            value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static),
+            expected(*arrays, **static),
+            3e-6,
+        )
 
     def test_bfloat16_is_rounded_as_inputs_and_outputs_are(self, implementation: str) -> None:
         arrays, static = draw((1, 37, 4, 2, 32)), {"exclusive": True, "scale": 32**-0.5}
@@ -70,7 +87,9 @@ class TestImplementation:
 
     @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-13, 1e-11, 1e-6])
     def test_values_near_zero(self, implementation: str, scale: float) -> None:
-        """|v| above and below the floor of the norm, at some positions; the first sees only itself."""
+        """|v| above and below the floor of the norm, at some positions; the first sees only
+        itself.
+        """
         (q, k, v, cotangent), static = draw((1, 6, 2, 1, 8)), {"exclusive": True, "scale": 0.3}
         v[:, [0, 3]] *= np.float32(scale)
         got = value_and_gradients(IMPLEMENTATIONS[implementation], q, k, v, cotangent, **static)
@@ -88,25 +107,37 @@ class TestImplementation:
         np.testing.assert_array_equal(run(q, k, v)[:, :20], first[:, :20])
 
     def test_large_scores(self, implementation: str) -> None:
-        """Products of some thousands: an exponential without the maximum taken away would overflow."""
+        """Products of some thousands: an exponential without the maximum taken away would
+        overflow.
+        """
         arrays, static = draw((1, 21, 2, 2, 8)), {"exclusive": False, "scale": 700.0}
-        check(value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static), expected(*arrays, **static), 1e-3)
+        check(
+            value_and_gradients(IMPLEMENTATIONS[implementation], *arrays, **static),
+            expected(*arrays, **static),
+            1e-3,
+        )
 
     @pytest.mark.slow
     def test_vmap_checkpoint_and_shard_map(self, implementation: str) -> None:
         q, k, v, cotangent = draw((8, 19, 4, 2, 8))
         function = partial(IMPLEMENTATIONS[implementation], exclusive=True, scale=0.3)
 
-        def gradients(q: Any, k: Any, v: Any, cotangent: Any, function: Callable = function) -> tuple[Any, ...]:
+        def gradients(
+            q: Any, k: Any, v: Any, cotangent: Any, function: Callable = function
+        ) -> tuple[Any, ...]:
             out, vjp = jax.vjp(function, q, k, v)
             return out, *vjp(cotangent)
 
         want = jax.jit(gradients)(q, k, v, cotangent)
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         rows = PartitionSpec("data")
-        sharded = jax.shard_map(gradients, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        sharded = jax.shard_map(
+            gradients, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+        )
         pairs = [array.reshape(4, 2, *array.shape[1:]) for array in (q, k, v, cotangent)]
-        batched = [array.reshape(8, *array.shape[2:]) for array in jax.jit(jax.vmap(gradients))(*pairs)]
+        batched = [
+            array.reshape(8, *array.shape[2:]) for array in jax.jit(jax.vmap(gradients))(*pairs)
+        ]
         again = jax.jit(partial(gradients, function=jax.checkpoint(function)))(q, k, v, cotangent)
         for got in (jax.jit(sharded)(q, k, v, cotangent), batched, again):
             for mine, theirs in zip(got, want, strict=True):
@@ -129,7 +160,11 @@ def test_the_written_gradients_are_those_of_the_definition(exclusive: bool) -> N
             def loss(change: float, which: int = which, index: tuple[int, ...] = index) -> float:
                 changed = [array.copy() for array in inputs]
                 changed[which][index] += change
-                return float(np.sum(cotangent * reference.attention(*changed, exclusive=exclusive, scale=0.7)))
+                return float(
+                    np.sum(
+                        cotangent * reference.attention(*changed, exclusive=exclusive, scale=0.7)
+                    )
+                )
 
             slope = (loss(step) - loss(-step)) / (2 * step)
             assert abs(slope - gradient[index]) <= (1e3 if small else 1e-8)
@@ -138,7 +173,9 @@ def test_the_written_gradients_are_those_of_the_definition(exclusive: bool) -> N
 def test_equals_jax_nn() -> None:
     """Another library's attention, and its gradients."""
     arrays = draw((2, 33, 6, 3, 16))
-    library = value_and_gradients(partial(jax.nn.dot_product_attention, is_causal=True), *arrays, scale=0.2)
+    library = value_and_gradients(
+        partial(jax.nn.dot_product_attention, is_causal=True), *arrays, scale=0.2
+    )
     got = value_and_gradients(IMPLEMENTATIONS["xla"], *arrays, exclusive=False, scale=0.2)
     check(got, tuple(np.asarray(array, np.float64) for array in library), 3e-6)
 
@@ -149,14 +186,18 @@ def test_masked_attention_of_one_position_is_its_row() -> None:
     position = np.array([0, 4, 8])
     rows = np.arange(3)
     mask = np.arange(9)[None, None, :] <= position[:, None, None]
-    got = xsa.masked_attention(jnp.asarray(q[rows, position][:, None]), k, v, jnp.asarray(mask), scale=0.3)
+    got = xsa.masked_attention(
+        jnp.asarray(q[rows, position][:, None]), k, v, jnp.asarray(mask), scale=0.3
+    )
     want = reference.attention(q, k, v, exclusive=False, scale=0.3)[rows, position]
     np.testing.assert_allclose(got[:, 0], want, atol=2e-6)
 
 
 def test_exclusion_is_orthogonal_to_the_own_value() -> None:
     q, k, v, _ = draw((1, 9, 4, 2, 8))
-    out = np.asarray(xsa.attention(q, k, v, exclusive=True, scale=0.3, implementation="xla"), np.float64)
+    out = np.asarray(
+        xsa.attention(q, k, v, exclusive=True, scale=0.3, implementation="xla"), np.float64
+    )
     np.testing.assert_allclose(np.sum(out * np.repeat(v, 2, axis=2), -1), 0, atol=1e-5)
 
 

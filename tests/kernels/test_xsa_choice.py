@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-
-from kernels import dispatch, xsa
-from kernels.dispatch import CannotServe, Device
-from kernels.xsa import api
+from sngpt_kernels import dispatch, xsa
+from sngpt_kernels.dispatch import CannotServe, Device
+from sngpt_kernels.xsa import api
 
 CPU, ROCM = Device("cpu", "cpu"), Device("rocm", "AMD Instinct MI300X")
 H100, H200 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)), Device("cuda", "NVIDIA H200", (9, 0))
@@ -31,9 +30,19 @@ def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
         (H100, abstract(jnp.bfloat16, 256), "xla", "head sizes of 8, 16, … 128; q has 256"),
         (H100, abstract(jnp.bfloat16, 20), "xla", "head sizes of 8, 16, … 128; q has 20"),
         (H100, abstract(jnp.float32, 64, T=512), "xla", "cudnn serves bfloat16; q is float32"),
-        (H100, abstract(jnp.float32, 64, T=1024), "pallas_triton", "xla would store 1.5 GiB of scores"),
+        (
+            H100,
+            abstract(jnp.float32, 64, T=1024),
+            "pallas_triton",
+            "xla would store 1.5 GiB of scores",
+        ),
         (H100, abstract(jnp.float32, 256, T=1024), "xla", "pallas_triton serves head sizes"),
-        (T4, abstract(jnp.bfloat16, 64, T=512), "xla", "compute capability 8.0 and later; Tesla T4 has 7.5"),
+        (
+            T4,
+            abstract(jnp.bfloat16, 64, T=512),
+            "xla",
+            "compute capability 8.0 and later; Tesla T4 has 7.5",
+        ),
     ],
 )
 def test_choice_without_a_measurement(
@@ -46,7 +55,9 @@ def test_choice_without_a_measurement(
 
 
 def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry of that device, dtype, head size, exclusion and rounded length; others stay with the default."""
+    """The entry of that device, dtype, head size, exclusion and rounded length; others stay with
+    the default.
+    """
     entry = {"bfloat16_t1024_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry if kind == H100.kind else {})
     q = abstract(jnp.bfloat16, 64)
@@ -58,11 +69,20 @@ def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert api.choose(H200, q, True)[0] == "cudnn"
 
 
-def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {f"float32_t{T}_h64": {"implementation": fastest} for T, fastest in ((512, "cudnn"), (1024, "xla"))}
+def test_a_measurement_of_what_does_not_serve_here_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = {
+        f"float32_t{T}_h64": {"implementation": fastest}
+        for T, fastest in ((512, "cudnn"), (1024, "xla"))
+    }
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table)
-    assert api.choose(H100, abstract(jnp.float32, 64, T=512), False) == ("xla", "cudnn serves bfloat16; q is float32")
-    assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "pallas_triton"  # xla would store too much
+    assert api.choose(H100, abstract(jnp.float32, 64, T=512), False) == (
+        "xla",
+        "cudnn serves bfloat16; q is float32",
+    )
+    # xla would store too much
+    assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "pallas_triton"
     monkeypatch.setattr(api, "SCORES_BYTES", 2**40)
     assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "xla"
 
@@ -70,7 +90,7 @@ def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch: 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     dispatch.announce.cache_clear()
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
-    with caplog.at_level(logging.INFO, logger="kernels"):
+    with caplog.at_level(logging.INFO, logger="sngpt_kernels"):
         for _ in range(3):
             xsa.attention(q, k, k, exclusive=True, scale=1.0)
         xsa.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
@@ -84,14 +104,36 @@ def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ("device", "implementation", "q", "reason"),
     [
         (CPU, "cudnn", abstract(jnp.bfloat16, 64), "cudnn serves NVIDIA GPUs; the device is cpu"),
-        (CPU, "pallas_triton", abstract(jnp.bfloat16, 64), "pallas_triton serves NVIDIA GPUs; the device is cpu"),
-        (ROCM, "pallas_triton", abstract(jnp.bfloat16, 64), "pallas_triton serves NVIDIA GPUs; the device is rocm"),
+        (
+            CPU,
+            "pallas_triton",
+            abstract(jnp.bfloat16, 64),
+            "pallas_triton serves NVIDIA GPUs; the device is cpu",
+        ),
+        (
+            ROCM,
+            "pallas_triton",
+            abstract(jnp.bfloat16, 64),
+            "pallas_triton serves NVIDIA GPUs; the device is rocm",
+        ),
         (H100, "cudnn", abstract(jnp.float32, 64), "cudnn serves bfloat16; q is float32"),
-        (H100, "cudnn", abstract(jnp.bfloat16, 136), "cudnn serves head sizes of 8, 16, … 128; q has 136"),
-        (H100, "pallas_triton", abstract(jnp.float32, 36), "pallas_triton serves head sizes of 8, 16, … 128; q has 36"),
+        (
+            H100,
+            "cudnn",
+            abstract(jnp.bfloat16, 136),
+            "cudnn serves head sizes of 8, 16, … 128; q has 136",
+        ),
+        (
+            H100,
+            "pallas_triton",
+            abstract(jnp.float32, 36),
+            "pallas_triton serves head sizes of 8, 16, … 128; q has 36",
+        ),
     ],
 )
-def test_cannot_serve_says_why(device: Device, implementation: Any, q: jax.Array, reason: str) -> None:
+def test_cannot_serve_says_why(
+    device: Device, implementation: Any, q: jax.Array, reason: str
+) -> None:
     def run(q: jax.Array) -> jax.Array:
         return xsa.attention(q, q, q, exclusive=True, scale=1.0, implementation=implementation)
 
@@ -101,7 +143,7 @@ def test_cannot_serve_says_why(device: Device, implementation: Any, q: jax.Array
 
 
 def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PALLAS_TRITON", "kernels.xsa.absent")
+    monkeypatch.setattr(api, "PALLAS_TRITON", "sngpt_kernels.xsa.absent")
     choice, reason = api.choose(H100, abstract(jnp.float32, 64), True)
     assert choice == "xla"
     assert "no part of this program" in reason
@@ -110,7 +152,13 @@ def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("q", "k", "v", "scale", "message"),
     [
-        ((4, 2, 8), (1, 4, 1, 8), None, 1.0, "q is float32 [4, 2, 8]; expected bfloat16 or float32 [B, T, H, h]"),
+        (
+            (4, 2, 8),
+            (1, 4, 1, 8),
+            None,
+            1.0,
+            "q is float32 [4, 2, 8]; expected bfloat16 or float32 [B, T, H, h]",
+        ),
         (
             (1, 4, 2, 8),
             (1, 5, 1, 8),
@@ -120,7 +168,13 @@ def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -
         ),
         ((1, 4, 3, 8), (1, 4, 2, 8), None, 1.0, "with K a divisor of 3"),
         ((1, 4, 2, 8), (4, 1, 8), None, 1.0, "k is float32 [4, 1, 8]"),
-        ((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), 1.0, "v is float32 [1, 4, 2, 8]; expected float32 [1, 4, 1, 8], as k"),
+        (
+            (1, 4, 2, 8),
+            (1, 4, 1, 8),
+            (1, 4, 2, 8),
+            1.0,
+            "v is float32 [1, 4, 2, 8]; expected float32 [1, 4, 1, 8], as k",
+        ),
         ((1, 4, 2, 8), (1, 4, 1, 8), None, 0.0, "scale is 0.0; expected a number above 0"),
         ((1, 4, 2, 8), (1, 4, 1, 8), None, float("inf"), "scale is inf; expected a number above 0"),
     ],
@@ -139,5 +193,8 @@ def test_bad_dtypes_and_names_are_refused() -> None:
         xsa.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)
     with pytest.raises(ValueError, match="q is int32"):
         xsa.attention(q.astype(jnp.int32), q, q, exclusive=False, scale=1.0)
-    with pytest.raises(ValueError, match="implementation is 'triton'; expected one of xla, cudnn, pallas_triton, or None"):
+    with pytest.raises(
+        ValueError,
+        match="implementation is 'triton'; expected one of xla, cudnn, pallas_triton, or None",
+    ):
         xsa.attention(q, q, q, exclusive=False, scale=1.0, implementation="triton")  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sngpt_kernels.xsa import exclude_own_value
 
-from kernels.xsa import exclude_own_value
 from tests import oracles
 
 
@@ -42,7 +42,8 @@ def test_result_is_orthogonal_to_the_groups_value(T, K, group, h, log_scale, see
     unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
     assert np.all(np.abs(np.sum(got * unit, -1)) <= 1e-6 * np.linalg.norm(y, axis=-1))
     inside = np.sum(np.asarray(y, np.float64) * unit, -1, keepdims=True) * unit
-    np.testing.assert_allclose(got + inside, y, rtol=0, atol=1e-6 * np.abs(y).max())  # nothing else is taken away
+    # nothing else is taken away
+    np.testing.assert_allclose(got + inside, y, rtol=0, atol=1e-6 * np.abs(y).max())
 
 
 def test_is_a_projection_that_knows_only_the_direction_of_v():
@@ -63,7 +64,9 @@ def test_nothing_happens_to_what_is_orthogonal_already():
 def test_value_and_gradient_are_finite_at_and_near_a_value_of_zero(scale):
     y, v = float32(*draw(np.random.default_rng(2), 3, 2, 2, 4))
     v = v.at[:, 1].multiply(scale)
-    got, grads = jax.value_and_grad(lambda y, v: jnp.sum(jnp.sin(exclude_own_value(y, v))), argnums=(0, 1))(y, v)
+    got, grads = jax.value_and_grad(
+        lambda y, v: jnp.sum(jnp.sin(exclude_own_value(y, v))), argnums=(0, 1)
+    )(y, v)
     assert np.isfinite(got)
     assert all(np.all(np.isfinite(g)) for g in grads)
     if scale == 0.0:

@@ -1,4 +1,6 @@
-"""The Pallas Triton kernels of attention as parts of a program: how often they stand in it, where they get their blocks."""
+"""The Pallas Triton kernels of attention as parts of a program: how often they stand in it, where
+they get their blocks.
+"""
 
 import re
 from collections import Counter
@@ -10,23 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from sngpt_kernels import dispatch, xsa
+from sngpt_kernels.case import Case
+from sngpt_kernels.xsa import pallas_triton, reference, specs
+from sngpt_kernels.xsa.pallas_tiles import Blocks, Config
 
-from kernels import dispatch, targets, xsa
-from kernels.case import Case
-from kernels.xsa import pallas_triton, reference, specs
-from kernels.xsa.pallas_tiles import Blocks, Config
+from sngpt_jax.ahead import targets
 
 H100 = targets.find("h100").device
 
 
 def kernels_of_gradients(exclusive: bool, wrap: Callable) -> Counter[str]:
-    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is lowered for them."""
+    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is
+    lowered for them.
+    """
     target = targets.find("h100")
     gpu = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
-    mesh = AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu)
+    mesh = AbstractMesh(
+        (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu
+    )
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(xsa.attention(q, k, v, exclusive=exclusive, scale=0.125, implementation="pallas_triton") ** 2)
+        return jnp.sum(
+            xsa.attention(q, k, v, exclusive=exclusive, scale=0.125, implementation="pallas_triton")
+            ** 2
+        )
 
     def step(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         value, gradients = jax.value_and_grad(wrap(loss), argnums=(0, 1, 2))(*arrays)
@@ -51,7 +61,11 @@ def test_gradients_are_of_these_kernels(exclusive: bool) -> None:
 def test_blocks_are_those_of_the_devices_table(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = {"queries": 32, "keys": 64, "num_warps": 2, "num_stages": 1}
     entry = {"config": {"forward": blocks, "keys_values": blocks, "queries": blocks}}
-    monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {"float32_t128_h64": entry} if kind == H100.kind else {})
+    monkeypatch.setattr(
+        dispatch,
+        "tuned",
+        lambda package, kind: {"float32_t128_h64": entry} if kind == H100.kind else {},
+    )
     dtype, tuned = jnp.dtype(jnp.float32), Blocks(32, 64, 2, 1)
     with dispatch.targeting(H100):
         assert Config.of(dtype, 100, 64, exclusive=False) == Config(tuned, tuned, tuned)
@@ -60,17 +74,27 @@ def test_blocks_are_those_of_the_devices_table(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("blocks", "length"), [((16, 32), 1), ((32, 16), 16), ((16, 32), 31), ((32, 16), 64), ((16, 32), 65), ((64, 16), 65)]
+    ("blocks", "length"),
+    [((16, 32), 1), ((32, 16), 16), ((16, 32), 31), ((32, 16), 64), ((16, 32), 65), ((64, 16), 65)],
 )
 def test_any_tiles_and_lengths(blocks: tuple[int, int], length: int) -> None:
-    """Tiles longer than the text, as long as it, and that divide it or do not; forward and backward."""
+    """Tiles longer than the text, as long as it, and that divide it or do not; forward and
+    backward.
+    """
     rng = np.random.default_rng(length)
-    q, k, v, cotangent = (rng.normal(size=(1, length, heads, 16)).astype(np.float32) for heads in (2, 1, 1, 2))
+    q, k, v, cotangent = (
+        rng.normal(size=(1, length, heads, 16)).astype(np.float32) for heads in (2, 1, 1, 2)
+    )
     config = Config(*(Blocks(*blocks, 4, 2),) * 3)
 
     @jax.jit
     def run(q: Any, k: Any, v: Any, cotangent: Any) -> tuple[jax.Array, ...]:
-        out, vjp = jax.vjp(lambda *a: pallas_triton.attention(*a, True, 0.3, config=config, interpret=True), q, k, v)
+        out, vjp = jax.vjp(
+            lambda *a: pallas_triton.attention(*a, True, 0.3, config=config, interpret=True),
+            q,
+            k,
+            v,
+        )
         return out, *vjp(cotangent)
 
     want = (
@@ -78,7 +102,9 @@ def test_any_tiles_and_lengths(blocks: tuple[int, int], length: int) -> None:
         *reference.gradients(q, k, v, cotangent, exclusive=True, scale=0.3),
     )
     for mine, theirs in zip(run(q, k, v, cotangent), want, strict=True):
-        print(f"|difference| at most {np.abs(mine - theirs).max():.1e} of {np.abs(theirs).max():.1e}")
+        print(
+            f"|difference| at most {np.abs(mine - theirs).max():.1e} of {np.abs(theirs).max():.1e}"
+        )
         np.testing.assert_allclose(mine, theirs, atol=4e-6 * max(1, np.abs(theirs).max()))
 
 
@@ -87,8 +113,11 @@ def test_cases_are_real_shapes(case: Case) -> None:
     """Every implementation takes them, and gives the shapes that the costs count."""
     arguments = case.abstract()
     with dispatch.targeting(H100):
-        for implementation in set(case.implementations) - {"cudnn"}:  # which asks for a GPU while it is traced
-            out = jax.eval_shape(lambda *a, name=implementation: case.run(*a, implementation=name), *arguments)
+        # which asks for a GPU while it is traced
+        for implementation in set(case.implementations) - {"cudnn"}:
+            out = jax.eval_shape(
+                lambda *a, name=implementation: case.run(*a, implementation=name), *arguments
+            )
             assert out == arguments[0]
     size = sum(array.size * array.dtype.itemsize for array in (arguments[0], *arguments))
     assert case.forward.bytes == size

@@ -1,4 +1,6 @@
-"""A small operation with a Pallas Triton kernel, which the commands' tests inspect and time: x @ w for x [1024, 64]."""
+"""A small operation with a Pallas Triton kernel, which the commands' tests inspect and time: x @ w
+for x [1024, 64].
+"""
 
 from typing import Any
 
@@ -7,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-
-from kernels.case import Case, Cost
-from kernels.dispatch import CannotServe, current_device
+from sngpt_kernels.case import Case, Cost
+from sngpt_kernels.dispatch import CannotServe, current_device
 
 ROWS, WIDTH, BLOCK = 1024, 64, 64
 
@@ -32,20 +33,27 @@ def _pallas(x: jax.Array, w: jax.Array) -> jax.Array:
     )(x, w)
 
 
-_pallas.defvjp(lambda x, w: (_pallas(x, w), (x, w)), lambda saved, dy: (_pallas(dy, saved[1].T), saved[0].T @ dy))
+_pallas.defvjp(
+    lambda x, w: (_pallas(x, w), (x, w)),
+    lambda saved, dy: (_pallas(dy, saved[1].T), saved[0].T @ dy),
+)
 
 
 def run(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
     if implementation == "xla":
         return x @ w
     if current_device().platform != "cuda":
-        raise CannotServe(f"{implementation} serves NVIDIA GPUs; the device is {current_device().platform}")
+        raise CannotServe(
+            f"{implementation} serves NVIDIA GPUs; the device is {current_device().platform}"
+        )
     return _pallas(x, w)
 
 
 def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     of_x, of_w = jax.random.split(key)
-    return jax.random.normal(of_x, (ROWS, WIDTH), jnp.bfloat16), jax.random.normal(of_w, (WIDTH, WIDTH), jnp.bfloat16)
+    return jax.random.normal(of_x, (ROWS, WIDTH), jnp.bfloat16), jax.random.normal(
+        of_w, (WIDTH, WIDTH), jnp.bfloat16
+    )
 
 
 def reference(x: np.ndarray, w: np.ndarray) -> np.ndarray:

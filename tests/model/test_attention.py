@@ -7,19 +7,16 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model.attention import (
-    Attention,
-    apply_rotary,
-    make_positions,
-    rotary_tables,
-)
+from sngpt_jax.model.attention import Attention, apply_rotary, make_positions, rotary_tables
 from tests import oracles
 
 
 @pytest.mark.parametrize("base", [100.0, 10_000.0])
 def test_rotary_equals_complex_rotation(base):
     x = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
-    got = apply_rotary(jnp.asarray(x, jnp.float32), [table[None] for table in rotary_tables(12, 8, base)])
+    got = apply_rotary(
+        jnp.asarray(x, jnp.float32), [table[None] for table in rotary_tables(12, 8, base)]
+    )
     np.testing.assert_allclose(got, oracles.rotary(x, 8, base), atol=2e-6)
 
 
@@ -41,12 +38,17 @@ def test_whole_layer_equals_the_oracle():
     layer.out[...] = jnp.asarray(rng.normal(size=(24, 24)), jnp.float32)
     layer.q_gain[...] = jnp.asarray([0.5, 1.0, 1.5, 2.0])
     x = rng.normal(size=(2, 7, 24))
-    wq, wk, wv, wo = (np.asarray(w[...], np.float64) for w in (layer.query, layer.key, layer.value, layer.out))
+    wq, wk, wv, wo = (
+        np.asarray(w[...], np.float64) for w in (layer.query, layer.key, layer.value, layer.out)
+    )
 
     def normed(a):
         return a / np.sqrt(np.mean(a**2, -1, keepdims=True) + config.norm_eps)
 
-    q = oracles.rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 6, 1e4) * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
+    q = (
+        oracles.rotary(normed((x @ wq).reshape(2, 7, 4, 6)), 6, 1e4)
+        * np.array([0.5, 1.0, 1.5, 2.0])[:, None]
+    )
     k = oracles.rotary(normed((x @ wk).reshape(2, 7, 2, 6)), 6, 1e4)
     want = oracles.attend(q, k, (x @ wv).reshape(2, 7, 2, 6)).reshape(2, 7, 24) @ wo
     got, value = layer(jnp.asarray(x, jnp.float32), make_positions(config, 7))

@@ -1,4 +1,6 @@
-"""Smear, bigram hashes and value embeddings: formulas, the integers exactly, causality, and where each does nothing."""
+"""Smear, bigram hashes and value embeddings: formulas, the integers exactly, causality, and where
+each does nothing.
+"""
 
 import dataclasses
 
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.model.embeddings import BigramHash, SmearGate, ValueEmbedding, hash_sum, hash_xor
-from sngpt_jax.step import losses
+from sngpt_jax.model.forward import losses
 from tests import oracles
 from tests.model.test_techniques import (
     BIGRAM,
@@ -41,7 +43,9 @@ def smear_of(masked):
 def test_smear_equals_the_formula(masked):
     fn, params = smear_of(masked)
     starts = TOKENS == TINY.bos_id if masked else None
-    oracles.check(lambda p, x: fn(p, x, TOKENS), lambda p, x: oracles.smear(x, p["gate"], starts), params, X)
+    oracles.check(
+        lambda p, x: fn(p, x, TOKENS), lambda p, x: oracles.smear(x, p["gate"], starts), params, X
+    )
 
 
 def test_gate_is_the_share_of_the_previous_position():
@@ -56,13 +60,17 @@ def test_gate_is_the_share_of_the_previous_position():
 def test_a_masked_document_takes_nothing_from_the_one_before():
     fn, params = smear_of(True)
     out = fn(params, jnp.asarray(X, jnp.float32), TOKENS)
-    np.testing.assert_allclose(out[:, 4], (1 - oracles.sigmoid(np.asarray(params["gate"]))) * X[:, 4], rtol=1e-5)
+    np.testing.assert_allclose(
+        out[:, 4], (1 - oracles.sigmoid(np.asarray(params["gate"]))) * X[:, 4], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_smear_reads_its_own_and_the_previous_position_alone(masked):
     fn, params = smear_of(masked)
-    jacobian = jax.jacobian(lambda x: fn(params, x, TOKENS[:1])[0].sum(-1))(jnp.asarray(X[:1], jnp.float32))
+    jacobian = jax.jacobian(lambda x: fn(params, x, TOKENS[:1])[0].sum(-1))(
+        jnp.asarray(X[:1], jnp.float32)
+    )
     reads = np.any(jacobian[:, 0] != 0, axis=-1)  # [T out, T in]
     T = TOKENS.shape[1]
     want = np.eye(T, dtype=bool) | np.eye(T, k=-1, dtype=bool)
@@ -73,8 +81,13 @@ def test_smear_reads_its_own_and_the_previous_position_alone(masked):
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
 def test_model_with_a_closed_smear_is_the_plain_one(order):
-    params = {**random_params(changed(smear=order)), "smear": {"gate": jnp.full(TINY.d_model, -200.0)}}
-    np.testing.assert_allclose(logits(changed(smear=order), params), logits(TINY), rtol=0, atol=1e-5)
+    params = {
+        **random_params(changed(smear=order)),
+        "smear": {"gate": jnp.full(TINY.d_model, -200.0)},
+    }
+    np.testing.assert_allclose(
+        logits(changed(smear=order), params), logits(TINY), rtol=0, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------- bigram
@@ -134,7 +147,9 @@ def test_hash_reads_its_own_and_the_previous_token_in_their_order(ours, oracle):
     assert ours(jnp.asarray([[2, 9]]), 4096)[0, 1] != ours(jnp.asarray([[9, 2]]), 4096)[0, 1]
 
 
-@pytest.mark.parametrize("fields", [{}, {"bigram_hash": "sum"}, {"bigram_hash": "sum", "bigram_scale_init": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"bigram_hash": "sum"}, {"bigram_hash": "sum", "bigram_scale_init": 0.0}]
+)
 def test_bigram_equals_the_formula(fields):
     config = changed(**BIGRAM, **fields)
     fn, params = functional(BigramHash(config, **RNGS))
@@ -182,7 +197,10 @@ def test_value_embedding_equals_the_formula():
 def test_model_with_a_silent_value_embedding_is_the_plain_one(silenced):
     config = changed(**VALUE_EMBED)
     params = random_params(config)
-    params["value_embed"] = {**params["value_embed"], silenced: 0.0 * params["value_embed"][silenced]}
+    params["value_embed"] = {
+        **params["value_embed"],
+        silenced: 0.0 * params["value_embed"][silenced],
+    }
     np.testing.assert_allclose(logits(config, params), logits(TINY), rtol=0, atol=1e-5)
 
 
@@ -191,8 +209,14 @@ def test_each_scale_belongs_to_its_layer():
     config = changed(**VALUE_EMBED)
     params = random_params(config)
     for j, other in ((0, 1), (1, 3)):
-        silent = {**params["value_embed"], "layer_scale": params["value_embed"]["layer_scale"].at[j].set(0.0)}
-        alone = {**params["value_embed"], "layer_scale": params["value_embed"]["layer_scale"][1 - j][None]}
+        silent = {
+            **params["value_embed"],
+            "layer_scale": params["value_embed"]["layer_scale"].at[j].set(0.0),
+        }
+        alone = {
+            **params["value_embed"],
+            "layer_scale": params["value_embed"]["layer_scale"][1 - j][None],
+        }
         single = dataclasses.replace(config, value_embed_layers=(other,))
         np.testing.assert_allclose(
             logits(config, {**params, "value_embed": silent}),

@@ -9,17 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sngpt_kernels.dispatch import Device, targeting
 
-from kernels.dispatch import Device, targeting
 from sngpt_jax.config import ModelConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.model import layers
+from sngpt_jax.model.forward import forward, init_params, losses
 from sngpt_jax.model.gpt import GPT
-from sngpt_jax.recipe import load
-from sngpt_jax.step import forward, init_params, losses
 from tests import oracles
 
 TINY = ModelConfig(
-    vocab_size=61, num_layers=5, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=16, compute_dtype="float32"
+    vocab_size=61,
+    num_layers=5,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    max_seq_len=16,
+    compute_dtype="float32",
 )
 
 
@@ -32,7 +39,9 @@ def random_params(config, seed=0):
     shapes = init_params(config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves])
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves]
+    )
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
@@ -65,21 +74,30 @@ def equations(jaxpr):
 
 
 def test_bfloat16_keeps_softmax_statistics_and_logits_in_float32():
-    """In a bfloat16 model the products alone are bfloat16: exponentials, square roots and the head's result are not."""
+    """In a bfloat16 model the products alone are bfloat16: exponentials, square roots and the
+    head's result are not.
+    """
     half = changed(compute_dtype="bfloat16")
-    jaxpr = jax.make_jaxpr(losses(half))(random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32))
+    jaxpr = jax.make_jaxpr(losses(half))(
+        random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32)
+    )
     seen = {}
     for equation in equations(jaxpr.jaxpr):
         if equation.primitive.name in ("exp", "rsqrt", "tanh", "log", "dot_general"):
             dtypes = seen.setdefault(equation.primitive.name, set())
             dtypes.add(equation.invars[0].aval.dtype.name)
-        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape[-1] == half.vocab_size:
+        if (
+            equation.primitive.name == "dot_general"
+            and equation.outvars[0].aval.shape[-1] == half.vocab_size
+        ):
             assert equation.outvars[0].aval.dtype == jnp.float32
     assert seen.pop("dot_general") == {"bfloat16"}
     assert seen == {name: {"float32"} for name in ("exp", "rsqrt", "tanh", "log")}
 
 
-@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")])
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16"), ("tpu", "bfloat16")]
+)
 def test_auto_dtype_is_that_of_the_device(platform, dtype):
     with targeting(Device(platform, "any")):
         assert layers.compute_dtype(changed(compute_dtype="auto")) == jnp.dtype(dtype)
@@ -129,10 +147,16 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(AssertionError):
         forward(TINY)(random_params(TINY), jnp.zeros(8, jnp.int32))
     with pytest.raises(AssertionError):
-        losses(TINY)(random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 7), jnp.int32))
+        losses(TINY)(
+            random_params(TINY), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 7), jnp.int32)
+        )
 
 
 def test_blocks_are_named_in_the_program():
-    text = jax.jit(forward(TINY)).lower(random_params(TINY), jnp.zeros((1, 8), jnp.int32)).as_text(debug_info=True)
+    text = (
+        jax.jit(forward(TINY))
+        .lower(random_params(TINY), jnp.zeros((1, 8), jnp.int32))
+        .as_text(debug_info=True)
+    )
     for scope in ("embed", "block_0/attention", "block_4/mlp", "head"):
         assert scope in text

@@ -1,4 +1,6 @@
-"""Initial values: their spectra and distributions, and which parameter of the model starts from which."""
+"""Initial values: their spectra and distributions, and which parameter of the model starts from
+which.
+"""
 
 import math
 
@@ -28,7 +30,9 @@ def test_orthogonal_rows_or_columns(shape, gain):
 
 
 def test_orthogonal_matrices_are_spread_over_all_rotations():
-    """Haar measure: entries of mean 0 and variance 1/n; a QR without its sign correction has a biased diagonal."""
+    """Haar measure: entries of mean 0 and variance 1/n; a QR without its sign correction has a
+    biased diagonal.
+    """
     many = np.stack([init.orthogonal(key, (4, 4)) for key in jax.random.split(KEY, 200)])
     assert np.abs(many.mean(0)).max() < 5 * 0.5 / math.sqrt(200)
     np.testing.assert_allclose((many**2).mean(0), 0.25, atol=0.09)
@@ -79,7 +83,10 @@ def recycled(**fields):
 def test_matrices_of_an_orthogonal_model():
     params = recycled(bigram_proj_gain=0.25)
     for block in params["blocks"].values():
-        for matrix in (*(block["attn"][name] for name in ("query", "key", "value")), block["mlp"]["up"]):
+        for matrix in (
+            *(block["attn"][name] for name in ("query", "key", "value")),
+            block["mlp"]["up"],
+        ):
             np.testing.assert_allclose(singular_values(matrix), 1.0, rtol=1e-5)
     np.testing.assert_allclose(singular_values(params["bigram"]["proj"]), 0.25, rtol=1e-5)
     np.testing.assert_allclose(singular_values(params["value_embed"]["proj"]), 1.0, rtol=1e-5)
@@ -102,13 +109,20 @@ def test_matrices_of_a_uniform_model():
 
 def test_no_two_matrices_start_alike():
     params = recycled()
-    found = [np.asarray(leaf) for leaf in jax.tree.leaves(params) if leaf.ndim == 2 and np.std(leaf, axis=1).any()]
+    found = [
+        np.asarray(leaf)
+        for leaf in jax.tree.leaves(params)
+        if leaf.ndim == 2 and np.std(leaf, axis=1).any()
+    ]
     assert len(found) == 4 * 4 + 4
     assert len({leaf.tobytes() for leaf in found}) == len(found)
 
 
 def test_scales_and_tables():
-    config = changed(**{**STACKS["12l_recycled"], "value_embed_dim": 400, "bigram_dim": 400}, bigram_scale_init=0.07)
+    config = changed(
+        **{**STACKS["12l_recycled"], "value_embed_dim": 400, "bigram_dim": 400},
+        bigram_scale_init=0.07,
+    )
     params = initial_params(config)
     attn = params["blocks"][2]["attn"]
     constant = {
@@ -130,13 +144,17 @@ def test_scales_and_tables():
     for name, (leaf, shape, value) in constant.items():
         assert leaf.shape == shape and leaf.dtype == jnp.float32, name
         np.testing.assert_array_equal(leaf, np.float32(value), err_msg=name)
-    assert set(params["blocks"]) == {0, 1, 2, 3} and all("value_mix" in b["attn"] for b in params["blocks"].values())
+    assert set(params["blocks"]) == {0, 1, 2, 3} and all(
+        "value_mix" in b["attn"] for b in params["blocks"].values()
+    )
     table = params["value_embed"]["table"]
     assert np.std(table) == pytest.approx(0.01, rel=0.03) and abs(np.mean(table)) < 4e-4
 
 
 def test_a_bigram_table_may_start_at_random():
-    table = initial_params(changed(bigram_buckets=200, bigram_dim=100, bigram_init_std=1.0))["bigram"]["table"]
+    table = initial_params(changed(bigram_buckets=200, bigram_dim=100, bigram_init_std=1.0))[
+        "bigram"
+    ]["table"]
     assert np.std(table) == pytest.approx(1.0, rel=0.02)
 
 
@@ -144,13 +162,17 @@ def test_embedding_has_the_stated_spread_or_spectrum():
     config = changed(vocab_size=400, embed_init_std=0.02)
     plain = initial_params(config)["embed"]["table"]
     assert np.std(plain) == pytest.approx(0.02, rel=0.03)
-    overtone = initial_params(changed(vocab_size=400, embed_init_std=0.02, embed_init="overtone"))["embed"]["table"]
+    overtone = initial_params(changed(vocab_size=400, embed_init_std=0.02, embed_init="overtone"))[
+        "embed"
+    ]["table"]
     np.testing.assert_allclose(overtone, oracles.overtone(np.asarray(plain, np.float64)), atol=1e-6)
 
 
 def test_residual_mixing_starts_as_the_identity_or_by_phase():
     for layer, block in initial_params(TINY)["blocks"].items():
-        np.testing.assert_array_equal(block["resid_mix"], np.repeat([[1.0], [0.0]], 24, axis=1), err_msg=str(layer))
+        np.testing.assert_array_equal(
+            block["resid_mix"], np.repeat([[1.0], [0.0]], 24, axis=1), err_msg=str(layer)
+        )
     for layer, block in initial_params(changed(resid_mix_init="phase"))["blocks"].items():
         want = np.repeat(oracles.phase_mix(layer, 4)[:, None], 24, axis=1)
         np.testing.assert_allclose(block["resid_mix"], want, rtol=1e-6)

@@ -1,4 +1,6 @@
-"""The head's cross-entropy, whole and in chunks: values and gradients against float64, precision, and what exists at a time."""
+"""The head's cross-entropy, whole and in chunks: values and gradients against float64, precision,
+and what exists at a time.
+"""
 
 import functools
 
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.model.loss import READINGS, logits, mean_loss, token_losses, token_readings
-from sngpt_jax.parallel import make_mesh
 from tests.oracles import check
 
 B, T, D, V = 3, 7, 8, 29
@@ -31,7 +33,9 @@ def numpy_losses(x, table, targets, cap):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def value_and_grad(x, table, targets, cap, chunk):
-    return jax.value_and_grad(lambda x, table: mean_loss(x, table, targets, cap=cap, chunk=chunk), argnums=(0, 1))(x, table)
+    return jax.value_and_grad(
+        lambda x, table: mean_loss(x, table, targets, cap=cap, chunk=chunk), argnums=(0, 1)
+    )(x, table)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -43,7 +47,8 @@ def test_logits_are_the_capped_product_with_the_table(cap):
     assert logits(jnp.asarray(x, jnp.bfloat16), table, cap).dtype == jnp.float32
 
 
-# of the 21 tokens: all at once, all in one chunk, equal chunks, an incomplete last one, one that minimal padding evens out
+# of the 21 tokens: all at once, all in one chunk, equal chunks, an incomplete last one, one that
+# minimal padding evens out
 @pytest.mark.parametrize("chunk", [0, 21, 1000, 7, 1, 4, 15])
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_values_and_gradients(cap, chunk):
@@ -51,7 +56,9 @@ def test_values_and_gradients(cap, chunk):
     of_tokens = functools.partial(token_losses, targets_BT=targets, cap=cap, chunk=chunk)
     check(of_tokens, lambda x, table: numpy_losses(x, table, targets, cap), x, table)
     of_all = functools.partial(mean_loss, targets_BT=targets, cap=cap, chunk=chunk)
-    check(of_all, lambda x, table: np.asarray(numpy_losses(x, table, targets, cap).mean()), x, table)
+    check(
+        of_all, lambda x, table: np.asarray(numpy_losses(x, table, targets, cap).mean()), x, table
+    )
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -69,12 +76,16 @@ def test_chunks_change_nothing_but_rounding(cap):
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_bfloat16_is_as_exact_as_the_plain_form(cap):
-    """Over so many tokens that a mean taken in bfloat16, or a bfloat16 sum over chunks, would be seen."""
+    """Over so many tokens that a mean taken in bfloat16, or a bfloat16 sum over chunks, would be
+    seen.
+    """
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.normal(size=(4, 128, 32)), jnp.bfloat16)
     table = jnp.asarray(0.3 * rng.normal(size=(61, 32)), jnp.float32)
     targets = rng.integers(0, 61, (4, 128))
-    exact, exact_grads = value_and_grad(x.astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32), targets, cap, 0)
+    exact, exact_grads = value_and_grad(
+        x.astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32), targets, cap, 0
+    )
     loss, grads = value_and_grad(x, table, targets, cap, 24)
 
     def plain(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -94,7 +105,9 @@ def test_bfloat16_is_as_exact_as_the_plain_form(cap):
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_gradients_follow_the_cotangent(chunk):
     x, table, targets = arrays()
-    tripled = jax.grad(lambda x, table: 3 * mean_loss(x, table, targets, cap=3.0, chunk=chunk), argnums=(0, 1))(x, table)
+    tripled = jax.grad(
+        lambda x, table: 3 * mean_loss(x, table, targets, cap=3.0, chunk=chunk), argnums=(0, 1)
+    )(x, table)
     for got, want in zip(tripled, value_and_grad(x, table, targets, 3.0, chunk)[1], strict=True):
         np.testing.assert_allclose(got, 3 * want, rtol=1e-5, atol=1e-7)
 
@@ -108,7 +121,8 @@ def test_extreme_logits_stay_finite(cap):
     assert want > (1e4 if not cap else 10)
     for got, plain in zip(grads, value_and_grad(x, table, targets, cap, 0)[1], strict=True):
         assert np.all(np.isfinite(got))
-        # where the cap saturates, its derivative is the rounding of 1 - tanh², so that little is left to agree on
+        # where the cap saturates, its derivative is the rounding of 1 - tanh², so that little is
+        # left to agree on
         np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
 
 
@@ -117,9 +131,13 @@ def test_extreme_logits_stay_finite(cap):
 def test_readings_of_each_distribution(cap, chunk):
     x, table, targets = arrays()
     hints = np.random.default_rng(9).integers(0, V, (B, T))
-    found = jax.jit(functools.partial(token_readings, readings=READINGS, cap=cap, chunk=chunk))(x, table, targets, hints)
+    found = jax.jit(functools.partial(token_readings, readings=READINGS, cap=cap, chunk=chunk))(
+        x, table, targets, hints
+    )
     everywhere = np.broadcast_to(np.arange(V), (B, T, V))
-    log_p = -np.stack([numpy_losses(x.astype(np.float64), table, everywhere[..., v], cap) for v in range(V)], -1)
+    log_p = -np.stack(
+        [numpy_losses(x.astype(np.float64), table, everywhere[..., v], cap) for v in range(V)], -1
+    )
     want = {
         "nll": numpy_losses(x.astype(np.float64), table, targets, cap),
         "greedy": log_p.argmax(-1) == targets,
@@ -136,7 +154,9 @@ def sizes(jaxpr):
     """Elements of every value that a program makes, those of its loops' bodies included."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from sizes(inner)
@@ -144,8 +164,13 @@ def sizes(jaxpr):
 
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_logits_of_all_tokens_never_exist(differentiated):
-    rows, V = 8, 1000  # the head is the widest part by far: 56 tokens of 8 numbers, a table of 8000, logits of 56,000
-    x, table, targets = np.ones((rows, T, D), np.float32), np.ones((V, D), np.float32), np.zeros((rows, T), np.int32)
+    # the head is the widest part by far: 56 tokens of 8 numbers, a table of 8000, logits of 56,000
+    rows, V = 8, 1000
+    x, table, targets = (
+        np.ones((rows, T, D), np.float32),
+        np.ones((V, D), np.float32),
+        np.zeros((rows, T), np.int32),
+    )
 
     def largest(function, chunk):
         def scalar(x, table):
@@ -164,16 +189,23 @@ def test_the_backward_pass_recomputes_no_logits():
     x, table, targets = arrays()
 
     def products(chunk):
-        gradient = jax.grad(lambda x, table: mean_loss(x, table, targets, cap=3.0, chunk=chunk), argnums=(0, 1))
+        gradient = jax.grad(
+            lambda x, table: mean_loss(x, table, targets, cap=3.0, chunk=chunk), argnums=(0, 1)
+        )
         return str(jax.make_jaxpr(gradient)(x, table)).count(" dot_general[")
 
     assert products(4) == products(0) == 3
 
 
 def test_inside_scan_checkpoint_and_shard_map():
-    """As a training step has it: microbatches in a loop, one part of them on each device, under rematerialization."""
+    """As a training step has it: microbatches in a loop, one part of them on each device, under
+    rematerialization.
+    """
     rng = np.random.default_rng(3)
-    x, table = rng.normal(size=(2, 16, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    x, table = (
+        rng.normal(size=(2, 16, T, D)).astype(np.float32),
+        rng.normal(size=(V, D)).astype(np.float32),
+    )
     targets = rng.integers(0, V, (2, 16, T))
     mesh = make_mesh()
     rows = P(None, ("data", "fsdp"))
@@ -189,7 +221,9 @@ def test_inside_scan_checkpoint_and_shard_map():
         total, _ = jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros_like(table)), (x, targets))
         return jax.lax.pmean(jax.tree.map(lambda t: t / len(x), total), ("data", "fsdp"))
 
-    step = jax.shard_map(local, mesh=mesh, in_specs=(rows, P(), rows), out_specs=P(), check_vma=False)
+    step = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, P(), rows), out_specs=P(), check_vma=False
+    )
     loss, grad = jax.jit(step)(x, table, targets)
     whole = (jnp.sin(x).reshape(-1, T, D), table, targets.reshape(-1, T))
     want, (_, want_grad) = value_and_grad(*whole, 3.0, 0)

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.model.mlp import ACTIVATIONS, MLP
-from sngpt_jax.recipe import load
 from tests import oracles
 from tests.model.test_techniques import TINY, changed, functional
 
@@ -25,11 +25,18 @@ def test_activations_by_hand():
     assert ACTIVATIONS["relu2"](h).tolist() == [0.0, 0.0, 0.0, 0.25, 4.0]
     assert ACTIVATIONS["leaky_relu2"](h).tolist() == [2.25, 0.25, 0.0, 0.25, 4.0]
     # h Φ(h), with Φ(1/2) = 0.6914625, Φ(1) = 0.8413447, Φ(2) = 0.9772499, Φ(3) = 0.9986501
-    np.testing.assert_allclose(ACTIVATIONS["gelu"](h), [-0.0040497, -0.1586553, 0.0, 0.3457312, 1.9544997], atol=1e-6)
+    np.testing.assert_allclose(
+        ACTIVATIONS["gelu"](h), [-0.0040497, -0.1586553, 0.0, 0.3457312, 1.9544997], atol=1e-6
+    )
     slopes = {name: jax.vmap(jax.grad(f))(h).tolist() for name, f in ACTIVATIONS.items()}
     # Φ(h) + h φ(h), with φ(1/2) = 0.3520653, φ(1) = 0.2419707, φ(2) = 0.0539910, φ(3) = 0.0044318
-    np.testing.assert_allclose(slopes.pop("gelu"), [-0.0119456, -0.0833155, 0.5, 0.8674952, 1.0852318], atol=1e-6)
-    assert slopes == {"relu2": [0.0, 0.0, 0.0, 1.0, 4.0], "leaky_relu2": [-1.5, -0.5, 0.0, 1.0, 4.0]}
+    np.testing.assert_allclose(
+        slopes.pop("gelu"), [-0.0119456, -0.0833155, 0.5, 0.8674952, 1.0852318], atol=1e-6
+    )
+    assert slopes == {
+        "relu2": [0.0, 0.0, 0.0, 1.0, 4.0],
+        "leaky_relu2": [-1.5, -0.5, 0.0, 1.0, 4.0],
+    }
 
 
 @pytest.mark.parametrize("name", ORACLES)

@@ -1,4 +1,6 @@
-"""The pre-norm family against a literal numpy forward pass, dense and with sparse codes, and what it starts from."""
+"""The pre-norm family against a literal numpy forward pass, dense and with sparse codes, and what
+it starts from.
+"""
 
 import dataclasses
 import math
@@ -8,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import erf
+from sngpt_kernels.cayley import reference
 
-from kernels.cayley import reference
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.cayley import sample_positions
-from sngpt_jax.step import abstract_variables, forward, init_params, losses, tapped_losses
+from sngpt_jax.model.forward import abstract_variables, forward, init_params, losses, tapped_losses
 from tests import oracles
 
 DENSE = ModelConfig(
@@ -66,7 +68,10 @@ def oracle(config, p, tokens):
         u, attn = normed(x, block["attn_norm"]), block["attn"]
         q, k, v = (heads(u @ attn[name]) for name in ("query", "key", "value"))
         if config.qk_norm:
-            q, k = oracles.rms_norm(q, config.norm_eps) * attn["q_gain"][:, None], oracles.rms_norm(k, config.norm_eps)
+            q, k = (
+                oracles.rms_norm(q, config.norm_eps) * attn["q_gain"][:, None],
+                oracles.rms_norm(k, config.norm_eps),
+            )
         if config.positions == "rotary":
             q, k = (oracles.rotary(a, config.head_dim, config.rope_base) for a in (q, k))
         x = x + oracles.attend(q, k, v).reshape(x.shape) @ attn["out"]
@@ -79,14 +84,20 @@ def oracle(config, p, tokens):
 
 
 def random_variables(config, seed=0):
-    """Variables without the zeros and ones of the start, so that every part takes part; deviations are positive."""
+    """Variables without the zeros and ones of the start, so that every part takes part; deviations
+    are positive.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         if leaf.dtype == jnp.int32:
             return jnp.zeros(leaf.shape, jnp.int32)
         name = jax.tree_util.keystr(path)
-        values = rng.uniform(0.5, 2.0, leaf.shape) if "std" in name else rng.normal(size=leaf.shape) * 0.3
+        values = (
+            rng.uniform(0.5, 2.0, leaf.shape)
+            if "std" in name
+            else rng.normal(size=leaf.shape) * 0.3
+        )
         return jnp.asarray(values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(config))
@@ -113,7 +124,10 @@ def test_logits_equal_the_oracle(name):
 
 def test_gradients_equal_the_oracles_slopes():
     oracles.check(
-        lambda p: forward(DENSE)(p, jnp.asarray(TOKENS)), lambda p: oracle(DENSE, p, TOKENS), random_variables(DENSE), tol=1e-4
+        lambda p: forward(DENSE)(p, jnp.asarray(TOKENS)),
+        lambda p: oracle(DENSE, p, TOKENS),
+        random_variables(DENSE),
+        tol=1e-4,
     )
 
 
@@ -123,7 +137,9 @@ def test_a_code_changes_the_dense_model_and_its_statistics_count():
     for name in ("mean", "std", "bias"):
         other = jax.tree.map(lambda a: a, variables)
         other["blocks"][0]["code"][name] = other["blocks"][0]["code"][name][::-1]
-        assert np.any(np.abs(jax.jit(forward(CODED))(other, jnp.asarray(TOKENS)) - logits) > 1e-3), name
+        assert np.any(
+            np.abs(jax.jit(forward(CODED))(other, jnp.asarray(TOKENS)) - logits) > 1e-3
+        ), name
 
 
 @pytest.mark.parametrize("config", [DENSE, CODED], ids=["dense", "coded"])
@@ -131,7 +147,9 @@ def test_no_position_sees_a_later_one(config):
     variables = random_variables(config)
     changed = TOKENS.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 61
-    before, after = (np.asarray(jax.jit(forward(config))(variables, jnp.asarray(t))) for t in (TOKENS, changed))
+    before, after = (
+        np.asarray(jax.jit(forward(config))(variables, jnp.asarray(t))) for t in (TOKENS, changed)
+    )
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.all(np.any(before[:, 7:] != after[:, 7:], axis=-1))
 
@@ -169,7 +187,11 @@ def test_initial_values():
         assert np.std(block["mlp"]["up"]) == pytest.approx(0.02, rel=0.05)
         for matrix in (block["attn"]["out"], block["mlp"]["down"]):
             assert np.std(matrix) == pytest.approx(0.02 / 4, rel=0.05)
-        assert np.all(block["attn_norm"] == 1) and np.all(block["mlp_norm"] == 1) and not np.any(block["code"]["bias"])
+        assert (
+            np.all(block["attn_norm"] == 1)
+            and np.all(block["mlp_norm"] == 1)
+            and not np.any(block["code"]["bias"])
+        )
         assert set(block["attn"]) == {"query", "key", "value", "out"}
         assert set(block["code"]) == {"bias"}
     assert np.std(params["embed"]["table"]) == pytest.approx(0.02, rel=0.05)
@@ -182,7 +204,9 @@ def test_positions_of_the_sample():
     key = jax.random.key(0)
     one, again, later = (sample_positions(key, jnp.int32(step), 64, 100) for step in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
-    assert one.shape == (11,) and len(set(one.tolist())) == 11 and set(one.tolist()) <= set(range(64))
+    assert (
+        one.shape == (11,) and len(set(one.tolist())) == 11 and set(one.tolist()) <= set(range(64))
+    )
     assert set(one.tolist()) != set(later.tolist())
     assert set(sample_positions(key, jnp.int32(0), 64, 4).tolist()) == set(range(64))
     assert sample_positions(key, jnp.int32(0), 1024, 1536).shape == (1,)

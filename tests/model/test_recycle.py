@@ -1,7 +1,9 @@
-"""The recycled core, and what its applications share with the blocks: the first layer's values, no value embedding.
+"""The recycled core, and what its applications share with the blocks: the first layer's values, no
+value embedding.
 
-Without skips a model of L layers that applies block i again at its hinge is the model of L + 1 layers with a copy of block i
-there. No technique may know the difference but those that count layers.
+Without skips a model of L layers that applies block i again at its hinge is the model of L + 1
+layers with a copy of block i there. No technique may know the difference but those that count
+layers.
 """
 
 import jax.numpy as jnp
@@ -30,7 +32,10 @@ def unmodulated(config):
     """Random parameters of `config` with no skips and no modulation."""
     params = random_params(config)
     params["skip_weights"] = 0.0 * params["skip_weights"]
-    params["recycle"] = {"scale": jnp.ones_like(params["recycle"]["scale"]), "bias": 0.0 * params["recycle"]["bias"]}
+    params["recycle"] = {
+        "scale": jnp.ones_like(params["recycle"]["scale"]),
+        "bias": 0.0 * params["recycle"]["bias"],
+    }
     return params
 
 
@@ -51,7 +56,8 @@ def test_a_recycled_block_is_a_copy_at_the_hinge(recycled, fields):
     unrolled = {name: leaf for name, leaf in params.items() if name != "recycle"}
     unrolled["blocks"] = {i: params["blocks"][layer] for i, layer in enumerate(order)}
     unrolled["skip_weights"] = jnp.zeros((len(order) // 2, TINY.d_model))
-    # only the block's own application takes the value embedding, so the copy's layer is not among those that do
+    # only the block's own application takes the value embedding, so the copy's layer is not among
+    # those that do
     at = {0: 0, 1: 1, 2: len(order) - 2, 3: len(order) - 1}
     embedded = tuple(at[layer] for layer in config.value_embed_layers)
     longer = changed(num_layers=len(order), **{**fields, "value_embed_layers": embedded})
@@ -77,7 +83,9 @@ def test_block_zero_mixes_values_only_when_it_runs_again():
         params = random_params(config)
         blocks = {**params["blocks"], 0: {**params["blocks"][0]}}
         blocks[0]["attn"] = {**blocks[0]["attn"], "value_mix": 1.0 - blocks[0]["attn"]["value_mix"]}
-        return not np.array_equal(logits(config, params), logits(config, {**params, "blocks": blocks}))
+        return not np.array_equal(
+            logits(config, params), logits(config, {**params, "blocks": blocks})
+        )
 
     assert not moved_by_its_mix(changed(value_residual=True))
     assert moved_by_its_mix(changed(value_residual=True, recycle_layers=(0,)))

@@ -13,7 +13,9 @@ X = np.random.default_rng(0).normal(size=(2, 12, 3, 8))
 
 
 def turned(width, base):
-    return lambda x: apply_rotary(x, [table[None] for table in rotary_tables(x.shape[1], width, base)])
+    return lambda x: apply_rotary(
+        x, [table[None] for table in rotary_tables(x.shape[1], width, base)]
+    )
 
 
 @pytest.mark.parametrize("width", [2, 4, 6, 8])
@@ -27,7 +29,9 @@ def test_tables_are_exact_far_out():
     cos, sin = rotary_tables(4096, 16, 50_000.0)
     assert cos.dtype == sin.dtype == np.float32
     angle = 4095 * 50_000.0 ** (-2 * np.arange(8) / 16)
-    np.testing.assert_allclose(np.stack([cos[-1], sin[-1]]), [np.cos(angle), np.sin(angle)], atol=1e-7)
+    np.testing.assert_allclose(
+        np.stack([cos[-1], sin[-1]]), [np.cos(angle), np.sin(angle)], atol=1e-7
+    )
 
 
 def test_other_dimensions_pass_untouched():
@@ -40,7 +44,10 @@ def test_other_dimensions_pass_untouched():
 
 def test_scores_depend_on_distance_alone():
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 1)), jnp.float32) for _ in range(2))
+    q, k = (
+        jnp.asarray(np.tile(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 1)), jnp.float32)
+        for _ in range(2)
+    )
     scores = np.einsum("bthd,bshd->ts", *(turned(10, 100.0)(a) for a in (q, k)))
     for distance in range(-19, 20):
         diagonal = np.diagonal(scores, distance)
@@ -77,7 +84,9 @@ def test_ntk_of_the_model_follows_the_length_of_its_input():
     T = TOKENS.shape[1]
     assert np.array_equal(logits(changed(rope_ntk_len=T)), logits(TINY))
     short = TOKENS[:, : T - 4]
-    assert np.array_equal(logits(changed(rope_ntk_len=T - 4), tokens=short), logits(TINY, tokens=short))
+    assert np.array_equal(
+        logits(changed(rope_ntk_len=T - 4), tokens=short), logits(TINY, tokens=short)
+    )
     raised = TINY.rope_base * (T / (T - 4)) ** (TINY.head_dim / (TINY.head_dim - 2))
     scaled = logits(changed(rope_ntk_len=T - 4))
     np.testing.assert_allclose(scaled, logits(changed(rope_base=raised)), rtol=0, atol=1e-5)

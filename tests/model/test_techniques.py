@@ -1,4 +1,6 @@
-"""The whole model under each technique: values and gradients against float64 numpy, and that each switch switches something."""
+"""The whole model under each technique: values and gradients against float64 numpy, and that each
+switch switches something.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,7 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.step import forward, init_params
+from sngpt_jax.model.forward import forward, init_params
 from tests import oracles
 
 TINY = ModelConfig(
@@ -91,7 +93,9 @@ def _shapes(config):
 
 
 def random_params(config, seed=0):
-    """Parameters without the zeros and ones of the start; one of the same name and shape is the same in every model."""
+    """Parameters without the zeros and ones of the start; one of the same name and shape is the
+    same in every model.
+    """
 
     def draw(path, leaf):
         rng = np.random.default_rng([seed, *jax.tree_util.keystr(path).encode()])
@@ -119,7 +123,9 @@ def functional(module):
     """The pure function (parameters, *inputs) of a module, and its parameters drawn at random."""
     graph, state = nnx.split(module, nnx.Param)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), nnx.to_pure_dict(state))
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), nnx.to_pure_dict(state)
+    )
     return lambda params, *args, **kwargs: nnx.merge(graph, params)(*args, **kwargs), params
 
 
@@ -155,7 +161,9 @@ def test_every_switch_switches_something(name):
 
 @pytest.mark.parametrize("masked", ["after_norm", "before_norm"])
 def test_the_mask_of_the_smear_switches_something(masked):
-    difference = np.abs(logits(changed(smear=masked, smear_mask_bos=True)) - logits(changed(smear=masked)))
+    difference = np.abs(
+        logits(changed(smear=masked, smear_mask_bos=True)) - logits(changed(smear=masked))
+    )
     assert difference.max() > 1e-2
     assert np.abs(difference[:, :3]).max() < 1e-4  # before the second document starts
 

@@ -1,4 +1,6 @@
-"""Averages of the weights: EMA and SWA against their definitions in numpy float64, their dtypes, and what never changes."""
+"""Averages of the weights: EMA and SWA against their definitions in numpy float64, their dtypes,
+and what never changes.
+"""
 
 import functools
 
@@ -37,12 +39,20 @@ def assert_bitwise(tree, expected):
 
 
 def assert_near(tree, expected, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance), tree, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float64), b, **tolerance),
+        tree,
+        expected,
+    )
 
 
 def dtypes_by_table(tree):
     tables = {functools.reduce(dict.__getitem__, path, tree).dtype for path in TABLES}
-    rest = {tree["bigram"]["proj"].dtype, tree["bigram"]["scale"].dtype, *(x.dtype for x in jax.tree.leaves(tree["blocks"]))}
+    rest = {
+        tree["bigram"]["proj"].dtype,
+        tree["bigram"]["scale"].dtype,
+        *(x.dtype for x in jax.tree.leaves(tree["blocks"])),
+    }
     return tables, rest
 
 
@@ -53,7 +63,11 @@ def test_ema_is_the_recursion(seeds, decay):
     expected = jax.tree.map(lambda p: np.asarray(p, np.float64), weights(1000))
     for seed in seeds:
         ema = update_ema(ema, weights(seed), decay)
-        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * np.asarray(p, np.float64), expected, weights(seed))
+        expected = jax.tree.map(
+            lambda e, p: decay * e + (1 - decay) * np.asarray(p, np.float64),
+            expected,
+            weights(seed),
+        )
     assert_near(ema, expected, atol=2e-6)
 
 
@@ -79,11 +93,17 @@ def test_swa_is_the_mean_of_the_snapshots_taken(takes, magnitude, seed):
         before = swa
         swa = update_swa(swa, weights(seed + step, magnitude), np.bool_(take))
         if take:
-            taken.append(jax.tree.map(lambda p: np.asarray(p, np.float64), weights(seed + step, magnitude)))
+            taken.append(
+                jax.tree.map(lambda p: np.asarray(p, np.float64), weights(seed + step, magnitude))
+            )
         else:
             assert_bitwise(swa, before)
     assert int(swa.count) == len(taken) and swa.count.dtype == jnp.int32
-    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *taken) if taken else jax.tree.map(np.zeros_like, weights(0))
+    mean = (
+        jax.tree.map(lambda *x: np.mean(x, axis=0), *taken)
+        if taken
+        else jax.tree.map(np.zeros_like, weights(0))
+    )
     assert_near(swa.mean, mean, atol=2e-6 * magnitude)
 
 
@@ -106,7 +126,10 @@ def test_weights_that_are_not_taken_leave_no_trace(poison):
 def test_taking_or_not_is_one_program_without_a_branch():
     swa, params = averaging.init_swa(OptimConfig(), weights(0)), weights(1)
     update = jax.jit(lambda *args: averaging.update_swa(*args))
-    assert int(update(swa, params, np.bool_(True)).count) == 1 and int(update(swa, params, np.bool_(False)).count) == 0
+    assert (
+        int(update(swa, params, np.bool_(True)).count) == 1
+        and int(update(swa, params, np.bool_(False)).count) == 0
+    )
     assert update._cache_size() == 1
     assert "conditional" not in update.lower(swa, params, np.bool_(True)).compile().as_text()
 
@@ -119,7 +142,12 @@ def test_only_tables_follow_average_table_dtype(dtype):
     config = OptimConfig(average_table_dtype=dtype)
     ema, swa = averaging.init_ema(config, weights(0)), averaging.init_swa(config, weights(0))
     expected = ({jnp.dtype(dtype)}, {jnp.dtype("float32")})
-    for tree in (ema, swa.mean, update_ema(ema, weights(1), 0.9), update_swa(swa, weights(1), np.bool_(True)).mean):
+    for tree in (
+        ema,
+        swa.mean,
+        update_ema(ema, weights(1), 0.9),
+        update_swa(swa, weights(1), np.bool_(True)).mean,
+    ):
         assert dtypes_by_table(tree) == expected
 
 
@@ -128,10 +156,19 @@ def test_bfloat16_tables_round_only_what_is_kept():
     ema = averaging.init_ema(IN_BFLOAT16, weights(0))
     swa = averaging.init_swa(IN_BFLOAT16, weights(0))
     for step in range(1, 6):
-        kept_ema, kept_mean = np.asarray(ema["embed"]["table"], np.float64), np.asarray(swa.mean["embed"]["table"], np.float64)
+        kept_ema, kept_mean = (
+            np.asarray(ema["embed"]["table"], np.float64),
+            np.asarray(swa.mean["embed"]["table"], np.float64),
+        )
         p = np.asarray(weights(step)["embed"]["table"], np.float64)
-        ema, swa = update_ema(ema, weights(step), 0.9), update_swa(swa, weights(step), np.bool_(True))
-        for kept, exact in ((ema, 0.9 * kept_ema + 0.1 * p), (swa.mean, kept_mean + (p - kept_mean) / step)):
+        ema, swa = (
+            update_ema(ema, weights(step), 0.9),
+            update_swa(swa, weights(step), np.bool_(True)),
+        )
+        for kept, exact in (
+            (ema, 0.9 * kept_ema + 0.1 * p),
+            (swa.mean, kept_mean + (p - kept_mean) / step),
+        ):
             np.testing.assert_array_equal(kept["embed"]["table"], exact.astype(ml_dtypes.bfloat16))
 
 
@@ -143,5 +180,7 @@ def test_bfloat16_tables_do_not_see_small_changes_and_float32_does():
         ema = averaging.init_ema(config, start)
         for _ in range(100):
             ema = update_ema(ema, moved, 0.997)
-        np.testing.assert_allclose(np.asarray(ema["embed"]["table"], np.float64), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(ema["embed"]["table"], np.float64), expected, rtol=1e-5
+        )
         np.testing.assert_allclose(ema["bigram"]["proj"], 1 + 0.01 * (1 - 0.997**100), rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Groups: membership by path, the printed table, and whole training trajectories against numpy in float64."""
+"""Groups: membership by path, the printed table, and whole training trajectories against numpy in
+float64.
+"""
 
 import dataclasses
 import math
@@ -10,8 +12,8 @@ import optax
 import pytest
 
 from sngpt_jax.config import OptimConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.optim import groups
-from sngpt_jax.recipe import load
 
 L, D, F, KV, V, H, BUCKETS, DIM = 2, 16, 32, 8, 20, 2, 10, 6
 
@@ -54,13 +56,24 @@ def every_shape():
 MEMBERS = {
     "embed": ["embed/table", "positions/table"],
     "table": ["bigram/table", "value_embed/table"],
-    "matrix": [f"blocks/0/attn/{name}" for name in ("query", "key", "value", "out")] + ["blocks/0/mlp/up", "blocks/0/mlp/down"],
+    "matrix": (
+        [f"blocks/0/attn/{name}" for name in ("query", "key", "value", "out")]
+        + ["blocks/0/mlp/up", "blocks/0/mlp/down"]
+    ),
     "projection": ["bigram/proj", "value_embed/proj"],
-    "scalar": [f"blocks/0/attn/{name}" for name in ("q_gain", "gate_weight", "gate_bias", "value_mix")]
-    + [f"blocks/0/{name}" for name in ("attn_scale", "mlp_scale", "resid_mix")]
-    + ["bigram/scale", "value_embed/scale", "value_embed/layer_scale", "recycle/scale", "recycle/bias"]
-    + ["smear/gate", "skip_weights"]
-    + ["blocks/0/attn_norm", "blocks/0/mlp_norm", "final_norm"],
+    "scalar": (
+        [f"blocks/0/attn/{name}" for name in ("q_gain", "gate_weight", "gate_bias", "value_mix")]
+        + [f"blocks/0/{name}" for name in ("attn_scale", "mlp_scale", "resid_mix")]
+        + [
+            "bigram/scale",
+            "value_embed/scale",
+            "value_embed/layer_scale",
+            "recycle/scale",
+            "recycle/bias",
+        ]
+        + ["smear/gate", "skip_weights"]
+        + ["blocks/0/attn_norm", "blocks/0/mlp_norm", "final_norm"]
+    ),
     "code_bias": ["blocks/0/code/bias"],
 }
 
@@ -79,11 +92,17 @@ def abstract(**kwargs):
 
 def random(seed, scale=1.0, tree=None):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32), tree or shapes(), is_leaf=is_shape)
+    return jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32),
+        tree or shapes(),
+        is_leaf=is_shape,
+    )
 
 
 def by_path(tree):
-    return {groups.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        groups.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_every_parameter_of_every_technique_has_its_group():
@@ -104,13 +123,25 @@ def test_every_layer_has_its_groups(key):
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks/0/attn/query/extra", "xembed/table", "embed/table2", "head", "blocks/x/mlp/up", "bigram/bias"]
+    "name",
+    [
+        "blocks/0/attn/query/extra",
+        "xembed/table",
+        "embed/table2",
+        "head",
+        "blocks/x/mlp/up",
+        "bigram/bias",
+    ],
 )
 def test_a_parameter_without_a_rule_is_named(name):
     params = jnp.zeros((2, 2))
     for part in reversed(name.split("/")):
         params = {part: params}
-    for call in (groups.label, lambda p: groups.make_optimizer(OptimConfig(), p), lambda p: groups.describe(OptimConfig(), p)):
+    for call in (
+        groups.label,
+        lambda p: groups.make_optimizer(OptimConfig(), p),
+        lambda p: groups.describe(OptimConfig(), p),
+    ):
         with pytest.raises(ValueError, match=rf"parameter {name} .*RULES"):
             call(params)
 
@@ -150,7 +181,9 @@ def numpy_trajectory(config, params, grads_of_step, multipliers, adam_multiplier
     w = {name: np.asarray(p, np.float64) for name, p in by_path(params).items()}
     m = {name: np.zeros_like(p) for name, p in w.items()}
     v = {name: np.zeros_like(p) for name, p in w.items()}
-    for t, (multiplier, adam_multiplier) in enumerate(zip(multipliers, adam_multipliers, strict=True)):
+    for t, (multiplier, adam_multiplier) in enumerate(
+        zip(multipliers, adam_multipliers, strict=True)
+    ):
         g = {name: np.asarray(x, np.float64) for name, x in by_path(grads_of_step(t)).items()}
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
         if clips and norm > config.grad_clip:
@@ -179,7 +212,12 @@ def numpy_trajectory(config, params, grads_of_step, multipliers, adam_multiplier
     return w
 
 
-NO_EXTRAS = {"grad_clip": 0.0, "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0.0, "adam_weight_decay": 0.0}
+NO_EXTRAS = {
+    "grad_clip": 0.0,
+    "muon_momentum_warmup_steps": 0,
+    "muon_weight_decay": 0.0,
+    "adam_weight_decay": 0.0,
+}
 OTHER_RULES = {"projection_rule": "adam", "grad_clip_scope": "device"}
 
 
@@ -207,23 +245,32 @@ def test_three_steps_of_every_group(changes, adam_multipliers):
         params, state = step(params, state, grads_of_step(t), jnp.float32(multiplier), **rates)
     assert len(traces) == 1  # a new multiplier compiles nothing anew
 
-    expected = numpy_trajectory(config, start, grads_of_step, MULTIPLIERS, adam_multipliers or MULTIPLIERS)
+    expected = numpy_trajectory(
+        config, start, grads_of_step, MULTIPLIERS, adam_multipliers or MULTIPLIERS
+    )
     for name, actual in by_path(params).items():
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected[name], atol=2e-5, err_msg=name)
 
 
 def test_clip():
-    grads = {"a": jnp.full((3, 4), 2.0), "b": {"c": jnp.full((4,), 4.0)}}  # norm sqrt(12 * 4 + 4 * 16) = sqrt(112)
+    # norm sqrt(12 * 4 + 4 * 16) = sqrt(112)
+    grads = {"a": jnp.full((3, 4), 2.0), "b": {"c": jnp.full((4,), 4.0)}}
     for max_norm in (0.0, 11.0):
         jax.tree.map(np.testing.assert_array_equal, groups.clip(grads, max_norm), grads)
     clipped = groups.clip(grads, 0.3)
-    assert math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(clipped))) == pytest.approx(0.3, rel=1e-6)
+    assert math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(clipped))) == pytest.approx(
+        0.3, rel=1e-6
+    )
     np.testing.assert_allclose(clipped["b"]["c"], 4 * 0.3 / math.sqrt(112), rtol=1e-6)
 
 
 def test_a_group_without_members_keeps_no_state():
-    assert set(groups.make_optimizer(CONFIG, abstract()).init(abstract())[1].inner_states) == {"embed", "matrix", "scalar"}
+    assert set(groups.make_optimizer(CONFIG, abstract()).init(abstract())[1].inner_states) == {
+        "embed",
+        "matrix",
+        "scalar",
+    }
 
 
 def test_the_momentum_of_both_muon_groups_has_the_dtype_asked_for():
@@ -242,7 +289,9 @@ def test_a_multiplier_of_zero_changes_nothing_but_the_state():
     small = {"embed": {"table": (V, D)}, "bigram": {"proj": (DIM, D)}}
     params = random(0, tree=small)
     optimizer = groups.make_optimizer(CONFIG, params)
-    updates, state = jax.jit(optimizer.update)(random(1, tree=small), optimizer.init(params), params, lr_multiplier=0.0)
+    updates, state = jax.jit(optimizer.update)(
+        random(1, tree=small), optimizer.init(params), params, lr_multiplier=0.0
+    )
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
 
@@ -258,7 +307,11 @@ def test_equal_shapes_of_all_layers_share_one_orthogonalization():
     params = abstract()
     optimizer = groups.make_optimizer(OptimConfig(newton_schulz_steps=5), params)
     state = jax.eval_shape(optimizer.init, params)
-    text = str(jax.make_jaxpr(lambda g, s, p: optimizer.update(g, s, p, lr_multiplier=1.0))(params, state, params))
+    text = str(
+        jax.make_jaxpr(lambda g, s, p: optimizer.update(g, s, p, lr_multiplier=1.0))(
+            params, state, params
+        )
+    )
     different = {(D, D), (D, KV), (D, F)}  # and (F, D), transposed with the last
     assert text.count("dot_general") == 3 * 5 * len(different)
 
@@ -266,7 +319,8 @@ def test_equal_shapes_of_all_layers_share_one_orthogonalization():
 # ---------------------------------------------------------------------------------------------- the table
 
 
-# Rule, peak learning rate and decay of each group, as the authors' scripts and logs have them: (rule, lr, decay)
+# Rule, peak learning rate and decay of each group, as the authors' scripts and logs have them:
+# (rule, lr, decay)
 SYSTEMS = {
     "golf_11l_xsa4": {
         "embed": ("adam", 0.035, 0.04), "table": ("adam", 0.035, 0.04), "matrix": ("muon", 0.025, 0.04),
@@ -291,22 +345,38 @@ SYSTEMS = {
 def test_groups_of_the_published_systems(recipe):
     optim, expected = load(recipe).optim, SYSTEMS[recipe]
     rows = groups.describe(optim, as_abstract(every_shape()))
-    group_of = {name.replace("blocks/0", "blocks/*"): group for group, names in MEMBERS.items() for name in names}
+    group_of = {
+        name.replace("blocks/0", "blocks/*"): group
+        for group, names in MEMBERS.items()
+        for name in names
+    }
     expected = {**expected, "code_bias": (*expected["scalar"][:2], 0.0)}
-    assert {row.path: (row.rule, row.lr, row.weight_decay) for row in rows} == {p: expected[g] for p, g in group_of.items()}
+    assert {row.path: (row.rule, row.lr, row.weight_decay) for row in rows} == {
+        p: expected[g] for p, g in group_of.items()
+    }
     assert list(dict.fromkeys(row.group for row in rows)) == list(expected)
-    assert (optim.muon_momentum_start, optim.muon_momentum, optim.muon_momentum_warmup_steps) == (0.92, 0.99, 1500)
+    assert (optim.muon_momentum_start, optim.muon_momentum, optim.muon_momentum_warmup_steps) == (
+        0.92,
+        0.99,
+        1500,
+    )
     assert (optim.adam_b1, optim.adam_b2, optim.adam_eps, optim.grad_clip) == (0.9, 0.95, 1e-8, 0.3)
 
 
 @pytest.mark.parametrize("key", [str, int])
 def test_table_collapses_layers(key):
     rows = {row.path: row for row in groups.describe(CONFIG, abstract(key=key, layers=11))}
-    assert rows["blocks/*/mlp/up"] == groups.Row("blocks/*/mlp/up", (D, F), 11, "matrix", "muon", 0.03, 0.1)
-    assert rows["blocks/*/resid_mix"] == groups.Row("blocks/*/resid_mix", (2, D), 11, "scalar", "adam", 0.02, 0.2)
+    assert rows["blocks/*/mlp/up"] == groups.Row(
+        "blocks/*/mlp/up", (D, F), 11, "matrix", "muon", 0.03, 0.1
+    )
+    assert rows["blocks/*/resid_mix"] == groups.Row(
+        "blocks/*/resid_mix", (2, D), 11, "scalar", "adam", 0.02, 0.2
+    )
     assert rows["embed/table"] == groups.Row("embed/table", (V, D), 1, "embed", "adam", 0.05, 0.2)
     assert len(rows) == 12
-    assert sum(row.parameters for row in rows.values()) == sum(math.prod(p.shape) for p in jax.tree.leaves(abstract(layers=11)))
+    assert sum(row.parameters for row in rows.values()) == sum(
+        math.prod(p.shape) for p in jax.tree.leaves(abstract(layers=11))
+    )
 
 
 def test_table_lists_layers_that_differ():
@@ -314,13 +384,19 @@ def test_table_lists_layers_that_differ():
     params["blocks"]["2"]["mlp"]["up"] = jax.ShapeDtypeStruct((D, 2 * F), jnp.float32)
     params["blocks"]["10"]["mlp"]["up"] = jax.ShapeDtypeStruct((D, 2 * F), jnp.float32)
     rows = {row.path: row for row in groups.describe(CONFIG, params)}
-    assert (rows["blocks/{2,10}/mlp/up"].shape, rows["blocks/{2,10}/mlp/up"].count) == ((D, 2 * F), 2)
+    assert (rows["blocks/{2,10}/mlp/up"].shape, rows["blocks/{2,10}/mlp/up"].count) == (
+        (D, 2 * F),
+        2,
+    )
     assert rows["blocks/{0,1,3,4,5,6,7,8,9}/mlp/up"].count == 9
 
 
 def test_printed_table():
     config = dataclasses.replace(CONFIG, scalar_lr=1e-5)
-    params = {"embed": abstract()["embed"], "blocks": {"0": {"mlp": abstract()["blocks"]["0"]["mlp"]}}}
+    params = {
+        "embed": abstract()["embed"],
+        "blocks": {"0": {"mlp": abstract()["blocks"]["0"]["mlp"]}},
+    }
     params["skip_weights"] = jax.ShapeDtypeStruct((1000, D), jnp.float32)
     assert groups.format_table(groups.describe(config, params)).splitlines() == [
         "parameter          shape    tensors  parameters  group   rule     lr  decay",

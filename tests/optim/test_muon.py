@@ -1,4 +1,6 @@
-"""Muon: the orthogonalization against a singular value decomposition and optax's, the update against numpy in float64."""
+"""Muon: the orthogonalization against a singular value decomposition and optax's, the update
+against numpy in float64.
+"""
 
 import itertools
 
@@ -19,7 +21,9 @@ SHAPES = [(64, 64), (96, 32), (32, 96)]  # square, tall, wide
 
 
 def conditioned(shape, seed=0, smallest=0.05):
-    """A float32 matrix with singular values spread evenly from 1 to `smallest`, and its U Vᵀ in float64."""
+    """A float32 matrix with singular values spread evenly from 1 to `smallest`, and its U Vᵀ in
+    float64.
+    """
     rng = np.random.default_rng(seed)
     rank = min(shape)
     u = np.linalg.qr(rng.normal(size=(shape[0], rank)))[0]
@@ -28,7 +32,9 @@ def conditioned(shape, seed=0, smallest=0.05):
 
 
 def quintic_on_singular_values(matrix, steps):
-    """What the iteration computes, by algebra: the scalar polynomial applied to each singular value."""
+    """What the iteration computes, by algebra: the scalar polynomial applied to each singular
+    value.
+    """
     u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     s = s / (np.linalg.norm(s) + 1e-7)
     a, b, c = COEFFICIENTS
@@ -63,7 +69,9 @@ def test_is_the_published_polynomial_of_the_singular_values(shape, steps):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_optax(shape):
     matrix = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
-    oracle = contrib.scale_by_muon(ns_coeffs=COEFFICIENTS, ns_steps=5, beta=0.0, eps=1e-7, nesterov=False)
+    oracle = contrib.scale_by_muon(
+        ns_coeffs=COEFFICIENTS, ns_steps=5, beta=0.0, eps=1e-7, nesterov=False
+    )
     expected, _ = oracle.update(matrix, oracle.init(matrix))
     np.testing.assert_allclose(muon.newton_schulz(matrix, 5, jnp.float32), expected, atol=2e-5)
 
@@ -74,7 +82,8 @@ def test_bfloat16_stays_near_float32(shape):
     exact = muon.newton_schulz(matrix, 5, jnp.float32)
     rounded = muon.newton_schulz(matrix, 5, jnp.bfloat16)
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
-    # the products really are in bfloat16, and nothing else is: coefficients rounded to it would leave 0.04
+    # the products really are in bfloat16, and nothing else is: coefficients rounded to it would
+    # leave 0.04
     assert 1e-4 < error < 0.025
 
 
@@ -83,14 +92,18 @@ def test_bfloat16_stays_near_float32(shape):
 def test_scale_of_the_gradient_does_not_matter(exponent, seed):
     matrix = conditioned((24, 16), seed)[0]
     result = muon.newton_schulz(jnp.asarray(matrix * 10.0**exponent, jnp.float32), 5, jnp.float32)
-    np.testing.assert_allclose(result, muon.newton_schulz(jnp.asarray(matrix), 5, jnp.float32), atol=2e-3)
+    np.testing.assert_allclose(
+        result, muon.newton_schulz(jnp.asarray(matrix), 5, jnp.float32), atol=2e-3
+    )
 
 
 def test_leading_axes_are_a_stack_and_zero_stays_zero():
     stack = np.zeros((2, 3, 8, 12), np.float32)
     stack[1, 2] = conditioned((8, 12))[0]
     result = np.array(muon.newton_schulz(jnp.asarray(stack), 5, jnp.float32))
-    np.testing.assert_allclose(result[1, 2], muon.newton_schulz(jnp.asarray(stack[1, 2]), 5, jnp.float32), atol=1e-5)
+    np.testing.assert_allclose(
+        result[1, 2], muon.newton_schulz(jnp.asarray(stack[1, 2]), 5, jnp.float32), atol=1e-5
+    )
     result[1, 2] = 0
     assert not result.any()
 
@@ -105,12 +118,13 @@ def iterated(s, polynomials):
 
 
 def test_polar_express_is_the_best_quintic_of_each_interval():
-    """Chebyshev: an odd quintic is the best approximation of a constant where it swings four times, in turn, as far to both
-    sides of it.
+    """Chebyshev: an odd quintic is the best approximation of a constant where it swings four
+    times, in turn, as far to both sides of it.
 
-    The intervals follow from the first, [0.001, 1]: each is the range of the polynomials before. While one is wide, its lower
-    end is taken no lower than 0.0241 of the upper one, which the paper does so that small singular values grow faster, and
-    the quintic is scaled so that the range over the whole interval has its middle at 1.
+    The intervals follow from the first, [0.001, 1]: each is the range of the polynomials before.
+    While one is wide, its lower end is taken no lower than 0.0241 of the upper one, which the
+    paper does so that small singular values grow faster, and the quintic is scaled so that the
+    range over the whole interval has its middle at 1.
     """
     low, high, safety = 1e-3, 1.0, 1.01
     polynomials = muon.polynomials("polar_express", 9)
@@ -127,13 +141,18 @@ def test_polar_express_is_the_best_quintic_of_each_interval():
     assert muon.polynomials("quintic", 3) == [COEFFICIENTS] * 3
 
 
-@pytest.mark.parametrize(("steps", "low", "high"), [(3, 0.13, 1.87), (5, 0.84, 1.13), (6, 0.99, 1.01), (8, 0.9999, 1.0001)])
+@pytest.mark.parametrize(
+    ("steps", "low", "high"),
+    [(3, 0.13, 1.87), (5, 0.84, 1.13), (6, 0.99, 1.01), (8, 0.9999, 1.0001)],
+)
 def test_range_of_polar_express(steps, low, high):
     """Of a matrix with singular values from 0.001 to 1 of its norm, in numpy and in the products."""
     reached = iterated(np.geomspace(1e-3, 1.0, 100_001), muon.polynomials("polar_express", steps))
     assert low < reached.min() and reached.max() < high
     matrix, polar = conditioned((96, 32), smallest=0.01)  # 0.0025 of the norm
-    result = np.asarray(muon.newton_schulz(jnp.asarray(matrix), steps, jnp.float32, "polar_express"), np.float64)
+    result = np.asarray(
+        muon.newton_schulz(jnp.asarray(matrix), steps, jnp.float32, "polar_express"), np.float64
+    )
     u, s, vt = np.linalg.svd(np.float64(matrix), full_matrices=False)
     s = iterated(s / np.linalg.norm(s), muon.polynomials("polar_express", steps))
     np.testing.assert_allclose(result, u * s @ vt, atol=5e-5)
@@ -145,18 +164,28 @@ def test_range_of_polar_express(steps, low, high):
 def test_polar_express_in_bfloat16_stays_bounded():
     matrix = jnp.asarray(conditioned((64, 96), smallest=0.01)[0])
     for steps in (5, 7, 12):
-        singular = np.linalg.svd(np.asarray(muon.newton_schulz(matrix, steps, jnp.bfloat16, "polar_express")), compute_uv=False)
+        singular = np.linalg.svd(
+            np.asarray(muon.newton_schulz(matrix, steps, jnp.bfloat16, "polar_express")),
+            compute_uv=False,
+        )
         assert 0.8 < singular.min() and singular.max() < 1.2
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
 def test_every_product_is_a_batched_one_in_the_dtype(dtype, name):
     jaxpr = jax.make_jaxpr(lambda x: muon.newton_schulz(x, 2, dtype))(jnp.zeros((3, 8, 6))).jaxpr
-    calls = [e for e in jaxpr.eqns for e in (e.params["jaxpr"].jaxpr.eqns if "jaxpr" in e.params else [e])]
+    calls = [
+        e
+        for e in jaxpr.eqns
+        for e in (e.params["jaxpr"].jaxpr.eqns if "jaxpr" in e.params else [e])
+    ]
     products = [e for e in calls if e.primitive.name == "dot_general"]
     assert len(products) == 2 * 3
     for product in products:
-        assert {v.aval.str_short(short_dtypes=True).split("[")[0] for v in (*product.invars, *product.outvars)} == {name}
+        assert {
+            v.aval.str_short(short_dtypes=True).split("[")[0]
+            for v in (*product.invars, *product.outvars)
+        } == {name}
         assert product.outvars[0].aval.shape[0] == 3
 
 
@@ -169,7 +198,9 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize("shape", [(2, 128, 128), (3, 192, 96), (1, 64, 256)])
 def test_flops_are_the_compilers(shape, dtype):
     program = jax.jit(lambda x: muon.newton_schulz(x, 5, dtype))
-    counted = program.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().cost_analysis()["flops"]
+    counted = (
+        program.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().cost_analysis()["flops"]
+    )
     assert counted == pytest.approx(muon.newton_schulz_flops(shape, 5), rel=0.05)
 
 
@@ -181,7 +212,9 @@ TREE_SHAPES = {"a": (16, 24), "b": {"c": (24, 16), "d": (16, 24)}, "e": (16, 16)
 def random_tree(seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), TREE_SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        TREE_SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 
@@ -199,15 +232,23 @@ def test_three_updates_follow_the_formula(jit):
         grads = random_tree(10 + count)
         updates, state = update(grads, state)
         mu = 0.5 + 0.1 * count
-        buffers = jax.tree.map(lambda m, g, mu=mu: mu * m + np.asarray(g, np.float64), buffers, grads)
-        directions = jax.tree.map(lambda m, g, mu=mu: np.asarray(g, np.float64) + mu * m, buffers, grads)
+        buffers = jax.tree.map(
+            lambda m, g, mu=mu: mu * m + np.asarray(g, np.float64), buffers, grads
+        )
+        directions = jax.tree.map(
+            lambda m, g, mu=mu: np.asarray(g, np.float64) + mu * m, buffers, grads
+        )
         for (path, actual), direction in zip(
             jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(directions), strict=True
         ):
             fan_in, fan_out = direction.shape
             expected = quintic_on_singular_values(direction, 5) * np.sqrt(max(1, fan_out / fan_in))
             np.testing.assert_allclose(actual, expected, atol=1e-4, err_msg=str(path))
-        jax.tree.map(lambda m, b: np.testing.assert_allclose(m, b, rtol=1e-5, atol=1e-6), state.momentum, buffers)
+        jax.tree.map(
+            lambda m, b: np.testing.assert_allclose(m, b, rtol=1e-5, atol=1e-6),
+            state.momentum,
+            buffers,
+        )
         assert int(state.count) == count + 1 and state.count.dtype == jnp.int32
 
 
@@ -217,7 +258,11 @@ def test_stacked_equals_matrix_by_matrix(dtype):
     params, grads = random_tree(0), random_tree(1)
     together, _ = jax.jit(transformation.update)(grads, transformation.init(params))
     tolerance = 1e-5 if dtype == jnp.float32 else 0.03
-    for name, one in {"a": {"a": grads["a"]}, "f": {"f": grads["f"]}, "e": {"e": grads["e"]}}.items():
+    for name, one in {
+        "a": {"a": grads["a"]},
+        "f": {"f": grads["f"]},
+        "e": {"e": grads["e"]},
+    }.items():
         alone, _ = jax.jit(transformation.update)(one, transformation.init(one))
         np.testing.assert_allclose(together[name], alone[name], atol=tolerance)
 
@@ -256,7 +301,9 @@ def test_descends_a_quadratic():
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
 def test_only_matrices(shape):
     with pytest.raises(ValueError, match=r"blocks/3/gain.*shape"):
-        muon.scale_by_muon(0.9).init({"blocks": {3: {"gain": jnp.zeros(shape), "up": jnp.zeros((2, 2))}}})
+        muon.scale_by_muon(0.9).init(
+            {"blocks": {3: {"gain": jnp.zeros(shape), "up": jnp.zeros((2, 2))}}}
+        )
 
 
 def test_momentum_is_float32_for_any_gradient():
@@ -268,7 +315,9 @@ def test_momentum_is_float32_for_any_gradient():
 
 def test_bfloat16_momentum_is_rounded_only_where_it_is_kept():
     """Each update from the momentum kept before it, in float64."""
-    transformation = muon.scale_by_muon(0.9, ns_steps=1, ns_dtype=jnp.float32, momentum_dtype=jnp.bfloat16)
+    transformation = muon.scale_by_muon(
+        0.9, ns_steps=1, ns_dtype=jnp.float32, momentum_dtype=jnp.bfloat16
+    )
     update = jax.jit(transformation.update)
     shape = (8, 12)
     state = transformation.init({"w": jnp.zeros(shape)})
@@ -283,7 +332,9 @@ def test_bfloat16_momentum_is_rounded_only_where_it_is_kept():
 
 
 def test_normuon_evens_out_the_neurons_and_keeps_the_norm():
-    """Two updates in float64: running mean squares of the columns, the division, and the norm of the orthogonal matrix."""
+    """Two updates in float64: running mean squares of the columns, the division, and the norm of
+    the orthogonal matrix.
+    """
     transformation = muon.scale_by_muon(0.0, ns_steps=5, ns_dtype=jnp.float32, neuron_beta2=0.8)
     shape, running = (12, 30), np.zeros(30)
     state = transformation.init({"w": jnp.zeros(shape)})

@@ -1,4 +1,6 @@
-"""Training steps whose optimizer is shared out: the same numbers for any layout, and the collectives that it takes."""
+"""Training steps whose optimizer is shared out: the same numbers for any layout, and the
+collectives that it takes.
+"""
 
 import dataclasses
 import functools
@@ -7,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from kernels import hlo
-from sngpt_jax import checkpoint
+from sngpt_jax.ahead import hlo
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh, path_name
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.parallel import batch_placer, make_mesh, path_name
-from sngpt_jax.step import abstract_state, init_state, make_train_step
+from sngpt_jax.run import checkpoint
+from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.step import make_train_step
 
 CONFIG = Config(
     model=ModelConfig(
@@ -41,7 +44,8 @@ CONFIG = Config(
     train=TrainConfig(steps=4, device_batch_tokens=16, seed=3),
 )
 CONTROLS = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(False))
-# distinct shapes of the matrices: 64×64 (query, out), 64×32 (key, value: too small to be split), 64×128 (up, and down)
+# distinct shapes of the matrices: 64×64 (query, out), 64×32 (key, value: too small to be split),
+# 64×128 (up, and down)
 LAYOUTS = {  # devices, fsdp, shard_optimizer: the update's collectives
     (8, 1, False): {"all-gather": 3},
     (8, 8, False): {"all-gather": 1, "all-to-all": 4},
@@ -49,7 +53,9 @@ LAYOUTS = {  # devices, fsdp, shard_optimizer: the update's collectives
     (8, 2, True): {"all-gather": 1, "all-to-all": 4},
 }
 slow = pytest.mark.slow
-EACH = [layout if layout == (8, 1, False) else pytest.param(layout, marks=slow) for layout in LAYOUTS]
+EACH = [
+    layout if layout == (8, 1, False) else pytest.param(layout, marks=slow) for layout in LAYOUTS
+]
 
 
 def host_batch(seed):
@@ -60,7 +66,9 @@ def host_batch(seed):
 def laid_out(layout, **optim):
     devices, fsdp, shard_optimizer = layout
     train = dataclasses.replace(CONFIG.train, fsdp=fsdp, shard_optimizer=shard_optimizer)
-    config = dataclasses.replace(CONFIG, train=train, optim=dataclasses.replace(CONFIG.optim, **optim))
+    config = dataclasses.replace(
+        CONFIG, train=train, optim=dataclasses.replace(CONFIG.optim, **optim)
+    )
     return config, make_mesh(jax.devices()[:devices], fsdp)
 
 
@@ -69,7 +77,9 @@ def program(layout, **optim):
     """The compiled step with two microbatches, and what it does."""
     config, mesh = laid_out(layout, **optim)
     step = make_train_step(config, mesh)
-    compiled = step.lower(abstract_state(config, mesh), batch_placer(mesh, 2)(host_batch(0)), CONTROLS).compile()
+    compiled = step.lower(
+        abstract_state(config, mesh), batch_placer(mesh, 2)(host_batch(0)), CONTROLS
+    ).compile()
     return compiled, hlo.analyse(compiled.as_text())
 
 
@@ -77,26 +87,39 @@ def train(layout, steps=2, state=None, first=0, **optim):
     config, mesh = laid_out(layout, **optim)
     state, losses = state or init_state(config, mesh), []
     for i in range(first, first + steps):
-        state, metrics = program(layout, **optim)[0](state, batch_placer(mesh, 2)(host_batch(i)), CONTROLS)
+        state, metrics = program(layout, **optim)[0](
+            state, batch_placer(mesh, 2)(host_batch(i)), CONTROLS
+        )
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
 def on_host(state):
-    kept = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema, "swa": state.swa}
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+    kept = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "ema": state.ema,
+        "swa": state.swa,
+    }
+    return {
+        path_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(kept)
+    }
 
 
 def assert_close(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        # Adam's first steps divide gradients by their size, and so magnify the rounding of those that are about 0; the
-        # moments themselves are held by their own size, which is small
+        # Adam's first steps divide gradients by their size, and so magnify the rounding of those
+        # that are about 0; the moments themselves are held by their own size, which is small
         atol = 1e-3 * np.abs(b[name]).max() if "opt_state" in name else 1e-4
         np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", [*EACH, pytest.param((2, 1, True), marks=slow), pytest.param((8, 4, False), marks=slow)])
+@pytest.mark.parametrize(
+    "layout",
+    [*EACH, pytest.param((2, 1, True), marks=slow), pytest.param((8, 4, False), marks=slow)],
+)
 def test_layouts_leave_losses_weights_and_moments_alone(layout):
     (one, losses), (other, found) = train((1, 1, False)), train(layout)
     np.testing.assert_allclose(found, losses, atol=1e-5)
@@ -105,13 +128,16 @@ def test_layouts_leave_losses_weights_and_moments_alone(layout):
 
 @pytest.mark.parametrize("layout", EACH)
 def test_collectives_of_the_update(layout):
-    """At most two for a distinct shape of matrix, and none of the program inside the loop over the microbatches."""
+    """At most two for a distinct shape of matrix, and none of the program inside the loop over the
+    microbatches.
+    """
     found = program(layout)[1].collectives
     assert found and all(collective.times == 1 for collective in found)
     update = [c for c in found if "optimizer/shard_map" in c.scope]
     kinds = [c.opcode for c in update]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == LAYOUTS[layout]
-    # beside Muon's the norm of the gradient, where it is split, and the update of the embedding, where that alone is
+    # beside Muon's the norm of the gradient, where it is split, and the update of the embedding,
+    # where that alone is
     others = [c.opcode for c in found if "optimizer" in c.scope and c not in update]
     assert set(others) <= {"all-reduce", "all-gather"} and others.count("all-gather") <= 1
 
@@ -130,7 +156,10 @@ def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
         assert moved["all-reduce"][1] <= left + 1024
     else:
         assert "reduce-scatter" not in moved and moved["all-reduce"][1] >= split
-    for tree, over in ((state.params, fsdp), ((state.opt_state, state.ema, state.swa), 8 if shard_optimizer else fsdp)):
+    for tree, over in (
+        (state.params, fsdp),
+        ((state.opt_state, state.ema, state.swa), 8 if shard_optimizer else fsdp),
+    ):
         for leaf in jax.tree.leaves(tree):
             share = np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)
             assert share * (over if leaf.ndim == 2 and leaf.size >= 2**12 else 1) == leaf.size
@@ -150,7 +179,9 @@ def test_averages_that_are_split_come_back_as_the_weights_lie():
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_layout(tmp_path):
-    """What is on the disk does not know of the layout: two steps with one and two with another are four on one device."""
+    """What is on the disk does not know of the layout: two steps with one and two with another are
+    four on one device.
+    """
     state, _ = train((8, 1, True))
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, state, {})

@@ -1,4 +1,6 @@
-"""Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a compiled program."""
+"""Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a
+compiled program.
+"""
 
 import dataclasses
 import functools
@@ -27,7 +29,9 @@ def numpy_scale(matrix, bits, floor):
 
 
 def numpy_fake_quantize(matrix, bits, floor):
-    """The grid's nearest matrix, and where rounding is so close to a tie that float32 may go the other way."""
+    """The grid's nearest matrix, and where rounding is so close to a tie that float32 may go the
+    other way.
+    """
     q_max = 2 ** (bits - 1) - 1
     scale = numpy_scale(matrix, bits, floor)
     quotient = np.asarray(matrix, np.float64) / scale
@@ -44,7 +48,8 @@ def random_matrix(seed, magnitude):
 
 cases = {
     "seed": st.integers(0, 10_000),
-    "grid": st.sampled_from([(2, 0.0), (5, 0.0), (5, 1.0), (6, 31.0), (8, 0.0)]),  # bits and least range: few programs
+    # bits and least range: few programs
+    "grid": st.sampled_from([(2, 0.0), (5, 0.0), (5, 1.0), (6, 31.0), (8, 0.0)]),
     "magnitude": st.sampled_from([1e-6, 1e-3, 0.1, 10.0]),
 }
 
@@ -67,7 +72,8 @@ def test_holds_for_every_matrix(seed, grid, magnitude):
     bits, floor = grid
     matrix = random_matrix(seed, magnitude)
     result = np.asarray(fake_quantize(matrix, bits, floor))
-    np.testing.assert_array_equal(fake_quantize(jnp.asarray(result), bits, floor), result)  # idempotent
+    # idempotent
+    np.testing.assert_array_equal(fake_quantize(jnp.asarray(result), bits, floor), result)
     assert all(len(np.unique(channel)) <= 2**bits - 1 for one in result for channel in one.T)
     error = np.abs(result.astype(np.float64) - np.asarray(matrix, np.float64))
     assert (error <= numpy_scale(matrix, bits, floor) / 2 * (1 + 1e-6)).all()
@@ -84,9 +90,14 @@ def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits):
 
 
 def test_a_worked_example():
-    """Two bits more than ternary: q_max is 3. The second channel's grid is a hundredth of the first one's."""
-    matrix = jnp.asarray([[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]], jnp.float32)
-    expected = [[3.0, 0.75], [1.0, -0.25], [2.0, 0.0], [2.0, 0.0], [-1.0, 0.25]]  # halves go to the even code
+    """Two bits more than ternary: q_max is 3. The second channel's grid is a hundredth of the
+    first one's.
+    """
+    matrix = jnp.asarray(
+        [[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]], jnp.float32
+    )
+    # halves go to the even code
+    expected = [[3.0, 0.75], [1.0, -0.25], [2.0, 0.0], [2.0, 0.0], [-1.0, 0.25]]
     np.testing.assert_array_equal(qat.fake_quantize(matrix, 3, 0.0), expected)
 
 
@@ -100,7 +111,9 @@ def test_zero_channels_and_vanishing_ones_stay_finite():
 
 
 def test_the_scale_is_half_precision():
-    """1 / 15 is no float16: what comes back is 15 times the nearest one, in a compiled program too."""
+    """1 / 15 is no float16: what comes back is 15 times the nearest one, in a compiled program
+    too.
+    """
     result = fake_quantize(jnp.ones((1, 1)), 5, 0.0)
     assert float(result[0, 0]) == 15 * float(np.float16(1 / 15)) != 1.0
 
@@ -108,7 +121,14 @@ def test_the_scale_is_half_precision():
 # ---------------------------------------------------------------------------------------------- a tree of parameters
 
 BLOCK = {
-    "attn": {"query": (8, 8), "key": (8, 4), "value": (8, 4), "out": (8, 8), "q_gain": (2,), "gate_weight": (8, 2)},
+    "attn": {
+        "query": (8, 8),
+        "key": (8, 4),
+        "value": (8, 4),
+        "out": (8, 8),
+        "q_gain": (2,),
+        "gate_weight": (8, 2),
+    },
     "mlp": {"up": (8, 12), "down": (12, 8)},
     "resid_mix": (2, 8),
 }
@@ -128,23 +148,32 @@ MODEL = ModelConfig(num_layers=12)
 def parameters(seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+        lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 
 def by_path(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def bits_by_path(export):
     """The matrices with a grid, by name."""
     names = {"bigram/proj": export.projection_bits, "value_embed/proj": export.projection_bits}
     names |= {f"blocks/11/mlp/{name}": export.mlp_bits for name in ("up", "down")}
-    names |= {f"blocks/11/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")}
+    names |= {
+        f"blocks/11/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")
+    }
     return {name: bits for name, bits in names.items() if bits != 16}
 
 
-@pytest.mark.parametrize("export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16)])
+@pytest.mark.parametrize(
+    "export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16)]
+)
 def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
     params = by_path(parameters())
     result = by_path(jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=export)))(parameters()))
@@ -152,7 +181,9 @@ def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
     for name, value in result.items():
         if name in bits:
             expected, near_tie = numpy_fake_quantize(params[name], bits[name], export.clip_floor)
-            np.testing.assert_array_equal(np.where(near_tie, 0, value), np.where(near_tie, 0, expected), err_msg=name)
+            np.testing.assert_array_equal(
+                np.where(near_tie, 0, value), np.where(near_tie, 0, expected), err_msg=name
+            )
             assert not np.array_equal(value, params[name])
         else:
             np.testing.assert_array_equal(value, params[name], err_msg=name)
@@ -163,25 +194,42 @@ def test_no_grid_at_all_is_the_identity():
     none = ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16)
     assert all(
         a is b
-        for a, b in zip(jax.tree.leaves(qat.on_grid(params, Config(MODEL, export=none))), jax.tree.leaves(params), strict=True)
+        for a, b in zip(
+            jax.tree.leaves(qat.on_grid(params, Config(MODEL, export=none))),
+            jax.tree.leaves(params),
+            strict=True,
+        )
     )
 
 
 def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
     """A late key matrix, and tensors that are small enough to pass."""
-    export = dataclasses.replace(MIXED, late_key_layers=1, passthrough_size=48)  # key, value and the tables' projections
-    params, result = by_path(parameters()), by_path(qat.on_grid(parameters(), Config(MODEL, export=export)))
+    # key, value and the tables' projections
+    export = dataclasses.replace(MIXED, late_key_layers=1, passthrough_size=48)
+    params, result = (
+        by_path(parameters()),
+        by_path(qat.on_grid(parameters(), Config(MODEL, export=export))),
+    )
     changed = {name for name in params if not np.array_equal(params[name], result[name])}
-    assert changed == {f"blocks/11/{name}" for name in ("attn/query", "attn/out", "mlp/up", "mlp/down")}
-    earlier = Config(ModelConfig(num_layers=13), export=dataclasses.replace(MIXED, late_key_layers=1))
+    assert changed == {
+        f"blocks/11/{name}" for name in ("attn/query", "attn/out", "mlp/up", "mlp/down")
+    }
+    earlier = Config(
+        ModelConfig(num_layers=13), export=dataclasses.replace(MIXED, late_key_layers=1)
+    )
     result = by_path(qat.on_grid(parameters(), earlier))
-    assert not np.array_equal(params["blocks/11/attn/key"], result["blocks/11/attn/key"]), "12 is the last of 13"
+    assert not np.array_equal(params["blocks/11/attn/key"], result["blocks/11/attn/key"]), (
+        "12 is the last of 13"
+    )
 
 
 @pytest.mark.parametrize(
     ("export", "said"),
     [
-        (ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16), "has no grid to train for"),
+        (
+            ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16),
+            "has no grid to train for",
+        ),
         (ExportConfig(passthrough_size=1000), "has no grid to train for"),
         (dataclasses.replace(MIXED, clip="sd"), "imitates ranges near a row's largest magnitude"),
         (dataclasses.replace(MIXED, gptq=True), "imitates ranges near a row's largest magnitude"),
@@ -190,16 +238,23 @@ def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
 def test_a_run_that_would_imitate_nothing_is_refused(export, said):
     with pytest.raises(ConfigError, match=said):
         qat.check(jax.eval_shape(parameters), Config(MODEL, export=export))
-    qat.check(jax.eval_shape(parameters), Config(MODEL, export=dataclasses.replace(MIXED, clip="search")))
+    qat.check(
+        jax.eval_shape(parameters), Config(MODEL, export=dataclasses.replace(MIXED, clip="search"))
+    )
 
 
 def test_the_switch_chooses_to_the_last_bit():
     params = parameters()
     params["blocks"]["11"]["mlp"]["up"] = params["blocks"]["11"]["mlp"]["up"].at[0].set(-0.0)
     call = jax.jit(lambda p, on: qat.straight_through(p, Config(MODEL, export=MIXED), on))
-    for on, expected in ((False, params), (True, jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=MIXED)))(params))):
+    for on, expected in (
+        (False, params),
+        (True, jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=MIXED)))(params)),
+    ):
         for name, value in by_path(call(params, np.bool_(on))).items():
-            assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), name
+            assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), (
+                name
+            )
 
 
 def test_the_gradient_passes_as_if_there_were_no_grid():
@@ -210,12 +265,20 @@ def test_the_gradient_passes_as_if_there_were_no_grid():
     @functools.partial(jax.grad, has_aux=True)
     def gradient_and_seen(p, on):
         seen = qat.straight_through(p, Config(MODEL, export=MIXED), on)
-        return sum(jnp.sum(a * b**2) for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True)), seen
+        return (
+            sum(
+                jnp.sum(a * b**2)
+                for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True)
+            ),
+            seen,
+        )
 
     for on in (False, True):
         gradient, seen = map(by_path, gradient_and_seen(params, np.bool_(on)))
         for name, factor in by_path(c).items():
-            np.testing.assert_allclose(gradient[name], 2 * np.asarray(factor) * seen[name], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                gradient[name], 2 * np.asarray(factor) * seen[name], rtol=1e-6, err_msg=name
+            )
 
 
 def test_switching_compiles_nothing_and_changes_the_loss():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sngpt_jax.config import OptimConfig, TrainConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum, step_controls
-from sngpt_jax.recipe import load
 
 
 def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
@@ -19,7 +19,11 @@ def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallc
         return 1.0
     if max_wallclock_seconds <= 0:
         start = max(iterations - warmdown_iters, 0)
-        return max((iterations - step) / max(warmdown_iters, 1), 0.0) if start <= step < iterations else 1.0
+        return (
+            max((iterations - step) / max(warmdown_iters, 1), 0.0)
+            if start <= step < iterations
+            else 1.0
+        )
     max_wallclock_ms = 1000.0 * max_wallclock_seconds
     step_ms = elapsed_ms / max(step, 1)
     warmdown_ms = warmdown_iters * step_ms
@@ -48,35 +52,51 @@ CAP = TrainConfig(steps=20_000, max_seconds=600.0)
     ],
 )
 def test_wall_clock_by_steps(step, elapsed, expected):
-    assert lr_multiplier(wall_clock(warmdown_steps=1200), CAP, step, elapsed) == pytest.approx(expected, abs=1e-12)
+    assert lr_multiplier(wall_clock(warmdown_steps=1200), CAP, step, elapsed) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    ("elapsed", "expected"), [(0.0, 1.0), (300.0, 1.0), (400.0, 200 / 300), (450.0, 0.5), (600.0, 0.0), (700.0, 0.0)]
+    ("elapsed", "expected"),
+    [(0.0, 1.0), (300.0, 1.0), (400.0, 200 / 300), (450.0, 0.5), (600.0, 0.0), (700.0, 0.0)],
 )
 @pytest.mark.parametrize("step", [0, 7, 19_999])
 def test_wall_clock_by_fraction_ignores_the_steps(step, elapsed, expected):
-    assert lr_multiplier(wall_clock(warmdown_fraction=0.5), CAP, step, elapsed) == pytest.approx(expected, abs=1e-12)
+    assert lr_multiplier(wall_clock(warmdown_fraction=0.5), CAP, step, elapsed) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (800, 1.0), (850, 0.75), (900, 0.5), (999, 0.005), (1000, 0.0)])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 1.0), (800, 1.0), (850, 0.75), (900, 0.5), (999, 0.005), (1000, 0.0)]
+)
 @pytest.mark.parametrize("length", [{"warmdown_steps": 200}, {"warmdown_fraction": 0.2}])
 def test_steps(step, expected, length):
     train = TrainConfig(steps=1000, max_seconds=600.0)  # the cap ends the run and shapes nothing
-    assert lr_multiplier(OptimConfig(**length), train, step, 599.0) == pytest.approx(expected, abs=1e-12)
+    assert lr_multiplier(OptimConfig(**length), train, step, 599.0) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_floor_and_warmup():
     optim = OptimConfig(warmup_steps=10, warmdown_steps=100, final_lr_fraction=0.1)
     train = TrainConfig(steps=1000)
-    values = {step: lr_multiplier(optim, train, step, 0.0) for step in (0, 1, 5, 10, 900, 950, 1000)}
+    values = {
+        step: lr_multiplier(optim, train, step, 0.0) for step in (0, 1, 5, 10, 900, 950, 1000)
+    }
     expected = {0: 0.0, 1: 0.1, 5: 0.5, 10: 1.0, 900: 1.0, 950: 0.55, 1000: 0.1}
     assert values == pytest.approx(expected, abs=1e-12)
 
 
 def test_constant():
     optim = OptimConfig(schedule="constant", warmup_steps=4)
-    assert [lr_multiplier(optim, CAP, step, 0.0) for step in (0, 1, 4, 20_000)] == [0.0, 0.25, 1.0, 1.0]
+    assert [lr_multiplier(optim, CAP, step, 0.0) for step in (0, 1, 4, 20_000)] == [
+        0.0,
+        0.25,
+        1.0,
+        1.0,
+    ]
 
 
 @given(
@@ -86,7 +106,9 @@ def test_constant():
     seconds=st.sampled_from([0.0, 600.0]),
 )
 def test_equals_the_published_script(step, elapsed, warmdown_iters, seconds):
-    optim = OptimConfig(warmdown_steps=warmdown_iters, warmdown_clock="wall_clock" if seconds else "steps")
+    optim = OptimConfig(
+        warmdown_steps=warmdown_iters, warmdown_clock="wall_clock" if seconds else "steps"
+    )
     train = TrainConfig(steps=20_000, max_seconds=seconds)
     if not seconds and step >= train.steps:
         step %= train.steps  # the script never asks beyond its last step, and answers 1 there
@@ -124,7 +146,8 @@ def test_rises_then_falls_to_the_floor_without_jumps(run, seconds_a_step):
     optim, train = run
     by_steps = optim.warmdown_clock == "steps"
     last = train.steps if by_steps else train.max_seconds / seconds_a_step
-    first = 0 if by_steps or optim.warmdown_fraction else 1  # only a finished step tells how long warmdown_steps last
+    # only a finished step tells how long warmdown_steps last
+    first = 0 if by_steps or optim.warmdown_fraction else 1
     steps = sorted({max(int(last * part / 200), first) for part in range(201)})
     values = np.array([lr_multiplier(optim, train, step, step * seconds_a_step) for step in steps])
     peak = int(values.argmax())
@@ -157,26 +180,33 @@ def test_is_continuous_in_the_clock(elapsed, step):
     ],
 )
 def test_snapshots_of_the_published_runs(recipe, seconds_a_step, steps, first, count):
-    """Number and first of each run's snapshots, every 50 steps. The pace is that before the first, a little above the mean."""
+    """Number and first of each run's snapshots, every 50 steps. The pace is that before the first,
+    a little above the mean.
+    """
     optim = load(recipe).optim
-    taken = [step + 1 for step in range(steps) if step_controls(optim, CAP, step, step * seconds_a_step).swa]
+    taken = [
+        step + 1
+        for step in range(steps)
+        if step_controls(optim, CAP, step, step * seconds_a_step).swa
+    ]
     assert (taken[0], len(taken)) == (first, count)
     assert taken == list(range(first, steps + 1, 50))
 
 
 def test_quantization_of_the_published_run_begins_with_its_step():
-    """The same pace as above: that run logged 4,929 finished steps when its multiplier first was below 0.15."""
+    """The same pace as above: that run logged 4,929 finished steps when its multiplier first was
+    below 0.15.
+    """
     optim = dataclasses.replace(load("golf_12l_recycled").optim, qat_below=0.15)
-    assert [bool(step_controls(optim, CAP, step, step * 0.11002).qat) for step in (0, 4928, 4929, 5448)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    assert [
+        bool(step_controls(optim, CAP, step, step * 0.11002).qat) for step in (0, 4928, 4929, 5448)
+    ] == [False, False, True, True]
 
 
 def test_controls_by_steps():
-    optim = OptimConfig(warmdown_steps=100, swa_every=10, swa_below=0.5, qat_below=0.25, final_lr_fraction=0.1)
+    optim = OptimConfig(
+        warmdown_steps=100, swa_every=10, swa_below=0.5, qat_below=0.25, final_lr_fraction=0.1
+    )
     train = TrainConfig(steps=1000)
     fractions = {step: 0.1 + 0.9 * (1000 - step) / 100 for step in range(900, 1000)}
     for step in range(1000):
@@ -184,7 +214,8 @@ def test_controls_by_steps():
         assert controls.lr_multiplier == np.float32(fraction)
         assert controls.swa == (fraction < 0.5 and (step + 1) % 10 == 0)
         assert controls.qat == (fraction < 0.25)
-    assert sum(step_controls(optim, train, step, 0.0).swa for step in range(1000)) == 5  # 960, 970, …, 1000
+    # 960, 970, …, 1000
+    assert sum(step_controls(optim, train, step, 0.0).swa for step in range(1000)) == 5
 
 
 def test_controls_are_numpy_scalars():
@@ -194,10 +225,14 @@ def test_controls_are_numpy_scalars():
 
 def test_a_warmup_is_no_warmdown():
     """The learning rate is low at the start as well, and nothing is averaged or quantized for it."""
-    optim = OptimConfig(warmup_steps=500, warmdown_steps=100, swa_every=1, swa_below=1.0, qat_below=1.0)
+    optim = OptimConfig(
+        warmup_steps=500, warmdown_steps=100, swa_every=1, swa_below=1.0, qat_below=1.0
+    )
     controls = [step_controls(optim, TrainConfig(steps=1000), step, 0.0) for step in range(1000)]
     assert (
-        [i for i, c in enumerate(controls) if c.swa] == [i for i, c in enumerate(controls) if c.qat] == list(range(901, 1000))
+        [i for i, c in enumerate(controls) if c.swa]
+        == [i for i, c in enumerate(controls) if c.qat]
+        == list(range(901, 1000))
     )
 
 
@@ -209,24 +244,36 @@ def test_nothing_is_averaged_or_quantized_unless_asked(run, step, elapsed):
 
 
 def test_the_rates_of_the_sparse_models():
-    """Linear from 0 over 200 steps, flat to step 1272, then linear to the end; one line for both rules, or two."""
+    """Linear from 0 over 200 steps, flat to step 1272, then linear to the end; one line for both
+    rules, or two.
+    """
     small, large = load("cayley_small_3l"), load("cayley_large_2l")
 
     def rates(config, step):
         c = step_controls(config.optim, config.train, step, 0.0)
         o = config.optim
-        return [c.lr_multiplier * o.muon_lr, *(c.adam_lr_multiplier * lr for lr in (o.embed_lr, o.scalar_lr))]
+        return [
+            c.lr_multiplier * o.muon_lr,
+            *(c.adam_lr_multiplier * lr for lr in (o.embed_lr, o.scalar_lr)),
+        ]
 
     last, middle = small.train.steps, (1271.6 + 12_716) / 2
     for step, expected in ((0, 0.0), (100, 6e-3), (200, 1.2e-2), (1271, 1.2e-2), (last, 1.5e-4)):
         np.testing.assert_allclose(rates(small, step), [expected] * 3, rtol=1e-6)
     np.testing.assert_allclose(rates(small, round(middle)), [(1.2e-2 + 1.5e-4) / 2] * 3, rtol=1e-4)
-    for step, muon, adam in ((100, 4e-3, 1.5e-4), (6358, 8e-3, 3e-4), (9537, 4.05e-3, 1.55e-4), (last, 1e-4, 1e-5)):
+    for step, muon, adam in (
+        (100, 4e-3, 1.5e-4),
+        (6358, 8e-3, 3e-4),
+        (9537, 4.05e-3, 1.55e-4),
+        (last, 1e-4, 1e-5),
+    ):
         np.testing.assert_allclose(rates(large, step), [muon, adam, adam], rtol=1e-6)
 
 
 def test_momentum():
-    optim = OptimConfig(muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_warmup_steps=500)
+    optim = OptimConfig(
+        muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_warmup_steps=500
+    )
     schedule = jax.jit(muon_momentum(optim))
     values = [float(schedule(np.int32(count))) for count in (0, 1, 250, 500, 10_000)]
     np.testing.assert_allclose(values, [0.85, 0.8502, 0.9, 0.95, 0.95], atol=1e-6)

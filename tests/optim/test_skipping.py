@@ -1,4 +1,6 @@
-"""Skipped steps: the rule against plain Python, and that a skipped step changes nothing, on one device and on eight."""
+"""Skipped steps: the rule against plain Python, and that a skipped step changes nothing, on one
+device and on eight.
+"""
 
 import dataclasses
 import functools
@@ -10,20 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax import checkpoint, step
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import TrainConfig
 from sngpt_jax.optim import skipping
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.parallel import batch_placer, make_mesh
-from sngpt_jax.step import abstract_state, init_state, make_train_step
-from tests import test_step_code
+from sngpt_jax.run import checkpoint
+from sngpt_jax.training import step
+from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.step import make_train_step
+from tests.training import test_step_code
 
-BAD_GRADIENT, BAD_LOSS = 95, 96  # a microbatch whose first target is this token has a NaN in its gradient, or an infinite loss
+# a microbatch whose first target is this token has a NaN in its gradient, or an infinite loss
+BAD_GRADIENT, BAD_LOSS = 95, 96
 
 CONFIG = dataclasses.replace(
     test_step_code.CONFIG,
     optim=dataclasses.replace(
-        test_step_code.CONFIG.optim, schedule="linear_warmdown", warmdown_steps=4, ema_decay=0.9, swa_every=1, swa_below=0.9
+        test_step_code.CONFIG.optim,
+        schedule="linear_warmdown",
+        warmdown_steps=4,
+        ema_decay=0.9,
+        swa_every=1,
+        swa_below=0.9,
     ),
     train=dataclasses.replace(test_step_code.CONFIG.train, nonfinite="skip", spike_sigma=6.0),
 )
@@ -50,7 +60,10 @@ def expected_skips(config, losses, norms):
 @pytest.mark.parametrize("config", [TrainConfig(nonfinite="skip"), TrainConfig(spike_sigma=3.0)])
 def test_what_is_skipped_is_what_the_rule_says(config):
     rng = np.random.default_rng(0)
-    losses, norms = rng.normal(3, 0.1, 400).astype(np.float32), rng.normal(1, 0.2, 400).astype(np.float32)
+    losses, norms = (
+        rng.normal(3, 0.1, 400).astype(np.float32),
+        rng.normal(1, 0.2, 400).astype(np.float32),
+    )
     losses[[30, 100, 101, 250]] = 4.0  # the first comes before there is enough to measure it by
     norms[[150, 151]] = 9.0
     losses[300:] += 1.0  # for good
@@ -72,7 +85,9 @@ def test_what_is_skipped_is_what_the_rule_says(config):
 
 @pytest.mark.parametrize(("loss", "spike"), [(6.02, False), (6.03, True)])
 def test_deviations_are_those_of_a_sample(loss, spike):
-    """2, 4, 2, 4 …, 64 values: mean 3, standard deviation sqrt(64 / 63), so that three of them end at 6.0237."""
+    """2, 4, 2, 4 …, 64 values: mean 3, standard deviation sqrt(64 / 63), so that three of them end
+    at 6.0237.
+    """
     config = TrainConfig(spike_sigma=3.0)
     skips = skipping.init_skips(config)
     for i in range(64):
@@ -86,12 +101,19 @@ def test_nothing_is_kept_where_nothing_is_skipped():
 
 
 def poisoned(mean_loss):
-    """`mean_loss` with a finite value and a NaN in its gradient, or an infinite value, where the first target says so."""
+    """`mean_loss` with a finite value and a NaN in its gradient, or an infinite value, where the
+    first target says so.
+    """
 
     def loss(x_BTD, table_VD, targets_BT, **settings):
         first = targets_BT[0, 0]
-        root = jnp.sqrt(jnp.where(first == BAD_GRADIENT, 0.0 * x_BTD[0, 0, 0], 1.0))  # its slope at 0 is infinite
-        return mean_loss(x_BTD, table_VD, targets_BT, **settings) + 0.0 * root + jnp.where(first == BAD_LOSS, jnp.inf, 0.0)
+        # its slope at 0 is infinite
+        root = jnp.sqrt(jnp.where(first == BAD_GRADIENT, 0.0 * x_BTD[0, 0, 0], 1.0))
+        return (
+            mean_loss(x_BTD, table_VD, targets_BT, **settings)
+            + 0.0 * root
+            + jnp.where(first == BAD_LOSS, jnp.inf, 0.0)
+        )
 
     return loss
 
@@ -110,7 +132,12 @@ def program(devices):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.loss, "mean_loss", poisoned(step.loss.mean_loss))
         batch = batch_placer(mesh, 16 // devices)(host_batch(0))
-        return mesh, make_train_step(CONFIG, mesh).lower(abstract_state(CONFIG, mesh), batch, CONTROLS).compile()
+        return (
+            mesh,
+            make_train_step(CONFIG, mesh)
+            .lower(abstract_state(CONFIG, mesh), batch, CONTROLS)
+            .compile(),
+        )
 
 
 def take(devices, state, *batches):
@@ -124,10 +151,14 @@ def take(devices, state, *batches):
 
 
 def assert_equal(a, b):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_array_equal(
+            np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -143,7 +174,8 @@ def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
     assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
     assert_equal(state.skips.window, without.skips.window)
 
-    state, said = take(devices, state, host_batch(2))  # and the step after it is that of a run that never saw the batch
+    # and the step after it is that of a run that never saw the batch
+    state, said = take(devices, state, host_batch(2))
     without, _ = take(devices, without, host_batch(2))
     assert (said[0]["skipped"], said[0]["skipped_in_a_row"]) == (1, 0)
     assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
@@ -151,7 +183,9 @@ def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
 
 def test_what_was_skipped_is_known_to_a_resumed_run(tmp_path):
     mesh, _ = program(1)
-    state, _ = take(1, init_state(CONFIG, mesh), host_batch(0), host_batch(1, BAD_LOSS), host_batch(1, BAD_LOSS))
+    state, _ = take(
+        1, init_state(CONFIG, mesh), host_batch(0), host_batch(1, BAD_LOSS), host_batch(1, BAD_LOSS)
+    )
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
     resumed = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state

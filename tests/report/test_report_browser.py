@@ -26,13 +26,17 @@ def browser(tmp_path_factory):
 def url(tmp_path_factory):
     """A page of two seeds and one other run with a sparse code and hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
-    directories = [fake_run.make(folder / f"a_seed{seed}", seed=seed, steps=400, every=100) for seed in (1, 2)]
+    directories = [
+        fake_run.make(folder / f"a_seed{seed}", seed=seed, steps=400, every=100) for seed in (1, 2)
+    ]
     evil = fake_run.make(folder / "evil", seed=5, steps=400, every=100, levels=2)
     config = json.loads((evil / "config.json").read_text())
     config["eval"]["sample_prompt"] = HOSTILE
     (evil / "config.json").write_text(json.dumps(config))
     directories.append(evil.rename(folder / "<b>&amp;<img src=x onerror=document.title='taken'>"))
-    (folder / "page.html").write_text(page(report([read_run(directory) for directory in directories], "now")))
+    (folder / "page.html").write_text(
+        page(report([read_run(directory) for directory in directories], "now"))
+    )
     return f"file://{folder}/page.html"
 
 
@@ -53,20 +57,25 @@ def test_curves_are_drawn(browser, url):
     browser.open(url)
     assert browser.ask("document.title") == "Report of 3 runs"
     # three runs as measured, their running means, and the mean of the group
-    assert drawn(browser, "train_loss") == 3 + 3 + 1 and drawn(browser, "train_loss", "path.band") == 1
+    assert (
+        drawn(browser, "train_loss") == 3 + 3 + 1 and drawn(browser, "train_loss", "path.band") == 1
+    )
     # three runs with a dot a validation, and the mean of the group
     assert drawn(browser, "val_bpb") == 3 + 1 and drawn(browser, "val_bpb", "circle") == 3 * 5
     assert drawn(browser, "lr") == 3 + 1
     assert drawn(browser, "code/level1/dead") == drawn(browser, "code/cos") == 1
     d = browser.ask(f"{chart('lr')}.querySelector('path.curve').getAttribute('d')")
     assert d.count("L") == 399
-    assert browser.ask("document.querySelectorAll('table').length") == 3  # runs, differences, environments
+    # runs, differences, environments
+    assert browser.ask("document.querySelectorAll('table').length") == 3
     assert browser.problems == []
 
 
 def test_the_mouse_shows_the_values_of_all_runs(browser, url):
     browser.open(url)
-    box = browser.ask(f"JSON.parse(JSON.stringify({chart('val_loss')}.querySelector('svg').getBoundingClientRect()))")
+    box = browser.ask(
+        f"JSON.parse(JSON.stringify({chart('val_loss')}.querySelector('svg').getBoundingClientRect()))"
+    )
     inner = box["width"] - 54 - 10
     browser.mouse("mouseMoved", box["x"] + 54 + 0.51 * inner, box["y"] + 60)
     tip = browser.ask(f"{chart('val_loss')}.querySelector('.tip').innerText")
@@ -75,7 +84,10 @@ def test_the_mouse_shows_the_values_of_all_runs(browser, url):
         assert f"{fake_run.loss(200, seed):.5g}" in tip
     mean = (fake_run.loss(200, 1) + fake_run.loss(200, 2)) / 2
     assert f"{mean:.5g}" in tip and "a, mean" in tip
-    assert browser.ask("[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).length") == 1
+    assert (
+        browser.ask("[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).length")
+        == 1
+    )
     assert drawn(browser, "lr", "line.cursor") == 1  # the crosshair is in all charts
     browser.mouse("mouseMoved", 5, 5)
     assert browser.ask("[...document.querySelectorAll('.tip')].every((tip) => tip.hidden)")
@@ -83,9 +95,15 @@ def test_the_mouse_shows_the_values_of_all_runs(browser, url):
 
 def test_dragging_zooms_all_charts(browser, url):
     browser.open(url)
-    box = browser.ask(f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))")
-    browser.call("Runtime.evaluate", expression=f"{chart('lr')}.scrollIntoView({{block: 'center'}})")
-    box = browser.ask(f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))")
+    box = browser.ask(
+        f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))"
+    )
+    browser.call(
+        "Runtime.evaluate", expression=f"{chart('lr')}.scrollIntoView({{block: 'center'}})"
+    )
+    box = browser.ask(
+        f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))"
+    )
     left, inner, y = box["x"] + 54, box["width"] - 54 - 10, box["y"] + 60
     browser.mouse("mouseMoved", left + 0.5 * inner, y)
     browser.mouse("mousePressed", left + 0.5 * inner, y, button="left", clickCount=1)
@@ -125,7 +143,10 @@ def test_a_phone_can_read_it(browser, url, theme):
     browser.open(url, PHONE, theme)
     assert browser.ask("document.documentElement.clientWidth") == 390
     assert browser.overflow() <= 0
-    assert browser.ask("[...document.querySelectorAll('.chart svg')].every((svg) => svg.getBoundingClientRect().right <= 390)")
+    assert browser.ask(
+        "[...document.querySelectorAll('.chart svg')].every((svg) =>"
+        " svg.getBoundingClientRect().right <= 390)"
+    )
     browser.ask("document.querySelector('#config details').open = true")
     assert browser.overflow() <= 0
 
@@ -145,15 +166,28 @@ def test_the_theme_follows_the_system_until_it_is_chosen(browser, url):
 def test_texts_are_shown_as_they_are(browser, url):
     browser.open(url)
     assert browser.ask("document.images.length") == 0
-    assert "onerror=document.title='taken'>" in browser.ask("document.getElementById('scores').innerText")
+    assert "onerror=document.title='taken'>" in browser.ask(
+        "document.getElementById('scores').innerText"
+    )
     assert HOSTILE in browser.ask("document.getElementById('config').innerText")
     assert browser.ask("document.title") == "Report of 3 runs"
 
 
 def test_numbers_that_no_run_has_are_drawn(browser, tmp_path):
     directory = fake_run.make(tmp_path / "run")
-    values = [(0, 3.0, 0), (0.5, 1e-320, -1), (3, -1e308, 1e300), (4, 1e308, 5), (5, 1e38, 4), (6, -1e38, 1e38), (1e300, 2, 9)]
-    found = [{"step": s, "train_loss": x, "elapsed_seconds": t, "lr": -x, "constructor": 1, "x" * 900: x} for s, x, t in values]
+    values = [
+        (0, 3.0, 0),
+        (0.5, 1e-320, -1),
+        (3, -1e308, 1e300),
+        (4, 1e308, 5),
+        (5, 1e38, 4),
+        (6, -1e38, 1e38),
+        (1e300, 2, 9),
+    ]
+    found = [
+        {"step": s, "train_loss": x, "elapsed_seconds": t, "lr": -x, "constructor": 1, "x" * 900: x}
+        for s, x, t in values
+    ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
     (tmp_path / "page.html").write_text(page(report([read_run(directory)], "now")))
     browser.open(f"file://{tmp_path}/page.html", PHONE)
@@ -166,11 +200,15 @@ def test_numbers_that_no_run_has_are_drawn(browser, tmp_path):
 
 def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
     directory = fake_run.make(tmp_path / "run", finished=False, levels=1)
-    with make_server(LiveRuns([directory, fake_run.make(tmp_path / "other", seed=2, steps=60)]), 0) as server:
+    with make_server(
+        LiveRuns([directory, fake_run.make(tmp_path / "other", seed=2, steps=60)]), 0
+    ) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             browser.open(f"http://localhost:{server.server_address[1]}/")
-            browser.ask("document.querySelectorAll('#scores input')[1].click(), window.scrollTo(0, 700)")
+            browser.ask(
+                "document.querySelectorAll('#scores input')[1].click(), window.scrollTo(0, 700)"
+            )
             top = browser.ask("window.scrollY")
             (directory / "summary.json").write_text('{"val_bpb": 1.25, "steps": 40}')
             with (directory / "metrics.jsonl").open("a") as file:

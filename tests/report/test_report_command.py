@@ -11,14 +11,16 @@ import threading
 
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.report.__main__ import main
 from sngpt_jax.report.live import LiveRuns, make_server
 from tests import fake_run, tiny_run
 
 
 def test_a_page_is_written(tmp_path, capsys):
-    directories = [str(fake_run.make(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 2))]
+    directories = [
+        str(fake_run.make(tmp_path / name, seed=seed)) for name, seed in (("a", 1), ("b", 2))
+    ]
     assert main([*directories, directories[0], "--out", str(tmp_path / "new" / "page.html")]) == 0
     assert capsys.readouterr().out == f"2 runs: {tmp_path / 'new' / 'page.html'}\n"
     html = (tmp_path / "new" / "page.html").read_text()
@@ -54,7 +56,9 @@ def served(tmp_path):
         thread.start()
 
         def ask(path, host="localhost:1"):
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+            connection = http.client.HTTPConnection(
+                "127.0.0.1", server.server_address[1], timeout=30
+            )
             try:
                 connection.request("GET", path, headers={"Host": host})
                 answer = connection.getresponse()
@@ -79,7 +83,10 @@ def test_a_page_is_served_and_follows_the_run(served):
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "train_loss": 1.0}\n{"step": 42, "tr')
     status, text = ask(since)
-    steps, values = (json.loads(text)["numbers"][i] for i in json.loads(text)["runs"][0]["curves"]["train_loss"]["raw"])
+    steps, values = (
+        json.loads(text)["numbers"][i]
+        for i in json.loads(text)["runs"][0]["curves"]["train_loss"]["raw"]
+    )
     assert (status, steps[-1], values[-1]) == (200, 41, 1)
 
 
@@ -95,13 +102,25 @@ def test_a_run_without_metrics_is_waited_for(tmp_path):
 
 def test_only_this_machine_is_answered(served):
     directory, ask, port = served
-    assert ask("/", host="127.0.0.1:5")[0] == ask("/", host="localhost")[0] == ask("/", host="[::1]:80")[0] == 200
-    assert ask("/", host="evil.example:8631")[0] == ask("/data.json", host="localhost.evil.example")[0] == 403
+    assert (
+        ask("/", host="127.0.0.1:5")[0]
+        == ask("/", host="localhost")[0]
+        == ask("/", host="[::1]:80")[0]
+        == 200
+    )
+    assert (
+        ask("/", host="evil.example:8631")[0]
+        == ask("/data.json", host="localhost.evil.example")[0]
+        == 403
+    )
     assert ask("/config.json")[0] == ask("/../../etc/passwd")[0] == 404
     (directory / "config.json").write_text("{")
     status, text = ask("/data.json")
     assert status == 503 and "cannot be read as JSON" in text
-    with pytest.raises(UserError, match=rf"--port {port}: cannot be listened on: Address already in use; give another"):
+    with pytest.raises(
+        UserError,
+        match=rf"--port {port}: cannot be listened on: Address already in use; give another",
+    ):
         make_server(LiveRuns([directory]), port)
 
 
@@ -110,7 +129,8 @@ def test_odd_requests_and_browsers_that_have_gone_are_no_errors(served, capsys):
     assert ask("http://[x")[0] == 404
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            # closed by a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert ask("/")[0] == 200
     assert capsys.readouterr().err == ""

@@ -12,7 +12,9 @@ from sngpt_jax.report.curves import running_mean, smooth, thin
 from sngpt_jax.report.reading import Series, read_run
 from tests import fake_run
 
-VALUES = st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")) | st.just(float("inf")), min_size=1, max_size=300)
+VALUES = st.lists(
+    st.floats(-1e6, 1e6) | st.just(float("nan")) | st.just(float("inf")), min_size=1, max_size=300
+)
 
 
 @given(VALUES, st.integers(10, 60))
@@ -57,7 +59,8 @@ def test_a_running_mean_is_the_mean_of_what_is_around(values, window):
 def test_short_curves_are_not_smoothed():
     assert smooth(Series(np.arange(149.0), np.ones(149))) is None
     mean = smooth(Series(np.arange(1000.0), np.arange(1000.0)))
-    assert mean is not None and mean.values[500] == 500 and mean.values[0] == 5  # of 21 values, 11 at the end
+    # of 21 values, 11 at the end
+    assert mean is not None and mean.values[500] == 500 and mean.values[0] == 5
 
 
 @pytest.mark.parametrize("values", [[1.5], [1.0, 2.5], [3.0, 3.0, 4.25, -1.0]])
@@ -65,7 +68,9 @@ def test_statistics_are_those_of_the_library(values):
     found = grouping.statistic([*values, None, "x", float("nan")])
     assert found.n == len(values)
     assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-15)
-    assert found.sd == (pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None)
+    assert found.sd == (
+        pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None
+    )
     assert grouping.statistic([None]) is None
 
 
@@ -96,4 +101,9 @@ def test_bands_are_the_statistics_of_each_step():
         assert band.mean[i] == pytest.approx(statistics.fmean(column))
         assert band.sd[i] == pytest.approx(statistics.stdev(column))
     assert grouping.band([Series(steps[0], values[0])]) is None
-    assert grouping.band([Series(np.array([1.0]), np.array([1.0])), Series(np.array([2.0]), np.array([1.0]))]) is None
+    assert (
+        grouping.band(
+            [Series(np.array([1.0]), np.array([1.0])), Series(np.array([2.0]), np.array([1.0]))]
+        )
+        is None
+    )

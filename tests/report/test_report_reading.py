@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from sngpt_jax.cli import UserError
+from sngpt_jax.artifact.account import GroupReport, as_json
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.evaluation.bpb import Score
-from sngpt_jax.export.report import GroupReport, as_json
 from sngpt_jax.report.reading import make_series, number, read_run
 from tests import fake_run
 
@@ -55,12 +55,23 @@ def test_series_hold_what_was_a_number():
 
 
 @pytest.mark.parametrize(
-    "bad", ["{", "[1]", "null", '{"loss": 1}', '{"step": "x"}', pytest.param("[" * 100_000, id="deep"), "\0"]
+    "bad",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"loss": 1}',
+        '{"step": "x"}',
+        pytest.param("[" * 100_000, id="deep"),
+        "\0",
+    ],
 )
 def test_lines_that_are_no_records_are_left_out(tmp_path, bad):
     directory = fake_run.make(tmp_path / "run")
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    (directory / "metrics.jsonl").write_text("\n".join([*lines[:5], bad, *lines[5:], '{"step": 41, "train_lo']))
+    (directory / "metrics.jsonl").write_text(
+        "\n".join([*lines[:5], bad, *lines[5:], '{"step": 41, "train_lo'])
+    )
     run = read_run(directory)
     assert run.skipped == 1  # the torn last line is no fault
     assert run.last_step == 40 and len(run.series["train_loss"].steps) == 40
@@ -69,7 +80,10 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, bad):
 def test_nulls_are_gaps_and_nan_is_no_json(tmp_path):
     directory = fake_run.make(tmp_path / "run")
     with (directory / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "train_loss": null}\n{"step": 42, "train_loss": NaN}\n{"step": 43, "lr": 0.5}\n')
+        file.write(
+            '{"step": 41, "train_loss": null}\n{"step": 42, "train_loss": NaN}\n{"step": 43, "lr":'
+            " 0.5}\n"
+        )
     run = read_run(directory)
     assert run.last_step == 43 and run.skipped == 1
     np.testing.assert_array_equal(run.series["train_loss"].steps[-2:], [40, 41])
@@ -106,7 +120,13 @@ def test_results_are_known_by_their_keys(tmp_path):
     export = {"artifact_bytes": 1, "bits_per_weight": as_json([GROUP])}
     score = {**Score(loss=3.0, bpb=1.5, bytes=5, tokens=2).as_dict(), "mode": "standard"}
     tasks = {"step": 1, "weights": "final", "tasks": {"lambada": {"acc": 0.5}}}
-    for name, value in [("b", export), ("score", score), ("tasks", tasks), ("plan", {"bpb": 1}), ("list", [1])]:
+    for name, value in [
+        ("b", export),
+        ("score", score),
+        ("tasks", tasks),
+        ("plan", {"bpb": 1}),
+        ("list", [1]),
+    ]:
         (directory / f"{name}.json").write_text(json.dumps(value))
     (directory / "torn.json").write_text('{"artifact_bytes"')
     (directory / "tokenizer.json").write_text(json.dumps(export))

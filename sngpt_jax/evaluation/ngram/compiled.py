@@ -1,4 +1,6 @@
-"""How the caches' loops are compiled: by numba, kept from run to run where there is a folder for it."""
+"""How the caches' loops are compiled: by numba, kept from run to run where there is a folder for
+it.
+"""
 
 import functools
 import logging
@@ -13,7 +15,9 @@ logger = logging.getLogger("sngpt_jax")
 
 
 def compiled(function: F) -> F:
-    """`function` compiled at its first call, without Python's lock; a division by zero gives infinity or NaN, as numpy's."""
+    """`function` compiled at its first call, without Python's lock; a division by zero gives
+    infinity or NaN, as numpy's.
+    """
     try:
         return cast(F, njit(function, nogil=True, error_model="numpy", cache=True))
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -23,4 +27,7 @@ def compiled(function: F) -> F:
 
 @functools.cache
 def _announce() -> None:
-    logger.info("numba: no folder to keep compiled loops in, so they are compiled in every run (NUMBA_CACHE_DIR names one)")
+    logger.info(
+        "numba: no folder to keep compiled loops in, so they are compiled in every run"
+        " (NUMBA_CACHE_DIR names one)"
+    )

@@ -1,43 +1,56 @@
-"""Exact n-gram counts of what has been scored, mixed into the model's probabilities: a probability distribution again.
+"""Exact n-gram counts of what has been scored, mixed into the model's probabilities: a probability
+distribution again.
 
-The n-grams of orders 1 to 7 form a trie, x_1 … x_n below x_1 … x_{n-1}, in one open-addressed table: a node is found by its
-parent's slot and its last token, both kept and compared, so that no two n-grams share a count. With c(s, v) the count of v
-after the context s, C(s) = Σ_v c(s, v) and N(s) the number of different v, Witten-Bell interpolates from short to long:
+The n-grams of orders 1 to 7 form a trie, x_1 … x_n below x_1 … x_{n-1}, in one open-addressed
+table: a node is found by its parent's slot and its last token, both kept and compared, so that no
+two n-grams share a count. With c(s, v) the count of v after the context s, C(s) = Σ_v c(s, v) and
+N(s) the number of different v, Witten-Bell interpolates from short to long:
 
     p_s(v) = (c(s, v) + N(s) p_{s'}(v)) / (C(s) + N(s)),  s' = s without its oldest token;  1/V below the empty context
 
-(Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes (1 - w) p + w p_s with s the
-longest context that was ever continued. There is one w for each length of s, none depends on the target, and each is learned
-online: the EM step of a mixture on the targets that it scored so far. Everything is counted after every target.
+(Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes (1 -
+w) p + w p_s with s the longest context that was ever continued. There is one w for each length of
+s, none depends on the target, and each is learned online: the EM step of a mixture on the targets
+that it scored so far. Everything is counted after every target.
 """
 
 import math
 
 import numpy as np
 
-from sngpt_jax.cli import UserError
-from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
 from sngpt_jax.evaluation.ngram.compiled import compiled
 
 ORDER = 7
 START_WEIGHT = 0.05
 START_COUNT = 100  # targets that the first weight is worth
 
-# An n-gram: its parent's slot and its last token; how often it came, how often a stored n-gram continued it, and how many did.
+# An n-gram: its parent's slot and its last token; how often it came, how often a stored n-gram
+# continued it, and how many did.
 NODE = np.dtype(
-    [("parent", np.uint32), ("token", np.uint16), ("distinct", np.uint16), ("count", np.uint32), ("total", np.uint32)]
+    [
+        ("parent", np.uint32),
+        ("token", np.uint16),
+        ("distinct", np.uint16),
+        ("count", np.uint32),
+        ("total", np.uint32),
+    ]
 )
-MOST_DISTINCT = 2**16 - 1  # N(s) stays there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
+# N(s) stays there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
+MOST_DISTINCT = 2**16 - 1
 MOST_SLOTS = 2**32 - 1
 LEAST_SLOTS = 1024
 _PAGE = 4096  # bytes, the least that a machine hands out
 
 
 class ExactCache:
-    """Counts of orders 1 to 7 of a stream of `targets` targets after `first_token`, in at most `memory` bytes.
+    """Counts of orders 1 to 7 of a stream of `targets` targets after `first_token`, in at most
+    `memory` bytes.
 
-    A third of the slots stay empty, so that searches are short. Where memory is too small for all n-grams the stream may have,
-    those that come once it is full are not stored, and do not enter their contexts' totals: p_s stays a distribution.
+    A third of the slots stay empty, so that searches are short. Where memory is too small for all
+    n-grams the stream may have, those that come once it is full are not stored, and do not enter
+    their contexts' totals: p_s stays a distribution.
     """
 
     readings: tuple[str, ...] = ()
@@ -50,19 +63,26 @@ class ExactCache:
         if slots < min(LEAST_SLOTS, most):
             least = (LEAST_SLOTS + 1) * NODE.itemsize
             raise UserError(
-                f"{in_bytes(memory)} are too little memory for the n-gram cache exact; give it {in_bytes(least)} or more"
-                f" (--ngram-memory {math.ceil(1e6 * least / 2**30) / 1e6}, in GiB)"
+                f"{in_bytes(memory)} are too little memory for the n-gram cache exact; give it"
+                f" {in_bytes(least)} or more (--ngram-memory"
+                f" {math.ceil(1e6 * least / 2**30) / 1e6}, in GiB)"
             )
         self._vocab_size = vocab_size
         self._nodes = np.zeros(slots + 1, NODE)  # the last one is the root, the empty context
-        self._nodes.view(np.uint8)[::_PAGE] = 0  # the machine finds the memory now, not while targets are scored
+        # the machine finds the memory now, not while targets are scored
+        self._nodes.view(np.uint8)[::_PAGE] = 0
         limit = min(2 * slots // 3, most)
         self._room = np.array([limit])  # n-grams that can still be stored
-        self._contexts = np.array([slots] + [-1] * (ORDER - 1))  # slots of the last 0 … 6 tokens; -1: not stored
+        # slots of the last 0 … 6 tokens; -1: not stored
+        self._contexts = np.array([slots] + [-1] * (ORDER - 1))
         self._weights = np.full(ORDER, START_WEIGHT)  # by the length of the context
         self._scored = np.zeros(ORDER, np.int64)  # targets that each of them has mixed
         self.memory_bytes = self._nodes.nbytes
-        room = "every n-gram of the stream" if limit == most else f"{limit:,} n-grams; what comes later is not counted"
+        room = (
+            "every n-gram of the stream"
+            if limit == most
+            else f"{limit:,} n-grams; what comes later is not counted"
+        )
         self.about = (
             f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
             f" {in_bytes(self.memory_bytes)}, room for {room}"
@@ -78,7 +98,9 @@ class ExactCache:
         return (1 - weights) * chunk.mass[at] + weights * sums
 
     def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-ln of the mixture [n], and at `at` the weights and the sums of p_s over the vocabulary [k]."""
+        """-ln of the mixture [n], and at `at` the weights and the sums of p_s over the vocabulary
+        [k].
+        """
         nll, weights, sums = np.empty(len(chunk.targets)), np.empty(len(at)), np.zeros(len(at))
         _score_and_count(
             self._nodes,
@@ -119,9 +141,11 @@ def _find(nodes: np.ndarray, parent: int, token: int) -> int:
 
 @compiled
 def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
-    """Reads where all searches for `token` begin: together they wait for memory once, and each after the other seven times.
+    """Reads where all searches for `token` begin: together they wait for memory once, and each
+    after the other seven times.
 
-    The sum of what was read says nothing. It is there for the compiler, which would leave out what nobody takes.
+    The sum of what was read says nothing. It is there for the compiler, which would leave out what
+    nobody takes.
     """
     total = 0
     for k in range(len(contexts)):
@@ -133,9 +157,11 @@ def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
 def _probability(
     nodes: np.ndarray, contexts: np.ndarray, token: int, vocab_size: int, children: np.ndarray
 ) -> tuple[float, int]:
-    """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to `children`.
+    """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to
+    `children`.
 
-    What followed a context also followed every shorter one, so the search ends at the first that it did not.
+    What followed a context also followed every shorter one, so the search ends at the first that
+    it did not.
     """
     p, known, searching = 1 / vocab_size, 0, True
     for k in range(len(contexts)):
@@ -153,8 +179,17 @@ def _probability(
 
 
 @compiled
-def _count(nodes: np.ndarray, contexts: np.ndarray, children: np.ndarray, known: int, token: int, room: np.ndarray) -> None:
-    """Counts `token` after the contexts, the shortest first, and moves these on by it; it has followed the first `known`."""
+def _count(
+    nodes: np.ndarray,
+    contexts: np.ndarray,
+    children: np.ndarray,
+    known: int,
+    token: int,
+    room: np.ndarray,
+) -> None:
+    """Counts `token` after the contexts, the shortest first, and moves these on by it; it has
+    followed the first `known`.
+    """
     parent = contexts[0]
     for k in range(len(contexts)):
         child = -1
@@ -193,7 +228,11 @@ def _score_and_count(
     for i in range(len(targets)):
         touched += _touch(nodes, contexts, targets[i])
         length = 0  # of the longest context that was ever continued
-        while length + 1 < len(contexts) and contexts[length + 1] >= 0 and nodes[contexts[length + 1]].total > 0:
+        while (
+            length + 1 < len(contexts)
+            and contexts[length + 1] >= 0
+            and nodes[contexts[length + 1]].total > 0
+        ):
             length += 1
         w = weights[length]
         if asked < len(at) and at[asked] == i:

@@ -1,18 +1,21 @@
-"""Hashed n-gram caches as they were published: `hashed5` and `backoff`, the two versions of parameter-golf's PR #740.
+"""Hashed n-gram caches as they were published: `hashed5` and `backoff`, the two versions of
+parameter-golf's PR #740.
 
-For each order n there are two tables of counts with 2²² buckets. With the tokens x and the primes P, target x_j falls into
+For each order n there are two tables of counts with 2²² buckets. With the tokens x and the primes
+P, target x_j falls into
 
     context = h & mask,  full = (h ^ x_j P_{n-1}) & mask,  h = XOR over k = 0 … n-2 of x_{j-n+1+k} P_k  (64 bits)
 
-and where C[context] ≥ 2, p_ng = min(F[full], C[context]) / C[context] is mixed in. Nothing tells one n-gram of a bucket from
-another, so p_ng is too large for almost every token of the vocabulary, and its sum over the vocabulary is not 1.
+and where C[context] ≥ 2, p_ng = min(F[full], C[context]) / C[context] is mixed in. Nothing tells
+one n-gram of a bucket from another, so p_ng is too large for almost every token of the vocabulary,
+and its sum over the vocabulary is not 1.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
 from sngpt_jax.evaluation.ngram.compiled import compiled
 
 BUCKETS = 2**22
@@ -22,11 +25,13 @@ FLOOR = 1e-12  # least probability a target is scored with
 
 
 class HashedCache:
-    """The first of `orders` whose context has been counted twice gives p_ng, and p ← (1 - α) p + α p_ng.
+    """The first of `orders` whose context has been counted twice gives p_ng, and p ← (1 - α) p + α
+    p_ng.
 
-    α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats. Targets are counted once their
-    segment is scored, each at every order; with `undercount`, as published, one that was mixed at some order is not counted
-    at the orders below it. A target with fewer than n - 1 tokens before it has no part in order n.
+    α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats.
+    Targets are counted once their segment is scored, each at every order; with `undercount`, as
+    published, one that was mixed at some order is not counted at the orders below it. A target
+    with fewer than n - 1 tokens before it has no part in order n.
     """
 
     hints = None
@@ -45,30 +50,47 @@ class HashedCache:
         self.readings: tuple[str, ...] = ("entropy",) if by_entropy else ()
         self._orders = np.array(orders)  # the one to try first comes first
         self._vocab_size, self._undercount = vocab_size, undercount
-        self._recent = np.array([first_token], np.uint16)  # as many of the last tokens as a context may need
-        self._tables = np.zeros((len(orders), 2, BUCKETS), np.uint32)  # of contexts and of whole n-grams
+        # as many of the last tokens as a context may need
+        self._recent = np.array([first_token], np.uint16)
+        # of contexts and of whole n-grams
+        self._tables = np.zeros((len(orders), 2, BUCKETS), np.uint32)
         self._segment = segment
         longest = max(first_segment, segment)
-        self._buckets = np.empty((longest, len(orders), 2), np.int32)  # of the segment's targets so far; -1: not to be counted
+        # of the segment's targets so far; -1: not to be counted
+        self._buckets = np.empty((longest, len(orders), 2), np.int32)
         self._counts = np.empty((longest, len(orders), 2), np.uint32)  # what is in them
-        self._progress = np.array([0, first_segment])  # targets of the segment that are scored, and its length
+        # targets of the segment that are scored, and its length
+        self._progress = np.array([0, first_segment])
         self.memory_bytes = self._tables.nbytes + self._buckets.nbytes + self._counts.nbytes
         name = "5-grams" if len(orders) == 1 else "7- to 2-grams, the longest known context first"
         self.about = (
-            f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)} hashed tables of"
-            f" {BUCKETS:,} buckets, {in_bytes(self.memory_bytes)}; not a probability distribution"
+            f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)}"
+            f" hashed tables of {BUCKETS:,} buckets, {in_bytes(self.memory_bytes)}; not a"
+            " probability distribution"
         )
 
     @classmethod
-    def hashed5(cls, first_token: int, vocab_size: int, first_segment: int, segment: int) -> "HashedCache":
+    def hashed5(
+        cls, first_token: int, vocab_size: int, first_segment: int, segment: int
+    ) -> "HashedCache":
         """The first version: 5-grams alone, with a fixed weight."""
         return cls((5,), first_token, vocab_size, first_segment, segment, by_entropy=False)
 
     @classmethod
-    def backoff(cls, first_token: int, vocab_size: int, first_segment: int, segment: int, undercount: bool) -> "HashedCache":
+    def backoff(
+        cls, first_token: int, vocab_size: int, first_segment: int, segment: int, undercount: bool
+    ) -> "HashedCache":
         """The second version: orders 7 to 2, with a weight that the entropy sets."""
         orders = range(7, 1, -1)
-        return cls(orders, first_token, vocab_size, first_segment, segment, by_entropy=True, undercount=undercount)
+        return cls(
+            orders,
+            first_token,
+            vocab_size,
+            first_segment,
+            segment,
+            by_entropy=True,
+            undercount=undercount,
+        )
 
     def score(self, chunk: Chunk) -> np.ndarray:
         given, _ = self._advance(chunk, np.empty(0, np.int64))
@@ -90,7 +112,9 @@ class HashedCache:
         return 0.05 + 0.55 / (1 + np.exp(-2 * (chunk.entropy.astype(np.float64) - 4)))
 
     def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """p_ng of each target [n], -1 where no order knows the context, and its sums over the vocabulary at `at` [k]."""
+        """p_ng of each target [n], -1 where no order knows the context, and its sums over the
+        vocabulary at `at` [k].
+        """
         before = len(self._recent)
         tokens = np.concatenate([self._recent, chunk.targets.astype(np.uint16)])
         given, sums = np.empty(len(chunk.targets)), np.zeros(len(at))
@@ -129,7 +153,9 @@ def _score_and_count(
     given: np.ndarray,
     sums: np.ndarray,
 ) -> None:
-    """A loop for each thing that happens to a segment: the first reads all counts, so that none waits for another's."""
+    """A loop for each thing that happens to a segment: the first reads all counts, so that none
+    waits for another's.
+    """
     scored, length = progress
     first, asked = before, 0
     while first < len(tokens):
@@ -143,7 +169,14 @@ def _score_and_count(
                 if count >= MIN_COUNT:
                     p = min(counts[scored + i, o, 1], count) / count
                     if asked < len(at) and at[asked] == t - before:
-                        sums[asked] = _sum(tables[o, 1], count, buckets[scored + i, o, 1], tokens[t], orders[o], vocab_size)
+                        sums[asked] = _sum(
+                            tables[o, 1],
+                            count,
+                            buckets[scored + i, o, 1],
+                            tokens[t],
+                            orders[o],
+                            vocab_size,
+                        )
                     if undercount:
                         buckets[scored + i, o + 1 :] = -1
                     break
@@ -163,9 +196,16 @@ def _score_and_count(
 
 @compiled
 def _read(
-    tokens: np.ndarray, first: int, orders: np.ndarray, tables: np.ndarray, buckets: np.ndarray, counts: np.ndarray
+    tokens: np.ndarray,
+    first: int,
+    orders: np.ndarray,
+    tables: np.ndarray,
+    buckets: np.ndarray,
+    counts: np.ndarray,
 ) -> None:
-    """The buckets of the targets from `first` on at every order, and what is in them: 0 where too few tokens come before."""
+    """The buckets of the targets from `first` on at every order, and what is in them: 0 where too
+    few tokens come before.
+    """
     mask = np.uint64(tables.shape[2] - 1)
     for o in range(len(orders)):
         n = orders[o]
@@ -179,14 +219,18 @@ def _read(
                 h ^= np.uint64(tokens[t - n + 1 + k]) * PRIMES[k]
             context, full = h & mask, (h ^ (np.uint64(tokens[t]) * PRIMES[n - 1])) & mask
             buckets[t - first, o, 0], buckets[t - first, o, 1] = context, full
-            counts[t - first, o, 0], counts[t - first, o, 1] = tables[o, 0, context], tables[o, 1, full]
+            counts[t - first, o, 0], counts[t - first, o, 1] = (
+                tables[o, 0, context],
+                tables[o, 1, full],
+            )
 
 
 @compiled
 def _sum(fulls: np.ndarray, count: int, bucket: int, token: int, n: int, vocab_size: int) -> float:
     """Σ over v of min(F, C) / C, v being where `token` is, whose bucket in `fulls` is given."""
     mask = np.uint64(len(fulls) - 1)
-    h = np.uint64(bucket) ^ (np.uint64(token) * PRIMES[n - 1])  # the lowest bits are those of the context's
+    # the lowest bits are those of the context's
+    h = np.uint64(bucket) ^ (np.uint64(token) * PRIMES[n - 1])
     total = 0.0
     for v in range(vocab_size):
         total += min(fulls[(h ^ (np.uint64(v) * PRIMES[n - 1])) & mask], count) / count

@@ -1,18 +1,20 @@
 """A hint from the tokens before, and the model's probabilities tilted toward it.
 
-Where the last 15 tokens were followed by the token h four times in five or more, as parameter-golf's PRs #1145 and #2135 do:
+Where the last 15 tokens were followed by the token h four times in five or more, as
+parameter-golf's PRs #1145 and #2135 do:
 
     p'(v) = p(v) e^{β [v = h]} / (1 + q (e^β - 1)),  q = p(h),  β = 2.625.
 
-The hint is chosen before the target is known, and the p' of the whole vocabulary sum to what the p do: 1. Any function of
-earlier tokens may hint: here a bucket holds one context, and of what followed it one candidate.
+The hint is chosen before the target is known, and the p' of the whole vocabulary sum to what the p
+do: 1. Any function of earlier tokens may hint: here a bucket holds one context, and of what
+followed it one candidate.
 """
 
 import math
 
 import numpy as np
 
-from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
 from sngpt_jax.evaluation.ngram.compiled import compiled
 
 CONTEXT = 15  # tokens that the next one is hinted from: order 16
@@ -20,19 +22,24 @@ BETA = 2.625
 LEAST_BUCKETS = 16
 PROBES = 16  # neighbouring buckets among which a context has its place
 
-# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often that followed since it became
-# the candidate, and how often anything did. It gives way once it is no majority; a context does where all its places are taken.
-FOLLOWER = np.dtype([("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)], align=True)
+# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often
+# that followed since it became the candidate, and how often anything did. It gives way once it is
+# no majority; a context does where all its places are taken.
+FOLLOWER = np.dtype(
+    [("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)],
+    align=True,
+)
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over a context's tokens, modulo 2^64
 BASE_CONTEXT = np.uint64(pow(int(BASE), CONTEXT, 2**64))
 
 
 class TiltCache:
-    """Hints for the targets of a stream, each from the tokens before it alone, and the scores of the tilted probabilities.
+    """Hints for the targets of a stream, each from the tokens before it alone, and the scores of
+    the tilted probabilities.
 
-    The hints are wanted before the model runs, so `hints` goes ahead; `score` and `mass` have no state. There are buckets for
-    half as many contexts again as the stream has targets.
+    The hints are wanted before the model runs, so `hints` goes ahead; `score` and `mass` have no
+    state. There are buckets for half as many contexts again as the stream has targets.
     """
 
     readings: tuple[str, ...] = ("hint_nll",)
@@ -44,12 +51,14 @@ class TiltCache:
         self._recent = np.array([first_token], np.uint16)
         self.memory_bytes = self._table.nbytes
         self.about = (
-            f"the token that mostly followed the last {CONTEXT} tokens is lifted by e^{BETA}; {in_bytes(self.memory_bytes)} of"
-            " followers"
+            f"the token that mostly followed the last {CONTEXT} tokens is lifted by e^{BETA};"
+            f" {in_bytes(self.memory_bytes)} of followers"
         )
 
     def hints(self, targets: np.ndarray) -> np.ndarray:
-        """The hints for the next targets of the stream, uint16 [n] → int32 [n]; -1 where there is none."""
+        """The hints for the next targets of the stream, uint16 [n] → int32 [n]; -1 where there is
+        none.
+        """
         tokens = np.concatenate([self._recent, targets.astype(np.uint16)])
         found = np.full(len(targets), -1, np.int32)
         _hint_and_follow(tokens, len(self._recent), self._table, found)
@@ -68,8 +77,12 @@ class TiltCache:
         return np.where(hinted, (own + lift) / (1 + lift), own)
 
     def _hinted(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """Where there is a hint, bool [n], and q (e^β - 1), by which the hint adds to the sum of the p, float64 [n]."""
-        assert chunk.hints is not None and chunk.hint_nll is not None, "the tilt needs hints and their losses"
+        """Where there is a hint, bool [n], and q (e^β - 1), by which the hint adds to the sum of
+        the p, float64 [n].
+        """
+        assert chunk.hints is not None and chunk.hint_nll is not None, (
+            "the tilt needs hints and their losses"
+        )
         hinted = chunk.hints >= 0
         q = np.where(hinted, np.exp(-chunk.hint_nll.astype(np.float64)), 0.0)
         return hinted, q * math.expm1(BETA)
@@ -99,7 +112,12 @@ def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray, hints: 
                     break
             bucket = table[place]
             if bucket.total == 0 or bucket.context != check:
-                bucket.context, bucket.token, bucket.count, bucket.total = check, tokens[t], np.uint32(1), np.uint32(1)
+                bucket.context, bucket.token, bucket.count, bucket.total = (
+                    check,
+                    tokens[t],
+                    np.uint32(1),
+                    np.uint32(1),
+                )
             else:
                 if 5 * bucket.count >= 4 * bucket.total:
                     hints[t - before] = bucket.token

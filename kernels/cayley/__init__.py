@@ -1,7 +1,0 @@
-"""CayleySAE: a sparse hierarchical code over a parameter-free dictionary of parities (after https://arxiv.org/abs/2607.20652)."""
-
-from kernels.cayley.api import encode_decode
-from kernels.cayley.reference import STD_FLOOR
-from kernels.cayley.xla import all_scores, combine, scores_at, sum_squared_scores
-
-__all__ = ["STD_FLOOR", "all_scores", "combine", "encode_decode", "scores_at", "sum_squared_scores"]

@@ -1,0 +1,144 @@
+"""The backward pass as Triton kernels: the gradient of x and, without atomics, that of the bias.
+
+With g_a = ⟨v_(f_a), dx_hat⟩ where c_a > 0 and else 0: dx = Σ_a g_a v_(f_a) / max(σ_(f_a), floor),
+by one kernel that makes the signs of an atom once for both sums. It also writes g, four bytes for
+each selected feature. These are sorted by feature, equal ones staying in their order, and a second
+kernel adds up each feature's in a fixed order: a run repeats bit for bit.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sngpt_kernels.cayley import pallas_decode, sign_words
+from sngpt_kernels.cayley.xla import ACTIVE_BIT
+
+ID_MASK = 2**ACTIVE_BIT - 1
+
+
+def _backward_kernel(
+    dx_hat_ref: Any,
+    saved_ref: Any,
+    inverse_std_ref: Any,
+    table_ref: Any,
+    dx_ref: Any,
+    g_ref: Any,
+    *,
+    tokens: int,
+) -> None:
+    rows, d = dx_hat_ref.shape
+    root = np.float32(d**-0.5)
+    at = pallas_decode.tile(pl.program_id(0) * tokens, rows, tokens, d)
+    dx_hat = pallas_decode.load(dx_hat_ref, at)
+    first = at.inside & (at.column == 0)  # of a token's columns, to write g once
+    g_row = pallas_decode.store_row(g_ref, at.row, first)
+
+    def add_atom(a: jax.Array, sums: jax.Array) -> jax.Array:
+        saved = saved_ref[at.row, a]
+        ids = saved & ID_MASK
+        signs = sign_words.sign_bits(sign_words.words(table_ref, ids, at.column))
+        score = (
+            jnp.sum(jnp.sum(sign_words.flip(dx_hat, signs), axis=0), axis=1) * root
+        )  # within a thread, then across a token's threads
+        g = jnp.where(
+            saved >> ACTIVE_BIT == 1, jnp.broadcast_to(score[:, None], saved.shape), np.float32(0)
+        )
+        plgpu.store(g_ref.at[g_row, a], g, mask=first)
+        return sums + sign_words.flip(at.over_points(g * inverse_std_ref[ids]), signs)
+
+    sums = lax.fori_loop(0, saved_ref.shape[1], add_atom, jnp.zeros(at.point.shape, jnp.float32))
+    pallas_decode.store(dx_ref, at, sums * root)
+
+
+def backward(
+    dx_hat: jax.Array,
+    saved: jax.Array,
+    inverse_std: jax.Array,
+    *,
+    tokens: int,
+    num_warps: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """dx and g of dx_hat [N, d], saved ids [N, A] with the active bit, 1 / max(σ, floor) or ones
+    [2^n_last].
+
+    A program has `tokens` tokens. Returns dx [N, d] in dx_hat's dtype and g [N, A] float32.
+    """
+    (rows, d), active = dx_hat.shape, saved.shape[1]
+    table = pallas_decode.table(d, inverse_std.shape[0])
+    return pl.pallas_call(
+        partial(_backward_kernel, tokens=tokens),
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, d), dx_hat.dtype),
+            jax.ShapeDtypeStruct((rows, active), jnp.float32),
+        ),
+        grid=(pl.cdiv(rows, tokens),),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * rows * active * d,
+            transcendentals=0,
+            bytes_accessed=2 * dx_hat.nbytes + 2 * saved.nbytes + inverse_std.nbytes + table.nbytes,
+        ),
+        name="cayley_backward",
+        interpret=interpret,
+    )(dx_hat, saved, inverse_std, table)
+
+
+def _sum_kernel(
+    starts_ref: Any, values_ref: Any, sums_ref: Any, *, features: int, lanes: int
+) -> None:
+    """The sums of some features' values, which lie from starts[f] to starts[f + 1]: each lane its
+    own, then all lanes.
+    """
+    feature = pl.program_id(0) * features + lax.broadcasted_iota(jnp.int32, (features,), 0)
+    last = sums_ref.shape[0] - 1
+    start, stop = starts_ref[jnp.minimum(feature, last)], starts_ref[jnp.minimum(feature, last) + 1]
+    lane = lax.broadcasted_iota(jnp.int32, (features, lanes), 1)
+
+    def add_tile(i: jax.Array, sums: jax.Array) -> jax.Array:
+        index = start[:, None] + (i * lanes + lane)
+        return sums + plgpu.load(values_ref.at[index], mask=index < stop[:, None], other=0.0)
+
+    tiles = (jnp.max(stop - start) + (lanes - 1)) // lanes
+    sums = lax.fori_loop(0, tiles, add_tile, jnp.zeros((features, lanes), jnp.float32))
+    plgpu.store(sums_ref.at[feature], jnp.sum(sums, axis=1), mask=feature <= last)
+
+
+def bias_gradient(
+    saved: jax.Array,
+    g: jax.Array,
+    features: int,
+    *,
+    block: int,
+    lanes: int,
+    num_warps: int,
+    interpret: bool,
+) -> jax.Array:
+    """Σ of g [N, A] by the feature in saved [N, A], float32 [features]. A program has `block`
+    features, `lanes` lanes each.
+    """
+    ids, values = lax.sort(
+        ((saved & ID_MASK).reshape(-1), g.reshape(-1)), is_stable=True, num_keys=1
+    )
+    starts = jnp.searchsorted(
+        ids, jnp.arange(features + 1, dtype=jnp.int32), method="scan_unrolled"
+    ).astype(jnp.int32)
+    return pl.pallas_call(
+        partial(_sum_kernel, features=block, lanes=lanes),
+        out_shape=jax.ShapeDtypeStruct((features,), jnp.float32),
+        grid=(pl.cdiv(features, block),),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=values.size,
+            transcendentals=0,
+            bytes_accessed=values.nbytes + starts.nbytes + 4 * features,
+        ),
+        name="cayley_bias_gradient",
+        interpret=interpret,
+    )(starts, values)

@@ -1,0 +1,105 @@
+"""The definition of the operation in numpy float64, one token at a time: what the implementations
+are tested against.
+
+Slow on purpose: plain sets and sums. Only atoms and child generators are shared with the
+implementations.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sngpt_kernels.cayley import dictionary
+from sngpt_kernels.cayley.dictionary import Generators, Levels
+
+STD_FLOOR = 1e-3  # of a standard deviation where it divides: part of the definition
+
+
+class Code(NamedTuple):
+    """The code of N tokens; A = Σk features each, level by level, within a level by descending y,
+    equal ones by id.
+    """
+
+    x_hat: np.ndarray  # [N, d]
+    ids: np.ndarray  # int64 [N, A]
+    c: np.ndarray  # [N, A]: the coefficients
+
+
+def scores(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n]. Divided at the end, so that equal
+    sums give equal scores.
+    """
+    return dictionary.signs(ids, len(x)) @ np.asarray(x, np.float64) / np.sqrt(len(x))
+
+
+def child_steps(levels: Levels, level: int, generators: Generators) -> set[int]:
+    """The u with a new part: the children of a parent f are the f ⊕ u."""
+    below, (n, _, degree) = levels[level - 1][0], levels[level]
+    elements = {0}
+    for b in dictionary.child_generators(below, n, degree, generators):
+        elements |= {u ^ b for u in elements}
+    return {u for u in elements if u >> below}
+
+
+def encode_decode(
+    x: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    bias: np.ndarray,
+    levels: Levels,
+    *,
+    forward_standardized: bool = True,
+    generators: Generators = "spread",
+) -> Code:
+    """The code of x [N, d] as `sngpt_kernels.cayley.encode_decode` describes it; `mean` [d], `std`
+    and `bias` [2^n_last].
+    """
+    x, mean, std, bias = (np.asarray(a, np.float64) for a in (x, mean, std, bias))
+    steps = [child_steps(levels, level, generators) for level in range(1, len(levels))]
+    active = sum(k for _, k, _ in levels)
+    ids, c = np.zeros((len(x), active), np.int64), np.zeros((len(x), active))
+    for token, centred in enumerate(x - mean):
+        chosen: list[tuple[float, int, float]] = []  # (-y, id, coefficient), of all levels
+        selected = chosen  # of the level before
+        candidates = set(range(2 ** levels[0][0]))
+        for level, (_, k, _) in enumerate(levels):
+            if level:
+                candidates = {parent ^ u for _, parent, _ in selected for u in steps[level - 1]}
+            f = np.array(list(candidates))
+            z = scores(centred, f)
+            y = z / np.maximum(std[f], STD_FLOOR) + bias[f]
+            coefficients = np.maximum(y if forward_standardized else z + bias[f], 0)
+            selected = sorted(zip((-y).tolist(), f.tolist(), coefficients.tolist(), strict=True))[
+                :k
+            ]
+            chosen += selected
+        ids[token] = [f for _, f, _ in chosen]
+        c[token] = [coefficient for _, _, coefficient in chosen]
+    return Code(np.einsum("na,nad->nd", c, dictionary.atoms(ids, x.shape[-1])), ids, c)
+
+
+def gradients(
+    code: Code, std: np.ndarray, dx_hat: np.ndarray, *, forward_standardized: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """(∂L/∂x [N, d], ∂L/∂bias [2^n_last]) for ∂L/∂x_hat [N, d], through the selected features
+    alone.
+    """
+    v = dictionary.atoms(code.ids, dx_hat.shape[-1])
+    g = np.einsum("nad,nd->na", v, np.asarray(dx_hat, np.float64)) * (code.c > 0)
+    dbias = np.zeros(len(std))
+    np.add.at(dbias, code.ids, g)
+    if forward_standardized:
+        g = g / np.maximum(np.asarray(std, np.float64)[code.ids], STD_FLOOR)
+    return np.einsum("na,nad->nd", g, v), dbias
+
+
+def update_statistics(
+    mean: np.ndarray, std: np.ndarray, sample: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The running mean [d] and standard deviations of the scores [2^n_last] after a step whose
+    sample of inputs is [N, d].
+    """
+    everything = np.array([scores(x, np.arange(len(std))) for x in sample])
+    return 0.99 * mean + 0.01 * np.mean(sample, 0, np.float64), 0.99 * std + 0.01 * everything.std(
+        0
+    )

@@ -1,0 +1,261 @@
+"""The backward pass of `pallas_triton`: no atomics, so that it repeats bit for bit.
+
+With u = v̂ and the output out = y - s u, s = ⟨y, u⟩, a first kernel turns the output's cotangent c
+into that of y, dy = c - ⟨c, u⟩ u, the δ = ⟨dy, y⟩ that the softmax's gradient needs, and what v
+gets through u: (1 - u uᵀ) (-⟨c, u⟩ y - s c) / |v|, without the projection where |v| is below the
+floor. Then one kernel passes over the queries from the diagonal on for a tile of keys (dk, dv),
+and one over the keys up to it for a tile of queries (dq).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sngpt_kernels.xsa.pallas_tiles import (
+    MIN_SQUARE,
+    Blocks,
+    Config,
+    Problem,
+    inverse_norm,
+    is_causal,
+    load,
+)
+
+# of a program of the first kernel: 3 tiles of 64 to 128 columns in the registers of 4 warps
+PREPARED_ROWS = 32
+
+
+def _prepare_kernel(
+    cotangent_ref: Any,
+    out_ref: Any,
+    v_ref: Any,
+    share_ref: Any,
+    dy_ref: Any,
+    delta_ref: Any,
+    dv_ref: Any,
+    *,
+    problem: Problem,
+) -> None:
+    start = pl.program_id(0) * PREPARED_ROWS
+    exists, rows_exist = (
+        problem.exists(start, PREPARED_ROWS),
+        problem.rows_exist(start, PREPARED_ROWS),
+    )
+    v = load(v_ref, exists).astype(jnp.float32)
+    inverse = inverse_norm(v)
+    unit = v * inverse[:, None]
+    keeps_norm = jnp.sum(v * v, axis=1) > MIN_SQUARE
+
+    def head(g: jax.Array, dunit: jax.Array) -> jax.Array:
+        cotangent, out = (
+            load(ref.at[:, g, :], exists).astype(jnp.float32) for ref in (cotangent_ref, out_ref)
+        )
+        share = load(share_ref.at[g, :], rows_exist)
+        y = out + share[:, None] * unit
+        along = jnp.sum(cotangent * unit, axis=1)
+        dy = (cotangent - along[:, None] * unit).astype(problem.dtype)
+        plgpu.store(dy_ref.at[:, g, :], dy, mask=exists)
+        plgpu.store(
+            delta_ref.at[g, :], jnp.sum(dy.astype(jnp.float32) * y, axis=1), mask=rows_exist
+        )
+        return dunit - along[:, None] * y - share[:, None] * cotangent
+
+    dunit = lax.fori_loop(0, problem.heads_per_group, head, jnp.zeros_like(v))
+    along = jnp.where(keeps_norm, jnp.sum(dunit * unit, axis=1), 0.0)
+    plgpu.store(dv_ref, (dunit - along[:, None] * unit) * inverse[:, None], mask=exists)
+
+
+def _prepare(
+    problem: Problem, cotangent: jax.Array, out: jax.Array, v: jax.Array, share: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dy [B, T, H, h], δ [B, H, T] float32 and what v gets through the exclusion [B, T, K, h]
+    float32.
+    """
+    B, T, H, K, width = problem.batch, problem.length, problem.heads, problem.groups, problem.width
+    G = problem.heads_per_group
+    head_spec = pl.BlockSpec((None, PREPARED_ROWS, G, width), lambda i, group, b: (b, i, group, 0))
+    group_spec = pl.BlockSpec(
+        (None, PREPARED_ROWS, None, width), lambda i, group, b: (b, i, group, 0)
+    )
+    row_spec = pl.BlockSpec((None, G, PREPARED_ROWS), lambda i, group, b: (b, group, i))
+    results = (
+        jax.ShapeDtypeStruct(cotangent.shape, problem.dtype),
+        jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        jax.ShapeDtypeStruct(v.shape, jnp.float32),
+    )
+    return pl.pallas_call(
+        functools.partial(_prepare_kernel, problem=problem),
+        out_shape=results,
+        grid=(pl.cdiv(T, PREPARED_ROWS), K, B),
+        in_specs=[head_spec, head_spec, group_spec, row_spec],
+        out_specs=(head_spec, row_spec, group_spec),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        cost_estimate=problem.cost(0, [cotangent, out, v, share, *results]),
+        interpret=problem.interpret,
+        name="xsa_prepare_backward",
+    )(cotangent, out, v, share)
+
+
+def _keys_values_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dy_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    *refs: Any,
+    problem: Problem,
+    blocks: Blocks,
+) -> None:
+    *through_exclusion_ref, dk_ref, dv_ref = refs
+    rows, keys = blocks.queries, blocks.keys
+    start = pl.program_id(0) * keys
+    exists = problem.exists(start, keys)
+    k, v = load(k_ref, exists), load(v_ref, exists)
+
+    def step(i: jax.Array, carry: Any, g: jax.Array, edge: bool) -> Any:
+        """The scores are [keys, queries] here: as they are, they are the left operands of both
+        gradients.
+        """
+        dk, dv = carry
+        tile, exist = pl.ds(i * rows, rows), problem.rows_exist(i * rows, rows, ragged=edge)
+        q = load(q_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
+        dy = load(dy_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
+        lse = load(lse_ref.at[g, tile], exist, jnp.inf)  # queries that do not exist have no weights
+        delta = load(delta_ref.at[g, tile], exist)
+        weights = problem.weights(problem.dot(k, q, trans_b=True), lse[None, :])
+        if edge:
+            weights = jnp.where(is_causal(i * rows, start, (keys, rows), 0), weights, 0.0)
+        dv = dv + problem.dot(weights.astype(dy.dtype), dy)
+        dscores = weights * (problem.dot(v, dy, trans_b=True) - delta[None, :])
+        return dk + problem.dot(dscores.astype(q.dtype), q), dv
+
+    def head(g: jax.Array, carry: Any) -> Any:
+        first, last = lax.div(start, rows), pl.cdiv(problem.length, rows)
+        # from here on all queries see all of the keys
+        after = jnp.minimum(lax.div(start + keys + rows - 2, rows), last)
+        # from here on there is what remains of T
+        whole = jnp.maximum(after, problem.length // rows)
+        carry = lax.fori_loop(first, after, functools.partial(step, g=g, edge=True), carry)
+        carry = lax.fori_loop(after, whole, functools.partial(step, g=g, edge=False), carry)
+        if problem.length % rows:
+            carry = lax.fori_loop(whole, last, functools.partial(step, g=g, edge=True), carry)
+        return carry
+
+    nothing = jnp.zeros((keys, problem.width), jnp.float32)
+    dv = load(through_exclusion_ref[0], exists) if problem.exclusive else nothing
+    dk, dv = lax.fori_loop(0, problem.heads_per_group, head, (nothing, dv))
+    plgpu.store(dk_ref, (dk * problem.scale).astype(problem.dtype), mask=exists)
+    plgpu.store(dv_ref, dv.astype(problem.dtype), mask=exists)
+
+
+def _keys_values(
+    problem: Problem, blocks: Blocks, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of k and v. `arrays`: q, k, v, dy, lse, δ and, where exclusive, what v gets
+    through the exclusion.
+    """
+    T, G, width = problem.length, problem.heads_per_group, problem.width
+    whole_spec = pl.BlockSpec((None, T, G, width), lambda j, group, b: (b, 0, group, 0))
+    tile_spec = pl.BlockSpec((None, blocks.keys, None, width), lambda j, group, b: (b, j, group, 0))
+    row_spec = pl.BlockSpec((None, G, T), lambda j, group, b: (b, group, 0))
+    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3])
+    return pl.pallas_call(
+        functools.partial(_keys_values_kernel, problem=problem, blocks=blocks),
+        out_shape=results,
+        # the first passes over the most queries
+        grid=(pl.cdiv(T, blocks.keys), problem.groups, problem.batch),
+        in_specs=[whole_spec, tile_spec, tile_spec, whole_spec, row_spec, row_spec]
+        + [tile_spec] * problem.exclusive,
+        out_specs=(tile_spec, tile_spec),
+        compiler_params=blocks.compiler_params,
+        cost_estimate=problem.cost(4, [*arrays, *results]),
+        interpret=problem.interpret,
+        name="xsa_backward_keys_values",
+    )(*arrays)
+
+
+def _queries_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dy_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    dq_ref: Any,
+    *,
+    problem: Problem,
+    blocks: Blocks,
+) -> None:
+    rows, keys = blocks.queries, blocks.keys
+    start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
+    exists, rows_exist = problem.exists(start, rows), problem.rows_exist(start, rows)
+    q, dy = load(q_ref, exists), load(dy_ref, exists)
+    lse, delta = load(lse_ref, rows_exist), load(delta_ref, rows_exist)
+
+    def step(j: jax.Array, dq: jax.Array, diagonal: bool) -> jax.Array:
+        tile, exists = pl.ds(j * keys, keys), problem.exists(j * keys, keys, ragged=diagonal)
+        k, v = load(k_ref.at[tile, :], exists), load(v_ref.at[tile, :], exists)
+        weights = problem.weights(problem.dot(q, k, trans_b=True), lse[:, None])
+        if diagonal:
+            weights = jnp.where(is_causal(start, j * keys, (rows, keys), 1), weights, 0.0)
+        dscores = weights * (problem.dot(dy, v, trans_b=True) - delta[:, None])
+        return dq + problem.dot(dscores.astype(k.dtype), k)
+
+    before = lax.div(start + 1, keys)
+    through = lax.div(jnp.minimum(start + rows, problem.length) + keys - 1, keys)
+    dq = jnp.zeros((rows, problem.width), jnp.float32)
+    dq = lax.fori_loop(0, before, functools.partial(step, diagonal=False), dq)
+    dq = lax.fori_loop(before, through, functools.partial(step, diagonal=True), dq)
+    plgpu.store(dq_ref, (dq * problem.scale).astype(problem.dtype), mask=exists)
+
+
+def _queries(problem: Problem, blocks: Blocks, *arrays: jax.Array) -> jax.Array:
+    """The gradient of q. `arrays`: q, k, v, dy, lse, δ."""
+    T, G, width = problem.length, problem.heads_per_group, problem.width
+    programs = pl.cdiv(T, blocks.queries)
+    tile_spec = pl.BlockSpec(
+        (None, blocks.queries, None, width), lambda i, head, b: (b, programs - 1 - i, head, 0)
+    )
+    whole_spec = pl.BlockSpec(
+        (None, T, None, width), lambda i, head, b: (b, 0, lax.div(head, G), 0)
+    )
+    row_spec = pl.BlockSpec(
+        (None, None, blocks.queries), lambda i, head, b: (b, head, programs - 1 - i)
+    )
+    result = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    return pl.pallas_call(
+        functools.partial(_queries_kernel, problem=problem, blocks=blocks),
+        out_shape=result,
+        grid=(programs, problem.heads, problem.batch),
+        in_specs=[tile_spec, whole_spec, whole_spec, tile_spec, row_spec, row_spec],
+        out_specs=tile_spec,
+        compiler_params=blocks.compiler_params,
+        cost_estimate=problem.cost(3, [*arrays, result]),
+        interpret=problem.interpret,
+        name="xsa_backward_queries",
+    )(*arrays)
+
+
+def gradients(
+    problem: Problem, config: Config, saved: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v, in their shapes and dtypes.
+
+    `saved` is what the forward pass kept: q, k, v, out, lse and, where exclusive, the share.
+    """
+    q, k, v, out, lse, *share = saved
+    if problem.exclusive:
+        dy, delta, through_exclusion = _prepare(problem, cotangent, out, v, *share)
+        arrays = [q, k, v, dy, lse, delta]
+        dk, dv = _keys_values(problem, config.keys_values, *arrays, through_exclusion)
+    else:
+        delta = jnp.einsum("bthd,bthd->bht", cotangent.astype(jnp.float32), out.astype(jnp.float32))
+        arrays = [q, k, v, cotangent, lse, delta]
+        dk, dv = _keys_values(problem, config.keys_values, *arrays)
+    return _queries(problem, config.queries, *arrays), dk, dv

@@ -1,0 +1,155 @@
+"""The operation in Pallas Triton kernels for NVIDIA GPUs: flash attention with the exclusion
+inside.
+
+The forward kernel keeps a tile of queries and passes over the keys up to the diagonal with an
+online softmax in base 2 (FlashAttention-2, arXiv:2307.08691); the exclusion happens on the float32
+accumulator before it is rounded and stored. Kept for the backward pass (`pallas_backward`) are the
+output, the log-sum-exp of the scores and the share ⟨y, v̂⟩ taken away.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sngpt_kernels import dispatch
+from sngpt_kernels.xsa import pallas_backward
+from sngpt_kernels.xsa.pallas_tiles import (
+    LOG2_E,
+    Blocks,
+    Config,
+    Problem,
+    inverse_norm,
+    is_causal,
+    load,
+)
+
+
+def _forward_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *share_ref: Any,
+    problem: Problem,
+    blocks: Blocks,
+) -> None:
+    rows, keys = blocks.queries, blocks.keys
+    # the longest rows first, so that the short ones fill the end
+    start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
+    q = load(q_ref, problem.exists(start, rows))
+
+    def step(j: jax.Array, carry: Any, diagonal: bool) -> Any:
+        y, maximum, total = carry
+        tile = pl.ds(j * keys, keys)
+        k = load(k_ref.at[tile, :], problem.exists(j * keys, keys, ragged=diagonal))
+        scores = problem.dot(q, k, trans_b=True)
+        if diagonal:
+            scores = jnp.where(is_causal(start, j * keys, (rows, keys), 1), scores, -jnp.inf)
+        larger = jnp.maximum(maximum, jnp.max(scores, axis=1) * (problem.scale * LOG2_E))
+        weights = problem.weights(scores, larger[:, None])
+        shrink = jnp.exp2(maximum - larger)
+        v = load(v_ref.at[tile, :], problem.exists(j * keys, keys, ragged=diagonal))
+        y = y * shrink[:, None] + problem.dot(weights.astype(v.dtype), v)
+        return y, larger, total * shrink + jnp.sum(weights, axis=1)
+
+    before = lax.div(start + 1, keys)  # tiles of keys that all of the queries see
+    through = lax.div(jnp.minimum(start + rows, problem.length) + keys - 1, keys)
+    carry = (
+        jnp.zeros((rows, problem.width), jnp.float32),
+        jnp.full((rows,), -jnp.inf),
+        jnp.zeros((rows,), jnp.float32),
+    )
+    carry = lax.fori_loop(0, before, functools.partial(step, diagonal=False), carry)
+    y, maximum, total = lax.fori_loop(
+        before, through, functools.partial(step, diagonal=True), carry
+    )
+    y = y / total[:, None]
+    exist = problem.rows_exist(start, rows)
+    if problem.exclusive:
+        v = load(v_ref.at[pl.ds(start, rows), :], problem.exists(start, rows)).astype(jnp.float32)
+        inverse = inverse_norm(v)
+        share = jnp.sum(y * v, axis=1) * inverse
+        y = y - (share * inverse)[:, None] * v
+        plgpu.store(share_ref[0], share, mask=exist)
+    plgpu.store(out_ref, y.astype(problem.dtype), mask=problem.exists(start, rows))
+    plgpu.store(lse_ref, maximum + jnp.log2(total), mask=exist)
+
+
+def _forward(
+    problem: Problem, blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The output, the base-2 logarithm of the scores' sum of exponentials and the share, the last
+    two [B, H, T] float32.
+    """
+    B, T, H, width = problem.batch, problem.length, problem.heads, problem.width
+    G, programs = problem.heads_per_group, pl.cdiv(T, blocks.queries)
+    row_spec = pl.BlockSpec(
+        (None, None, blocks.queries), lambda i, head, b: (b, head, programs - 1 - i)
+    )
+    tile_spec = pl.BlockSpec(
+        (None, blocks.queries, None, width), lambda i, head, b: (b, programs - 1 - i, head, 0)
+    )
+    whole_spec = pl.BlockSpec(
+        (None, T, None, width), lambda i, head, b: (b, 0, lax.div(head, G), 0)
+    )
+    row = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    results = (jax.ShapeDtypeStruct(q.shape, q.dtype), row) + (row,) * problem.exclusive
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, problem=problem, blocks=blocks),
+        out_shape=results,
+        grid=(programs, H, B),
+        in_specs=[tile_spec, whole_spec, whole_spec],
+        out_specs=(tile_spec, row_spec) + (row_spec,) * problem.exclusive,
+        compiler_params=blocks.compiler_params,
+        cost_estimate=problem.cost(2, [q, k, v, *results]),
+        interpret=problem.interpret,
+        name="xsa_forward",
+    )(q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, config: Config
+) -> jax.Array:
+    return _forward(problem, config.forward, q, k, v)[0]
+
+
+def _attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, config: Config
+) -> tuple[jax.Array, Any]:
+    forward = functools.partial(_forward, problem, config.forward)
+    out, *rows = dispatch.without_derivative("attention", forward)(q, k, v)
+    return out, (q, k, v, out, *rows)
+
+
+def _attention_backward(
+    problem: Problem, config: Config, saved: Any, cotangent: jax.Array
+) -> tuple[jax.Array, ...]:
+    gradients = functools.partial(pallas_backward.gradients, problem, config)
+    return dispatch.without_derivative("attention", gradients)(saved, cotangent)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    exclusive: bool,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `api.attention`. `config` None is the device's; `interpret` runs the kernels in plain
+    jax, on any device.
+    """
+    B, T, H, h = q.shape
+    problem = Problem(B, T, H, k.shape[2], h, exclusive, scale, q.dtype, interpret)
+    return _attention(q, k, v, problem, config or Config.of(q.dtype, T, h, exclusive))

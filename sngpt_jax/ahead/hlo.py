@@ -1,0 +1,376 @@
+"""What a compiled program does, read from the text of its optimized HLO: FLOPs, bytes,
+collectives, kernels.
+
+The compiler's own analysis counts the body of a loop once, and knows nothing of what custom
+kernels do. Here a loop's body counts as often as it runs, and every top-level instruction is one
+kernel that reads its operands and writes its result. What a kernel slices out of an operand, or
+updates in one, counts as the slice. Caches are not considered: the bytes are what memory would
+move if nothing stayed in them.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+# others carry theirs: f32, s8, f8e4m3fn
+_DTYPE_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "bf16": 16}
+_NO_KERNEL = frozenset(
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "iota",
+        "partition-id",
+        "replica-id",
+    )
+)
+_NO_KERNEL |= {"after-all", "add-dependency", "opt-barrier"}
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a computation."""
+
+    name: str
+    type: str  # its result's: f32[8,16]{1,0}, or a tuple of such
+    opcode: str
+    operands: tuple[str, ...]  # names, within the computation
+    attributes: str  # the rest of the line
+    is_root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A top-level instruction that runs on the device."""
+
+    name: str  # a custom kernel's own name, otherwise the instruction's
+    opcode: str
+    times: int  # in one run of the program
+    flops: int  # of one call's matrix products and attention, two a multiply-add
+    bytes: int  # of one call
+    is_custom: bool
+    scope: str = ""  # the names of the code that it comes from: jit(step)/optimizer/mul
+    group: int = 0  # of a collective: how many devices exchange with each other; 0: all
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The time of all its calls at the roof: the longer of their FLOPs' and their bytes' time."""
+        return self.times * max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+@dataclass
+class Program:
+    """One device's part of a program."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    # their bytes are those of what one device contributes
+    collectives: list[Kernel] = field(default_factory=list)
+
+    @property
+    def flops(self) -> int:
+        return sum(kernel.flops * kernel.times for kernel in self.kernels)
+
+    @property
+    def bytes(self) -> int:
+        return sum(kernel.bytes * kernel.times for kernel in self.kernels)
+
+    def custom_kernels(self) -> dict[str, int]:
+        """How often each custom kernel runs, by name."""
+        return dict(_total((k.name, k.times) for k in self.kernels if k.is_custom))
+
+    def collective_counts(self) -> dict[str, tuple[int, int]]:
+        """(calls, bytes in all) of each kind of collective."""
+        calls = _total((k.opcode, k.times) for k in self.collectives)
+        sizes = _total((k.opcode, k.times * k.bytes) for k in self.collectives)
+        return {kind: (calls[kind], sizes[kind]) for kind in calls}
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The time of all kernels one after the other, each at the roof."""
+        return sum(kernel.seconds(flops_per_second, bytes_per_second) for kernel in self.kernels)
+
+
+def _total(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for key, count in pairs:
+        total[key] += count
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- reading the text
+
+
+def size_of(type_text: str) -> int:
+    """Bytes of a type as HLO writes it, tuples included."""
+    bits = 0
+    for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", type_text):
+        if dtype not in _DTYPE_BITS:
+            _DTYPE_BITS[dtype] = int(re.findall(r"[a-z](\d+)", dtype)[0])
+        bits += _DTYPE_BITS[dtype] * math.prod(_dims(dims))
+    return bits // 8
+
+
+def _dims(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _shape(type_text: str) -> list[int]:
+    match = re.search(r"\[([\d,]*)\]", type_text)
+    return _dims(match[1]) if match else []
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i
+    raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*(?:/\*.*)?$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$")
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of an HLO module by name, and the name of its entry."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif match := _LINE.match(line):
+            rest = match[3]
+            end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+            opened = rest.index("(", end)
+            closed = _closing(rest, opened)
+            operands = tuple(re.findall(r"%([\w.$-]+)", rest[opened:closed]))
+            current[match[2]] = Instruction(
+                match[2],
+                rest[:end],
+                rest[end:opened].strip(),
+                operands,
+                rest[closed + 1 :],
+                bool(match[1]),
+            )
+    if not entry:
+        raise ValueError("the text is not that of an HLO module: it has no ENTRY computation")
+    return computations, entry
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+def analyse(text: str) -> Program:
+    """What one run of the module does; `text` is `compiled.as_text()`, one device's part."""
+    computations, entry = parse(text)
+    program = Program()
+    _visit(computations, entry, 1, program)
+    return program
+
+
+def _called(attributes: str, *names: str) -> list[str]:
+    """The computations that an instruction's attributes name, in order."""
+    found: list[str] = []
+    for name in names:
+        found += re.findall(rf"\b{name}=%?([\w.$-]+)", attributes)
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", attributes):
+        found += re.findall(r"%([\w.$-]+)", branches[1])
+    return found
+
+
+def _visit(computations: dict[str, Computation], name: str, times: int, program: Program) -> None:
+    for instruction in computations[name].values():
+        opcode = instruction.opcode
+        kind = opcode.removesuffix("-start")
+        if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")):
+            continue
+        if opcode == "while":
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+            for body in _called(instruction.attributes, "body"):
+                _visit(computations, body, times * (int(trips[1]) if trips else 1), program)
+        elif opcode == "conditional":  # one branch runs: the one that takes most counts
+            branches = _called(instruction.attributes, "true_computation", "false_computation")
+            parts = [Program() for _ in branches]
+            for branch, part in zip(branches, parts, strict=True):
+                _visit(computations, branch, times, part)
+            most = max(parts, key=lambda part: (part.flops, part.bytes))
+            program.kernels += most.kernels
+            program.collectives += most.collectives
+        elif opcode in ("call", "async-start"):
+            for callee in _called(instruction.attributes, "to_apply", "calls"):
+                _visit(computations, callee, times, program)
+        elif kind in _COLLECTIVES:
+            operands = sum(size_of(computations[name][o].type) for o in instruction.operands)
+            group = _group(instruction)
+            program.collectives.append(
+                Kernel(
+                    instruction.name, kind, times, 0, operands, False, _scope(instruction), group
+                )
+            )
+        else:
+            program.kernels.append(_kernel(computations, computations[name], instruction, times))
+
+
+def _kernel(
+    computations: dict[str, Computation], inside: Computation, instruction: Instruction, times: int
+) -> Kernel:
+    flops, size, name, is_custom = 0, 0, instruction.name, False
+    if instruction.opcode == "fusion":
+        (fused,) = _called(instruction.attributes, "calls")
+        flops, size = (
+            _fused_flops(computations, fused),
+            _fused_bytes(computations[fused], instruction),
+        )
+    else:
+        size = _instruction_bytes(inside, instruction)
+        if instruction.opcode == "dot":
+            flops = _dot_flops(inside, instruction)
+        elif instruction.opcode == "custom-call":
+            name, is_custom, flops = (
+                custom_name(instruction),
+                True,
+                _attention_flops(inside, instruction),
+            )
+    return Kernel(name, instruction.opcode, times, flops, size, is_custom, _scope(instruction))
+
+
+def _scope(instruction: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return name[1] if name else ""
+
+
+def _group(instruction: Instruction) -> int:
+    """The devices of one of a collective's groups; 0: all are one. Groups are written in one of
+    three ways.
+    """
+    text = instruction.attributes
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,1},{2,3}}
+        return len(_dims(listed[1]))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [groups,devices]<=[all]
+        return int(counted[1])
+    # mesh['x'=2,'y'=4] {'x','y':(1)2}
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return math.prod(
+            int(part or sizes[axis])
+            for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+        )
+    return 0
+
+
+def custom_name(instruction: Instruction) -> str:
+    """A custom call's kernel: its own name where it is a Triton kernel, else the name of its
+    target.
+    """
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    named = re.search(r'\bname = "([^"]+)"', instruction.attributes.replace('\\"', '"'))
+    return named[1] if named else target[1].lstrip("_$") if target else instruction.name
+
+
+def _dot_flops(inside: Computation, dot: Instruction) -> int:
+    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
+    lhs = _shape(inside[dot.operands[0]].type)
+    return (
+        2
+        * math.prod(_shape(dot.type))
+        * math.prod(lhs[axis] for axis in _dims(contracting[1] if contracting else ""))
+    )
+
+
+def _fused_flops(computations: dict[str, Computation], name: str) -> int:
+    total = 0
+    for instruction in computations[name].values():
+        if instruction.opcode == "dot":
+            total += _dot_flops(computations[name], instruction)
+        elif instruction.opcode == "fusion":
+            total += sum(
+                _fused_flops(computations, callee)
+                for callee in _called(instruction.attributes, "calls")
+            )
+    return total
+
+
+def _attention_flops(inside: Computation, call: Instruction) -> int:
+    """Of cuDNN's fused attention: two products forward and five backward, half of each where it is
+    causal.
+    """
+    if "fmhaSoftmax" not in call.attributes:
+        return 0
+    scores = re.search(
+        r'"intermediate_tensor_shape":\s*\{[^[]*"dimensions":\s*\[([^\]]*)\]', call.attributes
+    )
+    sizes = [int(n) for n in re.findall(r"\d+", scores[1] if scores else "")]
+    products = 5 if "Backward" in call.attributes else 2
+    causal = (
+        2
+        if '"mask_type": "CAUSAL"' in call.attributes or '"mask_type":"CAUSAL"' in call.attributes
+        else 1
+    )
+    return products * 2 * math.prod(sizes) * _shape(inside[call.operands[0]].type)[-1] // causal
+
+
+def _instruction_bytes(inside: Computation, instruction: Instruction) -> int:
+    result = size_of(instruction.type)
+    if instruction.opcode in _SLICES:
+        return 2 * result
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * size_of(inside[instruction.operands[1]].type)
+    return result + sum(size_of(inside[operand].type) for operand in instruction.operands)
+
+
+def _users(computation: Computation, name: str) -> Iterator[Instruction]:
+    """The instructions that use `name`, through bitcasts."""
+    for instruction in computation.values():
+        if name in instruction.operands:
+            if instruction.opcode == "bitcast" and not instruction.is_root:
+                yield from _users(computation, instruction.name)
+            else:
+                yield instruction
+
+
+def _behind(computation: Computation, name: str) -> Instruction:
+    """What `name` is, bitcasts aside."""
+    instruction = computation[name]
+    while instruction.opcode == "bitcast":
+        instruction = computation[instruction.operands[0]]
+    return instruction
+
+
+def _fused_bytes(fused: Computation, fusion: Instruction) -> int:
+    root = next(i for i in fused.values() if i.is_root)
+    results = [
+        _behind(fused, name) for name in (root.operands if root.opcode == "tuple" else (root.name,))
+    ]
+    updates = [i for i in results if i.opcode == "dynamic-update-slice"]  # in place
+    updated = {_behind(fused, update.operands[0]).name for update in updates}
+    total = sum(size_of(i.type) for i in results if i not in updates)
+    total += sum(size_of(fused[update.operands[1]].type) for update in updates)
+    for parameter in (i for i in fused.values() if i.opcode == "parameter"):
+        if parameter.name in updated:
+            continue
+        users = list(_users(fused, parameter.name))
+        whole = size_of(parameter.type)
+        if users and all(user.opcode in _SLICES for user in users):
+            whole = min(whole, sum(size_of(user.type) for user in users))
+        total += whole
+    return total

@@ -1,0 +1,249 @@
+"""Descriptions of GPUs that need not be here: for compiling programs for them, and for the limits
+that they set.
+
+A program is compiled for a target through its devices, which hold no memory and run nothing:
+
+    prepare()
+    target, count = parse_topology("h100x8")
+    mesh = make_mesh(target, (count,), ("data",))
+    shape = jax.ShapeDtypeStruct((8192, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    with tracing(target):
+        lowered = jax.jit(f).lower(shape)
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from sngpt_kernels.dispatch import Device, targeting
+
+MOST_DEVICES = 1024
+HOST_DEVICES = 8  # GPUs of one machine, as the boards of these devices are built
+
+# Of a compilation for a device that is not here: choosing the fastest algorithm would take one to
+# time them on.
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+INSTALL = "pip install 'sngpt-jax[cuda13]'"
+
+
+class MissingToolchain(RuntimeError):
+    """What compiles for a GPU is not installed; the message says what is and how to install it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as XLA's compiler sees it, and its peak rates.
+
+    Sizes, counts and clocks are those that the devices report of themselves, as in the
+    descriptions that XLA is published with (xla/backends/gpu/target_config/specs); matrix rates
+    are those of NVIDIA's data sheets without sparsity.
+    """
+
+    name: str  # as topologies write it
+    kind: str  # as jax names the device
+    capability: tuple[int, int]  # CUDA compute capability
+    matmul_rate: float  # FLOP/s of dense bfloat16 matrix products, two a multiply-add
+    bandwidth: float  # bytes/s of the device's memory
+    link: float  # bytes/s to the other devices of the machine, one way (NVLink)
+    memory: int  # bytes
+    clock: float  # Hz, at most
+    sms: int  # streaming multiprocessors
+    lanes: int  # float32 operations that a multiprocessor starts a cycle
+    l2: int  # bytes
+    shared_memory: int  # bytes of a multiprocessor
+    shared_memory_per_block: int  # of those, at most
+
+    @property
+    def device(self) -> Device:
+        """What `dispatch.targeting` is told."""
+        return Device("cuda", self.kind, self.capability)
+
+    @property
+    def arch(self) -> str:
+        """The architecture as ptxas names it, with what only that one has."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + "a" * (major >= 9)
+
+    def roofline(self, matmul_flops: float, moved: float) -> float:
+        """Seconds that so many operations on tensor cores and so many bytes of memory traffic take
+        at least, side by side.
+        """
+        return max(matmul_flops / self.matmul_rate, moved / self.bandwidth)
+
+    def config(self) -> str:
+        """The device as XLA's GpuTargetConfigProto, in text form."""
+        major, minor = self.capability
+        extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+        return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  core_count: {self.sms} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock / 1e9}
+  memory_bandwidth: {self.bandwidth:.0f} device_memory_size: {self.memory} l2_cache_size: {self.l2}
+  shared_memory_per_core: {self.shared_memory} shared_memory_per_block_optin: {self.shared_memory_per_block}
+  shared_memory_per_block: 49152 threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{self.kind}"
+"""
+
+
+TARGETS = (
+    Target(
+        name="a100",
+        kind="NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        matmul_rate=312e12,
+        bandwidth=2.03904e12,
+        link=300e9,
+        memory=85_100_068_864,
+        clock=1.41e9,
+        sms=108,
+        lanes=64,
+        l2=40 * 2**20,
+        shared_memory=164 * 2**10,
+        shared_memory_per_block=163 * 2**10,
+    ),
+    Target(
+        name="h100",
+        kind="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        matmul_rate=989e12,
+        bandwidth=3.35232e12,
+        link=450e9,
+        memory=84_942_979_072,
+        clock=1.98e9,
+        sms=132,
+        lanes=128,
+        l2=50 * 2**20,
+        shared_memory=228 * 2**10,
+        shared_memory_per_block=227 * 2**10,
+    ),
+    Target(
+        name="h200",
+        kind="NVIDIA H200",
+        capability=(9, 0),
+        matmul_rate=989e12,
+        bandwidth=4.8e12,
+        link=450e9,
+        memory=151_397_597_184,
+        clock=1.98e9,
+        sms=132,
+        lanes=128,
+        l2=50 * 2**20,
+        shared_memory=228 * 2**10,
+        shared_memory_per_block=227 * 2**10,
+    ),
+    Target(
+        name="b200",
+        kind="NVIDIA B200",
+        capability=(10, 0),
+        matmul_rate=2.25e15,
+        bandwidth=7.67232e12,
+        link=900e9,
+        memory=191_514_411_008,
+        clock=1.965e9,
+        sms=148,
+        lanes=128,
+        l2=132_644_864,
+        shared_memory=228 * 2**10,
+        shared_memory_per_block=227 * 2**10,
+    ),
+)
+
+
+def find(name: str) -> Target:
+    """The target of that name, such as h100. Raises ValueError where there is none."""
+    for target in TARGETS:
+        if target.name == name:
+            return target
+    raise ValueError(
+        f"target is {name!r}; expected one of: {', '.join(target.name for target in TARGETS)}"
+    )
+
+
+def of_kind(kind: str) -> Target | None:
+    """The target that jax names `kind`; None where it is not described here (a slice of a GPU is
+    another device).
+    """
+    return next((target for target in TARGETS if target.kind == kind), None)
+
+
+def parse_topology(text: str) -> tuple[Target, int]:
+    """(device, how many) of a topology as people write it: h100x8. More than eight devices fill
+    machines of eight.
+
+    Raises ValueError in one line: no such form, device or number.
+    """
+    match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", text)
+    if match is None or match[1] not in {target.name for target in TARGETS}:
+        names = ", ".join(target.name for target in TARGETS)
+        raise ValueError(
+            f"{text!r} is none; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: {names}"
+        )
+    count = int(match[2])
+    if count > MOST_DEVICES or (count > HOST_DEVICES and count % HOST_DEVICES):
+        allowed = (
+            f"at most {HOST_DEVICES} devices, or a multiple of {HOST_DEVICES} up to {MOST_DEVICES}"
+        )
+        raise ValueError(f"{text!r} has {count}; expected {allowed}")
+    return find(match[1]), count
+
+
+def prepare() -> None:
+    """Readies this process to compile for devices that are not here, and to run everything else on
+    the host's processor.
+
+    To be called before jax has touched a device. Raises MissingToolchain where jax has no CUDA
+    plugin.
+    """
+    if importlib.util.find_spec("jax_plugins") is None or not any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)
+    ):
+        raise MissingToolchain(
+            f"compiling for a GPU takes jax's CUDA plugin, with or without a GPU here: {INSTALL}"
+        )
+    # the plugin would not load without a driver
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices(target: Target, count: int = 1) -> list[jax.Device]:
+    """`count` devices of that kind to compile for, after `prepare`; no array can be put on them."""
+    hosts = max(1, count // HOST_DEVICES)
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target.config(), topology=f"1x{hosts}x{count // hosts}"
+    )
+    return list(topology.devices)
+
+
+@contextlib.contextmanager
+def tracing(target: Target) -> Iterator[None]:
+    """Inside, code is traced and lowered for the target: by `dispatch`, and by jax's own lowering
+    of kernels.
+    """
+    device = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
+    with (
+        targeting(target.device),
+        jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
+    ):
+        yield
+
+
+def make_mesh(target: Target, shape: Sequence[int], axis_names: tuple[str, ...]) -> Mesh:
+    """A mesh of that shape over `devices`."""
+    return Mesh(np.asarray(devices(target, math.prod(shape))).reshape(shape), axis_names)

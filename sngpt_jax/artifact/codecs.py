@@ -1,0 +1,251 @@
+"""Bytes through zstd or lzma, codes through an entropy coder (rANS), and back without trusting
+what is read.
+
+Every decoder is told how much must come out. It raises ValueError where the stream would give
+more, gives less, is damaged, or goes on after its end, and it allocates no more than a few bytes
+for each byte or code it was told of.
+"""
+
+import lzma
+from typing import Any, Literal
+
+import constriction
+import numpy as np
+import zstandard
+
+from sngpt_jax.artifact.packing import pack, packed_size, unpack
+
+ByteCodec = Literal["zstd", "lzma"]
+LZMA_DICTIONARY = (2**12, 2**26)  # bytes: the least that lzma takes, and that of its level 9
+
+# A frequency is one byte, with 4 bits of mantissa: 0, then 17 … 31 times 2^0 and 16 … 31 times 2^1
+# … 2^15. Rounding it so costs about 0.0002 bits a code. The weights are whole numbers, so that
+# their sums are exact in float64, whatever the order.
+WEIGHTS = np.array([0.0, *((16 + byte % 16) * 2.0 ** (byte // 16) for byte in range(1, 256))])
+CLASS_BITS = range(5)  # 1, 2, 4, 8 or 16 classes of rows
+# rounds of putting each row into the class that codes it best; more gain less than 0.01 %
+REFITS = 2
+NEVER = 1e6  # bits charged for a code that a class has never seen
+
+
+def compress(raw: bytes, codec: ByteCodec, level: int) -> bytes:
+    """`raw` as one zstd frame that states its size (level 1 to 22), or as raw LZMA2 (level 0 to
+    9).
+    """
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(raw), preset=level))
+
+
+def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
+    """The `size` bytes that `compress` made `data` of. Raises ValueError for any other data."""
+    if codec == "zstd":
+        if zstd_size(data) != size:
+            raise ValueError(f"the zstd frame states {zstd_size(data)} bytes, expected {size}")
+        try:
+            raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+        except zstandard.ZstdError as problem:
+            raise ValueError(f"zstd: {problem}") from None
+    else:
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_lzma_filters(size))
+        try:
+            # one more, so that it comes to the end mark
+            raw = decoder.decompress(data, max_length=size + 1)
+        except lzma.LZMAError as problem:
+            raise ValueError(f"lzma: {problem}") from None
+        if not decoder.eof or decoder.unused_data:
+            raise ValueError("lzma: the stream does not end where it should")
+    if len(raw) != size:
+        raise ValueError(f"{codec} gave {len(raw)} bytes, expected {size}")
+    return raw
+
+
+def zstd_size(data: bytes | memoryview) -> int:
+    """How many bytes a zstd frame states that it holds.
+
+    zstandard allocates what the frame states, whatever `max_output_size` says, so this is to be
+    asked first. A window larger than the content, which the decoder would allocate beside it, is
+    no frame of ours. Raises ValueError for what is none.
+    """
+    try:
+        frame = zstandard.get_frame_parameters(data)
+    except zstandard.ZstdError as problem:
+        raise ValueError(f"no zstd frame: {problem}") from None
+    if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise ValueError("the zstd frame does not state its size")
+    if frame.window_size > max(frame.content_size, 1024):
+        raise ValueError(
+            f"the zstd frame asks for a window of {frame.window_size} bytes for"
+            f" {frame.content_size}"
+        )
+    return frame.content_size
+
+
+def _lzma_filters(size: int, **options: int) -> list[dict[str, Any]]:
+    """The decoder allocates its dictionary, so its size follows from the content's and is not read
+    from anywhere.
+    """
+    least, most = LZMA_DICTIONARY
+    return [{"id": lzma.FILTER_LZMA2, "dict_size": min(max(size, least), most), **options}]
+
+
+def split_planes(values: np.ndarray) -> bytes:
+    """Floats [n] as all their lowest bytes, then all the next ones …: signs and exponents
+    compress, mantissas do not.
+    """
+    little = np.ascontiguousarray(values.reshape(-1), values.dtype.newbyteorder("<"))
+    return little.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
+
+
+def join_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
+    """The floats [n] that `split_planes` made `raw` of."""
+    planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
+    return (
+        np.ascontiguousarray(planes.T)
+        .view(dtype.newbyteorder("<"))
+        .reshape(-1)
+        .astype(dtype, copy=False)
+    )
+
+
+def entropy(codes: np.ndarray) -> float:
+    """Bits a code, of any shape, that no coder can go below which takes every code alike: the
+    entropy of their frequencies.
+    """
+    counts = np.unique_counts(codes).counts
+    shares = counts / codes.size
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
+    """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, else ValueError, by rANS (Duda
+    2013, arXiv 1311.2540).
+
+    Rows are put into 1, 2, 4, 8 or 16 classes, and each class has its own frequencies: rows differ
+    in spread. The number of classes is the one that gives the fewest bytes, counting the classes'
+    frequencies and the class of each row. Layout: log2 of the number of classes, the row's classes
+    packed, a byte for each class and code, 32-bit words of the coder.
+    """
+    rows = len(codes)
+    alphabet = _alphabet(bits, q_min)
+    u = codes.view(np.uint8) - np.uint8(q_min % 256)
+    if int(u.max()) >= alphabet:
+        raise ValueError(
+            f"codes from {codes.min()} to {codes.max()} leave the grid of {bits} bits from"
+            f" {q_min} on"
+        )
+    cells = u + np.arange(rows)[:, None] * alphabet
+    counts = (
+        np.bincount(cells.reshape(-1), minlength=rows * alphabet)
+        .reshape(rows, alphabet)
+        .astype(np.float64)
+    )
+    size, classes, table = _fit_classes(counts, 0)
+    for class_bits in CLASS_BITS[1:]:
+        finer = _fit_classes(counts, class_bits)
+        if finer[0] >= size:
+            break
+        size, classes, table = finer
+    class_bits = len(table).bit_length() - 1
+    coder = constriction.stream.stack.AnsCoder()
+    for k in reversed(range(len(table))):  # a stack: what is decoded first is encoded last
+        symbols = u[classes == k].reshape(-1).astype(np.int32)
+        if symbols.size:
+            coder.encode_reverse(symbols, _model(table[k]))
+    words = coder.get_compressed().astype("<u4").tobytes()
+    half = 2**class_bits // 2
+    indices = pack((classes - half).astype(np.int8), class_bits, -half) if class_bits else b""
+    return bytes([class_bits]) + indices + table.tobytes() + words
+
+
+def decode_codes(
+    data: bytes | memoryview, rows: int, columns: int, bits: int, q_min: int
+) -> np.ndarray:
+    """The codes int8 [rows, columns] that `encode_codes` made `data` of. Raises ValueError for
+    data that it did not make.
+    """
+    alphabet = _alphabet(bits, q_min)
+    if not len(data) or data[0] not in CLASS_BITS:
+        raise ValueError("a rans stream begins with no number of classes")
+    class_bits = data[0]
+    table_start = 1 + (packed_size(rows, class_bits) if class_bits else 0)
+    words_start = table_start + 2**class_bits * alphabet
+    if len(data) < words_start or (len(data) - words_start) % 4:
+        raise ValueError("a rans stream has no whole tables and words")
+    classes = np.zeros(rows, np.int8)
+    if class_bits:
+        half = 2**class_bits // 2
+        classes = unpack(bytes(data[1:table_start]), rows, class_bits, -half) + np.int8(half)
+    table = np.frombuffer(data[table_start:words_start], np.uint8).reshape(-1, alphabet)
+    codes = np.empty((rows, columns), np.int8)
+    try:
+        coder = constriction.stream.stack.AnsCoder(
+            np.frombuffer(data[words_start:], "<u4").astype(np.uint32)
+        )
+    except ValueError:
+        raise ValueError("a rans stream ends in a word of zeros") from None
+    for k in range(2**class_bits):
+        chosen = classes == k
+        count = int(np.count_nonzero(chosen))
+        if not count:
+            continue
+        if not table[k].any():
+            raise ValueError("a rans stream has a class of rows without frequencies")
+        symbols = coder.decode(_model(table[k]), count * columns)
+        symbols += q_min
+        codes[chosen] = symbols.reshape(count, columns)
+    if not coder.is_empty():
+        raise ValueError("a rans stream goes on after the last code, or is damaged")
+    return codes
+
+
+def _alphabet(bits: int, q_min: int) -> int:
+    return 2 ** (bits - 1) - q_min
+
+
+def _model(frequencies: np.ndarray) -> constriction.stream.model.Categorical:
+    """Of one class, from its bytes [alphabet]. A code of frequency 0 is left the least that the
+    coder has, 2^-24.
+    """
+    return constriction.stream.model.Categorical(WEIGHTS[frequencies], perfect=False, lazy=False)
+
+
+def _fit_classes(counts: np.ndarray, class_bits: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """Bytes, the class of each row [rows], frequencies' bytes [classes, alphabet], for counts
+    [rows, alphabet].
+
+    Lloyd's algorithm from classes of equal size by spread. Costs are whole numbers of 2^-10 bits:
+    their sums are exact, so the classes do not depend on the order of adding.
+    """
+    num_classes = 2**class_bits
+    rows, alphabet = counts.shape
+    values = np.arange(alphabet)
+    total = counts.sum(axis=1)
+    spread = counts @ values**2 / total - (counts @ values / total) ** 2
+    classes = np.empty(rows, np.int64)
+    classes[np.argsort(spread, kind="stable")] = np.arange(rows) * num_classes // rows
+    for _ in range(REFITS if class_bits else 0):
+        costs = _costs(_frequencies(counts, classes, num_classes))
+        classes = np.argmin(np.einsum("ra,ka->rk", counts, costs), axis=1)
+    table = _frequencies(counts, classes, num_classes)
+    cost = np.einsum("ra,ra->", counts, _costs(table)[classes]) / 2**10
+    return (cost + rows * class_bits) / 8 + table.size, classes, table
+
+
+def _frequencies(counts: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """The byte of each class and code [classes, alphabet]: the nearest weight; a code that occurs
+    has at least the smallest.
+    """
+    sums = np.stack([counts[classes == k].sum(axis=0) for k in range(num_classes)])
+    weights = sums * (WEIGHTS[-1] / np.maximum(sums.max(axis=1, keepdims=True), 1))
+    nearest = np.searchsorted((WEIGHTS[1:] + WEIGHTS[:-1]) / 2, weights)
+    return np.where(sums > 0, np.maximum(nearest, 1), 0).astype(np.uint8)
+
+
+def _costs(table: np.ndarray) -> np.ndarray:
+    """What a code costs in each class [classes, alphabet], in 2^-10 bits."""
+    weights = WEIGHTS[table]
+    total = weights.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = np.log2(total) - np.log2(weights)
+    return np.round(np.where(weights > 0, bits, NEVER) * 2**10)

@@ -1,0 +1,82 @@
+"""Which tensor of a model is exported how: its group, the bits of its grid, its range. Late
+quantization-aware training and the exporter both ask here, so that one imitates the other.
+
+A grid is a row's scale times whole numbers. In a matrix [in, out] a row is an output channel, so
+the last axis; in a table [entries, width] it is an entry.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sngpt_jax.config import Clip, Config
+
+Group = Literal["mlp", "attention", "projection", "embed", "table", "control"]
+
+RULES: tuple[tuple[str, Group], ...] = (  # the first pattern that the whole path matches
+    (r"blocks/\d+/mlp/(up|down)", "mlp"),
+    (r"blocks/\d+/attn/(query|key|value|out)", "attention"),
+    (r"(bigram|value_embed)/proj", "projection"),
+    (r"(embed|positions)/table", "embed"),
+    (r"(bigram|value_embed)/table", "table"),
+    (r".*", "control"),
+)
+MATRICES: tuple[Group, ...] = ("mlp", "attention", "projection")
+FLOAT16, FLOAT32 = 16, 32  # bits of tensors that have no grid
+
+# The smallest normal float16, about 6.1e-5. Scales are float16, and below it they lose bits and
+# vanish.
+SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How one tensor is exported."""
+
+    group: Group
+    bits: int  # of its grid, 2 to 8; FLOAT16 or FLOAT32: as it is
+    clip: Clip  # how a row's range is chosen
+    clip_sd: float  # the range of a row in its standard deviations, for clip = sd
+    transposed: bool  # whether a row is an entry of the tensor's last axis
+
+    @property
+    def has_grid(self) -> bool:
+        return self.bits <= 8
+
+
+def is_exported(dtype: np.dtype) -> bool:
+    """Whether tensors of this dtype are part of an artifact: floats are; the step counts of sparse
+    codes are training's.
+    """
+    return bool(np.issubdtype(dtype, np.floating))
+
+
+def largest_code(bits: int) -> int:
+    """q of a grid of `bits` bits: codes run from -q to q."""
+    return 2 ** (bits - 1) - 1
+
+
+def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:
+    """How the tensor of this path (as `blocks/0/attn/key`) and shape is exported."""
+    x = config.export
+    group = next(group for pattern, group in RULES if re.fullmatch(pattern, path))
+    of_matrix = group in MATRICES
+    clip, clip_sd = (x.clip, x.clip_sd) if of_matrix else (x.table_clip, x.table_clip_sd)
+    if group == "control":
+        bits = FLOAT16 if x.control_dtype == "float16" else FLOAT32
+    elif math.prod(shape) <= x.passthrough_size or _is_late_key(path, config):
+        bits = FLOAT16
+    else:
+        bits = getattr(x, f"{group}_bits")
+    return Policy(group, bits, clip, clip_sd, transposed=of_matrix)
+
+
+def _is_late_key(path: str, config: Config) -> bool:
+    key = re.fullmatch(r"blocks/(\d+)/attn/key", path)
+    return (
+        key is not None and int(key[1]) >= config.model.num_layers - config.export.late_key_layers
+    )

@@ -1,0 +1,194 @@
+"""JSON read into dataclasses, strictly: an unknown, missing or ill-typed key is one line that says
+where.
+
+The text may be anybody's: `loads` is the one place that makes values of it.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sngpt_jax.base import untrusted
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.untrusted import shown
+
+# of a file: the manifest of 40,000 shards; as values it takes about 20 times as much memory
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 64  # of objects and lists in one another
+
+T = TypeVar("T")
+# of a field's name, its value, and where it stands; raises where it may not be
+Check = Callable[[str, Any, str], None]
+
+
+def loads(text: bytes) -> Any:
+    """The JSON value that `text`, UTF-8, spells out.
+
+    Raises ValueError for what is no JSON, and for JSON that means different things to different
+    readers: a key given twice, NaN and infinities, numbers that 64 bits do not hold, halves of
+    surrogate pairs, more than `MAX_DEPTH` levels.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+            object_pairs_hook=_object,
+        )
+    except RecursionError:
+        raise ValueError(f"more than {MAX_DEPTH} levels deep") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        for x in level:
+            if isinstance(x, str):
+                _check_text(x)
+        holders = [x for x in level if isinstance(x, dict | list)]
+        if not holders:
+            return value
+        level = [inner for x in holders for inner in (x.values() if isinstance(x, dict) else x)]
+    raise ValueError(f"more than {MAX_DEPTH} levels deep")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"{shown(digits)} is not an integer of 64 bits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(digits)} is too large a number")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} is given twice")
+    for name in values:
+        _check_text(name)
+    return values
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{shown(text)} holds half of a surrogate pair") from None
+
+
+def read(path: Path, error: type[UserError]) -> Any:
+    """The JSON value in the file `path`; raises `error` in one line where there is none, or a file
+    of more than `MAX_BYTES`.
+    """
+    content = untrusted.read_bytes(path, MAX_BYTES, error)
+    try:
+        return loads(content)
+    except ValueError as problem:
+        raise error(f"{path}: cannot be read as JSON: {problem}") from None
+
+
+def parse(
+    kind: type[T],
+    value: Any,
+    where: str,
+    error: type[UserError],
+    check: Check | None = None,
+    defaulted: list[str] | None = None,
+) -> T:
+    """The `kind` (a dataclass) that a JSON object spells out field by field; every field must be
+    there.
+
+    Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`,
+    `tuple[X, ...]` from a list or tuple, `dict[str, X]`, or Any. An integer serves as a float;
+    nothing else is converted. `check` sees every plain value. With a list for `defaulted`, a field
+    that has a plain default may be missing, and its path is appended there. Raises `error` in one
+    line that begins with the path of the field, `where` for the whole.
+    """
+
+    def parse_object(kind: type, values: Any, where: str) -> Any:
+        if not isinstance(values, dict):
+            raise error(f"{where}: expected an object, found {type(values).__name__}")
+        hints = typing.get_type_hints(kind)
+        for name in values:
+            if name not in hints:
+                close = difflib.get_close_matches(name[:100], hints, n=1)
+                raise error(
+                    f"{where}: unknown key {shown(name)}"
+                    + (f"; did you mean {close[0]!r}?" if close else "")
+                )
+        missing = [name for name in hints if name not in values]
+        if defaulted is not None:
+            plain = {
+                x.name for x in dataclasses.fields(kind) if x.default is not dataclasses.MISSING
+            }
+            defaulted.extend(f"{where}.{name}" for name in missing if name in plain)
+            missing = [name for name in missing if name not in plain]
+        if missing:
+            raise error(f"{where}: missing {', '.join(missing)}")
+        return kind(
+            **{
+                name: parse_value(hints[name], value, f"{where}.{name}")
+                for name, value in values.items()
+            }
+        )
+
+    def parse_value(kind: Any, value: Any, where: str) -> Any:
+        if kind is Any:
+            return value
+        if dataclasses.is_dataclass(kind):
+            return parse_object(typing.cast(type, kind), value, where)
+        if isinstance(kind, types.UnionType):  # the only unions are `X | None`
+            return None if value is None else parse_value(typing.get_args(kind)[0], value, where)
+        if typing.get_origin(kind) is tuple:
+            if not isinstance(value, list | tuple):
+                raise error(f"{where}: expected a list, found {type(value).__name__}")
+            return tuple(
+                parse_value(typing.get_args(kind)[0], item, f"{where}[{i}]")
+                for i, item in enumerate(value)
+            )
+        if typing.get_origin(kind) is dict:
+            if not isinstance(value, dict):
+                raise error(f"{where}: expected an object, found {type(value).__name__}")
+            return {
+                name: parse_value(typing.get_args(kind)[1], x, f"{where}[{shown(name)}]")
+                for name, x in value.items()
+            }
+        if typing.get_origin(kind) is Literal:
+            if not isinstance(value, str) or value not in typing.get_args(kind):
+                raise error(
+                    f"{where}: expected one of {', '.join(typing.get_args(kind))}, found"
+                    f" {shown(value)}"
+                )
+        elif kind is float and type(value) is int:
+            try:
+                value = float(value)
+            except OverflowError:
+                raise error(
+                    f"{where}: expected float, found an integer that is too large for one"
+                ) from None
+        elif type(value) is not kind:
+            raise error(
+                f"{where}: expected {kind.__name__}, found {shown(value)} of type"
+                f" {type(value).__name__}"
+            )
+        if check:
+            check(where.rpartition(".")[2], value, where)
+        return value
+
+    return parse_object(kind, value, where)

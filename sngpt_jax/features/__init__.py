@@ -1,0 +1,1 @@
+"""What the features of a sparse model stand for, as one HTML page."""

@@ -1,0 +1,225 @@
+"""Who fires with whom, when and on what: the bookkeeping of the feature study, in numpy.
+
+Arrays come in batches of N tokens of one layer: the features that each token selected, ids [N, A]
+level by level, and their activations [N, A].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sngpt_kernels.cayley.dictionary import Generators, Levels, children, level_range
+
+
+@dataclass(frozen=True)
+class Family:
+    """Which features of the level above (parents) have which of a level (children).
+
+    Parents fall into groups; those of one group have the same S children, which no other group has.
+    """
+
+    parents: range  # ids of the level above
+    group_of_parent: np.ndarray  # int32 [last parent + 1]
+    group_of_child: np.ndarray  # int32 [last child + 1]; -1: no child
+    slot_of_child: np.ndarray  # int32 [last child + 1], the place among the children of its group
+    children_of_group: np.ndarray  # int32 [groups, S]
+
+    @classmethod
+    def of(cls, levels: Levels, level: int, generators: Generators) -> "Family":
+        """The parents that `level` ≥ 1 has in the level above."""
+        table = children(levels, generators, level)
+        ids = table.representatives[:, None] ^ table.steps[None, :]
+        group, slot = (
+            np.full(2 ** levels[level][0], -1, np.int32),
+            np.zeros(2 ** levels[level][0], np.int32),
+        )
+        group[ids] = np.arange(ids.shape[0])[:, None]
+        slot[ids] = np.arange(ids.shape[1])[None, :]
+        return cls(level_range(levels, level - 1), table.group_of_parent, group, slot, ids)
+
+    def parents_of(self, child: int) -> np.ndarray:
+        """The ids [n] of a child's parents, ascending."""
+        groups = self.group_of_parent[self.parents.start : self.parents.stop]
+        return self.parents.start + np.flatnonzero(groups == self.group_of_child[child])
+
+    def children_of(self, parent: int) -> np.ndarray:
+        """The ids [n] of a parent's children."""
+        return self.children_of_group[self.group_of_parent[parent]]
+
+
+class FiringCounts:
+    """How often each feature of each layer fired, how strongly, and with which parents.
+
+    Memory: 16 bytes a feature and 4 bytes a pair of an id of the level above and a child, in each
+    layer: 28 MB a layer for the levels 10,16,0;15,32,256;17,64,256.
+    """
+
+    def __init__(self, levels: Levels, generators: Generators, num_layers: int):
+        self.levels = levels
+        self.families = [Family.of(levels, level, generators) for level in range(1, len(levels))]
+        ends = np.cumsum([0, *(k for _, k, _ in levels)]).tolist()
+        self._columns = [slice(*ends[level : level + 2]) for level in range(len(levels))]
+        num_features = 2 ** levels[-1][0]
+        # tokens that selected the feature
+        self.counts = np.zeros((num_layers, num_features), np.int64)
+        self.sums = np.zeros((num_layers, num_features))  # of its activations on them
+        # of each family, tokens that selected both the parent p and its child in slot s: uint32
+        # [layers, …] at p · S + s
+        self._pairs = [
+            np.zeros((num_layers, f.parents.stop * f.children_of_group.shape[1]), np.uint32)
+            for f in self.families
+        ]
+
+    def add(self, layer: int, ids: np.ndarray, activations: np.ndarray) -> None:
+        """Counts a batch of N tokens of the layer at index `layer`: features `ids` [N, A] and
+        their `activations` [N, A].
+        """
+        flat, num_features = ids.reshape(-1), self.counts.shape[1]
+        self.counts[layer] += np.bincount(flat, minlength=num_features)
+        self.sums[layer] += np.bincount(flat, activations.reshape(-1), num_features)
+        for level, family in enumerate(self.families, start=1):
+            parents, offspring = ids[:, self._columns[level - 1]], ids[:, self._columns[level]]
+            related = (
+                family.group_of_parent[parents][:, :, None]
+                == family.group_of_child[offspring][:, None, :]
+            )
+            token, p, c = np.nonzero(related)
+            np.add.at(
+                self._pairs[level - 1][layer],
+                self._at(family, parents[token, p], offspring[token, c]),
+                np.uint32(1),
+            )
+
+    @staticmethod
+    def _at(family: Family, parents: np.ndarray, offspring: np.ndarray) -> np.ndarray:
+        return (
+            parents.astype(np.int64) * family.children_of_group.shape[1]
+            + family.slot_of_child[offspring]
+        )
+
+    def parents(self, layer: int, level: int, child: int) -> tuple[np.ndarray, np.ndarray]:
+        """The parents [n] of a feature of `level` ≥ 1, and the number of tokens [n] on which each
+        fired with it.
+        """
+        family = self.families[level - 1]
+        ids = family.parents_of(child)
+        return ids, self._pairs[level - 1][layer][self._at(family, ids, np.asarray(child))]
+
+    def children(self, layer: int, level: int, parent: int) -> tuple[np.ndarray, np.ndarray]:
+        """The children [n] of a feature of `level`, not the last, and the number of tokens [n] on
+        which each fired with it.
+        """
+        family = self.families[level]
+        ids = family.children_of(parent)
+        return ids, self._pairs[level][layer][self._at(family, np.asarray(parent), ids)]
+
+
+def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
+    """The features of a layer to look at, ids ascending for each level.
+
+    Of those of a level that fired: the half of `per_level` that fired most, and as many again
+    evenly over the ranks of the others. Then, from level to level down, the child that fired most
+    with each of them, and up again the parent that fired most with each: every feature leads to
+    another one, up and down. Of equal ones the lowest id.
+    """
+    levels = range(len(firing.levels))
+    chosen: list[set[int]] = []
+    for level in levels:
+        owned = level_range(firing.levels, level)
+        counts = firing.counts[layer, owned.start : owned.stop]
+        ranked = owned.start + np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        most, others = np.split(ranked, [per_level - per_level // 2])
+        even = np.linspace(0, len(others) - 1, min(per_level // 2, len(others))).round().astype(int)
+        chosen.append({*most.tolist(), *others[even].tolist()})
+    for level in levels[:-1]:
+        chosen[level + 1] |= {
+            child for f in chosen[level] for child in _closest(*firing.children(layer, level, f))
+        }
+    for level in reversed(levels[1:]):
+        chosen[level - 1] |= {
+            parent for f in chosen[level] for parent in _closest(*firing.parents(layer, level, f))
+        }
+    return [sorted(ids) for ids in chosen]
+
+
+def _closest(ids: np.ndarray, together: np.ndarray) -> list[int]:
+    """The one of `ids` that fired most often together with a feature, if any did."""
+    best = np.lexsort((ids, -together.astype(np.int64)))[0]
+    return [int(ids[best])] if together[best] else []
+
+
+class Examples:
+    """Of M chosen features, the `per_feature` strongest firings each, and how often each token
+    fired them.
+
+    Firings are rows (feature's place in the list of chosen ones, activation, position in the text).
+    """
+
+    def __init__(
+        self,
+        chosen: Sequence[tuple[int, int]],
+        num_layers: int,
+        num_features: int,
+        per_feature: int,
+    ):
+        """`chosen`: (layer index, feature) of each."""
+        self._per_feature = per_feature
+        self._place = np.full((num_layers, num_features), -1, np.int32)
+        for place, (layer, feature) in enumerate(chosen):
+            self._place[layer, feature] = place
+        self.place, self.activation, self.position = (
+            np.zeros(0, np.int64),
+            np.zeros(0),
+            np.zeros(0, np.int64),
+        )
+        # key = place · 2^16 + token
+        self.token_key, self.token_count = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def add(
+        self,
+        layer: int,
+        ids: np.ndarray,
+        activations: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+    ) -> None:
+        """Takes in a batch of the layer at index `layer`; `tokens` uint16 [N] and `positions` int
+        [N] are those that fired.
+        """
+        places = self._place[layer][ids]
+        token, column = np.nonzero(places >= 0)
+        place = places[token, column].astype(np.int64)
+
+        keys = np.concatenate([self.token_key, place * 2**16 + tokens[token]])
+        counts = np.concatenate([self.token_count, np.ones(len(token), np.int64)])
+        self.token_key, inverse = np.unique(keys, return_inverse=True)
+        self.token_count = np.bincount(inverse, counts, len(self.token_key)).astype(np.int64)
+
+        place = np.concatenate([self.place, place])
+        activation = np.concatenate([self.activation, activations[token, column]])
+        position = np.concatenate([self.position, positions[token]])
+        order = np.lexsort((position, -activation, place))
+        place = place[order]
+        # among the firings of the same feature
+        rank = np.arange(len(place)) - np.searchsorted(place, place)
+        kept = order[rank < self._per_feature]
+        self.place, self.activation, self.position = (
+            place[rank < self._per_feature],
+            activation[kept],
+            position[kept],
+        )
+
+    def strongest(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Activations [n] and positions [n] of the strongest firings of the chosen feature at
+        `place`, strongest first.
+        """
+        rows = slice(*np.searchsorted(self.place, [place, place + 1]))
+        return self.activation[rows], self.position[rows]
+
+    def tokens(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens [n] that fired the chosen feature at `place` and how often each did [n], most
+        often first.
+        """
+        rows = slice(*np.searchsorted(self.token_key, [place * 2**16, (place + 1) * 2**16]))
+        order = np.argsort(-self.token_count[rows], kind="stable")
+        return self.token_key[rows][order] % 2**16, self.token_count[rows][order]

@@ -1,0 +1,170 @@
+"""One optimizer step, as a pure function of arrays. Knows no files and no clock."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sngpt_kernels.dispatch import current_device
+
+from sngpt_jax.cluster.mesh import BATCH_AXES, gather, partition_specs, reduce_mean, state_shardings
+from sngpt_jax.config import Config
+from sngpt_jax.model import cayley, loss
+from sngpt_jax.model.cayley import Taps
+from sngpt_jax.model.forward import Batch, Params, join, with_taps
+from sngpt_jax.optim import averaging, qat, skipping
+from sngpt_jax.optim.groups import clip, make_optimizer
+from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.training import compiler
+from sngpt_jax.training.state import TrainState, init_state, kept_over, shardings
+
+Metrics = dict[str, jax.Array]
+
+# what the run's key is folded with for the positions of the codes' samples; 0 is for the initial
+# parameters
+SAMPLE = 1
+
+
+def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted step (state, batch [A, B/A, T], controls) → (state, {"loss", "grad_norm"}),
+    scalars.
+
+    The loss is the mean over the batch in nats a token; the gradient its exact mean over A
+    microbatches and all devices. Each device accumulates its own microbatches and the devices
+    reduce once, after the last: a scan around a global gradient would reduce in every turn.
+    Weights that are spread over `fsdp` are gathered once, before the first microbatch. Where
+    gradients and what is kept beside the weights are split, each device gets its pieces of the
+    mean and no more, and updates those; Muon's matrices are dealt out to the devices
+    (`optim.stacks`). Sparse codes see the statistics of the steps before; theirs are updated once,
+    from a sample of all microbatches and devices. `controls` are what the host decides for the
+    step; they are traced, so that a schedule driven by the clock compiles once. The state passed
+    in is donated. Where the recipe skips steps (`optim.skipping`), the metrics have "skipped" and
+    "skipped_in_a_row" too, and a skipped step leaves all but the step's number and those counts as
+    it was.
+    """
+    o, d, t = config.optim, config.data, config.train
+    mean_loss = with_taps(config.model, loss.mean_loss)
+    shapes = jax.eval_shape(lambda: init_state(config, mesh))
+    layout, scattered = (
+        partition_specs(mesh, shapes.params),
+        partition_specs(mesh, shapes.params, kept_over(config)),
+    )
+
+    def loss_fn(
+        params: Params, statistics: Params, *batch: jax.Array
+    ) -> tuple[jax.Array, Taps | None]:
+        return mean_loss(join(params, statistics), *batch)
+
+    def local_mean(
+        params: Params,
+        statistics: Params,
+        step: jax.Array,
+        tapped_P: jax.Array,
+        inputs_ABT: jax.Array,
+        targets_ABT: jax.Array,
+    ) -> tuple[jax.Array, Params, Params]:
+        params = gather(params, layout)
+
+        def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, Taps | None]:
+            (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, statistics, *batch, tapped_P
+            )
+            return jax.tree.map(jnp.add, total, (loss, grads)), taps
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, taps = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
+        loss, grads = jax.tree.map(lambda x: x / inputs_ABT.shape[0], total)
+        if o.grad_clip_scope == "device":
+            grads = clip(grads, o.grad_clip)
+        if taps is not None:
+            with jax.named_scope("statistics"):
+                taps = jax.tree.map(lambda x_ALBP: jnp.swapaxes(x_ALBP, 0, 1), taps)
+                statistics = cayley.update_statistics(statistics, taps, step, BATCH_AXES)
+        return jax.lax.pmean(loss, BATCH_AXES), reduce_mean(grads, scattered), statistics
+
+    rows = P(None, BATCH_AXES)
+    # check_vma would insert a reduction into every microbatch's gradient, since the parameters are
+    # the same everywhere
+    global_mean = jax.shard_map(
+        local_mean,
+        mesh=mesh,
+        in_specs=(layout, P(), P(), P(), rows, rows),
+        out_specs=(P(), scattered, P()),
+        check_vma=False,
+    )
+
+    def train_step(
+        state: TrainState, batch: Batch, controls: StepControls
+    ) -> tuple[TrainState, Metrics]:
+        params = state.params
+        if o.qat_below:
+            # outside of the differentiated function, once a step: the gradient passes through the
+            # rounding as it is
+            params = qat.straight_through(params, config, controls.qat)
+        tapped_P = jnp.arange(0)
+        if config.model.levels:
+            key = jax.random.fold_in(state.key, SAMPLE)
+            tapped_P = cayley.sample_positions(
+                key, state.step, d.seq_len, d.batch_tokens // d.seq_len
+            )
+        with jax.named_scope("gradient"):
+            loss, grads, statistics = global_mean(
+                params,
+                state.statistics,
+                state.step + 1,
+                tapped_P,
+                batch["inputs"],
+                batch["targets"],
+            )
+        with jax.named_scope("optimizer"):
+            optimizer = make_optimizer(o, state.params, mesh, kept_over(config))
+            rates = {
+                "lr_multiplier": controls.lr_multiplier,
+                "adam_lr_multiplier": controls.adam_lr_multiplier,
+            }
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **rates)
+            # whole again before they are added, where weights are: that and no weight is what the
+            # devices exchange
+            updates = jax.lax.with_sharding_constraint(updates, state_shardings(mesh, updates))
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("averages"):
+            ema = (
+                averaging.update_ema(state.ema, params, o.ema_decay)
+                if state.ema is not None
+                else None
+            )
+            swa = (
+                averaging.update_swa(state.swa, params, controls.swa)
+                if state.swa is not None
+                else None
+            )
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        after = TrainState(
+            state.step + 1, params, opt_state, state.key, ema, swa, statistics, state.skips
+        )
+        if state.skips is not None:
+            with jax.named_scope("skipping"):
+                skip, skips = skipping.judge(t, state.skips, **metrics)
+                after = replace(
+                    skipping.select(skip, replace(state, step=after.step), after), skips=skips
+                )
+            metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
+        return after, metrics
+
+    # the state comes back laid out as it went in, so that the compiled step can be called on its
+    # own result
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings(config, mesh, shapes), NamedSharding(mesh, P())),
+        compiler_options=compiler.options(config.train, current_device()),
+    )
+
+
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether every number in `params` is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))

@@ -1,0 +1,1 @@
+"""A trained model read back from a run or an artifact."""

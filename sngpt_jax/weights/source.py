@@ -1,0 +1,90 @@
+"""The trained model that a command is to work on: `--run D`, with a checkpoint and its weights, or
+`--artifact F`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.untrusted import file_sha256
+from sngpt_jax.config import Weights
+from sngpt_jax.config import file as config_file
+from sngpt_jax.model.forward import join
+from sngpt_jax.optim.averaging import SWA, averaged_weights
+from sngpt_jax.run import checkpoint
+from sngpt_jax.run.directory import checkpoint_dir, read_config, tokenizer_path
+from sngpt_jax.training.compiler import use_compilation_cache
+from sngpt_jax.training.state import abstract_state
+from sngpt_jax.weights.trained_model import TrainedModel, from_artifact, on_any_device
+
+
+def check_source(
+    run: Path | None, artifact: Path | None, step: int | None, weights: Weights | None
+) -> None:
+    """Raises `UserError` unless exactly one source is named, and for options that an artifact has
+    no choice of.
+    """
+    if (run is None) == (artifact is None):
+        raise UserError("give either --run, a run directory, or --artifact, an exported model")
+    if artifact and (step is not None or weights is not None):
+        raise UserError(
+            "--step and --weights choose from a run; an artifact holds one set of weights"
+        )
+
+
+def open_model(
+    run: Path | None,
+    artifact: Path | None,
+    mesh: Mesh,
+    step: int | None = None,
+    weights: Weights | None = None,
+) -> TrainedModel:
+    """The model of the one source that is given. Raises `UserError`."""
+    check_source(run, artifact, step, weights)
+    if artifact:
+        return from_artifact(artifact, mesh)
+    assert run
+    return load_model(run, mesh, step, weights)
+
+
+def load_model(
+    run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None
+) -> TrainedModel:
+    """The weights of `run_dir` at checkpoint `step`, laid out over `mesh`.
+
+    `step` None: the latest that verifies. `weights`: those of the last step (final) or an average
+    (swa, ema); None: what the run's eval.weights says. Raises `UserError` where the run keeps no
+    such average, or has no snapshot in it yet.
+    """
+    config = on_any_device(read_config(run_dir))
+    use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
+    weights = weights or config.eval.weights
+    state = abstract_state(config, mesh)
+    name = "params" if weights == "final" else weights
+    part: dict[str, Any] = {name: getattr(state, name), "statistics": state.statistics}
+    if part[name] is None:
+        field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
+        raise UserError(
+            f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take"
+            " --weights final"
+        )
+    restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)
+    found = restored.state[name]
+    if isinstance(found, SWA) and not int(found.count):
+        raise UserError(
+            f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
+            " take a later --step or --weights final"
+        )
+    params = found if weights == "final" else averaged_weights(found, mesh)
+    kept = tokenizer_path(run_dir)
+    return TrainedModel(
+        config,
+        join(params, restored.state["statistics"]),
+        restored.step,
+        weights,
+        run_dir,
+        tokenizer_path=kept,
+        tokenizer_sha256=file_sha256(kept, UserError) if kept else None,
+    )

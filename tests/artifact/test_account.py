@@ -1,0 +1,105 @@
+"""What the report counts, against counts by hand."""
+
+import numpy as np
+import pytest
+
+from sngpt_jax.artifact import account as report
+from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact.file import Storage
+from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.artifact.quantize import Quantized
+from sngpt_jax.config import Config, ExportConfig, ModelConfig
+
+CONFIG = Config(
+    model=ModelConfig(num_layers=2),
+    export=ExportConfig(mlp_bits=5, late_key_layers=1, codec="lzma", codec_level=6),
+)
+
+
+def tensors():
+    rng = np.random.default_rng(1)
+    shapes = {
+        "blocks/0/mlp/up": (96, 64),
+        "blocks/0/attn/key": (64, 32),
+        "blocks/1/attn/key": (64, 32),
+        "smear/gate": (64,),
+    }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def lines_of(packed):
+    stored = quantize_tensors(tensors(), CONFIG)
+    bytewise, encoded = (
+        artifact.encode({}, stored, Storage(p, "lzma", 6)) for p in (False, packed)
+    )
+    return (
+        report.report(tensors(), stored, encoded, CONFIG, bytewise if packed else None),
+        encoded,
+        bytewise,
+        stored,
+    )
+
+
+def test_the_lines_share_out_the_payload():
+    lines, encoded, _, _ = lines_of(packed=False)
+    assert [(line.group, line.width, line.tensors, line.weights) for line in lines] == [
+        ("attention", "float16", 1, 2048),
+        ("attention", "int8", 1, 2048),
+        ("control", "float32", 1, 64),
+        ("mlp", "int5", 1, 6144),
+    ]
+    assert sum(line.bytes for line in lines) == len(encoded.data) - encoded.header_bytes
+    mlp = lines[-1]
+    assert mlp.coded == pytest.approx(8 * encoded.tensor_bytes["blocks/0/mlp/up"] / 6144)
+    assert mlp.scales == pytest.approx(16 * 64 / 6144)
+    assert mlp.packing_loss == 0
+
+
+def test_entropy_and_error_are_those_of_the_codes():
+    lines, _, _, stored = lines_of(packed=False)
+    tensor = stored["blocks/0/mlp/up"]
+    shares = [np.mean(tensor.codes == code) for code in range(-15, 16)]
+    assert lines[-1].entropy == pytest.approx(-sum(p * np.log2(p) for p in shares if p))
+    w = tensors()["blocks/0/mlp/up"].astype(np.float64)
+    back = (tensor.scales.astype(np.float64)[:, None] * tensor.codes).T
+    assert lines[-1].error == pytest.approx(np.sum((w - back) ** 2) / np.sum(w**2), rel=1e-5)
+    assert lines[0].entropy is None and 0 < lines[0].error < 1e-6
+    assert lines[2].error == 0
+
+
+def test_what_packing_costs_is_against_the_same_codes_a_byte_each():
+    lines, packed, bytewise, _ = lines_of(packed=True)
+    name = "blocks/0/mlp/up"
+    assert lines[-1].packing_loss == pytest.approx(
+        8 * (packed.tensor_bytes[name] - bytewise.tensor_bytes[name]) / 6144
+    )
+    assert lines[-1].packing_loss > 0.2, "LZMA sees no bytes in packed codes"
+    assert lines[1].packing_loss == 0, "8 bits are bytes"
+
+
+def test_relative_error_weighs_tensors_by_their_size_and_not_their_unit():
+    original = {
+        "a": np.array([1.0, 1.0, 1.0], np.float32),
+        "b": np.array([100.0], np.float32),
+        "c": np.zeros(4, np.float32),
+    }
+    stored = {
+        "a": np.array([1.0, 1.0, 0.0], np.float32),
+        "b": np.array([50.0], np.float32),
+        "c": np.zeros(4, np.float32),
+    }
+    assert report.relative_error(original, stored) == pytest.approx(
+        (3 * (1 / 3) + 1 * 0.25 + 0) / 8
+    )
+
+
+def test_json_names_a_group_by_its_width_where_it_has_two():
+    lines, *_ = lines_of(packed=False)
+    assert list(report.as_json(lines)) == ["attention_float16", "attention_int8", "control", "mlp"]
+    table = report.format_table(lines).splitlines()
+    assert len(table) == 5 and len({len(row) for row in table}) == 1
+
+
+def test_a_quantized_tensor_of_zeros_has_no_entropy():
+    zeros = Quantized(np.zeros((4, 8), np.int8), np.ones(4, np.float16), 5, -15, False)
+    assert report.entropy_of(zeros) == 0

@@ -1,0 +1,464 @@
+"""The artifact's layout against struct, zstd and JSON by hand, and everything that a file can
+claim and not be.
+"""
+
+import hashlib
+import json
+import lzma
+import struct
+import subprocess
+import sys
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zstandard
+
+from sngpt_jax.artifact.file import ArtifactError, Storage, decode, encode, read
+from sngpt_jax.artifact.quantize import Quantized
+
+STORAGES = [
+    Storage(packed=False, codec="rans", level=22),
+    Storage(packed=False, codec="zstd", level=22),
+    Storage(packed=True, codec="zstd", level=3),
+    Storage(packed=False, codec="lzma", level=9),
+    Storage(packed=True, codec="lzma", level=1),
+]
+METADATA = {
+    "config": {"name": "tiny", "lr": 0.1},
+    "tokenizer": None,
+    "step": 7,
+    "weights": "raw",
+    "version": "0",
+}
+
+
+def quantized(rows, columns, bits, full=False, transposed=True, seed=0):
+    rng = np.random.default_rng(seed)
+    q_max = 2 ** (bits - 1) - 1
+    q_min = -q_max - 1 if full else -q_max
+    codes = np.clip(
+        np.round(rng.standard_normal((rows, columns)) * q_max / 3), q_min, q_max
+    ).astype(np.int8)
+    scales = rng.uniform(0.001, 0.1, rows).astype(np.float16)
+    return Quantized(codes, scales, bits, q_min, transposed)
+
+
+def tensors():
+    rng = np.random.default_rng(1)
+    return {
+        "blocks/0/mlp/up": quantized(24, 16, 5),
+        "blocks/0/gain": np.float32(rng.standard_normal(8)),
+        "blocks/0/attn/key": quantized(7, 9, 6, full=True, seed=2),
+        "embed/table": quantized(11, 5, 8, transposed=False, seed=3),
+        "bigram/table": quantized(6, 3, 2, full=True, transposed=False, seed=4),
+        "skips": rng.standard_normal((2, 3)).astype(np.float16),
+        "scale": np.array(0.05, np.float32),
+        "late/key": rng.standard_normal((4, 5)).astype(np.float16),
+    }
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        if isinstance(tensor, Quantized):
+            assert (found[name].bits, found[name].q_min, found[name].transposed) == (
+                tensor.bits,
+                tensor.q_min,
+                tensor.transposed,
+            )
+            assert found[name].codes.dtype == np.int8 and found[name].scales.dtype == np.float16
+            np.testing.assert_array_equal(found[name].codes, tensor.codes)
+            np.testing.assert_array_equal(found[name].scales, tensor.scales)
+        else:
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            np.testing.assert_array_equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize(
+    "chosen", [None, ["blocks/0/gain"], ["late/key"], ["bigram/table"], []], ids=str
+)
+def test_tensors_come_back(storage, chosen):
+    expected = tensors() if chosen is None else {name: tensors()[name] for name in chosen}
+    encoded = encode(METADATA, expected, storage)
+    artifact = decode(encoded.data)
+    assert_same(artifact.tensors, expected)
+    assert (artifact.metadata, artifact.storage) == (METADATA, storage)
+    assert (artifact.header_bytes, artifact.tensor_bytes) == (
+        encoded.header_bytes,
+        encoded.tensor_bytes,
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_bytes_are_accounted_for_to_the_last(storage):
+    encoded = encode(METADATA, tensors(), storage)
+    assert list(encoded.tensor_bytes) == list(tensors())
+    assert encoded.header_bytes + sum(encoded.tensor_bytes.values()) == len(encoded.data)
+    assert encoded.tensor_bytes["blocks/0/mlp/up"] > encoded.tensor_bytes["blocks/0/attn/key"] > 0
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_bytes_do_not_depend_on_threads(storage):
+    first, *others = [
+        encode(METADATA, tensors(), storage, threads).data for threads in (1, 2, 5, 1)
+    ]
+    assert all(other == first for other in others)
+    assert_same(decode(first, threads=1).tensors, decode(first, threads=5).tensors)
+
+
+def test_layout():
+    """Read without the package: the order of streams, packed bits, planes, checksum."""
+    data = encode(METADATA, tensors(), Storage(packed=True, codec="lzma", level=1)).data
+    magic, version, header_length, payload_length = struct.unpack("<8sIIQ", data[:24])
+    assert (magic, version) == (b"\x89SNG\r\n\x1a\n", 1)
+    assert len(data) == 24 + header_length + payload_length + 32
+    assert data[-32:] == hashlib.sha256(data[:-32]).digest()
+    header = json.loads(zstandard.ZstdDecompressor().decompress(data[24 : 24 + header_length]))
+    assert header["metadata"] == METADATA
+    table = header["table"]
+    assert table["storage"] == {"packed": True, "codec": "lzma", "level": 1}
+    assert table["tensors"][0] == {
+        "name": "blocks/0/mlp/up",
+        "shape": [16, 24],  # of the matrix; its rows are the codes' columns
+        "kind": "grid",
+        "grid": {
+            "bits": 5,
+            "q_min": -15,
+            "transposed": True,
+            "length": table["tensors"][0]["grid"]["length"],
+        },
+    }
+    grids = [entry["grid"]["length"] for entry in table["tensors"] if entry["kind"] == "grid"]
+    streams, position = [], 24 + header_length
+    for length in [*grids, table["scales"], table["float16"], table["float32"]]:
+        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 4096}]
+        streams.append(
+            lzma.decompress(data[position : position + length], lzma.FORMAT_RAW, filters=filters)
+        )
+        position += length
+    assert position == len(data) - 32
+
+    expected = tensors()
+    mlp = expected["blocks/0/mlp/up"].codes.reshape(-1) + 15
+    assert int.from_bytes(streams[0], "little") == sum(int(u) << (5 * i) for i, u in enumerate(mlp))
+    assert streams[2] == expected["embed/table"].codes.tobytes()  # int8 is a byte each
+    scales = np.concatenate(
+        [tensor.scales for tensor in expected.values() if isinstance(tensor, Quantized)]
+    )
+    assert streams[4] == scales.tobytes()[0::2] + scales.tobytes()[1::2]
+    singles = np.append(expected["blocks/0/gain"], expected["scale"]).tobytes()
+    assert streams[6] == b"".join(singles[i::4] for i in range(4))
+
+
+def test_the_decoder_imports_no_jax(tmp_path):
+    path = tmp_path / "x.sngpt"
+    path.write_bytes(encode(METADATA, tensors(), STORAGES[0]).data)
+    code = (
+        "import pathlib, sys; from sngpt_jax.artifact.file import read;"
+        " print(len(read(pathlib.Path(sys.argv[1])).tensors), 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(len(tensors())), "False"]
+
+
+# ---------------------------------------------------------------------------------------------- files that are none
+
+
+def sealed(data):
+    """`data` with the checksum that its bytes have."""
+    return data[:-32] + hashlib.sha256(data[:-32]).digest()
+
+
+def parts(data):
+    """Header as text, and payload."""
+    length = struct.unpack_from("<I", data, 12)[0]
+    return (
+        zstandard.ZstdDecompressor().decompress(data[24 : 24 + length]).decode(),
+        data[24 + length : -32],
+    )
+
+
+def assemble(text, payload, **frame):
+    """The artifact of a header's text (or of its frame, where it is bytes) and a payload."""
+    header = (
+        text
+        if isinstance(text, bytes)
+        else zstandard.ZstdCompressor(**frame).compress(text.encode())
+    )
+    return sealed(
+        struct.pack("<8sIIQ", b"\x89SNG\r\n\x1a\n", 1, len(header), len(payload))
+        + header
+        + payload
+        + bytes(32)
+    )
+
+
+def edited(data, **changes):
+    """The artifact with values of its header replaced: `tensors__0__shape=[1]`."""
+    text, payload = parts(data)
+    header = json.loads(text)
+    for path, value in changes.items():
+        *steps, last = path.split("__")
+        place = header["table"]
+        for step in steps:
+            place = place[int(step) if step.isdecimal() else step]
+        place[int(last) if last.isdecimal() else last] = value
+    return assemble(json.dumps(header, separators=(",", ":")), payload)
+
+
+GOOD = encode(METADATA, tensors(), STORAGES[0]).data
+
+
+def test_what_the_editing_here_makes_is_an_artifact():
+    assert assemble(*parts(GOOD)) != GOOD  # another level of zstd
+    assert_same(decode(assemble(*parts(GOOD))).tensors, tensors())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is no artifact: begins with b''"),
+        (b"PK\x03\x04" * 30, "is no artifact"),
+        (GOOD.replace(b"\r\n", b"\n", 1), "is no artifact"),
+        (GOOD[:30], "is truncated: 30 bytes"),
+        (GOOD[:-1], "is truncated: "),
+        (GOOD[:-100], "is truncated: "),
+        (GOOD + b"\n", "goes on after its end"),
+        (GOOD[:8] + b"\2" + GOOD[9:], "is an artifact of version 2; this program reads version 1"),
+        (GOOD[:200] + bytes([GOOD[200] ^ 4]) + GOOD[201:], "is damaged: its checksum"),
+        (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "is damaged: its checksum"),
+        (GOOD[:12] + b"\xff\xff\xff\xff" + GOOD[16:], "is truncated: "),
+        (GOOD[:16] + b"\xff" * 8 + GOOD[24:], "is truncated: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_file_is_one_clear_line(data, message, tmp_path):
+    path = tmp_path / "x.sngpt"
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError) as caught:
+        read(path)
+    assert (
+        str(caught.value).startswith(f"{path}: ")
+        and message in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ArtifactError, match=f"{path}: cannot be read: "):
+            read(path)
+
+
+def refused(data, message, **limits):
+    with pytest.raises(ArtifactError, match=message) as caught:
+        decode(data, **limits)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors__0__name": "../x"}, "no name of a tensor"),
+        ({"tensors__0__name": "a//b"}, "no name of a tensor"),
+        ({"tensors__0__name": "a\n"}, "no name of a tensor"),
+        ({"tensors__0__name": "x" * 101}, "no name of a tensor"),
+        ({"tensors__0__name": "ё"}, "no name of a tensor"),
+        ({"tensors__0__name": 1}, r"header.table.tensors\[0\].name: expected str, found 1"),
+        ({"tensors__0__name": "skips"}, "two tensors are named 'skips'"),
+        ({"tensors__0__name": "skips/x"}, "or one is named as the folder of another"),
+        ({"tensors__0__shape": [16, 0]}, "expected at most 16 axes, each 1 to 2"),
+        ({"tensors__0__shape": [16, -24]}, "expected at most 16 axes"),
+        ({"tensors__0__shape": [2**62, 2**62]}, "expected at most 16 axes"),
+        ({"tensors__0__shape": [2**63 - 1, 1]}, "expected at most 16 axes"),
+        ({"tensors__5__shape": [1] * 17}, "expected at most 16 axes"),
+        ({"tensors__0__shape": [16.0, 24]}, "expected int, found 16.0"),
+        ({"tensors__0__shape": [True, 24]}, "expected int, found True"),
+        ({"tensors__0__shape": "16"}, "expected a list"),
+        ({"tensors__0__shape": [16, 24, 1]}, "a grid needs 2 axes"),
+        (
+            {"tensors__0__shape": [2**31, 2**31]},
+            "bytes of memory to decode, above the limit of 8,589,934,592",
+        ),
+        ({"tensors__1__shape": [2**40] * 16}, "bytes of memory to decode"),
+        (
+            {"tensors__0__kind": "float64"},
+            "expected one of grid, float16, float32, found 'float64'",
+        ),
+        ({"tensors__0__kind": "float16"}, "kind float16 with a grid"),
+        ({"tensors__0__grid": None}, "kind grid without a grid"),
+        ({"tensors__0__grid__bits": 1}, "expected 2 to 8 bits, found 1"),
+        ({"tensors__0__grid__bits": 9}, "expected 2 to 8 bits, found 9"),
+        ({"tensors__0__grid__bits": 10**4000}, "not an integer of 64 bits"),
+        ({"tensors__0__grid__bits": True}, "expected int, found True"),
+        (
+            {"tensors__0__grid__q_min": -14},
+            "expected codes of 5 bits from -15 or -16 on, found -14",
+        ),
+        ({"tensors__0__grid__transposed": 1}, "expected bool, found 1"),
+        ({"tensors__0__grid__length": -1}, "do not fill the payload"),
+        ({"tensors__0__grid__length": 2**63 - 1}, "do not fill the payload"),
+        ({"tensors__0__grid__offset": 0}, "unknown key 'offset'"),
+        ({"scales": 0}, "do not fill the payload"),
+        ({"float32": 2**63 - 1}, "do not fill the payload"),
+        ({"float32": 2**63}, "not an integer of 64 bits"),
+        ({"storage__level": 0}, "level 0 of rans, expected 1 to 22"),
+        ({"storage__level": 23}, "level 23 of rans"),
+        ({"storage__codec": "zip"}, "expected one of rans, zstd, lzma"),
+        ({"storage__packed": True}, "packed codes are not for rans"),
+        ({"storage__packed": None}, "expected bool, found None"),
+        ({"storage__codec": "zstd"}, "zstd"),
+        ({"storage__codec": "lzma", "storage__level": 9}, "lzma"),
+        ({"tensors": []}, "and no tensor that has them|do not fill"),
+        ({"tensors": {}}, "expected a list"),
+        ({"storage": None}, "expected an object"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_header_says_nothing_that_is_not_so(changes, message):
+    refused(edited(GOOD, **changes), message)
+
+
+def test_streams_lie_end_to_end():
+    """There are only lengths, so that streams cannot overlap; a byte moved from one to the next is
+    damage in both.
+    """
+    header = json.loads(parts(GOOD)[0])
+    first, second = (header["table"]["tensors"][i]["grid"]["length"] for i in (0, 2))
+    refused(
+        edited(GOOD, tensors__0__grid__length=first + 4, tensors__2__grid__length=second - 4),
+        "rans stream",
+    )
+    refused(edited(GOOD, tensors__0__grid__length=first + 4), "do not fill the payload")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda text: text.replace('"step":7', '"step":7,"step":7'),
+            "the key 'step' is given twice",
+        ),
+        (lambda text: text.replace('"step":7', '"step": 7'), "not as this program writes it"),
+        (lambda text: text.replace('"step":7', '"step":NaN'), "NaN is no number"),
+        (lambda text: text.replace('"step":7', '"step":1e999'), "too large a number"),
+        (
+            lambda text: text.replace('"step":7', '"step":' + "1" * 5000),
+            "not an integer of 64 bits",
+        ),
+        (
+            lambda text: text.replace('"step":7', '"step":' + "[" * 100_000 + "]" * 100_000),
+            "levels deep",
+        ),
+        (lambda text: text.replace("tiny", "tïny"), "not as this program writes it"),
+        (lambda text: text[:-1], "header: "),
+        (lambda text: "", "header: "),
+        (lambda text: "[]", "expected an object of metadata and table"),
+        (
+            lambda text: '{"metadata":[],' + text[text.index('"table"') :],
+            "metadata: expected an object",
+        ),
+        (lambda text: text[:-1] + ',"more":0}', "expected an object of metadata and table"),
+    ],
+    ids=range(12),
+)
+def test_a_header_is_canonical_json(change, message):
+    text, payload = parts(GOOD)
+    refused(assemble(change(text), payload), message)
+
+
+def test_a_header_that_is_a_bomb_or_too_long():
+    payload = parts(GOOD)[1]
+    bomb = assemble(" " * 100_000_000, payload)
+    costly = assemble("[" + "{}," * 100_000 + "{}]", payload)
+    assert len(bomb) < 20_000 and len(costly) < 2_000
+    tracemalloc.start()
+    refused(bomb, "header: states 100,000,000 bytes of JSON, above the limit of 4,194,304")
+    refused(costly, "of memory to decode, above the limit of 9", memory_limit=9_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+    refused(assemble(b"", payload), "header: no zstd frame")
+    refused(
+        assemble(parts(GOOD)[0], payload, write_content_size=False),
+        "header: the zstd frame does not state its size",
+    )
+
+
+def test_the_memory_that_decoding_takes_is_bounded_by_what_is_said():
+    """5 bits a weight of nothing but zeros: some hundred bytes that would be 4 million weights."""
+    zeros = Quantized(np.zeros((2000, 2000), np.int8), np.ones(2000, np.float16), 5, -15, False)
+    for storage in STORAGES:
+        data = encode({}, {"zeros": zeros}, storage).data
+        with pytest.raises(ArtifactError) as caught:
+            decode(data, memory_limit=1_000_000)
+        needed = int(str(caught.value).split()[1].replace(",", ""))
+        refused(data, "above the limit", memory_limit=needed - 1)
+        tracemalloc.start()
+        artifact = decode(data, memory_limit=needed)
+        weights = {name: tensor.dequantize() for name, tensor in artifact.tensors.items()}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert weights["zeros"].nbytes < peak < needed < 60_000_000
+
+
+def test_the_memory_of_headers_and_of_many_small_tensors_is_bounded_too():
+    one = Quantized(np.ones((1, 1), np.int8), np.ones(1, np.float16), 2, -1, False)
+    many: dict = {f"{i}": one for i in range(400)}
+    many |= {f"x{i}": np.ones((), np.float16) for i in range(400)}
+    files = [encode({}, many, storage).data for storage in (STORAGES[0], STORAGES[3])]
+    files += [
+        encode({"x": [unit] * 20_000}, {}, STORAGES[0]).data
+        for unit in ({}, [], [0], {"": {}}, "aa", 0.5)
+    ]
+    for data in files:
+        with pytest.raises(ArtifactError) as caught:  # already for what the header takes
+            decode(data, memory_limit=100_000)
+        needed = int(str(caught.value).split()[1].replace(",", ""))
+        tracemalloc.start()
+        decode(data)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < needed
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(2000))
+    with pytest.raises(
+        ArtifactError, match=f"{path}: 2,000 bytes; no file of its kind has more than 1,999"
+    ):
+        read(path, memory_limit=1999)
+
+
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+def test_what_could_not_be_decoded_is_not_encoded():
+    good = tensors()["blocks/0/mlp/up"]
+    bad_scales = np.where(np.arange(24) == 3, np.float16(np.inf), good.scales)
+    cases = [
+        ({"x": replace(good, scales=bad_scales)}, {}, "x: holds numbers that are not finite"),
+        ({"x": np.array([1, np.nan], np.float32)}, {}, "x: holds numbers that are not finite"),
+        (
+            {"x": replace(good, codes=good.codes + np.int8(9))},
+            {},
+            "x: codes from .* expected -15 to 15",
+        ),
+        ({"x": np.zeros(3)}, {}, "found 'float64'"),
+        ({"x": np.zeros((0, 3), np.float16)}, {}, "each 1 to 2"),
+        ({"a b": good}, {}, "no name of a tensor"),
+        ({}, {"lr": np.inf}, "metadata: Out of range float"),
+        ({}, {"text": "x" * 2**22}, "header takes 4,194"),
+    ]
+    for bad, metadata, message in cases:
+        for storage in STORAGES:
+            with pytest.raises(ArtifactError, match=message):
+                encode(metadata, bad, storage)
+    with pytest.raises(ArtifactError, match="level 22 of lzma, expected 0 to 9"):
+        encode({}, {}, Storage(False, "lzma", 22))

@@ -1,0 +1,347 @@
+"""The bundle: runs in an empty folder from its own modules alone, and scores an artifact as the
+project itself does.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, replace
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax.artifact import bundle
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import ExportConfig, ModelConfig
+
+ENTRY = '''
+"""Docstring."""
+import json, sys
+from app.parts import Shape, area
+from app import parts as renamed
+
+def main():
+    import app.late
+    shape = Shape(int(sys.argv[1]), 3)  # comment
+    names = [name for name in sys.modules if name.split(".")[0] == "app"]
+    print(json.dumps({"area": area(shape, verbose=True), "late": app.late.value, "text": renamed.TEXT, "names": sorted(names)}))
+
+if __name__ == "__main__":
+    main()
+'''
+PARTS = '''
+from dataclasses import dataclass
+
+TEXT = "naïve ▁ \\\\ \\n 'quoted' \\0"
+
+@dataclass
+class Shape:
+    """Docstring."""
+    width: int
+    height: int = 2
+
+    @property
+    def corners(self) -> int:
+        return 4
+
+def area(shape: Shape, *, verbose: bool = False) -> int:
+    """Docstring."""
+    number_of_corners = shape.corners
+    assert verbose and number_of_corners == 4
+    return shape.width * shape.height
+'''
+
+
+@pytest.fixture
+def tree(tmp_path):
+    folder = tmp_path / "tree" / "app"
+    folder.mkdir(parents=True)
+    files = {
+        "__init__": "version = '1'\n",
+        "main": ENTRY,
+        "parts": PARTS,
+        "late": "value = 5\n",
+        "absent": "value = 6\n",
+    }
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder.parent
+
+
+def execute(data, tmp_path, *arguments, options=(), **environment):
+    """Runs a bundle's bytes in an empty folder, which stays empty; returns the finished process."""
+    (tmp_path / "empty").mkdir(exist_ok=True)
+    (tmp_path / "model.pyz").write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, *options, tmp_path / "model.pyz", *map(str, arguments)],
+        cwd=tmp_path / "empty",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert not list((tmp_path / "empty").iterdir())
+    return done
+
+
+def test_runs_as_the_source_does(tree, tmp_path):
+    built = bundle.build("app.main", tree, ["app"])
+    done = execute(built.data, tmp_path, 7, options=["-I"])
+    assert done.returncode == 0, done.stderr
+    source = subprocess.run(
+        [sys.executable, "-m", "app.main", "7"], cwd=tree, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == json.loads(source.stdout)
+    assert json.loads(done.stdout)["names"] == ["app", "app.late", "app.parts"]
+
+
+def test_only_its_own_modules_serve(tree, tmp_path):
+    """An installed package of the same name neither takes their place nor adds to them."""
+    built = bundle.build("app.main", tree, ["app"])
+    (tree / "app/parts.py").write_text("raise RuntimeError('the installed package was imported')\n")
+    done = execute(built.data, tmp_path, 7, PYTHONPATH=str(tree))
+    assert done.returncode == 0, done.stderr
+
+    (tree / "app/main.py").write_text(
+        "import importlib\nimportlib.import_module('app.' + 'absent')\n"
+    )
+    done = execute(bundle.build("app.main", tree, ["app"]).data, tmp_path, PYTHONPATH=str(tree))
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'app.absent'"
+
+
+def test_equal_sources_give_equal_bytes(tree):
+    first = bundle.build("app.main", tree, ["app"])
+    os.utime(tree / "app/parts.py", (0, 0))
+    assert bundle.build("app.main", tree, ["app"]) == first
+    (tree / "app/parts.py").write_text(PARTS.replace("return 4", "return 3"))
+    assert bundle.build("app.main", tree, ["app"]).data != first.data
+
+
+def test_files(tree):
+    built = bundle.build("app.main", tree, ["app"])
+    assert [name for name, _ in built.files] == [
+        "app/__init__.py",
+        "app/late.py",
+        "app/main.py",
+        "app/parts.py",
+    ]
+    sizes = dict(built.files)
+    assert sizes["app/__init__.py"] == 0 and sizes["app/late.py"] == len("value=5")
+    assert 0 < sizes["app/parts.py"] < len(PARTS.encode())
+    assert built.libraries == ()
+
+
+def test_minified_source_behaves_alike():
+    small = bundle.minify(ast.parse(PARTS))
+    assert "Docstring" not in small and "number_of_corners" not in small
+    before, after = {"__name__": "before"}, {"__name__": "after"}
+    exec(PARTS, before)
+    exec(small, after)
+    assert after["TEXT"] == before["TEXT"]
+    assert after["Shape"].__annotations__ == {"width": int, "height": int}
+    assert after["area"](after["Shape"](width=3, height=5), verbose=True) == 15
+
+
+FORMATS = [
+    """f"{', '.join(['a', 'b'])!r:>{w}} {{braces}} {n:,} {n + 1:0{w}.{p}f} {'x'}\\n{f'{n}'}" """,
+    """f'{d["key"]}' f"{w=}" "{}" """,
+    """f"{f'{w!s:^{p + 3}}'}" """,
+    """f"{n:,} {w!r}" """,
+]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_formatted_strings_are_read_by_every_python(text):
+    """No quotes inside of quotes of the same kind: Python 3.11 reads none."""
+    small = bundle.minify(ast.parse(f"x = {text.strip()}"))
+    values = {"n": 12345, "w": 9, "p": 2, "d": {"key": "value"}}
+    found = dict(values)
+    exec(small, found)
+    assert found["x"] == eval(text.strip(), values)
+    nested = [node for node in ast.walk(ast.parse(small)) if isinstance(node, ast.FormattedValue)]
+    assert not any(
+        isinstance(node, ast.JoinedStr) and field.value is not node
+        for field in nested
+        for node in ast.walk(field.value)
+    )
+    strings = [
+        node for field in nested for node in ast.walk(field.value) if isinstance(node, ast.Constant)
+    ]
+    assert not any(isinstance(node.value, str) for node in strings)
+
+
+def test_a_failure_is_one_line(tree, tmp_path):
+    (tmp_path / "model.pyz").write_bytes(bundle.build("app.main", tree, ["app"]).data)
+    with pytest.raises(UserError) as caught:
+        bundle.run(tmp_path / "model.pyz", tmp_path / "no.sngpt")
+    assert str(caught.value).startswith(
+        "model.pyz: fails when it is run alone: ValueError: invalid literal"
+    )
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- the project's own
+
+
+@pytest.fixture(scope="module")
+def built():
+    return bundle.build()
+
+
+@pytest.fixture
+def program(built, tmp_path):
+    (tmp_path / "program.pyz").write_bytes(built.data)
+    return tmp_path / "program.pyz"
+
+
+@pytest.mark.slow
+def test_the_programs_files(built):
+    """What trains, writes or asks is not in it."""
+    names = {name for name, _ in built.files}
+    assert {
+        "sngpt_jax/score_artifact.py",
+        "sngpt_jax/model/gpt.py",
+        "kernels/sngpt_kernels/cayley/xla.py",
+        "sngpt_jax/__init__.py",
+    } <= names
+    assert not names & {
+        f"sngpt_jax/{name}.py"
+        for name in ("checkpoint", "recipe", "run_directory", "loop", "optim/schedules")
+    }
+    assert not set(built.libraries) & {
+        "orbax",
+        "tyro",
+        "rich",
+        "tensorboardX",
+        "grain",
+        "python_minifier",
+        "sngpt_jax",
+    }
+    assert all((bundle.ROOT / name).is_file() for name in names)
+    # it counts towards the limit; 2.3 kB of it are strict reading and one-line errors
+    assert len(built.data) < 36_500
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(built, tmp_path):
+    done = execute(built.data, tmp_path, tmp_path / "no.sngpt", options=["-I"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith(f"error: {tmp_path / 'no.sngpt'}: ") and done.stderr.count("\n") == 1
+    )
+    done = execute(built.data, tmp_path, tmp_path / "no.sngpt", "--tokens", -1, options=["-I"])
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --tokens -1 is negative; 0 scores all of the stream\n",
+    )
+
+
+COMPACT = ModelConfig(
+    vocab_size=320,
+    num_layers=4,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=64,
+    max_seq_len=32,
+    mlp_activation="leaky_relu2",
+    rope_dims=4,
+    xsa_layers=2,
+    attention_gate=True,
+    value_residual=True,
+    value_embed_layers=(1, 3),
+    value_embed_dim=16,
+    recycle_layers=(0, 1),
+    ln_scale=True,
+    smear="after_norm",
+    smear_mask_bos=True,
+    bigram_buckets=64,
+    bigram_dim=16,
+    matrix_init="orthogonal",
+    logit_chunk=16,
+)
+SPARSE = ModelConfig(
+    family="pre_norm",
+    vocab_size=320,
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    num_kv_heads=2,
+    mlp_dim=64,
+    max_seq_len=32,
+    mlp_activation="gelu",
+    positions="learned",
+    qk_norm=False,
+    levels="5,4,0;7,8,8",
+    logit_soft_cap=0.0,
+    matrix_init="normal",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "codec"), [(COMPACT, "rans"), (SPARSE, "lzma")], ids=["compact", "sparse"]
+)
+def test_scores_as_the_project_does(program, tiny_recipe, tmp_path, monkeypatch, model, codec):
+    """Exactly, in a process that cannot import the project; a definition that is missing would end
+    it.
+    """
+    from sngpt_jax.artifact import file as artifact
+    from sngpt_jax.artifact.pipeline import quantize_tensors
+    from sngpt_jax.cluster.mesh import make_mesh, path_name
+    from sngpt_jax.config.recipe import load
+    from sngpt_jax.evaluation.bpb import score_validation
+    from sngpt_jax.model.forward import abstract_variables
+    from sngpt_jax.weights.trained_model import from_artifact
+
+    export = ExportConfig(mlp_bits=5, attention_bits=6, codec=codec, codec_level=9)
+    config = replace(load(str(tiny_recipe)), model=model, export=export)
+    rng = np.random.default_rng(0)
+    shapes = jax.tree_util.tree_leaves_with_path(abstract_variables(model))
+    tensors = {
+        path_name(path): 0.1 + rng.random(leaf.shape, np.float32) / 10
+        for path, leaf in shapes
+        if np.issubdtype(leaf.dtype, np.floating)
+    }
+    metadata = {
+        "config": asdict(config),
+        "tokenizer": None,
+        "step": 20,
+        "weights": "ema",
+        "version": "0",
+    }
+    storage = artifact.Storage(packed=False, codec=codec, level=9)
+    exported = tmp_path / "tiny.sngpt"
+    exported.write_bytes(artifact.encode(metadata, quantize_tensors(tensors, config), storage).data)
+
+    mesh = make_mesh()
+    loaded = from_artifact(exported, mesh)
+    data = tiny_recipe.parent / "data"
+    expected = score_validation(
+        loaded.config, loaded.variables, loaded.open_data(data), mesh, max_tokens=1024
+    )
+
+    # this process's devices and way of compiling, and no import of the project: -S leaves out what
+    # makes it importable
+    flags = (
+        f"--xla_force_host_platform_device_count={len(mesh.devices.flat)}"
+        " --xla_backend_optimization_level=0"
+    )
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    found = bundle.run(program, exported, data, 1024)
+    assert found == {
+        "step": 20,
+        "weights": "ema",
+        "tensors": len(tensors),
+        "parameters": sum(tensor.size for tensor in tensors.values()),
+        **asdict(expected),
+    }
+    isolated = {"options": ["-S", "-P"], "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    if "sngpt_jax" not in os.listdir(isolated["PYTHONPATH"]):
+        arguments = (exported, "--data", data, "--tokens", 1024, "--json")
+        done = execute(program.read_bytes(), tmp_path, *arguments, **isolated)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == found

@@ -1,0 +1,257 @@
+"""Codecs against the libraries' own formats, a rANS decoder of whole numbers, and entropies of
+known distributions.
+"""
+
+import lzma
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.artifact import codecs
+from sngpt_jax.artifact.codecs import (
+    compress,
+    decode_codes,
+    decompress,
+    encode_codes,
+    entropy,
+    join_planes,
+    split_planes,
+)
+
+TEXT = b"to be or not to be, that is the question " * 50
+BYTE_CODECS = [("zstd", 22), ("zstd", 1), ("lzma", 9), ("lzma", 0)]
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize(("codec", "level"), BYTE_CODECS)
+@given(raw=st.binary(max_size=300))
+def test_bytes_come_back(codec, level, raw):
+    assert decompress(compress(raw, codec, level), codec, len(raw)) == raw
+
+
+def test_streams_are_those_of_the_libraries():
+    frame = compress(TEXT, "zstd", 22)
+    assert zstandard.ZstdDecompressor().decompress(frame) == TEXT
+    assert zstandard.get_frame_parameters(frame).content_size == len(TEXT)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    assert lzma.decompress(compress(TEXT, "lzma", 9), lzma.FORMAT_RAW, filters=filters) == TEXT
+    assert len(compress(TEXT, "lzma", 9)) < 120 and len(frame) < 120
+
+
+@pytest.mark.parametrize(("codec", "level"), BYTE_CODECS)
+def test_a_stream_of_another_length_or_end_is_refused(codec, level):
+    stream = compress(TEXT, codec, level)
+    size = len(TEXT)
+    cases = [
+        (stream, size - 1),
+        (stream, size + 1),
+        (stream, 0),
+        (stream + b"\0", size),
+        (stream + stream, size),
+        (b"", size),
+    ]
+    for data, expected in [*cases, *((stream[:n], size) for n in range(1, len(stream)))]:
+        with pytest.raises(ValueError, match="zstd|lzma"):
+            decompress(data, codec, expected)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lzma"])
+def test_a_bomb_takes_no_memory(codec):
+    bomb = compress(bytes(50_000_000), codec, 1)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="expected 1000|does not end where it should"):
+        decompress(bomb, codec, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_a_zstd_frame_with_a_forged_size_is_refused():
+    frame = bytearray(compress(TEXT, "zstd", 1))
+    assert frame[4] >> 6 == 1  # two bytes of size, less 256, follow the descriptor
+    frame[5:7] = (1000 - 256).to_bytes(2, "little")
+    assert codecs.zstd_size(bytes(frame)) == 1000
+    with pytest.raises(ValueError, match="zstd"):
+        decompress(bytes(frame), "zstd", 1000)
+
+
+def test_a_zstd_frame_without_its_size_or_with_a_large_window_is_refused():
+    with pytest.raises(ValueError, match="does not state its size"):
+        codecs.zstd_size(zstandard.ZstdCompressor(write_content_size=False).compress(TEXT))
+    # Magic; descriptor: size in 4 bytes, no single segment; window 2^(10 + 17); size 2050; one
+    # last raw block of nothing.
+    wide = bytes.fromhex("28B52FFD 80 88 02080000 010000")
+    assert zstandard.get_frame_parameters(wide).window_size == 2**27
+    with pytest.raises(ValueError, match="window of 134217728 bytes for 2050"):
+        codecs.zstd_size(wide)
+
+
+def test_the_lzma_dictionary_follows_from_the_size_alone():
+    (least,), (usual,), (most,) = (codecs._lzma_filters(size) for size in (1, 100_000, 2**40))
+    assert (least["dict_size"], usual["dict_size"], most["dict_size"]) == (4096, 100_000, 2**26)
+
+
+def test_planes_of_floats():
+    halves = np.array([1.0, -2.0, 0.1], np.float16)  # 0x3C00, 0xC000, 0x2E66
+    assert split_planes(halves) == bytes.fromhex("00 00 66  3C C0 2E")
+    singles = np.array([[1.0, -2.5]], np.float32)  # 0x3F800000, 0xC0200000
+    assert split_planes(singles) == bytes.fromhex("00 00  00 00  80 20  3F C0")
+    for values in (halves, singles.reshape(-1)):
+        joined = join_planes(split_planes(values), values.dtype)
+        assert joined.dtype == values.dtype and joined.tobytes() == values.tobytes()
+
+
+# ---------------------------------------------------------------------------------------------- codes
+
+
+def gaussian(rows, columns, bits, spread=0.0, seed=0):
+    """Codes of Gaussian rows whose deviations differ by a factor exp(spread · normal)."""
+    rng = np.random.default_rng(seed)
+    q_max = 2 ** (bits - 1) - 1
+    deviations = np.exp(spread * rng.standard_normal((rows, 1)))
+    codes = np.round(rng.standard_normal((rows, columns)) * deviations * q_max / 4)
+    return np.clip(codes, -q_max, q_max).astype(np.int8)
+
+
+def decode_with_whole_numbers(data, rows, columns, bits, q_min):
+    """The format again, in Python's integers: rANS with a state of 64 bits, words of 32 and
+    probabilities of 24.
+    """
+    alphabet = 2 ** (bits - 1) - q_min
+    class_bits = data[0]
+    per_byte = {0: 1, 1: 8, 2: 4, 3: 8, 4: 2}[class_bits]
+    size = -(-rows // per_byte) * class_bits * per_byte // 8
+    indices = int.from_bytes(data[1 : 1 + size], "little")
+    classes = [indices >> (class_bits * row) & (2**class_bits - 1) for row in range(rows)]
+    position = 1 + size
+    words = list(np.frombuffer(data[position + 2**class_bits * alphabet :], "<u4").tolist())
+    state = 0
+    for _ in range(min(2, len(words))):
+        state = state << 32 | words.pop()
+    codes = np.zeros((rows, columns), np.int8)
+    for k in range(2**class_bits):
+        frequencies = data[position + k * alphabet : position + (k + 1) * alphabet]
+        weights = [((16 + byte % 16) << (byte // 16)) if byte else 0 for byte in frequencies]
+        lefts = [0]
+        for i in range(1, alphabet):
+            lefts.append(
+                math.floor(sum(weights[:i]) * ((2**24 - alphabet) / sum(weights))) + i
+                if sum(weights)
+                else 0
+            )
+        lefts.append(2**24)
+        for row in range(rows):
+            for column in range(columns if classes[row] == k else 0):
+                quantile = state % 2**24
+                symbol = max(i for i in range(alphabet) if lefts[i] <= quantile)
+                state = (
+                    (state >> 24) * (lefts[symbol + 1] - lefts[symbol]) + quantile - lefts[symbol]
+                )
+                if state < 2**32 and words:
+                    state = state << 32 | words.pop()
+                codes[row, column] = symbol + q_min
+    assert state == 0 and not words
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "bits", "spread"),
+    [(1, 1, 2, 0.0), (7, 40, 3, 0.0), (40, 100, 5, 1.0), (9, 60, 8, 0.5)],
+)
+def test_codes_decode_with_whole_numbers(rows, columns, bits, spread):
+    codes = gaussian(rows, columns, bits, spread)
+    data = encode_codes(codes, bits, 1 - 2 ** (bits - 1))
+    np.testing.assert_array_equal(
+        decode_with_whole_numbers(data, rows, columns, bits, 1 - 2 ** (bits - 1)), codes
+    )
+
+
+def test_a_stream_has_the_bytes_it_always_had():
+    """May change only with `artifact.VERSION`: it decodes what was written before."""
+    codes = np.array([[0, 1, -1, 0, 0, 2, -3, 0], [0, 0, 0, 1, -1, 0, 3, 1]], np.int8)
+    # one class; frequencies of -3 to 3; words
+    golden = bytes.fromhex("00 CF00DFFFE7CFCF 8AA37261 DF574C00")
+    assert encode_codes(codes, 3, -3) == golden
+
+
+@given(
+    st.integers(2, 8).flatmap(
+        lambda bits: st.tuples(
+            st.just(bits), st.sampled_from([-(2 ** (bits - 1)), 1 - 2 ** (bits - 1)])
+        )
+    ),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(0, 2**32 - 1),
+)
+def test_codes_come_back(grid, rows, columns, seed):
+    bits, q_min = grid
+    rng = np.random.default_rng(seed)
+    highest = rng.integers(q_min, 2 ** (bits - 1), (rows, 1))
+    codes = rng.integers(q_min, highest + 1, (rows, columns)).astype(np.int8)
+    data = encode_codes(codes, bits, q_min)
+    decoded = decode_codes(data, rows, columns, bits, q_min)
+    assert decoded.dtype == np.int8
+    np.testing.assert_array_equal(decoded, codes)
+
+
+def test_entropy_of_known_shares():
+    assert entropy(np.array([3, 3, 3], np.int8)) == 0
+    assert entropy(np.repeat(np.arange(-4, 4), 5).astype(np.int8)) == pytest.approx(3, abs=1e-12)
+    assert entropy(np.array([0, 0, 1, 2], np.int8)) == pytest.approx(1.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "bits"), [(200, 5), (200, 6), (200, 4), (512, 8)])
+def test_equal_rows_cost_their_entropy(rows, bits):
+    """Within 0.3 % of what no coder that takes every weight alike can go below, tables included."""
+    codes = gaussian(rows, 512, bits)
+    bits_a_code = 8 * len(encode_codes(codes, bits, 1 - 2 ** (bits - 1))) / codes.size
+    assert entropy(codes) - 0.001 < bits_a_code < 1.003 * entropy(codes)
+
+
+def test_rows_that_differ_cost_less_than_their_entropy():
+    """The mean of the rows' own entropies is what each row's own frequencies would cost,
+    themselves not counted.
+    """
+    codes = gaussian(512, 512, 5, spread=0.5)
+    bits_a_code = 8 * len(encode_codes(codes, 5, -15)) / codes.size
+    of_rows = np.mean([entropy(row) for row in codes])
+    assert of_rows < bits_a_code < of_rows + 0.4 * (entropy(codes) - of_rows)
+
+
+def test_codes_off_the_grid_are_not_encoded():
+    for codes in ([[16]], [[-16]], [[-128]]):
+        with pytest.raises(ValueError, match="leave the grid of 5 bits"):
+            encode_codes(np.array(codes, np.int8), 5, -15)
+
+
+def test_damaged_codes_are_refused():
+    codes = gaussian(30, 50, 5, spread=1.0)
+    data = encode_codes(codes, 5, -15)
+    tables = 1 + codecs.packed_size(30, data[0])
+    assert data[0] > 0
+    words = tables + 2 ** data[0] * 31
+    empty_class = data[:tables] + bytes(2 ** data[0] * 31) + data[words:]
+    cases = {
+        "begins with no number": [b"", b"\x05" + data[1:]],
+        "no whole tables and words": [data[:1], data[: words - 1], data[:-1], data + b"\1"],
+        "ends in a word of zeros": [data + bytes(4)],
+        "goes on after": [
+            data[:-4],
+            data[:-8],
+            data + b"\1\0\0\0",
+            data[:words] + data[words + 4 :],
+        ],
+        "without frequencies": [empty_class],
+    }
+    for message, streams in cases.items():
+        for stream in streams:
+            with pytest.raises(ValueError, match=message):
+                decode_codes(stream, 30, 50, 5, -15)

@@ -1,0 +1,222 @@
+"""Mutated artifacts: each decodes to tensors that are whole, or is an `ArtifactError`, and takes
+no memory above the limit.
+"""
+
+import hashlib
+import json
+import random
+import struct
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+import zstandard
+
+from sngpt_jax.artifact.codecs import compress
+from sngpt_jax.artifact.file import ArtifactError, Encoded, Storage, decode, encode
+from sngpt_jax.artifact.quantize import Quantized
+from tests.mutations import BYTES, edit
+
+MEMORY_LIMIT = 300_000
+STORAGES = [
+    Storage(packed=False, codec="rans", level=3),
+    Storage(packed=False, codec="zstd", level=3),
+    Storage(packed=True, codec="zstd", level=3),
+    Storage(packed=False, codec="lzma", level=0),
+    Storage(packed=True, codec="lzma", level=0),
+]
+
+
+def artifact(storage):
+    rng = np.random.default_rng(5)
+
+    def quantized(rows, columns, bits, q_min, transposed):
+        spread = np.exp(rng.standard_normal((rows, 1)))
+        codes = np.clip(
+            np.round(rng.standard_normal((rows, columns)) * spread), q_min, 2 ** (bits - 1) - 1
+        )
+        return Quantized(
+            codes.astype(np.int8),
+            rng.uniform(0.01, 1, rows).astype(np.float16),
+            bits,
+            q_min,
+            transposed,
+        )
+
+    tensors = {
+        "a/up": quantized(64, 40, 5, -15, True),
+        "a/gain": rng.standard_normal(8).astype(np.float32),
+        "a/key": quantized(7, 9, 6, -32, True),
+        "b/table": quantized(9, 5, 8, -127, False),
+        "b/half": rng.standard_normal((2, 3)).astype(np.float16),
+        "c": np.array(2.0, np.float32),
+    }
+    return encode(
+        {"config": {"name": "x", "lr": 0.1, "list": [1, None, True]}, "step": 3}, tensors, storage
+    )
+
+
+# ---------------------------------------------------------------------------------------------- mutations
+
+
+def split(data):
+    """Header's JSON text, and payload."""
+    length = struct.unpack_from("<I", data, 12)[0]
+    return zstandard.ZstdDecompressor().decompress(data[24 : 24 + length]), data[24 + length : -32]
+
+
+def assemble(header_frame, payload):
+    body = (
+        struct.pack("<8sIIQ", b"\x89SNG\r\n\x1a\n", 1, len(header_frame), len(payload))
+        + header_frame
+        + payload
+    )
+    return body + hashlib.sha256(body).digest()
+
+
+def stream_lengths(header):
+    """(container, key) of the length of each stream, in their order."""
+    table = header["table"]
+    grids = [(entry["grid"], "length") for entry in table["tensors"] if entry["grid"]]
+    return [*grids, *((table, name) for name in ("scales", "float16", "float32"))]
+
+
+def bomb(rng, storage):
+    """A stream of much more than there should be, or one that says so."""
+    raw = bytes(rng.choice([0, 1, 300, 5_000, 2_000_000]))
+    frame = bytearray(compress(raw, rng.choice(["zstd", "lzma", storage.byte_codec]), 1))
+    if len(frame) > 14 and rng.random() < 0.4:
+        at = rng.randrange(4, 14)  # where a zstd frame says its window and size
+        frame[at] = rng.randrange(256)
+    return bytes(frame)
+
+
+def of_header(rng, data, storage):
+    """The header's JSON changed, and its frame made anew."""
+    text, payload = split(data)
+    header = json.loads(text)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        edit(rng, header)
+    spaced = rng.random() < 0.03
+    text = json.dumps(header, separators=None if spaced else (",", ":")).encode()
+    return assemble(zstandard.ZstdCompressor(level=1).compress(text), payload)
+
+
+def of_header_text(rng, data, storage):
+    text, payload = split(data)
+    return assemble(
+        zstandard.ZstdCompressor(level=1).compress(rng.choice(BYTES)(rng, text)), payload
+    )
+
+
+def of_stream(rng, data, storage):
+    """A stream changed or replaced, and the header told its new length; sometimes another shape as
+    well.
+    """
+    text, payload = split(data)
+    header = json.loads(text)
+    lengths = stream_lengths(header)
+    chosen = rng.randrange(len(lengths))
+    start = sum(container[key] for container, key in lengths[:chosen])
+    container, key = lengths[chosen]
+    stream = payload[start : start + container[key]]
+    changed = bomb(rng, storage) if rng.random() < 0.25 else rng.choice(BYTES)(rng, stream)
+    payload = payload[:start] + changed + payload[start + container[key] :]
+    container[key] = len(changed)
+    if rng.random() < 0.25:
+        entry = rng.choice(header["table"]["tensors"])
+        entry["shape"] = [rng.choice([1, 2, 5, 40, 64, 300, 5_000, 2**31]) for _ in entry["shape"]]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return assemble(zstandard.ZstdCompressor(level=1).compress(text), payload)
+
+
+def of_frame(rng, data, storage):
+    """Bytes anywhere, with the checksum made anew."""
+    data = rng.choice(BYTES)(rng, data[:-32])
+    return data + hashlib.sha256(data).digest()
+
+
+def of_header_frame(rng, data, storage):
+    """The frame of the header changed, or a bomb in its place."""
+    length = struct.unpack_from("<I", data, 12)[0]
+    frame = (
+        bomb(rng, storage) if rng.random() < 0.3 else rng.choice(BYTES)(rng, data[24 : 24 + length])
+    )
+    return assemble(frame, data[24 + length : -32])
+
+
+RESEALED = [of_header, of_header, of_stream, of_stream, of_header_text, of_header_frame, of_frame]
+
+
+def mutated(rng, encoded: Encoded, storage):
+    """Every second mutation has the right checksum, so that what comes after it is tried."""
+    if rng.random() < 0.5:
+        data = rng.choice(BYTES)(rng, encoded.data)
+        return rng.choice(BYTES)(rng, data) if rng.random() < 0.2 else data
+    return rng.choice(RESEALED)(rng, encoded.data, storage)
+
+
+# ---------------------------------------------------------------------------------------------- what must hold
+
+
+def assert_whole(found, data):
+    assert isinstance(found.metadata, dict)
+    assert found.header_bytes + sum(found.tensor_bytes.values()) == len(data)
+    assert list(found.tensors) == list(found.tensor_bytes)
+    for tensor in found.tensors.values():
+        if isinstance(tensor, Quantized):
+            assert tensor.codes.dtype == np.int8 and tensor.codes.ndim == 2
+            assert tensor.q_min in (-tensor.q_max, -tensor.q_max - 1)
+            assert tensor.q_min <= tensor.codes.min() and tensor.codes.max() <= tensor.q_max
+            assert (
+                tensor.scales.dtype == np.float16 and tensor.scales.shape == tensor.codes.shape[:1]
+            )
+            weights = tensor.dequantize()
+            assert weights.shape == tensor.shape
+        else:
+            assert tensor.dtype in (np.float16, np.float32)
+            weights = tensor
+        assert np.isfinite(weights).all()
+
+
+def fuzz(storage, mutations, seed):
+    """How often each kind of outcome was seen."""
+    rng = random.Random(seed)
+    encoded = artifact(storage)
+    seen: Counter[str] = Counter()
+    for i in range(mutations):
+        data = mutated(rng, encoded, storage)
+        tracemalloc.start()
+        try:
+            found = decode(data, memory_limit=MEMORY_LIMIT, threads=2)
+        except ArtifactError as error:
+            line = str(error)
+            assert line and "\n" not in line and len(line) < 600, (i, line)
+            seen[line.split(":")[0].split(" 0x")[0][:24]] += 1
+        except BaseException as error:
+            raise AssertionError(
+                f"mutation {i} of {storage} with seed {seed} is neither decoded nor refused"
+            ) from error
+        else:
+            assert_whole(found, data)
+            seen["decoded"] += 1
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MEMORY_LIMIT, (i, peak)
+    return seen
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_some_mutations(storage):
+    seen = fuzz(storage, 100, seed=0)
+    assert sum(seen.values()) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_ten_thousand_mutations(storage):
+    seen = fuzz(storage, 2_000, seed=1)
+    assert sum(seen.values()) == 2_000
+    assert seen["decoded"] > 20 and seen["header"] > 100 and seen["is damaged"] > 100
+    assert seen["a/up"] + seen["a/key"] + seen["b/table"] > 100 and seen["scales"] > 10

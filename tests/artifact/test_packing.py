@@ -1,0 +1,72 @@
+"""Packed codes against golden bytes and against one long Python integer."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.artifact.packing import pack, packed_size, unpack
+
+
+@pytest.mark.parametrize("q_min", [-16, -15])
+def test_int5_keeps_eight_values_in_five_bytes(q_min):
+    """Σ u_i 2^(5i) of u = 1 … 8 is 0x41CC520C41, its bytes from the lowest on; 0 fills up."""
+    codes = np.arange(1, 9, dtype=np.int8) + np.int8(q_min)
+    assert pack(codes, 5, q_min) == bytes.fromhex("41 0C 52 CC 41")
+    assert pack(codes[:1], 5, q_min) == bytes.fromhex("01 00 00 00 00")
+    assert list(unpack(bytes.fromhex("41 0C 52 CC 41"), 8, 5, q_min)) == list(codes)
+
+
+@pytest.mark.parametrize("q_min", [-32, -31])
+def test_int6_keeps_four_values_in_three_bytes(q_min):
+    """1 + 2·2^6 + 3·2^12 + 62·2^18 = 0xF83081."""
+    codes = (np.array([1, 2, 3, 62]) + q_min).astype(np.int8)
+    assert pack(codes, 6, q_min) == bytes.fromhex("81 30 F8")
+    assert pack(codes[:2], 6, q_min) == bytes.fromhex("81 00 00")
+    assert list(unpack(bytes.fromhex("81 30 F8"), 4, 6, q_min)) == list(codes)
+
+
+grids = st.integers(1, 8).flatmap(
+    lambda bits: st.tuples(
+        st.just(bits), st.sampled_from([-(2 ** (bits - 1)), 1 - 2 ** (bits - 1)])
+    )
+)
+
+
+@given(grids, st.lists(st.integers(0, 255), max_size=40))
+def test_bits_stand_in_the_order_of_one_little_endian_integer(grid, values):
+    bits, q_min = grid
+    q_max = 2 ** (bits - 1) - 1
+    u = [value % (q_max - q_min + 1) for value in values]
+    codes = np.array(u, int).astype(np.int16) + q_min
+    data = pack(codes.astype(np.int8), bits, q_min)
+    assert int.from_bytes(data, "little") == sum(value << (bits * i) for i, value in enumerate(u))
+    assert len(data) == packed_size(len(u), bits)
+    unpacked = unpack(data, len(u), bits, q_min)
+    assert unpacked.dtype == np.int8 and list(unpacked) == list(codes)
+
+
+def test_sizes_are_whole_groups():
+    assert [packed_size(n, 5) for n in (0, 1, 8, 9)] == [0, 5, 5, 10]
+    assert [packed_size(n, 6) for n in (0, 1, 4, 5)] == [0, 3, 3, 6]
+    assert [packed_size(3, bits) for bits in (2, 3, 4, 7, 8)] == [1, 3, 2, 7, 3]
+
+
+@pytest.mark.parametrize("codes", [[-17], [16], [-16, 127], [-128]])
+def test_codes_that_do_not_fit_are_not_packed(codes):
+    with pytest.raises(ValueError, match="do not fit 5 bits"):
+        pack(np.array(codes, np.int8), 5, -16)
+
+
+def test_damage_is_seen():
+    data = pack(np.array([15, -15, 0], np.int8), 5, -15)
+    with pytest.raises(ValueError, match="4 bytes of packed codes, expected 5"):
+        unpack(data[:-1], 3, 5, -15)
+    with pytest.raises(ValueError, match="expected 5"):
+        unpack(data + b"\0", 3, 5, -15)
+    with pytest.raises(ValueError, match="other bits than zeros"):
+        unpack(data[:-1] + b"\x80", 3, 5, -15)
+    # u = 31 is 16 where q_min is -15
+    with pytest.raises(ValueError, match="a packed code is above 15"):
+        unpack(b"\x1f\0\0\0\0", 1, 5, -15)
+    assert list(unpack(b"\x1f\0\0\0\0", 1, 5, -16)) == [15]

@@ -1,0 +1,142 @@
+"""Tensors by the policy: what is kept how, against the pieces' own definitions, and what cannot be
+kept.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.artifact.quantize import Quantized, dequantize
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import Config, ExportConfig, ModelConfig
+from sngpt_jax.optim import qat
+
+SHAPES = {
+    "blocks/0/mlp/up": (48, 64),
+    "blocks/0/attn/key": (48, 24),
+    "blocks/1/attn/key": (48, 24),
+    "bigram/proj": (16, 48),
+    "embed/table": (40, 48),
+    "bigram/table": (30, 16),
+    "blocks/0/attn_scale": (48,),
+}
+EXPORT = ExportConfig(
+    mlp_bits=5,
+    attention_bits=6,
+    embed_bits=16,
+    table_bits=4,
+    late_key_layers=1,
+    control_dtype="float16",
+    clip_floor=0.05,
+)
+CONFIG = Config(model=ModelConfig(num_layers=2), export=EXPORT)
+
+
+def tensors(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.float32(0.1) * rng.standard_normal(shape, np.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+def test_each_tensor_is_kept_as_the_policy_says():
+    stored = quantize_tensors(tensors(), CONFIG)
+    kept = {
+        name: t.bits if isinstance(t, Quantized) else t.dtype.name for name, t in stored.items()
+    }
+    assert kept == {
+        "bigram/proj": "float16",
+        "bigram/table": 4,
+        "blocks/0/attn/key": 6,
+        "blocks/0/attn_scale": "float16",
+        "blocks/0/mlp/up": 5,
+        "blocks/1/attn/key": "float16",
+        "embed/table": "float16",
+    }
+    assert list(stored) == sorted(stored)
+    for name, tensor in tensors().items():
+        back = dequantize(stored[name])
+        assert back.dtype == np.float32 and back.shape == tensor.shape and back.flags.c_contiguous
+        bound = 0.6 / 7 * 0.1 * 4 if name == "bigram/table" else 0.05
+        assert 0 < np.abs(back - tensor).max() < bound, name
+
+
+def test_matrices_are_what_late_quantization_aware_training_imitates():
+    """The grid of training, in jax, and of the exporter, in numpy: the same numbers to the last
+    bit.
+    """
+    nested = {"blocks": {"0": {"mlp": {"up": None}, "attn": {"key": None}}}}
+    found = tensors()
+    nested["blocks"]["0"]["mlp"]["up"] = jnp.asarray(found["blocks/0/mlp/up"])
+    nested["blocks"]["0"]["attn"]["key"] = jnp.asarray(found["blocks/0/attn/key"])
+    trained = jax.jit(lambda p: qat.on_grid(p, CONFIG))(nested)["blocks"]["0"]
+    stored = quantize_tensors(found, CONFIG)
+    np.testing.assert_array_equal(dequantize(stored["blocks/0/mlp/up"]), trained["mlp"]["up"])
+    np.testing.assert_array_equal(dequantize(stored["blocks/0/attn/key"]), trained["attn"]["key"])
+
+
+def test_pruning_takes_the_smallest_of_each_tensor_and_leaves_gains_alone():
+    pruned = replace(CONFIG, export=replace(EXPORT, prune_fraction=0.25, passthrough_size=500))
+    stored = quantize_tensors(tensors(), pruned)
+    for name, tensor in tensors().items():
+        smallest = np.abs(tensor) <= np.quantile(np.abs(tensor), 0.25)
+        zeros = dequantize(stored[name]) == 0
+        if name == "blocks/0/attn_scale" or tensor.size <= 500:
+            assert not zeros.all() and (
+                zeros.mean() < 0.25 or isinstance(stored[name], Quantized)
+            ), name
+        else:
+            assert zeros[smallest].all(), name
+
+
+def test_gptq_rounds_the_matrices_that_it_knows_the_inputs_of():
+    rng = np.random.default_rng(3)
+    mixing = rng.standard_normal((48, 48))
+    moment = mixing @ mixing.T  # of strongly correlated inputs
+    config = replace(
+        CONFIG, export=replace(EXPORT, mlp_bits=3, attention_bits=16, gptq=True, gptq_block=16)
+    )
+    near = quantize_tensors(tensors(), replace(config, export=replace(config.export, gptq=False)))[
+        "blocks/0/mlp/up"
+    ]
+    better = quantize_tensors(tensors(), config, {"blocks/0/mlp/up": moment})["blocks/0/mlp/up"]
+    np.testing.assert_array_equal(near.scales, better.scales)
+
+    def output_error(stored):
+        e = tensors()["blocks/0/mlp/up"] - dequantize(stored)
+        return np.trace(e.T @ moment @ e)
+
+    assert output_error(better) < 0.7 * output_error(near)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "export", "problem"),
+    [
+        ("blocks/0/mlp/up", np.nan, {}, "blocks/0/mlp/up: .*nan"),
+        ("embed/table", 1e6, {}, "embed/table: 1000000.0 is no finite float16"),
+        (
+            "blocks/0/attn_scale",
+            np.inf,
+            {"control_dtype": "float32"},
+            "blocks/0/attn_scale: inf is no finite float32",
+        ),
+        (
+            "blocks/0/attn/key",
+            1e38,
+            {},
+            "blocks/0/attn/key: a row of its grid needs the range 1e.38",
+        ),
+        ("blocks/0/mlp/up", 0.0, {"gptq": True}, "has no second moments"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line_that_names_the_tensor(name, spoil, export, problem):
+    found = tensors()
+    found[name].reshape(-1)[0] = spoil
+    with pytest.raises(UserError, match=problem) as caught:
+        quantize_tensors(found, replace(CONFIG, export=replace(EXPORT, **export)))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,78 @@
+"""The shell of HTML pages: data that cannot break out, and no script but the page's own."""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+
+import pytest
+
+from sngpt_jax.base import webpage
+from sngpt_jax.base.errors import UserError
+
+HOSTILE = (
+    "</script><script>document.title='taken'</script><!-- <![CDATA[ ]]> {{data}} & \u2028 \ud800 😀"
+    " \\ \" '"
+)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with a page of its own."""
+    folder = tmp_path / "some_pages"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "small.html").write_text("<p id=text></p>\n")
+    (folder / "small.css").write_text("p { color: red }\n")
+    (folder / "small.js").write_text("$('text').textContent = data.text;\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "some_pages"
+    sys.modules.pop("some_pages", None)
+
+
+def script_of(page):
+    return re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
+
+
+def test_data_are_read_back_and_hold_no_markup():
+    text = webpage.to_json({"text": HOSTILE, HOSTILE: [1, None]})
+    assert json.loads(text) == {"text": HOSTILE, HOSTILE: [1, None]}
+    assert text.isascii() and not set("<>&") & set(text)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            webpage.to_json([value])
+
+
+def test_hostile_texts_change_nothing_but_the_data(package):
+    page, tame = (
+        webpage.render(package, "small", text, {"text": text}) for text in (HOSTILE, "tame")
+    )
+    assert page.count("<script") == tame.count("<script") == 2 and page.count("</script>") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[
+        1
+    ]
+    assert json.loads(data) == {"text": HOSTILE}
+    assert "&lt;/script&gt;" in re.search("<title>(.*?)</title>", page)[1]
+    assert script_of(page) == script_of(tame)
+    page.encode("utf-8")  # a lone surrogate, of a file's name that is no text, has been replaced
+
+
+def test_the_policy_names_the_script_by_its_hash(package):
+    page = webpage.render(package, "small", "title", {})
+    digest = base64.b64encode(hashlib.sha256(script_of(page).encode()).digest()).decode()
+    policy = re.search('Content-Security-Policy" content="(.*?)"', page)[1]
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert "connect-src" not in policy
+    assert "connect-src 'self'" in webpage.render(package, "small", "title", {}, connect=True)
+    assert not re.search(r"(src|href)=|@import|url\(", page)
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"--out .*page.html: cannot be written: .*; give the path of a file"
+    ):
+        webpage.write(tmp_path / "file" / "page.html", "page")
+    webpage.write(tmp_path / "deep" / "page.html", "page")
+    assert (tmp_path / "deep" / "page.html").read_text() == "page"

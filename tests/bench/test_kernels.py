@@ -1,0 +1,302 @@
+"""The benchmark on a host processor: what it times, the errors beside, what it leaves out; and the
+search for block sizes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sngpt_kernels import dispatch
+from sngpt_kernels.xsa import specs
+
+from sngpt_jax.ahead import targets
+from sngpt_jax.base import cli
+from sngpt_jax.bench import kernels as bench
+from sngpt_jax.bench import timing, tune
+from tests.kernels import toy_case
+
+ROOT = Path(__file__).parents[2]
+H100 = targets.find("h100")
+TITLE = {"operation": "xsa", "case": "golf", "pass": "forward_backward"}
+
+
+def test_times_are_of_one_call() -> None:
+    """Of a function that waits: a busy machine adds to that, nothing takes away from it."""
+    calls: list[int] = []
+
+    def slow(x: jax.Array) -> jax.Array:
+        calls.append(int(x))
+        time.sleep(0.01)
+        return x
+
+    taken = timing.time_calls(
+        slow, lambda i: [(jnp.asarray(2 * i),), (jnp.asarray(2 * i + 1),)], rounds=3
+    )
+    print(taken)
+    assert len(taken.rounds) == 3 and 0.01 <= min(taken.rounds) <= taken.median < 1
+    # every round has arguments of its own, and uses all
+    assert taken.host >= 0.01 and set(calls) == set(range(6))
+
+
+def test_median_and_quartiles() -> None:
+    taken = timing.Timing((5.0, 1.0, 2.0, 4.0, 3.0), host=2.0)
+    assert taken.median == 3 and taken.quartiles == (2, 4) and not taken.is_host_bound
+    assert timing.Timing((5.0, 1.0, 2.0, 4.0, 3.0), host=2.5).is_host_bound
+
+
+@pytest.mark.parametrize(("target", "count"), [(None, 2), (dataclasses.replace(H100, l2=2**18), 4)])
+def test_argument_sets_are_fresh_and_outgrow_the_cache(
+    target: targets.Target | None, count: int
+) -> None:
+    fresh = timing.argument_sets(toy_case.CASE, "forward_backward", target)
+    first, second = fresh(0), fresh(1)
+    assert len(first) == len(second) == count
+    cotangent, x, w = first[0]
+    assert (
+        cotangent.shape == x.shape == (toy_case.ROWS, toy_case.WIDTH)
+        and w.shape == (toy_case.WIDTH,) * 2
+    )
+    sums = {
+        float(jnp.sum(array, dtype=jnp.float32))
+        for arguments in (*first, *second)
+        for array in arguments
+    }
+    assert len(sums) == 2 * count * 3
+    if target is not None:
+        assert sum(array.nbytes for arguments in first for array in arguments) >= target.l2
+
+
+def test_errors_are_relative_to_the_root_mean_square() -> None:
+    expected = np.array([3.0, -4.0, 0.0, 5.0])  # its root mean square is √12.5
+    found = timing.errors(expected + np.array([0, 0.5, 0, -0.1]), expected)
+    assert found["max"] == pytest.approx(0.5 / math.sqrt(12.5)) and found["rms"] == pytest.approx(
+        math.sqrt(0.26 / 4 / 12.5)
+    )
+    assert timing.errors([0.0, 2.0], [0.0, 0.0]) == {"max": 2, "rms": math.sqrt(2)}
+
+
+def test_rows_of_the_table() -> None:
+    rows = bench.run_table([("toys", toy_case.CASE)], rounds=2, show=print)
+    forward, backward, *others = rows
+    assert (forward["implementation"], forward["pass"], backward["pass"]) == (
+        "xla",
+        "forward",
+        "forward_backward",
+    )
+    assert (
+        forward["median_us"] > 0
+        and forward["quartiles_us"][0] <= forward["median_us"] <= forward["quartiles_us"][1]
+    )
+    # of bfloat16
+    assert (
+        1e-4 < forward["error"]["rms"] < 4e-3 and forward["error"]["max"] >= forward["error"]["rms"]
+    )
+    reason = "pallas_triton serves NVIDIA GPUs; the device is cpu"
+    assert [row["cannot_serve"] for row in others] == [reason, reason]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_wrong_results_show_beside_the_time() -> None:
+    """Half of the output's columns are zero: errors of about √½."""
+
+    def halved(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
+        y = x @ w
+        return y * (jnp.arange(toy_case.WIDTH) % 2)[None, :] if implementation == "broken" else y
+
+    case = dataclasses.replace(toy_case.CASE, run=halved, implementations=("broken",))
+    forward, backward = bench.run_table([("toys", case)], rounds=1, show=print)
+    assert 0.6 < forward["error"]["rms"] < 0.8 and 0.6 < backward["gradient_error"]["rms"] < 0.8
+
+
+def test_what_fails_is_said_and_the_rest_goes_on() -> None:
+    def run(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
+        if implementation == "broken":
+            raise RuntimeError("out of luck\nand more")
+        return x @ w
+
+    case = dataclasses.replace(toy_case.CASE, run=run, implementations=("broken", "xla"))
+    lines: list[str] = []
+    rows = bench.run_table([("toys", case)], rounds=1, show=lines.append)
+    assert [row.get("failed") for row in rows] == ["RuntimeError: out of luck"] * 2 + [None] * 2
+    assert lines[0] == "toys toy, forward, broken: failed: RuntimeError: out of luck"
+
+
+def test_the_limit_stands_beside_the_time() -> None:
+    row = bench.bench_row(
+        toy_case.CASE, "xla", "forward", dataclasses.replace(H100, l2=2**18), rounds=1
+    )
+    assert row["limit_us"] == pytest.approx(
+        1e6 * 2 * toy_case.ROWS * toy_case.WIDTH * 2 / 3.35232e12
+    )
+    assert row["of_limit"] == pytest.approx(row["limit_us"] / row["median_us"])
+
+
+def test_large_cases_are_left_out_on_a_host_processor() -> None:
+    lines: list[str] = []
+    large = next(case for case in specs.CASES if case.name == "golf_baseline")
+    assert bench.run_table([("xsa", large)], rounds=1, show=lines.append) == []
+    assert lines == [
+        "xsa golf_baseline: left out: its 128 MiB of arguments are too many for a host processor"
+    ]
+    assert bench.left_out(large, on_cpu=False) == ""
+
+
+def test_markdown() -> None:
+    timed: dict[str, Any] = {
+        "implementation": "cudnn",
+        "median_us": 1234.56,
+        "quartiles_us": [1200.0, 1300.0],
+        "host_bound": True,
+    }
+    timed |= {"limit_us": 400.0, "of_limit": 0.324, "gradient_error": {"rms": 2e-3, "max": 0.05}}
+    refused = {"implementation": "pallas_triton", "cannot_serve": "the device is cpu"}
+    report: dict[str, Any] = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "jax": "0.10.2",
+        "platform_version": "cuda 13000",
+    }
+    text = bench.format_markdown({**report, "rows": [{**TITLE, **timed}, {**TITLE, **refused}]})
+    assert text.startswith("Device: NVIDIA H100 80GB HBM3; jax 0.10.2; cuda 13000.\n")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert (
+        table[2]
+        == "| xsa golf | forward + backward | cudnn | ≤ 1,234.6 | 1,200.0 to 1,300.0 | 400.0 | 32%"
+        " | 2.0e-03 | 5.0e-02 |"
+    )
+    assert table[3].startswith(
+        "| xsa golf | forward + backward | pallas_triton | cannot serve | the device is cpu |"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- block sizes
+
+
+def test_neighbours_change_one_size() -> None:
+    config: dict[str, Any] = {
+        "forward": {"queries": 64, "num_warps": 16, "num_stages": 1},
+        "bias_lanes": 512,
+    }
+    found = list(tune.neighbours(config))
+    assert found == [
+        {**config, "forward": {**config["forward"], "queries": 128}},
+        {**config, "forward": {**config["forward"], "queries": 32}},
+        {**config, "forward": {**config["forward"], "num_warps": 8}},
+        {**config, "forward": {**config["forward"], "num_stages": 2}},
+        {**config, "bias_lanes": 256},
+    ]
+
+
+def test_the_search_finds_the_fastest_on_its_way() -> None:
+    tried: list[tuple[int, int]] = []
+
+    def seconds(config: dict[str, Any]) -> float:
+        tokens, warps = config["tokens"], config["num_warps"]
+        tried.append((tokens, warps))
+        return (
+            math.inf
+            if tokens * warps > 256
+            else 1 + abs(math.log2(tokens / 32)) + abs(math.log2(warps / 8))
+        )
+
+    best, least = tune.search({"tokens": 4, "num_warps": 4}, seconds)
+    assert best == {"tokens": 32, "num_warps": 8} and least == 1
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_noise_is_no_gain() -> None:
+    assert tune.search({"tokens": 4}, lambda config: 1 - 0.001 * config["tokens"] / 4) == (
+        {"tokens": 4},
+        0.999,
+    )
+
+
+def test_kernels_ask_for_the_entry_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = type("package", (), {"__path__": [str(tmp_path)]})
+    case = next(case for case in specs.CASES if case.name == "quickstart")
+    with dispatch.targeting(H100.device):
+        key = tune.table_key("xsa", case)
+    config = tune.heuristic("xsa", case)
+    monkeypatch.setitem(sys.modules, "sngpt_kernels.xsa", package)
+    for name in ("another", key):
+        path = tune.write_entry("xsa", H100.kind, name, {"config": config})
+    assert path == tmp_path / "tuned" / "nvidia_h100_80gb_hbm3.json"
+    monkeypatch.setattr(dispatch.resources, "files", lambda name: tmp_path)
+    table = dispatch.tuned.__wrapped__("sngpt_kernels.xsa", H100.kind)
+    assert table == {"another": {"config": config}, key: {"config": config}}
+
+
+def test_a_trial_stands_in_for_the_table() -> None:
+    with tune.trying("xsa", tune.Trial({"queries": 16})) as trial:
+        assert dispatch.tuned("sngpt_kernels.xsa", H100.kind).get("float32_h64", {}) == {
+            "config": {"queries": 16}
+        }
+        assert dispatch.tuned("sngpt_kernels.cayley", H100.kind) == {}
+    assert trial.asked == {"float32_h64"} and dispatch.tuned("sngpt_kernels.xsa", H100.kind) == {}
+
+
+def test_without_a_gpu_nothing_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    tune.tune_all([("xsa", specs.CASES[0])])
+    assert (
+        capsys.readouterr().err
+        == f"xsa {specs.CASES[0].name}: not tuned: pallas_triton serves NVIDIA GPUs; the device is"
+        " cpu\n"
+    )
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    command = [
+        sys.executable,
+        "-m",
+        "sngpt_jax.bench kernels",
+        "xsa",
+        "--case",
+        "quickstart",
+        "--quick",
+        "--json",
+        "--markdown",
+        str(table),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["device"], report["platform"]) == ("cpu", "cpu")
+    assert [row["pass"] for row in report["rows"] if "median_us" in row] == [
+        "forward",
+        "forward_backward",
+    ]
+    assert report["rows"][0]["error"]["rms"] < 1e-5
+    assert len(table.read_text().splitlines()) == 4 + 2 + len(report["rows"])
+    wrong = subprocess.run(
+        [*command[:4], "xas"], capture_output=True, text=True, cwd=ROOT, env={**os.environ}
+    )
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: there is no operation 'xas'")
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(argv: Any) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(interrupt)
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,165 @@
+"""The benchmark's command: what it measures, what it refuses; and that the model in PyTorch is the
+same one.
+"""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.bench import step as bench
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+TINY = (
+    *(
+        "--model.vocab-size",
+        "64",
+        "--model.num-layers",
+        "2",
+        "--model.d-model",
+        "16",
+        "--model.mlp-dim",
+        "32",
+    ),
+    *("--data.batch-tokens", "128", "--data.seq-len", "16", "--train.device-batch-tokens", "16"),
+    *("--train.compilation-cache", "", "--rounds", "3", "--steps", "2"),
+)
+
+
+@pytest.fixture(autouse=True)
+def the_heap_as_it_is(monkeypatch):
+    """What the command does to its process would be done to that of all tests."""
+    monkeypatch.setattr(bench, "keep_working_memory", lambda: None)
+
+
+def test_the_step_alone(capsys):
+    assert bench.main(["--config", "quickstart", *TINY, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["devices"] == 8
+    assert result["speed"].keys() == {"jax"}
+    speed = result["speed"]["jax"]
+    assert 0 < speed["tok_per_s_low"] <= speed["tok_per_s"] <= speed["tok_per_s_high"]
+    assert 0 <= result["input_wait_share"] <= result["host_share"] < 1
+    assert result["mfu"] is None  # nobody knows the peak of a CPU
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "--rounds and --steps are 1 or more"),
+        (["--train.xla-options", "xla_nonsense=1"], "No such compile option: 'xla_nonsense'"),
+        (
+            ["--train.xla-options", "xla_cpu_enable_fast_math=maybe"],
+            "'maybe' is not a valid bool value",
+        ),
+        (["--train.xla-options", "O3"], "'O3' is not of the form xla_NAME=VALUE"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said):
+    with pytest.raises(UserError, match=said):
+        bench.main(["--config", "quickstart", *TINY, *arguments])
+
+
+def test_without_pytorch(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="PyTorch is not installed; run: .* -m pip install torch"):
+        bench.main(["--config", "quickstart", *TINY, "--against", "torch"])
+
+
+def test_a_model_that_is_not_written_in_pytorch():
+    with pytest.raises(UserError, match="model.family = pre_norm is not written in PyTorch"):
+        bench.main(["--config", "quickstart_cayley", "--against", "torch"])
+
+
+SIZE = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_dim": 32,
+    "max_seq_len": 32,
+}
+MODELS = {
+    "plain": ModelConfig(**SIZE, num_layers=2),
+    "740": ModelConfig(
+        **SIZE,
+        num_layers=2,
+        mlp_activation="leaky_relu2",
+        xsa_layers=2,
+        rope_dims=2,
+        ln_scale=True,
+        smear="before_norm",
+        bigram_buckets=32,
+        bigram_dim=12,
+        bigram_hash="sum",
+        bigram_init_std=1.0,
+        bigram_scale_init=0.0,
+    ),
+    "1573": ModelConfig(
+        **SIZE,
+        num_layers=4,
+        mlp_activation="gelu",
+        xsa_layers=2,
+        rope_dims=4,
+        rope_ntk_len=10,
+        logit_soft_cap=0.0,
+        smear="after_norm",
+        smear_mask_bos=True,
+        bigram_buckets=32,
+        bigram_dim=12,
+        attention_gate=True,
+        value_residual=True,
+        value_embed_layers=(3, 2),
+        value_embed_dim=12,
+        recycle_layers=(1, 0),
+    ),
+}
+
+
+def recipe(model: ModelConfig) -> Config:
+    """High rates, so that four steps show every parameter; two microbatches."""
+    return Config(
+        model=model,
+        optim=OptimConfig(
+            muon_weight_decay=0.1,
+            adam_weight_decay=0.1,
+            projection_rule="adam",
+            grad_clip=0.5,
+            newton_schulz_dtype="float32",
+            muon_momentum_warmup_steps=3,
+            warmup_steps=1,
+            warmdown_fraction=1.0,
+        ),
+        data=DataConfig(batch_tokens=128, seq_len=16),
+        train=TrainConfig(steps=20, device_batch_tokens=64),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pytorch_trains_the_same_model(name):
+    pytest.importorskip("torch")
+    config = recipe(MODELS[name])
+    ours = bench.OurStep(config, make_mesh(jax.devices()[:1]))
+    with ours.loader:
+        theirs = bench.TheirStep(config, ours.weights, compiled=False)
+        expected = ours(6).losses
+    assert theirs(6).losses == pytest.approx(expected, rel=2e-5)
+    # they do not agree because nothing moves
+    assert max(abs(loss - expected[0]) for loss in expected) > 0.05
+
+
+def test_another_model_is_found_out_in_bfloat16_too(monkeypatch):
+    pytest.importorskip("torch")
+    from sngpt_jax.bench.torch_model import Attention
+
+    config = recipe(dataclasses.replace(MODELS["plain"], compute_dtype="bfloat16"))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=0))
+    mesh = make_mesh(jax.devices()[:1])
+    same = bench.first_losses(config, mesh)
+    assert same["torch"] == pytest.approx(same["jax"], abs=2e-5)
+    monkeypatch.setattr(Attention, "rotate", lambda self, x_BTHh, cos, sin: x_BTHh)
+    with pytest.raises(UserError, match="is not the same model: its first losses are"):
+        bench.first_losses(config, mesh)

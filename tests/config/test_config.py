@@ -1,0 +1,397 @@
+"""Recipes load, replay and override; what cannot run is refused in one line that names the fields."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sngpt_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    differences,
+    microbatches,
+    to_json,
+)
+from sngpt_jax.config import file as config_file
+from sngpt_jax.config.checks import validate
+from sngpt_jax.config.recipe import Overrides, load, parse_command, recipe_name
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+GOOD = Config(optim=OptimConfig(warmdown_steps=100))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    config: str
+    overrides: Overrides
+
+
+def parse(*argv):
+    return parse_command(Arguments, argv, program="test", description="A command.").overrides
+
+
+def changed(section, **fields):
+    return dataclasses.replace(
+        GOOD, **{section: dataclasses.replace(getattr(GOOD, section), **fields)}
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_by_path_and_by_name_and_says_what_it_is(path, monkeypatch, tmp_path):
+    assert load(str(path)) == load(path.stem)
+    assert "launch.sh train --config" in path.read_text()
+    monkeypatch.chdir(tmp_path)
+    assert load(path.stem) == load(str(path))
+
+
+def test_a_run_replays_from_its_json(tmp_path):
+    config = parse("--config", "quickstart", "--train.steps", "7", "--model.rope-base", "5000")
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    assert parse("--config", str(file)) == config
+    assert differences(load("quickstart"), config) == [
+        "model.rope_base: 10000.0 -> 5000.0",
+        f"train.steps: {load('quickstart').train.steps} -> 7",
+    ]
+
+
+def test_names_of_runs(tmp_path):
+    assert recipe_name("quickstart") == recipe_name("configs/quickstart.py") == "quickstart"
+    assert recipe_name(str(tmp_path / "mine" / "config.json")) == "mine-replay"
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "named"),
+    [
+        ("model", {"num_heads": 3}, ["model.d_model = 512", "model.num_heads = 3"]),
+        ("model", {"d_model": 24, "num_heads": 8}, ["model.d_model / model.num_heads = 3"]),
+        ("model", {"num_kv_heads": 3}, ["model.num_heads = 8", "model.num_kv_heads = 3"]),
+        ("model", {"num_layers": 0}, ["model.num_layers = 0"]),
+        ("model", {"max_seq_len": 512}, ["data.seq_len = 1024", "model.max_seq_len = 512"]),
+        ("model", {"norm_eps": float("nan")}, ["model.norm_eps"]),
+        ("model", {"rope_base": 0.0}, ["model.rope_base"]),
+        ("model", {"levels": "9,4,0"}, ["model.levels", "model.family = compact"]),
+        ("model", {"positions": "learned"}, ["model.positions", "model.family = compact"]),
+        ("model", {"generators": "prefix"}, ["model.generators", "model.family = compact"]),
+        (
+            "model",
+            {"family": "pre_norm", "generators": "prefix"},
+            ["model.generators", "model.levels"],
+        ),
+        (
+            "model",
+            {"family": "pre_norm", "forward_standardized": False},
+            ["model.forward_standardized", "model.levels"],
+        ),
+        (
+            "model",
+            {"family": "pre_norm", "smear": "after_norm"},
+            ["model.smear", "model.family = pre_norm"],
+        ),
+        ("model", {"family": "pre_norm", "levels": "9,4"}, ["model.levels = '9,4'", "n,k,degree"]),
+        ("model", {"family": "pre_norm", "levels": "9,4,0;"}, ["model.levels", "n,k,degree"]),
+        (
+            "model",
+            {"family": "pre_norm", "levels": "10,4,0"},
+            ["model.levels", "model.d_model = 512", "n = 10"],
+        ),
+        ("model", {"family": "pre_norm", "levels": "9,600,0"}, ["model.levels", "k = 600"]),
+        (
+            "model",
+            {"family": "pre_norm", "levels": "9,16,0;12,32,24"},
+            ["model.levels", "degree 24"],
+        ),
+        (
+            "model",
+            {"family": "pre_norm", "levels": "9,16,0;19,32,1024"},
+            ["model.levels", "n = 19"],
+        ),
+        (
+            "model",
+            {"family": "pre_norm", "positions": "learned", "rope_dims": 16},
+            ["model.rope_dims", "model.positions"],
+        ),
+        ("model", {"matrix_init_std": -0.1}, ["model.matrix_init_std"]),
+        ("optim", {"adam_final_lr_fraction": 1.5}, ["optim.adam_final_lr_fraction = 1.5"]),
+        ("train", {"fsdp": 0}, ["train.fsdp = 0"]),
+        (
+            "model",
+            {"attention": "cudnn", "compute_dtype": "float32"},
+            ["model.attention", "model.compute_dtype"],
+        ),
+        (
+            "data",
+            {"batch_tokens": 524_289},
+            ["data.batch_tokens = 524289", "data.slices", "data.seq_len"],
+        ),
+        (
+            "train",
+            {"device_batch_tokens": 512},
+            ["train.device_batch_tokens = 512", "data.seq_len = 1024"],
+        ),
+        ("train", {"profile_steps": "8:5"}, ["train.profile_steps = '8:5'"]),
+        ("train", {"profile_steps": "5-8"}, ["train.profile_steps"]),
+        ("train", {"profile_steps": "0:3"}, ["train.profile_steps"]),
+        ("train", {"profile_steps": "3:20001"}, ["train.profile_steps", "train.steps = 20000"]),
+        ("train", {"steps": 50}, ["optim.warmdown_steps", "train.steps = 50"]),
+        ("train", {"max_seconds": -1.0}, ["train.max_seconds"]),
+        ("optim", {"warmdown_fraction": 0.5}, ["optim.warmdown_steps", "optim.warmdown_fraction"]),
+        ("optim", {"schedule": "constant"}, ["optim.schedule", "optim.warmdown_steps"]),
+        ("optim", {"warmdown_clock": "wall_clock"}, ["optim.warmdown_clock", "train.max_seconds"]),
+        ("optim", {"muon_momentum": 1.0}, ["optim.muon_momentum"]),
+        ("eval", {"tokens": 5}, ["eval.tokens = 5"]),
+        (
+            "eval",
+            {"sample_tokens": 1024},
+            ["eval.sample_tokens = 1024", "model.max_seq_len = 1024"],
+        ),
+        ("model", {"vocab_size": 70_000}, ["model.vocab_size = 70000"]),
+        (
+            "model",
+            {"max_seq_len": 2**20 + 1, "num_layers": 257},
+            ["model.max_seq_len = 1048577 exceeds", "model.num_layers"],
+        ),
+        ("model", {"recycle_layers": (0,) * 257}, ["model.recycle_layers has 257 entries"]),
+        ("train", {"xla_options": ("xla_dump_to=x",)}, ["xla_dump_to=x", "XLA_FLAGS"]),
+        ("train", {"xla_options": ("xla_gpu_x=/tmp/y",)}, ["names files"]),
+        ("train", {"xla_options": ("xla_gpu_target_config_filename=x",)}, ["names files"]),
+        ("train", {"xla_options": ("xla_backend_extra_options=x",)}, ["names files"]),
+    ],
+)
+def test_an_impossible_combination_names_its_fields(section, fields, named):
+    with pytest.raises(ConfigError) as error:
+        validate(changed(section, **fields))
+    assert all(name in str(error.value) for name in named)
+    assert "\n" not in str(error.value)
+
+
+def test_levels_take_the_string_form():
+    config = parse("--config", "cayley_small_3l", "--model.levels", "10,16,0;15,32,256")
+    assert config.model == load("cayley_small_2l").model
+    assert config.model.cayley_levels == ((10, 16, 0), (15, 32, 256))
+    assert (
+        parse("--config", "cayley_small_3l", "--model.levels", "").model
+        == load("cayley_small_dense").model
+    )
+
+
+def test_the_small_sparse_models_differ_in_their_levels_alone():
+    small = load("cayley_small_3l")
+    for name in ("cayley_small_2l", "cayley_small_dense"):
+        assert [line.split(":")[0] for line in differences(small, load(name))] == ["model.levels"]
+    changed = [line.split(":")[0] for line in differences(small, load("cayley_small_1l"))]
+    assert changed == ["model.levels", "train.steps"]
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"num_kv_heads.*rope_base"):
+        validate(changed("model", num_kv_heads=3, rope_base=0.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["model"].update(num_layer=3),
+            "unknown key 'num_layer'; did you mean 'num_layers'",
+        ),
+        (
+            lambda c: c["model"].update(num_layers="9"),
+            "model.num_layers: expected int, found '9' of type str",
+        ),
+        (
+            lambda c: c["model"].update(num_layers=True),
+            "model.num_layers: expected int, found True of type bool",
+        ),
+        (
+            lambda c: c["model"].update(num_layers=9.0),
+            "model.num_layers: expected int, found 9.0 of type float",
+        ),
+        (
+            lambda c: c["model"].update(attention="flash"),
+            "model.attention: expected one of auto, xla, cudnn, pallas_triton, found",
+        ),
+        (lambda c: c["model"].update(attention=["xla"]), "model.attention"),
+        (lambda c: c.update(model=[]), "model: expected an object, found list"),
+        (lambda c: c.pop("train"), "missing train"),
+        (lambda c: c["model"].pop("d_model"), "missing model.d_model"),
+        (lambda c: c.update(format=2), "expected a configuration of format 1, found 2"),
+        (lambda c: c.update(format="1"), "expected a configuration of format 1, found '1'"),
+        (
+            lambda c: c["train"].update(steps=2**63),
+            "9223372036854775808' is not an integer of 64 bits",
+        ),
+        (lambda c: c["train"].update(steps=2**60), "train.steps = 1152921504606846976 exceeds"),
+        (lambda c: c["data"].update(dir="a\0b"), r"data.dir = 'a\x00b' holds a control character"),
+        (
+            lambda c: c["eval"].update(sample_prompt="\x1b[2J"),
+            r"eval.sample_prompt = '\x1b[2J' holds a control character",
+        ),
+        (
+            lambda c: c["train"].update(xla_options=["a=\x9b"]),
+            r"train.xla_options = ('a=\x9b',) holds a control character",
+        ),
+        (lambda c: c["data"].update(dir="x" * 70_000), "data.dir has 70000 letters"),
+        (lambda c: c["model"].update(norm_eps=float("inf")), "Infinity is no number"),
+    ],
+)
+def test_a_broken_json_is_one_line(change, said, tmp_path):
+    values = json.loads(to_json(GOOD))
+    change(values)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError) as error:
+        config_file.read(tmp_path / "config.json")
+    assert said in str(error.value)
+
+
+def test_an_older_runs_json_takes_the_defaults_of_what_it_lacks_and_says_so(tmp_path, caplog):
+    values = json.loads(to_json(changed("train", seed=5)))
+    del (
+        values["format"],
+        values["train"]["xla_options"],
+        values["model"]["code"],
+        values["optim"]["ema_decay"],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with caplog.at_level("INFO", "sngpt_jax"):
+        assert config_file.read(tmp_path / "config.json") == changed("train", seed=5)
+    (line,) = caplog.messages
+    assert (
+        "config.json: of an earlier version, without model.code, optim.ema_decay,"
+        " train.xla_options; taking" in line
+    )
+
+
+def test_a_json_does_not_choose_where_compiled_programs_are_kept(tmp_path):
+    """XLA runs what it finds there."""
+    for folder, kept in (("/elsewhere", TrainConfig().compilation_cache), ("", "")):
+        (tmp_path / "config.json").write_text(to_json(changed("train", compilation_cache=folder)))
+        assert load(str(tmp_path / "config.json")) == changed("train", compilation_cache=kept)
+
+
+def test_integers_serve_as_floats_in_json(tmp_path):
+    values = json.loads(to_json(GOOD))
+    values["model"]["rope_base"] = 10_000
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_file.read(tmp_path / "config.json") == GOOD
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("config = 3", "found int"),
+        ("import nothing_of_that_name", "ModuleNotFoundError"),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))",
+            "model.num_heads = 7",
+        ),
+        ("syntax error", "SyntaxError"),
+        ("import sys\nsys.exit(0)", "SystemExit"),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers='2'))",
+            "model.num_layers: expected int",
+        ),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=2.0))",
+            "model.num_layers: expected int",
+        ),
+        (
+            "from sngpt_jax.config import *\nconfig = Config(eval=None)",
+            "eval: expected an object, found NoneType",
+        ),
+        (
+            (
+                "from sngpt_jax.config import *\nconfig ="
+                " Config(optim=OptimConfig(newton_schulz_dtype='fp32'))"
+            ),
+            "expected one of",
+        ),
+    ],
+)
+def test_a_broken_recipe_is_one_line(text, said, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load(str(tmp_path / "mine.py"))
+
+
+def test_an_unknown_recipe_suggests():
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        load("quickstat")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--train.stps", "5"],
+        ["--train.steps", "five"],
+        ["--model.attention", "flash"],
+        ["--model.num-heads", "3"],
+        ["--config", "missing.py"],
+    ],
+)
+def test_a_wrong_command_line_exits_2_without_a_traceback_or_jax(argv):
+    code = (
+        "import sys, sngpt_jax.base.cli as c, tests.test_config as t; c.run(lambda a: t.parse(*a)"
+        " and 0)"
+    )
+    config = [] if "--config" in argv else ["--config", "quickstart"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *config, *argv], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert argv[0].lstrip("-").split(".")[-1].replace("-", "_") in (
+        done.stderr + done.stdout
+    ).replace("-", "_")
+
+
+@given(
+    sequences=st.integers(1, 64),
+    devices=st.integers(1, 8),
+    fit=st.integers(1, 16),
+    seq_len=st.sampled_from([8, 128]),
+)
+def test_microbatches_are_equal_and_fit_and_few(sequences, devices, fit, seq_len):
+    if sequences % devices:
+        with pytest.raises(ConfigError, match=r"do not divide over"):
+            microbatches(sequences * seq_len, fit * seq_len, seq_len, devices)
+        return
+    count = microbatches(sequences * seq_len, fit * seq_len, seq_len, devices)
+    per_device = sequences // devices
+    assert per_device % count == 0
+    assert per_device // count <= fit
+    assert not any(per_device % n == 0 and per_device // n <= fit for n in range(1, count))
+
+
+def test_importing_the_configuration_imports_no_jax():
+    code = "import sys, sngpt_jax.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_defaults_are_valid_but_for_the_schedule_they_leave_open():
+    assert validate(
+        Config(ModelConfig(), OptimConfig(schedule="constant"), DataConfig(), TrainConfig())
+    )
+
+
+def test_every_field_says_what_it_is():
+    """A comment that does not stand on its field's line is no help text."""
+    fields = re.findall(
+        r"^    (\w+): .*?( #.*)?$", (ROOT / "sngpt_jax" / "config.py").read_text(), re.M
+    )
+    bare = {name for name, comment in fields if not comment}
+    sections = {field.name for field in dataclasses.fields(Config)}
+    assert len(fields) > 80
+    assert bare == {"adam_b1", "adam_b2", "adam_eps"} | sections

@@ -1,0 +1,256 @@
+"""The golf recipes: their published sizes, the program that they trace to at full width, and their
+first training steps.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh
+from sngpt_jax.config import Config
+from sngpt_jax.config.recipe import load
+from sngpt_jax.model.forward import losses
+from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.training.cost import abstract_params, make_plan
+from sngpt_jax.training.state import init_state
+from sngpt_jax.training.step import make_train_step
+
+# parameters; the rate and speed of a GPU reckoned for the submission's run, whose quotient is M
+# FLOPs a token
+SIZES = {
+    "golf_baseline": (17_059_912, None),
+    "golf_11l_xsa4": (25_388_121, 190 / (6.91 / 8)),
+    "golf_10l_int5mlp": (24_730_705, 204 / (7.86 / 8)),
+    "golf_12l_recycled": (29_406_940, 258 / (7.14 / 8)),
+    "golf_9l_xsa_ngram": (17_650_248, 180 / (9.04 / 8)),
+}
+GOLF = [name for name in SIZES if name != "golf_baseline"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_submissions(name):
+    parameters, mflops = SIZES[name]
+    plan = make_plan(load(name))
+    assert plan["parameters"]["total"] == parameters
+    if mflops:
+        assert plan["flops_per_token"]["train"] / 1e6 == pytest.approx(mflops, rel=0.01)
+
+
+# What the submissions' descriptions and code say of each, beside the rates and decays that
+# tests/optim/test_groups.py holds
+SETTINGS = {
+    "golf_11l_xsa4": {
+        "model": {
+            "num_layers": 11, "mlp_dim": 1408, "mlp_activation": "relu2", "rope_dims": 0, "rope_base": 50_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 4, "ln_scale": False, "smear": "after_norm", "bigram_buckets": 2048,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 22**-0.5,
+            "embed_init": "overtone", "resid_mix_init": "phase", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.4, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 524_288, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "embed_bits": 16, "table_bits": 6, "late_key_layers": 2,
+                   "control_dtype": "float32", "codes": "full", "clip": "row_max", "clip_floor": 0.0, "prune_fraction": 0.02,
+                   "packed": False, "codec": "zstd", "codec_level": 22},
+        "eval": {"weights": "swa"},
+    },
+    "golf_10l_int5mlp": {
+        "model": {
+            "num_layers": 10, "mlp_dim": 1536, "mlp_activation": "relu2", "rope_dims": 0, "rope_base": 10_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 0, "ln_scale": False, "smear": "after_norm", "bigram_buckets": 4096,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 20**-0.5,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3000, "swa_every": 50, "swa_below": 0.5, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 6, "embed_bits": 16, "table_bits": 8, "late_key_layers": 1,
+                   "control_dtype": "float16", "codes": "full", "clip": "row_max", "clip_floor": 0.0, "prune_fraction": 0.0,
+                   "packed": False, "codec": "zstd", "codec_level": 22},
+        "eval": {"weights": "swa"},
+    },
+    "golf_12l_recycled": {
+        "model": {
+            "num_layers": 12, "mlp_dim": 1536, "mlp_activation": "leaky_relu2", "rope_dims": 16, "rope_base": 10_000.0,
+            "rope_ntk_len": 1024, "xsa_layers": 4, "ln_scale": True, "smear": "after_norm", "bigram_buckets": 2048,
+            "bigram_hash": "xor", "bigram_init_std": 0.0, "bigram_scale_init": 0.05, "bigram_proj_gain": 1.0,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (3, 4), "attention_gate": True,
+            "value_residual": True, "value_embed_layers": (10, 11), "value_embed_dim": 128,
+        },
+        "optim": {"warmdown_steps": 3500, "swa_every": 50, "swa_below": 0.2, "ema_decay": 0.997, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 5, "attention_bits": 5, "embed_bits": 8, "table_bits": 8, "late_key_layers": 0,
+                   "control_dtype": "float16", "codes": "symmetric", "clip": "search", "clip_scope": "row",
+                   "table_clip": "percentile", "clip_floor": 1.0, "packed": True, "codec": "lzma", "codec_level": 9},
+        "eval": {"weights": "swa"},
+    },
+    "golf_9l_xsa_ngram": {
+        "model": {
+            "num_layers": 9, "mlp_dim": 1024, "mlp_activation": "leaky_relu2", "rope_dims": 16, "rope_base": 10_000.0,
+            "rope_ntk_len": 0, "xsa_layers": 9, "ln_scale": True, "smear": "before_norm", "bigram_buckets": 4096,
+            "bigram_hash": "sum", "bigram_init_std": 1.0, "bigram_scale_init": 0.0, "bigram_proj_gain": 1.0,
+            "embed_init": "normal", "resid_mix_init": "identity", "recycle_layers": (), "attention_gate": False,
+        },
+        "optim": {"warmdown_steps": 3500, "swa_every": 0, "ema_decay": 0.0, "qat_below": 0.0},
+        "data": {"batch_tokens": 786_432, "seq_len": 2048},
+        "export": {"mlp_bits": 8, "attention_bits": 8, "embed_bits": 8, "table_bits": 8, "late_key_layers": 0,
+                   "control_dtype": "float32", "codes": "full", "clip": "percentile", "table_clip": "percentile",
+                   "clip_floor": 1.0, "prune_fraction": 0.0, "packed": False, "codec": "zstd", "codec_level": 22},
+        "eval": {"weights": "final"},
+    },
+}  # fmt: skip
+IN_ALL = {
+    "model": {
+        "vocab_size": 1024, "d_model": 512, "num_heads": 8, "num_kv_heads": 4, "max_seq_len": 2048, "q_gain_init": 1.5,
+        "bigram_dim": 128, "matrix_init": "orthogonal", "embed_init_std": 0.005, "logit_soft_cap": 30.0,
+        "smear_mask_bos": False,
+    },
+    "optim": {
+        "schedule": "linear_warmdown", "warmdown_clock": "wall_clock", "warmup_steps": 0, "final_lr_fraction": 0.0,
+        "newton_schulz_steps": 5, "average_table_dtype": "float32",
+    },
+    "data": {"slices": 8, "shuffle": False},
+    "train": {"max_seconds": 600.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLF)
+def test_settings_are_those_of_the_submission(name):
+    recipe = load(name)
+    for expected in (SETTINGS[name], IN_ALL):
+        for section, fields in expected.items():
+            assert {field: getattr(getattr(recipe, section), field) for field in fields} == fields
+
+
+def changed(config, **sections):
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@functools.cache
+def gradient_program(name, T):
+    """The traced loss and gradient of one full-width microbatch [2, T]."""
+    config = changed(load(name), model={"compute_dtype": "bfloat16"})
+    loss = jax.value_and_grad(lambda p, x, y: losses(config.model)(p, x, y).mean())
+    tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    return jax.make_jaxpr(loss)(abstract_params(config), tokens, tokens)
+
+
+@pytest.mark.parametrize("name", GOLF)
+def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
+    model, T = load(name).model, 2048
+    program = gradient_program(name, T)
+    found = list(equations(program.jaxpr))
+    assert len(found) == len(list(equations(gradient_program(name, 256).jaxpr))), (
+        "the program grows with the sequence"
+    )
+    assert not [e for e in found if e.primitive.name in ("scan", "while")]
+
+    # lookups: the token embedding, the bigram and value tables; beside them one number for each
+    # target
+    gathers = [e for e in found if e.primitive.name == "gather"]
+    rows = [e for e in gathers if e.params["slice_sizes"][-1] > 1]
+    assert len(rows) == 1 + bool(model.bigram_buckets) + bool(model.value_embed_layers)
+    assert max(math.prod(e.outvars[0].aval.shape) for e in gathers) == 2 * T * model.d_model
+
+    # in a bfloat16 model only logits and attention scores, which are float32 themselves, enter a
+    # product as float32; but for the products with a column of ones, which are sums
+    products = [
+        e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-1] > 1
+    ]
+    shapes = [v.aval.shape for e in products for v in e.invars if v.aval.dtype == jnp.float32]
+    assert all(shape[-1] == model.vocab_size or shape.count(T) == 2 for shape in shapes), shapes
+
+    # the tables of rotary positions enter once, and no causal mask does
+    large = [np.shape(c) for c in program.consts if np.size(c) > 1]
+    assert sorted(large) == [(1, T, model.rotary_dims // 2)] * 2
+    assert not [e for e in found if e.primitive.name in ("cos", "sin")]
+
+
+def few_steps(config: Config, steps: int) -> list[float]:
+    """The losses of the first steps on random tokens that repeat, one device."""
+    mesh = make_mesh(jax.devices()[:1])
+    state, place, d = init_state(config, mesh), batch_placer(mesh, 1), config.data
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(
+        0, config.model.vocab_size, (d.batch_tokens // d.seq_len, d.seq_len + 1)
+    ).astype(np.uint16)
+    batch = place({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
+    seen = []
+
+    def controls(late: bool) -> StepControls:
+        return StepControls(np.float32(1), np.float32(1), np.bool_(late), np.bool_(late))
+
+    step = make_train_step(config, mesh).lower(state, batch, controls(False)).compile()
+    for i in range(steps):
+        state, metrics = step(state, batch, controls(i >= steps - 2))
+        seen.append(float(metrics["loss"]))
+    assert (state.swa is not None) == bool(config.optim.swa_every)
+    assert state.swa is None or int(state.swa.count) == 2
+    assert (state.ema is not None) == bool(config.optim.ema_decay)
+    assert all(
+        bool(jnp.all(jnp.isfinite(leaf)))
+        for leaf in jax.tree.leaves((state.params, state.ema, state.swa))
+    )
+    return seen
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_shrunk_recipe_learns(name):
+    """At half of its depth, 1/16 of its width."""
+    recipe = load(name)
+    width, half = recipe.model.d_model, recipe.model.num_layers // 2
+    config = changed(
+        recipe,
+        model={
+            "vocab_size": 64,
+            "num_layers": half,
+            "xsa_layers": min(recipe.model.xsa_layers, half),
+            "value_embed_layers": tuple(layer - half for layer in recipe.model.value_embed_layers),
+            "recycle_layers": tuple(layer - 2 for layer in recipe.model.recycle_layers),
+            "d_model": 32,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "mlp_dim": recipe.model.mlp_dim * 32 // width,
+            "rope_dims": min(recipe.model.rope_dims, 4),
+            "rope_ntk_len": min(recipe.model.rope_ntk_len, 8),
+            "bigram_buckets": min(recipe.model.bigram_buckets, 32),
+            "bigram_dim": 8,
+            "value_embed_dim": 8,
+        },
+        optim={"qat_below": 0.2, "muon_momentum_warmup_steps": 2},
+        data={"batch_tokens": 256, "seq_len": 16},
+    )
+    seen = few_steps(config, 8)
+    assert seen[0] == pytest.approx(math.log(64), abs=0.05)
+    assert seen[-1] < 0.8 * seen[0]
+
+
+@pytest.mark.slow
+def test_the_largest_recipe_takes_its_first_steps_at_full_width():
+    """With two of the five Newton–Schulz steps, in float32: at this batch they are nearly all of a
+    CPU's work.
+    """
+    optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}
+    seen = few_steps(
+        changed(load("golf_12l_recycled"), optim=optim, data={"batch_tokens": 512, "seq_len": 64}),
+        3,
+    )
+    assert seen[0] == pytest.approx(math.log(1024), abs=0.1)
+    assert seen[-1] < seen[0] - 0.3

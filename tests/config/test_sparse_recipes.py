@@ -1,0 +1,153 @@
+"""The recipes with sparse codes: the settings of the published models, the large one's layout over
+devices, the small twin.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tyro
+from sngpt_kernels.cayley import dictionary
+
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh
+from sngpt_jax.config import Config
+from sngpt_jax.config.recipe import load
+from sngpt_jax.data.spec import PrepareSpec
+from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.step import make_train_step
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "num_layers": 12,
+    "d_model": 1024,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "mlp_dim": 4096,
+    "vocab_size": 50_304,
+}
+LARGE = {
+    "num_layers": 24,
+    "d_model": 2048,
+    "num_heads": 16,
+    "num_kv_heads": 16,
+    "mlp_dim": 8192,
+    "vocab_size": 50_257,
+}
+BACKBONE = {
+    "family": "pre_norm", "positions": "learned", "qk_norm": False, "mlp_activation": "gelu", "max_seq_len": 1024,
+    "norm_eps": 1e-5, "logit_soft_cap": 0.0, "matrix_init": "normal", "matrix_init_std": 0.02, "embed_init_std": 0.02,
+    "forward_standardized": True, "generators": "spread",
+}  # fmt: skip
+OPTIM = {
+    "grad_clip": 1.0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0.0,
+    "adam_weight_decay": 0.0, "adam_b1": 0.9, "adam_b2": 0.95, "warmup_steps": 200,
+}  # fmt: skip
+RECIPES = {
+    "cayley_small_3l": (SMALL, "10,16,0;15,32,256;17,64,256", 0.9, 12_716),
+    "cayley_small_2l": (SMALL, "10,16,0;15,32,256", 0.9, 12_716),
+    "cayley_small_1l": (SMALL, "10,16,0", 0.9, 6358),
+    "cayley_small_dense": (SMALL, "", 0.9, 12_716),
+    "cayley_large_3l": (LARGE, "11,16,0;15,32,256;17,64,256", 0.5, 12_716),
+    "cayley_large_2l": (LARGE, "11,16,0;15,32,256", 0.5, 12_716),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_those_of_the_cards(name):
+    sizes, levels, warmdown, steps = RECIPES[name]
+    config = load(name)
+    for section, wanted in (
+        (config.model, {**sizes, **BACKBONE, "levels": levels}),
+        (config.optim, {**OPTIM, "warmdown_fraction": warmdown}),
+        (config.data, {"batch_tokens": 1_572_864, "seq_len": 1024}),
+        (config.train, {"steps": steps, "fsdp": 8 if sizes is LARGE else 1}),
+    ):
+        assert {field: getattr(section, field) for field in wanted} == wanted
+    assert config.model.logit_chunk, "float32 logits of 50,000 tokens would exist whole"
+    for level, size in enumerate(
+        (sizes["d_model"], 2**15 - sizes["d_model"], 2**17 - 2**15)[
+            : len(config.model.cayley_levels)
+        ]
+    ):
+        assert dictionary.reachable(config.model.cayley_levels, level) == size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_that_prepares_makes_what_the_recipe_takes(name):
+    """The docstring's command, its lines joined, read by the command's own parser."""
+    text = (ROOT / "configs" / f"{name}.py").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"launch.sh prepare (.*)", text)
+    spec = tyro.cli(PrepareSpec, args=command.split())
+    data = load(name).data
+    assert spec == PrepareSpec(
+        source=data.source,
+        out=data.dir,
+        tokenizer=data.tokenizer,
+        val_docs=data.val_docs,
+        max_tokens=data.max_tokens,
+    )
+
+
+def test_the_large_state_is_spread_over_eight_devices():
+    """Weights and optimizer state at full depth: an eighth of every matrix and its moments on each
+    device.
+    """
+    state = abstract_state(load("cayley_large_3l"), make_mesh(fsdp=8))
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+
+    def on_one_device(leaf):
+        return np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)
+
+    whole, share = (
+        sum(np.prod(leaf.shape, dtype=np.int64) for leaf in leaves),
+        sum(map(on_one_device, leaves)),
+    )
+    assert whole > 2.1e9
+    assert share == pytest.approx(whole / 8, rel=0.05)
+    assert all(on_one_device(leaf) * 8 == leaf.size for leaf in leaves if leaf.ndim == 2)
+
+
+def cut(config: Config) -> Config:
+    """Two layers of full width, few tokens and rows, and one Newton–Schulz iteration: what a CPU
+    does in a minute or two.
+    """
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_layers=2, vocab_size=2048, logit_chunk=8),
+        optim=dataclasses.replace(
+            config.optim, newton_schulz_steps=1, newton_schulz_dtype="float32", warmup_steps=0
+        ),
+        data=dataclasses.replace(config.data, batch_tokens=8 * 16, seq_len=16, slices=1),
+        train=dataclasses.replace(config.train, device_batch_tokens=16),
+    )
+
+
+@pytest.mark.slow
+def test_one_step_of_the_large_model_at_full_width():
+    """A model that knows nothing gives every token about the same chance, and every weight moves."""
+    config = cut(load("cayley_large_3l"))
+    mesh = make_mesh(fsdp=config.train.fsdp)
+    tokens = np.random.default_rng(0).integers(0, 2048, (8, 17)).astype(np.uint16)
+    batch = batch_placer(mesh, 1)({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
+    controls = StepControls(np.float32(1), np.float32(1), np.bool_(False), np.bool_(False))
+    state = init_state(config, mesh)
+    before = [float(leaf.sum()) for leaf in jax.tree.leaves(state.params)]
+    state, metrics = make_train_step(config, mesh)(state, batch, controls)
+    # logits are normal with variance 2048 · 0.02², independent of the target
+    assert float(metrics["loss"]) == pytest.approx(np.log(2048) + 2048 * 0.02**2 / 2, rel=0.02)
+    assert 0 < float(metrics["grad_norm"]) < 100
+    leaves = jax.tree.leaves(state.params)
+    assert all(
+        np.isfinite(float(leaf.sum())) and float(leaf.sum()) != old
+        for leaf, old in zip(leaves, before, strict=True)
+    )
+    assert all(
+        leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves if leaf.ndim == 2
+    )
+    for block in state.statistics["blocks"].values():
+        assert int(block["code"]["last_fired"].max()) == 1
+        assert float(np.abs(block["code"]["std"] - 1).max()) < 0.1

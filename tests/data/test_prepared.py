@@ -1,0 +1,283 @@
+"""The data a recipe names: when they are prepared, when they are refused, and how a preparation in
+progress is stopped.
+"""
+
+import json
+import logging
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import Config, DataConfig, ModelConfig
+from sngpt_jax.data.preparation import prepare
+from sngpt_jax.data.prepared import prepared_data
+from sngpt_jax.data.shards import write_shard
+from sngpt_jax.data.spec import COMMAND, PrepareSpec
+
+VOCAB = 280
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A recipe whose text is there and whose data are not."""
+    rng = random.Random(0)
+    texts = [
+        " ".join(rng.choices(["river", "stone", "snow", "of", "the"], k=30)) for _ in range(40)
+    ]
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
+    data = DataConfig(
+        dir=str(tmp_path / "data"),
+        source=str(tmp_path / "text.txt"),
+        val_docs=5,
+        normalization="identity",
+    )
+    return Config(model=ModelConfig(vocab_size=VOCAB), data=data)
+
+
+@pytest.fixture
+def prepared(config):
+    d = config.data
+    prepare(PrepareSpec(d.source, d.dir, val_docs=5, vocab_size=VOCAB, normalization="identity"))
+    return config
+
+
+def changed(config, **data):
+    return replace(config, data=replace(config.data, **data))
+
+
+def refusal(config):
+    with pytest.raises(UserError) as caught:
+        prepared_data(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- ready or not
+
+
+def test_a_half_fetched_folder_is_not_trained_on(config, tmp_path):
+    (tmp_path / "data" / ".download").mkdir(parents=True)
+    for split in ("val", "train"):
+        write_shard(tmp_path / "data" / f"fineweb_{split}_000000.bin", np.ones(9, np.uint16))
+    for source, vocab_size in (("golf", 2048), ("golf:sp1024", 1024)):
+        asked = replace(changed(config, source=source), model=ModelConfig(vocab_size=vocab_size))
+        message = refusal(asked)
+        assert str(tmp_path / "data") in message and "--data.dir DIR" in message
+        command = cli.command(COMMAND, "--source", source, "--out", str(tmp_path / "data"))
+        assert command in message and f"--vocab-size {vocab_size}" in message
+    assert "has not finished" in refusal(changed(config, source=""))
+
+
+def test_a_command_to_paste_names_this_interpreter_and_quotes(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(changed(config, source="hub:a/b@train", dir="my data"))
+    assert message.startswith(f"data.dir: {tmp_path / 'my data'} has no whole data")
+    words = shlex.split(message.partition("run: ")[2].partition(", or say")[0])
+    assert words[:3] == [sys.executable, "-m", "sngpt_jax.prepare"]
+    assert words[words.index("--out") + 1] == "my data"
+
+
+def test_data_are_prepared_once(config):
+    data = prepared_data(config)
+    assert data.tokenizer.vocab_size == VOCAB and len(data.train) > len(data.val) > 0
+    again = prepared_data(config)
+    assert again.manifest == data.manifest
+
+
+# ---------------------------------------------------------------------------------------------- prepared otherwise
+
+
+@pytest.fixture
+def warned(monkeypatch, caplog):
+    # a command that ran before has changed it
+    monkeypatch.setattr(logging.getLogger("sngpt_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, "sngpt_jax")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"val_docs": 6}, "val_docs: 5 there, 6 asked for"),
+        ({"normalization": "nmt_nfkc"}, "normalization: 'identity' there, 'nmt_nfkc' asked for"),
+        ({"val_source": "stdlib"}, "val_source: '' there, 'stdlib "),
+        ({"source": "stdlib"}, "source: 'files, 1 files"),
+        ({"tokenizer": "data/tokenizer.model"}, "tokenizer: 'train' there, 'sha256:"),
+    ],
+)
+def test_data_of_other_settings_are_refused(prepared, tmp_path, monkeypatch, change, field):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(changed(prepared, **change))
+    assert field in message and "choose another --data.dir" in message
+
+
+def test_other_settings_are_refused_without_the_text_too(prepared, tmp_path):
+    (tmp_path / "text.txt").unlink()
+    assert "val_docs: 5 there" in refusal(changed(prepared, val_docs=6))
+
+
+def test_a_learnt_vocabulary_has_the_models_size(prepared):
+    larger, smaller = (replace(prepared, model=ModelConfig(vocab_size=size)) for size in (300, 270))
+    assert "vocab_size: 280 there, 300 asked for" in refusal(larger)
+    assert "expected at most model.vocab_size = 270 tokens, found 280" in refusal(smaller)
+
+
+def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
+    given = changed(
+        prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model")
+    )
+    data = prepared_data(replace(given, model=ModelConfig(vocab_size=300)))
+    assert data.tokenizer.vocab_size == data.train.vocab_size == VOCAB
+    assert data.train.take(0, len(data.train)).max() < VOCAB
+    # as it is
+    assert (
+        prepared_data(replace(given, model=ModelConfig(vocab_size=VOCAB))).manifest == data.manifest
+    )
+    assert "expected at most model.vocab_size = 270" in refusal(
+        replace(given, model=ModelConfig(vocab_size=270))
+    )
+    # without a manifest there is no telling who learnt it
+    bare = changed(prepared, source="")
+    (tmp_path / "data" / "manifest.json").unlink()
+    (tmp_path / "data" / "train_000000.bin").rename(tmp_path / "data" / "a_train_0.bin")
+    (tmp_path / "data" / "val_000000.bin").rename(tmp_path / "data" / "a_val_0.bin")
+    assert (
+        prepared_data(replace(bare, model=ModelConfig(vocab_size=300))).tokenizer.vocab_size
+        == VOCAB
+    )
+
+
+def test_a_given_vocabulary_that_is_too_large_is_refused_before_anything_is_prepared(
+    prepared, tmp_path, capfd
+):
+    given = changed(
+        prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model")
+    )
+    with pytest.raises(SystemExit):
+        prepared_data(replace(given, model=ModelConfig(vocab_size=270)))
+    assert (
+        "tokenizer.model: expected at most --vocab-size 270 tokens, found 280"
+        in capfd.readouterr().err
+    )
+    assert not (tmp_path / "given").exists()
+
+
+def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
+    prepared_data(prepared)
+    assert warned() == []
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:-1] + "!")
+    prepared_data(prepared)
+    (tmp_path / "text.txt").unlink()
+    prepared_data(prepared)
+    edited, gone = warned()
+    assert "taken as it is" in edited and "source: 'files, 1 files" in edited
+    assert "taken as it is" in gone and "no such file or folder" in gone
+
+
+def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
+    path = tmp_path / "data" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["origin"] |= {
+        "source": "stdlib 3.9.0, 3 files, 00",
+        "val_source": "stdlib 3.9.0, 2 files, 00",
+        "val_docs": 0,
+    }
+    path.write_text(json.dumps(values))
+    prepared_data(changed(prepared, source="stdlib", val_source="stdlib"))
+    (line,) = warned()
+    assert "stdlib 3.9.0, 3 files" in line and "stdlib 3.9.0, 2 files" in line
+
+
+# ---------------------------------------------------------------------------------------------- stopped on the way
+
+STOPPED = """
+import sys
+from sngpt_jax import cli
+from sngpt_jax.config import Config, DataConfig
+from sngpt_jax.data.recipe import prepared_data
+cli.run(lambda argv: prepared_data(Config(data=DataConfig(dir=argv[0], source=argv[1]))) and 0)
+"""
+
+
+@pytest.fixture
+def preparing(tmp_path):
+    """A process whose preparation sleeps, and that preparation's process id."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(
+        "import sys, time\nif 'sngpt_jax.prepare' in sys.orig_argv: time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, tmp_path / "data", tmp_path / "text"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'slow'}:{os.getcwd()}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 20
+    while not (pids := children.read_text().split()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    child = int(pids[0])
+    # until it is no longer a fork
+    while b"sngpt_jax.prepare" not in Path(f"/proc/{child}/cmdline").read_bytes():
+        time.sleep(0.01)
+    time.sleep(0.3)  # until it sleeps
+    yield process, child
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_sigterm_ends_the_preparation_too(preparing):
+    process, child = preparing
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (143, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_ctrl_c_ends_both(preparing):
+    process, child = preparing
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    # what the child says of it depends on how far it was
+    assert process.returncode == 130 and "recipe.py" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_a_killed_preparation_is_one_line_with_the_command(preparing, tmp_path):
+    process, child = preparing
+    os.kill(child, signal.SIGKILL)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert (
+        errors.startswith("error: the preparation of ")
+        and "killed by SIGKILL" in errors
+        and COMMAND in errors
+    )
+
+
+def test_a_failed_preparation_ends_the_run_with_its_status(config, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        prepared_data(changed(config, val_docs=40))
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.count("error: ") == 1  # the preparation's own
+    assert signal.getsignal(signal.SIGTERM) is before

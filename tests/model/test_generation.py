@@ -1,0 +1,256 @@
+"""Generation against whole sequences in float64, whatever stands beside a text; draws, ends, and
+what is refused.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh, state_shardings
+from sngpt_jax.model import generation
+from sngpt_jax.model.forward import forward
+from sngpt_jax.model.generation import draw, generate_tokens
+from tests import oracles
+from tests.model import test_pre_norm as pre_norm
+from tests.model.test_techniques import BIGRAM, STACKS, changed, random_params
+
+TINY = changed(num_layers=2)
+MODELS = {
+    "most techniques": changed(max_seq_len=24, **STACKS["12l_recycled"]),
+    "masked, recycled": changed(
+        num_layers=2,
+        max_seq_len=24,  # prompts are filled up to 16 positions, texts to these
+        rope_ntk_len=5,
+        xsa_layers=2,
+        smear="before_norm",
+        smear_mask_bos=True,
+        recycle_layers=(0, 0),
+        value_residual=True,
+        **BIGRAM,
+        bigram_hash="sum",
+    ),
+    # both are filled up to these
+    "learned positions": dataclasses.replace(pre_norm.DENSE, num_layers=2, max_seq_len=13),
+    "coded, rotary": dataclasses.replace(
+        pre_norm.CODED, num_layers=1, levels="5,4,0", positions="rotary", qk_norm=True
+    ),
+}
+# its table, for one, has enough elements to be split over devices
+SPLIT = changed(num_layers=1, vocab_size=64, d_model=64)
+PROMPTS = [np.array(ids) for ids in ([1], [5, 1], [1, 3, 1], [1, 9, 9, 1, 20, 7], [2, 2, 28, 4])]
+LONG = np.array([7, 1, 4, 4, 1, 12, 3, 28, 9, 1, 6, 2])
+# of the training; with seven new tokens some of these texts are shorter and some longer
+SEQ_LEN = 12
+
+
+@functools.cache
+def variables(config):
+    return (random_params if config.family == "compact" else pre_norm.random_variables)(config)
+
+
+def generate(config, prompts, devices=1, fsdp=1, **options):
+    options = {
+        "seq_len": SEQ_LEN,
+        "max_tokens": 7,
+        "vocab_size": config.vocab_size,
+        "end_id": -1,
+        **options,
+    }
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    placed = variables(config)
+    placed = placed if fsdp == 1 else jax.device_put(placed, state_shardings(mesh, placed))
+    return [ids.tolist() for ids in generate_tokens(config, placed, mesh, prompts, **options)]
+
+
+def oracle(config, tokens, length):
+    """Float64 logits of a text, filled up to `length`, from which NTK scaling takes the rotary
+    base.
+    """
+    function = oracles.gpt if config.family == "compact" else pre_norm.oracle
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables(config))
+    return function(config, params, np.pad(tokens, (0, length - len(tokens)))[None])[
+        0, : len(tokens)
+    ]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every draw is made of: {(row, position): logits}, of up to eight rows."""
+    found = {}
+    keys = [
+        jax.random.key_data(generation.row_key(jax.random.key(0), jnp.int32(row))).tolist()
+        for row in range(8)
+    ]
+
+    def observed(logits, key, position, temperature, **options):
+        jax.debug.callback(
+            lambda key, position, logits: found.update(
+                {(keys.index(key.tolist()), int(position)): np.asarray(logits)}
+            ),
+            jax.random.key_data(key),
+            position,
+            logits,
+        )
+        return draw(logits, key, position, temperature, **options)
+
+    monkeypatch.setattr(generation, "draw", observed)
+    generation._continued.clear_cache()
+    yield found
+    generation._continued.clear_cache()
+
+
+QUICK = "masked, recycled"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
+def test_logits_equal_those_of_the_whole_text(name, seen):
+    """Texts of different lengths side by side, and each with the rotary base of its own length."""
+    config = MODELS[name]
+    prompts = [prompt for prompt in (*PROMPTS, LONG) if len(prompt) + 7 <= config.max_seq_len]
+    new = generate(config, prompts)
+    jax.effects_barrier()
+    assert len(seen) == 7 * len(prompts) >= 7 * len(PROMPTS)
+    for row, (prompt, added) in enumerate(zip(prompts, new, strict=True)):
+        text = np.array([*prompt, *added])
+        wanted = oracle(config, text, max(len(text), SEQ_LEN))
+        got = np.stack([seen[row, position] for position in range(len(prompt), len(text))])
+        np.testing.assert_allclose(got, wanted[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+        assert added == np.argmax(got, axis=1).tolist()
+
+
+@pytest.mark.slow
+def test_a_text_does_not_depend_on_those_beside_it_or_on_the_devices():
+    """Together on four devices, two of them to a copy of the weights, and each alone on one."""
+    together = generate(SPLIT, PROMPTS, devices=4, fsdp=2)
+    assert len({tuple(text) for text in together}) == len(PROMPTS)
+    assert [generate(SPLIT, [prompt])[0] for prompt in PROMPTS] == together
+
+
+def test_draws_are_those_of_full_recomputation():
+    """Of row 0 with the seed's own key folded with the position; the others' keys are their own."""
+    ids = [1, 5]
+    for position in range(2, 9):
+        logits = jnp.asarray(oracle(TINY, np.array(ids), len(ids))[-1, :20] / 0.7, jnp.float32)
+        ids.append(
+            int(jax.random.categorical(jax.random.fold_in(jax.random.key(3), position), logits))
+        )
+    options = {"vocab_size": 20, "temperature": 0.7, "seed": 3}
+    rows = generate(TINY, [np.array([1, 5])] * 4, **options)
+    assert rows[0] == ids[2:] and len({tuple(row) for row in rows}) == 4
+    assert generate(TINY, [np.array([1, 5])] * 3, **options) == rows[:3]
+    assert generate(TINY, [np.array([1, 5])] * 4, **{**options, "seed": 4})[0] != rows[0]
+
+
+def test_a_text_ends_before_its_end_and_the_program_with_the_last(seen):
+    """Texts that would go on after the end, and end again at no later place: each has ended once
+    it has.
+    """
+    prompts, end = [np.array([first]) for first in (0, 1, 4)], 24
+    whole = generate(TINY, prompts)
+    assert [text.index(end) for text in whole] == [1, 2, 0] and all(
+        text.count(end) == 1 for text in whole
+    )
+    seen.clear()
+    assert generate(TINY, prompts, end_id=end) == [text[: text.index(end)] for text in whole]
+    jax.effects_barrier()
+    assert len(seen) == 3 * len(prompts)  # steps, of seven
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_as_many_tokens_as_asked_for(max_tokens):
+    assert generate(TINY, PROMPTS, max_tokens=max_tokens) == [
+        text[:max_tokens] for text in generate(TINY, PROMPTS)
+    ]
+
+
+@pytest.mark.slow
+def test_half_precision_stays_near_its_own_recomputation(seen):
+    config = changed(
+        num_layers=1, compute_dtype="bfloat16", value_embed_layers=(0,), value_embed_dim=5
+    )
+    (new,) = generate(config, [PROMPTS[3]])
+    jax.effects_barrier()
+    text = jnp.asarray([[*PROMPTS[3], *new]])
+    wanted = np.asarray(jax.jit(forward(config))(variables(config), text)[0, 5:-1])
+    got = np.stack([seen[0, position] for position in range(6, 13)])
+    assert got.dtype == np.float32
+    assert np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+# ---------------------------------------------------------------------------------------------- draws
+
+LOGITS = jnp.asarray([0.0, 1.0, 2.0, 3.0, -1.0])
+
+
+def frequencies(temperature, top_k, vocab_size=5, count=4000):
+    of_one = functools.partial(draw, top_k=top_k, vocab_size=vocab_size)
+    tokens = jax.vmap(of_one, in_axes=(None, None, 0, None))(
+        LOGITS, jax.random.key(0), jnp.arange(count), jnp.float32(temperature)
+    )
+    return np.bincount(np.asarray(tokens), minlength=5) / count
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 2, 5])
+def test_frequencies_follow_the_distribution(temperature, top_k):
+    logits = np.asarray(LOGITS, np.float64) / temperature
+    kept = np.argsort(logits)[-top_k:] if top_k else np.arange(5)
+    want = np.zeros(5)
+    want[kept] = np.exp(logits[kept]) / np.exp(logits[kept]).sum()
+    got = frequencies(temperature, top_k)
+    np.testing.assert_allclose(got, want, atol=0.03)
+    assert np.all(got[want == 0] == 0)
+
+
+def test_temperature_0_takes_the_likeliest():
+    np.testing.assert_array_equal(frequencies(0.0, 0), [0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 2), (1.0, 3)])
+def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_k):
+    """Of the five rows the tokenizer has three; the likeliest of all is not among them."""
+    logits = (
+        np.asarray(LOGITS[:3], np.float64) if temperature else np.array([-np.inf, -np.inf, 0.0])
+    )
+    logits = np.where(logits < np.sort(logits)[-top_k or 0], -np.inf, logits)
+    want = np.exp(logits) / np.exp(logits).sum()
+    got = frequencies(temperature, top_k, vocab_size=3)
+    np.testing.assert_allclose(got[:3], want, atol=0.03)
+    assert np.all(got[3:] == 0)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1, 2], []], {}, "a prompt without tokens; begin it"),
+        ([[1]], {"max_tokens": 0}, "max_tokens = 0: "),
+        ([[1]], {"temperature": -0.1}, "temperature = -0.1: "),
+        ([[1]], {"temperature": float("nan")}, "temperature = nan: "),
+        ([[1]], {"temperature": float("inf")}, "temperature = inf: "),
+        ([[1]], {"top_k": -1}, "top_k = -1: "),
+        (
+            [[1], [2] * 10],
+            {},
+            "a prompt of 10 tokens and 7 new ones exceed model.max_seq_len = 16; shorten",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(prompts, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        generate(TINY, [np.array(ids, np.int64) for ids in prompts], **options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_prompts_no_texts():
+    assert generate(TINY, []) == []

@@ -1,0 +1,629 @@
+"""Checkpoints come back bit for bit or not at all: roundtrips, retention, damage, kills, other
+device counts, full disks.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.run import checkpoint
+from sngpt_jax.run.checkpoint import Checkpointer, CheckpointError, restore, restore_parts, steps
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mu: dict
+
+
+def make_state(seed: int) -> dict:
+    """A state with the kinds of leaf that training has: nested, stacked in tuples, bfloat16,
+    integers and typed keys.
+    """
+    rng = np.random.default_rng(seed)
+    w, v = rng.standard_normal((2, 16, 8), dtype=np.float32)
+    w[0, :4] = [np.nan, np.inf, -0.0, 1e-45]
+    return {
+        "params": {
+            "blocks": [{"w": jnp.asarray(w)}, {"w": jnp.asarray(v).astype(jnp.bfloat16)}],
+            "a/b.c": jnp.float32(seed),
+        },
+        "opt_state": (Moments(jnp.int32(seed), {"x": jnp.asarray(v)}), None, ()),
+        "key": jax.random.key(seed),
+        "keys": jax.random.split(jax.random.key(seed, impl="rbg"), 3),
+    }
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def bits(leaf) -> tuple:
+    data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return str(leaf.dtype), leaf.shape, np.asarray(data).tobytes()
+
+
+def assert_bit_equal(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(found),
+        jax.tree_util.tree_leaves_with_path(expected),
+        strict=True,
+    ):
+        assert bits(a) == bits(b), path
+
+
+def save_steps(directory: Path, *values: tuple[int, float | None], keep: int = 10) -> None:
+    with Checkpointer(directory, keep=keep) as checkpointer:
+        for step, value in values:
+            checkpointer.save(step, make_state(step), {"position": step * 10}, value=value)
+
+
+def recorded_value(directory: Path, step: int) -> float | None:
+    return json.loads((directory / f"{step:08d}.json").read_text())["record"]["value"]
+
+
+def test_roundtrip_is_bit_equal_with_extra_and_value(tmp_path):
+    extra = {
+        "position": [3, 2**53 + 1],
+        "elapsed": 0.1 + 0.2,
+        "config": "é\n",
+        "nested": {"none": None, "yes": True},
+    }
+    with Checkpointer(tmp_path / "new" / "checkpoints", keep=1) as checkpointer:
+        checkpointer.save(7, make_state(7), extra, value=1.25)
+    restored = restore(tmp_path / "new" / "checkpoints", abstract(make_state(0)))
+    assert_bit_equal(restored.state, make_state(7))
+    assert (restored.step, restored.extra) == (7, extra)
+    assert recorded_value(tmp_path / "new" / "checkpoints", 7) == 1.25
+    assert restored.state["params"]["blocks"][0]["w"].devices() == {jax.devices()[0]}
+    drawn = jax.random.normal(restored.state["keys"][1], (4,))
+    np.testing.assert_array_equal(drawn, jax.random.normal(make_state(7)["keys"][1], (4,)))
+
+
+def test_an_empty_folder_holds_nothing(tmp_path):
+    assert restore(tmp_path / "absent", abstract(make_state(0))) is None
+    assert steps(tmp_path / "absent") == []
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        restore_parts(tmp_path, {})
+
+
+def test_parts_alone(tmp_path):
+    save_steps(tmp_path, (1, None), (2, None))
+    for names in (["params"], ["keys", "params"], ["key"]):
+        part = {name: make_state(1)[name] for name in names}
+        restored = restore_parts(tmp_path, abstract(part), 1)
+        assert_bit_equal(restored.state, part)
+        assert (restored.step, restored.extra) == (1, {"position": 10})
+    params = abstract(make_state(1)["params"])
+    with pytest.raises(
+        CheckpointError, match=r"opt_state/0/count: saved int32\[\], expected nothing"
+    ):
+        restore(tmp_path, {"params": params})
+    with pytest.raises(CheckpointError, match=r"averages: saved nothing, expected key<fry>\[\]"):
+        restore_parts(tmp_path, {"averages": abstract(jax.random.key(0))})
+    del params["blocks"][1]  # a part is asked for whole
+    with pytest.raises(
+        CheckpointError, match=r"params/blocks/1/w: saved bfloat16\[16,8\], expected nothing"
+    ):
+        restore_parts(tmp_path, {"params": params})
+
+
+def test_a_state_that_does_not_fit_is_one_line_naming_leaves(tmp_path):
+    save_steps(tmp_path, (1, None), (2, None))
+    other = abstract(make_state(0))
+    other["params"]["blocks"][0]["w"] = jax.ShapeDtypeStruct((16, 9), jnp.float32)
+    other["params"]["blocks"][1]["w"] = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    other["params"]["extra"] = other["key"]
+    with pytest.raises(CheckpointError) as error:
+        restore(tmp_path, other)
+    message = str(error.value)
+    # the latest is whole, so nothing falls back
+    assert "\n" not in message and "00000002" in message
+    assert "params/blocks/0/w: saved float32[16,8], expected float32[16,9]" in message
+    assert "params/blocks/1/w: saved bfloat16[16,8], expected float32[16,8]" in message
+    assert "params/extra: saved nothing, expected key<fry>[]" in message
+
+
+def test_a_missing_step_lists_those_there(tmp_path):
+    save_steps(tmp_path, (10, None), (20, None))
+    with pytest.raises(CheckpointError, match="no checkpoint of step 15; available: 10, 20"):
+        restore(tmp_path, abstract(make_state(0)), 15)
+    assert_bit_equal(restore(tmp_path, abstract(make_state(0)), 10).state, make_state(10))
+
+
+@pytest.mark.parametrize(
+    ("keep", "values", "left"),
+    [
+        (2, [(1, None), (2, None), (3, None)], [2, 3]),
+        # the best one is early and outlives the others
+        (2, [(1, 1.0), (2, 2.0), (3, 3.0), (4, 2.5), (5, 2.6)], [1, 4, 5]),
+        (1, [(1, 3.0), (2, 2.0), (3, 2.5), (4, 2.4)], [2, 4]),
+        (1, [(1, 3.0), (2, None), (3, None)], [1, 3]),
+        (2, [(1, 3.0), (2, 2.0), (3, 1.0)], [2, 3]),
+        (1, [(1, 2.0), (2, 2.0)], [1, 2]),  # of equals the earliest
+    ],
+)
+def test_retention_keeps_the_newest_and_the_best(tmp_path, keep, values, left):
+    save_steps(tmp_path, *values, keep=keep)
+    assert steps(tmp_path) == left
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{s:08d}{suffix}" for s in left for suffix in ("", ".json")
+    }
+
+
+def test_the_old_step_stays_until_the_new_one_has_its_record(tmp_path, monkeypatch):
+    save_steps(tmp_path, (1, None), keep=1)
+    seen = []
+    write = checkpoint.write_text_atomic
+
+    def watching(path, text):
+        seen.append(restore(tmp_path, abstract(make_state(0))).step)
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text_atomic", watching)
+    save_steps(tmp_path, (2, None), keep=1)
+    assert seen == [1] and steps(tmp_path) == [2]
+
+
+def test_saving_returns_before_the_write_ends_and_donation_does_not_reach_it(tmp_path, monkeypatch):
+    size = 4_000_000
+    w = jnp.arange(size, dtype=jnp.float32)
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0).lower(w).compile()
+    training_went_on = threading.Event()
+    write = checkpoint.write_text_atomic
+    monkeypatch.setattr(
+        checkpoint,
+        "write_text_atomic",
+        lambda path, text: training_went_on.wait(timeout=60) and write(path, text),
+    )
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, {"params": w}, {})
+        for _ in range(3):
+            w = overwrite(w)
+        assert float(w[-1]) == -1
+        assert steps(tmp_path) == []
+        training_went_on.set()
+        checkpointer.wait()
+        assert steps(tmp_path) == [1]
+    restored = restore_parts(tmp_path, {"params": jax.ShapeDtypeStruct((size,), jnp.float32)})
+    np.testing.assert_array_equal(restored.state["params"], np.arange(size, dtype=np.float32))
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_steps")
+    save_steps(directory, (1, None), (2, None))
+    return directory
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def files_of(directory: Path, step: int) -> list[Path]:
+    folder = directory / f"{step:08d}"
+    return [*sorted(p for p in folder.rglob("*") if p.is_file()), directory / f"{step:08d}.json"]
+
+
+def test_a_flipped_byte_in_any_file_falls_back_and_is_said(two_steps, caplog):
+    files = [path for path in files_of(two_steps, 2) if path.stat().st_size]
+    assert len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        flip(path, len(whole) // 2)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="sngpt_jax"):
+            restored = restore(two_steps, abstract(make_state(0)))
+        assert restored.step == 1, path
+        assert_bit_equal(restored.state, make_state(1))
+        (warning,) = caplog.messages
+        assert (
+            path.name in warning
+            and "00000002" in warning
+            and "taking" in warning
+            and "00000001 instead" in warning
+        )
+        with pytest.raises(CheckpointError, match="damaged"):
+            restore(two_steps, abstract(make_state(0)), 2)  # asked for, so nothing takes its place
+        path.write_bytes(whole)
+    assert restore(two_steps, abstract(make_state(0))).step == 2
+
+
+def test_a_missing_file_falls_back(two_steps, tmp_path, caplog):
+    for i, path in enumerate(files_of(two_steps, 2)):
+        directory = shutil.copytree(two_steps, tmp_path / str(i))
+        (directory / path.relative_to(two_steps)).unlink()
+        assert restore(directory, abstract(make_state(0))).step == 1
+        assert path.name in caplog.messages[-1]
+    shutil.rmtree(directory / "00000002")
+    assert restore(directory, abstract(make_state(0))).step == 1
+
+
+@given(data=st.data())
+def test_no_changed_byte_of_a_record_changes_what_it_says(two_steps, data):
+    path = two_steps / "00000002.json"
+    whole = path.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    changed = bytearray(whole)
+    changed[position] = data.draw(st.integers(0, 255))
+    try:
+        path.write_bytes(changed)
+        try:
+            record = checkpoint._read_record(two_steps, 2)
+        except CheckpointError:
+            assert changed != whole
+        else:
+            assert checkpoint._record_text(record).encode() == whole
+    finally:
+        path.write_bytes(whole)
+
+
+def test_all_broken_lists_them_all(two_steps, tmp_path):
+    directory = shutil.copytree(two_steps, tmp_path / "copy")
+    flip(directory / "00000002" / "_CHECKPOINT_METADATA", 3)
+    (directory / "00000001.json").unlink()
+    with pytest.raises(CheckpointError) as error:
+        restore(directory, abstract(make_state(0)))
+    message = str(error.value)
+    assert "\n" not in message and "00000002: _CHECKPOINT_METADATA is damaged" in message
+    assert "00000001: unfinished" in message
+    assert f"delete {directory} to start over" in message
+    with pytest.raises(
+        CheckpointError,
+        match="00000001: unfinished, it has no record 00000001.json; choose another step",
+    ):
+        restore(directory, abstract(make_state(0)), 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"a": 1}', b"\0" * 10])
+def test_files_that_orbax_cannot_make_out_are_one_line(two_steps, tmp_path, content):
+    """With their hashes in the record, so that somebody has made them so."""
+    directory = shutil.copytree(two_steps, tmp_path / "copy")
+    for path in files_of(directory, 2)[:-1]:
+        path.write_bytes(content)
+    record = dataclasses.replace(
+        checkpoint._read_record(directory, 2), files=checkpoint._hash_files(directory / "00000002")
+    )
+    (directory / "00000002.json").write_text(checkpoint._record_text(record))
+    with pytest.raises(CheckpointError, match="00000002: cannot be read: ") as error:
+        restore(directory, abstract(make_state(0)), 2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_first_save_that_was_never_finished_is_no_checkpoint(two_steps, tmp_path, caplog):
+    """Nothing is lost that was ever finished, so the run may start anew, reach the same step or
+    another, and save it.
+    """
+    for next_step in (1, 2, 3):
+        directory = shutil.copytree(two_steps, tmp_path / str(next_step))
+        shutil.rmtree(directory / "00000001")
+        for record in directory.glob("*.json"):
+            record.unlink()
+        caplog.clear()
+        assert restore(directory, abstract(make_state(0))) is None
+        (warning,) = caplog.messages
+        assert f"{directory}/00000002: unfinished" in warning and "no other checkpoint" in warning
+        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+            restore_parts(directory, {"params": abstract(make_state(0)["params"])})
+        save_steps(directory, (next_step, None), keep=2)
+        assert sorted(p.name for p in directory.iterdir()) == [
+            f"{next_step:08d}",
+            f"{next_step:08d}.json",
+        ]
+        assert_bit_equal(restore(directory, abstract(make_state(0))).state, make_state(next_step))
+
+
+def test_a_run_goes_on_over_a_broken_step(two_steps, tmp_path):
+    """With keep=1 the broken newest step must not count as the one to keep; reached again it is
+    written anew.
+    """
+    for next_step in (2, 3):
+        directory = shutil.copytree(two_steps, tmp_path / str(next_step))
+        flip(directory / "00000002" / "state" / "_METADATA", 3)
+        save_steps(directory, (next_step, None), keep=1)
+        assert steps(directory) == [next_step]
+        assert_bit_equal(restore(directory, abstract(make_state(0))).state, make_state(next_step))
+    directory = shutil.copytree(two_steps, tmp_path / "given_up")
+    shutil.copytree(directory / "00000002", directory / "00000009")
+    save_steps(directory, (3, None), keep=1)
+    assert sorted(p.name for p in directory.iterdir()) == ["00000003", "00000003.json"]
+
+
+def test_a_whole_step_gets_a_new_record_and_keeps_its_arrays(two_steps, tmp_path):
+    directory = shutil.copytree(two_steps, tmp_path / "copy")
+    written = [path.stat().st_mtime_ns for path in files_of(directory, 2)[:-1]]
+    with Checkpointer(directory, keep=1) as checkpointer:
+        checkpointer.save(2, make_state(2), {"elapsed": 1.5}, value=0.5)
+        checkpointer.save(2, make_state(2), {"elapsed": 2.5})  # without a value of its own
+    restored = restore(directory, abstract(make_state(0)))
+    assert (restored.step, restored.extra, recorded_value(directory, 2)) == (
+        2,
+        {"elapsed": 2.5},
+        0.5,
+    )
+    assert_bit_equal(restored.state, make_state(2))
+    assert [path.stat().st_mtime_ns for path in files_of(directory, 2)[:-1]] == written
+    assert steps(directory) == [2]
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+def test_an_unusable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
+        Checkpointer(tmp_path / "file" / "checkpoints", keep=1)
+    directory = tmp_path / "gone"
+    with Checkpointer(directory, keep=1) as checkpointer:
+        shutil.rmtree(directory)
+        directory.write_text("now a file")
+        with pytest.raises(CheckpointError, match="could not be saved"):
+            checkpointer.save(1, make_state(1), {})
+
+
+def test_an_error_under_way_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch, caplog):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_text_atomic", full)
+    with pytest.raises(
+        CheckpointError, match="00000001: the checkpoint could not be saved: .*No space left"
+    ):
+        save_steps(tmp_path, (1, None))
+    with pytest.raises(KeyboardInterrupt), Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(2, make_state(2), {})
+        raise KeyboardInterrupt
+    assert "No space left" in caplog.text
+
+
+def test_a_process_whose_save_has_failed_ends_at_once(tmp_path, monkeypatch):
+    """Whatever else it fails of: threads that still work on the save would keep it, or print as it
+    ends.
+    """
+    with (
+        pytest.raises(UserError) as error,
+        checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoint, "_hash_files", fail)
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        raise UserError("metrics cannot be written")
+    assert error.value.at_once
+    assert not UserError("another").at_once
+
+
+def fail(*arguments):
+    raise OSError("no room")
+
+
+def test_check_says_that_a_save_has_failed_and_never_waits_for_one(tmp_path, monkeypatch):
+    disk_is_full = threading.Event()
+
+    def full(path, text):
+        assert disk_is_full.wait(timeout=60)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_text_atomic", full)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.check()  # nothing to check yet
+        checkpointer.save(1, make_state(1), {})
+        checkpointer.check()  # would wait a minute if it waited
+        disk_is_full.set()
+        with pytest.raises(
+            CheckpointError,
+            match="No space left on device; free space .*, then start again: the run resumes",
+        ):
+            check_for_a_minute(checkpointer)
+        checkpointer.check()  # said once
+        monkeypatch.undo()
+        checkpointer.save(2, make_state(2), {})
+        checkpointer.wait()
+        checkpointer.check()
+    assert steps(tmp_path) == [2]
+
+
+def check_for_a_minute(checkpointer: Checkpointer) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        checkpointer.check()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"extra": {"x": float("nan")}}, {"extra": {"x": object()}}, {"extra": {}, "value": np.inf}],
+)
+def test_values_that_json_cannot_hold_are_refused_at_once(tmp_path, bad):
+    with Checkpointer(tmp_path, keep=1) as checkpointer, pytest.raises((ValueError, TypeError)):
+        checkpointer.save(1, make_state(1), bad.pop("extra"), **bad)
+    with pytest.raises(ValueError, match="keep"):
+        Checkpointer(tmp_path, keep=0)
+
+
+# ---------------------------------------------------------------------------------------------- other processes and devices
+
+
+def test_another_sharding(tmp_path):
+    devices = np.array(jax.devices())
+    eight, two = Mesh(devices, ("fsdp",)), Mesh(devices[:2], ("fsdp",))
+    state = make_state(5)["params"]["blocks"][0] | {"key": jax.random.key(5)}
+    specs = {"w": P("fsdp"), "key": P()}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        placed = {
+            name: jax.device_put(leaf, NamedSharding(eight, specs[name]))
+            for name, leaf in state.items()
+        }
+        checkpointer.save(1, {"params": placed}, {})
+    targets = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(two, specs[name]))
+        for name, x in state.items()
+    }
+    restored = restore_parts(tmp_path, {"params": targets}).state["params"]
+    assert_bit_equal(restored, state)
+    assert (
+        restored["w"].sharding == NamedSharding(two, P("fsdp"))
+        and len(restored["w"].addressable_shards) == 2
+    )
+
+
+CHILD = """
+    import os, signal, sys, threading, time
+    from pathlib import Path
+    import jax, jax.numpy as jnp
+    import numpy as np
+    from sngpt_jax import checkpoint
+    from sngpt_jax.checkpoint import Checkpointer, restore_parts
+    directory, mode = Path(sys.argv[1]), sys.argv[2]
+    def params(step):
+        return {"w": jnp.arange(1 << 20, dtype=jnp.float32).reshape(1024, 1024) + step}
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device
+    source = textwrap.dedent(CHILD) + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def expected_params(step: int) -> np.ndarray:
+    return np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024) + step
+
+
+@pytest.mark.slow
+def test_another_process_with_another_number_of_devices(tmp_path):
+    """Eight devices save what one loads, and the other way round."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
+    target = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(
+            3,
+            {
+                "params": {"w": jax.device_put(expected_params(3), sharding)},
+                "key": jax.random.key(1),
+            },
+            {},
+        )
+    other = """
+        assert len(jax.devices()) == 1
+        target = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+        np.testing.assert_array_equal(restore_parts(directory, {"params": target}).state["params"]["w"], params(3)["w"])
+        with Checkpointer(directory, keep=1) as c:
+            c.save(4, {"params": params(4)}, {})
+    """
+    done = start(other, str(tmp_path), "")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    restored = restore(tmp_path, {"params": target})
+    assert (
+        restored.step == 4
+        and len(restored.state["params"]["w"].sharding.device_set) == len(jax.devices()) == 8
+    )
+    np.testing.assert_array_equal(restored.state["params"]["w"], expected_params(4))
+
+
+KILLED = """
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def kill_once_there():
+        while not list(directory.glob("00000002.orbax-checkpoint-tmp")):
+            pass
+        kill()
+    with Checkpointer(directory, keep=1) as c:
+        if mode == "before the first record":
+            checkpoint.write_text_atomic = kill
+        c.save(1, {"params": params(1)}, {})
+        c.wait()
+        if mode == "writing":
+            threading.Thread(target=kill_once_there).start()
+        elif mode == "in the record":
+            os.fsync = kill
+        elif mode == "deleting":
+            checkpoint.shutil.rmtree = kill
+        c.save(2, {"params": params(2)}, {})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "step", "warned"),
+    [
+        ("before the first record", None, True),
+        ("writing", 1, False),
+        ("in the record", 1, True),
+        ("deleting", 2, False),
+    ],
+)
+def test_sigkill_at_any_moment_leaves_what_was_finished(tmp_path, moment, step, warned, caplog):
+    done = start(KILLED, str(tmp_path), moment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    restored = restore(tmp_path, {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}})
+    assert (restored and restored.step) == step and len(caplog.messages) == warned
+    if restored is not None:
+        np.testing.assert_array_equal(restored.state["params"]["w"], expected_params(step))
+
+    # the next process of the run clears up and goes on
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+        checkpointer.save(3, {"params": {"w": jnp.asarray(expected_params(3))}}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000003.json"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(tmp_path):
+    full = """
+        import resource
+        with Checkpointer(directory, keep=1) as c:
+            c.save(1, {"params": params(1)}, {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            with Checkpointer(directory, keep=1) as c:
+                c.save(2, {"params": params(2)}, {})
+                for _ in range(6000):  # training goes on
+                    time.sleep(0.01)
+                    c.check()
+                print("check() said nothing")
+        except checkpoint.CheckpointError as error:
+            print(error)
+    """
+    done = start(full, str(tmp_path), "")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (
+        len(done.stdout.splitlines()) == 1
+        and "00000002: the checkpoint could not be saved: " in done.stdout
+    )
+    assert "File too large" in done.stdout
+    assert json.loads((tmp_path / "00000001.json").read_text())["record"]["step"] == 1
+    assert (
+        restore(tmp_path, {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}}).step
+        == 1
+    )

@@ -1,0 +1,152 @@
+"""Which weights a run directory gives out: those of the last step, or an average where there is
+one.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster import processes
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import Config
+from sngpt_jax.config.recipe import load
+from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.optim.averaging import update_swa
+from sngpt_jax.run import directory as run_directory
+from sngpt_jax.run.checkpoint import Checkpointer
+from sngpt_jax.training.state import init_state
+from sngpt_jax.weights.source import load_model
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe, tmp_path_factory):
+    """A run without an EMA: its SWA is empty at step 0 and holds twice the weights at step 1."""
+    run_dir = tmp_path_factory.mktemp("run")
+    config = load(str(tiny_recipe))
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, ema_decay=0.0, average_table_dtype="bfloat16"),
+        eval=dataclasses.replace(config.eval, weights="swa"),
+    )
+    run_directory.begin(run_dir, config, None)
+    state = init_state(config, make_mesh(jax.devices()[:1]))
+    later = dataclasses.replace(
+        state, swa=update_swa(state.swa, jax.tree.map(lambda p: 2 * p, state.params), True)
+    )
+    with Checkpointer(run_directory.checkpoint_dir(run_dir), keep=2) as checkpoints:
+        checkpoints.save(0, state, extra={})
+        checkpoints.save(1, later, extra={})
+    return run_dir, state.params
+
+
+def test_the_weights_asked_for_are_given(run):
+    run_dir, params = run
+    mesh = make_mesh(jax.devices()[:1])
+    final, mean = (
+        load_model(run_dir, mesh, weights="final"),
+        load_model(run_dir, mesh, weights="swa"),
+    )
+    assert (final.weights, final.step, mean.weights, mean.step) == ("final", 1, "swa", 1)
+    for given, average, p in zip(
+        *map(jax.tree.leaves, (final.variables, mean.variables, params)), strict=True
+    ):
+        np.testing.assert_array_equal(given, p)
+        assert average.dtype == np.float32  # whatever the average is kept in
+        np.testing.assert_allclose(average, 2 * p, rtol=2**-8)
+    assert load_model(run_dir, mesh).weights == "swa", "the recipe says so"
+
+
+@pytest.mark.parametrize(
+    ("step", "weights", "said"),
+    [
+        (
+            None,
+            "ema",
+            (
+                "--weights ema: the run .* keeps no such average .optim.ema_decay = 0.; take"
+                " --weights final"
+            ),
+        ),
+        (0, "swa", "--weights swa: no snapshot was taken up to step 0"),
+        (0, None, "--weights swa: no snapshot was taken up to step 0"),
+    ],
+)
+def test_an_average_that_is_not_there_is_an_error(run, step, weights, said):
+    with pytest.raises(UserError, match=said):
+        load_model(run[0], make_mesh(jax.devices()[:1]), step, weights)
+
+
+def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny_recipe):
+    config = load(str(tiny_recipe))
+    spread = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, fsdp=4, shard_optimizer=True)
+    )
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4, seed=1))
+    run_directory.begin(tmp_path, config, None)
+    with run_directory.claim(tmp_path, spread):
+        pass
+    with (
+        pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"),
+        run_directory.claim(tmp_path, other),
+    ):
+        pass
+
+
+def test_other_data_than_the_run_began_with_are_refused(tmp_path, tiny_recipe):
+    data = open_dataset(tiny_recipe.parent / "data", 320)
+    run_directory.keep_data(tmp_path, data)
+    run_directory.keep_data(tmp_path, data)
+    shard, *rest = data.manifest.train
+    changed = dataclasses.replace(
+        data.manifest, train=(dataclasses.replace(shard, sha256="0" * 64), *rest)
+    )
+    with pytest.raises(
+        UserError, match="not the data that the run in .* began with .* choose another --run-dir"
+    ):
+        run_directory.keep_data(tmp_path, dataclasses.replace(data, manifest=changed))
+    fewer = dataclasses.replace(data, train=data.val, manifest=None)
+    with pytest.raises(
+        UserError, match=f"{len(data.train):,} training .* then, {len(data.val):,} training .* now"
+    ):
+        run_directory.keep_data(tmp_path, fewer)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"train_tokens": "x", "val_tokens": 1, "sha256": ""}', "{"]
+)
+def test_a_note_of_the_data_that_is_none_is_one_line(tmp_path, tiny_recipe, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match=r"data\.json(\.train_tokens)?: "):
+        run_directory.keep_data(tmp_path, open_dataset(tiny_recipe.parent / "data", 320))
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
+    with run_directory.claim(tmp_path / "run", Config()):
+        assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
+    (tmp_path / "summary.json.tmp-123").write_text("{")
+    (tmp_path / "somebodys.tmp-notes").write_text("kept")
+    (tmp_path / "somebodys.tmp-1").mkdir()
+    with run_directory.claim(tmp_path, Config()):
+        assert {path.name for path in tmp_path.glob("*.tmp-*")} == {
+            "somebodys.tmp-notes",
+            "somebodys.tmp-1",
+        }
+
+
+def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    (tmp_path / ".shared").mkdir()  # what a file cannot replace
+    refused = pytest.raises(
+        UserError, match="cannot be written: .*; mend that or choose another --run-dir"
+    )
+    with refused, run_directory.claim(tmp_path, Config()):
+        pass

@@ -1,0 +1,210 @@
+"""Tensors of an artifact put back into a model: none missing, none too many, and what is wrong is
+named.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact.file import ArtifactError, Storage
+from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.base.untrusted import file_sha256
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimConfig,
+    to_json,
+)
+from sngpt_jax.data.manifest import DataError
+from sngpt_jax.model.forward import forward
+from sngpt_jax.training.state import init_state
+from sngpt_jax.weights.quantized_model import host_tensors, quantize_variables
+from sngpt_jax.weights.trained_model import (
+    TrainedModel,
+    from_artifact,
+    to_variables,
+    tokenizer_beside,
+)
+
+CODED = ModelConfig(
+    family="pre_norm",
+    vocab_size=64,
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=2,
+    mlp_dim=32,
+    levels="4,2,0;5,2,4",
+)
+COMPACT = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=32,
+    bigram_buckets=8,
+)
+STORAGE = Storage(packed=False, codec="rans", level=3)
+
+
+def config_of(model):
+    config = Config(
+        model, OptimConfig(warmdown_fraction=0.5), export=ExportConfig(mlp_bits=5, table_bits=6)
+    )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=32))
+
+
+def metadata(recipe, **changes):
+    about = {
+        "config": json.loads(to_json(recipe)),
+        "tokenizer": None,
+        "step": 7,
+        "weights": "ema",
+        "version": "0",
+    }
+    return about | changes
+
+
+def written(path, recipe, tensors, **changes):
+    path.write_bytes(
+        artifact.encode(
+            metadata(recipe, **changes), quantize_tensors(tensors, recipe), STORAGE
+        ).data
+    )
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("model", [COMPACT, CODED], ids=["compact", "coded"])
+def test_a_model_computes_the_same_from_its_artifact(tmp_path, model, devices):
+    """As `quantize_variables` in memory, to the last bit; the step counts of sparse codes begin
+    again at 0.
+    """
+    config, mesh = config_of(model), make_mesh(jax.devices()[:devices])
+    variables = init_state(config, mesh).variables()
+    found = from_artifact(written(tmp_path / "m.sngpt", config, host_tensors(variables)), mesh)
+    assert (found.step, found.weights, found.config, found.tokenizer_path) == (
+        7,
+        "ema",
+        config,
+        None,
+    )
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    in_memory = quantize_variables(variables, config, None, mesh)
+    logits = forward(model)(found.variables, tokens)
+    np.testing.assert_array_equal(logits, forward(model)(in_memory, tokens))
+    assert not np.array_equal(logits, forward(model)(variables, tokens))
+    leaves = zip(jax.tree.leaves(found.variables), jax.tree.leaves(variables), strict=True)
+    assert all(a.dtype == b.dtype and a.sharding == b.sharding for a, b in leaves)
+
+
+def test_wrong_tensors_are_named():
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    tensors = host_tensors(init_state(config, mesh).variables())
+    del tensors["embed/table"]
+    tensors["blocks/0/mlp/up"] = tensors["blocks/0/mlp/up"].T
+    tensors["blocks/7/mlp/up"] = np.zeros(1, np.float32)
+    with pytest.raises(ArtifactError) as caught:
+        to_variables(tensors, config, mesh)
+    assert "embed/table is missing" in str(caught.value)
+    assert "blocks/0/mlp/up is [32, 16], expected [16, 32]" in str(caught.value)
+    assert "blocks/7/mlp/up is none of the model's" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": 3}, "config: expected an object"),
+        ({"config": {}}, "config: missing model"),
+        ({"step": "7"}, "lack step"),
+        ({"weights": None}, "lack step, weights or tokenizer"),
+        ({"tokenizer": {"sha256": "0", "suffix": "/../../x"}}, "lack step, weights or tokenizer"),
+        ({"tokenizer": ["x"]}, "lack step, weights or tokenizer"),
+        ({"tokenizer": {"suffix": 3}}, "lack step, weights or tokenizer"),
+        ({"tokenizer": {"sha256": 3, "suffix": ".model"}}, "lack step, weights or tokenizer"),
+    ],
+)
+def test_metadata_that_no_export_writes_are_one_line(tmp_path, changes, said):
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    path = written(
+        tmp_path / "m.sngpt", config, host_tensors(init_state(config, mesh).variables()), **changes
+    )
+    with pytest.raises(ArtifactError, match=said) as caught:
+        from_artifact(path, mesh)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_cannot_run_is_one_line(tmp_path):
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    impossible = json.loads(to_json(config))
+    impossible["model"]["num_heads"] = 3
+    path = written(
+        tmp_path / "m.sngpt",
+        config,
+        host_tensors(init_state(config, mesh).variables()),
+        config=impossible,
+    )
+    with pytest.raises(
+        ArtifactError, match=r"model.d_model = 16 is not divisible by model.num_heads = 3"
+    ):
+        from_artifact(path, mesh)
+
+
+def test_layers_that_a_file_only_claims_are_not_traced(tmp_path):
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    claimed = json.loads(to_json(config))
+    claimed["model"]["num_layers"] = 250
+    path = written(
+        tmp_path / "m.sngpt",
+        config,
+        host_tensors(init_state(config, mesh).variables()),
+        config=claimed,
+    )
+    with pytest.raises(ArtifactError, match=r"it has \d+ tensors for model.num_layers = 250"):
+        from_artifact(path, mesh)
+
+
+def test_another_tokenizer_than_the_models_is_refused(tiny_recipe):
+    """Beside the model, and in the data that it is to be scored on."""
+    data = tiny_recipe.parent / "data"
+    config = dataclasses.replace(config_of(COMPACT), data=DataConfig(dir=str(data)))
+    config = dataclasses.replace(config, model=dataclasses.replace(COMPACT, vocab_size=320))
+    tokenizer = next(data.glob("*.model"))
+    right, wrong = file_sha256(tokenizer, DataError), "0" * 64
+    model = TrainedModel(
+        config, {}, 1, "final", tiny_recipe, tokenizer_path=tokenizer, tokenizer_sha256=right
+    )
+    assert model.tokenizer().vocab_size == 320 and model.open_data().directory == data
+    other = dataclasses.replace(model, tokenizer_sha256=wrong)
+    with pytest.raises(ConfigError, match="not the tokenizer of"):
+        other.tokenizer()
+    with pytest.raises(ConfigError, match="prepared with another tokenizer than the model of"):
+        other.open_data()
+    assert dataclasses.replace(model, tokenizer_sha256=None).open_data().directory == data
+
+
+def test_the_tokenizer_lies_beside_the_artifact(tmp_path):
+    assert tokenizer_beside(tmp_path / "a.b.sngpt", ".json") == tmp_path / "a.b.tokenizer.json"
+    config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
+    kept = {"sha256": "0" * 64, "suffix": ".model"}
+    path = written(
+        tmp_path / "m.sngpt",
+        config,
+        host_tensors(init_state(config, mesh).variables()),
+        tokenizer=kept,
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"m.sngpt: keeps no tokenizer; put the one that export wrote .* m.tokenizer.\*",
+    ):
+        from_artifact(path, mesh).tokenizer()
