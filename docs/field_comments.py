@@ -1,7 +1,7 @@
-"""An extension of griffe, which reads the source for the site: the comment behind a dataclass's
-field is its docstring.
+"""An extension of griffe, which reads the source for the documentation's site.
 
-`--help` shows the same comments. mkdocs.yml names this file.
+It turns the comment behind a dataclass's field into the field's docstring. `--help` shows these
+comments too. mkdocs.yml names this file.
 """
 
 import re
@@ -13,11 +13,12 @@ import griffe
 
 
 class FieldComments(griffe.Extension):
-    """Gives each public field that has a comment behind it, and no docstring, that comment."""
+    """Makes the comment behind a public field the docstring of a field that has none."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Reads the comment on the last line of the field's declaration, of a class alone: a
-        module's constants need none.
+        """Reads the comment on the last line of a field's declaration.
+
+        It does so for the fields of classes only, because constants of a module need no comment.
         """
         if attr.docstring or not attr.parent or not attr.parent.is_class or attr.endlineno is None:
             return

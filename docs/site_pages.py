@@ -1,9 +1,9 @@
-"""A hook of mkdocs: what the site has beside the pages of this folder, and in which order.
+"""A hook of mkdocs that adds pages to the site and sets their order.
 
-The navigation is the list of docs/index.md. The repository's own README, CONTRIBUTING and
-CHANGELOG are pages too; links between them and this folder are written for a forge and turned
-here. Each public module has a page made of its docstrings, whose source is read and never
-imported.
+The navigation follows the list in docs/index.md. README, CONTRIBUTING and CHANGELOG in the
+repository's root are pages too. Links between them and this folder work on a forge, and this hook
+rewrites them for the site. Each public module has a page with its docstrings. The site reads the
+module's source and never imports it.
 """
 
 import re
@@ -19,8 +19,9 @@ PACKAGES = ("sngpt_jax", "kernels")
 
 
 def public_modules(package: str) -> list[str]:
-    """Dotted names of the package and of its modules without a leading underscore, each package
-    before what it holds.
+    """Dotted names of the package and of its modules, without those that begin with an underscore.
+
+    Each package comes before its modules.
     """
     paths = (
         path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / package).rglob("*.py")
@@ -34,8 +35,9 @@ def public_modules(package: str) -> list[str]:
 
 
 def navigation(index: str) -> list[Any]:
-    """The sections and pages that the index lists: lines `## Section` and `- [Title](page.md): …`,
-    paths as on the site.
+    """The sections and pages that the index lists, with paths as on the site.
+
+    The index lists them as lines `## Section` and `- [Title](page.md): …`.
     """
     sections: list[Any] = [{"Index": "index.md"}]
     for heading, title, target in re.findall(
@@ -49,7 +51,7 @@ def navigation(index: str) -> list[Any]:
 
 
 def turned(markdown: str) -> str:
-    """The text with the links between docs/ and the root as they are where both are one folder."""
+    """The text with links that are right when docs/ and the root are one folder."""
     return re.sub(
         r"\]\((?:\.\./|docs/)?([\w.-]+\.md[#)])", lambda link: f"]({_uri(link[1])}", markdown
     )
@@ -60,7 +62,7 @@ def _uri(name: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Gives the site its navigation: the index's, then a section of reference for each package."""
+    """Sets the navigation: the index's sections, then one section of reference per package."""
     reference = [
         {package: [{name: f"api/{name}.md"} for name in public_modules(package)]}
         for package in PACKAGES
@@ -70,7 +72,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are not files of this folder."""
+    """Adds the root's pages and one page per public module."""
     for name in OF_THE_ROOT:
         files.append(File.generated(config, _uri(name), abs_src_path=str(ROOT / name)))
     for module in (name for package in PACKAGES for name in public_modules(package)):
@@ -81,5 +83,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Turns a page's links."""
+    """Rewrites a page's links."""
     return turned(markdown)
