@@ -63,7 +63,7 @@ def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]
     int6 = replace(common, mlp_bits=6, attention_bits=6)
     sd = replace(int6, clip="sd")
     return published | {
-        "#1573, a byte a code": replace(fewer, packed=False),
+        "#1573, one byte per code": replace(fewer, packed=False),
         "#1573, rANS": replace(fewer, packed=False, codec="rans", codec_level=22),
         "#1573, rANS, no floor": replace(
             fewer, packed=False, codec="rans", codec_level=22, clip_floor=0.0
@@ -73,7 +73,7 @@ def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]
         "int8 row max, rANS": common,
         "int6 SDClip k=12.85, zstd": replace(sd, codec="zstd"),
         "int6 SDClip k=12.85, rANS": sd,
-        "the same by GPTQ": replace(sd, gptq=True, gptq_tokens=gptq_tokens),
+        "int6 SDClip k=12.85, GPTQ, rANS": replace(sd, gptq=True, gptq_tokens=gptq_tokens),
     }
 
 

@@ -35,7 +35,7 @@ def a_byte_of_the_latest_checkpoint(lab: Lab) -> Row:
         lab.goes_on_to_the_same(run)
     return Row(
         "a byte of the latest checkpoint is flipped",
-        "takes the checkpoint before, with one line of warning",
+        "The training loads the checkpoint before and prints one line of warning.",
         said,
         "0",
         tried,
@@ -53,7 +53,7 @@ def a_byte_of_every_checkpoint(lab: Lab) -> Row:
     assert done.status == 2 and files_of(run) == before
     return Row(
         "a byte of every checkpoint is flipped",
-        "refused; nothing is touched",
+        "The training refuses to start and changes no file.",
         done.error,
         "2",
         lost="the run",
@@ -94,7 +94,12 @@ def a_missing_shard(lab: Lab) -> Row:
     """Refused with the shard's name."""
     shard = lab.data / "train_000000.bin"
     done = refused_and_then_gone_on_with(lab, shard, shard.unlink)
-    return Row("a shard is missing", "refused; goes on once it is back", done.error, "2")
+    return Row(
+        "a shard is missing",
+        "The training refuses to start. It resumes once the shard is back.",
+        done.error,
+        "2",
+    )
 
 
 def a_changed_shard(lab: Lab) -> Row:
@@ -103,8 +108,8 @@ def a_changed_shard(lab: Lab) -> Row:
     done = refused_and_then_gone_on_with(lab, shard, lambda: flip(shard, lab))
     return Row(
         "a shard is changed after the run began",
-        "refused by its checksum; goes on once it is as it was (data of 64 MiB and more: by"
-        " `prepare --verify`)",
+        "The training refuses the shard by its checksum and resumes once the shard is restored. For"
+        " data of 64 MiB and more, only `prepare --verify` compares checksums.",
         done.error,
         "2",
     )
@@ -126,8 +131,8 @@ def other_data(lab: Lab) -> Row:
 
     done = refused_and_then_gone_on_with(lab, lab.data, prepare_other)
     return Row(
-        "the data folder is prepared anew of other text",
-        "refused; goes on once it is as it was",
+        "the data folder is prepared again from other text",
+        "The training refuses to start. It resumes once the former data are back.",
         done.error,
         "2",
     )
@@ -144,4 +149,10 @@ def another_tokenizer(lab: Lab) -> Row:
     shutil.copy(other, run / "tokenizer.model")
     again = lab.run(lab.training(run))
     assert again.status == 2 and again.error, again
-    return Row("the tokenizer is swapped, in the data or in the run", "refused", done.error, "2", 2)
+    return Row(
+        "the tokenizer is replaced, in the data or in the run",
+        "The training refuses to start.",
+        done.error,
+        "2",
+        2,
+    )

@@ -71,9 +71,9 @@ def full_in_training(lab: Lab) -> Row:
         message for message in messages if "the checkpoint could not be saved" in message
     ]
     return Row(
-        "disk full while training",
-        "stops with what could not be written; once there is room the same command goes on from the"
-        " last finished checkpoint",
+        "full disk during training",
+        "The training stops and names the file that it could not write. Once there is room, the"
+        " same command resumes from the last finished checkpoint.",
         min(of_checkpoints or messages, key=len),
         "2",
         len(rooms),
@@ -89,8 +89,8 @@ def full_for_output(lab: Lab) -> Row:
     lab.goes_on_to_the_same(directory)
     (said,) = [line for line in done.err.splitlines() if line.startswith("stdout:")]
     return Row(
-        "disk full where stdout goes",
-        "the training goes on; metrics.jsonl has what was to be printed",
+        "full disk behind stdout",
+        "The training continues. `metrics.jsonl` holds the records that could not be printed.",
         said,
         "0",
     )
@@ -101,7 +101,7 @@ def full_in_preparation(lab: Lab) -> Row:
 
     def command(out: Path) -> list[str]:
         return tiny_run.command(
-            "data.prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION
+            "prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION
         )
 
     assert lab.run(command(lab.fresh("undisturbed"))).status == 0
@@ -115,8 +115,9 @@ def full_in_preparation(lab: Lab) -> Row:
             assert lab.run(command(disk / "data")).status == 0
             assert kills.contents(disk / "data") == kills.contents(lab.folder / "undisturbed")
     return Row(
-        "disk full while preparing shards",
-        "stops; the same command goes on after the last whole shard, to the same bytes",
+        "full disk during the preparation of shards",
+        "The preparation stops. The same command resumes after the last whole shard and writes the"
+        " same bytes.",
         messages[-1].error,
         "2",
         len(messages),
@@ -132,7 +133,10 @@ def full_in_export(lab: Lab) -> Row:
         make_room()
         assert lab.run(kills.export_command(lab, disk)).status == 0
     return Row(
-        "disk full while exporting", "stops and leaves nothing half written", done.error, "2"
+        "full disk during an export",
+        "The export stops and leaves no partial file.",
+        done.error,
+        "2",
     )
 
 
@@ -172,9 +176,9 @@ def unwritable(lab: Lab) -> Row:
         finally:
             subprocess.run(["umount", str(folder)], check=True)
     return Row(
-        "run directory that cannot be written, from the start or from a moment on",
-        "refused before anything is computed; or stops, and goes on with the same command once it"
-        " is mended",
+        "run directory that is read-only from the start, or becomes read-only during the run",
+        "The training refuses to start, or stops. The same command resumes once the directory is"
+        " writable.",
         message,
         "2",
         tried,

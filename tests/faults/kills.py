@@ -62,8 +62,8 @@ def of_trainings(lab: Lab) -> Row:
         + ", ".join(
             f"{seen[name]} during {name}" for name in ("starts", "steps", "saves") if seen[name]
         ),
-        "the same command goes on from the last finished checkpoint; parameters, optimizer state,"
-        " averages and logged losses are in the end those of the uninterrupted run, bit for bit",
+        "The same command resumes from the last finished checkpoint. Parameters, optimizer state,"
+        " averages and logged losses end equal to those of an uninterrupted run, bit for bit.",
         "resuming after step N",
         "137 in a shell",
         seen.total(),
@@ -86,7 +86,7 @@ def of_preparations(lab: Lab) -> Row:
     source = lab.recipe.parent / "text.txt"
 
     def command(out: Path) -> list[str]:
-        return tiny_run.command("data.prepare", "--source", source, "--out", out, *PREPARATION)
+        return tiny_run.command("prepare", "--source", source, "--out", out, *PREPARATION)
 
     start = time.monotonic()
     assert lab.run(command(lab.fresh("undisturbed"))).status == 0
@@ -102,8 +102,8 @@ def of_preparations(lab: Lab) -> Row:
         assert contents(out) == expected
     return Row(
         "SIGKILL of a preparation of shards",
-        "the same command goes on after the last whole shard; all files are then those of an"
-        " undisturbed one, byte for byte",
+        "The same command resumes after the last whole shard. All files then equal those of an"
+        " undisturbed preparation, byte for byte.",
         status="137 in a shell",
         tried=tried,
     )
@@ -143,8 +143,8 @@ def of_exports(lab: Lab) -> Row:
         assert len(list(folder.iterdir())) == 3
     return Row(
         "SIGKILL of an export",
-        "no artifact is there before it is whole; the same command makes the same bytes, and"
-        " deletes what the killed one left",
+        "No artifact exists before it is whole. The same command writes the same bytes and deletes"
+        " the files that the killed export left.",
         status="137 in a shell",
         tried=tried,
     )
@@ -175,8 +175,8 @@ def of_one_of_two_processes(lab: Lab) -> Row:
     shutil.rmtree(whole)
     return Row(
         "one of two processes of a training is killed",
-        "the other ends within a minute; both, started again, go on from the last finished"
-        " checkpoint to the same parameters",
+        "The other process ends within a minute. Both processes, started again, resume from the"
+        " last finished checkpoint and reach the same parameters.",
         message,
         "5",
     )

@@ -11,7 +11,12 @@ def nan_stops(lab: Lab) -> Row:
     done = lab.run(lab.injected(("--nan", 7), lab.training(run)))
     assert done.status == 3, done
     assert "the loss of step 8 is nan" in done.error and "checkpoints/00000006" in done.error, done
-    return Row("NaN in a gradient", "stops and names the last good checkpoint", done.error, "3")
+    return Row(
+        "NaN in a gradient",
+        "The training stops and names the last good checkpoint.",
+        done.error,
+        "3",
+    )
 
 
 def nan_is_skipped(lab: Lab) -> Row:
@@ -42,7 +47,7 @@ def nan_is_skipped(lab: Lab) -> Row:
     assert again == counts
     return Row(
         "NaN in two gradients, with `train.nonfinite = skip`",
-        "the steps change nothing and are counted, over a kill too",
+        "The steps change nothing and are counted. The count survives a kill.",
         said[0],
         "0",
         2,
@@ -66,8 +71,9 @@ def nan_to_the_limit(lab: Lab) -> Row:
     # step 8's parameters are those that the steps after it failed with
     assert "checkpoints/00000006" in done.error, done
     return Row(
-        "the same, more in a row than `train.max_skipped_steps`",
-        "stops as without",
+        "NaN in more gradients in a row than `train.max_skipped_steps`, with"
+        " `train.nonfinite = skip`",
+        "The training stops and names the last good checkpoint.",
         done.error,
         "3",
     )
@@ -87,8 +93,8 @@ def clock(lab: Lab) -> Row:
         assert elapsed == sorted(elapsed) and elapsed[-1] < 600
         assert all(0 < record["step_ms"] < 600_000 for record in records if "step_ms" in record)
     return Row(
-        "the clock jumps by up to a day, back and forth",
-        "nothing; what is measured comes of one that cannot be set",
+        "the system clock jumps by up to a day, back and forth",
+        "The training is unaffected, because it measures time with a clock that cannot be set.",
         tried=len(runs),
         status="0",
     )

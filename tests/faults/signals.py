@@ -22,7 +22,7 @@ def asked_to_stop(lab: Lab) -> Row:
     (message,) = [line for line in done.err.splitlines() if "stopped and saved" in line]
     return Row(
         "Ctrl-C (SIGINT), SIGTERM, SIGHUP (the terminal is closed) at a random step",
-        "finishes the step, saves, prints the command that goes on",
+        "The training finishes the step, saves, and prints the command that resumes.",
         message.partition(" -m ")[0] + " -m sngpt_jax.train …",
         "130, 143, 129",
         len(signals),
@@ -41,4 +41,6 @@ def interrupted_while_starting(lab: Lab) -> Row:
         process.send_signal(signal.SIGINT)
         done = lab.end(process)
         assert done.status == 130 and "Traceback" not in done.err, done
-    return Row("Ctrl-C while the command starts", "ends at once", "interrupted", "130", tried)
+    return Row(
+        "Ctrl-C while the command starts", "The command ends at once.", "interrupted", "130", tried
+    )
