@@ -43,7 +43,7 @@ def test_compare_puts_the_policies_side_by_side(tiny_trained):
         "#1573",
         "#740",
         "int6 SDClip k=12.85, rANS",
-        "the same by GPTQ",
+        "int6 SDClip k=12.85, GPTQ, rANS",
     } <= rows.keys()
     for row in rows.values():
         assert row["gap"] == pytest.approx(row["bpb"] - result["before"]["bpb"])
@@ -56,10 +56,10 @@ def test_compare_puts_the_policies_side_by_side(tiny_trained):
     )
     assert (
         rows["#1573, rANS"]["bytes"]
-        < rows["#1573, a byte a code"]["bytes"]
+        < rows["#1573, one byte per code"]["bytes"]
         < rows["#1573"]["bytes"]
     )
-    near, better = rows["int6 SDClip k=12.85, rANS"], rows["the same by GPTQ"]
+    near, better = rows["int6 SDClip k=12.85, rANS"], rows["int6 SDClip k=12.85, GPTQ, rANS"]
     assert better["error"] > near["error"], (
         "GPTQ gives up nearness to the weights for nearness of the outputs"
     )
