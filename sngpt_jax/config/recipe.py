@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def _recipe_path(name: str) -> Path:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     # the last is where a wheel carries them
     folders = [Path("configs"), here.parent / "configs", here / "configs"]
     if Path(name).is_file():

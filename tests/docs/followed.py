@@ -17,10 +17,9 @@ from tests import tiny_run
 ROOT = Path(__file__).parents[2]
 LAUNCH = """#!/bin/sh
 command=$1; shift
-export PYTHONPATH='{tree}'
+export PYTHONPATH='{tree}:{tree}/kernels'
 case "$command" in
 test) exec '{python}' -m pytest -q -p no:cacheprovider "$@" ;;
-prepare) module=data.prepare ;;
 train) module=train; set -- "$@" {training} ;;
 export) module=export ;;
 *) module=$command ;;

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sngpt_jax.bench import __main__ as bench
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = {
-    "prepare": "data.prepare",
-    "features": "evaluation.features",
-    "export": "export.__main__",
-    "bench": "bench.__main__",
-    "report": "report.__main__",
-}
+MODULES = {name: f"{name}.__main__" for name in ("features", "bench", "report")}
 
 
 def commands(text):
@@ -28,18 +24,24 @@ def commands(text):
     return re.findall(r"\./launch\.sh (\w+)([^`\n#]*)", text.replace("\\\n", " "))
 
 
+def kind_of(command, words):
+    """The word that chooses among a command's kinds, each of which has its own options; or none."""
+    if command == "plan":
+        return ["--kernels"] if "--kernels" in words else []
+    has_kinds = command == "interop" or (command == "bench" and words and words[0] in bench.NAMES)
+    return words[:1] if has_kinds else []
+
+
 def written_options(page):
-    """Pairs of a command and an option that a page uses with it."""
+    """Pairs of a command, with its kind, and an option that a page uses with it."""
     for command, rest in commands(page.read_text()):
         if command not in ("test", "docs"):
             words = rest.split()
+            kind = kind_of(command, words)
             yield from (
-                (
-                    f"interop {words[0]}" if command == "interop" else command,
-                    word.partition("=")[0].rstrip(".,;:)"),
-                )
+                (" ".join([command, *kind]), word.partition("=")[0].rstrip(".,;:)"))
                 for word in words
-                if re.match("--[a-z]", word)
+                if re.match("--[a-z]", word) and word not in kind
             )
 
 
