@@ -8,7 +8,6 @@ is printed. Anything else that escapes is a bug and shows its traceback.
 
 import codecs
 import contextlib
-import errno
 import io
 import json
 import logging
@@ -22,13 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sngpt_jax.base import terminal
-from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, UserError
+from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, FULL, UserError, one_line
 from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.base.interrupts import end_quietly, heed_interrupts
-
-# the disk, this user's share of it, or the largest file that is allowed
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||----++++++++x<u-", strict=True)) | {"…": "...", "▁": "_"}
 
@@ -62,30 +57,26 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         status = main(sys.argv[1:])
         if sys.stdout is not None:  # closed before Python began
             sys.stdout.flush()
-    except UserError as error:
-        terminal.clear()
-        print(f"error: {escape_controls(' '.join(str(error).split()))}", file=sys.stderr)
-        status = EXIT_USER_ERROR
-        if error.at_once:
-            _flush()
-            os._exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_SIGINT
-    # `… | head` closed our stdout: not an error of ours, and nothing is left to say
     except BrokenPipeError:
+        # `… | head` closed stdout: nothing is left to say
         drop_output()
         status = 0
-    except OSError as error:
-        if error.errno not in _FULL:
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
             raise
-        drop_output()
-        where = error.filename or "stdout, or a file,"
-        print(
-            f"error: {where} cannot be written: {error.strerror}; free space and start again",
-            file=sys.stderr,
-        )
         status = EXIT_USER_ERROR
+        with contextlib.suppress(OSError):
+            terminal.clear()
+            print(f"error: {escape_controls(line)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in FULL:
+            drop_output()  # stdout itself may be what cannot be written
+        if isinstance(error, UserError) and error.at_once:
+            _flush()
+            os._exit(status)
     sys.exit(status)
 
 
@@ -133,13 +124,7 @@ def write_json(value: Any, destination: str | None) -> None:
     if destination == "-":
         print(text)
     else:
-        try:
-            write_text_atomic(Path(destination), text + "\n")
-        except OSError as error:
-            raise UserError(
-                f"--json {destination}: cannot be written: {error.strerror}; give the path of a"
-                " file"
-            ) from None
+        write_text_atomic(Path(destination), text + "\n")
 
 
 def command(module: str, *arguments: str) -> str:

@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process holds."""
 
+import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from sngpt_jax.base.errors import UserError
@@ -28,6 +31,31 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that a killed `write_bytes_atomic` left in `folder`, which is held."""
+    for path in folder.glob("*.tmp-*"):
+        if path.suffix[5:].isdigit() and path.is_file():
+            path.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, held: str) -> Iterator[None]:
+    """Makes `folder` where it is missing and holds its `.lock` for this process alone.
+
+    Raises `UserError(held)` where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # opened to append: what a link leads to keeps its bytes
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(held) from None
+        except OSError as error:  # a file system without locks: flock's error names no file
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(folder)) from None
+        yield
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raises `UserError` where the file that `option` names could not be written: before the work,
     rather than after it.
@@ -38,7 +66,7 @@ def check_writable(path: Path, option: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
+    except OSError as error:  # names the option, which the edge does not know
         raise UserError(
             f"{option} {path}: cannot be written: {error.strerror}; give the path of a file"
         ) from None
