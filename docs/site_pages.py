@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OF_THE_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-PACKAGES = ("sngpt_jax", "kernels")
+PACKAGES = {"sngpt_jax": ROOT, "sngpt_kernels": ROOT / "kernels"}  # and the folder of each
 
 
 def public_modules(package: str) -> list[str]:
@@ -23,8 +23,9 @@ def public_modules(package: str) -> list[str]:
 
     Each package comes before its modules.
     """
+    root = PACKAGES[package]
     paths = (
-        path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / package).rglob("*.py")
+        path.relative_to(root).with_suffix("").parts for path in (root / package).rglob("*.py")
     )
     names = [parts[:-1] if parts[-1] == "__init__" else parts for parts in paths]
     return [
