@@ -55,7 +55,7 @@ HEAD = [
 
 def line(row: Row) -> str:
     """The row as Markdown."""
-    message = f"`{row.message}`" if row.message else ""
+    message = f"`{row.message}`" if row.message else "none"
     return f"| {row.fault} | {row.happens} | {message} | {row.status} | {row.tried} | {row.lost} |"
 
 
