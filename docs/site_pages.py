@@ -52,9 +52,11 @@ def navigation(index: str) -> list[Any]:
 
 
 def turned(markdown: str) -> str:
-    """The text with links that are right when docs/ and the root are one folder."""
+    """The text with links and pictures that are right when docs/ and the root are one folder."""
     return re.sub(
-        r"\]\((?:\.\./|docs/)?([\w.-]+\.md[#)])", lambda link: f"]({_uri(link[1])}", markdown
+        r"\]\((?:\.\./|docs/)?([\w.-]+\.md[#)]|images/)",
+        lambda link: f"]({_uri(link[1])}",
+        markdown,
     )
 
 
