@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One entry for a fresh machine: makes .venv beside this file, installs the package (with CUDA where an NVIDIA GPU is),
-# then runs a command of the package with the arguments given. Later calls start at once.
+# The entry for a fresh machine. It makes .venv beside this file and installs the package, with CUDA if the machine has
+# an NVIDIA GPU. It then runs a command of the package with the given arguments. Later calls start at once.
 #
 #   ./launch.sh train --config configs/quickstart.py
 #   ./launch.sh test
-#   srun ./launch.sh train --config cayley_large_3l                        # in a Slurm job: a process a task (docs/clusters.md)
-#   ./launch.sh train … --coordinator node1:12345 --process-id 1 --num-processes 2        # on every node, with its own number
+#   srun ./launch.sh train --config cayley_large_3l     # in a Slurm job: one process per task (docs/clusters.md)
+#   ./launch.sh train … --coordinator node1:12345 --process-id 1 --num-processes 2     # on every node, each with its number
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,7 +24,7 @@ test) module=pytest ;;
 docs) module=mkdocs ;; # build, serve
 -h | --help | help)
   echo "$usage"
-  echo "./launch.sh COMMAND --help says what a command takes; docs/index.md has the documentation"
+  echo "./launch.sh COMMAND --help explains the options of a command; docs/index.md lists the documentation"
   exit
   ;;
 "") fail "$usage" ;;
@@ -43,7 +43,7 @@ wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
 case "$command" in test | docs) wanted+=("$command") ;; esac
 if [ "$command" = evaluate ]; then
-  of_lm_eval='(^|,)[^,=]+(,|$)' # in a list of tasks: one without =PATH
+  of_lm_eval='(^|,)[^,=]+(,|$)' # matches a list with a task without =PATH, which lm-eval provides
   needs_eval='' option=''
   for argument; do
     case "$argument" in
@@ -59,7 +59,7 @@ if [ "$command" = evaluate ]; then
   [ -z "$needs_eval" ] || wanted+=(eval)
 fi
 if [ "$command" = plan ] && [[ " $* " == *" --topology"* || " $* " == *" --kernels"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
-  wanted+=(cuda13) # what compiles for GPUs, whether or not there are any
+  wanted+=(cuda13) # compiles for GPUs, also on a machine without one
 fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac
@@ -70,11 +70,11 @@ if [ "$command" = bench ] && [[ " $* " == *" --against torch "* || " $* " == *" 
   wanted+=(torch)
 fi
 
-# What is installed is remembered in one file a part, named after what it came from: this checkout's place and its
-# pyproject.toml. As long as the files are there, nothing is asked of pip.
+# One file per installed part records the installation. Its name depends on the place of this checkout and on its
+# pyproject.toml. While all files of the wanted parts exist, the script does not call pip.
 stamp="$venv/.installed-$( (cat "$here/pyproject.toml" && echo "$here") | cksum | cut -d ' ' -f 1)"
 
-is_installed() { # of the parts wanted, is none missing?
+is_installed() { # succeeds if no wanted part is missing
   "$venv/bin/python" -c '' 2>/dev/null || return 1
   for part in "${wanted[@]}"; do [ -e "$stamp-$part" ] || return 1; done
 }
@@ -82,11 +82,11 @@ is_installed() { # of the parts wanted, is none missing?
 install() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "needs Python 3.11 or newer as '$python'; name another with PYTHON=/path/to/python3 ./launch.sh …"
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, one half made, or of a Python that is gone
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # there is none, it is half made, or its Python is gone
     "$python" -m venv --clear "$venv" ||
       fail "could not make a virtual environment at $venv (on Debian and Ubuntu: apt-get install python3-venv)"
   fi
-  [ -e "$stamp-base" ] || rm -f "$venv"/.installed-* # of another pyproject.toml, or another place
+  [ -e "$stamp-base" ] || rm -f "$venv"/.installed-* # they belong to another pyproject.toml or another place
   extras=$(IFS=,; echo "${wanted[*]:1}")
   echo "launch.sh: installing sngpt-jax${extras:+[$extras]} into $venv (once)" >&2
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$here${extras:+[$extras]}" >&2 ||
@@ -96,7 +96,8 @@ install() {
 
 if ! is_installed; then
   python=${PYTHON:-python3}
-  exec 9>"$here/.venv.lock" # two first calls at once, such as a Slurm step's tasks, would install over each other
+  # Two first calls at once, such as the tasks of a Slurm step, would overwrite each other's installation. The lock prevents it.
+  exec 9>"$here/.venv.lock"
   command -v flock >/dev/null && flock 9
   is_installed || install
   exec 9>&-
