@@ -1,6 +1,5 @@
-"""Decodes an artifact and scores it. All that a byte budget counts besides the artifact:
-`bundle.py` packs this command, with what it needs of the project, into one file, `python model.pyz
-model.sngpt --data DIR`.
+"""Decodes an artifact and scores it. Export packs this command, with the modules that it imports,
+into one file, `python model.pyz model.sngpt --data DIR`. A byte budget counts that file.
 """
 
 import argparse
@@ -12,19 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from sngpt_jax.artifact.policy import is_exported
-from sngpt_jax.base.cli import run, write_json
+from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.evaluation.bpb import Score, score_validation
-from sngpt_jax.weights.trained_model import TrainedModel, from_artifact
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        description="Decodes an artifact, and scores it in bits a byte."
+        description="Decodes an artifact and scores it in bits per byte."
     )
     parser.add_argument("artifact", type=Path, help="exported model, *.sngpt")
     parser.add_argument(
@@ -36,43 +29,53 @@ def main(argv: Sequence[str]) -> int:
         "--tokens",
         type=int,
         default=0,
-        help="score so many tokens from the start of the stream; 0: all",
+        help="number of tokens to score, from the start of the stream; 0 scores all",
     )
     parser.add_argument(
         "--stride",
         type=int,
         default=0,
-        help="score in sliding windows that advance by it; 0: standard ones",
+        help="tokens by which sliding windows advance; 0 scores in standard windows",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     if arguments.tokens < 0:
-        raise UserError(f"--tokens {arguments.tokens} is negative; 0 scores all of the stream")
-    model = from_artifact(arguments.artifact, make_mesh())
-    exported = [leaf for leaf in jax.tree.leaves(model.variables) if is_exported(leaf.dtype)]
-    result: dict[str, Any] = {
-        "step": model.step,
-        "weights": model.weights,
-        "tensors": len(exported),
-        "parameters": sum(leaf.size for leaf in exported),
-    }
-    if arguments.data:
-        result |= asdict(_score(model, arguments.data, arguments.tokens, arguments.stride))
+        raise UserError(f"--tokens {arguments.tokens} is negative; 0 scores the whole stream")
+    result = _result(arguments.artifact, arguments.data, arguments.tokens, arguments.stride)
     if arguments.json:
-        write_json(result, "-")
+        cli.write_json(result, "-")
     else:
         print(", ".join(f"{name} {value}" for name, value in result.items()))
     return 0
 
 
-def _score(model: TrainedModel, data: Path, tokens: int, stride: int) -> Score:
+def _result(artifact: Path, data: Path | None, tokens: int, stride: int) -> dict[str, Any]:
+    # jax takes seconds to import, which --help does not need
+    import jax
+
+    from sngpt_jax.artifact.policy import is_exported
+    from sngpt_jax.cluster.mesh import make_mesh
+    from sngpt_jax.evaluation.bpb import score_validation
+    from sngpt_jax.weights.trained_model import from_artifact
+
+    mesh = make_mesh()
+    model = from_artifact(artifact, mesh)
+    exported = [leaf for leaf in jax.tree.leaves(model.variables) if is_exported(leaf.dtype)]
+    result = {
+        "step": model.step,
+        "weights": model.weights,
+        "tensors": len(exported),
+        "parameters": sum(leaf.size for leaf in exported),
+    }
+    if data is None:
+        return result
     dataset = model.open_data(data)
     score = score_validation(
-        model.config, model.variables, dataset, make_mesh(), tokens, _progress(), stride
+        model.config, model.variables, dataset, mesh, tokens, _progress(), stride
     )
     if not math.isfinite(score.loss):
-        raise UserError(f"{model.source}: its loss is {score.loss}; export other weights")
-    return score
+        raise UserError(f"{artifact}: its loss is {score.loss}; export other weights")
+    return result | asdict(score)
 
 
 def _progress() -> Callable[[int, int], None]:
@@ -88,4 +91,4 @@ def _progress() -> Callable[[int, int], None]:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,11 +1,12 @@
-"""The code that decodes and scores an artifact, as one small file: `python model.pyz model.sngpt
+"""The program that decodes and scores an artifact, as one file: `python model.pyz model.sngpt
 --data DIR`.
 
-The entry and what it needs of the project (`closure.py`) are minified and compressed together. The
-file is that stream with a zip archive of one line behind it: Python runs a zip's `__main__.py`, a
-zip may have anything before it, and so the code costs its compressed bytes and about 200 more. As
-text in a .py file it would cost a quarter more. The archive unpacks nothing: an importer serves
-the modules from memory, before any installed ones of the same name. Libraries are not in it.
+The program holds whole modules: `sngpt_jax.score_artifact` and every module of the project that it
+imports, directly or through others. They are minified and compressed together. A zip archive with
+one line of code follows the compressed stream: Python runs a zip's `__main__.py`, and a zip may
+begin with other bytes. The program therefore takes its compressed bytes and about 200 more. As text
+in a .py file it would take a quarter more. An importer serves the modules from memory, ahead of
+installed modules with equal names. The program does not contain libraries.
 """
 
 import ast
@@ -21,24 +22,30 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import python_minifier
 
-from sngpt_jax.artifact.closure import closure
 from sngpt_jax.base.errors import UserError
 
 logger = logging.getLogger("sngpt_jax")
 
-ROOT = Path(__file__).parents[2]
-PROJECT = ("sngpt_jax", "kernels")
+PROJECT = ("sngpt_jax", "sngpt_kernels")
 ENTRY = "sngpt_jax.score_artifact"
-_ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # as the entry says how far it is
+# Modules that the program does not need although others import them, and the source in their place.
+STAND_INS = {
+    # the exporter has validated the configuration that the artifact holds
+    "sngpt_jax.config.checks": "def validate(config): return config",
+    # the program draws no progress bars, which need rich
+    "sngpt_jax.base.terminal": "def clear(): pass",
+}
+_ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # the entry's progress lines
 
-# What the compressed text begins with. `_` is the list of the parts after it: entry's package,
-# entry, name, source, name, …. A package's name ends in a dot. A module that is not here is not
-# looked for anywhere else: packages have an empty path.
+# The compressed text begins with this source. `_` is the list of the parts behind it: the entry's
+# package, the entry's source, then name and source of each module. A package's name ends in a dot.
+# Packages have an empty path, so that Python looks for a missing module nowhere else.
 _IMPORTER = """
 import sys
 from importlib.machinery import ModuleSpec
@@ -64,38 +71,79 @@ exec(s)"""
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle and what is in it."""
+    """A program and its contents."""
 
     data: bytes
-    # path of each source file and the bytes that are left of it, before compression
+    # path of each source file, and its bytes after minifying, before compression
     files: tuple[tuple[str, int], ...]
-    libraries: tuple[str, ...]  # that must be installed where it runs
+    libraries: tuple[str, ...]  # top-level names of the libraries that it imports
 
 
-def build(entry: str = ENTRY, root: Path = ROOT, project: Sequence[str] = PROJECT) -> Bundle:
-    """The bundle that runs module `entry` of the top-level packages `project` in the folder
-    `root`, as `python -m` would.
+def build(entry: str = ENTRY, project: Sequence[str] = PROJECT) -> Bundle:
+    """The program that runs module `entry` of the top-level packages `project`, as `python -m`
+    does.
 
-    The same sources give the same bytes, which run on every version of Python that the sources run
-    on.
+    Equal sources give equal bytes. The program runs on every version of Python that its sources
+    run on.
     """
-    needed = closure(entry, root, project)
-    sources = {name: minify(tree) for name, tree in needed.modules.items()}
+    modules, libraries = _needed(entry, project)
+    sources = {name: minify(tree) for name, (_, tree) in modules.items()}
+    packages = {name for name, (path, _) in modules.items() if path.name == "__init__.py"}
     parts = [minify(ast.parse(_IMPORTER)), entry.rpartition(".")[0], sources[entry]]
     for name, source in sources.items():
         if name != entry:
-            parts += [name + "." * (name in needed.packages), source]
-    return Bundle(
-        _pack("\0".join(parts).encode()),
-        tuple(
-            (
-                name.replace(".", "/") + ("/__init__.py" if name in needed.packages else ".py"),
-                len(source.encode()),
-            )
-            for name, source in sources.items()
-        ),
-        needed.libraries,
+            parts += [name + "." * (name in packages), source]
+    files = (
+        (
+            name.replace(".", "/") + ("/__init__.py" if name in packages else ".py"),
+            len(source.encode()),
+        )
+        for name, source in sources.items()
     )
+    return Bundle(_pack("\0".join(parts).encode()), tuple(files), tuple(sorted(libraries)))
+
+
+def _needed(
+    entry: str, project: Sequence[str]
+) -> tuple[dict[str, tuple[Path, ast.Module]], set[str]]:
+    """The file and the source of each module of the project that `entry` imports, at its top or in
+    a function, directly or through others, sorted by name; and the libraries that they import.
+    """
+    folders = {top: Path(_folder(top)) for top in project}
+    modules: dict[str, tuple[Path, ast.Module]] = {}
+    libraries: set[str] = set()
+    waiting = {entry}
+    while waiting:
+        name = waiting.pop()
+        top, *rest = name.split(".")
+        if top not in folders:
+            libraries.add(top)
+            continue
+        module = folders[top].joinpath(*rest)
+        imported = {name.rpartition(".")[0]} if rest else set()
+        # where neither is a file, the name is one of a module's definitions
+        for path in filter(Path.is_file, (module / "__init__.py", module.with_suffix(".py"))):
+            tree = ast.parse(STAND_INS.get(name) or path.read_text(encoding="utf-8"))
+            modules[name] = path, tree
+            imported |= set(_imported(tree))
+        waiting |= imported - modules.keys()
+    return dict(sorted(modules.items())), libraries - sys.stdlib_module_names
+
+
+def _folder(package: str) -> str:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the package {package} is not installed", name=package)
+    return spec.submodule_search_locations[0]
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """What the import statements of `tree` name: modules, and names in modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def minify(tree: ast.Module) -> str:
