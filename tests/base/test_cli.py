@@ -2,19 +2,21 @@
 are still at work.
 """
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
+from sngpt_jax.base.errors import UserError, one_line
 from tests.tiny_run import ROOT
 
-# Modules of a command, in a package that is imported first as `kernels` and `sngpt_jax` are.
+# Modules of a command, in a package that is imported first as `sngpt_jax` is.
 PACKAGE = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
-from kernels import commands
-commands.expect_interrupts()
+from sngpt_jax.base.interrupts import expect_interrupts
+expect_interrupts()
 """
 IMPORTS = """
 import os, signal
@@ -22,7 +24,7 @@ os.kill(os.getpid(), signal.SIGINT)
 """
 CALLBACK = """
 import gc, os, signal
-from kernels import commands
+from sngpt_jax.base import cli
 
 def interrupted(phase, info):
     gc.callbacks.clear()
@@ -35,39 +37,31 @@ def main(argv):
     gc.collect()
     return 0
 
-commands.run(main)
+cli.run(main)
 """
 MAIN = """
 import os, signal
-from kernels import commands
+from sngpt_jax.base import cli
 
 def main(argv):
     os.kill(os.getpid(), signal.SIGINT)
     return 0
 
-commands.run(main)
+cli.run(main)
 """
 PRINTS = """
-from kernels import commands
+from sngpt_jax.base import cli
 
 def main(argv):
     print("x" * 100_000)
     return 0
 
-commands.run(main)
-"""
-WRITES = """
-import errno
-from kernels import commands
-
-def main(argv):
-    raise OSError(errno.{name}, "No room", "/a/file")
-
-commands.run(main)
+cli.run(main)
 """
 AT_ONCE = """
 import threading, time
-from kernels import commands
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
 
 def main(argv):
     threading.Thread(target=time.sleep, args=(600,)).start()  # a process waits for its threads
@@ -76,7 +70,7 @@ def main(argv):
     error.at_once = True
     raise error
 
-commands.run(main)
+cli.run(main)
 """
 
 
@@ -112,16 +106,38 @@ def test_output_onto_a_full_disk_is_one_line(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG"])
-def test_a_file_that_no_room_is_left_for_is_named(tmp_path, name):
-    done = run(tmp_path, WRITES.format(name=name))
-    assert done.returncode == 2
-    assert done.stderr == "error: /a/file cannot be written: No room; free space and start again\n"
-
-
-def test_other_failures_of_the_system_are_bugs(tmp_path):
-    done = run(tmp_path, WRITES.format(name="EPERM"))
-    assert done.returncode == 1 and "Traceback" in done.stderr
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("a\nb"), "a b"),
+        *(
+            (
+                OSError(number, "No room", "/a"),
+                "/a cannot be written: No room; free space and start again",
+            )
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "Missing", "/a"),
+            "/a: Missing; check the path and its permissions",
+        ),
+        (
+            PermissionError(errno.EACCES, "Denied", "/a"),
+            "/a: Denied; check the path and its permissions",
+        ),
+        (OSError(errno.EIO, "Broken"), "a file: Broken; check the path and its permissions"),
+        (MemoryError(), "out of memory; choose smaller sizes or a machine with more memory"),
+        (
+            UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid"),
+            "text is not utf-8: invalid at byte 1",
+        ),
+        (OSError(errno.EPERM, "no file is named"), None),
+        (ValueError("a bug"), None),
+    ],
+    ids=str,
+)
+def test_errors_of_the_system_are_one_line_and_bugs_are_none(error, line):
+    assert one_line(error) == line
 
 
 def test_an_error_that_ends_at_once_waits_for_no_thread(tmp_path):

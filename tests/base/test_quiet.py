@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "sample": (["--run", "{run}", "--prompt", "ab", "--max-tokens", "4"], "ab"),
     "plan": (["--config", "{recipe}"], "parameters"),
-    "data.prepare": (["--verify", "{recipe.parent}/data"], "verified\n  data "),
+    "prepare": (["--verify", "{recipe.parent}/data"], "verified\n  data "),
     "report": (["{run}", "--out", "{out}/page.html"], "1 run: "),
     "interop": (["export", "--run", "{run}", "--out", "{out}/m.safetensors"], "exported\n  file "),
     "bench": (["--config", "{recipe}", "--rounds", "1", "--steps", "1"], "1 x cpu"),
