@@ -23,7 +23,6 @@ import numpy as np
 import safetensors.numpy
 import tyro
 from flax import nnx
-from jax.sharding import Mesh
 
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
@@ -34,12 +33,10 @@ from sngpt_jax.config.options import OptionalInt, OptionalPath, Quiet, WeightsOp
 from sngpt_jax.config.recipe import Overrides, parse_command
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sngpt_jax.model.forward import Params
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.run import directory as run_directory
 from sngpt_jax.run.checkpoint import Checkpointer, step_folder
-from sngpt_jax.training.state import TrainState, shardings
-from sngpt_jax.training.state import begin as begin_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.weights.source import open_model
 from sngpt_jax.weights.state_dict_files import InteropError, read_state_dict
 
@@ -225,19 +222,6 @@ def export_state_dict(model: GPT) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------- import
 
 
-def initial_state(config: Config, params: Params, mesh: Mesh) -> TrainState:
-    """The state of a run of `config` before its first step, with `params` for its weights: fresh
-    optimizer and averages.
-    """
-
-    def state(params: Params) -> TrainState:
-        return begin_state(config, params)
-
-    return jax.jit(state, out_shardings=shardings(config, mesh, jax.eval_shape(state, params)))(
-        params
-    )
-
-
 def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer | None) -> Path:
     """Makes `run_dir` a run of `config` that stands at step 0 with the weights of `file`; returns
     the checkpoint's folder.
@@ -259,7 +243,8 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: Tokenizer |
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
             # nothing is computed, and a checkpoint is restored to any devices
             mesh = make_mesh(jax.devices()[:1])
-            checkpoints.save(0, initial_state(config, params, mesh), extra={"imported": True})
+            state = init_state(Shapes.of(config, mesh), params)
+            checkpoints.save(0, state, extra={"imported": True})
     return step_folder(folder, 0)
 
 

@@ -14,8 +14,13 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from sngpt_jax.config.recipe import load
-from sngpt_jax.model.forward import forward
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.model.forward import abstract_parts, forward
+from sngpt_jax.training.cost import forward_flops_per_token, make_plan
+from sngpt_jax.training.state import Shapes, init_state
+
+
+def planned(config):
+    return make_plan(Shapes.of(config, make_mesh(jax.devices()[:1])))
 
 
 def parameter_groups(parameters):
@@ -36,7 +41,7 @@ CAYLEY = {
 
 @pytest.mark.parametrize("name", CAYLEY)
 def test_sizes_of_the_sparse_models(name):
-    totals = plan.make_plan(load(name))
+    totals = planned(load(name))
     parameters = totals["parameters"]
     backbone, positions, sae_bias = CAYLEY[name]
     assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
@@ -59,14 +64,14 @@ def test_operations_of_the_codes():
     """Small 3L: 16 parents with 248 children and 32 with 192, each scored over 1024 dimensions;
     112 atoms summed.
     """
-    flops = plan.make_plan(load("cayley_small_3l"))["flops_per_token"]
+    flops = planned(load("cayley_small_3l"))["flops_per_token"]
     assert flops["code"] == 12 * (2 * 1024 * (16 * 248 + 32 * 192 + 112) + 2 * 1024 * (32 + 32))
-    dense = plan.make_plan(load("cayley_small_dense"))["flops_per_token"]
+    dense = planned(load("cayley_small_dense"))["flops_per_token"]
     assert dense == {**flops, "code": 0}
 
 
 def test_baseline_counts():
-    totals = plan.make_plan(load("golf_baseline"))
+    totals = planned(load("golf_baseline"))
     parameters = totals["parameters"]
     assert parameters["total"] == sum(parameter_groups(parameters).values()) == 17_059_912
     assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
@@ -100,20 +105,20 @@ def test_forward_flops_agree_with_the_compiler():
     )
     T, m = 128, config.model
     tokens = jax.ShapeDtypeStruct((2, T), np.int32)
-    cost = jax.jit(forward(m)).lower(plan.abstract_params(config), tokens).compile().cost_analysis()
+    cost = jax.jit(forward(m)).lower(abstract_parts(m)[0], tokens).compile().cost_analysis()
     masked_half = m.num_layers * 2 * 2 * m.d_model * (T - 1) // 2
     assert cost["flops"] / (2 * T) == pytest.approx(
-        plan.forward_flops_per_token(config) + masked_half, rel=0.05
+        forward_flops_per_token(config) + masked_half, rel=0.05
     )
 
 
 def test_bytes_are_those_of_a_real_state(tiny_recipe):
     config = load(str(tiny_recipe))
-    state = init_state(config, make_mesh(jax.devices()[:1]))
-    totals = plan.make_plan(config)["bytes"]
+    state = init_state(Shapes.of(config, make_mesh(jax.devices()[:1])))
+    totals = planned(config)["bytes"]
     assert totals["parameters"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert totals["optimizer"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    abstract = abstract_state(config, make_mesh(jax.devices()[:1]))
+    abstract = Shapes.of(config, make_mesh(jax.devices()[:1])).state
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
 
 

@@ -47,7 +47,7 @@ from sngpt_jax.model.generation import generate
 from sngpt_jax.optim.groups import groups, make_optimizer
 from sngpt_jax.optim.schedules import StepControls, step_controls
 from sngpt_jax.training import loop
-from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.state import Shapes
 from sngpt_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def read_names(path: Path) -> Iterator[str]:
 
 def test_every_field_is_read():
     """Outside of the checks. config.py counts for what it derives of fields: head_dim,
-    cayley_levels, profile_window.
+    levels, profile_window.
     """
     modules = [path for path in (ROOT / "sngpt_jax").rglob("*.py") if path.name != "checks.py"]
     patterns = {pattern for path in modules for pattern in read_names(path)}
@@ -160,7 +160,7 @@ def shallow_program(config: Config, *, coded: bool) -> str:
         xsa_layers=min(m.xsa_layers, 1),
         value_embed_layers=(1,) if m.value_embed_layers else (),
         recycle_layers=(0,) if m.recycle_layers else (),
-        levels=m.levels if coded else "",
+        levels=m.levels if coded else (),
     )
     return model_program(small, config.train.device_batch_tokens // T, T)
 
@@ -231,7 +231,9 @@ def step_program(optim: OptimConfig, train: TrainConfig) -> str:
     batch = {name: jax.ShapeDtypeStruct((1, 2, 4), jnp.int32) for name in ("inputs", "targets")}
     flags = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(True))
     return as_text(
-        make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, flags).jaxpr
+        make_train_step(Shapes.of(config, mesh))
+        .trace(Shapes.of(config, mesh).state, batch, flags)
+        .jaxpr
     )
 
 
@@ -252,7 +254,7 @@ class LoopAlone(loop.Run):
         self.events: list[tuple[int, bool, bool]] = []
         self.eval_step = self.token_bytes = None
 
-    def seconds(self) -> float:
+    def agree_on_time(self) -> float:
         return 0.125 * self.done
 
     def step(self, seconds: float) -> None:
@@ -344,7 +346,7 @@ def exported(export: ExportConfig) -> dict[str, str]:
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(
-        lambda: init_params(dataclasses.replace(model, levels=""), jax.random.key(0))
+        lambda: init_params(dataclasses.replace(model, levels=()), jax.random.key(0))
     )
     return {
         "/".join(str(k.key) for k in path): leaf.shape

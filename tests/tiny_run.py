@@ -16,7 +16,7 @@ from sngpt_jax.config.recipe import load
 from sngpt_jax.data.preparation import PrepareSpec, prepare
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.metrics import read_metrics
-from sngpt_jax.training.state import TrainState, abstract_state
+from sngpt_jax.training.state import Shapes, TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,7 +120,7 @@ def final_state(directory: Path) -> TrainState:
     """The state after the last step of a run."""
     config = load(str(directory / "config.json"))
     restored = checkpoint.restore(
-        directory / "checkpoints", abstract_state(config, make_mesh(jax.devices()[:1]))
+        directory / "checkpoints", Shapes.of(config, make_mesh(jax.devices()[:1])).state
     )
     assert restored is not None
     assert restored.step == config.train.steps

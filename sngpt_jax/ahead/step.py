@@ -28,7 +28,7 @@ from sngpt_jax.cluster.mesh import BATCH_AXES, make_mesh
 from sngpt_jax.config import Config, microbatches
 from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.training import compiler
-from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.state import Shapes
 from sngpt_jax.training.step import make_train_step
 
 logger = logging.getLogger("sngpt_jax")
@@ -95,7 +95,8 @@ def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
     )
     start = time.perf_counter()
     with targeting(target.device):
-        traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch, controls)
+        shapes = Shapes.of(config, mesh)
+        traced = make_train_step(shapes).trace(shapes.state, batch, controls)
         compiled = compiler.compile_step(
             traced.lower(lowering_platforms=("cuda",)), targets.COMPILER_OPTIONS
         )

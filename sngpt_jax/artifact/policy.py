@@ -9,23 +9,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from sngpt_jax.config import Clip, Config
+from sngpt_jax.config.parameters import ExportGroup, parameter
 
-Group = Literal["mlp", "attention", "projection", "embed", "table", "control"]
-
-RULES: tuple[tuple[str, Group], ...] = (  # the first pattern that the whole path matches
-    (r"blocks/\d+/mlp/(up|down)", "mlp"),
-    (r"blocks/\d+/attn/(query|key|value|out)", "attention"),
-    (r"(bigram|value_embed)/proj", "projection"),
-    (r"(embed|positions)/table", "embed"),
-    (r"(bigram|value_embed)/table", "table"),
-    (r".*", "control"),
-)
-MATRICES: tuple[Group, ...] = ("mlp", "attention", "projection")
+MATRICES: tuple[ExportGroup, ...] = ("mlp", "attention", "projection")
 FLOAT16, FLOAT32 = 16, 32  # bits of tensors that have no grid
 
 # The smallest normal float16, about 6.1e-5. Scales are float16, and below it they lose bits and
@@ -37,7 +27,7 @@ SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
 class Policy:
     """How one tensor is exported."""
 
-    group: Group
+    group: ExportGroup
     bits: int  # of its grid, 2 to 8; FLOAT16 or FLOAT32: as it is
     clip: Clip  # how a row's range is chosen
     clip_sd: float  # the range of a row in its standard deviations, for clip = sd
@@ -63,7 +53,7 @@ def largest_code(bits: int) -> int:
 def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:
     """How the tensor of this path (as `blocks/0/attn/key`) and shape is exported."""
     x = config.export
-    group = next(group for pattern, group in RULES if re.fullmatch(pattern, path))
+    group = parameter(path).export
     of_matrix = group in MATRICES
     clip, clip_sd = (x.clip, x.clip_sd) if of_matrix else (x.table_clip, x.table_clip_sd)
     if group == "control":

@@ -115,8 +115,8 @@ def parse(
     there.
 
     Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`,
-    `tuple[X, ...]` from a list or tuple, `dict[str, X]`, or Any. An integer serves as a float;
-    nothing else is converted. `check` sees every plain value. With a list for `defaulted`, a field
+    `tuple[X, ...]` or a NamedTuple from a list or tuple, `dict[str, X]`, or Any. An integer serves
+    as a float; nothing else is converted. `check` sees every plain value. With a list for `defaulted`, a field
     that has a plain default may be missing, and its path is appended there. Raises `error` in one
     line that begins with the path of the field, `where` for the whole.
     """
@@ -155,6 +155,13 @@ def parse(
             return parse_object(typing.cast(type, kind), value, where)
         if isinstance(kind, types.UnionType):  # the only unions are `X | None`
             return None if value is None else parse_value(typing.get_args(kind)[0], value, where)
+        if isinstance(kind, type) and hasattr(kind, "_fields"):  # a NamedTuple
+            fields = typing.get_type_hints(kind)
+            if not isinstance(value, list | tuple) or len(value) != len(fields):
+                raise error(
+                    f"{where}: expected a list of {', '.join(fields)}, found {shown(value)}"
+                )
+            return kind(*map(parse_value, fields.values(), value, [where] * len(fields)))
         if typing.get_origin(kind) is tuple:
             if not isinstance(value, list | tuple):
                 raise error(f"{where}: expected a list, found {type(value).__name__}")

@@ -35,7 +35,7 @@ from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
 from sngpt_jax.model.forward import Variables, abstract_variables, hidden
 from sngpt_jax.run.console import progress_reporter
-from sngpt_jax.training.state import init_state
+from sngpt_jax.training.state import Shapes, init_state
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def forward_speeds(
     from the stream to the score.
     """
     mesh, T, most = make_mesh(), config.data.seq_len, config.eval.device_batch_tokens
-    variables = init_state(config, mesh).variables()
+    variables = init_state(Shapes.of(config, mesh)).variables()
     token_bytes = dataset.tokenizer.token_bytes()
     work: dict[str, tuple[int, Callable[[], Any]]] = {}
     for name, S in (("standard", T), ("sliding", stride)):

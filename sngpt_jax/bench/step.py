@@ -37,8 +37,8 @@ from sngpt_jax.run.console import progress_reporter
 from sngpt_jax.run.meter import peak_flops, peak_memory
 from sngpt_jax.training import compiler
 from sngpt_jax.training.compiler import keep_working_memory, use_compilation_cache
-from sngpt_jax.training.cost import make_plan
-from sngpt_jax.training.state import init_state
+from sngpt_jax.training.cost import forward_flops_per_token
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 # whose losses are compared: the outputs of the blocks start at zero and are seen from the second
@@ -92,13 +92,14 @@ class OurStep:
             d.batch_tokens, config.train.device_batch_tokens, d.seq_len, mesh.devices.size
         )
         place, batches = batch_placer(mesh, accumulation), RandomBatches(config)
-        self.state = init_state(config, mesh)
+        shapes = Shapes.of(config, mesh)
+        self.state = init_state(shapes)
         leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
         # the step takes the arrays for its own
         self.weights = {path_name(path): np.array(leaf) for path, leaf in leaves}
         controls = step_controls(config.optim, config.train, 0, 0.0)
         self.program = compiler.compile_step(
-            make_train_step(config, mesh).lower(self.state, place(batches[0]), controls)
+            make_train_step(shapes).lower(self.state, place(batches[0]), controls)
         )
         self.is_inline = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
         self.loader = make_loader(batches, place, num_steps=len(batches))
@@ -302,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
     tokens, device = config.data.batch_tokens, mesh.devices.flat[0].device_kind
     rows = {name: summary(rounds, arguments.steps, tokens) for name, rounds in found.items()}
     peak = peak_flops(device)
-    model_flops = rows["jax"]["tok_per_s"] * make_plan(config)["flops_per_token"]["train"]
+    model_flops = rows["jax"]["tok_per_s"] * 3 * forward_flops_per_token(config)
     total = sum(r.seconds for r in found["jax"])
     result: dict[str, Any] = {
         "device": device,

@@ -1,4 +1,4 @@
-"""The configuration of a run. Its dataclasses, which recipes import from here, are in `fields`."""
+"""The configuration of a run. Recipes import its dataclasses, which `fields` defines, from here."""
 
 from sngpt_jax.config.fields import (
     FORMAT,
@@ -8,12 +8,16 @@ from sngpt_jax.config.fields import (
     DataConfig,
     EvalConfig,
     ExportConfig,
+    Level,
     ModelConfig,
     OptimConfig,
     TrainConfig,
     Weights,
+    changed,
     differences,
+    format_levels,
     microbatches,
+    parse_levels,
     profile_window,
     to_json,
 )
@@ -26,12 +30,16 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "ExportConfig",
+    "Level",
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
     "Weights",
+    "changed",
     "differences",
+    "format_levels",
     "microbatches",
+    "parse_levels",
     "profile_window",
     "to_json",
 ]

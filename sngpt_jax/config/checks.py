@@ -1,4 +1,4 @@
-"""What a configuration cannot be: `validate` names every field of every impossible combination."""
+"""The limits of a configuration: `validate` names the fields of every impossible combination."""
 
 import dataclasses
 import math
@@ -7,287 +7,49 @@ from collections.abc import Iterator
 
 from sngpt_kernels.cayley import dictionary
 
-from sngpt_jax.config import Config, ConfigError, ModelConfig, profile_window
+from sngpt_jax.config import Config, ConfigError, ModelConfig, format_levels, profile_window
 
-
-def validate(config: Config) -> Config:
-    """Returns `config`; raises `ConfigError` naming every field of every impossible combination."""
-    problems = list(_problems(config))
-    if problems:
-        raise ConfigError("configuration: " + "; ".join(problems))
-    return config
-
-
-# What no machine trains: a file that asks for more is refused before anything of it is computed.
-_MOST = {
-    "model.num_layers": 256,
-    "model.d_model": 2**16,
-    "model.num_heads": 2**12,
-    "model.num_kv_heads": 2**12,
-    "model.mlp_dim": 2**18,
-    "model.max_seq_len": 2**20,
-    "model.value_embed_layers": 256,
-    "model.value_embed_dim": 2**16,
-    "model.recycle_layers": 256,
-    "model.bigram_dim": 2**16,
-    "model.levels": 1000,
-    "optim.newton_schulz_steps": 100,
-    "data.batch_tokens": 2**28,
+# Smallest and largest value of a number in a field, and the most entries of a list. A file that
+# asks for more than any machine trains is refused before anything is computed from it.
+_BOUNDS = {
+    "model.vocab_size": (1, 2**16),  # tokens are stored as uint16
+    "model.num_layers": (1, 256),
+    "model.d_model": (1, 2**16),
+    "model.num_heads": (1, 2**12),
+    "model.num_kv_heads": (1, 2**12),
+    "model.mlp_dim": (1, 2**18),
+    "model.levels": (0, 16),
+    "model.max_seq_len": (1, 2**20),
+    "model.value_embed_layers": (0, 256),
+    "model.value_embed_dim": (1, 2**16),
+    "model.recycle_layers": (0, 256),
+    "model.bigram_buckets": (0, 2**16),
+    "model.bigram_dim": (1, 2**16),
+    "optim.newton_schulz_steps": (1, 100),
+    "optim.warmdown_fraction": (0, 1),
+    "optim.final_lr_fraction": (0, 1),
+    "optim.adam_final_lr_fraction": (0, 1),
+    "optim.swa_below": (0, 1),
+    "optim.qat_below": (0, 1),
+    "data.val_docs": (1, 2**53),
+    "data.batch_tokens": (1, 2**28),
+    "data.seq_len": (1, 2**20),
+    "data.slices": (1, 2**28),
+    "train.steps": (1, 2**53),
+    "train.device_batch_tokens": (1, 2**53),
+    "train.fsdp": (1, 2**53),
+    "train.max_skipped_steps": (1, 2**53),
+    "train.log_every": (1, 2**53),
+    "train.keep_checkpoints": (1, 2**53),
+    "eval.device_batch_tokens": (1, 2**53),
+    "export.clip_percentile": (50, 100),
 }
-_MOST_ELSEWHERE = 2**53  # of other whole numbers: a float64 holds them exactly
-_LONGEST = 2**16  # letters of a text, entries of a list
-# all but tabs and line ends: a terminal would obey them
+_OTHER_BOUNDS = (0, 2**53)  # a float64 holds whole numbers up to 2^53 exactly
+_LONGEST = 2**16  # characters of a text, entries of a list
+# control characters except tabs and line ends: a terminal would obey them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-
-def _too_large(config: Config) -> Iterator[str]:
-    for section in dataclasses.fields(config):
-        for f in dataclasses.fields(getattr(config, section.name)):
-            name, value = f"{section.name}.{f.name}", getattr(getattr(config, section.name), f.name)
-            if isinstance(value, str | tuple):
-                if len(value) > _MOST.get(name, _LONGEST):
-                    yield (
-                        f"{name} has {len(value)}"
-                        f" {'letters' if isinstance(value, str) else 'entries'}"
-                    )
-                elif _CONTROL.search(value if isinstance(value, str) else "".join(map(str, value))):
-                    yield f"{name} = {value!r} holds a control character"
-            elif isinstance(value, int) and value > _MOST.get(name, _MOST_ELSEWHERE):
-                yield f"{name} = {value} exceeds {_MOST.get(name, _MOST_ELSEWHERE)}"
-
-
-def _problems(config: Config) -> Iterator[str]:
-    if problems := list(_too_large(config)):
-        yield from problems
-        return
-    m, o, d, t, e = config.model, config.optim, config.data, config.train, config.eval
-    at_least_one = {
-        "model": (
-            "vocab_size",
-            "num_layers",
-            "d_model",
-            "num_heads",
-            "num_kv_heads",
-            "mlp_dim",
-            "max_seq_len",
-            "value_embed_dim",
-            "bigram_dim",
-        ),
-        "optim": ("newton_schulz_steps",),
-        "data": ("batch_tokens", "seq_len", "slices", "val_docs"),
-        "train": (
-            "steps",
-            "device_batch_tokens",
-            "log_every",
-            "keep_checkpoints",
-            "fsdp",
-            "max_skipped_steps",
-        ),
-        "eval": ("device_batch_tokens",),
-    }
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for f in dataclasses.fields(values):
-            value = getattr(values, f.name)
-            if isinstance(value, tuple):
-                value = min(value, default=0)
-            if isinstance(value, float) and not math.isfinite(value):
-                yield f"{section.name}.{f.name} = {value} is not a finite number"
-            elif isinstance(value, int | float) and value < 0:
-                yield f"{section.name}.{f.name} = {value} is negative"
-            elif f.name in at_least_one.get(section.name, ()) and value < 1:
-                yield f"{section.name}.{f.name} = {value} must be at least 1"
-    if (
-        any(getattr(m, name) < 1 for name in at_least_one["model"])
-        or min(d.batch_tokens, d.seq_len, d.slices) < 1
-    ):
-        return  # the divisions below need them positive
-
-    if m.d_model % m.num_heads:
-        yield f"model.d_model = {m.d_model} is not divisible by model.num_heads = {m.num_heads}"
-    elif m.head_dim % 2 and m.positions == "rotary":
-        yield (
-            f"model.d_model / model.num_heads = {m.head_dim} is odd; rotary position embedding"
-            " needs an even head size"
-        )
-    if m.num_heads % m.num_kv_heads:
-        yield (
-            f"model.num_heads = {m.num_heads} is not divisible by model.num_kv_heads ="
-            f" {m.num_kv_heads}"
-        )
-    if m.rope_base <= 0:
-        yield f"model.rope_base = {m.rope_base} must be greater than 0"
-    yield from _model_problems(m)
-    if m.attention == "cudnn" and m.compute_dtype == "float32":
-        yield (
-            "model.attention = cudnn does not serve model.compute_dtype = float32; use bfloat16 or"
-            " attention xla"
-        )
-
-    if d.seq_len > m.max_seq_len:
-        yield f"data.seq_len = {d.seq_len} exceeds model.max_seq_len = {m.max_seq_len}"
-    if d.batch_tokens % (d.slices * d.seq_len):
-        yield (
-            f"data.batch_tokens = {d.batch_tokens} is not divisible by data.slices x data.seq_len"
-            f" = {d.slices} x {d.seq_len} = {d.slices * d.seq_len}"
-        )
-    for section_name, tokens in (("train", t.device_batch_tokens), ("eval", e.device_batch_tokens)):
-        if 1 <= tokens < d.seq_len:
-            yield (
-                f"{section_name}.device_batch_tokens = {tokens} is less than one sequence,"
-                f" data.seq_len = {d.seq_len}"
-            )
-
-    if o.schedule == "linear_warmdown":
-        if bool(o.warmdown_steps) == bool(o.warmdown_fraction):
-            yield (
-                "optim.schedule = linear_warmdown needs exactly one of optim.warmdown_steps and"
-                " optim.warmdown_fraction"
-            )
-    else:
-        if o.warmdown_steps or o.warmdown_fraction:
-            yield (
-                "optim.schedule = constant takes no optim.warmdown_steps or"
-                " optim.warmdown_fraction; set them to 0"
-            )
-        if o.swa_every or o.qat_below:
-            yield (
-                "optim.swa_every and optim.qat_below follow the warmdown, which optim.schedule ="
-                " constant has not"
-            )
-    for name in (
-        "warmdown_fraction",
-        "final_lr_fraction",
-        "adam_final_lr_fraction",
-        "swa_below",
-        "qat_below",
-    ):
-        if (getattr(o, name) or 0) > 1:
-            yield f"optim.{name} = {getattr(o, name)} is more than 1"
-    for name in (
-        "muon_momentum",
-        "muon_momentum_start",
-        "normuon_beta2",
-        "adam_b1",
-        "adam_b2",
-        "ema_decay",
-    ):
-        if getattr(o, name) >= 1:
-            yield f"optim.{name} = {getattr(o, name)} must be less than 1"
-    if o.warmdown_clock == "wall_clock" and not t.max_seconds:
-        yield "optim.warmdown_clock = wall_clock needs train.max_seconds"
-    if (
-        o.schedule == "linear_warmdown"
-        and o.warmdown_clock == "steps"
-        and o.warmup_steps + o.warmdown_steps > t.steps
-    ):
-        yield (
-            f"optim.warmup_steps + optim.warmdown_steps = {o.warmup_steps + o.warmdown_steps}"
-            f" exceeds train.steps = {t.steps}"
-        )
-    if o.adam_final_lr_fraction is not None and o.schedule == "constant":
-        yield (
-            "optim.adam_final_lr_fraction is where a warmdown ends, which optim.schedule = constant"
-            " has not"
-        )
-    if o.swa_every > t.steps:
-        yield (
-            f"optim.swa_every = {o.swa_every} exceeds train.steps = {t.steps}: no snapshot would"
-            " ever be taken"
-        )
-    if o.grad_clip_scope == "device" and not o.grad_clip:
-        yield "optim.grad_clip_scope = device clips nothing with optim.grad_clip = 0"
-    if o.swa_every and o.swa_below <= o.final_lr_fraction:
-        yield (
-            f"optim.swa_below = {o.swa_below} is never reached with optim.final_lr_fraction ="
-            f" {o.final_lr_fraction}"
-        )
-    if o.qat_below and o.qat_below <= o.final_lr_fraction:
-        yield (
-            f"optim.qat_below = {o.qat_below} is never reached with optim.final_lr_fraction ="
-            f" {o.final_lr_fraction}"
-        )
-    yield from _export_problems(config)
-    if e.weights == "swa" and not o.swa_every:
-        yield "eval.weights = swa needs optim.swa_every"
-    if e.weights == "ema" and not o.ema_decay:
-        yield "eval.weights = ema needs optim.ema_decay"
-    try:
-        profile_window(t)
-    except ConfigError as error:
-        yield str(error)
-    for option in t.xla_options:
-        if not re.fullmatch(r"xla_\w+=.*", option):
-            yield f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
-        elif re.search(
-            r"^[^=]*(dump|_dir|file|path|_from=|_to=|flags|extra_options|results)|=.*[/\\]", option
-        ):
-            yield (
-                f"train.xla_options: {option!r} names files for XLA; set it in the environment"
-                " variable XLA_FLAGS instead"
-            )
-    if e.tokens and e.tokens < d.seq_len:
-        yield f"eval.tokens = {e.tokens} is less than one sequence, data.seq_len = {d.seq_len}"
-    if e.sample_tokens >= m.max_seq_len:
-        yield (
-            f"eval.sample_tokens = {e.sample_tokens} leaves no room for a prompt in"
-            f" model.max_seq_len = {m.max_seq_len}"
-        )
-    if m.levels and e.health_tokens and e.health_tokens < d.seq_len:
-        yield (
-            f"eval.health_tokens = {e.health_tokens} is less than one sequence, data.seq_len ="
-            f" {d.seq_len}"
-        )
-    if m.vocab_size > 2**16:
-        yield f"model.vocab_size = {m.vocab_size} exceeds 65536; tokens are stored as uint16"
-
-
-def _export_problems(config: Config) -> Iterator[str]:
-    x = config.export
-    for name in ("mlp_bits", "attention_bits", "projection_bits", "embed_bits", "table_bits"):
-        if not (2 <= getattr(x, name) <= 8 or getattr(x, name) == 16):
-            yield f"export.{name} = {getattr(x, name)} is neither 2 to 8 nor 16"
-    if not 50 <= x.clip_percentile <= 100:
-        yield f"export.clip_percentile = {x.clip_percentile} is not between 50 and 100"
-    for name in ("clip_sd", "table_clip_sd"):
-        if getattr(x, name) <= 0:
-            yield f"export.{name} = {getattr(x, name)} must be greater than 0"
-    if x.prune_fraction >= 1:
-        yield f"export.prune_fraction = {x.prune_fraction} leaves no weights"
-    if x.late_key_layers > config.model.num_layers:
-        yield (
-            f"export.late_key_layers = {x.late_key_layers} exceeds model.num_layers ="
-            f" {config.model.num_layers}"
-        )
-    if x.clip_scope == "matrix" and "search" not in (x.clip, x.table_clip):
-        yield (
-            "export.clip_scope = matrix does nothing without export.clip or export.table_clip ="
-            " search"
-        )
-    if x.packed and x.codec == "rans":
-        yield (
-            "export.packed = True leaves export.codec = rans no codes to count; take zstd or lzma,"
-            " or leave packed out"
-        )
-    lowest, highest = {"zstd": (1, 22), "lzma": (0, 9), "rans": (1, 22)}[x.codec]
-    if not lowest <= x.codec_level <= highest:
-        yield (
-            f"export.codec_level = {x.codec_level} is not one of export.codec = {x.codec}: {lowest}"
-            f" to {highest}"
-        )
-    if x.gptq and (x.gptq_block < 1 or x.gptq_tokens < config.data.seq_len):
-        yield (
-            f"export.gptq needs gptq_block = {x.gptq_block} of 1 or more, and gptq_tokens ="
-            f" {x.gptq_tokens} of one sequence or more, data.seq_len = {config.data.seq_len}"
-        )
-    if x.gptq and x.prune_fraction:
-        yield (
-            f"export.gptq moves the weights that export.prune_fraction = {x.prune_fraction} sets to"
-            " 0; take one of them"
-        )
-
-
-# Fields of one family only, which the other one must leave at their defaults.
+# Fields that one family alone reads. The other family must leave them at their defaults.
 _COMPACT_ONLY = (
     "value_residual",
     "value_embed_layers",
@@ -300,60 +62,250 @@ _COMPACT_ONLY = (
 _PRE_NORM_ONLY = ("levels", "positions", "qk_norm", "generators", "forward_standardized")
 
 
-def _model_problems(m: ModelConfig) -> Iterator[str]:
-    defaults, other = (
-        ModelConfig(),
-        {"compact": _PRE_NORM_ONLY, "pre_norm": _COMPACT_ONLY}[m.family],
+def validate(config: Config) -> Config:
+    """Returns `config`. Raises `ConfigError` that names every field of every problem."""
+    problems = list(_out_of_bounds(config))
+    if not problems:  # the divisions in the relations need bounded values
+        problems = [reason for impossible, reason in _relations(config) if impossible]
+        problems += _levels_problem(config.model)
+    if problems:
+        raise ConfigError("configuration: " + "; ".join(problems))
+    return config
+
+
+def _out_of_bounds(config: Config) -> Iterator[str]:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for f in dataclasses.fields(values):
+            name, value = f"{section.name}.{f.name}", getattr(values, f.name)
+            lowest, highest = _BOUNDS.get(name, _OTHER_BOUNDS)
+            if isinstance(value, str | tuple):
+                most = highest if name in _BOUNDS else _LONGEST
+                unit = "characters" if isinstance(value, str) else "entries"
+                text = value if isinstance(value, str) else "".join(map(str, value))
+                if len(value) > most:
+                    yield f"{name} has {len(value)} {unit}; at most {most} are allowed"
+                elif _CONTROL.search(text):
+                    yield f"{name} = {value!r} holds a control character"
+                elif any(isinstance(item, int) and item < 0 for item in value):
+                    yield f"{name} = {value} holds a negative number"
+            elif value is None or isinstance(value, bool):
+                continue
+            elif not math.isfinite(value):
+                yield f"{name} = {value} is not a finite number"
+            elif value < lowest:
+                yield f"{name} = {value} is less than {lowest}"
+            elif value > highest:
+                yield f"{name} = {value} exceeds {highest}"
+
+
+def _relations(config: Config) -> Iterator[tuple[object, str]]:
+    """Pairs of whether a combination is impossible, and the reason that its message gives."""
+    m, o, d, t, e, x = (getattr(config, section.name) for section in dataclasses.fields(config))
+
+    def of(*names: str) -> str:
+        """The fields with their values: `model.d_model = 512, model.num_heads = 8`."""
+        pairs = (name.split(".") for name in names)
+        return ", ".join(
+            f"{section}.{name} = {getattr(getattr(config, section), name)}"
+            for section, name in pairs
+        )
+
+    ragged = m.d_model % m.num_heads
+    yield ragged, f"{of('model.d_model')} is not divisible by {of('model.num_heads')}"
+    yield (
+        not ragged and m.head_dim % 2 and m.positions == "rotary",
+        f"model.d_model / model.num_heads = {m.head_dim} is odd; rotary positions need an even"
+        " head size",
     )
-    for name in other:
-        if getattr(m, name) != getattr(defaults, name):
-            yield f"model.{name} = {getattr(m, name)!r} does nothing with model.family = {m.family}"
+    yield (
+        m.num_heads % m.num_kv_heads,
+        f"{of('model.num_heads')} is not divisible by {of('model.num_kv_heads')}",
+    )
+    yield m.rope_base <= 0, f"{of('model.rope_base')} must be greater than 0"
+    yield from _model_relations(m)
+
+    yield d.seq_len > m.max_seq_len, f"{of('data.seq_len')} exceeds {of('model.max_seq_len')}"
+    yield (
+        d.batch_tokens % (d.slices * d.seq_len),
+        f"{of('data.batch_tokens')} is not divisible by data.slices x data.seq_len ="
+        f" {d.slices} x {d.seq_len} = {d.slices * d.seq_len}",
+    )
+    for name, tokens in (
+        ("train.device_batch_tokens", t.device_batch_tokens),
+        ("eval.device_batch_tokens", e.device_batch_tokens),
+        ("eval.tokens", e.tokens or d.seq_len),
+        ("eval.health_tokens", (m.levels and e.health_tokens) or d.seq_len),
+    ):
+        too_few = tokens < d.seq_len
+        yield too_few, f"{name} = {tokens} is less than one sequence, {of('data.seq_len')}"
+
+    falls, by_steps = o.schedule == "linear_warmdown", o.warmdown_clock == "steps"
+    yield (
+        falls and bool(o.warmdown_steps) == bool(o.warmdown_fraction),
+        f"{of('optim.schedule')} needs exactly one of optim.warmdown_steps and"
+        " optim.warmdown_fraction",
+    )
+    yield (
+        not falls and (o.warmdown_steps or o.warmdown_fraction),
+        f"{of('optim.schedule')} has no warmdown; set optim.warmdown_steps and"
+        " optim.warmdown_fraction to 0",
+    )
+    yield (
+        not falls and (o.swa_every or o.qat_below or o.adam_final_lr_fraction is not None),
+        "optim.swa_every, optim.qat_below and optim.adam_final_lr_fraction need a warmdown, which"
+        f" {of('optim.schedule')} does not have",
+    )
+    for name in (
+        "muon_momentum",
+        "muon_momentum_start",
+        "normuon_beta2",
+        "adam_b1",
+        "adam_b2",
+        "ema_decay",
+    ):
+        yield getattr(o, name) >= 1, f"{of(f'optim.{name}')} must be less than 1"
+    yield (
+        not by_steps and not t.max_seconds,
+        f"{of('optim.warmdown_clock')} needs train.max_seconds",
+    )
+    yield (
+        falls and by_steps and o.warmup_steps + o.warmdown_steps > t.steps,
+        f"optim.warmup_steps + optim.warmdown_steps = {o.warmup_steps + o.warmdown_steps} exceeds"
+        f" {of('train.steps')}",
+    )
+    yield o.swa_every > t.steps, f"{of('optim.swa_every')} exceeds {of('train.steps')}"
+    yield (
+        o.grad_clip_scope == "device" and not o.grad_clip,
+        f"{of('optim.grad_clip_scope')} clips nothing with {of('optim.grad_clip')}",
+    )
+    for name, used in (("swa_below", o.swa_every), ("qat_below", o.qat_below)):
+        yield (
+            used and getattr(o, name) <= o.final_lr_fraction,
+            f"{of(f'optim.{name}')} is never reached with {of('optim.final_lr_fraction')}",
+        )
+    for weights, kept, field in (
+        ("swa", o.swa_every, "optim.swa_every"),
+        ("ema", o.ema_decay, "optim.ema_decay"),
+    ):
+        yield e.weights == weights and not kept, f"{of('eval.weights')} needs {field}"
+    yield (
+        e.sample_tokens >= m.max_seq_len,
+        f"{of('eval.sample_tokens')} leaves no room for a prompt in {of('model.max_seq_len')}",
+    )
+    try:
+        profile_window(t)
+    except ConfigError as error:
+        yield True, str(error)
+    for option in t.xla_options:
+        named = re.fullmatch(r"xla_\w+=.*", option)
+        file = re.search(
+            r"^[^=]*(dump|_dir|file|path|_from=|_to=|flags|extra_options|results)|=.*[/\\]", option
+        )
+        yield not named, f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
+        yield (
+            named and file,
+            f"train.xla_options: {option!r} names files for XLA; set it in the environment"
+            " variable XLA_FLAGS instead",
+        )
+
+    for name in ("mlp_bits", "attention_bits", "projection_bits", "embed_bits", "table_bits"):
+        bits = getattr(x, name)
+        yield not (2 <= bits <= 8 or bits == 16), f"export.{name} = {bits} is neither 2 to 8 nor 16"
+    for name in ("clip_sd", "table_clip_sd"):
+        yield getattr(x, name) <= 0, f"{of(f'export.{name}')} must be greater than 0"
+    yield x.prune_fraction >= 1, f"{of('export.prune_fraction')} leaves no weights"
+    yield (
+        x.late_key_layers > m.num_layers,
+        f"{of('export.late_key_layers')} exceeds {of('model.num_layers')}",
+    )
+    yield (
+        x.clip_scope == "matrix" and "search" not in (x.clip, x.table_clip),
+        f"{of('export.clip_scope')} needs export.clip or export.table_clip = search",
+    )
+    yield (
+        x.packed and x.codec == "rans",
+        f"{of('export.packed')} leaves no codes for {of('export.codec')} to count; use zstd or"
+        " lzma, or do not pack",
+    )
+    lowest, highest = {"zstd": (1, 22), "lzma": (0, 9), "rans": (1, 22)}[x.codec]
+    yield (
+        not lowest <= x.codec_level <= highest,
+        f"{of('export.codec_level')} is not a level of {of('export.codec')}: {lowest} to {highest}",
+    )
+    yield (
+        x.gptq and (x.gptq_block < 1 or x.gptq_tokens < d.seq_len),
+        f"export.gptq needs {of('export.gptq_block')} of at least 1, and"
+        f" {of('export.gptq_tokens')} of at least one sequence, {of('data.seq_len')}",
+    )
+    yield (
+        x.gptq and x.prune_fraction,
+        f"export.gptq moves the weights that {of('export.prune_fraction')} sets to 0; use one",
+    )
+
+
+def _model_relations(m: ModelConfig) -> Iterator[tuple[object, str]]:
+    defaults = ModelConfig()
+    others = _PRE_NORM_ONLY if m.family == "compact" else _COMPACT_ONLY
+    unread = [(name, f"model.family = {m.family}") for name in others]
     if m.family == "pre_norm" and not m.levels:
-        for name in ("generators", "forward_standardized"):
-            if getattr(m, name) != getattr(defaults, name):
-                yield f'model.{name} = {getattr(m, name)!r} does nothing with model.levels = ""'
+        unread += [(name, "no model.levels") for name in ("generators", "forward_standardized")]
+    for name, why in unread:
+        value = getattr(m, name)
+        shown = repr(format_levels(value) if name == "levels" else value)
+        yield value != getattr(defaults, name), f"model.{name} = {shown} does nothing with {why}"
+    yield (
+        m.attention == "cudnn" and m.compute_dtype == "float32",
+        "model.attention = cudnn does not support model.compute_dtype = float32; use bfloat16 or"
+        " attention xla",
+    )
+    yield (
+        m.positions == "learned" and (m.rope_dims or m.rope_ntk_len),
+        "model.rope_dims and model.rope_ntk_len do nothing with model.positions = learned",
+    )
+    yield (
+        m.rope_dims % 2 or m.rope_dims > m.head_dim,
+        f"model.rope_dims = {m.rope_dims} is not an even number up to the head size, {m.head_dim}",
+    )
+    yield (
+        m.rope_ntk_len and m.rotary_dims <= 2,
+        f"model.rope_ntk_len needs at least 4 rotary dimensions; the model has {m.rotary_dims}",
+    )
+    yield (
+        m.rope_ntk_len >= m.max_seq_len,
+        f"model.rope_ntk_len = {m.rope_ntk_len} is never exceeded with model.max_seq_len ="
+        f" {m.max_seq_len}",
+    )
+    yield (
+        m.xsa_layers > m.num_layers,
+        f"model.xsa_layers = {m.xsa_layers} exceeds model.num_layers = {m.num_layers}",
+    )
+    layers = m.value_embed_layers
+    yield (
+        len(set(layers)) < len(layers) or max(layers, default=0) >= m.num_layers,
+        f"model.value_embed_layers = {layers} are not distinct layers from 0 to {m.num_layers - 1}",
+    )
+    yield (
+        max(m.recycle_layers, default=-1) >= m.num_skips,
+        f"model.recycle_layers = {m.recycle_layers} are not all in the first half, layers 0 to"
+        f" {m.num_skips - 1}",
+    )
+    yield (
+        m.smear_mask_bos and m.smear == "none",
+        "model.smear_mask_bos does nothing with model.smear = none",
+    )
+    yield (
+        m.smear_mask_bos and m.bos_id >= m.vocab_size,
+        f"model.bos_id = {m.bos_id} is not below model.vocab_size = {m.vocab_size}",
+    )
+    yield m.bigram_buckets == 1, "model.bigram_buckets = 1 is neither 0 nor 2 to 65536"
+
+
+def _levels_problem(m: ModelConfig) -> list[str]:
     if m.family == "pre_norm" and m.levels:
         try:
-            dictionary.check_levels(m.cayley_levels, m.d_model, m.generators)
-        except ConfigError as error:
-            yield str(error)
+            dictionary.check_levels(m.levels, m.d_model, m.generators)
         except ValueError as error:
-            yield f"model.levels = {m.levels!r} with model.d_model = {m.d_model}: {error}"
-    if m.positions == "learned" and (m.rope_dims or m.rope_ntk_len):
-        yield "model.rope_dims and model.rope_ntk_len do nothing with model.positions = learned"
-    if m.rope_dims % 2 or m.rope_dims > m.head_dim:
-        yield (
-            f"model.rope_dims = {m.rope_dims} is not an even number up to the head size,"
-            f" {m.head_dim}"
-        )
-    if m.rope_ntk_len and m.rotary_dims <= 2:
-        yield (
-            f"model.rope_ntk_len has nothing to scale with {m.rotary_dims} rotary dimensions; it"
-            " needs 4 or more"
-        )
-    if m.rope_ntk_len >= m.max_seq_len:
-        yield (
-            f"model.rope_ntk_len = {m.rope_ntk_len} is never exceeded with model.max_seq_len ="
-            f" {m.max_seq_len}"
-        )
-    if m.xsa_layers > m.num_layers:
-        yield f"model.xsa_layers = {m.xsa_layers} exceeds model.num_layers = {m.num_layers}"
-    if (
-        len(set(m.value_embed_layers)) < len(m.value_embed_layers)
-        or max(m.value_embed_layers, default=0) >= m.num_layers
-    ):
-        yield (
-            f"model.value_embed_layers = {m.value_embed_layers} are not distinct layers from 0 to"
-            f" {m.num_layers - 1}"
-        )
-    if m.recycle_layers and max(m.recycle_layers) >= m.num_skips:
-        yield (
-            f"model.recycle_layers = {m.recycle_layers} are not all of the first half, layers 0 to"
-            f" {m.num_skips - 1}"
-        )
-    if m.smear_mask_bos and m.smear == "none":
-        yield "model.smear_mask_bos masks nothing with model.smear = none"
-    if m.smear_mask_bos and m.bos_id >= m.vocab_size:
-        yield f"model.bos_id = {m.bos_id} is not below model.vocab_size = {m.vocab_size}"
-    if m.bigram_buckets == 1 or m.bigram_buckets > 2**16:
-        yield f"model.bigram_buckets = {m.bigram_buckets} is neither 0 nor 2 to 65536"
+            levels = format_levels(m.levels)
+            return [f"model.levels = {levels!r} with model.d_model = {m.d_model}: {error}"]
+    return []

@@ -1,11 +1,9 @@
-"""A configuration as data: `config.json`, and the copy in an artifact's header. Nothing in it
-runs, wherever it is from.
+"""A configuration as data: `config.json`, and the copy in an artifact's header. Nothing in it runs.
 
-The number of the format is raised when a field changes its meaning or goes. A field that is added
-keeps it: its default is what runs did before, and a file that lacks it takes that.
+`FORMAT` is raised when a field changes its meaning or disappears. A new field does not raise it,
+because its default is what earlier runs did; a file without the field takes the default.
 """
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import shown
-from sngpt_jax.config import FORMAT, Config, ConfigError, TrainConfig
+from sngpt_jax.config import FORMAT, Config, ConfigError, TrainConfig, changed, parse_levels
 from sngpt_jax.config.checks import validate
 
 logger = logging.getLogger("sngpt_jax")
 
-# Without these it is no configuration of ours; every run has had them.
+# A configuration without these is not ours: every run has had them.
 _SIZES = (
     "vocab_size",
     "num_layers",
@@ -36,39 +34,50 @@ def read(path: Path) -> Config:
 
 
 def parse(values: Any, where: str, error: type[UserError]) -> Config:
-    """The configuration that a JSON object spells out. Fields that it lacks take their defaults,
-    which the log says once.
+    """The configuration that a JSON object holds. Missing fields take their defaults, which are
+    logged once.
 
     Raises `error` for another format, for what `typed_json` refuses, and for what cannot run.
     """
-    if isinstance(values, dict):
-        values = dict(values)
-        found = values.pop("format", FORMAT)  # runs made before there was a number lack it
-        if type(found) is not int or found != FORMAT:
-            raise error(
-                f"{where}: expected a configuration of format {FORMAT}, found {shown(found)}; use"
-                " the program that made it"
-            )
     defaulted: list[str] = []
-    config = typed_json.parse(Config, values, where, error, defaulted=defaulted)
-    names = [name.removeprefix(f"{where}.") for name in defaulted]
-    if missing := [name for name in names if name in {f"model.{size}" for size in _SIZES}]:
-        raise error(f"{where}: missing {', '.join(missing)}")
     try:
+        if isinstance(values, dict):
+            values = dict(values)
+            found = values.pop("format", FORMAT)  # the first runs wrote no number
+            if type(found) is not int or found != FORMAT:
+                raise ConfigError(
+                    f"{where}: expected a configuration of format {FORMAT}, found {shown(found)};"
+                    " use the program that made it"
+                )
+            values = with_levels(values)
+        config = typed_json.parse(Config, values, where, ConfigError, defaulted=defaulted)
+        names = [name.removeprefix(f"{where}.") for name in defaulted]
+        if missing := [name for name in names if name.removeprefix("model.") in _SIZES]:
+            raise ConfigError(f"{where}: missing {', '.join(missing)}")
         validate(config)
     except ConfigError as problem:
-        raise error(f"{where}: {str(problem)[:1000]}") from None
+        text = str(problem)[: 1000 + len(where)]
+        raise error(text if text.startswith(where) else f"{where}: {text}") from None
     if names:
-        logger.info(
-            f"{where}: of an earlier version, without {', '.join(names)}; taking the defaults"
-        )
+        logger.info(f"{where}: from an earlier version; defaults taken for {', '.join(names)}")
     return config
 
 
+def with_levels(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration's JSON with `model.levels` as a list, if it is a text.
+
+    Earlier versions wrote the text "n,k,degree;…".
+    """
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(text := model.get("levels"), str):
+        return {**values, "model": {**model, "levels": parse_levels(text)}}
+    return values
+
+
 def with_own_cache(config: Config) -> Config:
-    """`config` with this machine's folder of compiled programs, where it names one: XLA runs what
-    lies in that folder, so a file from elsewhere does not choose it."""
+    """`config` with this machine's folder of compiled programs, if it names one. XLA runs the
+    programs in that folder, so a file from elsewhere must not choose it.
+    """
     if not config.train.compilation_cache:
         return config
-    train = dataclasses.replace(config.train, compilation_cache=TrainConfig().compilation_cache)
-    return dataclasses.replace(config, train=train)
+    return changed(config, train={"compilation_cache": TrainConfig().compilation_cache})

@@ -1,7 +1,7 @@
-"""A configuration read from a recipe, a run's config.json, and the command line.
+"""Reads a configuration from a recipe, from a run's config.json, and from the command line.
 
-A recipe is a Python file that binds one `Config` to the name `config`. A run directory's
-`config.json` is the same thing as data and replays the run exactly.
+A recipe is a Python file that binds one `Config` to the name `config`. The `config.json` in a
+run's directory is the same configuration as data, and replays the run exactly.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from sngpt_jax.base import typed_json
-from sngpt_jax.config import Config, ConfigError
+from sngpt_jax.config import Config, ConfigError, Level, format_levels, parse_levels
 from sngpt_jax.config import file as config_file
 from sngpt_jax.config.checks import validate
 
@@ -24,15 +23,15 @@ T = TypeVar("T")
 
 
 def _recipe_path(name: str) -> Path:
-    here = Path(__file__).resolve().parents[1]
-    # the last is where a wheel carries them
-    folders = [Path("configs"), here.parent / "configs", here / "configs"]
-    if Path(name).is_file():
-        return Path(name)
+    package = Path(__file__).resolve().parents[1]
+    # the working directory, the checkout, and the place in a wheel
+    folders = [Path("configs"), package.parent / "configs", package / "configs"]
+    candidates = [Path(name)]
     if "/" not in name and not name.endswith((".py", ".json")):
-        for folder in folders:
-            if (folder / f"{name}.py").is_file():
-                return folder / f"{name}.py"
+        candidates += [folder / f"{name}.py" for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.py")})
     close = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"recipes: {', '.join(known)}"
@@ -40,9 +39,10 @@ def _recipe_path(name: str) -> Path:
 
 
 def load(name: str) -> Config:
-    """The configuration that a recipe file, a bare recipe name, or a `config.json` holds. Recipes
-    are code and are run; a `config.json` is data, and keeps compiled programs where this machine
-    does.
+    """The configuration of a recipe file, a bare recipe name, or a `config.json`.
+
+    A recipe is code and is run. A `config.json` is data; its folder of compiled programs is
+    replaced by this machine's. Raises `ConfigError` in one line.
     """
     path = _recipe_path(name)
     if path.suffix == ".json":
@@ -58,26 +58,44 @@ def load(name: str) -> Config:
             f"{path}: a recipe binds a sngpt_jax.config.Config to the name `config`; found"
             f" {type(config).__name__}"
         )
-    # Python checks no types: a recipe is held to the same rules as a config.json
-    return validate(typed_json.parse(Config, dataclasses.asdict(config), str(path), ConfigError))
+    # Python checks no types, so a recipe is read by the rules of a config.json
+    return config_file.parse(dataclasses.asdict(config), str(path), ConfigError)
 
 
 def recipe_name(name: str) -> str:
-    """The name under which runs of `--config name` are kept: the recipe's, or NAME-replay for the
-    config.json of a run NAME.
+    """The name of a run of `--config name`: the recipe's name, or NAME-replay for the config.json
+    of a run NAME.
     """
     path = Path(name)
     return f"{path.resolve().parent.name}-replay" if path.suffix == ".json" else path.stem
 
 
-# ---------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------ the command line
 
 # A command's field of this type becomes `--section.field value` options.
 Overrides = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _levels_as_text(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[Level, ...]] | None:
+    """`model.levels` is one text on the command line."""
+    if info.type != tuple[Level, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N,K,DEGREE;...",
+        instance_from_str=lambda texts: parse_levels(texts[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda levels: [format_levels(levels)],
+    )
+
 
 def peek(argv: Sequence[str], option: str) -> str:
-    """The value that `argv` gives `option`, or nothing: what other options' defaults depend on."""
+    """The value of `option` in `argv`, or "". Other options' defaults depend on it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, dest="value", default="")
     return str(parser.parse_known_args(argv)[0].value)
@@ -87,21 +105,21 @@ def parse_command(kind: type[T], argv: Sequence[str], *, program: str, descripti
     """Parses `argv` into the dataclass `kind`, whose fields include `config: str` and `overrides:
     Overrides`.
 
-    `--config` is loaded first, so that `--help` shows the recipe's own values as defaults. tyro
-    prints its usage box for an unknown or mistyped option and exits with status 2. The result's
-    `overrides` is the validated configuration.
+    `--config` is loaded first, so that `--help` shows the recipe's values as defaults. tyro prints
+    a box for an unknown or mistyped option and exits with status 2. The result's `overrides` is
+    the validated configuration.
     """
     name = peek(argv, "--config")
     base = load(name) if name else Config()
-    settings = (tyro.conf.OmitSubcommandPrefixes,)
     default: Any = typing.cast(Any, kind)(config=name or tyro.MISSING, overrides=base)
     arguments: Any = tyro.cli(
         kind,
         args=list(argv),
         prog=program,
         description=description,
-        config=settings,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
         default=default,
+        registry=_REGISTRY,
     )
     validate(arguments.overrides)
     return arguments

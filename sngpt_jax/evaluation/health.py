@@ -81,7 +81,7 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 
     One row is worked on at a time, so that beside the taps memory is that of a row.
     """
-    levels = config.cayley_levels
+    levels = config.levels
     # where a level's ids end and the next one's begin
     splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()
     groups = [
@@ -241,7 +241,7 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
     """The health after `step` optimizer steps of codes in the state `code`, whose firings are in
     `sums` (of `accumulate`).
     """
-    levels, tokens = config.cayley_levels, int(sums.tokens[0])
+    levels, tokens = config.levels, int(sums.tokens[0])
     mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
     std_LF, last_fired_LF = np.asarray(code.std), np.asarray(code.last_fired)
 

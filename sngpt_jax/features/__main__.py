@@ -41,8 +41,7 @@ def truncated(
     """The model with only the first `num_levels` levels: no level depends on a later one, so its
     codes are prefixes.
     """
-    features = 2 ** config.cayley_levels[num_levels - 1][0]
-    levels = ";".join(config.levels.split(";")[:num_levels])
+    features = 2 ** config.levels[num_levels - 1][0]
     cut = {
         "mean": slice(None),
         "std": slice(features),
@@ -53,7 +52,7 @@ def truncated(
         i: block | {"code": {name: value[cut[name]] for name, value in block["code"].items()}}
         for i, block in variables["blocks"].items()
     }
-    return replace(config, levels=levels), variables | {"blocks": blocks}
+    return replace(config, levels=config.levels[:num_levels]), variables | {"blocks": blocks}
 
 
 def losses_by_level(
@@ -65,7 +64,7 @@ def losses_by_level(
     Raises `UserError` where one is not finite.
     """
     losses = []
-    for num_levels in range(1, len(model.config.model.cayley_levels) + 1):
+    for num_levels in range(1, len(model.config.model.levels) + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = score_stream(
             variables,
@@ -76,7 +75,7 @@ def losses_by_level(
             windows,
             device_batch_tokens=model.config.eval.device_batch_tokens,
             progress=progress_reporter(
-                f"loss with {num_levels} of {len(model.config.model.cayley_levels)} levels"
+                f"loss with {num_levels} of {len(model.config.model.levels)} levels"
             ),
         )
         if not math.isfinite(score.loss):
@@ -84,7 +83,7 @@ def losses_by_level(
                 f"the loss of step {model.step} with {num_levels} levels is {score.loss}; take an"
                 " earlier --step"
             )
-        active = sum(k for _, k, _ in cut.cayley_levels)
+        active = sum(k for _, k, _ in cut.levels)
         losses.append(
             {"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb}
         )
@@ -187,13 +186,8 @@ def main(argv: Sequence[str]) -> int:
         "data": str(dataset.directory),
         "tokens": windows.targets,
         "levels": [
-            {
-                "n": n,
-                "k": k,
-                "degree": degree,
-                "features": len(level_range(config.cayley_levels, level)),
-            }
-            for level, (n, k, degree) in enumerate(config.cayley_levels)
+            {"n": n, "k": k, "degree": degree, "features": len(level_range(config.levels, level))}
+            for level, (n, k, degree) in enumerate(config.levels)
         ],
         "losses": losses,
     } | study_slice(

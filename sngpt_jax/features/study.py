@@ -174,7 +174,7 @@ def study_slice(
     """Reads the slice twice: once to count all features, once for the examples of the chosen ones;
     `layers` and `features`.
     """
-    levels, tokens = config.cayley_levels, piece.windows.targets
+    levels, tokens = config.levels, piece.windows.targets
     firing = FiringCounts(levels, config.generators, len(layers))
     for layer, ids, strengths, _, _ in piece.selections(progress("counts")):
         firing.add(layer, ids, strengths)

@@ -51,7 +51,7 @@ class CayleySAE(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig):
-        self.levels = config.cayley_levels
+        self.levels = config.levels
         self.generators, self.forward_standardized = config.generators, config.forward_standardized
         self.implementation = None if config.code == "auto" else config.code
         F = 2 ** self.levels[-1][0]
@@ -81,7 +81,7 @@ def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.A
     z = ⟨x - mean, v⟩ / max(std, 10⁻³) without the bias; `taps` and `code` are that layer's,
     without their dimension L.
     """
-    mu_F = cayley.all_scores(code.mean, config.cayley_levels[-1][0])
+    mu_F = cayley.all_scores(code.mean, config.levels[-1][0])
     score = cayley.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
     z = score / jnp.maximum(code.std[taps.ids], cayley.STD_FLOOR)
     return z, jnp.maximum((z if config.forward_standardized else score) + code.bias[taps.ids], 0)

@@ -1,6 +1,4 @@
-"""The model as pure functions of its variables: initial values, logits, what the head multiplies,
-losses.
-"""
+"""The model as pure functions of its variables: initial values, logits, final states, losses."""
 
 import functools
 from collections.abc import Callable
@@ -18,25 +16,18 @@ from sngpt_jax.model.cayley import Statistic, Taps
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.model.pre_norm import PreNormGPT
 
-Params = dict[str, Any]  # nested dicts of float32 arrays, by the model's attribute names
-
-
-# the same with the statistics of sparse codes in their places: all that a model computes with
-Variables = dict[str, Any]
-
-
-Batch = dict[str, jax.Array]  # "inputs" and "targets", token ids
+Params = dict[str, Any]  # nested dicts of float32 arrays, named as the model's attributes
+Variables = dict[str, Any]  # parameters together with the statistics of sparse codes
+Batch = dict[str, jax.Array]  # "inputs" and "targets": token ids
 
 
 def join(params: Params, statistics: Params) -> Variables:
-    """Two trees of different leaves as one."""
+    """Merges two trees that share no leaf."""
     both = {**statistics, **params}
     return {
-        name: (
-            join(params[name], statistics[name])
-            if name in params and name in statistics
-            else both[name]
-        )
+        name: join(params[name], statistics[name])
+        if name in params and name in statistics
+        else both[name]
         for name in both
     }
 
@@ -46,57 +37,63 @@ def _model(config: ModelConfig, key: jax.Array) -> GPT | PreNormGPT:
     return GPT(config, rngs=rngs) if config.family == "compact" else PreNormGPT(config, rngs=rngs)
 
 
-def graph(config: ModelConfig) -> Any:
-    """The model as `nnx.merge` takes it, to be joined with its variables; its dtypes are those of
-    the current device.
-    """
-    return _graph(config, current_device())
-
-
 @functools.cache
-def _graph(config: ModelConfig, device: Device) -> Any:
+def _abstract(config: ModelConfig, device: Device) -> tuple[Any, Params, Params]:
+    """The graph of the model for `device`, and the shapes of its parameters and statistics."""
     with targeting(device):
-        return nnx.graphdef(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
+        model = nnx.eval_shape(lambda: _model(config, jax.random.key(0)))
+    graphdef, *states = nnx.split(model, nnx.Param, Statistic)
+    params, statistics = map(nnx.to_pure_dict, states)
+    return graphdef, params, statistics
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """The initial parameters that `key` draws. Under `jax.eval_shape` their shapes alone."""
-    return nnx.to_pure_dict(nnx.state(_model(config, key), nnx.Param))
+def graph(config: ModelConfig) -> Any:
+    """The model without its variables, for `nnx.merge`; the current device decides its dtypes."""
+    return _abstract(config, current_device())[0]
 
 
-def init_statistics(config: ModelConfig) -> Params:
-    """The statistics of the sparse codes at the start; nothing where the model has no code."""
-    return (
-        nnx.to_pure_dict(nnx.state(_model(config, jax.random.key(0)), Statistic))
-        if config.levels
-        else {}
-    )
+def abstract_parts(config: ModelConfig) -> tuple[Params, Params]:
+    """The shapes and dtypes of a model's parameters, and of its statistics."""
+    return _abstract(config, current_device())[1:]
 
 
 def abstract_variables(config: ModelConfig) -> Variables:
     """The shapes and dtypes of a model's variables."""
-    return jax.eval_shape(
-        lambda: join(init_params(config, jax.random.key(0)), init_statistics(config))
-    )
+    return join(*abstract_parts(config))
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
+    """The initial parameters, drawn from `key`, and the initial statistics of the sparse codes."""
+    _, *states = nnx.split(_model(config, key), nnx.Param, Statistic)
+    params, statistics = map(nnx.to_pure_dict, states)
+    return params, statistics
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """The initial parameters, drawn from `key`."""
+    return init_variables(config, key)[0]
+
+
+def init_statistics(config: ModelConfig) -> Params:
+    """The initial statistics of the sparse codes; an empty tree if the model has no code."""
+    return init_variables(config, jax.random.key(0))[1] if config.levels else {}
 
 
 @functools.cache
 def forward(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
-    """The pure function (variables, tokens [B, T]) → logits [B, T, V] of the model that `config`
-    describes.
-    """
+    """The pure function (variables, tokens [B, T]) → logits [B, T, V], float32."""
     return lambda variables, tokens_BT: nnx.merge(graph(config), variables)(tokens_BT)
 
 
 @functools.cache
 def hidden(config: ModelConfig) -> Callable[[Variables, jax.Array], jax.Array]:
-    """The pure function (variables, tokens [B, T]) → what the head multiplies [B, T, D]."""
+    """The pure function (variables, tokens [B, T]) → the vectors [B, T, D] that the head takes."""
     return lambda variables, tokens_BT: nnx.merge(graph(config), variables).hidden(tokens_BT)
 
 
 @functools.cache
 def losses(config: ModelConfig) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
-    """The pure function (variables, inputs [B, T], targets [B, T]) → cross-entropy in nats [B, T],
+    """The pure function (variables, inputs [B, T], targets [B, T]) → cross-entropy [B, T] in nats,
     float32.
     """
     apply = tapped_losses(config)
@@ -110,29 +107,29 @@ Tapped = Callable[[Variables, jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 
 @functools.cache
 def tapped_losses(config: ModelConfig) -> Tapped:
-    """`losses` that takes positions [P] too, and gives what the sparse codes saw there besides;
-    None without codes.
+    """As `losses`, with positions [P] as a further argument and the codes' `Taps` there as a
+    further result (None if the model has no code).
     """
     return with_taps(config, loss.token_losses)
 
 
 def with_taps(config: ModelConfig, cross_entropy: Callable[..., jax.Array]) -> Tapped:
+    """As `tapped_losses`, with another function of `model.loss` for the cross-entropy."""
+
     def apply(
         variables: Variables, inputs_BT: jax.Array, targets_BT: jax.Array, tapped_P: jax.Array
     ) -> tuple[jax.Array, Taps | None]:
         chex.assert_equal_shape((inputs_BT, targets_BT))
         model = nnx.merge(graph(config), variables)
         inputs_BT, targets_BT = inputs_BT.astype(jnp.int32), targets_BT.astype(jnp.int32)
-        x_BTD, taps = (
-            model.tapped_hidden(inputs_BT, tapped_P)
-            if config.levels
-            else (model.hidden(inputs_BT), None)
-        )
+        taps = None
+        if config.levels:
+            x_BTD, taps = model.tapped_hidden(inputs_BT, tapped_P)
+        else:
+            x_BTD = model.hidden(inputs_BT)
         with jax.named_scope("head"):
             cap, chunk = config.logit_soft_cap, config.logit_chunk
-            return (
-                cross_entropy(x_BTD, model.embed.table[...], targets_BT, cap=cap, chunk=chunk),
-                taps,
-            )
+            table_VD = model.embed.table[...]
+            return cross_entropy(x_BTD, table_VD, targets_BT, cap=cap, chunk=chunk), taps
 
     return apply

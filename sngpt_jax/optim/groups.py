@@ -1,5 +1,6 @@
-"""Which rule updates which parameter: the groups, the optimizer built from them, and the table
-that shows them.
+"""Which rule updates which parameter: the optimizer, built by group, and the table that shows it.
+
+`config.parameters` assigns each parameter to a group.
 """
 
 import dataclasses
@@ -16,80 +17,57 @@ from jax.sharding import Mesh
 
 from sngpt_jax.cluster.mesh import PARAMETER_AXES, path_name
 from sngpt_jax.config import OptimConfig
+from sngpt_jax.config.parameters import OptimizerGroup, parameter
 from sngpt_jax.optim import muon, schedules
 
-# Whole path -> group, first match wins. Among the parameters with two axes the matrices of the
-# blocks and those behind the bigram and value tables are linear maps that Muon can orthogonalize.
-# Tables and sets of per-channel weights are none.
-RULES: tuple[tuple[str, str], ...] = (
-    (r"(embed|positions)/table", "embed"),
-    (r"(bigram|value_embed)/table", "table"),
-    (r"blocks/\d+/attn/(query|key|value|out)", "matrix"),
-    (r"blocks/\d+/mlp/(up|down)", "matrix"),
-    (r"(bigram|value_embed)/proj", "projection"),
-    (r"blocks/\d+/(attn_scale|mlp_scale|resid_mix)", "scalar"),
-    (r"blocks/\d+/attn/(q_gain|gate_weight|gate_bias|value_mix)", "scalar"),
-    (r"blocks/\d+/(attn_norm|mlp_norm)|final_norm", "scalar"),
-    (r"blocks/\d+/code/bias", "code_bias"),
-    (
-        r"skip_weights|smear/gate|bigram/scale|value_embed/(scale|layer_scale)|recycle/(scale|bias)",
-        "scalar",
-    ),
-)
+Rule = Literal["muon", "adam"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """How the parameters of one group are updated: W ← (1 - η · weight_decay) W - η · u, η = lr ×
-    the run's multiplier.
+    """How a group's parameters change: W ← (1 - η · weight_decay) W - η · u. The learning rate η is
+    lr times the run's multiplier.
     """
 
-    rule: Literal["muon", "adam"]  # what makes u of the gradients
+    rule: Rule  # computes u from the gradients
     lr: float  # peak learning rate
     weight_decay: float
 
 
-def groups(config: OptimConfig) -> dict[str, Group]:
-    """The groups by name, in the order in which they are shown."""
+def groups(config: OptimConfig) -> dict[OptimizerGroup, Group]:
+    """The groups by name, in the order of the table."""
+    decay = config.adam_weight_decay
     matrix = Group("muon", config.muon_lr, config.muon_weight_decay)
-    scalar = Group("adam", config.scalar_lr, config.adam_weight_decay)
+    scalar = Group("adam", config.scalar_lr, decay)
     return {
-        "embed": Group("adam", config.embed_lr, config.adam_weight_decay),
-        "table": Group("adam", config.table_lr, config.adam_weight_decay),
+        "embed": Group("adam", config.embed_lr, decay),
+        "table": Group("adam", config.table_lr, decay),
         "matrix": matrix,
         "projection": matrix if config.projection_rule == "muon" else scalar,
         "scalar": scalar,
-        # most are seldom selected and would only decay
+        # most biases are rarely selected, so that a decay would be all that changes them
         "code_bias": Group("adam", config.scalar_lr, 0.0),
     }
 
 
-def group_of(name: str) -> str:
-    """The group of the parameter with the path `name`. Raises ValueError where no rule names it."""
-    for pattern, group in RULES:
-        if re.fullmatch(pattern, name):
-            return group
-    raise ValueError(
-        f"parameter {name} belongs to no optimizer group; add a rule to"
-        " sngpt_jax.optim.groups.RULES"
-    )
+def group_of(path: str) -> OptimizerGroup:
+    """The group of the parameter at `path`. Raises ValueError if it is no known parameter."""
+    if group := parameter(path).optimizer:
+        return group
+    raise ValueError(f"{path} is a statistic, which no optimizer updates")
 
 
 def label(params: optax.Params) -> optax.Params:
-    """The tree of `params`, arrays or their abstract shapes, with the name of its group at each
-    leaf.
-    """
+    """The tree of `params`, real or abstract, with the name of its group at each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path_name(path)), params)
 
 
 def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
-    """`grads` scaled down to the global L2 norm `max_norm` where theirs is larger; a `max_norm` of
-    0 leaves them alone.
+    """`grads` scaled down to the global L2 norm `max_norm` if theirs is larger; 0: unchanged.
 
-    Where `grad_clip_scope` is global, `make_optimizer` calls it on the mean of the devices'
-    gradients. Where it is device, the training step calls it on each device's own gradient before
-    they are averaged. Source: Pascanu et al., "On the difficulty of training recurrent neural
-    networks" (https://arxiv.org/abs/1211.5063).
+    With `grad_clip_scope` = global, `make_optimizer` applies it to the mean gradient. With device,
+    the training step applies it to each device's gradient before the mean. Source: Pascanu et al.,
+    "On the difficulty of training recurrent neural networks" (https://arxiv.org/abs/1211.5063).
     """
     if not max_norm:
         return grads
@@ -97,7 +75,7 @@ def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
     return clipped
 
 
-def _scale_by_lr_multiplier(rule: Literal["muon", "adam"]) -> optax.GradientTransformationExtraArgs:
+def _scale_by_lr_multiplier(rule: Rule) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -108,12 +86,8 @@ def _scale_by_lr_multiplier(rule: Literal["muon", "adam"]) -> optax.GradientTran
         **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        own = (
-            adam_lr_multiplier
-            if rule == "adam" and adam_lr_multiplier is not None
-            else lr_multiplier
-        )
-        return optax.tree.scale(own, updates), state
+        has_own = rule == "adam" and adam_lr_multiplier is not None
+        return optax.tree.scale(adam_lr_multiplier if has_own else lr_multiplier, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -124,19 +98,17 @@ def make_optimizer(
     mesh: Mesh | None = None,
     kept_over: tuple[str, ...] = PARAMETER_AXES,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run whose parameters have the tree of `params`, arrays or their abstract
-    shapes.
+    """The optimizer of a run with the tree of `params`, real or abstract.
 
-    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (with
-    `grad_clip_scope` = device it leaves that to each device), applies each group's rule, and
-    returns what `optax.apply_updates` adds. The scalar `lr_multiplier`, and `adam_lr_multiplier`
-    where Adam's groups have another, may be traced: the host computes them for each step
-    (`schedules.step_controls`), so a schedule driven by the wall clock compiles nothing anew. With
-    `mesh` its devices share out Muon's work; gradients and moments are then laid out by
-    `partition_specs(mesh, …, kept_over)`.
+    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (unless
+    `grad_clip_scope` = device), applies each group's rule, and returns what `optax.apply_updates`
+    adds. The scalars `lr_multiplier` and, for Adam's groups, `adam_lr_multiplier` may be traced:
+    the host computes them per step (`schedules.step_controls`), so that a schedule by the clock
+    compiles once. With `mesh` the devices share Muon's work; gradients and moments then lie as
+    `partition_specs(mesh, …, kept_over)` says.
     """
 
-    def rule(group: Group) -> optax.GradientTransformation:
+    def transformation(group: Group) -> optax.GradientTransformation:
         if group.rule == "muon":
             direction = muon.scale_by_muon(
                 schedules.muon_momentum(config),
@@ -157,25 +129,22 @@ def make_optimizer(
     clip_all = optax.stateless(lambda grads, _: clip(grads, max_norm))
     labels = label(params)
     present = set(jax.tree.leaves(labels))  # a group without members keeps no state
-    by_group = optax.partition(
-        {name: rule(group) for name, group in groups(config).items() if name in present}, labels
-    )
-    return optax.chain(clip_all, by_group)
+    rules = {name: transformation(x) for name, x in groups(config).items() if name in present}
+    return optax.chain(clip_all, optax.partition(rules, labels))
 
 
-# ---------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: parameters that differ in their layer only."""
+    """One line of the table: parameters that differ only in their layer."""
 
-    # blocks/* stands for every layer; where only some have such a tensor they are listed,
-    # blocks/{7,8}
+    # blocks/* stands for every layer; blocks/{7,8} lists the layers that have the tensor
     path: str
-    shape: tuple[int, ...]  # of each of the tensors
+    shape: tuple[int, ...]  # of each tensor
     count: int  # tensors
-    group: str
+    group: OptimizerGroup
     rule: str
     lr: float
     weight_decay: float
@@ -190,36 +159,31 @@ _LAYER = re.compile(r"(?<=^blocks/)\d+(?=/)")
 
 
 def describe(config: OptimConfig, params: optax.Params) -> list[Row]:
-    """One row for the tensors that differ in their layer only, by group and in the tree's order;
-    `params` may be abstract.
-    """
-    # the layers of each row; none for a single tensor
-    members: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    """The rows of `params`, real or abstract, by group and in the tree's order."""
+    # layers by row; empty for a single tensor
+    members: dict[tuple[OptimizerGroup, str, tuple[int, ...]], list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        layers = members.setdefault((group_of(name), _LAYER.sub("*", name), tuple(leaf.shape)), [])
-        layers += map(int, _LAYER.findall(name))
+        key = (group_of(name), _LAYER.sub("*", name), tuple(leaf.shape))
+        members.setdefault(key, []).extend(map(int, _LAYER.findall(name)))
     all_layers = {layer for layers in members.values() for layer in layers}
 
     settings = groups(config)
     rows = []
     for (group, pattern, shape), layers in members.items():
         listed = "{" + ",".join(map(str, sorted(layers))) + "}"
-        path_shown = pattern if set(layers) == all_layers else pattern.replace("*", listed)
-        rows.append(
-            Row(
-                path_shown, shape, max(len(layers), 1), group, **dataclasses.asdict(settings[group])
-            )
-        )
+        shown = pattern if set(layers) == all_layers else pattern.replace("*", listed)
+        rule = dataclasses.asdict(settings[group])
+        rows.append(Row(shown, shape, max(len(layers), 1), group, **rule))
     return sorted(rows, key=lambda row: list(settings).index(row.group))
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned plain text with a heading and the total number of parameters."""
-    cells = [("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")]
-    for row in rows:
-        shape = "×".join(map(str, row.shape))
-        numbers = (
+    """The rows as aligned text with a heading and the total number of parameters."""
+    lines = [
+        (
+            row.path,
+            "×".join(map(str, row.shape)),
             f"{row.count:,}",
             f"{row.parameters:,}",
             row.group,
@@ -227,25 +191,16 @@ def format_table(rows: Sequence[Row]) -> str:
             f"{row.lr:g}",
             f"{row.weight_decay:g}",
         )
-        cells.append((row.path, shape, *numbers))
-    cells.append(
-        (
-            "total",
-            "",
-            f"{sum(r.count for r in rows):,}",
-            f"{sum(r.parameters for r in rows):,}",
-            "",
-            "",
-            "",
-            "",
-        )
-    )
+        for row in rows
+    ]
+    heading = ("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")
+    total = f"{sum(r.count for r in rows):,}", f"{sum(r.parameters for r in rows):,}"
+    cells = [heading, *lines, ("total", "", *total, "", "", "", "")]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust, str.rjust, str.rjust)
-    lines = (
+    return "\n".join(
         "  ".join(
-            put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(line, "<<>><<>>", widths, strict=True)
         ).rstrip()
         for line in cells
     )
-    return "\n".join(lines)

@@ -1,103 +1,71 @@
-"""What a recipe costs: parameters, FLOPs and bytes, from its shapes alone."""
+"""The cost of a recipe: parameters, FLOPs and bytes, from shapes alone."""
 
 import math
-import re
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from sngpt_kernels.cayley import dictionary
 
-from sngpt_jax.cluster.mesh import make_mesh, path_name
+from sngpt_jax.cluster.mesh import path_name
 from sngpt_jax.config import Config
-from sngpt_jax.model.forward import Params, init_params
-from sngpt_jax.optim.groups import describe
+from sngpt_jax.config.parameters import Parameter, parameter
+from sngpt_jax.model.forward import Params, abstract_parts
+from sngpt_jax.optim.groups import describe, format_table
 from sngpt_jax.optim.muon import newton_schulz_flops
-from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.state import Shapes
 
 
-def abstract_params(config: Config) -> Params:
-    """The parameters' shapes and dtypes."""
-    return jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-
-
-_GROUPS = (  # the first pattern that a parameter's path matches
-    (r"embed/table", "embed"),
-    (r"positions/table", "positions"),
-    (r"blocks/\d+/code/bias", "sae_bias"),
-    (r"bigram/.*", "bigram"),
-    (r"value_embed/.*", "value_embed"),
-    (r"blocks/\d+/mlp/.*", "mlp"),
-    (r"blocks/\d+/attn/(query|key|value|out|gate_weight)", "attention"),
-    (r".*", "control"),
-)
-
-
-def parameter_groups(params: Params) -> dict[str, int]:
-    """Parameters by group, those that there are: embed, positions, sae_bias (of sparse codes),
-    bigram, value_embed, attention, mlp, and the vectors that scale and mix (control)."""
-    groups: dict[str, int] = defaultdict(int)
+def _sizes(params: Params) -> Iterator[tuple[str, Parameter, int]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        groups[next(group for pattern, group in _GROUPS if re.fullmatch(pattern, name))] += (
-            math.prod(leaf.shape)
-        )
-    return dict(groups)
+        yield name, parameter(name), math.prod(leaf.shape)
 
 
 def forward_flops_per_token(config: Config) -> int:
-    """Floating-point operations of one token's forward pass: two a multiply-add.
+    """Floating-point operations of one token's forward pass; a multiply-add counts as two.
 
-    Matrix products (the head's included, lookups not), once for each time that a block is applied,
-    and causal attention, where a position sees (T + 1) / 2 keys on average. Element-wise work is
-    left out, as in the usual model-FLOPs count; a training step takes three times as many (a
-    backward pass is two forward ones).
+    Counted are matrix products, including the head but not lookups, once per application of a
+    block, and causal attention, where a position sees (T + 1) / 2 keys on average. Element-wise
+    work is left out, as is usual for model FLOPs. A training step takes three times as many: a
+    backward pass costs two forward passes.
     """
     m, T = config.model, config.data.seq_len
     uses = {str(layer): 1 + m.recycle_layers.count(layer) for layer in range(m.num_layers)}
-    multiplied = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        name = path_name(path)
-        if re.fullmatch(r"embed/table|(bigram|value_embed)/proj", name):
-            multiplied += math.prod(leaf.shape)
-        elif matrix := re.fullmatch(
-            r"blocks/(\d+)/(attn|mlp)/(query|key|value|out|gate_weight|up|down)", name
-        ):
-            multiplied += uses[matrix[1]] * math.prod(leaf.shape)
+    multiplied = sum(
+        size * (uses[name.split("/")[1]] if name.startswith("blocks/") else 1)
+        for name, row, size in _sizes(abstract_parts(m)[0])
+        if row.multiplied
+    )
     return 2 * multiplied + sum(uses.values()) * 2 * 2 * m.num_heads * m.head_dim * (T + 1) // 2
 
 
 def code_flops_per_token(config: Config) -> int:
     """Additions and multiplications of the sparse codes in one token's forward pass, as
-    `sngpt_kernels.cayley.xla` does them.
+    `sngpt_kernels.cayley.xla` computes them.
 
-    A transform for level 0, a product with a ±1 matrix for each parent of a later level, and the
-    sum of the active atoms. They are no part of the model FLOPs, which utilization is reckoned
-    with: `pallas_triton` takes an eighth of the products.
+    Counted are a transform for level 0, a product with a ±1 matrix per parent of a later level,
+    and the sum of the active atoms. The model FLOPs, from which utilization is computed, leave
+    them out: `pallas_triton` needs an eighth of the products.
     """
     m = config.model
     if not m.levels:
         return 0
-    d, levels = m.d_model, m.cayley_levels
-    bits = d.bit_length() - 1
-    total = 2 * d * (2 ** (bits // 2) + 2 ** (bits - bits // 2)) + 2 * d * sum(
-        k for _, k, _ in levels
-    )
-    for level in range(1, len(levels)):
-        total += (
-            2
-            * d
-            * levels[level - 1][1]
-            * len(dictionary.children(levels, m.generators, level).steps)
-        )
-    return m.num_layers * total
+    bits = m.d_model.bit_length() - 1
+    terms = 2 ** (bits // 2) + 2 ** (bits - bits // 2) + sum(level.k for level in m.levels)
+    for i in range(1, len(m.levels)):
+        children = dictionary.children(m.levels, m.generators, i)
+        terms += m.levels[i - 1].k * len(children.steps)
+    return m.num_layers * 2 * m.d_model * terms
 
 
-def optimizer_flops(config: Config) -> int:
+def optimizer_flops(shapes: Shapes) -> int:
     """Floating-point operations of one step's orthogonalizations, over all matrices."""
+    o = shapes.config.optim
     return sum(
-        row.count * newton_schulz_flops(row.shape, config.optim.newton_schulz_steps)
-        for row in describe(config.optim, abstract_params(config))
+        row.count * newton_schulz_flops(row.shape, o.newton_schulz_steps)
+        for row in describe(o, shapes.state.params)
         if row.rule == "muon"
     )
 
@@ -106,38 +74,62 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def make_plan(config: Config) -> dict[str, Any]:
-    """The figures that the command prints, as nested plain values."""
-    state = abstract_state(config, make_mesh())
-    groups = {"positions": 0, "sae_bias": 0, **parameter_groups(state.params)}
-    total, positions, sae_bias = sum(groups.values()), groups["positions"], groups["sae_bias"]
+def make_plan(shapes: Shapes) -> dict[str, Any]:
+    """The figures that `plan` prints, as nested plain values.
+
+    "parameters" counts by the group that `config.parameters` names; its "backbone" leaves out
+    learned positions and the codes' biases.
+    """
+    config, state = shapes.config, shapes.state
+    groups = Counter({"positions": 0, "sae_bias": 0})
+    for _, row, size in _sizes(state.params):
+        groups[str(row.counted)] += size
+    total = sum(groups.values())
     forward = forward_flops_per_token(config)
-    parameters, optimizer, averages = (
-        _bytes(state.params),
-        _bytes(state.opt_state),
-        _bytes((state.ema, state.swa)),
-    )
-    statistics = _bytes(state.statistics)
+    kept = {
+        "parameters": _bytes(state.params),
+        "optimizer": _bytes(state.opt_state),
+        "averages": _bytes((state.ema, state.swa)),
+        "statistics": _bytes(state.statistics),
+    }
+    tokens, steps = config.data.batch_tokens, config.train.steps
     return {
-        "parameters": {"total": total, "backbone": total - positions - sae_bias, **groups},
+        "parameters": {
+            "total": total,
+            "backbone": total - groups["positions"] - groups["sae_bias"],
+            **groups,
+        },
         "flops_per_token": {
             "forward": forward,
             "train": 3 * forward,
             "code": code_flops_per_token(config),
         },
-        "flops_per_step": {
-            "model": 3 * forward * config.data.batch_tokens,
-            "optimizer": optimizer_flops(config),
-        },
-        "bytes": {
-            "parameters": parameters,
-            "optimizer": optimizer,
-            "averages": averages,
-            "statistics": statistics,
-            "checkpoint": parameters + optimizer + averages + statistics,
-        },
-        "tokens": {
-            "step": config.data.batch_tokens,
-            "run": config.data.batch_tokens * config.train.steps,
-        },
+        "flops_per_step": {"model": 3 * forward * tokens, "optimizer": optimizer_flops(shapes)},
+        "bytes": {**kept, "checkpoint": sum(kept.values())},
+        "tokens": {"step": tokens, "run": tokens * steps},
     }
+
+
+def format_plan(shapes: Shapes, plan: dict[str, Any]) -> str:
+    """The plan as text, with the table of parameters."""
+    config = shapes.config
+    p, f, t = plan["parameters"], plan["flops_per_token"], plan["tokens"]
+    counted = ", ".join(
+        f"{name} {count:,}"
+        for name, count in p.items()
+        if name not in ("total", "backbone") and count
+    )
+    backbone = f"; backbone {p['backbone']:,}" if p["backbone"] != p["total"] else ""
+    code = f"; the codes add {f['code'] / 1e6:,.1f} M forward" if f["code"] else ""
+    step, run = plan["flops_per_step"], config.train.steps
+    share = step["optimizer"] / (step["model"] + step["optimizer"])
+    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan["bytes"].items())
+    return f"""\
+parameters   {p["total"]:,} ({counted}){backbone}
+FLOPs        {f["forward"] / 1e6:,.1f} M per token forward, {f["train"] / 1e6:,.1f} M in training{code}
+step         {t["step"]:,} tokens, {step["model"] / 1e12:,.3f} TFLOP for the model and \
+{step["optimizer"] / 1e12:,.3f} TFLOP to orthogonalize ({share:.2%} of the sum)
+run          {run:,} steps, {t["run"] / 1e9:,.3f} G tokens, {step["model"] * run / 1e18:,.4f} EFLOP
+memory       over all devices: {sizes}
+
+{format_table(describe(config.optim, shapes.state.params))}"""

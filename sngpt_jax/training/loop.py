@@ -138,7 +138,7 @@ class Run:
             # checkpoint's then, too
             self.aside(validating=True, saving=self.done > 0)
         self.meter.start(self.done)
-        seconds = self.seconds()
+        seconds = self.agree_on_time()
         while self.done < train.steps and not (train.max_seconds and seconds >= train.max_seconds):
             self.step(seconds)
             validating = bool(every) and self.done % every == 0
@@ -146,16 +146,17 @@ class Run:
             if (validating or saving) and self.done < train.steps:
                 self.aside(validating, saving)
             try:
-                seconds = self.seconds()
+                seconds = self.agree_on_time()
             except Stopped:
                 self.read()
                 raise
         self.read()
         self.console.flush()
 
-    def seconds(self) -> float:
-        """Seconds of training by process 0's clock. Raises `Stopped` in all processes once a
-        signal has reached one.
+    def agree_on_time(self) -> float:
+        """Broadcasts process 0's seconds of training to all processes.
+
+        Raises `Stopped` in all processes after a signal has reached one of them.
         """
         seconds, signal = processes.agree(self.stopwatch.seconds, self.signals.received)
         if signal:
@@ -273,7 +274,7 @@ class Run:
         report = self.console.progress(what)
 
         def progress(done: int, total: int) -> None:
-            self.seconds()
+            self.agree_on_time()
             report(done, total)
 
         return progress

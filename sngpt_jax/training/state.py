@@ -1,17 +1,16 @@
-"""What a training step changes: parameters, optimizer state, averages; where each array of it
-lies.
-"""
+"""What a training step changes: parameters, optimizer state and averages, and where they lie."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from sngpt_jax.cluster.mesh import ALL_AXES, PARAMETER_AXES, state_shardings
 from sngpt_jax.config import Config
-from sngpt_jax.model.forward import Params, Variables, init_params, init_statistics, join
+from sngpt_jax.model.forward import Params, Variables, abstract_parts, init_variables, join
 from sngpt_jax.optim import averaging, skipping
 from sngpt_jax.optim.averaging import SWA
 from sngpt_jax.optim.groups import make_optimizer
@@ -21,68 +20,86 @@ from sngpt_jax.optim.skipping import Skips
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes; what a checkpoint holds."""
+    """Everything that a step changes. A checkpoint holds all of it."""
 
     step: jax.Array  # int32 scalar: optimizer steps done
     params: Params
     opt_state: Any
-    key: jax.Array  # typed key that the run's randomness is folded from; the same all along
-    ema: Params | None = None  # exponential moving average of params, where the recipe keeps one
-    swa: SWA | None = None  # mean of snapshots of params, where the recipe keeps one
-    # of the sparse codes, where the model has them
-    statistics: Params = field(default_factory=dict)
-    skips: Skips | None = None  # steps that changed nothing, where the recipe skips any
+    key: jax.Array  # typed key from which the run's randomness is folded; it never changes
+    ema: Params | None = None  # exponential moving average of params; None if there is none
+    swa: SWA | None = None  # mean of snapshots of params; None if there is none
+    statistics: Params = field(default_factory=dict)  # of the sparse codes
+    skips: Skips | None = None  # counts of skipped steps; None if the recipe skips none
 
     def variables(self, params: Params | None = None) -> Variables:
-        """What the model computes with: the statistics and the parameters, or other `params` in
-        their place.
-        """
+        """The statistics joined with the parameters, or with other `params` in their place."""
         return join(self.params if params is None else params, self.statistics)
 
 
-def begin(config: Config, params: Params) -> TrainState:
-    """The state before the first step of a run that starts from `params`."""
+@dataclass(frozen=True)
+class Shapes:
+    """What follows from a recipe and a mesh before any array exists. `of` computes it once, and
+    the plan, the step, the restore and the table of parameters share it.
+    """
+
+    config: Config
+    mesh: Mesh
+    kept_over: tuple[str, ...]  # mesh axes that split gradients, optimizer state and averages
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState  # abstract arrays with their shardings
+
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh) -> "Shapes":
+        """Traces the initial state; computes nothing on a device."""
+        kept_over = ALL_AXES if config.train.shard_optimizer else PARAMETER_AXES
+        params, statistics = abstract_parts(config.model)
+        optimizer = make_optimizer(config.optim, params, mesh, kept_over)
+        state = jax.eval_shape(lambda *parts: _begin(config, optimizer, *parts), params, statistics)
+        kept = {name: getattr(state, name) for name in ("opt_state", "ema", "swa")}
+        shardings = replace(state_shardings(mesh, state), **state_shardings(mesh, kept, kept_over))
+        laid_out = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            state,
+            shardings,
+        )
+        return cls(config, mesh, kept_over, optimizer, laid_out)
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lies."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def _begin(
+    config: Config,
+    optimizer: optax.GradientTransformationExtraArgs,
+    params: Params,
+    statistics: Params,
+) -> TrainState:
     o = config.optim
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(o, params).init(params),
+        opt_state=optimizer.init(params),
         key=jax.random.key(config.train.seed),
         ema=averaging.init_ema(o, params) if o.ema_decay else None,
         swa=averaging.init_swa(o, params) if o.swa_every else None,
-        statistics=init_statistics(config.model),
+        statistics=statistics,
         skips=skipping.init_skips(config.train),
     )
 
 
-def kept_over(config: Config) -> tuple[str, ...]:
-    """The mesh's axes over which gradients, optimizer state and averages are split."""
-    return ALL_AXES if config.train.shard_optimizer else PARAMETER_AXES
+def init_state(shapes: Shapes, params: Params | None = None) -> TrainState:
+    """The state before the first step, each array created on the devices that keep it.
 
+    `params` replaces the random initial parameters.
+    """
 
-def shardings(config: Config, mesh: Mesh, state: TrainState) -> TrainState:
-    """Where each array of a training state lies, in the state's tree; `state` may be abstract."""
-    kept = {name: getattr(state, name) for name in ("opt_state", "ema", "swa")}
-    return replace(state_shardings(mesh, state), **state_shardings(mesh, kept, kept_over(config)))
+    config = shapes.config
 
+    def init(params: Params | None) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+        drawn, statistics = init_variables(config.model, key)
+        return _begin(config, shapes.optimizer, drawn if params is None else params, statistics)
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first step, each array born on the devices that keep it."""
-
-    def init() -> TrainState:
-        return begin(
-            config,
-            init_params(config.model, jax.random.fold_in(jax.random.key(config.train.seed), 0)),
-        )
-
-    return jax.jit(init, out_shardings=shardings(config, mesh, jax.eval_shape(init)))()
-
-
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`, with nothing computed: what a restore aims at."""
-    shapes = jax.eval_shape(lambda: init_state(config, mesh))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(config, mesh, shapes),
-    )
+    return jax.jit(init, out_shardings=shapes.shardings)(params)

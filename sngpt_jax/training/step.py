@@ -1,4 +1,4 @@
-"""One optimizer step, as a pure function of arrays. Knows no files and no clock."""
+"""One optimizer step, as a pure function of arrays. It knows no files and no clock."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,52 +6,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from sngpt_kernels.dispatch import current_device
 
 from sngpt_jax.cluster.mesh import BATCH_AXES, gather, partition_specs, reduce_mean, state_shardings
-from sngpt_jax.config import Config
 from sngpt_jax.model import cayley, loss
 from sngpt_jax.model.cayley import Taps
 from sngpt_jax.model.forward import Batch, Params, join, with_taps
 from sngpt_jax.optim import averaging, qat, skipping
-from sngpt_jax.optim.groups import clip, make_optimizer
+from sngpt_jax.optim.groups import clip
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.training import compiler
-from sngpt_jax.training.state import TrainState, init_state, kept_over, shardings
+from sngpt_jax.training.state import Shapes, TrainState
 
 Metrics = dict[str, jax.Array]
 
-# what the run's key is folded with for the positions of the codes' samples; 0 is for the initial
-# parameters
-SAMPLE = 1
+SAMPLE = 1  # folded into the run's key for the codes' samples; 0 is for the initial parameters
 
 
-def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step (state, batch [A, B/A, T], controls) → (state, {"loss", "grad_norm"}),
-    scalars.
+def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
+    """The jitted step (state, batch [A, B/A, T], controls) → (state, metrics).
 
-    The loss is the mean over the batch in nats a token; the gradient its exact mean over A
-    microbatches and all devices. Each device accumulates its own microbatches and the devices
-    reduce once, after the last: a scan around a global gradient would reduce in every turn.
-    Weights that are spread over `fsdp` are gathered once, before the first microbatch. Where
-    gradients and what is kept beside the weights are split, each device gets its pieces of the
-    mean and no more, and updates those; Muon's matrices are dealt out to the devices
-    (`optim.stacks`). Sparse codes see the statistics of the steps before; theirs are updated once,
-    from a sample of all microbatches and devices. `controls` are what the host decides for the
-    step; they are traced, so that a schedule driven by the clock compiles once. The state passed
-    in is donated. Where the recipe skips steps (`optim.skipping`), the metrics have "skipped" and
-    "skipped_in_a_row" too, and a skipped step leaves all but the step's number and those counts as
-    it was.
+    The metrics are the scalars "loss", in nats per token, and "grad_norm". The gradient is the
+    exact mean over A microbatches and all devices. Each device adds up its own microbatches, and
+    the devices reduce once after the last one; a scan around a global gradient would reduce in
+    every iteration. Weights that are split over `fsdp` are gathered once, before the first
+    microbatch. If gradients and optimizer state are split, each device receives and updates its
+    own pieces only; Muon distributes whole matrices to the devices (`optim.stacks`).
+
+    Sparse codes use the statistics of the previous steps. The step updates the statistics once,
+    from a sample of all microbatches and devices. `controls` are the host's decisions for the
+    step. They are traced, so a schedule that follows the clock compiles once. The state passed in
+    is donated. If the recipe skips steps (`optim.skipping`), the metrics also hold "skipped" and
+    "skipped_in_a_row"; a skipped step changes only its number and these counts.
     """
+    config, mesh, kept_over = shapes.config, shapes.mesh, shapes.kept_over
     o, d, t = config.optim, config.data, config.train
     mean_loss = with_taps(config.model, loss.mean_loss)
-    shapes = jax.eval_shape(lambda: init_state(config, mesh))
-    layout, scattered = (
-        partition_specs(mesh, shapes.params),
-        partition_specs(mesh, shapes.params, kept_over(config)),
-    )
+    layout = partition_specs(mesh, shapes.state.params)
+    scattered = partition_specs(mesh, shapes.state.params, kept_over)
 
     def loss_fn(
         params: Params, statistics: Params, *batch: jax.Array
@@ -86,8 +80,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         return jax.lax.pmean(loss, BATCH_AXES), reduce_mean(grads, scattered), statistics
 
     rows = P(None, BATCH_AXES)
-    # check_vma would insert a reduction into every microbatch's gradient, since the parameters are
-    # the same everywhere
+    # check_vma would reduce the gradient of every microbatch, since all devices have equal weights
     global_mean = jax.shard_map(
         local_mean,
         mesh=mesh,
@@ -101,8 +94,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     ) -> tuple[TrainState, Metrics]:
         params = state.params
         if o.qat_below:
-            # outside of the differentiated function, once a step: the gradient passes through the
-            # rounding as it is
+            # outside of the differentiated function, so once per step: the gradient ignores rounding
             params = qat.straight_through(params, config, controls.qat)
         tapped_P = jnp.arange(0)
         if config.model.levels:
@@ -120,27 +112,22 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
                 batch["targets"],
             )
         with jax.named_scope("optimizer"):
-            optimizer = make_optimizer(o, state.params, mesh, kept_over(config))
-            rates = {
-                "lr_multiplier": controls.lr_multiplier,
-                "adam_lr_multiplier": controls.adam_lr_multiplier,
-            }
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **rates)
-            # whole again before they are added, where weights are: that and no weight is what the
-            # devices exchange
+            updates, opt_state = shapes.optimizer.update(
+                grads,
+                state.opt_state,
+                state.params,
+                lr_multiplier=controls.lr_multiplier,
+                adam_lr_multiplier=controls.adam_lr_multiplier,
+            )
+            # the devices exchange the updates, never the weights
             updates = jax.lax.with_sharding_constraint(updates, state_shardings(mesh, updates))
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("averages"):
-            ema = (
-                averaging.update_ema(state.ema, params, o.ema_decay)
-                if state.ema is not None
-                else None
-            )
-            swa = (
-                averaging.update_swa(state.swa, params, controls.swa)
-                if state.swa is not None
-                else None
-            )
+            ema, swa = state.ema, state.swa
+            if ema is not None:
+                ema = averaging.update_ema(ema, params, o.ema_decay)
+            if swa is not None:
+                swa = averaging.update_swa(swa, params, controls.swa)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         after = TrainState(
             state.step + 1, params, opt_state, state.key, ema, swa, statistics, state.skips
@@ -154,12 +141,11 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
         return after, metrics
 
-    # the state comes back laid out as it went in, so that the compiled step can be called on its
-    # own result
+    # the state keeps its layout, so that the compiled step takes its own result
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(shardings(config, mesh, shapes), NamedSharding(mesh, P())),
+        out_shardings=(shapes.shardings, NamedSharding(mesh, P())),
         compiler_options=compiler.options(config.train, current_device()),
     )
 

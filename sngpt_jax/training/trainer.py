@@ -1,9 +1,10 @@
 """The story of a run.
 
-    recipe → data → state (new, or the last checkpoint) → compile → steps, validation, checkpoints → summary
+    recipe → data → state (new, or the last checkpoint) → compile → steps, validation, checkpoints
+    → summary
 
-`loop.py` holds the loop itself. Training time, which a wall-clock schedule follows, leaves out
-compilation, validation and checkpoints.
+`loop.py` holds the loop. Training time drives a wall-clock schedule; compilation, validation and
+checkpoints do not count as training time.
 """
 
 import sys
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from sngpt_jax import __version__
 from sngpt_jax.base import cli
@@ -42,26 +42,27 @@ from sngpt_jax.run.profiler import Profiler
 from sngpt_jax.run.signals import EXIT_STATUS, StopSignals
 from sngpt_jax.training import compiler
 from sngpt_jax.training.compiler import keep_working_memory, use_compilation_cache
-from sngpt_jax.training.cost import abstract_params, make_plan
+from sngpt_jax.training.cost import make_plan
 from sngpt_jax.training.loop import NonFinite, Position, Run, Stopped
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 
 def train(config: Config, directory: Path, console: Console) -> int:
-    """Trains into `directory` from where it stands until the recipe's end (0) or a signal (130,
-    143); the exit status.
+    """Trains into `directory`, from its last checkpoint if it has one, and returns the exit status:
+    0 at the recipe's end, 130 or 143 after a signal.
 
-    Raises `NonFinite` where the run has diverged, `UserError` where the machine or the directory
-    does not fit the recipe.
+    Raises `NonFinite` if the run diverges, and `UserError` if the machine or the directory does not
+    fit the recipe.
     """
-    # 1. Devices: how the sequences of a step are dealt out.
+    # 1. Devices: how they share the sequences of a step. Shapes: everything that follows from them.
     d, t = config.data, config.train
     keep_working_memory()
     forgive_late_callbacks()
     mesh = make_mesh(fsdp=t.fsdp)
     accumulation = microbatches(d.batch_tokens, t.device_batch_tokens, d.seq_len, mesh.devices.size)
     use_compilation_cache(t.compilation_cache)
+    shapes = Shapes.of(config, mesh)
 
     # 2. Data.
     with processes.first():
@@ -69,7 +70,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     if config.model.smear_mask_bos and data.tokenizer.bos_id != config.model.bos_id:
         raise UserError(
             f"model.bos_id = {config.model.bos_id}, but the tokenizer's is {data.tokenizer.bos_id};"
-            " set it to that"
+            " set model.bos_id to the tokenizer's"
         )
     batches = batches_of(config, data.train)
     place = batch_placer(mesh, accumulation)
@@ -87,27 +88,22 @@ def train(config: Config, directory: Path, console: Console) -> int:
         }
     )
 
-    # 3. What was asked for, what it will cost, and how each tensor is optimized, before anything
-    # is computed.
+    # 3. The configuration, its cost, and each tensor's optimizer, before anything is computed.
     if config.optim.qat_below:
-        qat.check(abstract_params(config), config)
-    plan = make_plan(config)
-    peak = peak_flops(jax.devices()[0].device_kind)
+        qat.check(shapes.state.params, config)
+    plan = make_plan(shapes)
     console.header("configuration", settings(config))
-    console.header(
-        f"sngpt_jax {__version__}", derived(config, directory, data, plan, accumulation, mesh)
-    )
-    for line in format_table(describe(config.optim, abstract_params(config))).splitlines():
+    console.header(f"sngpt_jax {__version__}", derived(shapes, directory, data, plan, accumulation))
+    for line in format_table(describe(config.optim, shapes.state.params)).splitlines():
         console.print(line)
-    controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
 
-    # 4. The program, before there is a run: what the compiler refuses leaves nothing behind.
+    # 4. The program. It comes before the run, so that a compiler error leaves nothing behind.
     console.print("compiling the training step …")
     start = time.perf_counter()
-    lowered = make_train_step(config, mesh).lower(
-        abstract_state(config, mesh), place(batches[0]), controls
+    controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
+    train_step = compiler.compile_step(
+        make_train_step(shapes).lower(shapes.state, place(batches[0]), controls)
     )
-    train_step = compiler.compile_step(lowered)
     console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     # 5. State: the last checkpoint that verifies, or a new one.
@@ -116,12 +112,12 @@ def train(config: Config, directory: Path, console: Console) -> int:
         checkpoint.Checkpointer(folder, keep=t.keep_checkpoints) as checkpoints,
         StopSignals() as signals,
     ):
-        restored = checkpoint.restore(folder, abstract_state(config, mesh))
-        state = restored.state if restored else init_state(config, mesh)
-        done = restored.step if restored else 0
-        position = (
-            Position.from_json(restored.extra, f"{folder}, step {done}") if restored else Position()
-        )
+        done, position = 0, Position()
+        if restored := checkpoint.restore(folder, shapes.state):
+            state, done = restored.state, restored.step
+            position = Position.from_json(restored.extra, f"{folder}, step {done}")
+        else:
+            state = init_state(shapes)
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
             environment.record(directory, done)
@@ -131,12 +127,11 @@ def train(config: Config, directory: Path, console: Console) -> int:
 
         # 6. The loop.
         processes.barrier()
-        # what a program does at its first call alone is no part of the time that drives the
-        # schedule
-        if t.max_seconds:
+        if t.max_seconds:  # a program's first call takes longer; the schedule must not see it
             jax.block_until_ready(
                 train_step(jax.tree.map(jnp.copy, state), place(batches[done]), controls)
             )
+        peak = peak_flops(jax.devices()[0].device_kind)
         with (
             make_loader(batches, place, num_steps=t.steps, state=position.data) as loader,
             MetricsWriter(directory, resume_step=done if restored else None) as writer,
@@ -178,30 +173,12 @@ def train(config: Config, directory: Path, console: Console) -> int:
             run_directory.write_summary(directory, summary)
         print_summary(console, directory, summary)
         if config.eval.sample_tokens and not console.quiet:
-            weights = run.weights()
-            if config.eval.weights not in weights:
-                console.print(
-                    f"eval.weights = {config.eval.weights}: no snapshot was taken; the sample is of"
-                    " the final weights"
-                )
-            text = generate(
-                config.model,
-                weights.get(config.eval.weights, weights["final"]),
-                mesh,
-                data.tokenizer,
-                config.eval.sample_prompt,
-                seq_len=config.data.seq_len,
-                max_tokens=config.eval.sample_tokens,
-                temperature=0.8,
-            )
-            console.print("sample:")
-            for line in cli.escape_controls(text).splitlines():
-                console.print(line)
+            print_sample(run)
         return 0
 
 
 def settings(config: Config) -> list[tuple[str, str]]:
-    """Every field with its value, a section a row."""
+    """A row per section, with every field and its value."""
     return [
         (name, ", ".join(f"{k} {v!r}" for k, v in section.items()))
         for name, section in asdict(config).items()
@@ -209,65 +186,47 @@ def settings(config: Config) -> list[tuple[str, str]]:
 
 
 def derived(
-    config: Config,
-    directory: Path,
-    data: Dataset,
-    plan: dict[str, Any],
-    accumulation: int,
-    mesh: Mesh,
+    shapes: Shapes, directory: Path, data: Dataset, plan: dict[str, Any], accumulation: int
 ) -> list[tuple[str, str]]:
-    """What the configuration comes to on this machine, for the head of the log."""
-    device_kind = mesh.devices.flat[0].device_kind
-    peak = peak_flops(device_kind)
-    peak_text = f", {peak / 1e12:,.0f} T a second at most on each device" if peak else ""
+    """The rows of what follows from the configuration on this machine."""
+    config, devices = shapes.config, shapes.mesh.devices
+    kind = devices.flat[0].device_kind
+    peak = peak_flops(kind)
+    limit = f", at most {peak / 1e12:,.0f} TFLOP/s per device" if peak else ""
     cap = f", at most {config.train.max_seconds:g} s" if config.train.max_seconds else ""
-    batch = (
-        f"{config.data.batch_tokens:,} tokens in {accumulation}"
-        f" microbatch{'es' * (accumulation > 1)}"
-    )
+    members = f" in {n} processes" if (n := processes.count()) > 1 else ""
+    tokens, plural = f"{config.data.batch_tokens:,} tokens", "es" * (accumulation > 1)
     return [
         ("run", str(directory)),
-        (
-            "devices",
-            f"{mesh.devices.size} x {device_kind}"
-            + (f" of {n} processes" if (n := processes.count()) > 1 else ""),
-        ),
+        ("devices", f"{devices.size} x {kind}{members}"),
         ("data", f"{len(data.train):,} training tokens, {len(data.val):,} for validation"),
         ("parameters", f"{plan['parameters']['total']:,}"),
-        ("step", batch),
+        ("step", f"{tokens} in {accumulation} microbatch{plural}"),
         ("training", f"{config.train.steps:,} steps, {plan['tokens']['run']:,} tokens{cap}"),
-        ("FLOPs", f"{plan['flops_per_token']['train'] / 1e6:,.1f} M a token{peak_text}"),
+        ("FLOPs", f"{plan['flops_per_token']['train'] / 1e6:,.1f} M per token{limit}"),
     ]
 
 
 def print_summary(console: Console, directory: Path, summary: Summary) -> None:
-    """The result of a finished run, and what can be done with it."""
-    untrained = summary.untrained_val_bpb
-    ratio = (
-        f" = {summary.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
-        if untrained
-        else ""
+    """Prints the result of a finished run and the commands that can follow."""
+    run, ratio = str(directory), ""
+    if untrained := summary.untrained_val_bpb:
+        ratio = f" = {summary.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
+    validation = f"loss {summary.val_loss:.4f} nats/token, {summary.val_bpb:.4f} bits/byte{ratio}"
+    training = (
+        f"{summary.steps:,} steps, {summary.tokens:,} tokens in {summary.train_seconds:,.1f} s"
     )
-    run = str(directory)
+    averages = [("SWA", summary.swa_val_bpb), ("EMA", summary.ema_val_bpb)]
     console.result(
         "finished",
         [
             ("run", run),
-            (
-                "training",
-                (
-                    f"{summary.steps:,} steps, {summary.tokens:,} tokens in"
-                    f" {summary.train_seconds:,.1f} s"
-                ),
-            ),
+            ("training", training),
             ("speed", f"{summary.tok_per_s:,.0f} tok/s"),
-            (
-                "validation",
-                f"loss {summary.val_loss:.4f} nats/token, {summary.val_bpb:.4f} bits/byte{ratio}",
-            ),
+            ("validation", validation),
             *(
                 (f"{name} weights", f"{bpb:.4f} bits/byte")
-                for name, bpb in (("SWA", summary.swa_val_bpb), ("EMA", summary.ema_val_bpb))
+                for name, bpb in averages
                 if bpb is not None
             ),
             ("checkpoint", summary.checkpoint),
@@ -279,6 +238,28 @@ def print_summary(console: Console, directory: Path, summary: Summary) -> None:
             cli.command("sngpt_jax.report", run, "--out", f"{run}/report.html"),
         ],
     )
+
+
+def print_sample(run: Run) -> None:
+    """Prints a text that the trained model continues from the recipe's prompt."""
+    e, weights = run.config.eval, run.weights()
+    if e.weights not in weights:
+        run.console.print(
+            f"eval.weights = {e.weights}: no snapshot was taken; the sample uses the final weights"
+        )
+    text = generate(
+        run.config.model,
+        weights.get(e.weights, weights["final"]),
+        run.mesh,
+        run.data.tokenizer,
+        e.sample_prompt,
+        seq_len=run.config.data.seq_len,
+        max_tokens=e.sample_tokens,
+        temperature=0.8,
+    )
+    run.console.print("sample:")
+    for line in cli.escape_controls(text).splitlines():
+        run.console.print(line)
 
 
 def run(
@@ -304,16 +285,12 @@ def run(
         except NonFinite as error:
             folder = run_directory.checkpoint_dir(directory)
             saved = [step for step in checkpoint.steps(folder) if step <= error.good]
-            good = (
-                f"the last good checkpoint is {checkpoint.step_folder(folder, saved[-1])}"
-                if saved
-                else "no good checkpoint"
-            )
+            good = "no good checkpoint"
+            if saved:
+                good = f"the last good checkpoint is {checkpoint.step_folder(folder, saved[-1])}"
             if processes.index() == 0:
-                print(
-                    f"error: {error}; {good}; try lower learning rates in another --run-dir",
-                    file=sys.stderr,
-                )
+                advice = "try lower learning rates in another --run-dir"
+                print(f"error: {error}; {good}; {advice}", file=sys.stderr)
             return EXIT_NON_FINITE
         if status and processes.index() == 0:
             print(f"stopped and saved; to go on: {again}", file=sys.stderr)

@@ -16,7 +16,7 @@ from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.directory import checkpoint_dir, read_config, tokenizer_path
 from sngpt_jax.training.compiler import use_compilation_cache
-from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.state import Shapes
 from sngpt_jax.weights.trained_model import TrainedModel, from_artifact, on_any_device
 
 
@@ -61,7 +61,7 @@ def load_model(
     config = on_any_device(read_config(run_dir))
     use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
     weights = weights or config.eval.weights
-    state = abstract_state(config, mesh)
+    state = Shapes.of(config, mesh).state
     name = "params" if weights == "final" else weights
     part: dict[str, Any] = {name: getattr(state, name), "statistics": state.statistics}
     if part[name] is None:

@@ -16,7 +16,7 @@ import pytest
 
 from sngpt_jax.artifact import bundle
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.config import ExportConfig, ModelConfig
+from sngpt_jax.config import ExportConfig, ModelConfig, parse_levels
 
 ENTRY = '''
 """Docstring."""
@@ -276,7 +276,7 @@ SPARSE = ModelConfig(
     mlp_activation="gelu",
     positions="learned",
     qk_norm=False,
-    levels="5,4,0;7,8,8",
+    levels=parse_levels("5,4,0;7,8,8"),
     logit_soft_cap=0.0,
     matrix_init="normal",
 )

@@ -9,7 +9,7 @@ import pytest
 
 from sngpt_jax.artifact.policy import is_exported, largest_code, policy_of
 from sngpt_jax.cluster.mesh import path_name
-from sngpt_jax.config import Config, ExportConfig, ModelConfig
+from sngpt_jax.config import Config, ExportConfig, ModelConfig, parse_levels
 from sngpt_jax.config.recipe import load
 from sngpt_jax.model.forward import abstract_variables
 
@@ -88,7 +88,9 @@ def test_small_tensors_pass_and_gains_do_so_in_their_own_precision():
 
 def test_sparse_codes_keep_their_statistics_and_not_their_step_counts():
     config = Config(
-        model=ModelConfig(family="pre_norm", d_model=16, num_layers=1, levels="4,2,0;5,2,4")
+        model=ModelConfig(
+            family="pre_norm", d_model=16, num_layers=1, levels=parse_levels("4,2,0;5,2,4")
+        )
     )
     leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(config.model))
     kept = {path_name(path) for path, leaf in leaves if is_exported(leaf.dtype)}

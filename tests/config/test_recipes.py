@@ -2,7 +2,6 @@
 first training steps.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
-from sngpt_jax.model.forward import losses
+from sngpt_jax.model.forward import abstract_parts, losses
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.training.cost import abstract_params, make_plan
-from sngpt_jax.training.state import init_state
+from sngpt_jax.training.cost import make_plan
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 # parameters; the rate and speed of a GPU reckoned for the submission's run, whose quotient is M
@@ -36,7 +35,7 @@ GOLF = [name for name in SIZES if name != "golf_baseline"]
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_those_of_the_submissions(name):
     parameters, mflops = SIZES[name]
-    plan = make_plan(load(name))
+    plan = make_plan(Shapes.of(load(name), make_mesh(jax.devices()[:1])))
     assert plan["parameters"]["total"] == parameters
     if mflops:
         assert plan["flops_per_token"]["train"] / 1e6 == pytest.approx(mflops, rel=0.01)
@@ -126,16 +125,6 @@ def test_settings_are_those_of_the_submission(name):
             assert {field: getattr(getattr(recipe, section), field) for field in fields} == fields
 
 
-def changed(config, **sections):
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **fields)
-            for name, fields in sections.items()
-        },
-    )
-
-
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
@@ -149,7 +138,7 @@ def gradient_program(name, T):
     config = changed(load(name), model={"compute_dtype": "bfloat16"})
     loss = jax.value_and_grad(lambda p, x, y: losses(config.model)(p, x, y).mean())
     tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
-    return jax.make_jaxpr(loss)(abstract_params(config), tokens, tokens)
+    return jax.make_jaxpr(loss)(abstract_parts(config.model)[0], tokens, tokens)
 
 
 @pytest.mark.parametrize("name", GOLF)
@@ -186,7 +175,7 @@ def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
 def few_steps(config: Config, steps: int) -> list[float]:
     """The losses of the first steps on random tokens that repeat, one device."""
     mesh = make_mesh(jax.devices()[:1])
-    state, place, d = init_state(config, mesh), batch_placer(mesh, 1), config.data
+    state, place, d = init_state(Shapes.of(config, mesh)), batch_placer(mesh, 1), config.data
     rng = np.random.default_rng(0)
     tokens = rng.integers(
         0, config.model.vocab_size, (d.batch_tokens // d.seq_len, d.seq_len + 1)
@@ -197,7 +186,7 @@ def few_steps(config: Config, steps: int) -> list[float]:
     def controls(late: bool) -> StepControls:
         return StepControls(np.float32(1), np.float32(1), np.bool_(late), np.bool_(late))
 
-    step = make_train_step(config, mesh).lower(state, batch, controls(False)).compile()
+    step = make_train_step(Shapes.of(config, mesh)).lower(state, batch, controls(False)).compile()
     for i in range(steps):
         state, metrics = step(state, batch, controls(i >= steps - 2))
         seen.append(float(metrics["loss"]))

@@ -17,7 +17,7 @@ from sngpt_jax.config import Config
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[2]
@@ -69,11 +69,9 @@ def test_settings_are_those_of_the_cards(name):
         assert {field: getattr(section, field) for field in wanted} == wanted
     assert config.model.logit_chunk, "float32 logits of 50,000 tokens would exist whole"
     for level, size in enumerate(
-        (sizes["d_model"], 2**15 - sizes["d_model"], 2**17 - 2**15)[
-            : len(config.model.cayley_levels)
-        ]
+        (sizes["d_model"], 2**15 - sizes["d_model"], 2**17 - 2**15)[: len(config.model.levels)]
     ):
-        assert dictionary.reachable(config.model.cayley_levels, level) == size
+        assert dictionary.reachable(config.model.levels, level) == size
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,7 +94,7 @@ def test_the_large_state_is_spread_over_eight_devices():
     """Weights and optimizer state at full depth: an eighth of every matrix and its moments on each
     device.
     """
-    state = abstract_state(load("cayley_large_3l"), make_mesh(fsdp=8))
+    state = Shapes.of(load("cayley_large_3l"), make_mesh(fsdp=8)).state
     leaves = jax.tree.leaves((state.params, state.opt_state))
 
     def on_one_device(leaf):
@@ -134,9 +132,9 @@ def test_one_step_of_the_large_model_at_full_width():
     tokens = np.random.default_rng(0).integers(0, 2048, (8, 17)).astype(np.uint16)
     batch = batch_placer(mesh, 1)({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
     controls = StepControls(np.float32(1), np.float32(1), np.bool_(False), np.bool_(False))
-    state = init_state(config, mesh)
+    state = init_state(Shapes.of(config, mesh))
     before = [float(leaf.sum()) for leaf in jax.tree.leaves(state.params)]
-    state, metrics = make_train_step(config, mesh)(state, batch, controls)
+    state, metrics = make_train_step(Shapes.of(config, mesh))(state, batch, controls)
     # logits are normal with variance 2048 · 0.02², independent of the target
     assert float(metrics["loss"]) == pytest.approx(np.log(2048) + 2048 * 0.02**2 / 2, rel=0.02)
     assert 0 < float(metrics["grad_norm"]) < 100

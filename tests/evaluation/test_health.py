@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sngpt_kernels.cayley import dictionary
 
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, parse_levels
 from sngpt_jax.evaluation.health import (
     Health,
     Sums,
@@ -40,11 +40,11 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     mlp_dim=32,
     max_seq_len=8,
-    levels="4,4,0;6,6,8;8,5,16",
+    levels=parse_levels("4,4,0;6,6,8;8,5,16"),
     positions="learned",
     compute_dtype="float32",
 )
-LEVELS = MODEL.cayley_levels
+LEVELS = MODEL.levels
 D, F, T = 16, 256, 8
 RANGES = [(0, 16), (16, 64), (64, 256)]
 COLUMNS = [slice(0, 4), slice(4, 10), slice(10, 15)]

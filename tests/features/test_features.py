@@ -14,7 +14,7 @@ from sngpt_kernels.cayley.dictionary import atoms
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import ModelConfig
+from sngpt_jax.config import ModelConfig, parse_levels
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation.windows import Windows
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     mlp_dim=32,
     mlp_activation="gelu",
-    levels="4,3,0;6,4,16;8,5,16",
+    levels=parse_levels("4,3,0;6,4,16;8,5,16"),
     max_seq_len=32,
     positions="learned",
     qk_norm=False,
@@ -79,7 +79,7 @@ def test_levels_left_out_are_features_without_activation(variables, dataset, kep
     silenced = jax.tree.map(lambda x: x, variables)
     for block in silenced["blocks"].values():
         block["code"]["bias"] = (
-            block["code"]["bias"].at[2 ** CONFIG.cayley_levels[kept - 1][0] :].set(-1e9)
+            block["code"]["bias"].at[2 ** CONFIG.levels[kept - 1][0] :].set(-1e9)
         )
     got = jax.jit(losses(cut_config))(cut, inputs, targets)
     np.testing.assert_allclose(got, whole_losses(silenced, inputs, targets), atol=1e-5)
@@ -227,8 +227,7 @@ def test_tokens_read_as_in_the_middle_of_a_text(dataset):
 def whole(study, **changes):
     """The study as the command writes it."""
     levels = [
-        {"n": n, "k": k, "degree": degree, "features": 2**n}
-        for n, k, degree in CONFIG.cayley_levels
+        {"n": n, "k": k, "degree": degree, "features": 2**n} for n, k, degree in CONFIG.levels
     ]
     losses = [
         {"levels": i, "active_features": 3 * i, "loss": 4 - i / 10, "bpb": 2 - i / 20}

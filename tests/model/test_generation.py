@@ -12,6 +12,7 @@ import pytest
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh, state_shardings
+from sngpt_jax.config import parse_levels
 from sngpt_jax.model import generation
 from sngpt_jax.model.forward import forward
 from sngpt_jax.model.generation import draw, generate_tokens
@@ -37,7 +38,7 @@ MODELS = {
     # both are filled up to these
     "learned positions": dataclasses.replace(pre_norm.DENSE, num_layers=2, max_seq_len=13),
     "coded, rotary": dataclasses.replace(
-        pre_norm.CODED, num_layers=1, levels="5,4,0", positions="rotary", qk_norm=True
+        pre_norm.CODED, num_layers=1, levels=parse_levels("5,4,0"), positions="rotary", qk_norm=True
     ),
 }
 # its table, for one, has enough elements to be split over devices

@@ -12,7 +12,7 @@ import pytest
 from scipy.special import erf
 from sngpt_kernels.cayley import reference
 
-from sngpt_jax.config import ModelConfig
+from sngpt_jax.config import ModelConfig, parse_levels
 from sngpt_jax.model.cayley import sample_positions
 from sngpt_jax.model.forward import abstract_variables, forward, init_params, losses, tapped_losses
 from tests import oracles
@@ -35,7 +35,7 @@ DENSE = ModelConfig(
     norm_eps=1e-5,
     compute_dtype="float32",
 )
-CODED = dataclasses.replace(DENSE, levels="5,4,0;7,8,16;8,8,8")
+CODED = dataclasses.replace(DENSE, levels=parse_levels("5,4,0;7,8,16;8,8,8"))
 TOKENS = np.random.default_rng(1).integers(0, 61, (2, 12))
 
 
@@ -46,7 +46,7 @@ def encode(config, code, x):
         code["mean"],
         code["std"],
         code["bias"],
-        config.cayley_levels,
+        config.levels,
         forward_standardized=config.forward_standardized,
         generators=config.generators,
     )
@@ -174,12 +174,14 @@ def test_taps_are_the_codes_inputs_and_choices():
         # float32 may see a tie otherwise than float64; here hardly ever
         same = np.sort(ids[..., :4], -1) == np.sort(everywhere.ids[layer][..., :4], -1)
         assert same.mean() > 0.95
-    dense = dataclasses.replace(CODED, levels="")
+    dense = dataclasses.replace(CODED, levels=())
     assert tapped_losses(dense)(random_variables(dense), TOKENS, targets, jnp.arange(12))[1] is None
 
 
 def test_initial_values():
-    config = dataclasses.replace(CODED, d_model=64, mlp_dim=256, num_layers=8, levels="6,4,0")
+    config = dataclasses.replace(
+        CODED, d_model=64, mlp_dim=256, num_layers=8, levels=parse_levels("6,4,0")
+    )
     params = init_params(config, jax.random.key(0))
     for block in params["blocks"].values():
         for name in ("query", "key", "value"):

@@ -15,7 +15,7 @@ from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 from sngpt_jax.optim.averaging import averaged_weights
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 CONFIG = Config(
@@ -76,16 +76,16 @@ def laid_out(layout, **optim):
 def program(layout, **optim):
     """The compiled step with two microbatches, and what it does."""
     config, mesh = laid_out(layout, **optim)
-    step = make_train_step(config, mesh)
+    step = make_train_step(Shapes.of(config, mesh))
     compiled = step.lower(
-        abstract_state(config, mesh), batch_placer(mesh, 2)(host_batch(0)), CONTROLS
+        Shapes.of(config, mesh).state, batch_placer(mesh, 2)(host_batch(0)), CONTROLS
     ).compile()
     return compiled, hlo.analyse(compiled.as_text())
 
 
 def train(layout, steps=2, state=None, first=0, **optim):
     config, mesh = laid_out(layout, **optim)
-    state, losses = state or init_state(config, mesh), []
+    state, losses = state or init_state(Shapes.of(config, mesh)), []
     for i in range(first, first + steps):
         state, metrics = program(layout, **optim)[0](
             state, batch_placer(mesh, 2)(host_batch(i)), CONTROLS
@@ -147,7 +147,7 @@ def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
     _, fsdp, shard_optimizer = layout
     config, mesh = laid_out(layout)
     moved = program(layout)[1].collective_counts()
-    state = abstract_state(config, mesh)
+    state = Shapes.of(config, mesh).state
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2]
     split = sum(size for size in sizes if size >= 2**14)
     if fsdp > 1 or shard_optimizer:
@@ -169,7 +169,7 @@ def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
 def test_averages_that_are_split_come_back_as_the_weights_lie():
     config, mesh = laid_out((8, 1, True))
     state, _ = train((8, 1, True))
-    whole = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
+    whole = jax.tree.map(lambda leaf: leaf.sharding, Shapes.of(config, mesh).state.params)
     for average in (state.ema, state.swa):
         weights = averaged_weights(average, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, weights) == whole
@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_another_layout(tmp_path):
         checkpoints.save(2, state, {})
     straight = on_host(train((1, 1, False), steps=4)[0])
     for layout in ((1, 1, False), (8, 8, False)):
-        restored = checkpoint.restore(tmp_path, abstract_state(*laid_out(layout))).state
+        restored = checkpoint.restore(tmp_path, Shapes.of(*laid_out(layout)).state).state
         assert_close(on_host(train(layout, state=restored, first=2)[0]), straight)
 
 

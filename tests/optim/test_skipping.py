@@ -18,7 +18,7 @@ from sngpt_jax.optim import skipping
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
 from sngpt_jax.training import step
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 from tests.training import test_step_code
 
@@ -134,8 +134,8 @@ def program(devices):
         batch = batch_placer(mesh, 16 // devices)(host_batch(0))
         return (
             mesh,
-            make_train_step(CONFIG, mesh)
-            .lower(abstract_state(CONFIG, mesh), batch, CONTROLS)
+            make_train_step(Shapes.of(CONFIG, mesh))
+            .lower(Shapes.of(CONFIG, mesh).state, batch, CONTROLS)
             .compile(),
         )
 
@@ -165,11 +165,13 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("bad", [BAD_GRADIENT, BAD_LOSS])
 def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
     mesh, _ = program(devices)
-    state, said = take(devices, init_state(CONFIG, mesh), host_batch(0), host_batch(1, bad))
+    state, said = take(
+        devices, init_state(Shapes.of(CONFIG, mesh)), host_batch(0), host_batch(1, bad)
+    )
     assert [math.isfinite(s["loss"]) for s in said] == [True, bad == BAD_GRADIENT]
     assert [math.isfinite(s["grad_norm"]) for s in said] == [True, bad == BAD_LOSS]
     assert [(s["skipped"], s["skipped_in_a_row"]) for s in said] == [(0, 0), (1, 1)]
-    without, _ = take(devices, init_state(CONFIG, mesh), host_batch(0))
+    without, _ = take(devices, init_state(Shapes.of(CONFIG, mesh)), host_batch(0))
     without = dataclasses.replace(without, step=without.step + 1)
     assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
     assert_equal(state.skips.window, without.skips.window)
@@ -184,11 +186,15 @@ def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
 def test_what_was_skipped_is_known_to_a_resumed_run(tmp_path):
     mesh, _ = program(1)
     state, _ = take(
-        1, init_state(CONFIG, mesh), host_batch(0), host_batch(1, BAD_LOSS), host_batch(1, BAD_LOSS)
+        1,
+        init_state(Shapes.of(CONFIG, mesh)),
+        host_batch(0),
+        host_batch(1, BAD_LOSS),
+        host_batch(1, BAD_LOSS),
     )
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
-    resumed = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state
+    resumed = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
     assert_equal(resumed, state)
     assert int(resumed.skips.window.count) == 1
     _, (said,) = take(1, resumed, host_batch(2, BAD_LOSS))

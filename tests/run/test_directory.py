@@ -17,7 +17,7 @@ from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.optim.averaging import update_swa
 from sngpt_jax.run import directory as run_directory
 from sngpt_jax.run.checkpoint import Checkpointer
-from sngpt_jax.training.state import init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.weights.source import load_model
 
 
@@ -32,7 +32,7 @@ def run(tiny_recipe, tmp_path_factory):
         eval=dataclasses.replace(config.eval, weights="swa"),
     )
     run_directory.begin(run_dir, config, None)
-    state = init_state(config, make_mesh(jax.devices()[:1]))
+    state = init_state(Shapes.of(config, make_mesh(jax.devices()[:1])))
     later = dataclasses.replace(
         state, swa=update_swa(state.swa, jax.tree.map(lambda p: 2 * p, state.params), True)
     )

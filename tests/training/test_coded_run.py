@@ -15,7 +15,7 @@ from sngpt_jax.config.recipe import load
 from sngpt_jax.model.forward import init_statistics, join, losses
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.metrics import read_metrics
-from sngpt_jax.training.state import abstract_state
+from sngpt_jax.training.state import Shapes
 from sngpt_jax.weights.source import load_model
 from tests import tiny_run
 
@@ -47,7 +47,7 @@ def trained(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def last_state(directory: Path):
     config = load(str(directory / "config.json"))
     restored = checkpoint.restore(
-        directory / "checkpoints", abstract_state(config, make_mesh(jax.devices()[:1]))
+        directory / "checkpoints", Shapes.of(config, make_mesh(jax.devices()[:1])).state
     )
     assert restored is not None and restored.step == 20
     return restored.state

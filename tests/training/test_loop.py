@@ -199,7 +199,7 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(run, monkeypatch, done,
     run.done, seen = done, []
     run.position = Position(latest=None if known is None else Validation(known, 3.0, 2.0, 10))
     monkeypatch.setattr(run, "aside", lambda validating, saving: seen.append((validating, saving)))
-    monkeypatch.setattr(run, "seconds", lambda: math.inf)
+    monkeypatch.setattr(run, "agree_on_time", lambda: math.inf)
     run.config = dataclasses.replace(
         run.config, train=dataclasses.replace(run.config.train, max_seconds=1.0)
     )

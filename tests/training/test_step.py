@@ -20,7 +20,7 @@ from sngpt_jax.model.loss import READINGS
 from sngpt_jax.optim.groups import make_optimizer
 from sngpt_jax.optim.qat import on_grid
 from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.training.state import abstract_state, init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import all_finite, make_train_step
 
 CONFIG = Config(
@@ -58,14 +58,14 @@ def host_batch(seed=0):
 
 @functools.cache
 def step_of(num_devices):
-    return make_train_step(CONFIG, make_mesh(jax.devices()[:num_devices]))
+    return make_train_step(Shapes.of(CONFIG, make_mesh(jax.devices()[:num_devices])))
 
 
 @functools.cache
 def run(num_devices, num_microbatches):
     """The metrics of three steps on as many devices, each step's batch in so many microbatches."""
     mesh = make_mesh(jax.devices()[:num_devices])
-    state, step = init_state(CONFIG, mesh), step_of(num_devices)
+    state, step = init_state(Shapes.of(CONFIG, mesh)), step_of(num_devices)
     place = batch_placer(mesh, num_microbatches)
     metrics = []
     for i in range(3):
@@ -89,7 +89,7 @@ def test_golden_metrics():
 def test_gradient_and_loss_are_those_of_the_plain_mean():
     """The first step's metrics against a direct gradient of the whole batch, no scan, no mesh."""
     mesh = make_mesh(jax.devices()[:1])
-    params = init_state(CONFIG, mesh).params
+    params = init_state(Shapes.of(CONFIG, mesh)).params
     batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch().items()}
     mean = jax.value_and_grad(
         lambda p: losses(CONFIG.model)(p, batch["inputs"], batch["targets"]).mean()
@@ -112,7 +112,7 @@ def test_devices_and_accumulation_leave_the_losses_alone():
 
 def test_devices_reduce_once_a_step_and_not_in_the_loop():
     mesh = make_mesh()
-    state = abstract_state(CONFIG, mesh)
+    state = Shapes.of(CONFIG, mesh).state
     batch = batch_placer(mesh, 2)(host_batch())
     text = step_of(8).lower(state, batch, controls(1)).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
@@ -128,7 +128,7 @@ def test_devices_reduce_once_a_step_and_not_in_the_loop():
 
 def test_the_state_passed_in_gives_up_its_memory():
     mesh = make_mesh(jax.devices()[:1])
-    state = init_state(CONFIG, mesh)
+    state = init_state(Shapes.of(CONFIG, mesh))
     step_of(1)(state, batch_placer(mesh, 1)(host_batch()), controls(1.0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
@@ -138,8 +138,8 @@ def test_learning_rate_is_traced_and_zero_moves_nothing():
     step = step_of(1)
     programs = step._cache_size()
     place = batch_placer(mesh, 1)
-    before = jax.tree.map(np.asarray, init_state(CONFIG, mesh).params)
-    state, _ = step(init_state(CONFIG, mesh), place(host_batch()), controls(0.0))
+    before = jax.tree.map(np.asarray, init_state(Shapes.of(CONFIG, mesh)).params)
+    state, _ = step(init_state(Shapes.of(CONFIG, mesh)), place(host_batch()), controls(0.0))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.params), before)
     state, _ = step(state, place(host_batch()), controls(0.5))
     assert np.any(before["embed"]["table"] != np.asarray(state.params["embed"]["table"]))
@@ -148,7 +148,7 @@ def test_learning_rate_is_traced_and_zero_moves_nothing():
 
 def test_training_lowers_the_loss():
     mesh = make_mesh(jax.devices()[:1])
-    state, step, place = init_state(CONFIG, mesh), step_of(1), batch_placer(mesh, 1)
+    state, step, place = init_state(Shapes.of(CONFIG, mesh)), step_of(1), batch_placer(mesh, 1)
     losses = []
     for _ in range(15):
         state, metrics = step(state, place(host_batch()), controls(1.0))
@@ -160,7 +160,7 @@ def test_training_lowers_the_loss():
 def test_eval_reads_the_scored_positions(scored):
     """Whole rows, and five positions of each from another place in every row."""
     mesh, batch = make_mesh(), host_batch()
-    params = init_state(CONFIG, mesh).params
+    params = init_state(Shapes.of(CONFIG, mesh)).params
     B, T = batch["inputs"].shape
     logits = np.asarray(
         forward(CONFIG.model)(params, jnp.asarray(batch["inputs"], jnp.int32)), np.float64
@@ -191,7 +191,7 @@ def test_eval_reads_the_scored_positions(scored):
 
 def test_abstract_state_is_the_real_one_without_values():
     mesh = make_mesh()
-    real, abstract = init_state(CONFIG, mesh), abstract_state(CONFIG, mesh)
+    real, abstract = init_state(Shapes.of(CONFIG, mesh)), Shapes.of(CONFIG, mesh).state
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
@@ -202,7 +202,7 @@ def test_seeds_differ_and_repeat():
 
     def table(seed):
         config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=seed))
-        return np.asarray(init_state(config, mesh).params["embed"]["table"])
+        return np.asarray(init_state(Shapes.of(config, mesh)).params["embed"]["table"])
 
     np.testing.assert_array_equal(table(1), table(1))
     assert np.any(table(1) != table(2))
@@ -235,12 +235,12 @@ LATE = dataclasses.replace(
 
 @functools.cache
 def late_step():
-    return make_train_step(LATE, make_mesh(jax.devices()[:1]))
+    return make_train_step(Shapes.of(LATE, make_mesh(jax.devices()[:1])))
 
 
 def test_averages_are_those_of_the_weights_after_each_step():
     mesh = make_mesh(jax.devices()[:1])
-    state, step, place = init_state(LATE, mesh), late_step(), batch_placer(mesh, 1)
+    state, step, place = init_state(Shapes.of(LATE, mesh)), late_step(), batch_placer(mesh, 1)
     ema = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
     taken = []
     for i, take in enumerate((False, True, False, True, True)):
@@ -261,12 +261,12 @@ def test_quantization_switches_on_in_the_compiled_step():
     mesh = make_mesh(jax.devices()[:1])
     step, place = late_step(), batch_placer(mesh, 1)
     # no output projection is zero any more
-    trained, _ = step(init_state(LATE, mesh), place(host_batch()), controls())
+    trained, _ = step(init_state(Shapes.of(LATE, mesh)), place(host_batch()), controls())
     programs = step._cache_size()
     start = jax.tree.map(np.asarray, trained.params)
 
     def fresh():
-        state = init_state(LATE, mesh)
+        state = init_state(Shapes.of(LATE, mesh))
         params = jax.tree.map(
             lambda value, like: jax.device_put(value, like.sharding), start, state.params
         )
@@ -306,10 +306,10 @@ def test_gradients_clipped_on_each_device_depend_on_the_devices():
     norms = {}
     for devices in (1, 8):
         mesh = make_mesh(jax.devices()[:devices])
-        state, step = init_state(config, mesh), make_train_step(config, mesh)
+        state, step = init_state(Shapes.of(config, mesh)), make_train_step(Shapes.of(config, mesh))
         _, metrics = step(state, batch_placer(mesh, 1)(host_batch()), controls())
         norms[devices] = float(metrics["grad_norm"])
-    params = init_state(config, make_mesh(jax.devices()[:1])).params
+    params = init_state(Shapes.of(config, make_mesh(jax.devices()[:1]))).params
     batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch().items()}
     gradient = jax.jit(jax.grad(lambda p, x, y: losses(config.model)(p, x, y).mean()))
     total = 0.0

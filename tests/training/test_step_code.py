@@ -12,13 +12,13 @@ import pytest
 from sngpt_kernels.cayley import dictionary, reference
 
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, parse_levels
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.cayley import code_state, sample_positions
 from sngpt_jax.model.forward import losses, tapped_losses
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
-from sngpt_jax.training.state import TrainState, abstract_state, init_state
+from sngpt_jax.training.state import Shapes, TrainState, init_state
 from sngpt_jax.training.step import SAMPLE, make_train_step
 
 CONFIG = Config(
@@ -31,7 +31,7 @@ CONFIG = Config(
         num_kv_heads=2,
         mlp_dim=128,
         mlp_activation="gelu",
-        levels="6,4,0;8,8,16;10,8,16",
+        levels=parse_levels("6,4,0;8,8,16;10,8,16"),
         max_seq_len=16,
         positions="learned",
         qk_norm=False,
@@ -65,13 +65,13 @@ def host_batch(seed=0):
 @functools.cache
 def program(devices, fsdp=1):
     mesh = make_mesh(jax.devices()[:devices], fsdp)
-    return mesh, make_train_step(CONFIG, mesh)
+    return mesh, make_train_step(Shapes.of(CONFIG, mesh))
 
 
 def run(steps, devices=1, microbatches=1, fsdp=1):
     """The state and the losses after so many steps."""
     mesh, step = program(devices, fsdp)
-    state, place, seen = init_state(CONFIG, mesh), batch_placer(mesh, microbatches), []
+    state, place, seen = init_state(Shapes.of(CONFIG, mesh)), batch_placer(mesh, microbatches), []
     for i in range(steps):
         state, metrics = step(state, place(host_batch(i)), CONTROLS)
         seen.append(float(metrics["loss"]))
@@ -86,7 +86,7 @@ def on_host(state: TrainState):
 
 def test_statistics_of_a_step_are_those_of_its_tokens():
     """Every token is in the sample here: 1024 / 16 sequences exceed the 16 positions of each."""
-    start = init_state(CONFIG, program(1)[0])
+    start = init_state(Shapes.of(CONFIG, program(1)[0]))
     batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch().items()}
     _, taps = tapped_losses(CONFIG.model)(
         start.variables(), batch["inputs"], batch["targets"], jnp.arange(16)
@@ -120,11 +120,11 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
     mesh, rng = make_mesh(jax.devices()[:devices]), np.random.default_rng(0)
     tokens = rng.integers(0, 97, (32, 65)).astype(np.uint16)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    state = init_state(config, mesh)
+    state = init_state(Shapes.of(config, mesh))
     code = state.statistics["blocks"][0]["code"]
     code["mean"] = jnp.asarray(rng.normal(size=64) * 0.1, jnp.float32)
     code["std"] = jnp.asarray(rng.uniform(0.5, 2.0, 1024), jnp.float32)
-    step, probe = make_train_step(config, mesh), jax.jit(tapped_losses(config.model))
+    step, probe = make_train_step(Shapes.of(config, mesh)), jax.jit(tapped_losses(config.model))
     seen = []
     for number in (1, 2):
         before, variables = (
@@ -158,7 +158,7 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
 def test_each_rule_has_its_own_rate():
     mesh, step = program(1)
     for muon, adam in ((1.0, 0.0), (0.0, 1.0)):
-        state = init_state(CONFIG, mesh)
+        state = init_state(Shapes.of(CONFIG, mesh))
         before = on_host(state)[0]
         controls = CONTROLS._replace(
             lr_multiplier=np.float32(muon), adam_lr_multiplier=np.float32(adam)
@@ -184,7 +184,7 @@ def test_a_step_sees_the_statistics_of_the_step_before():
         float(losses(CONFIG.model)(variables, batch["inputs"], batch["targets"]).mean()), rel=1e-6
     )
     fresh = first.__class__(
-        **{**vars(first), "statistics": init_state(CONFIG, mesh).statistics}
+        **{**vars(first), "statistics": init_state(Shapes.of(CONFIG, mesh)).statistics}
     ).variables()
     stale = float(losses(CONFIG.model)(fresh, batch["inputs"], batch["targets"]).mean())
     assert seen[1] != pytest.approx(stale, rel=1e-6)
@@ -253,7 +253,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path):
     state, _ = run(3)
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
-    restored = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state
+    restored = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
     jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(state))
     ends = []
     for start in (state, restored):
@@ -270,7 +270,7 @@ def test_a_checkpoint_of_spread_weights_serves_any_layout(tmp_path):
         checkpoints.save(2, spread, {})
     for devices, fsdp in ((1, 1), (8, 4)):
         mesh = make_mesh(jax.devices()[:devices], fsdp)
-        restored = checkpoint.restore(tmp_path, abstract_state(CONFIG, mesh)).state
+        restored = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
         jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(spread))
         up = restored.params["blocks"][0]["mlp"]["up"]
         assert up.addressable_shards[0].data.size * fsdp == up.size
@@ -284,8 +284,8 @@ def test_biases_learn_and_do_not_decay():
     place = batch_placer(mesh, 1)
     ends = {}
     for config in (CONFIG, decaying):
-        state = init_state(config, mesh)
-        step = program(1)[1] if config is CONFIG else make_train_step(config, mesh)
+        state = init_state(Shapes.of(config, mesh))
+        step = program(1)[1] if config is CONFIG else make_train_step(Shapes.of(config, mesh))
         params = state.params
         params["blocks"][1]["code"]["bias"] = jnp.full((1024,), 0.5)
         state, _ = step(dataclasses.replace(state, params=params), place(host_batch()), CONTROLS)

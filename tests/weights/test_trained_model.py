@@ -21,11 +21,12 @@ from sngpt_jax.config import (
     ExportConfig,
     ModelConfig,
     OptimConfig,
+    parse_levels,
     to_json,
 )
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.model.forward import forward
-from sngpt_jax.training.state import init_state
+from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.weights.quantized_model import host_tensors, quantize_variables
 from sngpt_jax.weights.trained_model import (
     TrainedModel,
@@ -42,7 +43,7 @@ CODED = ModelConfig(
     num_heads=2,
     num_kv_heads=2,
     mlp_dim=32,
-    levels="4,2,0;5,2,4",
+    levels=parse_levels("4,2,0;5,2,4"),
 )
 COMPACT = ModelConfig(
     vocab_size=64,
@@ -91,7 +92,7 @@ def test_a_model_computes_the_same_from_its_artifact(tmp_path, model, devices):
     again at 0.
     """
     config, mesh = config_of(model), make_mesh(jax.devices()[:devices])
-    variables = init_state(config, mesh).variables()
+    variables = init_state(Shapes.of(config, mesh)).variables()
     found = from_artifact(written(tmp_path / "m.sngpt", config, host_tensors(variables)), mesh)
     assert (found.step, found.weights, found.config, found.tokenizer_path) == (
         7,
@@ -110,7 +111,7 @@ def test_a_model_computes_the_same_from_its_artifact(tmp_path, model, devices):
 
 def test_wrong_tensors_are_named():
     config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
-    tensors = host_tensors(init_state(config, mesh).variables())
+    tensors = host_tensors(init_state(Shapes.of(config, mesh)).variables())
     del tensors["embed/table"]
     tensors["blocks/0/mlp/up"] = tensors["blocks/0/mlp/up"].T
     tensors["blocks/7/mlp/up"] = np.zeros(1, np.float32)
@@ -137,7 +138,10 @@ def test_wrong_tensors_are_named():
 def test_metadata_that_no_export_writes_are_one_line(tmp_path, changes, said):
     config, mesh = config_of(COMPACT), make_mesh(jax.devices()[:1])
     path = written(
-        tmp_path / "m.sngpt", config, host_tensors(init_state(config, mesh).variables()), **changes
+        tmp_path / "m.sngpt",
+        config,
+        host_tensors(init_state(Shapes.of(config, mesh)).variables()),
+        **changes,
     )
     with pytest.raises(ArtifactError, match=said) as caught:
         from_artifact(path, mesh)
@@ -151,7 +155,7 @@ def test_a_configuration_that_cannot_run_is_one_line(tmp_path):
     path = written(
         tmp_path / "m.sngpt",
         config,
-        host_tensors(init_state(config, mesh).variables()),
+        host_tensors(init_state(Shapes.of(config, mesh)).variables()),
         config=impossible,
     )
     with pytest.raises(
@@ -167,7 +171,7 @@ def test_layers_that_a_file_only_claims_are_not_traced(tmp_path):
     path = written(
         tmp_path / "m.sngpt",
         config,
-        host_tensors(init_state(config, mesh).variables()),
+        host_tensors(init_state(Shapes.of(config, mesh)).variables()),
         config=claimed,
     )
     with pytest.raises(ArtifactError, match=r"it has \d+ tensors for model.num_layers = 250"):
@@ -200,7 +204,7 @@ def test_the_tokenizer_lies_beside_the_artifact(tmp_path):
     path = written(
         tmp_path / "m.sngpt",
         config,
-        host_tensors(init_state(config, mesh).variables()),
+        host_tensors(init_state(Shapes.of(config, mesh)).variables()),
         tokenizer=kept,
     )
     with pytest.raises(
