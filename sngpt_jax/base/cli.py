@@ -1,9 +1,7 @@
-"""What every command shares: one-line errors with exit status 2, the log on stderr, and stable
-JSON output.
+"""What every command shares: one-line errors with exit status 2, the log on stderr, JSON output.
 
 A command's `main(argv)` returns its exit status and raises `UserError` for a mistake that its user
-can mend; `run` turns that into one line on stderr, and sees to it that any encoding can show what
-is printed. Anything else that escapes is a bug and shows its traceback.
+can correct. `run` prints one line for it. Any other exception is a bug and shows its traceback.
 """
 
 import codecs
@@ -29,22 +27,21 @@ _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||---
 
 
 def drop_output() -> None:
-    """Sends stdout, what waits to be written included, nowhere from here on: it cannot be written
-    any more.
-    """
+    """Discards what is written to stdout from now on, and what its buffer holds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed before Python began
-            with contextlib.suppress(OSError):
-                stream.flush()
+            stream.flush()
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Runs `main` on the command line's arguments and exits with its status; `UserError` is one
-    line and status 2.
+    """Runs `main` on the command line's arguments and exits with its status.
+
+    An error that `one_line` knows is one line on stderr and status 2. Characters that stdout's
+    encoding lacks are replaced.
     """
     codecs.register_error("plain", _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -54,14 +51,16 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         if signal.getsignal(signal.SIGINT) is end_quietly:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = main(sys.argv[1:])
-        if sys.stdout is not None:  # closed before Python began
-            sys.stdout.flush()
+        try:
+            status = main(sys.argv[1:])
+        finally:
+            with contextlib.suppress(OSError):
+                terminal.clear()
+        _flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_SIGINT
-    except BrokenPipeError:
-        # `… | head` closed stdout: nothing is left to say
+    except BrokenPipeError:  # `… | head` has closed stdout
         drop_output()
         status = 0
     except Exception as error:
@@ -70,53 +69,46 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             raise
         status = EXIT_USER_ERROR
         with contextlib.suppress(OSError):
-            terminal.clear()
             print(f"error: {escape_controls(line)}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno in FULL:
             drop_output()  # stdout itself may be what cannot be written
         if isinstance(error, UserError) and error.at_once:
-            _flush()
+            with contextlib.suppress(OSError):
+                _flush()
             os._exit(status)
     sys.exit(status)
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """What is printed in place of characters that a terminal's encoding lacks: the nearest of
-    ASCII's, or their escapes.
-    """
+    """For `codecs`: the ASCII that stands for characters which an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
-    return (
-        "".join(_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found),
-        error.end,
-    )
+    plain = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found)
+    return "".join(plain), error.end
 
 
 def escape_controls(text: str) -> str:
-    """`text` with control characters but line ends and tabs escaped: a terminal would obey those
-    that a file has put there.
+    """`text` with its control characters escaped, except line ends and tabs: a terminal would obey
+    control characters from a file.
     """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def progress(line: str) -> None:
-    """One line for whoever waits, on stderr; results go to stdout."""
+    """Prints a line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def check_json(destination: str) -> None:
-    """`check_writable` of what `--json` names, where that is a file."""
+    """`check_writable` for the file, if any, that `--json` names."""
     if destination not in ("", "-"):
         check_writable(Path(destination), "--json")
 
 
 def write_json(value: Any, destination: str | None) -> None:
-    """Prints `value` as one JSON object on stdout (`destination` "-"), or writes it to the file
-    `destination` names.
-
-    No `destination`: does nothing. The value holds no NaN or infinity. Raises `UserError` where
-    the file cannot be written.
+    """Prints `value` as JSON on stdout if `destination` is "-", else writes the file that it names,
+    if any. `value` holds no NaN or infinity.
     """
     if not destination:
         return
@@ -128,9 +120,7 @@ def write_json(value: Any, destination: str | None) -> None:
 
 
 def command(module: str, *arguments: str) -> str:
-    """A command line for a person to paste: `module` run by this interpreter, which may not be the
-    one named python.
-    """
+    """A command line for a person to paste. It runs `module` by this interpreter."""
     interpreter = Path(sys.executable)
     if interpreter.is_relative_to(Path.cwd()):
         interpreter = interpreter.relative_to(Path.cwd())
@@ -138,10 +128,8 @@ def command(module: str, *arguments: str) -> str:
 
 
 def log_to_stderr(quiet: bool = False) -> None:
-    """Sends the packages' log lines to stderr as they are; stdout is for results. `quiet`:
-    warnings and errors alone.
-
-    Progress is shown where lines of the level INFO are.
+    """Sends the packages' log lines to stderr; `quiet` keeps only warnings and errors. Progress is
+    shown if the level INFO is.
     """
     handler = terminal.LogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -152,9 +140,7 @@ def log_to_stderr(quiet: bool = False) -> None:
 
 
 def expand_json(argv: Sequence[str]) -> list[str]:
-    """`argv` with a bare `--json` written as `--json -`, so that the option's path may be left
-    out.
-    """
+    """`argv` with `--json -` for a `--json` without a value."""
     expanded: list[str] = []
     for i, argument in enumerate(argv):
         expanded.append(argument)

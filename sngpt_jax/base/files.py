@@ -11,9 +11,7 @@ from sngpt_jax.base.errors import UserError
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes `path` so that a reader, or a run killed half way, sees the old file or the new one,
-    never a part.
-    """
+    """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -27,12 +25,12 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`write_bytes_atomic` of the text's UTF-8."""
+    """`write_bytes_atomic` of the text in UTF-8."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files that a killed `write_bytes_atomic` left in `folder`, which is held."""
+    """Deletes what a killed `write_bytes_atomic` left in `folder`, which this process has locked."""
     for path in folder.glob("*.tmp-*"):
         if path.suffix[5:].isdigit() and path.is_file():
             path.unlink()
@@ -40,12 +38,12 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, held: str) -> Iterator[None]:
-    """Makes `folder` where it is missing and holds its `.lock` for this process alone.
+    """Makes `folder` if it is missing, and locks its `.lock` inside the context.
 
-    Raises `UserError(held)` where another process holds it.
+    Raises `UserError(held)` if another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # opened to append: what a link leads to keeps its bytes
+    # opened to append, so that the target of a link keeps its bytes
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,9 +55,7 @@ def locked(folder: Path, held: str) -> Iterator[None]:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raises `UserError` where the file that `option` names could not be written: before the work,
-    rather than after it.
-    """
+    """Raises `UserError` before the work if the file that `option` names cannot be written."""
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")

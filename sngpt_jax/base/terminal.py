@@ -1,30 +1,28 @@
-"""What a person sees of a command beside its log: how far it is, what came out, and what to type
-next.
+"""What a person sees of a command: its log, its progress, its result and the next commands.
 
-Progress goes to stderr at the log's level INFO: where `--quiet` has raised that level, nothing is
-said. Results go to stdout. Colours, bars and boxes are for terminals alone. Nothing here imports
-jax.
+The log and progress go to stderr, results go to stdout. `--quiet` raises the log's level above
+INFO, which hides progress too. Only terminals get colours, bars and boxes.
 """
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TextIO
 
 import rich.console
 import rich.panel
-import rich.progress_bar
-import rich.segment
+import rich.progress
 import rich.table
 import rich.text
 
 logger = logging.getLogger("sngpt_jax")
 
 BAR_WIDTH = 16
-# seconds: before a word is said, between lines of a log, between drawings
+# Seconds before the first report, between plain lines, and between drawings of a live line.
 FIRST_REPORT, NEXT_REPORT, REDRAW = 2.0, 5.0, 0.2
 
 
@@ -45,16 +43,15 @@ def format_duration(seconds: float) -> str:
 
 
 class TerminalConsole(rich.console.Console):
-    """rich's console on a stream, breaking no lines: colours, and what a terminal alone can show,
-    where that is a terminal.
+    """rich's console on a stream. It breaks no lines, and has colours only on a terminal.
 
-    `has_cursor` is false of a file, of a pipe and of a terminal that cannot go back in a line
-    (TERM=dumb). Once the reader of a pipe is gone nothing more is written; rich would end the
-    program.
+    `has_cursor` is false for a file, a pipe, and a terminal that cannot redraw a line (TERM=dumb).
+    Output is dropped once the reader of a pipe is gone, where rich would end the program.
     """
 
     def __init__(self, stream: TextIO | None, *, width: int | None = None) -> None:
-        file = stream or open(os.devnull, "w")  # noqa: SIM115 - a stream that was closed before Python began
+        # a standard stream is None where it was closed before Python began
+        file = stream or open(os.devnull, "w")  # noqa: SIM115
         super().__init__(
             file=file,
             highlight=False,
@@ -74,130 +71,113 @@ class TerminalConsole(rich.console.Console):
 
 
 class Report(Protocol):
-    """Says that `done` of `total` is done (a `total` of 0 is not known); `note` stands in the
-    place of the two numbers.
+    """Takes in that `done` of `total` is done; a `total` of 0 is unknown. `note` replaces the two
+    numbers.
     """
 
     def __call__(self, done: float, total: float, note: str = "") -> None: ...
 
 
-class Progress:
-    """How far one piece of work is, as text. What the first report finds done has no part in the
-    speed that follows.
+def progress_text(task: rich.progress.Task) -> str:
+    """`score: 16.0%, 10s left, 16/100 in 2.0s`: a narrow terminal cuts what matters least."""
+    total = f"/{task.total:,}" if task.total else ""
+    share = f"{task.percentage / 100:.1%}" if task.total else ""
+    left = ""
+    if task.remaining and task.speed:
+        left = f"{format_duration(task.remaining / task.speed)} left"
+    count = task.fields["note"] or f"{task.completed:,}{total}"
+    parts = (share, left, f"{count} in {format_duration(task.elapsed or 0.0)}")
+    return f"{task.description}: {', '.join(filter(None, parts))}"
+
+
+class _TextColumn(rich.progress.ProgressColumn):
+    """The text of a task by a function of the task, cut to one line."""
+
+    def __init__(self, text: Callable[[rich.progress.Task], str]) -> None:
+        super().__init__()
+        self._text = text
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text(self._text(task), no_wrap=True, overflow="ellipsis")
+
+
+def live_lines(
+    console: TerminalConsole,
+    text: Callable[[rich.progress.Task], str],
+    clock: Callable[[], float],
+    *,
+    bar_from: int,
+    auto_refresh: bool,
+) -> rich.progress.Progress:
+    """rich's display of tasks: a line per task with `text`, and a bar from `bar_from` columns on.
+
+    Whatever else is written to the terminal meanwhile appears above these lines.
     """
-
-    def __init__(self, label: str, clock: Callable[[], float]) -> None:
-        self.label, self._clock = label, clock
-        self.start = clock()
-        self.share = 0.0
-        self._first: tuple[float, float] | None = None  # time and what was done then
-        self._done, self._total, self._note = 0.0, 0.0, ""
-
-    def reach(self, done: float, total: float, note: str) -> None:
-        """Takes a report in."""
-        self._first = self._first or (self._clock(), done)
-        self._done, self._total, self._note = done, total, note
-        self.share = min(done / total, 1.0) if total else 0.0
-
-    def parts(self) -> dict[str, str]:
-        """What there is to say: `count`, `share`, `elapsed`, `left`, the last of which ends with
-        the work.
-        """
-        now = self._clock()
-        begun, already = (
-            self._first if self._first and self._first[1] < self._done else (self.start, 0.0)
-        )
-        parts = {"count": self._note or f"{self._done:,}/{self._total:,}"}
-        if self._total:
-            parts["share"] = f"({self.share:.1%})"
-        parts["elapsed"] = format_duration(now - self.start)
-        if 0 < self._done < self._total:
-            left = (now - begun) / (self._done - already) * (self._total - self._done)
-            parts["left"] = f"{format_duration(left)} left"
-        return parts
-
-    def line(self) -> str:
-        """`score: 16/100 (16.0%), 2.0s, 10s left`."""
-        return f"{self.label}: {_joined(self.parts())}"
-
-    def drawing(self, width: int) -> rich.console.RenderableType:
-        """The same with a bar, in one line of `width` columns; what does not fit is left out, the
-        bar first.
-        """
-        parts = self.parts()
-        text = rich.text.Text(no_wrap=True, overflow="ellipsis")
-        for dispensable in ("", "bar", "count", "elapsed", "share"):
-            parts.pop(dispensable, None)
-            has_bar = "share" in parts and dispensable == ""
-            text.plain = _joined(parts) if has_bar else f"{self.label}: {_joined(parts)}"
-            if text.cell_len + has_bar * (len(self.label) + BAR_WIDTH + 2) <= width:
-                break
-        if not has_bar:
-            return text
-        line = rich.table.Table.grid(padding=(0, 1))
-        line.add_row(
-            self.label,
-            rich.progress_bar.ProgressBar(1.0, self.share, width=BAR_WIDTH, complete_style="cyan"),
-            text,
-        )
-        return line
+    bar = rich.progress.BarColumn(BAR_WIDTH, complete_style="cyan")
+    return rich.progress.Progress(
+        *([bar] if console.width >= bar_from else []),
+        _TextColumn(text),
+        console=console,
+        auto_refresh=auto_refresh,
+        refresh_per_second=4,
+        speed_estimate_period=math.inf,
+        get_time=clock,
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+        redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+    )
 
 
-def _joined(parts: Mapping[str, str]) -> str:
-    counted = " ".join(parts[name] for name in ("count", "share") if name in parts)
-    return ", ".join(filter(None, (counted, parts.get("elapsed"), parts.get("left"))))
-
-
-_drawn: TerminalConsole | None = None  # where a line stands that is still to be drawn anew
+_shown: rich.progress.Progress | None = None  # the unfinished progress on the terminal
 
 
 def clear() -> None:
-    """Takes the drawn line away, if there is one: before anything else is written to the terminal."""
-    global _drawn
-    if _drawn:
-        _drawn.file.write("\r\x1b[K")
-        _drawn.file.flush()
-        _drawn = None
+    """Removes unfinished progress from the terminal, and shows the cursor again."""
+    global _shown
+    if _shown:
+        _shown.live.transient = True
+        _shown.stop()
+        _shown = None
 
 
-def _draw(console: TerminalConsole, progress: Progress, ended: bool) -> None:
-    global _drawn
-    clear()
-    width = max(console.width - 1, 1)  # in the last column some terminals go on to the next line
-    line, *_ = console.render_lines(
-        progress.drawing(width), console.options.update(width=width), pad=False
-    )
-    console.print(
-        rich.segment.Segments([*line, rich.segment.Segment.line()] if ended else line), end=""
-    )
-    _drawn = None if ended else console
+def _draw(progress: rich.progress.Progress) -> None:
+    global _shown
+    if _shown is not progress:
+        clear()
+        progress.start()
+        _shown = progress
+    progress.refresh()
+    if progress.finished:
+        progress.stop()
+        _shown = None
 
 
 def progress_reporter(
     label: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> Report:
-    """A function of (done, total) that says on stderr how far something is, once it takes more
-    than two seconds.
+    """A function of (done, total) that shows progress on stderr once the work takes more than two
+    seconds.
 
-    On a terminal it draws one line anew, otherwise it writes one every five seconds. Nothing under
-    `--quiet`.
+    A terminal has a live line. Elsewhere a line is written every five seconds. `--quiet` hides
+    both. What the first report finds done does not count for the speed.
     """
     console = TerminalConsole(stream or sys.stderr)
-    progress = Progress(label, clock)
-    due, shown = progress.start + FIRST_REPORT, False
+    progress = live_lines(console, progress_text, clock, bar_from=60, auto_refresh=False)
+    progress.add_task(label, total=None, note="")
+    (task,) = progress.tasks
+    due, shown = clock() + FIRST_REPORT, False
 
     def report(done: float, total: float, note: str = "") -> None:
         nonlocal due, shown
-        now, ended = clock(), bool(total) and done == total
-        progress.reach(done, total, note)
-        if not logger.isEnabledFor(logging.INFO) or (now < due and not (shown and ended)):
+        progress.update(task.id, completed=done, total=total or None, note=note)
+        now = clock()
+        if not logger.isEnabledFor(logging.INFO) or (now < due and not (shown and task.finished)):
             return
         due, shown = now + (REDRAW if console.has_cursor else NEXT_REPORT), True
         with contextlib.suppress(OSError):  # a closed terminal or a full disk: the work goes on
             if console.has_cursor:
-                _draw(console, progress, ended)
+                _draw(progress)
             else:
-                console.print(progress.line())
+                console.print(progress_text(task))
 
     return report
 
@@ -206,13 +186,12 @@ def progress_reporter(
 
 
 class LogHandler(logging.Handler):
-    """Log lines as they are, to whatever sys.stderr is at that moment: beside a live line that is
-    what keeps the two apart.
+    """Writes log lines as they are to the sys.stderr of that moment, which may be rich's: then
+    they appear above the live lines.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
-            clear()
             print(self.format(record), file=sys.stderr, flush=True)
 
 
@@ -222,9 +201,7 @@ Rows = Sequence[tuple[str, str]]
 
 
 def aligned(rows: Rows) -> Iterator[str]:
-    """A line for each (name, value), the values below each other. No line is cut or wrapped, so
-    that paths stay whole.
-    """
+    """A line per (name, value), with the values in one column. Long paths are not cut."""
     width = max((len(name) for name, _ in rows), default=0)
     return (f"  {name:<{width}}  {value}" for name, value in rows)
 
@@ -232,11 +209,10 @@ def aligned(rows: Rows) -> Iterator[str]:
 def show_result(
     title: str, rows: Rows, following: Sequence[str] = (), *, console: TerminalConsole | None = None
 ) -> None:
-    """A command's result on stdout: a panel on a terminal, plain lines elsewhere and under
+    """Prints a command's result on stdout: a panel on a terminal, plain lines elsewhere and under
     `--quiet`.
 
-    `following` are commands to type next, each in a line of its own on stderr, as a log's; without
-    them under `--quiet`.
+    `following` are commands to type next. Each is a line of the log, so `--quiet` hides them.
     """
     clear()
     console = console or TerminalConsole(sys.stdout)
@@ -247,14 +223,11 @@ def show_result(
         for row in rows:
             grid.add_row(*row)
         console.print(
-            rich.panel.Panel(
-                grid, title=title, title_align="left", expand=False, border_style="green"
-            ),
+            rich.panel.Panel.fit(grid, title=title, title_align="left", border_style="green"),
             soft_wrap=False,
         )
     else:
-        for line in (title, *aligned(rows)):
-            print(line, file=console.file)
+        print(title, *aligned(rows), sep="\n", file=console.file)
     console.file.flush()
     for command in following:
         logger.info("next: %s", command)

@@ -1,9 +1,9 @@
-"""JSON read into dataclasses, strictly: an unknown, missing or ill-typed key is one line that says
-where.
+"""JSON read into dataclasses, strictly: an error is one line that names the field.
 
-The text may be anybody's: `loads` is the one place that makes values of it.
+The text may come from anybody. `loads` is the one place that parses it.
 """
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -18,21 +18,21 @@ from sngpt_jax.base import untrusted
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import shown
 
-# of a file: the manifest of 40,000 shards; as values it takes about 20 times as much memory
+# Of a file, such as the manifest of 40,000 shards. Its values take about 20 times as much memory.
 MAX_BYTES = 16 * 2**20
-MAX_DEPTH = 64  # of objects and lists in one another
+MAX_DEPTH = 64  # levels of nested objects and lists
 
 T = TypeVar("T")
-# of a field's name, its value, and where it stands; raises where it may not be
+# Takes a field's name, its value and its place, and raises if the value is not allowed.
 Check = Callable[[str, Any, str], None]
 
 
 def loads(text: bytes) -> Any:
-    """The JSON value that `text`, UTF-8, spells out.
+    """The value of JSON in UTF-8.
 
-    Raises ValueError for what is no JSON, and for JSON that means different things to different
-    readers: a key given twice, NaN and infinities, numbers that 64 bits do not hold, halves of
-    surrogate pairs, more than `MAX_DEPTH` levels.
+    Raises `ValueError` for what is no JSON, and for JSON that readers understand differently: a
+    repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair, more than
+    `MAX_DEPTH` levels.
     """
     try:
         value = json.loads(
@@ -44,16 +44,8 @@ def loads(text: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError(f"more than {MAX_DEPTH} levels deep") from None
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        for x in level:
-            if isinstance(x, str):
-                _check_text(x)
-        holders = [x for x in level if isinstance(x, dict | list)]
-        if not holders:
-            return value
-        level = [inner for x in holders for inner in (x.values() if isinstance(x, dict) else x)]
-    raise ValueError(f"more than {MAX_DEPTH} levels deep")
+    _check_text(value, MAX_DEPTH)
+    return value
 
 
 def _integer(digits: str) -> int:
@@ -76,25 +68,28 @@ def _constant(name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} is given twice")
-    for name in values:
-        _check_text(name)
+        ((name, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(name)} is given twice")
     return values
 
 
-def _check_text(text: str) -> None:
-    if not text.isascii():
+def _check_text(value: Any, levels: int) -> None:
+    """Raises `ValueError` if `value` has more levels, or text that UTF-8 cannot hold."""
+    if isinstance(value, str) and not value.isascii():
         try:
-            text.encode("utf-8")
+            value.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"{shown(text)} holds half of a surrogate pair") from None
+            raise ValueError(f"{shown(value)} holds half of a surrogate pair") from None
+    elif isinstance(value, dict | list):
+        if not levels:
+            raise ValueError(f"more than {MAX_DEPTH} levels deep")
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_text(inner, levels - 1)
 
 
 def read(path: Path, error: type[UserError]) -> Any:
-    """The JSON value in the file `path`; raises `error` in one line where there is none, or a file
-    of more than `MAX_BYTES`.
+    """The JSON value in the file `path`. Raises `error` in one line if the file has none, or has
+    more than `MAX_BYTES`.
     """
     content = untrusted.read_bytes(path, MAX_BYTES, error)
     try:

@@ -1,16 +1,20 @@
-"""What is asked of every file that somebody else may have written, before it is read: that it is a
-plain file, no larger than such a file can be, and where a file names others, that they lie in its
-own folder."""
+"""Checks of files that somebody else may have written, before they are read.
 
+Such a file must be plain and no larger than its kind can be. Files that it names must lie in its
+own folder.
+"""
+
+import contextlib
 import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from sngpt_jax.base.errors import UserError
 
-MAX_NAME = 1000  # letters of a path in a folder
+MAX_NAME = 1000  # characters of a path in a folder
 
 
 def shown(value: object) -> str:
@@ -19,54 +23,49 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:120]} …"
 
 
-def plain_size(path: Path, error: type[UserError]) -> int:
-    """The bytes that the file `path` has; raises `error` in one line where it is no plain file."""
+@contextlib.contextmanager
+def _reading(path: Path, error: type[UserError]) -> Iterator[None]:
+    """Turns an `OSError` into `error`: callers fall back on other files where one is unreadable."""
     try:
-        found = path.stat()
+        yield
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from None
-    except ValueError as problem:  # a path that no file can have
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
+
+
+def plain_size(path: Path, error: type[UserError]) -> int:
+    """The file's size in bytes. Raises `error` in one line if it is not a plain file."""
+    try:
+        with _reading(path, error):
+            found = path.stat()
+    except ValueError as problem:  # a null byte in the path
         raise error(f"{shown(str(path))}: cannot be read: {problem}") from None
-    if not stat.S_ISREG(found.st_mode):  # a pipe would never end, and neither would some devices
+    if not stat.S_ISREG(found.st_mode):  # a pipe and some devices would never end
         raise error(f"{path}: cannot be read: not a plain file")
     return found.st_size
 
 
 def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
-    """The bytes of the file `path`; raises `error` in one line where it is no plain file, or has
-    more than `limit` bytes.
+    """The file's bytes. Raises `error` in one line if it is not a plain file of at most `limit`
+    bytes.
     """
     plain_size(path, error)
-    try:
-        with open(path, "rb") as file:
-            # of the file that is open: its name may stand for another one by now
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(min(limit, size) + 1)  # so much is allocated, whatever is there
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from None
+    with _reading(path, error), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size  # the name may mean another file by now
+        content = file.read(min(limit, size) + 1)  # allocates no more than this
     if len(content) > limit:
-        raise error(
-            f"{path}: {max(size, len(content)):,} bytes; no file of its kind has more than"
-            f" {limit:,}"
-        )
+        size = max(size, len(content))
+        raise error(f"{path}: {size:,} bytes; no file of its kind has more than {limit:,}")
     return content
 
 
 def file_sha256(path: Path, error: type[UserError]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; raises `error` in one line where it cannot be
-    read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from None
+    """The SHA-256 of the file in hexadecimal. Raises `error` in one line if it is unreadable."""
+    with _reading(path, error), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def problem_of_name(name: str) -> str | None:
-    """Why `name`, from a file, is no path of a file below that file's folder, whatever the system;
-    None where it is one.
-    """
+    """Why `name`, from a file, is not a path below that file's folder on some system, or None."""
     if not name or len(name) > MAX_NAME:
         return f"has {len(name)} letters"
     if re.search(r"[\\\x00-\x1f\x7f]|^[A-Za-z]:", name):
@@ -77,22 +76,23 @@ def problem_of_name(name: str) -> str | None:
 
 
 def inside(folder: Path, name: str, error: type[UserError]) -> Path:
-    """`folder / name`, for a `name` that a file in `folder` gives, with / between its parts.
+    """`folder / name` for a `name` that a file in `folder` gives. The file need not exist.
 
-    It need not exist. Raises `error` in one line where the name, or a link on the way, leads out
-    of the folder, and where what is there is no plain file.
+    Raises `error` in one line if the name or a link leads out of the folder, or to what is not a
+    plain file.
     """
     if problem := problem_of_name(name):
         raise error(f"{folder}: names the file {shown(name)}, which {problem}")
     path = folder / name
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise error(
-                f"{path}: a link that leads out of {folder}; put the file itself there, or link the"
-                " whole folder"
-            )
-        if path.exists() and not path.is_file():
-            raise error(f"{path}: not a plain file")
-    except (OSError, RuntimeError) as problem:  # links in a circle
+        with _reading(path, error):
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise error(
+                    f"{path}: a link that leads out of {folder}; put the file itself there, or link"
+                    " the whole folder"
+                )
+            if path.exists() and not path.is_file():
+                raise error(f"{path}: not a plain file")
+    except RuntimeError as problem:  # links in a circle
         raise error(f"{path}: cannot be read: {problem}") from None
     return path

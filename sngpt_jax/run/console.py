@@ -1,6 +1,4 @@
-"""What a person sees of a run on the console: one line a step, a live one on a terminal, plain
-ones otherwise.
-"""
+"""What a person sees of a run on the console: a line per step. A terminal has a live one too."""
 
 import contextlib
 import logging
@@ -11,28 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-import rich.console
-import rich.live
-import rich.progress_bar
-import rich.table
+import rich.progress
 import rich.text
 
 from sngpt_jax.base import terminal
 from sngpt_jax.base.cli import drop_output
-from sngpt_jax.base.terminal import (
-    BAR_WIDTH,
-    Progress,
-    Report,
-    Rows,
-    TerminalConsole,
-    format_duration,
-)
+from sngpt_jax.base.terminal import BAR_WIDTH, Report, Rows, TerminalConsole, format_duration
 from sngpt_jax.cluster import processes
 from sngpt_jax.run.metrics import Record
 
 logger = logging.getLogger("sngpt_jax")
 
-WIDTH = 120  # columns that no line passes where there is no terminal
+WIDTH = 120  # columns of the longest line where there is no terminal
+BAR_FROM = 130  # columns of a terminal that has room for a bar beside the longest line
 
 _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("train_loss", lambda x: f"loss {x:.4f}"),
@@ -47,8 +36,7 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("eta", lambda x: f"eta {format_duration(x)}"),
 )
 
-
-# What a line too long for the terminal does without, first to last.
+# What a line omits if it is too long for the terminal, first to last.
 _DISPENSABLE = ("grad_norm", "lr", "step_ms", "percent", "mfu", "tok_per_s")
 
 
@@ -62,9 +50,9 @@ def format_step(
     """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │
     eta 3m12s`.
 
-    A record with validation numbers begins with `val` instead. What a record lacks is left out,
-    and what matters least until the line fits `width` columns, if it can; `eta` is in seconds.
-    `share` of the run that is done: that of the steps, unless given.
+    A record with validation numbers begins with `val`. The line omits what the record lacks, and
+    then the least important numbers until it fits `width` columns. `eta` is in seconds. `share` of
+    the run is done; the default follows from the steps.
     """
     digits = max(5, len(str(total_steps)))
     head = "val " if any(name.startswith("val_") for name in record) else "step"
@@ -83,13 +71,12 @@ def format_step(
 
 
 class Console:
-    """What a person sees of a run, on stdout: on a terminal colours and a live last line,
-    otherwise plain lines.
+    """What a person sees of a run on stdout: plain lines, and on a terminal colours and a live line.
 
-    Of the steps it prints the first ten and the last, and between them a line about every
-    hundredth of the time passed, 2 to 30 seconds; the live line shows every step. Validations and
-    headers are always printed. With `quiet` the result alone is. Where nobody reads them any more
-    the lines are dropped and the run goes on.
+    The first ten steps and the last one are printed. Between them a line appears about every
+    hundredth of the time passed, after 2 to 30 seconds. The live line shows every step. Validations
+    and headers are always printed. With `quiet` only the result is printed. The run continues if
+    stdout can no longer be written.
     """
 
     def __init__(
@@ -101,7 +88,7 @@ class Console:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`max_seconds` of training after which the run ends, whatever its steps; 0: never."""
+        """The run ends after `max_seconds` of training, whatever its steps; 0: no limit."""
         self._total, self._max_seconds = total_steps, max_seconds
         self.quiet = quiet
         self._clock = clock
@@ -112,9 +99,13 @@ class Console:
         self._printed = 0
         self._latest: Record | None = None
         self._latest_is_printed = True
-        self._has_live = self._rich.has_cursor and not quiet and processes.index() == 0
-        self._live: rich.live.Live | None = None
-        self._aside: Progress | None = None  # what the live line shows in place of the step
+        self._live: rich.progress.Progress | None = None
+        if self._rich.has_cursor and not quiet and processes.index() == 0:
+            self._live = terminal.live_lines(
+                self._rich, self._live_text, clock, bar_from=BAR_FROM, auto_refresh=True
+            )
+            self._live.live.transient = True
+            self._run = self._live.add_task("", total=1.0, visible=False)
 
     def __enter__(self) -> "Console":
         return self
@@ -128,30 +119,14 @@ class Console:
         self._end_live()
         self.flush()
 
-    def _begin_live(self) -> None:
-        """Shows the live line from here on: not before there is something in it, as what is drawn
-        by others would collide.
-        """
-        if self._has_live and self._live is None:
-            self._live = rich.live.Live(
-                get_renderable=self._status,
-                console=self._rich,
-                refresh_per_second=4,
-                transient=True,
-                auto_refresh=True,
-                redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
-            )
-            self._live.start()
-
     def _end_live(self) -> None:
-        self._has_live = False
         if self._live is not None:
             with self._expecting_loss():
                 self._live.stop()
             self._live = None
 
     def _share(self, record: Record) -> float:
-        """How much of the run is done by its steps or by its clock, whichever is further."""
+        """The share of the run that is done, by its steps or by its clock: the larger one."""
         share = float(record["step"]) / self._total
         if self._max_seconds:
             timed = record if "elapsed_seconds" in record else self._latest or {}
@@ -161,59 +136,40 @@ class Console:
     def _format(self, record: Record, width: int | None = None) -> str:
         return format_step(record, self._total, width, share=self._share(record))
 
-    def _status(self) -> rich.console.RenderableType:
-        """The live line; called four times a second by rich's own thread, so that a step costs
-        only keeping its record.
-        """
-        columns = self._rich.width
-        if self._aside is not None:
-            return self._aside.drawing(columns)
-        if self._latest is None:
-            return rich.text.Text()
-        record = self._latest
-        text = rich.text.Text(self._format(record, columns), no_wrap=True, overflow="ellipsis")
-        if len(self._format(record)) + BAR_WIDTH + 1 > columns:
-            return text
-        line = rich.table.Table.grid(padding=(0, 1))
-        line.add_row(
-            rich.progress_bar.ProgressBar(
-                1.0, self._share(record), width=BAR_WIDTH, complete_style="cyan"
-            ),
-            text,
-        )
-        return line
+    def _live_text(self, task: rich.progress.Task) -> str:
+        """A live line. rich's thread calls this four times per second, so a step costs little."""
+        if task.description:
+            return terminal.progress_text(task)
+        columns = self._rich.width - (BAR_WIDTH + 1) * (self._rich.width >= BAR_FROM)
+        return self._format(self._latest, columns) if self._latest else ""
 
     def progress(self, label: str) -> Report:
-        """A function of (done, total) for work beside the steps: shown in the live line, where
-        there is one, while it lasts.
-        """
-        self._begin_live()
+        """A function of (done, total) for work beside the steps, which has its own live line."""
         if self._live is None:
             return progress_reporter(label)
-        aside = Progress(label, self._clock)
+        live = self._live
+        live.start()
+        task = live.add_task(label, total=None, visible=False, note="")
 
         def report(done: float, total: float, note: str = "") -> None:
-            aside.reach(done, total, note)
-            self._aside = None if done == total else aside
+            live.update(task, completed=done, total=total or None, note=note, visible=done != total)
 
         return report
 
     def print(self, text: str, style: str = "") -> None:
-        """Text as it is; where there is no terminal its lines are cut at the width."""
+        """Prints text as it is. Where there is no terminal, its lines are cut at `WIDTH`."""
         if processes.index() == 0 and not self.quiet:
             if not self._rich.has_cursor:
-                text = "\n".join(
-                    line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
-                    for line in text.split("\n")
-                )
+                lines = text.split("\n")
+                text = "\n".join(x if len(x) <= WIDTH else f"{x[: WIDTH - 1]}…" for x in lines)
             with self._expecting_loss():
                 self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
                 self._rich.file.flush()
 
     @contextlib.contextmanager
     def _expecting_loss(self) -> Iterator[None]:
-        """Goes on without stdout where that cannot be written: a full disk, a closed terminal are
-        no reason to lose a run.
+        """Gives stdout up if it cannot be written: a full disk or a closed terminal must not end a
+        run.
         """
         try:
             yield
@@ -223,11 +179,11 @@ class Console:
             drop_output()
             if not isinstance(error, BrokenPipeError):
                 logger.warning(
-                    f"stdout: cannot be written: {error.strerror}; the run goes on without"
+                    f"stdout: cannot be written: {error.strerror}; the run continues without it"
                 )
 
     def header(self, title: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """A title and a (name, value) a line: the quantities that a recipe comes to."""
+        """Prints a title, and a (name, value) per line."""
         rows = list(pairs)
         width = max((len(name) for name, _ in rows), default=0)
         self.print(title, "bold")
@@ -237,7 +193,7 @@ class Console:
                 name = ""
 
     def result(self, title: str, rows: Rows, following: Sequence[str] = ()) -> None:
-        """The run's result and the commands to type next, as `terminal.show_result` has them."""
+        """Shows the run's result and the commands to type next by `terminal.show_result`."""
         if processes.index() == 0:
             self.flush()
             self._end_live()
@@ -245,16 +201,18 @@ class Console:
                 terminal.show_result(title, rows, following, console=self._rich)
 
     def step(self, record: Record) -> None:
-        """A training step's record: shown live, and printed when its turn has come."""
+        """Shows a training step's record live, and prints it when its turn has come."""
         self._latest, self._latest_is_printed = record, False
-        self._begin_live()
+        if self._live is not None:
+            self._live.update(self._run, completed=self._share(record), visible=True)
+            self._live.start()
         now = self._clock()
         if self._printed < 10 or now >= self._next or record["step"] == self._total:
             self._next = now + min(max((now - self._start) / 100, 2.0), 30.0)
             self._print_step(record)
 
     def flush(self) -> None:
-        """Prints the latest step, if its turn had not come."""
+        """Prints the latest step, if it was not printed yet."""
         if self._latest is not None and not self._latest_is_printed:
             self._print_step(self._latest)
 
@@ -264,14 +222,12 @@ class Console:
         self.print(self._format(record, self._rich.width if self._rich.has_cursor else None))
 
     def validation(self, record: Record) -> None:
-        """A validation's record."""
+        """Prints a validation's record."""
         self.print(self._format(record), "bold green")
 
 
 def progress_reporter(label: str) -> Report:
-    """`terminal.progress_reporter` in process 0, and nothing in the others."""
-    return (
-        (lambda done, total, note="": None)
-        if processes.index()
-        else terminal.progress_reporter(label)
-    )
+    """`terminal.progress_reporter` in process 0. The other processes show nothing."""
+    if processes.index():
+        return lambda done, total, note="": None
+    return terminal.progress_reporter(label)

@@ -201,11 +201,11 @@ def test_work_aside_takes_the_live_line_while_it_lasts(monkeypatch):
     with Console(2000, stream=out, clock=Clock()) as console:
         report = console.progress("validation")
         report(3, 8)
-        await_text(out, "3/8 (37.5%)")
+        await_text(out, "37.5%, 3/8 in 0.0s")
         report(8, 8)
         console.step(RECORD)
         await_text(out, "00120/02000")
-    assert "8/8" not in out.getvalue() and re.search("validation ━+", plain(out.getvalue()))
+    assert "8/8" not in out.getvalue() and "━ validation: " in plain(out.getvalue())
 
 
 def test_quiet_prints_the_result_alone(monkeypatch, capsys, caplog):
