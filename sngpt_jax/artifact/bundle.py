@@ -208,7 +208,7 @@ def _template(node: ast.JoinedStr) -> str:
 
 
 def _pack(text: bytes) -> bytes:
-    # of 96 kB of minified source it leaves 29,180 bytes, lzma at its best 29,450
+    # bz2 compresses the 128 kB of minified source to about 38 kB; lzma needs 2 % more
     code = bz2.compress(text)
     file = io.BytesIO()
     file.write(code)
