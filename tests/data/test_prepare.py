@@ -331,8 +331,8 @@ def counted(*arguments, **options):
     return result
 
 setattr(os, name, counted)
-from sngpt_jax import cli
-from sngpt_jax.data.prepare import main
+from sngpt_jax.base import cli
+from sngpt_jax.prepare import main
 sys.argv = sys.argv[:1] + sys.argv[4:]
 cli.run(main)
 """

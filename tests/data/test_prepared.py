@@ -204,9 +204,9 @@ def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
 
 STOPPED = """
 import sys
-from sngpt_jax import cli
+from sngpt_jax.base import cli
 from sngpt_jax.config import Config, DataConfig
-from sngpt_jax.data.recipe import prepared_data
+from sngpt_jax.data.prepared import prepared_data
 cli.run(lambda argv: prepared_data(Config(data=DataConfig(dir=argv[0], source=argv[1]))) and 0)
 """
 
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_both(preparing):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     # what the child says of it depends on how far it was
-    assert process.returncode == 130 and "recipe.py" not in errors
+    assert process.returncode == 130 and "prepared.py" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
