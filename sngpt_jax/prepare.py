@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import tyro
@@ -11,106 +11,80 @@ import tyro
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config.options import Json, Quiet
-from sngpt_jax.data.manifest import Manifest, verify
-from sngpt_jax.data.parts import Submitted
+from sngpt_jax.data.manifest import Manifest, ShardEntry, verify
 from sngpt_jax.data.preparation import Executor, fetch_golf, prepare_on, tokenizer_entry
-from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.spec import COMMAND, PrepareSpec
 
 logger = logging.getLogger("sngpt_jax")
 
 
 def _cpus() -> int:
-    """The processors that this process may use, which a batch scheduler limits; macOS has no such
-    set.
-    """
+    """The processors that this process may use, which a batch scheduler limits."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Arguments(PrepareSpec):
-    """Text to token shards. `--verify DIR` alone reads a finished folder back and compares every
-    checksum.
+    """Converts text to token shards. `--verify DIR` alone compares every checksum of a finished
+    folder.
     """
 
-    workers: int = _cpus()  # processes that tokenize, or tasks at a time of a Slurm job
-    # local: each process reads files of its own; slurm: so do a cluster's jobs
+    workers: int = _cpus()  # processes that tokenize, or a Slurm job's tasks at a time
+    # processes: one process reads for all; local: each process reads files of its own; slurm: a
+    # cluster's jobs do so
     executor: Executor = "processes"
-    train_shards: int = 80  # of a golf source: how many of its training shards to fetch
+    train_shards: int = 80  # number of training shards to download from a golf source
     json: Json = ""
     quiet: Quiet = False
 
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Reads a finished folder back and compares every checksum."""
+    """Compares every checksum of a finished folder."""
 
     verify: str  # the folder
     json: Json = ""
     quiet: Quiet = False
 
 
+def _split_summary(entries: Sequence[ShardEntry]) -> dict[str, int]:
+    units = ("tokens", "documents", "bytes")
+    sums = {unit: sum(getattr(entry, unit) for entry in entries) for unit in units}
+    return {"shards": len(entries), **sums}
+
+
 def _summary(out: str, manifest: Manifest) -> dict[str, Any]:
-    totals: dict[str, Any] = {}
-    for split, entries in (("train", manifest.train), ("val", manifest.val)):
-        sums = {
-            key: sum(getattr(entry, key) for entry in entries)
-            for key in ("tokens", "documents", "bytes")
-        }
-        totals[split] = {"shards": len(entries), **sums}
-    return {"dir": out, "tokenizer": asdict(manifest.tokenizer), **totals}
+    splits = {"train": _split_summary(manifest.train), "val": _split_summary(manifest.val)}
+    return {"dir": out, "tokenizer": asdict(manifest.tokenizer), **splits}
 
 
-def _golf_summary(out: str, data: Dataset) -> dict[str, Any]:
-    totals = {
-        name: {"shards": len(s.shards), "tokens": len(s)}
-        for name, s in (("train", data.train), ("val", data.val))
+def _golf_summary(spec: PrepareSpec, train_shards: int) -> dict[str, Any]:
+    data = fetch_golf(spec, train_shards)
+    splits = {
+        name: {"shards": len(stream.shards), "tokens": len(stream)}
+        for name, stream in (("train", data.train), ("val", data.val))
     }
-    return {"dir": out, "tokenizer": asdict(tokenizer_entry(data.tokenizer)), **totals}
+    return {"dir": spec.out, "tokenizer": asdict(tokenizer_entry(data.tokenizer)), **splits}
 
 
-def _show_submitted(out: str, jobs: Submitted, json: str) -> int:
-    if json != "-":
-        encoding = (
-            f"job {jobs.array_job} encodes {jobs.parts} parts, then " if jobs.array_job else ""
-        )
-        print(
-            f"{out}: {encoding}job {jobs.merge_job} writes the shards; if one fails, run the same"
-            " command again to go on"
-        )
-    cli.write_json({"dir": out, "submitted": asdict(jobs)}, json)
-    return 0
-
-
-def _show_summary(summary: dict[str, Any], title: str) -> None:
-    """What lies in the folder, and the command that trains on it."""
+def _show(summary: dict[str, Any], title: str, json: str) -> int:
+    """Shows what the folder holds and the command that trains on it, or writes it as JSON."""
+    cli.write_json(summary, json)
+    if json == "-":
+        return 0
     rows = [("data", summary["dir"])]
     for name, split in (("training", summary["train"]), ("validation", summary["val"])):
-        counts = ", ".join(
-            f"{split[unit]:,} {unit}" for unit in ("tokens", "documents", "bytes") if unit in split
-        )
+        counts = [f"{split[unit]:,} {unit}" for unit in split if unit != "shards"]
+        shards = f"{split['shards']:,} shard{'s' * (split['shards'] != 1)}"
         per_token = (
-            f", {split['bytes'] / split['tokens']:.3f} bytes/token"
-            if split.get("bytes") and split["tokens"]
-            else ""
+            f", {split['bytes'] / split['tokens']:.3f} bytes/token" if split.get("bytes") else ""
         )
-        rows.append(
-            (
-                name,
-                f"{counts} in {split['shards']:,} shard{'s' * (split['shards'] != 1)}{per_token}",
-            )
-        )
-    rows.append(
-        (
-            "tokenizer",
-            f"{summary['tokenizer']['file']}, {summary['tokenizer']['vocab_size']:,} tokens",
-        )
-    )
-    terminal.show_result(
-        title,
-        rows,
-        [cli.command("sngpt_jax.train", "--config", "RECIPE", "--data.dir", summary["dir"])],
-    )
+        rows.append((name, f"{', '.join(counts)} in {shards}{per_token}"))
+    tokenizer = summary["tokenizer"]
+    rows.append(("tokenizer", f"{tokenizer['file']}, {tokenizer['vocab_size']:,} tokens"))
+    train = cli.command("sngpt_jax.train", "--config", "RECIPE", "--data.dir", summary["dir"])
+    terminal.show_result(title, rows, [train])
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,24 +94,24 @@ def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(kind, args=argv, prog=f"python -m {COMMAND}")
     cli.log_to_stderr(arguments.quiet)
     if isinstance(arguments, VerifyArguments):
-        logger.info(f"{arguments.verify}: reading every file back")
+        logger.info(f"{arguments.verify}: comparing the checksum of every file")
         summary = _summary(arguments.verify, verify(arguments.verify))
-    else:
-        spec = PrepareSpec(
-            **{key: getattr(arguments, key) for key in PrepareSpec.__dataclass_fields__}
-        )
-        if spec.source == "golf" or spec.source.startswith("golf:"):
-            if arguments.executor != "processes":
-                raise UserError(f"--source {spec.source} is already tokens; it takes no --executor")
-            summary = _golf_summary(spec.out, fetch_golf(spec, arguments.train_shards))
-        else:
-            made = prepare_on(spec, arguments.workers, arguments.executor)
-            if not isinstance(made, Manifest):
-                return _show_submitted(spec.out, made, arguments.json)
-            summary = _summary(spec.out, made)
+        return _show(summary, "verified", arguments.json)
+    spec = PrepareSpec(**{x.name: getattr(arguments, x.name) for x in fields(PrepareSpec)})
+    if spec.source == "golf" or spec.source.startswith("golf:"):
+        if arguments.executor != "processes":
+            raise UserError(f"--source {spec.source} is already tokens; it takes no --executor")
+        return _show(_golf_summary(spec, arguments.train_shards), "prepared", arguments.json)
+    made = prepare_on(spec, arguments.workers, arguments.executor)
+    if isinstance(made, Manifest):
+        return _show(_summary(spec.out, made), "prepared", arguments.json)
+    cli.write_json({"dir": spec.out, "submitted": asdict(made)}, arguments.json)
     if arguments.json != "-":
-        _show_summary(summary, "verified" if isinstance(arguments, VerifyArguments) else "prepared")
-    cli.write_json(summary, arguments.json)
+        array = f"job {made.array_job} encodes {made.parts} parts, then " if made.array_job else ""
+        print(
+            f"{spec.out}: {array}job {made.merge_job} writes the shards; if one fails, run the same"
+            " command again to resume"
+        )
     return 0
 
 

@@ -39,7 +39,7 @@ from sngpt_jax.cluster.mesh import make_mesh, path_name
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_json
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data import manifest, shards, tokenizer
-from sngpt_jax.data.corpus import _golf_entry
+from sngpt_jax.data.golf import _entry as golf_entry
 from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
 from sngpt_jax.model.forward import abstract_variables
 from sngpt_jax.run import checkpoint, environment
@@ -145,8 +145,8 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         )
 
     whole = manifest.load_manifest(data)
-    journal = manifest.Progress(
-        1, whole.origin, whole.tokenizer, manifest.SplitProgress(whole.train, 3, 7)
+    journal = manifest.Journal(
+        1, whole.origin, whole.tokenizer, manifest.SplitJournal(whole.train, 3, 7)
     )
     progress.mkdir()
     manifest.save(journal, progress)
@@ -154,10 +154,10 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         (progress / entry.name).write_bytes((data / entry.name).read_bytes())
 
     def read_progress() -> None:
-        found = manifest.load_progress(progress)
+        found = manifest.load_journal(progress)
         shards.open_entries(progress, found.train.shards)
         again = typed_json.loads(json.dumps(dataclasses.asdict(found)).encode())
-        assert typed_json.parse(manifest.Progress, again, "", UserError) == found
+        assert typed_json.parse(manifest.Journal, again, "", UserError) == found
 
     entry = {
         "name": "fineweb10B_sp1024",
@@ -177,7 +177,7 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         Format("byte corrections (npy)", extra, read_extra, binary),
         Format("manifest.json", data / manifest.MANIFEST, read_manifest, mutations.of_json),
         Format("progress.json", progress / manifest.PROGRESS, read_progress, mutations.of_json),
-        Format("published manifest", golf, lambda: _golf_entry(golf, 1024), mutations.of_json),
+        Format("published manifest", golf, lambda: golf_entry(golf, 1024), mutations.of_json),
     ]
 
 

@@ -15,7 +15,7 @@ from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, to_json
 from sngpt_jax.config import file as config_file
-from sngpt_jax.data.manifest import DataError, Manifest, load_manifest, load_progress
+from sngpt_jax.data.manifest import DataError, Manifest, load_manifest, load_journal
 from sngpt_jax.data.shards import HEADER_BYTES, MAGIC, VERSION, open_shard
 from sngpt_jax.run.metrics import read_metrics
 from tests import fuzz
@@ -106,7 +106,7 @@ READERS = {
     "config.json": config_file.read,
     "manifest.json": lambda path: load_manifest(path.parent),
 }
-READERS |= {"progress.json": lambda path: load_progress(path.parent)}
+READERS |= {"progress.json": lambda path: load_journal(path.parent)}
 
 
 @pytest.mark.parametrize("name", READERS)

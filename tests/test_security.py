@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data import corpus, shards
+from sngpt_jax.data import golf, shards
 from sngpt_jax.data.manifest import verify
 from sngpt_jax.data.shards import open_dataset
 from tests import fuzz, tiny_run
@@ -374,12 +374,10 @@ def test_names_in_files_stay_in_their_folder(kind, name, formats, monkeypatch):
 def download_named(name, monkeypatch):
     """As if the published data set's manifest named its tokenizer so."""
     hub = types.SimpleNamespace(hf_hub_download=lambda *arguments, **options: __file__)
-    monkeypatch.setattr(corpus, "imported", lambda *arguments: hub)
-    monkeypatch.setattr(
-        corpus, "_golf_entry", lambda *arguments: ("x", name, {"train": 1, "val": 1})
-    )
+    monkeypatch.setattr(golf, "imported", lambda *arguments: hub)
+    monkeypatch.setattr(golf, "_entry", lambda *arguments: ("x", name, {"train": 1, "val": 1}))
     with tempfile.TemporaryDirectory() as folder:
-        corpus.download_golf(Path(folder), vocab_size=1024, train_shards=1)
+        golf.download(Path(folder), vocab_size=1024, train_shards=1)
 
 
 @pytest.mark.parametrize("kind", ["shard", "tokenizer"])

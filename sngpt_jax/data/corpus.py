@@ -1,9 +1,8 @@
-"""Where text comes from: the interpreter's own library, files, Hugging Face; and the challenge's
-published token shards.
+"""Sources of text: the interpreter's own library, files, and Hugging Face.
 
-A source is named by one string (`FORMS`). Its documents come in a fixed order, so that the first n
-can be held out and an interrupted preparation can go on where it stopped. A source of several
-files can be read in parts, each by another machine.
+One string names a source (`FORMS`). Its documents come in a fixed order, so that the first n can be
+held out and an interrupted preparation can resume. Several machines can each read a part of a
+source of several files.
 """
 
 import hashlib
@@ -15,24 +14,20 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import sysconfig
-import tempfile
 import tokenize
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 
-from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.untrusted import file_sha256, problem_of_name, shown
+from sngpt_jax.base.untrusted import file_sha256
 from sngpt_jax.data.manifest import DataError
-from sngpt_jax.data.shards import DOWNLOAD, open_shard
-from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
+from sngpt_jax.data.tokenizer import replace_surrogates
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -41,102 +36,81 @@ FORMS = (
     "stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in"
     f" {', '.join(ENDINGS)}"
 )
-SEPARATOR = "<|endoftext|>"  # a line of a text file that holds only this ends a document
+SEPARATOR = "<|endoftext|>"  # a line of a text file with only this text ends a document
 
-# bytes of a line, letters of a document: a small compressed file unpacks to any number of them
+# The longest line in bytes and document in characters: a small compressed file may unpack to more.
 MAX_DOCUMENT = 2**30
 _TOO_LONG = (
     f"a document that is longer than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between"
     " documents"
 )
 
-# of a source: a Slurm array has at most 1001 tasks, unless the cluster says otherwise
-MAX_PARTS = 1000
+MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks by default
 
-GOLF_REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
-
-# text below this size is known by its content: hashing so much takes a fifth of a second
+# Smaller texts are identified by their content: hashing 256 MiB takes a fifth of a second.
 _HASHED_BYTES = 256 * 2**20
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib-dynload",
-}
+_SKIPPED_FOLDERS = re.compile(
+    "tests?|idle_test|site-packages|dist-packages|__pycache__|lib-dynload|config-.*"
+)
 _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+))?")
 
 
 def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
-    """Yields the documents of `source` in their fixed order; empty ones are left out, lone
-    surrogates become U+FFFD.
+    """Yields the documents of `source` in their fixed order, without empty ones; lone surrogates
+    become U+FFFD.
 
-    With `parts`, at most `count_parts(source)`, only those of part `part`: a run of whole files.
-    Parts 0, 1, …, one after the other, are all documents in their order. Raises `UserError` at the
-    call for a source that is not there, and `DataError` on the way for text that is damaged.
+    Part `part` of `parts` (at most `count_parts(source)`) is a run of whole files; the parts 0, 1,
+    … together are all documents in order. The call raises `UserError` for a source that does not
+    exist; the iterator raises `DataError` for damaged text.
     """
-
-    def of_part(files: list[Path]) -> list[Path]:
-        return files[len(files) * part // parts : len(files) * (part + 1) // parts]
-
-    if source == "stdlib":
-        texts = _stdlib_texts(of_part(_stdlib_files()))
-    elif source.startswith("hub:"):
+    if source.startswith("hub:"):
         texts = _hub_texts(*_hub_parts(source), part, parts)
     else:
-        texts = (text for path in of_part(_text_files(source)) for text in _file_texts(path))
+        files = _files(source)
+        files = files[len(files) * part // parts : len(files) * (part + 1) // parts]
+        read = _stdlib_texts if source == "stdlib" else _file_texts
+        texts = (text for path in files for text in read(path))
     return (replace_surrogates(text) for text in texts if text)
 
 
 def count_parts(source: str) -> int:
-    """How many parts `documents` can cut `source` into: one a file, but at most `MAX_PARTS`.
+    """How many parts `documents` can cut `source` into: one per file, but at most `MAX_PARTS`.
     Raises `UserError`.
     """
     if source.startswith("hub:"):
-        files = _hub_files(*_hub_parts(source))
-    else:
-        files = len(_stdlib_files() if source == "stdlib" else _text_files(source))
-    return min(files, MAX_PARTS)
+        return min(_hub_files(*_hub_parts(source)), MAX_PARTS)
+    return min(len(_files(source)), MAX_PARTS)
 
 
 def text_bytes(source: str) -> int:
-    """How many bytes of text `source` holds, by its files' sizes; 0 where they do not tell. Raises
-    `UserError`.
-    """
-    if source.startswith("hub:"):
-        return 0
-    files = _stdlib_files() if source == "stdlib" else _text_files(source)
-    return (
-        sum(path.stat().st_size for path in files)
-        if all(path.suffix in (".py", ".txt") for path in files)
-        else 0
-    )
+    """The bytes of text in `source`, if its files' sizes tell; else 0. Raises `UserError`."""
+    files = [] if source.startswith("hub:") else _files(source)
+    known = all(path.suffix in (".py", ".txt") for path in files)
+    return sum(path.stat().st_size for path in files) if known else 0
 
 
 def fingerprint(source: str) -> str:
     """A short name for the content of `source`: its kind, how many files, and a hash of their
-    names and contents.
+    names and contents. The place of a folder does not matter.
 
-    Text of 256 MiB or more is known by its files' names, sizes and modification times, a Hugging
-    Face data set by its name. Where a folder lies does not matter.
+    For 256 MiB of text or more, sizes and modification times stand in for the contents. A Hugging
+    Face data set is identified by its name.
     """
     if source.startswith("hub:"):
         name, config, split = _hub_parts(source)
         return f"hub:{name}:{config or 'default'}@{split}"
+    kind, root, files = "files", Path(source), _files(source)
     if source == "stdlib":
-        kind, root, files = f"stdlib {platform.python_version()}", _stdlib_root(), _stdlib_files()
-    else:
-        kind, root, files = "files", Path(source), _text_files(source)
-        root = root if root.is_dir() else root.parent
+        kind, root = f"stdlib {platform.python_version()}", _stdlib_root()
+    elif root.is_file():
+        root = root.parent
     stats = [path.stat() for path in files]
     by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
     for path, stat in zip(files, stats, strict=True):
-        content = (
-            file_sha256(path, DataError) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
-        )
+        content = f"{stat.st_size} {stat.st_mtime_ns}"
+        if by_content:
+            content = file_sha256(path, DataError)
         digest.update(f"{path.relative_to(root).as_posix()}\0{content}\0".encode())
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 
@@ -145,7 +119,7 @@ def imported(package: str, what: str) -> Any:
     """The module of an optional package that `what` needs. Raises `UserError` with the command
     that installs it.
     """
-    # else it tells of every retry; the last failure is an exception
+    # By default the hub's client logs every retry. The last failure is an exception anyway.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not logger.isEnabledFor(logging.INFO):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -156,11 +130,16 @@ def imported(package: str, what: str) -> Any:
         raise UserError(f"{what} needs the package {package}; install it: {pip}") from None
 
 
-def _one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """The kind and message of an exception of another package."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-# ---------------------------------------------------------------------------------------------- the standard library
+def _files(source: str) -> list[Path]:
+    return _stdlib_files() if source == "stdlib" else _text_files(source)
+
+
+# ------------------------------------------------------------ the standard library
 
 
 def _stdlib_root() -> Path:
@@ -168,17 +147,13 @@ def _stdlib_root() -> Path:
 
 
 def _stdlib_files() -> list[Path]:
-    """The library's Python files without its tests, in the order of their relative paths' hashes:
-    any prefix is a sample.
+    """The library's Python files without its tests, ordered by the hashes of their relative paths,
+    so that any prefix is a sample.
     """
     root = _stdlib_root()
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if name not in _SKIPPED_FOLDERS and not name.startswith("config-")
-        ]
+        subfolders[:] = [name for name in subfolders if not _SKIPPED_FOLDERS.fullmatch(name)]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise UserError(
@@ -189,46 +164,43 @@ def _stdlib_files() -> list[Path]:
     )
 
 
-def _stdlib_texts(files: list[Path]) -> Iterator[str]:
-    for path in files:
-        try:
-            with tokenize.open(path) as file:  # decodes as PEP 263 says
-                yield file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            # the library ships a few files in no or another encoding than they declare, as fixtures
-            continue
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+def _stdlib_texts(path: Path) -> Iterator[str]:
+    try:
+        with tokenize.open(path) as file:  # decodes as PEP 263 says
+            yield file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        # A few files of the library are test data in another encoding than they declare.
+        return
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 
 
 def _text_files(source: str) -> list[Path]:
-    path = Path(source)
-    if path.is_dir() and source:  # Path("") is the current folder
-        files = [p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()]
-        if not files:
-            raise UserError(
-                f"{path}: no text in this folder; expected files ending in {', '.join(ENDINGS)}"
-            )
-        return sorted(files, key=lambda p: p.relative_to(path).as_posix())
-    if path.is_file() and path.name.endswith(ENDINGS):
+    path, endings = Path(source), ", ".join(ENDINGS)
+    if source and path.is_file() and path.name.endswith(ENDINGS):
         return [path]
-    if path.exists() and source:
-        raise UserError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
-    if source.startswith("golf:"):
-        raise UserError(
+    if source and path.is_dir():  # Path("") is the current folder
+        files = [p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()]
+        if files:
+            return sorted(files, key=lambda p: p.relative_to(path).as_posix())
+        problem = f"{path}: no text in this folder; expected files ending in {endings}"
+    elif source and path.exists():
+        problem = f"{path}: expected a file ending in {endings}"
+    elif source.startswith("golf:"):
+        problem = (
             f"source {source}: published token shards hold no text; a source of text is {FORMS}"
         )
-    raise UserError(f"source {source!r}: no such file or folder; a source is {FORMS}")
+    else:
+        problem = f"source {source!r}: no such file or folder; a source is {FORMS}"
+    raise UserError(problem)
 
 
 def _file_texts(path: Path) -> Iterator[str]:
     if path.suffix == ".parquet":
         return _parquet_texts(path)
-    kind = path.suffixes[-2] if path.suffix in (".gz", ".zst") else path.suffix
-    return _jsonl_texts(path) if kind == ".jsonl" else _txt_texts(path)
+    is_jsonl = path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
+    return _jsonl_texts(path) if is_jsonl else _txt_texts(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -236,27 +208,22 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     order mark.
     """
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    number = 0
     try:
         if codec and not path.stat().st_size:
             raise OSError("the file is empty")
         # reads on over members and frames
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:
-            for number, line in enumerate(
-                iter(partial(file.readline, MAX_DOCUMENT + 1), b""), start=1
-            ):
+            for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT + 1), b""), 1):
                 if len(line) > MAX_DOCUMENT:
                     raise DataError(f"{path}:{number}: {_TOO_LONG}")
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the"
-                        " line"
-                    ) from None
-    except OSError as error:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: cannot be read to its end: {' '.join(str(error).split())}"
+            f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line"
         ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read to its end: {in_one_line(error)}") from None
 
 
 def _txt_texts(path: Path) -> Iterator[str]:
@@ -266,11 +233,11 @@ def _txt_texts(path: Path) -> Iterator[str]:
         if line.rstrip("\r\n") == SEPARATOR:
             yield "".join(lines)
             lines, size = [], 0
-        else:
-            lines.append(line)
-            size += len(line)
-            if size > MAX_DOCUMENT:
-                raise DataError(f"{path}:{number}: {_TOO_LONG}")
+            continue
+        lines.append(line)
+        size += len(line)
+        if size > MAX_DOCUMENT:
+            raise DataError(f"{path}:{number}: {_TOO_LONG}")
     yield "".join(lines)
 
 
@@ -286,18 +253,16 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
 
 
 def _text_of(row: Any, where: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: expected an object with the key text, found {type(row).__name__}"
-        )
-    if "text" not in row:
-        raise DataError(
-            f"{where}: expected the key text, found"
-            f" {', '.join(map(repr, list(row)[:8])) or 'no keys'}"
-        )
-    if not isinstance(row["text"], str):
-        raise DataError(f"{where}: expected a string in text, found {type(row['text']).__name__}")
-    return row["text"]
+    match row:
+        case {"text": str(text)}:
+            return text
+        case {"text": other}:
+            found = f"{type(other).__name__} there"
+        case {}:
+            found = f"the keys {', '.join(map(repr, list(row)[:8])) or '(none)'}"
+        case _:
+            found = f"{type(row).__name__} in place of an object"
+    raise DataError(f"{where}: expected a string under the key 'text', found {found}")
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
@@ -306,26 +271,19 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise DataError(
-                    f"{path}: expected a column text, found {', '.join(file.schema_arrow.names)}"
-                )
+            if "text" not in (columns := file.schema_arrow.names):
+                raise DataError(f"{path}: no column 'text'; columns: {', '.join(columns)}")
             # decodes one row group's pages at a time
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
                 for value in batch.column(0):
                     row += 1
                     yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: row {row}: not UTF-8: {error.reason} at byte {error.start} of the text"
-        ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a Parquet file, or a damaged one, after row {row}: {_one_line(error)}"
-        ) from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "damaged or no Parquet"
+        raise DataError(f"{path}: row {row}: {problem}: {in_one_line(error)}") from None
 
 
-# ---------------------------------------------------------------------------------------------- Hugging Face
+# ------------------------------------------------------------ Hugging Face
 
 
 def _hub_parts(source: str) -> tuple[str, str | None, str]:
@@ -344,7 +302,7 @@ def _hub_files(name: str, config: str | None, split: str) -> int:
         return datasets.load_dataset(name, config, split=split, streaming=True).num_shards
     except Exception as error:  # whatever the network and the hub raise
         raise DataError(
-            f"source hub:{name}: the data set's files cannot be listed: {_one_line(error)}"
+            f"source hub:{name}: the data set's files cannot be listed: {in_one_line(error)}"
         ) from None
 
 
@@ -360,105 +318,5 @@ def _hub_texts(name: str, config: str | None, split: str, part: int, parts: int)
         raise
     except Exception as error:  # whatever the network, the hub and the data set's format raise
         raise DataError(
-            f"source hub:{name}: the data set fails after row {row}: {_one_line(error)}"
-        ) from None
-
-
-def download_golf(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
-    """Fetches the challenge's FineWeb tokens: all validation shards, the first `train_shards`
-    training shards, the tokenizer.
-
-    They land flat in `out_dir` as `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model`.
-    Whole files that are there already are kept, so that the same call goes on after an
-    interruption. Layout: openai/parameter-golf, data/cached_challenge_fineweb.py. Raises
-    `UserError` where the network fails or the data set lacks what is asked for.
-    """
-    hub = imported("huggingface_hub", f"the data set {GOLF_REPO}")
-
-    def fetch(name: str, folder: Path) -> Path:
-        if problem := problem_of_name(name):
-            raise DataError(f"{GOLF_REPO}: its manifest names {shown(name)}, which {problem}")
-        try:
-            return Path(
-                hub.hf_hub_download(
-                    GOLF_REPO, f"datasets/{name}", repo_type="dataset", local_dir=folder
-                )
-            )
-        except Exception as error:  # whatever the network and the hub raise
-            raise UserError(
-                f"{GOLF_REPO}: datasets/{name} cannot be fetched: {_one_line(error)}"
-            ) from None
-
-    with tempfile.TemporaryDirectory() as folder:
-        dataset, model_path, shards = _golf_entry(fetch("manifest.json", Path(folder)), vocab_size)
-    if not 1 <= train_shards <= shards["train"]:
-        raise UserError(
-            f"{GOLF_REPO}: {dataset} has {shards['train']} training shards; asked for"
-            f" {train_shards}"
-        )
-    model = out_dir / PurePosixPath(model_path).name
-    other = next((path for path in sorted(out_dir.glob("*.model")) if path != model), None)
-    if other:
-        raise UserError(
-            f"{out_dir}: holds {other.name}; tokens of {model.name} go into another folder"
-        )
-    staging = out_dir / DOWNLOAD  # from here until its removal the folder counts as unfinished
-    staging.mkdir(parents=True, exist_ok=True)
-    if not model.is_file():
-        fetched = fetch(model_path, staging)
-        found = load_tokenizer(fetched).vocab_size
-        if found != vocab_size:
-            raise DataError(
-                f"{GOLF_REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}"
-            )
-        os.replace(fetched, model)
-    for split, count in (("val", shards["val"]), ("train", train_shards)):
-        for n in range(count):
-            name = f"fineweb_{split}_{n:06d}.bin"
-            if not _whole(out_dir / name):
-                fetched = fetch(f"datasets/{dataset}/{name}", staging)
-                open_shard(fetched)
-                os.replace(fetched, out_dir / name)
-    shutil.rmtree(staging)
-
-
-def _whole(path: Path) -> bool:
-    try:
-        open_shard(path)
-    except DataError:
-        return False
-    return True
-
-
-def _golf_entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
-    """Name of the data set for `vocab_size`, path of its tokenizer, and how many shards each split
-    has.
-    """
-    where = f"{GOLF_REPO}: datasets/manifest.json"
-    try:
-        values = typed_json.loads(manifest.read_bytes())
-        by_name = {entry["name"]: entry for entry in values["datasets"]}
-        name = f"fineweb10B_sp{vocab_size}"
-        if name not in by_name:
-            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))[:500]}")
-        tokenizer_name, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
-        models = {
-            entry["name"]: str(entry["model_path"])
-            for entry in values["tokenizers"]
-            if "model_path" in entry
-        }
-        if tokenizer_name not in models:
-            known = ", ".join(sorted(models))[:500]
-            raise DataError(
-                f"{where}: no SentencePiece tokenizer {shown(tokenizer_name)} for {name}; it has"
-                f" {known}"
-            )
-        return (
-            name,
-            models[tokenizer_name],
-            {"train": int(stats["files_train"]), "val": int(stats["files_val"])},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where}: not the layout that this program knows: {_one_line(error)}"
+            f"source hub:{name}: the data set fails after row {row}: {in_one_line(error)}"
         ) from None

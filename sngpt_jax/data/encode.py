@@ -1,4 +1,4 @@
-"""Tokenizes documents in parallel processes, in order. Nothing here imports jax."""
+"""Tokenizes documents in parallel processes, in order."""
 
 import contextlib
 import multiprocessing
@@ -17,25 +17,24 @@ import numpy as np
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-_CHUNK_CHARACTERS = 2**17  # text that a worker gets at a time: about a tenth of a second's work
-# for each worker: one in work, the others so that it need not wait for the writer
-_CHUNKS_IN_FLIGHT = 3
+_CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about a tenth of a second's work
+_CHUNKS_IN_FLIGHT = 3  # per worker: one in work, and two that keep it from waiting for the writer
 
-# the first document's number, counted from 1 as lines are; the documents
+# the first document's number, counted from 1 as lines are, and the documents
 Chunk = tuple[int, list[str]]
-# of each document: tokens uint16 [n], byte corrections int64 [m, 2]
+# per document: tokens uint16 [n], byte corrections int64 [m, 2]
 Encoded = list[tuple[np.ndarray, np.ndarray]]
 
 _worker_tokenizer: Tokenizer  # in a worker process
 
 
 def follow_parent() -> None:
-    """Lets this process end with its parent, and only then: Ctrl-C is the parent's to act on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group
+    """Ends this process when its parent ends, and not before: only the parent acts on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:  # a pool's worker would wait for ever for a parent that was killed
+    def follow() -> None:  # otherwise a worker would wait forever for a killed parent
         parent.join()
         os._exit(1)
 
@@ -44,9 +43,11 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def holding_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block. A process started in it never sees one, where
-    `follow_parent` alone would leave it the seconds of its imports. Unlike an ignored signal, none
-    is lost, and any thread may do this."""
+    """Holds Ctrl-C back until the end of the block. No signal is lost, and any thread may do this.
+
+    A process that is started in the block never receives one. `follow_parent` alone would leave
+    the worker exposed during the seconds of its imports.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -54,10 +55,10 @@ def holding_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(tokenizer: str) -> None:
+def _start_worker(tokenizer: Path) -> None:
     global _worker_tokenizer
     follow_parent()
-    _worker_tokenizer = load_tokenizer(Path(tokenizer))
+    _worker_tokenizer = load_tokenizer(tokenizer)
 
 
 def _work(source: str, chunk: Chunk) -> Encoded:
@@ -65,12 +66,12 @@ def _work(source: str, chunk: Chunk) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
-    first, texts = chunk
     encoded = []
+    first, texts = chunk
     for number, text in enumerate(texts, first):
         try:
             document = tokenizer.encode_document(text)
-        except Exception as error:
+        except Exception as error:  # names the document, which the tokenizer does not know
             raise UserError(
                 f"{source}: document {number} cannot be tokenized: {type(error).__name__}: {error}"
             ) from error
@@ -79,9 +80,7 @@ def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
 
 
 def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
-    """`texts`, numbered from `first`, in runs of about `_CHUNK_CHARACTERS` characters: each with
-    its first number.
-    """
+    """Cuts `texts`, numbered from `first`, into runs of about `_CHUNK_CHARACTERS` characters."""
     chunk: list[str] = []
     size = 0
     for number, text in enumerate(texts, first):
@@ -100,7 +99,7 @@ def _in_order(
     pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:
-            with holding_interrupt():  # the first ones start the workers
+            with holding_interrupt():  # the first calls start the workers
                 pending.append(pool.submit(_work, source, chunk))
             if len(pending) == workers * _CHUNKS_IN_FLIGHT:
                 yield pending.popleft().result()
@@ -117,15 +116,15 @@ Encoder = Callable[[str, Iterator[Chunk]], Iterator[Encoded]]
 
 @contextlib.contextmanager
 def encoder(tokenizer: Path, workers: int) -> Iterator[Encoder]:
-    """A function from chunks to their tokens, in order; with one worker it runs in this process."""
+    """Yields a function from chunks to their tokens, in order. One worker runs in this process."""
     if workers == 1:
         here = load_tokenizer(tokenizer)
         yield lambda source, chunks: (_encode(here, source, chunk) for chunk in chunks)
         return
-    # fork would copy the locks of whatever threads the caller has
+    # fork would copy the locks of the caller's threads
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(str(tokenizer),)
+        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
     )
     try:
         yield partial(_in_order, pool, workers)

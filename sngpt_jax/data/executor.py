@@ -1,5 +1,5 @@
-"""Encodes the parts of a source with datatrove (https://github.com/huggingface/datatrove): here,
-or in jobs of a Slurm cluster.
+"""Encodes the parts of a source with datatrove (https://github.com/huggingface/datatrove), on this
+machine or in jobs of a Slurm cluster.
 
 One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Needs the extra
 `datatrove`.
@@ -7,7 +7,6 @@ One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Need
 
 import multiprocessing
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -28,12 +27,12 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.encode import follow_parent, holding_interrupt
 from sngpt_jax.data.parts import Parts, Submitted
 
-_REPORT_SECONDS = 2.0  # between looks at how far the parts in work are
+_REPORT_SECONDS = 2.0  # between looks at the progress of the parts in work
 _MEMORY_GB = 4  # of a job's one processor: a shard and its copies, a Parquet row group
 
 
 class EncodePart(PipelineStep):
-    """A pipeline's one step: task r of `parts.count` encodes part r, or what is missing of it."""
+    """A pipeline's only step: task r of `parts.count` encodes part r, or what is missing of it."""
 
     name = "encode part"
     type = "🔢 - TOKENIZER"
@@ -43,33 +42,30 @@ class EncodePart(PipelineStep):
         self.parts = parts
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        """Passes `data` on as it is: the text is read from the source."""
-        if world_size != self.parts.count:
-            raise ValueError(f"{self.parts.count} parts need as many tasks, not {world_size}")
+        """Encodes part `rank` and passes `data` on unchanged."""
         self.parts.encode(rank)
         return data
 
 
-# ---------------------------------------------------------------------------------------------- on this machine
+# ------------------------------------------------------------ on this machine
 
 
 def _start_worker(told: Connection) -> None:
-    def exit_when_told() -> None:  # whatever is in work: files appear whole or not at all
+    def exit_when_told() -> None:  # in the middle of any work: files appear whole or not at all
         told.poll(None)  # until the parent closes its end
         os._exit(1)
 
     follow_parent()
     threading.Thread(target=exit_when_told, daemon=True).start()
-    # it shows errors with their tracebacks; the parent gets them as exceptions
-    logger.disable("datatrove")
+    logger.disable("datatrove")  # it shows tracebacks; the parent gets errors as exceptions
 
 
 def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], None]) -> None:
     """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents,
     tokens) every few seconds.
 
-    Raises `UserError` at the first that fails, and stops the others then; their whole shards are
-    kept. The pool is not datatrove's own, which waits for ever for a process that was killed.
+    Raises `UserError` for the first part that fails and then stops the others, whose whole shards
+    are kept. The pool is not datatrove's own, which waits forever for a killed process.
     """
     left = parts.left()
     if not left:
@@ -79,7 +75,7 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
         [EncodePart(parts)], tasks=parts.count, logging_dir=logs, skip_completed=False
     )
     context = multiprocessing.get_context("spawn")
-    # Not an Event, whose set() waits for every waiter to wake, for ever where one was killed.
+    # Not an Event: its set() waits for every waiter to wake, and forever if one was killed.
     told, tell = context.Pipe(duplex=False)
     counts: dict[int, tuple[int, int]] = {}  # part: documents, tokens
     with ProcessPoolExecutor(min(workers, len(left)), context, _start_worker, (told,)) as pool:
@@ -91,13 +87,12 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
                 done, pending = wait(pending, _REPORT_SECONDS, FIRST_COMPLETED)
                 for task in done:
                     task.result()
-                for part in [
-                    tasks[task] for task in (*done, *(task for task in pending if task.running()))
-                ]:
-                    reached = parts.reached(part)
-                    counts[part] = reached.documents, sum(entry.tokens for entry in reached.shards)
+                for task in (*done, *(task for task in pending if task.running())):
+                    reached = parts.reached(tasks[task])
+                    tokens = sum(entry.tokens for entry in reached.shards)
+                    counts[tasks[task]] = reached.documents, tokens
                 documents, tokens = (
-                    sum(count[column] for count in counts.values()) for column in (0, 1)
+                    map(sum, zip(*counts.values(), strict=True)) if counts else (0, 0)
                 )
                 report(f"{len(left) - len(pending)} of {len(left)} parts", documents, tokens)
         except BrokenProcessPool:
@@ -111,49 +106,33 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
             raise
 
 
-# ---------------------------------------------------------------------------------------------- on a cluster
+# ------------------------------------------------------------ on a cluster
 
 
 class _Array(SlurmPipelineExecutor):
-    """A job array, a task for each part that is left."""
+    """A job array with one task per part that is left."""
 
     def get_incomplete_ranks(self, ranks: Any = None, skip_completed: Any = None) -> list[int]:
         return self.pipeline[0].parts.left()
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Leaves partition and time to SBATCH_PARTITION and SBATCH_TIMELIMIT or the cluster's
-        defaults, as sbatch does.
-        """
-        return {
-            key: value
-            for key, value in super().get_sbatch_args(max_array).items()
-            if key not in ("partition", "time")
-        }
+        """Leaves partition and time to SBATCH_PARTITION and SBATCH_TIMELIMIT, or to the cluster."""
+        arguments = super().get_sbatch_args(max_array)
+        return {key: arguments[key] for key in arguments if key not in ("partition", "time")}
 
     def launch_merge_stats(self) -> None:
-        """Nothing: the parts' journals hold what was counted."""
-
-
-def check_quoting(out: Path) -> None:
-    """Raises `UserError` where a job's script could not name `out`: datatrove writes paths there
-    as they are.
-    """
-    if found := re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute())):
-        raise UserError(
-            f"--out {out.absolute()}: with --executor slurm its path may not hold {found[0]!r};"
-            " give another"
-        )
+        """Does nothing, because the parts' journals hold the counts."""
 
 
 def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
-    """Submits a job array that encodes the parts that are left, `workers` at a time, and after it
-    the command `merge`.
+    """Submits a job array that encodes the parts that are left, `workers` at a time, and a job that
+    then runs the command `merge`.
 
-    The jobs run in this folder with this interpreter, so that both, the source and the output must
-    be on a file system that the nodes share. They log into `.slurm` beside the parts. Raises
-    `UserError` where sbatch is missing or refuses.
+    The jobs run in this folder with this interpreter. Both, the source and the output must be on a
+    file system that the nodes share. The jobs log into `.slurm` beside the parts. Raises
+    `UserError` if sbatch is missing or refuses.
     """
-    logger.disable("datatrove")  # its own account of the launch
+    logger.disable("datatrove")  # its log of the launch
     logs = parts.directory.parent.absolute() / ".slurm"
     array = _Array(
         [EncodePart(parts)],
@@ -173,10 +152,9 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
         array.launch_job()
         if array.job_id != -1:
             array_job = str(array.job_id)
-        arguments = {
-            key: value for key, value in array.get_sbatch_args().items() if key != "array"
-        } | {"job-name": "merge"}
-        arguments |= dict.fromkeys(("output", "error"), logs / "slurm_logs" / "merge_%j.out")
+        log = logs / "slurm_logs" / "merge_%j.out"
+        arguments = array.get_sbatch_args() | {"job-name": "merge", "output": log, "error": log}
+        arguments.pop("array", None)
         if array_job:  # where a task fails, the merge leaves the queue
             arguments |= {"dependency": f"afterok:{array_job}", "kill-on-invalid-dep": "yes"}
         script = array.get_launch_file_contents(arguments, shlex.join(merge))
@@ -184,16 +162,12 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
     except FileNotFoundError as error:
         if error.filename != "sbatch":
             raise
-        raise UserError(
-            "--executor slurm: no sbatch here; run it on a machine that submits to the cluster"
-        ) from None
+        problem = "no sbatch here; run it on a machine that submits to the cluster"
     except subprocess.CalledProcessError as error:
-        message = (
-            f"--executor slurm: sbatch failed with status {error.returncode}; see its message above"
-        )
+        problem = f"sbatch failed with status {error.returncode}; see its message above"
         if array_job:
-            message += (
+            problem += (
                 f"; job {array_job}, which encodes, is in the queue: scancel {array_job}, then run"
                 " the same command again"
             )
-        raise UserError(message) from None
+    raise UserError(f"--executor slurm: {problem}")

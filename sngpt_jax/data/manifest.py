@@ -1,5 +1,4 @@
-"""What a folder of prepared tokens holds: `manifest.json`, and `progress.json` while it is being
-made.
+"""The files that describe a folder of tokens: `manifest.json`, or `progress.json` if unfinished.
 
 Both are read strictly: an unknown, missing or ill-typed key is an error, and a file name cannot
 lead out of the folder.
@@ -26,22 +25,23 @@ PROGRESS = "progress.json"
 
 
 class DataError(UserError):
-    """Token data that is missing, damaged or of another make than asked for; names the file, what
-    was expected and found.
+    """Token data that is missing, damaged or made otherwise than asked for. The message names the
+    file, and what was expected and found.
     """
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the folder is made from. Two preparations with equal origins write equal bytes."""
+    """What a folder is made from. Two preparations with equal origins write equal bytes."""
 
     source: str  # fingerprint of the text
-    # fingerprint of the validation text; empty: it is the first val_docs documents of the source
-    val_source: str
+    val_source: (
+        str  # fingerprint of the validation text; empty: the source's first val_docs documents
+    )
     val_docs: int
-    tokenizer: str  # "train", or "sha256:" and the hash of the tokenizer file given
+    tokenizer: str  # "train", or "sha256:" and the hash of the given tokenizer file
     vocab_size: int
-    normalization: str  # of a learnt tokenizer; empty for a given one
+    normalization: str  # of a learned tokenizer; empty for a given one
     shard_tokens: int
     max_tokens: int
 
@@ -58,7 +58,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class ExtraEntry:
-    """A shard's sidecar of byte corrections: int64 [n, 2] in npy format, rows (token position in
+    """A shard's file of byte corrections: int64 [n, 2] in npy format, with rows (token position in
     the shard, bytes).
     """
 
@@ -77,10 +77,15 @@ class ShardEntry:
     sha256: str
     extra: ExtraEntry | None
 
+    @property
+    def files(self) -> list["ShardEntry | ExtraEntry"]:
+        """The entries of the shard's one or two files."""
+        return [self, self.extra] if self.extra else [self]
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished folder. Written last, so that a folder with a manifest is whole."""
+    """A complete folder. The manifest is written last."""
 
     format: int
     origin: Origin
@@ -88,41 +93,52 @@ class Manifest:
     train: tuple[ShardEntry, ...]
     val: tuple[ShardEntry, ...]
 
+    def checksums(self) -> list[tuple[str, str]]:
+        """(name, SHA-256) of every file in the folder."""
+        files = [file for shard in (*self.val, *self.train) for file in shard.files]
+        return [
+            (self.tokenizer.file, self.tokenizer.sha256),
+            *((file.name, file.sha256) for file in files),
+        ]
+
 
 @dataclass(frozen=True)
-class SplitProgress:
-    """How far one split has come: the next token to write is token `offset` of document
-    `documents` of the split.
+class SplitJournal:
+    """How far one split is written. The next token to write is token `offset` of the split's
+    document number `documents`.
     """
 
-    shards: tuple[ShardEntry, ...] = ()  # complete, in place
+    shards: tuple[ShardEntry, ...] = ()  # complete and in place
     documents: int = 0  # whole documents in those shards
     offset: int = 0  # tokens of the next document in those shards
     finished: bool = False
 
 
 @dataclass(frozen=True)
-class Progress:
-    """An unfinished folder, from which a killed preparation goes on."""
+class Journal:
+    """An unfinished folder. A killed preparation resumes from it."""
 
     format: int
     origin: Origin
     tokenizer: TokenizerEntry | None = None  # None until its file is in place
-    train: SplitProgress = SplitProgress()
-    val: SplitProgress = SplitProgress()
+    train: SplitJournal = SplitJournal()
+    val: SplitJournal = SplitJournal()
 
 
-# ---------------------------------------------------------------------------------------------- strict reading
+# ------------------------------------------------------------------------------ strict reading
 
 
 def _check(name: str, value: Any, where: str) -> None:
-    """What a field of that name may hold, beyond its type."""
+    """Raises `DataError` for a value that a field `name` of the right type may not have."""
     if type(value) is int and value < 0:
-        raise DataError(f"{where}: expected a count of at least 0, found {value}")
-    if name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
-        raise DataError(f"{where}: expected 64 hexadecimal digits, found {shown(value)}")
-    if name in ("name", "file") and ("/" in value or problem_of_name(value)):
-        raise DataError(f"{where}: expected a plain file name, found {shown(value)}")
+        expected = "a count of at least 0"
+    elif name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
+        expected = "64 hexadecimal digits"
+    elif name in ("name", "file") and ("/" in value or problem_of_name(value)):
+        expected = "a plain file name"
+    else:
+        return
+    raise DataError(f"{where}: expected {expected}, found {shown(value)}")
 
 
 def _load(kind: type[T], path: Path) -> T:
@@ -136,50 +152,42 @@ def _load(kind: type[T], path: Path) -> T:
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """Reads `directory`'s manifest. Raises `DataError` in one line."""
+    """Reads `directory`'s manifest. Raises `DataError`."""
     path = directory / MANIFEST
     manifest = _load(Manifest, path)
-    shards = (*manifest.val, *manifest.train)
-    names = [
-        manifest.tokenizer.file,
-        *(s.name for s in shards),
-        *(s.extra.name for s in shards if s.extra),
-    ]
-    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise DataError(f"{path}: names {twice[0]} twice")
+    name, count = Counter(name for name, _ in manifest.checksums()).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: names {name} twice")
     return manifest
 
 
-def load_progress(directory: Path) -> Progress:
-    """Reads `directory`'s journal. Raises `DataError` in one line."""
-    return _load(Progress, directory / PROGRESS)
+def load_journal(directory: Path) -> Journal:
+    """Reads `directory`'s journal. Raises `DataError`."""
+    return _load(Journal, directory / PROGRESS)
 
 
-def save(value: Manifest | Progress, directory: Path) -> None:
+def save(value: Manifest | Journal, directory: Path) -> None:
     """Writes a manifest or a journal into `directory`, atomically."""
     name = MANIFEST if isinstance(value, Manifest) else PROGRESS
     write_text_atomic(directory / name, json.dumps(dataclasses.asdict(value), indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------- checksums
+# ------------------------------------------------------------------------------ checksums
 
 
 def verify(directory: str | Path) -> Manifest:
-    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError` at
-    the first that differs.
+    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError`
+    for the first file that differs.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
-    for shard in (*manifest.val, *manifest.train):
-        expected[shard.name] = shard.sha256
-        if shard.extra:
-            expected[shard.extra.name] = shard.extra.sha256
-    for name, sha256 in expected.items():
-        found = file_sha256(inside(directory, name, DataError), DataError)
-        if found != sha256:
-            raise DataError(
-                f"{directory / name}: expected SHA-256 {sha256}, found {found}; prepare the data"
-                " again"
-            )
+    for name, expected in manifest.checksums():
+        check_sha256(inside(directory, name, DataError), expected, "prepare the data again")
     return manifest
+
+
+def check_sha256(path: Path, expected: str, remedy: str) -> None:
+    """Raises `DataError` with `remedy` unless the file `path` has the SHA-256 `expected`."""
+    found = file_sha256(path, DataError) if path.is_file() else "no file"
+    if found != expected:
+        raise DataError(f"{path}: expected SHA-256 {expected}, found {found}; {remedy}")

@@ -1,9 +1,8 @@
-"""A source's documents encoded part by part, by any number of machines, and read again in their
-order.
+"""A source's documents, encoded part by part by any number of machines, and read again in order.
 
-A part is a run of the source's files (`corpus.count_parts`), encoded by one process into a folder
-of its own: shards and a journal, as a whole preparation's. A part does not know which of its
-documents are held out, so that it has all of them.
+A part is a run of the source's files (`corpus.count_parts`). One process encodes it into a folder
+of its own with shards and a journal, as for a whole preparation. A part does not know which of its
+documents are held out, so it holds all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,36 +12,34 @@ from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.untrusted import file_sha256, inside
+from sngpt_jax.base.untrusted import inside
 from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.encode import Encoded, cut_chunks, encoder
-from sngpt_jax.data.folder import begin_or_resume, locked, refuse_other
+from sngpt_jax.data.folder import begin_or_resume, held, refuse_other
 from sngpt_jax.data.manifest import (
     PROGRESS,
     DataError,
     Origin,
-    ShardEntry,
-    SplitProgress,
+    SplitJournal,
     TokenizerEntry,
-    load_progress,
+    check_sha256,
+    load_journal,
     save,
 )
 from sngpt_jax.data.shards import TokenStream, open_entries
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.writer import SplitWriter
 
-# in a part's shard: seconds of work, which is what a killed worker loses
-_SHARD_TOKENS = 10_000_000
+_SHARD_TOKENS = 10_000_000  # of a part's shard: a killed worker loses the seconds that these take
 _CHUNK_DOCUMENTS = 256  # read at a time
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What a cluster was given to do."""
+    """Jobs that a cluster was given."""
 
     parts: int  # tasks of the array job
-    array_job: str  # id of the job that encodes them; empty where all are encoded
+    array_job: str  # id of the job that encodes the parts; empty if all are encoded
     merge_job: str  # id of the job that then makes the shards
 
 
@@ -58,112 +55,89 @@ class Parts:
     tokenizer_entry: TokenizerEntry
 
     def folder(self, part: int) -> Path:
-        """Where part `part` is; named after the number of parts too, which a Hugging Face data set
-        may change.
+        """The folder of part `part`. Its name has the number of parts, which may change in a
+        Hugging Face data set.
         """
         return self.directory / f"{part:05d}-of-{self.count:05d}"
 
-    def reached(self, part: int) -> SplitProgress:
-        """How far part `part` is encoded. Raises `DataError` where its journal is damaged or
-        another preparation's.
+    def reached(self, part: int) -> SplitJournal:
+        """How far part `part` is encoded. Raises `UserError` if its journal is damaged or belongs
+        to another preparation.
         """
         folder = self.folder(part)
         if not (folder / PROGRESS).is_file():
-            return SplitProgress()
-        progress = load_progress(folder)
-        refuse_other(folder, progress.origin, self.origin)
-        return progress.train
+            return SplitJournal()
+        journal = load_journal(folder)
+        refuse_other(folder, journal.origin, self.origin)
+        return journal.train
 
     def left(self) -> list[int]:
-        """The parts to encode yet, in order: those not whole. Where the ones before hold
-        `max_tokens`, no more are needed.
+        """The parts that are still to encode, in order. Parts after those that hold `max_tokens`
+        are not needed.
         """
         result: list[int] = []
-        entries: list[ShardEntry] = []
+        before: list[SplitJournal] = []
         for part in range(self.count):
-            if self._enough(entries):
+            if self._enough(before):
                 break
-            reached = self.reached(part)
-            if not reached.finished:
+            before.append(self.reached(part))
+            if not before[-1].finished:
                 result.append(part)
-            entries += reached.shards
         return result
 
-    def _enough(self, entries: Sequence[ShardEntry]) -> bool:
-        """Whether `entries`, all of them or only some that come first, are certain to hold
+    def _enough(self, parts: Sequence[SplitJournal]) -> bool:
+        """Whether the first `parts`, or the encoded pieces of them, are certain to hold
         `max_tokens` training tokens.
         """
         tokens = begun = 0
-        for entry in entries:
+        for entry in (entry for part in parts for entry in part.shards):
             if begun > self.origin.val_docs:  # the first training document began before this shard
                 tokens += entry.tokens
             begun += entry.documents
         return 0 < self.origin.max_tokens <= tokens
 
-    def _reached_now(self, known: Sequence[SplitProgress]) -> list[SplitProgress]:
-        """How far parts 0, 1, … are encoded, of which `known` was true earlier: whole ones are not
-        read again.
-        """
-        return [
-            progress if progress.finished else self.reached(part)
-            for part, progress in enumerate(known)
-        ]
-
     def encode(self, part: int) -> None:
-        """Encodes part `part`, or what is missing of it. Raises `UserError`; whole shards are kept
-        then, as in a kill.
+        """Encodes part `part`, or what is missing of it. Raises `UserError`. Whole shards are kept
+        after an error or a kill.
         """
         folder = self.folder(part)
-        with locked(folder):
-            progress = begin_or_resume(folder, self.origin)
-            before = self._reached_now([SplitProgress()] * part if self.origin.max_tokens else [])
-            if progress.train.finished or self._enough(
-                [entry for earlier in before for entry in earlier.shards]
-            ):
+        with held(folder):
+            journal = begin_or_resume(folder, self.origin)
+            before = self._reread([SplitJournal()] * part if self.origin.max_tokens else [])
+            if journal.train.finished or self._enough(before):
                 return
-            tokenizer = load_tokenizer(self.tokenizer)
-            if tokenizer.sha256 != self.tokenizer_entry.sha256:
-                raise UserError(f"{self.tokenizer}: changed since the preparation began")
+            remedy = "the tokenizer changed since the preparation began"
+            check_sha256(self.tokenizer, self.tokenizer_entry.sha256, remedy)
 
-            def on_shard(reached: SplitProgress) -> None:
-                nonlocal progress
-                progress = replace(progress, train=reached)
-                save(progress, folder)
+            def on_shard(reached: SplitJournal) -> None:
+                save(replace(journal, train=reached), folder)
 
+            token_bytes = load_tokenizer(self.tokenizer).token_bytes()
             writer = SplitWriter(
-                folder,
-                "train",
-                _SHARD_TOKENS,
-                limit=None,
-                token_bytes=tokenizer.token_bytes(),
-                progress=progress.train,
-                on_shard=on_shard,
+                folder, "train", _SHARD_TOKENS, token_bytes, journal.train, on_shard
             )
             name = f"{self.source}, part {part + 1} of {self.count}"
             texts = islice(documents(self.source, part, self.count), writer.documents, None)
             with encoder(self.tokenizer, workers=1) as encode:
                 for chunk in encode(name, cut_chunks(texts, writer.documents + 1)):
-                    shards = len(writer.progress.shards)
+                    shards = len(writer.reached.shards)
                     for tokens, extra in chunk:
                         writer.append(tokens, extra)
-                    if len(writer.progress.shards) > shards:
-                        # the parts before may be in work at the same time
-                        before = self._reached_now(before)
-                    if self._enough(
-                        [
-                            entry
-                            for reached in (*before, writer.progress)
-                            for entry in reached.shards
-                        ]
-                    ):
+                    if len(writer.reached.shards) > shards:
+                        before = self._reread(before)  # other processes may be encoding them
+                    if self._enough([*before, writer.reached]):
                         break
             writer.finish()
 
-    def read(self, first: int) -> Iterator[Encoded]:
-        """The source's documents from number `first` on (from 0), held-out ones included, in their
-        order, in chunks.
+    def _reread(self, known: Sequence[SplitJournal]) -> list[SplitJournal]:
+        """How far parts 0, 1, … are encoded now, given an earlier state: whole ones are not read
+        again.
+        """
+        return [state if state.finished else self.reached(part) for part, state in enumerate(known)]
 
-        Raises `DataError` at a part that is not whole or is damaged.
+    def read(self, first: int) -> Iterator[Encoded]:
+        """Yields the source's documents from number `first` on (from 0) in order, in chunks,
+        including held-out ones. Raises `DataError` for a part that is damaged or not whole.
         """
         for part in range(self.count):
             reached = self.reached(part)
@@ -175,23 +149,15 @@ class Parts:
                 yield from self._read_part(self.folder(part), reached, first)
             first = max(0, first - reached.documents)
 
-    def _read_part(self, folder: Path, reached: SplitProgress, first: int) -> Iterator[Encoded]:
+    def _read_part(self, folder: Path, reached: SplitJournal, first: int) -> Iterator[Encoded]:
         remedy = f"delete {folder} and run the same command again"
-        for file in [entry for shard in reached.shards for entry in (shard, shard.extra) if entry]:
-            path = inside(folder, file.name, DataError)
-            if not path.is_file():
-                raise DataError(f"{path}: missing; {remedy}")
-            if (found := file_sha256(path, DataError)) != file.sha256:
-                raise DataError(
-                    f"{path}: damaged: expected SHA-256 {file.sha256}, found {found}; {remedy}"
-                )
-        stream = TokenStream(
-            tuple(open_entries(folder, reached.shards)), self.tokenizer_entry.vocab_size
-        )
+        for file in (file for shard in reached.shards for file in shard.files):
+            check_sha256(inside(folder, file.name, DataError), file.sha256, remedy)
+        vocab_size, bos_id = self.tokenizer_entry.vocab_size, self.tokenizer_entry.bos_id
+        stream = TokenStream(tuple(open_entries(folder, reached.shards)), vocab_size)
         edges, end = [], 0
-        # a document's one BOS is its first token: no text encodes to it
-        for shard in stream.shards:
-            edges.append(end + np.flatnonzero(shard.tokens == self.tokenizer_entry.bos_id))
+        for shard in stream.shards:  # only a document's first token is BOS: no text encodes to it
+            edges.append(end + np.flatnonzero(shard.tokens == bos_id))
             end += len(shard.tokens)
         begins = np.concatenate(edges).tolist()
         if len(begins) != reached.documents:

@@ -1,256 +1,222 @@
 """Text to token shards.
 
-The documents keep their order: the first `val_docs` (or all of `val_source`) are the validation
-split, the rest the training split. Each is its BOS token and its text's tokens, without an end
-token, and shards cut the sequence wherever they are full. So the files depend on the text, the
-tokenizer and the shard size alone, not on the executor, the number of workers or how often the
-preparation was killed and started again.
+Documents keep their order. The first `val_docs` documents (or all of `val_source`) are the
+validation split, the rest are the training split. A document is its BOS token and its text's
+tokens, without an end token, and full shards cut the sequence anywhere. So the files depend only on
+the text, the tokenizer and the shard size: the executor, the number of workers and interruptions do
+not matter.
 """
 
-import itertools
 import logging
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.terminal import format_duration, progress_reporter
-from sngpt_jax.base.untrusted import file_sha256
-from sngpt_jax.data.corpus import count_parts, documents, download_golf, imported, text_bytes
-from sngpt_jax.data.encode import cut_chunks, encoder
-from sngpt_jax.data.folder import PARTS, begin_or_resume, finished, locked
+from sngpt_jax.data import golf
+from sngpt_jax.data.corpus import count_parts, documents, imported, text_bytes
+from sngpt_jax.data.encode import Encoder, cut_chunks, encoder
+from sngpt_jax.data.folder import PARTS, begin_or_resume, finished, held
 from sngpt_jax.data.manifest import (
     FORMAT,
     PROGRESS,
     Manifest,
     Origin,
-    Progress,
     TokenizerEntry,
+    check_sha256,
     save,
 )
 from sngpt_jax.data.parts import Parts, Submitted
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, write_hashed
-from sngpt_jax.data.spec import COMMAND, PrepareSpec, check_size, command_line, origin_of
-from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from sngpt_jax.data.spec import (
+    COMMAND,
+    DEFAULT_VOCAB_SIZE,
+    PrepareSpec,
+    check_size,
+    command_line,
+    option,
+    origin_of,
+)
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.data.tokenizer_training import train_sentencepiece
 from sngpt_jax.data.writer import SplitWriter
 
 logger = logging.getLogger("sngpt_jax")
 
-_GOLF_VOCAB_SIZE = 1024
-
-
 # what tokenizes: processes of this command, or datatrove's tasks
 Executor = Literal["processes", "local", "slurm"]
-
-
-# ---------------------------------------------------------------------------------------------- what is seen of it
-
-
-class _Reading:
-    """A split's documents as they are read, and what share of its bytes they are."""
-
-    def __init__(self, texts: Iterator[str], size: int) -> None:
-        """`size`: the bytes of all documents in UTF-8; 0: not known."""
-        self._texts, self._size, self._bytes = texts, size, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self._bytes += len(text.encode()) if self._size else 0
-            yield text
-
-    @property
-    def share(self) -> float:
-        """Somewhat ahead of what is written; 0 where it is not known."""
-        return self._bytes / self._size if self._size else 0.0
-
-
-# ---------------------------------------------------------------------------------------------- the splits' documents
 
 
 def _nonempty(texts: Iterator[str], message: str) -> Iterator[str]:
     first = next(texts, None)
     if first is None:
         raise UserError(message)
-    return itertools.chain([first], texts)
+    return chain([first], texts)
 
 
-def _train_documents(spec: PrepareSpec) -> Iterator[str]:
-    texts = documents(spec.source)
-    if spec.val_source:
-        return _nonempty(texts, f"--source {spec.source} holds no documents")
-    held_out = sum(1 for _ in itertools.islice(texts, spec.val_docs))
-    return _nonempty(
-        texts,
-        f"--source {spec.source} holds {held_out} documents and --val-docs {spec.val_docs} leaves"
-        " none to train on; lower --val-docs or give --val-source",
-    )
-
-
-def _val_documents(spec: PrepareSpec) -> Iterator[str]:
-    if spec.val_source:
-        return _nonempty(
-            documents(spec.val_source), f"--val-source {spec.val_source} holds no documents"
+def _open_texts(spec: PrepareSpec) -> dict[str, Iterator[str]]:
+    """The documents of each split. Raises `UserError` for an empty split."""
+    source, val_source = spec.source, spec.val_source
+    train, empty = documents(source), f"--source {source} holds no documents"
+    if val_source:
+        val = _nonempty(documents(val_source), f"--val-source {val_source} holds no documents")
+    else:
+        val = islice(documents(source), spec.val_docs)
+        held_out = sum(1 for _ in islice(train, spec.val_docs))
+        empty = (
+            f"--source {source} holds {held_out} documents and --val-docs {spec.val_docs} leaves"
+            " none to train on; lower --val-docs or give --val-source"
         )
-    return itertools.islice(documents(spec.source), spec.val_docs)
-
-
-# ---------------------------------------------------------------------------------------------- the folder
+    return {"val": val, "train": _nonempty(train, empty)}
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    """What a manifest says of a tokenizer."""
     return TokenizerEntry(
         tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id
     )
 
 
-def _place_tokenizer(spec: PrepareSpec, out: Path, origin: Origin) -> TokenizerEntry:
-    if spec.tokenizer == "train":
-        path = out / "tokenizer.model"
-        logger.info(f"{out}: learning a tokenizer of {origin.vocab_size:,} tokens")
-        start, texts = time.monotonic(), _train_documents(spec)
+class _Preparation:
+    """A preparation at work in the folder that it holds."""
+
+    def __init__(self, spec: PrepareSpec, origin: Origin, workers: int) -> None:
+        self.spec, self.origin, self.workers, self.out = spec, origin, workers, Path(spec.out)
+        self.journal = begin_or_resume(self.out, origin)
+        if self.journal.tokenizer is None:
+            self._advance(tokenizer=tokenizer_entry(self._place_tokenizer()))
+        assert self.journal.tokenizer is not None
+        self.entry = self.journal.tokenizer
+        self.tokenizer = self.out / self.entry.file
+        remedy = "the tokenizer changed since the preparation began"
+        check_sha256(self.tokenizer, self.entry.sha256, remedy)
+        # Both splits are opened before anything is written, to find a source that is too small.
+        self.texts = _open_texts(spec)
+
+    def _advance(self, **changes: Any) -> None:
+        self.journal = replace(self.journal, **changes)
+        save(self.journal, self.out)
+
+    def _place_tokenizer(self) -> Tokenizer:
+        spec, out = self.spec, self.out
+        if spec.tokenizer != "train":
+            path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
+            write_hashed(path, Path(spec.tokenizer).read_bytes())
+            return load_tokenizer(path)
+        size, start = self.origin.vocab_size, time.monotonic()
+        logger.info(f"{out}: learning a tokenizer of {size:,} tokens")
         tokenizer = train_sentencepiece(
-            texts, path, vocab_size=origin.vocab_size, normalization=spec.normalization
+            _open_texts(spec)["train"],
+            out / "tokenizer.model",
+            vocab_size=size,
+            normalization=spec.normalization,
         )
-        logger.info(f"{out}: tokenizer learnt in {format_duration(time.monotonic() - start)}")
-    else:
-        path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
-        write_hashed(path, Path(spec.tokenizer).read_bytes())
-        tokenizer = load_tokenizer(path)
-    return tokenizer_entry(tokenizer)
+        logger.info(f"{out}: learned the tokenizer in {format_duration(time.monotonic() - start)}")
+        return tokenizer
 
-
-def _write_splits(
-    spec: PrepareSpec,
-    progress: Progress,
-    tokenizer: Path,
-    texts: dict[str, Iterator[str]],
-    workers: int,
-    parts: Parts | None,
-) -> Progress:
-    """Writes what is missing of the splits of `texts`, whose training documents are in `parts`,
-    encoded, if that is given.
-    """
-    out, token_bytes = Path(spec.out), load_tokenizer(tokenizer).token_bytes()
-    sources = {"val": spec.val_source or spec.source, "train": spec.source}
-    held_out = 0 if spec.val_source else spec.val_docs
-
-    with encoder(tokenizer, workers) as encode:
-        for split in ("val", "train"):
-            done = getattr(progress, split)
-            if done.finished:
-                continue
-
-            def on_shard(reached: Any, split: str = split) -> None:
-                nonlocal progress
-                progress = replace(progress, **{split: reached})
-                save(progress, out)
-
-            limit = spec.max_tokens if split == "train" and spec.max_tokens else None
-            writer = SplitWriter(
-                out,
-                split,
-                spec.shard_tokens,
-                limit=limit,
-                token_bytes=token_bytes,
-                progress=done,
-                on_shard=on_shard,
+    def run(self, executor: Executor) -> Manifest | Submitted:
+        """Writes what is missing of the folder; with `slurm` submits jobs that will."""
+        executors: Any = None
+        if executor != "processes":
+            from sngpt_jax.data import executor as executors  # needs the package datatrove
+        parts = None
+        if not self.journal.train.finished and (executors or (self.out / PARTS).is_dir()):
+            source = self.spec.source
+            parts = Parts(
+                self.out / PARTS,
+                source,
+                count_parts(source),
+                self.origin,
+                self.tokenizer,
+                self.entry,
             )
-            first = done.documents + (held_out if split == "train" else 0)
-            before = (
-                sum(entry.bytes for entry in progress.val.shards)
-                if held_out and split == "train"
-                else 0
-            )
-            reading = _Reading(texts[split], max(text_bytes(sources[split]) - before, 0))
-            report = progress_reporter(f"{out}: {split}")
-            if parts and split == "train":
-                chunks = parts.read(first)
+            if executor == "slurm":
+                here = ("--executor", "local", "--workers", "1")  # finds every part encoded
+                merge = [sys.executable, "-m", COMMAND, *command_line(self.spec), *here]
+                return executors.submit(parts, self.workers, merge)
+            if executors:
+                report = progress_reporter(f"{self.out}: encoding")
+                executors.encode_here(
+                    parts,
+                    self.workers,
+                    lambda what, documents, tokens: report(0, 0, f"{what}, {tokens:,} tokens"),
+                )
+            elif parts.left():  # incomplete parts are ignored
+                parts = None
+        with encoder(self.tokenizer, self.workers) as encode:
+            self._write_split("val", encode, None)
+            self._write_split("train", encode, parts)
+        shutil.rmtree(self.out / PARTS, ignore_errors=True)
+        splits = (self.journal.train.shards, self.journal.val.shards)
+        manifest = Manifest(FORMAT, self.origin, self.entry, *splits)
+        save(manifest, self.out)
+        (self.out / PROGRESS).unlink()
+        return manifest
+
+    def _write_split(self, split: str, encode: Encoder, parts: Parts | None) -> None:
+        """Writes what is missing of a split, from the encoded `parts` if they are given."""
+        spec, done = self.spec, getattr(self.journal, split)
+        if done.finished:
+            return
+        held_out = 0 if spec.val_source else spec.val_docs
+        source = spec.val_source or spec.source if split == "val" else spec.source
+        size, limit, skipped = text_bytes(source), None, 0
+        if split == "train":
+            limit, skipped = spec.max_tokens or None, held_out
+            size -= sum(entry.bytes for entry in self.journal.val.shards) if held_out else 0
+        writer = SplitWriter(
+            self.out,
+            split,
+            spec.shard_tokens,
+            load_tokenizer(self.tokenizer).token_bytes(),
+            done,
+            lambda reached: self._advance(**{split: reached}),
+            limit,
+        )
+        read = 0  # bytes
+
+        def counted() -> Iterator[str]:
+            nonlocal read
+            for text in self.texts[split]:
+                read += len(text.encode())
+                yield text
+
+        first = skipped + done.documents
+        if parts:
+            chunks = parts.read(first)
+        else:
+            chunks = encode(source, cut_chunks(islice(counted(), done.documents, None), first + 1))
+        report = progress_reporter(f"{self.out}: {split}")
+        for chunk in chunks:
+            for tokens, extra in chunk:
+                writer.append(tokens, extra)
+            if held_out and split == "val":
+                share = writer.documents / held_out
             else:
-                chunks = encode(
-                    sources[split],
-                    cut_chunks(itertools.islice(reading, done.documents, None), first + 1),
-                )
-            for chunk in chunks:
-                for tokens, extra in chunk:
-                    writer.append(tokens, extra)
-                share = (
-                    writer.documents / held_out if held_out and split == "val" else reading.share
-                )
-                share = max(share, writer.tokens / limit) if limit else share
-                # whole once it is written
-                report(min(share, 0.999), bool(share), f"{writer.tokens:,} tokens")
-                if writer.full:
-                    break
-            writer.finish()
-            report(1, 1, f"{writer.tokens:,} tokens")
-    return progress
-
-
-def _executors() -> Any:
-    imported("datatrove", "--executor")
-    from sngpt_jax.data import executor  # needs that package
-
-    return executor
-
-
-def _make(
-    spec: PrepareSpec, out: Path, origin: Origin, workers: int, executor: Executor
-) -> Manifest | Submitted:
-    executors: Any = None if executor == "processes" else _executors()
-    if executor == "slurm":
-        executors.check_quoting(out)
-    progress = begin_or_resume(out, origin)
-    if progress.tokenizer is None:
-        progress = replace(progress, tokenizer=_place_tokenizer(spec, out, origin))
-        save(progress, out)
-    entry = progress.tokenizer
-    assert entry is not None
-    tokenizer, found = out / entry.file, file_sha256(out / entry.file, UserError)
-    if found != entry.sha256:
-        raise UserError(
-            f"{tokenizer}: changed since the preparation began: expected SHA-256 {entry.sha256},"
-            f" found {found}"
-        )
-    # Both are opened before anything is written, so that a source that is too small is known at
-    # once.
-    texts = {"train": _train_documents(spec), "val": _val_documents(spec)}
-    parts = None
-    if not progress.train.finished and (executors or (out / PARTS).is_dir()):
-        parts = Parts(out / PARTS, spec.source, count_parts(spec.source), origin, tokenizer, entry)
-        if executor == "slurm":
-            here = ("--executor", "local", "--workers", "1")  # finds every part encoded
-            return executors.submit(
-                parts, workers, [sys.executable, "-m", COMMAND, *command_line(spec), *here]
-            )
-        if executors:
-            report = progress_reporter(f"{out}: encoding")
-            executors.encode_here(
-                parts,
-                workers,
-                lambda what, documents, tokens: report(0, 0, f"{what}, {tokens:,} tokens"),
-            )
-        elif parts.left():  # not all there: tokenized here
-            parts = None
-    progress = _write_splits(spec, progress, tokenizer, texts, workers, parts)
-    shutil.rmtree(out / PARTS, ignore_errors=True)
-    manifest = Manifest(FORMAT, origin, entry, progress.train.shards, progress.val.shards)
-    save(manifest, out)
-    (out / PROGRESS).unlink()
-    return manifest
+                share = read / size if size > 0 else 0.0
+            share = max(share, writer.tokens / limit) if limit else share
+            # The split is whole only after its last shard is written.
+            report(min(share, 0.999), bool(share), f"{writer.tokens:,} tokens")
+            if writer.full:
+                break
+        writer.finish()
+        report(1, 1, f"{writer.tokens:,} tokens")
 
 
 def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
-    """Makes, goes on with, or finds finished the folder `spec.out`; returns its manifest. Raises
-    `UserError`.
+    """Makes or resumes the folder `spec.out`; returns its manifest. Raises `UserError`.
 
-    A finished folder of the same origin is left as it is. An unfinished one is gone on with from
-    its last whole shard. One of another origin is refused, naming the fields that differ. With
-    more than one worker, processes are started that import the caller's main module (as
-    `multiprocessing` does it when spawning), so that one should be cheap to import.
+    A finished folder of the same origin stays as it is. An unfinished one resumes after its last
+    whole shard. A folder of another origin is refused with the fields that differ. With more than
+    one worker, `multiprocessing` starts processes that import the caller's main module, which
+    should be cheap to import.
     """
     manifest = prepare_on(spec, workers, "processes")
     assert isinstance(manifest, Manifest)
@@ -258,10 +224,8 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
 
 
 def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest | Submitted:
-    """As `prepare`, on any of the executors; the files do not depend on it. `slurm` only submits
-    jobs that will make them.
-    """
-    for option, value, least in (
+    """As `prepare`, on any executor; all write the same files. `slurm` only submits jobs."""
+    for name, value, least in (
         ("--workers", workers, 1),
         ("--shard-tokens", spec.shard_tokens, 1),
         ("--val-docs", spec.val_docs, 0 if spec.val_source else 1),
@@ -269,38 +233,42 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
         ("--max-tokens", spec.max_tokens, 0),
     ):
         if value < least:
-            raise UserError(f"{option} {value}: expected at least {least}")
+            raise UserError(f"{name} {value}: expected at least {least}")
     if spec.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
-    out, origin = Path(spec.out), origin_of(spec)
+    out = Path(spec.out)
+    # datatrove writes paths into a job's script as they are.
+    strange = re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute()))
+    if executor == "slurm" and strange:
+        raise UserError(
+            f"--out {out.absolute()}: with --executor slurm its path may not hold {strange[0]!r};"
+            " give another"
+        )
+    origin = origin_of(spec)
     if manifest := finished(out, origin):  # before the lock: a finished folder may be read-only
         return manifest
-    with locked(out):
-        return finished(out, origin) or _make(spec, out, origin, workers, executor)
+    if executor != "processes":
+        imported("datatrove", "--executor")
+    with held(out):
+        return finished(out, origin) or _Preparation(spec, origin, workers).run(executor)
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
-    """Fetches the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them.
+    """Downloads the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them.
     Raises `UserError`.
 
-    V is the vocabulary size, at most `spec.vocab_size`; where the source does not name it, just
-    that, or 1024.
+    V is the vocabulary size, at most `spec.vocab_size`. Without V it is `spec.vocab_size` or 1024.
     """
-    named = spec.source.removeprefix("golf").removeprefix(":")
+    what, named = f"--source {spec.source}", spec.source.removeprefix("golf").removeprefix(":")
     if named and not (named.startswith("sp") and named[2:].isdecimal()):
         raise UserError(
-            f"--source {spec.source}: expected golf or golf:spV with a vocabulary size V, such as"
-            " golf:sp1024"
+            f"{what}: expected golf or golf:spV with a vocabulary size V, such as golf:sp1024"
         )
-    vocab_size = int(named[2:]) if named else spec.vocab_size or _GOLF_VOCAB_SIZE
-    check_size(spec, f"--source {spec.source}", vocab_size)
-    plain = PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size)
-    differing = [key for key, value in asdict(plain).items() if getattr(spec, key) != value]
-    if differing:
-        options = ", ".join(f"--{key.replace('_', '-')}" for key in differing)
-        raise UserError(
-            f"--source {spec.source} is already tokens; it takes no {options} but its own"
-        )
-    logger.info(f"{spec.out}: fetching the published shards of {vocab_size:,} tokens")
-    download_golf(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
+    vocab_size = int(named[2:]) if named else spec.vocab_size or DEFAULT_VOCAB_SIZE
+    check_size(spec, what, vocab_size)
+    plain = asdict(PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size))
+    if other := [option(key) for key, value in plain.items() if getattr(spec, key) != value]:
+        raise UserError(f"{what} is already tokens; it takes no {', '.join(other)} but its own")
+    logger.info(f"{spec.out}: downloading the published shards of {vocab_size:,} tokens")
+    golf.download(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
     return open_dataset(spec.out, vocab_size)

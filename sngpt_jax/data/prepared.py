@@ -1,6 +1,4 @@
-"""The data that a recipe names: opened, and prepared first where that can be done without a
-network.
-"""
+"""The data that a recipe names: opened, and prepared first if that needs no network."""
 
 import contextlib
 import logging
@@ -19,7 +17,7 @@ from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, differing
 
 logger = logging.getLogger("sngpt_jax")
 
-_GRACE = 5.0  # seconds that a preparation gets to end by itself after Ctrl-C
+_GRACE = 5.0  # seconds in which a preparation may end by itself after Ctrl-C
 
 
 def spec_of(config: Config) -> PrepareSpec:
@@ -38,12 +36,11 @@ def spec_of(config: Config) -> PrepareSpec:
 
 
 def prepared_data(config: Config) -> Dataset:
-    """The recipe's data; prepared first where that has not been done (or not finished) and its
-    source is on this machine.
+    """The recipe's data, prepared first if they are not complete and their source is here.
 
-    Raises `UserError` where the source is on the network, where the preparation was killed, and
-    where the folder holds data that were prepared with other settings than the recipe's;
-    `SystemExit` where the preparation failed or was told to stop.
+    Raises `UserError` if the source is on the network, if the preparation was killed, or if the
+    folder was prepared with other settings than the recipe's; `SystemExit` if the preparation
+    failed or was told to stop.
     """
     d, directory, spec = config.data, Path(config.data.dir), spec_of(config)
     if d.source and not _ready(directory):
@@ -59,13 +56,13 @@ def prepared_data(config: Config) -> Dataset:
         other, machine = differing(spec, data.manifest)
         if other:
             raise UserError(
-                f"{directory}: prepared otherwise than the recipe says ({'; '.join(other)}); choose"
-                " another --data.dir, or set the recipe's data and model.vocab_size to what is"
-                " there"
+                f"{directory}: prepared with other settings than the recipe's ({'; '.join(other)});"
+                " choose another --data.dir, or set the recipe's data and model.vocab_size to what"
+                " is there"
             )
         if machine:
             logger.warning(
-                "%s: taken as it is, though it cannot be made again here (%s)",
+                "%s: used as it is, though this machine cannot make it again (%s)",
                 directory,
                 "; ".join(machine),
             )
@@ -73,20 +70,17 @@ def prepared_data(config: Config) -> Dataset:
 
 
 def _ready(directory: Path) -> bool:
-    """Whether a folder holds whole data: a preparation's, or shards of others that nothing is
-    being fetched into.
-    """
+    """Whether a folder holds a finished preparation, or shards that are not being downloaded."""
     return (directory / MANIFEST).is_file() or (
         any(directory.glob("*.bin")) and not unfinished(directory)
     )
 
 
 def _prepare(spec: PrepareSpec) -> None:
-    """Prepares in a process of its own, without jax, whose workers start fast; it ends before this
+    """Prepares in a process without jax, whose workers start fast. The process ends before this
     function does.
 
-    SIGTERM is handed on to it and ends this process too, quietly; so does Ctrl-C, which reaches
-    both.
+    SIGTERM also ends that process, and then this one, quietly. Ctrl-C reaches both.
     """
     process: subprocess.Popen[bytes] | None = None
     terminated = False
@@ -100,7 +94,7 @@ def _prepare(spec: PrepareSpec) -> None:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         quiet = [] if logger.isEnabledFor(logging.INFO) else ["--quiet"]
-        # no panel, no next command
+        # --json: no result and no next command on the terminal
         command = [sys.executable, "-m", COMMAND, *command_line(spec), "--json", *quiet]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if terminated:  # while it was being started
@@ -120,8 +114,8 @@ def _prepare(spec: PrepareSpec) -> None:
         raise SystemExit(EXIT_SIGTERM)
     if status < 0:
         raise UserError(
-            f"the preparation of {spec.out} was killed by {signal.Signals(-status).name}; to go on"
-            f" where it was: {cli.command(COMMAND, *command_line(spec))}"
+            f"the preparation of {spec.out} was killed by {signal.Signals(-status).name}; to resume"
+            f" it: {cli.command(COMMAND, *command_line(spec))}"
         )
     if status:
         raise SystemExit(status)

@@ -1,12 +1,12 @@
 """Token shards on disk, read as one endless stream.
 
-A shard is the published challenge's format: a header of 256 little-endian int32 (magic 20240520,
-version 1, token count, zeros), then that many little-endian uint16 tokens. nanoGPT's `train.bin`
-and `val.bin` are the tokens alone.
+A shard has the challenge's published format: a header of 256 little-endian int32 (magic 20240520,
+version 1, token count, zeros), then the tokens as little-endian uint16. nanoGPT's `train.bin` and
+`val.bin` have no header.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,14 @@ import numpy as np
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.files import write_bytes_atomic
-from sngpt_jax.base.untrusted import file_sha256, inside, plain_size
+from sngpt_jax.base.untrusted import inside, plain_size
 from sngpt_jax.data.manifest import (
     MANIFEST,
     PROGRESS,
     DataError,
     Manifest,
     ShardEntry,
+    check_sha256,
     load_manifest,
     verify,
 )
@@ -33,65 +34,56 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
-# a folder that is there while published shards are fetched into the folder above it
+# This subfolder exists while published shards are being downloaded.
 DOWNLOAD = ".download"
 
-_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: the count takes 8 bytes a token
-# data sets smaller than this have their checksums verified whenever they are opened
+_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: counting takes 8 bytes per token
+# Smaller data sets have their checksums verified whenever they are opened.
 _VERIFIED_BYTES = 64 * 2**20
 
 
-# ---------------------------------------------------------------------------------------------- one file
+# ------------------------------------------------------------ one file
 
 
 def write_hashed(path: Path, content: bytes) -> str:
-    """Writes `content` to `path`, all or nothing; returns its SHA-256 in hexadecimal."""
+    """Writes `content` to `path` atomically; returns its SHA-256 in hexadecimal."""
     write_bytes_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
-    """Writes `tokens` (uint16 [N], N ≥ 1) as a shard, atomically; returns the file's SHA-256."""
+    """Writes `tokens` (uint16 [N], 1 ≤ N < 2^31) as a shard, atomically; returns its SHA-256."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 1 <= len(tokens) <= MAX_SHARD_TOKENS:
         raise ValueError(
             f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype}"
             f" {tokens.shape}"
         )
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    return write_hashed(
-        path, b"".join([header.data, np.ascontiguousarray(tokens, dtype=TOKEN).data])
-    )
+    return write_hashed(path, b"".join([header.data, np.ascontiguousarray(tokens, TOKEN).data]))
 
 
 def open_shard(path: Path) -> np.memmap:
-    """Maps a shard's tokens, uint16 [N]. Checks magic, version and size; raises `DataError` with
-    expected and found.
-    """
+    """Maps a shard's tokens, uint16 [N]. Raises `DataError` unless magic, version and size fit."""
     size = plain_size(path, DataError)
-    try:
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(header) < HEADER_BYTES:
-        raise DataError(
-            f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}"
-        )
-    magic, version, count = (int(x) for x in header.view("<i4")[:3])
-    if magic != MAGIC:
-        raise DataError(f"{path}: not a token shard: expected magic {MAGIC}, found {magic}")
-    if version != VERSION:
-        raise DataError(f"{path}: expected shard version {VERSION}, found {version}")
-    if count < 1:
-        raise DataError(f"{path}: expected at least 1 token, found a count of {count}")
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
+    magic, version, count = np.frombuffer(header, "<i4", 3).tolist()
     expected = HEADER_BYTES + TOKEN.itemsize * count
-    if size != expected:
+    if size < HEADER_BYTES:
+        problem = f"expected a header of {HEADER_BYTES} bytes, found a file of {size}"
+    elif magic != MAGIC:
+        problem = f"not a token shard: expected magic {MAGIC}, found {magic}"
+    elif version != VERSION:
+        problem = f"expected shard version {VERSION}, found {version}"
+    elif count < 1:
+        problem = f"expected at least 1 token, found a count of {count}"
+    elif size != expected:
         problem = "truncated" if size < expected else "oversized"
-        raise DataError(
-            f"{path}: {problem}: expected {expected} bytes for {count} tokens, found {size}"
-        )
-    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+        problem += f": expected {expected} bytes for {count} tokens, found {size}"
+    else:
+        return np.memmap(path, TOKEN, "r", HEADER_BYTES, (count,))
+    raise DataError(f"{path}: {problem}")
 
 
 def open_headerless(path: Path) -> np.memmap:
@@ -101,8 +93,8 @@ def open_headerless(path: Path) -> np.memmap:
         raise DataError(
             f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
         )
-    tokens = np.memmap(path, dtype=TOKEN, mode="r")
-    if size >= 4 and int(tokens[0]) | int(tokens[1]) << 16 == MAGIC:
+    tokens = np.memmap(path, TOKEN, "r")
+    if tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
         raise DataError(
             f"{path}: expected tokens alone, found a shard header; name it *_{path.stem}_000000.bin"
             " instead"
@@ -116,24 +108,22 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
     """
     try:
         with open(path, "rb") as file:
-            # later ones may state a header of 4 GB, which numpy allocates
+            # Later versions may state a header of 4 GB, which numpy allocates.
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("expected version 1.0 of npy")
-        # mapped, since it then must be as long as its header says; `np.load` also takes archives
+        # A mapped file must be as long as its header says. `np.load` would also take archives.
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
-    except Exception as error:  # numpy raises half a dozen kinds for headers it cannot make out
+    except Exception as error:  # numpy raises many kinds for headers that it cannot read
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
         raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")
-    positions = rows[:, 0]
-    if len(rows) and (
-        positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any()
-    ):
+    bounded = np.concatenate([[-1], rows[:, 0], [tokens]])
+    if (bounded[1:] <= bounded[:-1]).any():
         raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
     return rows
 
 
-# ---------------------------------------------------------------------------------------------- a split as a stream
+# ------------------------------------------------------------ a split as a stream
 
 NO_EXTRA = np.zeros((0, 2), np.int64)
 
@@ -150,8 +140,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The shards of one split in order, as one sequence of tokens that starts again at its end.
-    Safe to read from threads.
+    """The shards of one split in order, as one sequence that starts again at its end. Threads may
+    read it at the same time.
     """
 
     shards: tuple[Shard, ...]
@@ -177,13 +167,11 @@ class TokenStream:
         return int(self._starts[-1])
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Tokens start, start + 1, …, start + count - 1 of the endless stream: uint16 [count].
+        """Tokens start, …, start + count - 1 of the endless stream: uint16 [count].
 
-        Position p is token p mod len(self). Raises `DataError` naming the file that holds a token
+        Position p is token p mod len(self). Raises `DataError` that names the file of a token
         outside the vocabulary.
         """
-        if start < 0 or count < 0:
-            raise ValueError(f"take({start}, {count}): neither may be negative")
         result = np.empty(count, np.uint16)
         position, filled = start % len(self), 0
         index = int(np.searchsorted(self._starts, position, side="right")) - 1
@@ -204,17 +192,15 @@ class TokenStream:
         return result
 
     def extra(self, start: int, stop: int) -> np.ndarray:
-        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], rows (position
-        in the stream, bytes).
+        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2] with rows
+        (position in the stream, bytes).
         """
         first, last = np.searchsorted(self._extra[:, 0], [start, stop])
         return self._extra[first:last]
 
     def target_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> np.ndarray:
-        """UTF-8 bytes of each of the tokens [start, stop) given the one before it, corrections
-        included: int64 [stop - start].
-
-        1 ≤ start ≤ stop ≤ len(self).
+        """UTF-8 bytes of each token in [start, stop) after the token before it, corrections
+        included: int64 [stop - start]. Needs 1 ≤ start ≤ stop ≤ len(self).
         """
         if not 1 <= start <= stop <= len(self):
             raise ValueError(f"target_bytes({start}, {stop}) in a stream of {len(self)} tokens")
@@ -225,23 +211,19 @@ class TokenStream:
         return result
 
     def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> int:
-        """The sum of `target_bytes` over the same tokens, in blocks, so that it takes little
-        memory however many they are.
-        """
-        total = 0
-        for block in range(start, stop, _COUNT_BLOCK):
-            total += int(
-                self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum()
-            )
-        return total
+        """The sum of `target_bytes` over [start, stop), counted in blocks to save memory."""
+        return sum(
+            int(self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum())
+            for block in range(start, stop, _COUNT_BLOCK)
+        )
 
 
-# ---------------------------------------------------------------------------------------------- a folder
+# ------------------------------------------------------------ a folder
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of tokens, opened."""
+    """An opened folder of tokens."""
 
     directory: Path
     train: TokenStream
@@ -251,8 +233,8 @@ class Dataset:
 
 
 def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
-    """Maps the shards that a manifest or journal names, checking presence, headers and sizes.
-    Raises `DataError`.
+    """Maps the shards that a manifest or journal names. Raises `DataError` for a missing file, a
+    wrong header or a wrong size.
     """
     shards = []
     for entry in entries:
@@ -262,35 +244,26 @@ def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
                 f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data"
                 " again elsewhere"
             )
-        tokens = open_shard(path)
+        tokens, extra = open_shard(path), NO_EXTRA
         if len(tokens) != entry.tokens:
             raise DataError(
                 f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}"
             )
-        extra = (
-            open_extra(inside(directory, entry.extra.name, DataError), entry.tokens)
-            if entry.extra
-            else NO_EXTRA
-        )
+        if entry.extra:
+            extra = open_extra(inside(directory, entry.extra.name, DataError), entry.tokens)
         shards.append(Shard(path, tokens, extra))
     return shards
 
 
 def unfinished(directory: Path) -> bool:
-    """Whether a preparation or a download of published shards into this folder has begun and not
-    ended.
-    """
-    if (directory / MANIFEST).is_file():  # written last
-        return False
-    return (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
+    """Whether a preparation or download into this folder has begun and not ended."""
+    return not (directory / MANIFEST).is_file() and (
+        (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
+    )
 
 
 def _tokenizer_file(directory: Path) -> Path:
-    found = sorted(
-        path
-        for path in directory.iterdir()
-        if path.suffix == ".model" or path.name == "tokenizer.json"
-    )
+    found = sorted([*directory.glob("*.model"), *directory.glob("tokenizer.json")])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise DataError(
@@ -302,6 +275,10 @@ def _tokenizer_file(directory: Path) -> Path:
 
 def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
     """The train and val shards of a folder of any of the three kinds."""
+
+    def mapped(paths: Iterable[Path]) -> list[Shard]:
+        return [Shard(path, open_shard(path), NO_EXTRA) for path in sorted(paths)]
+
     if manifest:
         if not (manifest.train and manifest.val):
             raise DataError(
@@ -311,34 +288,30 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
     if unfinished(directory):
         raise DataError(
             f"{directory}: its preparation has not finished; run the same prepare command again to"
-            " go on"
+            " resume it"
         )
-    train, val = (sorted(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
+    train, val = (list(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
     if train and val:
-        return [Shard(p, open_shard(p), NO_EXTRA) for p in train], [
-            Shard(p, open_shard(p), NO_EXTRA) for p in val
-        ]
-    if (directory / "train.bin").is_file() and (directory / "val.bin").is_file():
-        plain = [
-            Shard(p, open_headerless(p), NO_EXTRA)
-            for p in (directory / "train.bin", directory / "val.bin")
-        ]
-        return plain[:1], plain[1:]
-    raise DataError(
-        f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or"
-        " train.bin and val.bin; found none"
-    )
+        return mapped(train), mapped(val)
+    plain = [directory / "train.bin", directory / "val.bin"]
+    if not all(path.is_file() for path in plain):
+        raise DataError(
+            f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or"
+            " train.bin and val.bin; found none"
+        )
+    one, other = (Shard(path, open_headerless(path), NO_EXTRA) for path in plain)
+    return [one], [other]
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
-    """Opens a folder of tokens for a model whose table has `vocab_size` rows, one for each token
-    of the folder's tokenizer or more. Raises `DataError` in one line that names the file.
+    """Opens a folder of tokens for a model whose table has `vocab_size` rows. The folder's
+    tokenizer may have fewer tokens. Raises `DataError` that names the file.
 
-    With a manifest, the folder is one of `sngpt_jax.prepare`. Without one, shards named
-    `*_train_*.bin` and `*_val_*.bin` are read in the order of their names, else nanoGPT's
-    `train.bin` and `val.bin`; one tokenizer file lies beside them. The tokenizer's checksum and
-    every shard's header and size are checked; the shards' checksums only in a data set smaller
-    than 64 MiB, since the others take minutes to read (`prepare --verify` does so).
+    A folder of `sngpt_jax.prepare` has a manifest. Without one, shards named `*_train_*.bin` and
+    `*_val_*.bin` are read in the order of their names, else nanoGPT's `train.bin` and `val.bin`;
+    one tokenizer file must lie beside them. The tokenizer's checksum and each shard's header and
+    size are checked. The shards' checksums are checked only below 64 MiB of tokens, because larger
+    sets take minutes; `prepare --verify` checks them all.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -349,16 +322,12 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
         )
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)
-    path = (
-        inside(directory, manifest.tokenizer.file, DataError)
-        if manifest
-        else _tokenizer_file(directory)
-    )
-    if manifest and (found := file_sha256(path, DataError)) != manifest.tokenizer.sha256:
-        raise DataError(
-            f"{path}: not the tokenizer that the shards were made with:"
-            f" expected SHA-256 {manifest.tokenizer.sha256}, found {found}"
-        )
+    if manifest:
+        path = inside(directory, manifest.tokenizer.file, DataError)
+        remedy = "it is not the tokenizer that the shards were made with; restore that one"
+        check_sha256(path, manifest.tokenizer.sha256, remedy)
+    else:
+        path = _tokenizer_file(directory)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -1,8 +1,7 @@
-"""What to prepare, as asked for on a command line or by a recipe, and whether a folder holds just
-that.
-"""
+"""What to prepare, as a command line or a recipe asks for it, and whether a folder holds it."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,39 +13,38 @@ from sngpt_jax.data.tokenizer import load_tokenizer
 
 COMMAND = "sngpt_jax.prepare"  # the module that prepares
 
-_LEARNT_VOCAB_SIZE = 1024
+DEFAULT_VOCAB_SIZE = 1024  # of a tokenizer to learn, or of golf
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
     """What to prepare, and where to."""
 
-    # stdlib, a .txt, .jsonl[.gz|.zst] or .parquet file, a folder, hub:NAME[:CONFIG][@SPLIT],
+    # stdlib; a .txt, .jsonl[.gz|.zst] or .parquet file; a folder; hub:NAME[:CONFIG][@SPLIT];
     # golf[:spV]
     source: str
-    out: str  # folder that gets the shards, the tokenizer and manifest.json
+    out: str  # folder for the shards, the tokenizer and manifest.json
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
     tokenizer: str = "train"
-    val_source: str = ""  # validation text of its own; empty: the source's first val_docs documents
-    val_docs: int = 50_000  # documents held out for validation when there is no val_source
+    val_source: str = ""  # separate validation text; empty: the source's first val_docs documents
+    val_docs: int = 50_000  # documents held out for validation if there is no val_source
     # tokens of the tokenizer to learn or of golf (0: 1024), or the most of a given one (0: any)
     vocab_size: int = 0
-    # of a learnt tokenizer; identity keeps all whitespace
+    # how the learned tokenizer changes text; identity keeps all whitespace
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
-    shard_tokens: int = 100_000_000  # tokens in a shard
-    max_tokens: int = 0  # training tokens after which to stop; 0: no limit
+    shard_tokens: int = 100_000_000  # tokens per shard
+    max_tokens: int = 0  # stop after this many training tokens; 0: no limit
+
+
+def option(field: str) -> str:
+    """The command line option of a field of `PrepareSpec`."""
+    return f"--{field.replace('_', '-')}"
 
 
 def command_line(spec: PrepareSpec) -> list[str]:
-    """The arguments of the command (`COMMAND`) that prepares `spec`; options at their defaults are
-    left out.
-    """
-    given = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
-    return [
-        word
-        for f in given
-        for word in (f"--{f.name.replace('_', '-')}", str(getattr(spec, f.name)))
-    ]
+    """The arguments of `COMMAND` that prepare `spec`, without options at their defaults."""
+    given = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
+    return [word for name in given for word in (option(name), str(getattr(spec, name)))]
 
 
 def _source_fields(spec: PrepareSpec) -> dict[str, Any]:
@@ -61,24 +59,15 @@ def _val_fields(spec: PrepareSpec) -> dict[str, Any]:
 
 def _tokenizer_fields(spec: PrepareSpec) -> dict[str, Any]:
     if spec.tokenizer == "train":
-        vocab_size = spec.vocab_size or _LEARNT_VOCAB_SIZE
-        return {
-            "tokenizer": "train",
-            "vocab_size": vocab_size,
-            "normalization": str(spec.normalization),
-        }
-    given = load_tokenizer(Path(spec.tokenizer))
-    return {
-        "tokenizer": f"sha256:{given.sha256}",
-        "vocab_size": given.vocab_size,
-        "normalization": "",
-    }
+        name, size, rule = "train", spec.vocab_size or DEFAULT_VOCAB_SIZE, str(spec.normalization)
+    else:
+        given = load_tokenizer(Path(spec.tokenizer))
+        name, size, rule = f"sha256:{given.sha256}", given.vocab_size, ""
+    return {"tokenizer": name, "vocab_size": size, "normalization": rule}
 
 
 def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
-    """Raises `UserError` where `what` has more tokens than `spec` allows; a model's rows beyond
-    them do no harm.
-    """
+    """Raises `UserError` if `what` has more tokens than `spec` allows."""
     if 0 < spec.vocab_size < vocab_size:
         raise UserError(
             f"{what}: expected at most --vocab-size {spec.vocab_size} tokens, found {vocab_size}"
@@ -86,21 +75,19 @@ def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
 
 
 def origin_of(spec: PrepareSpec) -> Origin:
-    """What decides the files' bytes: hashes in place of names, and nothing of the options that do
-    not matter here.
-    """
+    """The settings and hashes that decide the bytes of the files. Raises `UserError`."""
     fields = _source_fields(spec) | _val_fields(spec) | _tokenizer_fields(spec)
     check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
         raise UserError(
-            f"--val-source {spec.val_source} is the same text as --source {spec.source}: the model"
-            " would be scored on what it was trained on; give another --val-source, or none to"
+            f"--val-source {spec.val_source} is the same text as --source {spec.source}, which"
+            " would score the model on its training text; give another --val-source, or none to"
             " hold out --val-docs"
         )
     return Origin(**fields, shard_tokens=spec.shard_tokens, max_tokens=spec.max_tokens)
 
 
-def differing_fields(there: Origin, asked: dict[str, Any]) -> dict[str, str]:
+def differing_fields(there: Origin, asked: Mapping[str, Any]) -> dict[str, str]:
     """A phrase for each field in which `asked` differs from `there`."""
     old = asdict(there)
     return {
@@ -111,12 +98,12 @@ def differing_fields(there: Origin, asked: dict[str, Any]) -> dict[str, str]:
 
 
 def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """How a finished folder differs from what `spec` would make, a phrase each: (in its settings,
-    in what is on this machine).
+    """How a finished folder differs from what `spec` would make: phrases about its settings, and
+    phrases about the texts and tokenizers on this machine.
 
-    The second are texts and tokenizer files that are not here, a source of the same kind with
-    other content, and the library of another Python. The size of the shards and of the whole may
-    differ.
+    The second list names texts and tokenizer files that are not here, a source of the same kind
+    with other content, and the library of another Python. The sizes of the shards and of the whole
+    may differ.
     """
     asked: dict[str, Any] = {}
     machine = []
@@ -127,9 +114,8 @@ def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[st
             machine.append(str(error))
     lines = differing_fields(manifest.origin, asked)
     for name in ("source", "val_source"):
-        kinds = {
-            text.partition(" ")[0] for text in (getattr(manifest.origin, name), asked.get(name, ""))
-        }
+        found = (getattr(manifest.origin, name), asked.get(name, ""))
+        kinds = {text.partition(" ")[0] for text in found}
         if name in lines and len(kinds) == 1 and (name == "source" or kinds == {"stdlib"}):
             machine.append(lines.pop(name))
     return list(lines.values()), machine

@@ -1,4 +1,4 @@
-"""Cuts a split's documents into shards, at positions that depend on nothing but the documents."""
+"""Cuts a split's documents into shards. The cuts depend only on the documents."""
 
 import io
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax.data.manifest import ExtraEntry, ShardEntry, SplitProgress
+from sngpt_jax.data.manifest import ExtraEntry, ShardEntry, SplitJournal
 from sngpt_jax.data.shards import (
     NO_EXTRA,
     TOKEN,
@@ -20,13 +20,12 @@ from sngpt_jax.data.tokenizer import MAX_VOCAB, TokenBytes
 
 
 class SplitWriter:
-    """Appends documents to one split of a folder; each shard but the last holds exactly
+    """Appends documents to one split of a folder. Each shard but the last has exactly
     `shard_tokens` tokens.
 
-    `progress` says where to go on and `limit` after how many tokens of the whole split to stop
-    (None: never). After each shard that is complete and in place, `on_shard` is called with the
-    new progress. Appending the documents from number `progress.documents` on gives the same files
-    as one run over all of them.
+    `reached` says where to resume. The split ends after `limit` tokens (None: never). After each
+    complete shard is in place, `on_shard` is called with the new state. Appending the documents
+    from number `reached.documents` on gives the same files as one run over all of them.
     """
 
     def __init__(
@@ -34,25 +33,17 @@ class SplitWriter:
         directory: Path,
         split: str,
         shard_tokens: int,
-        *,
-        limit: int | None,
         token_bytes: TokenBytes,
-        progress: SplitProgress,
-        on_shard: Callable[[SplitProgress], None],
+        reached: SplitJournal,
+        on_shard: Callable[[SplitJournal], None],
+        limit: int | None = None,
     ) -> None:
-        self.progress = progress
-        self.documents = progress.documents  # appended whole
-        # appended, the unfinished shard's included
-        self.tokens = sum(entry.tokens for entry in progress.shards)
-        self._directory, self._split, self._token_bytes, self._on_shard = (
-            directory,
-            split,
-            token_bytes,
-            on_shard,
-        )
-        self._limit = limit
-        self._offset = progress.offset
-        written = open_entries(directory, progress.shards)
+        self.reached = reached
+        self.documents = reached.documents  # appended whole
+        self.tokens = sum(entry.tokens for entry in reached.shards)  # appended
+        self._directory, self._split, self._token_bytes = directory, split, token_bytes
+        self._on_shard, self._limit, self._offset = on_shard, limit, reached.offset
+        written = open_entries(directory, reached.shards)
         self._previous = int(written[-1].tokens[-1]) if written else None
         self._buffer = np.empty(shard_tokens, TOKEN)
         self._begin_shard()
@@ -70,7 +61,7 @@ class SplitWriter:
 
     def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
         """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m,
-        2]. When full, nothing.
+        2]. A full split takes none.
         """
         if self.full:
             return
@@ -91,41 +82,36 @@ class SplitWriter:
             self.documents, self._offset = self.documents + 1, 0
 
     def finish(self) -> None:
-        """Writes what is left as the last shard."""
+        """Writes the remaining tokens as the last shard."""
         if self._filled:
             self._end_shard(self.documents, self._offset)
-        self.progress = SplitProgress(
-            self.progress.shards, self.documents, self._offset, finished=True
-        )
-        self._on_shard(self.progress)
+        self._reach(SplitJournal(self.reached.shards, self.documents, self._offset, finished=True))
+
+    def _reach(self, state: SplitJournal) -> None:
+        self.reached = state
+        self._on_shard(state)
 
     def _end_shard(self, documents: int, offset: int) -> None:
         tokens = self._buffer[: self._filled]
         extra = np.concatenate(self._extra)
-        name = f"{self._split}_{len(self.progress.shards):06d}.bin"
+        name = f"{self._split}_{len(self.reached.shards):06d}.bin"
+        path = self._directory / name
         sidecar = None
         if len(extra):
-            file = io.BytesIO()
+            file, sidecar_name = io.BytesIO(), f"{name}.extra.npy"
             np.save(file, extra, allow_pickle=False)
-            sidecar_name = f"{name}.extra.npy"
-            sidecar = ExtraEntry(
-                sidecar_name, write_hashed(self._directory / sidecar_name, file.getvalue())
-            )
+            digest = write_hashed(self._directory / sidecar_name, file.getvalue())
+            sidecar = ExtraEntry(sidecar_name, digest)
+        count = self._count_bytes(Shard(path, tokens, extra))
         entry = ShardEntry(
-            name=name,
-            tokens=len(tokens),
-            documents=self._begun,
-            bytes=self._count_bytes(Shard(self._directory / name, tokens, extra)),
-            sha256=write_shard(self._directory / name, tokens),
-            extra=sidecar,
+            name, len(tokens), self._begun, count, write_shard(path, tokens), sidecar
         )
         self._previous = int(tokens[-1])
-        self.progress = SplitProgress((*self.progress.shards, entry), documents, offset)
-        self._on_shard(self.progress)
+        self._reach(SplitJournal((*self.reached.shards, entry), documents, offset))
         self._begin_shard()
 
     def _count_bytes(self, shard: Shard) -> int:
-        # a split begins with BOS: 0 bytes
+        # A split begins with BOS, which stands for 0 bytes after any token.
         previous = shard.tokens[0] if self._previous is None else self._previous
         before = Shard(shard.path, np.array([previous], TOKEN), NO_EXTRA)
         return TokenStream((before, shard), MAX_VOCAB).count_bytes(

@@ -5,6 +5,7 @@ them.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,11 +236,15 @@ def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, A
 
 def page(data: dict[str, Any]) -> str:
     """The HTML page of `report`'s data."""
+    scripts = ("chart.js", "report.js")
+    connect = bool(data["live"])
     return webpage.render(
-        __package__,
-        "report",
-        data["title"],
-        data,
-        scripts=("chart.js", "report.js"),
-        connect=bool(data["live"]),
+        __package__, "report", data["title"], data, scripts=scripts, connect=connect
     )
+
+
+def write(out: Path, data: dict[str, Any]) -> None:
+    """Writes the page of `report`'s data to the file of `--out`. Raises `UserError`."""
+    webpage.write(out, page(data))
+    count = len(data["runs"])
+    print(f"{count} run{'s' * (count != 1)}: {out}")

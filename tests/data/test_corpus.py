@@ -18,11 +18,11 @@ import zstandard
 from pyarrow import parquet
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data import corpus
-from sngpt_jax.data.corpus import count_parts, documents, download_golf, fingerprint
+from sngpt_jax.data import corpus, golf
+from sngpt_jax.data.corpus import count_parts, documents, fingerprint
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import unfinished
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer_training import train_sentencepiece
 
 WRAP = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
@@ -147,10 +147,10 @@ def test_damaged_compression(tmp_path):
     [
         (b'{"text": ', "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[1]", "expected an object with the key text, found list"),
-        (b'{"txt": "a", "id": 1}', "expected the key text, found 'txt', 'id'"),
-        (b'{"text": null}', "expected a string in text, found NoneType"),
-        (b'{"text": 3}', "expected a string in text, found int"),
+        (b"[1]", "expected a string under the key 'text', found list in place of"),
+        (b'{"txt": "a", "id": 1}', "found the keys 'txt', 'id'"),
+        (b'{"text": null}', "found NoneType there"),
+        (b'{"text": 3}', "found int there"),
         (b'{"text": "\xff"}', "not UTF-8"),
     ],
 )
@@ -180,7 +180,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     fails(path, f"{path}: row 1", "found int")
     parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), path)
-    fails(path, str(path), "expected a column text, found content, id")
+    fails(path, str(path), "no column 'text'; columns: content, id")
     parquet.write_table(pyarrow.table({"text": ["a", pyarrow.scalar("b").as_py()]}), path)
     raw = pyarrow.Array.from_buffers(
         pyarrow.string(),
@@ -341,7 +341,7 @@ def test_hub_failures_are_one_line(monkeypatch):
     stand_in(
         monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}]
     )
-    fails("hub:some/set", "hub:some/set: row 2", "expected the key text, found 'content'")
+    fails("hub:some/set", "hub:some/set: row 2", "found the keys 'content'")
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
     fails("hub:some/set", f"{sys.executable} -m pip install datasets", kind=UserError)
     for bad in ("hub:", "hub::c", "hub:a:b:c", "hub:a@"):
@@ -415,7 +415,7 @@ def published(tmp_path, monkeypatch):
 def test_download_golf(tmp_path, published):
     files, fetched = published
     out = tmp_path / "out"
-    download_golf(out, vocab_size=280, train_shards=2)
+    golf.download(out, vocab_size=280, train_shards=2)
     assert sorted(path.name for path in out.iterdir()) == [
         "fineweb_280_bpe.model",
         "fineweb_train_000000.bin",
@@ -430,7 +430,7 @@ def test_download_golf(tmp_path, published):
     fetched.clear()  # what is whole is kept; what is not is fetched again
     whole = out / "fineweb_train_000001.bin"
     whole.write_bytes(whole.read_bytes()[:-1])
-    download_golf(out, vocab_size=280, train_shards=3)
+    golf.download(out, vocab_size=280, train_shards=3)
     assert [Path(name).name for name in fetched] == [
         "manifest.json",
         "fineweb_train_000001.bin",
@@ -441,7 +441,7 @@ def test_download_golf(tmp_path, published):
 
 def golf_fails(out, *expected, vocab_size=280, train_shards=1):
     with pytest.raises(UserError) as error:
-        download_golf(out, vocab_size=vocab_size, train_shards=train_shards)
+        golf.download(out, vocab_size=vocab_size, train_shards=train_shards)
     for text in expected:
         assert text in str(error.value)
     assert "\n" not in str(error.value)
@@ -493,9 +493,7 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
         files["datasets/manifest.json"] = content
         golf_fails(tmp_path / "new", "manifest.json", "not the layout")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    golf_fails(
-        tmp_path / "new", corpus.GOLF_REPO, f"{sys.executable} -m pip install huggingface_hub"
-    )
+    golf_fails(tmp_path / "new", golf.REPO, f"{sys.executable} -m pip install huggingface_hub")
 
 
 def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, published):
@@ -507,7 +505,7 @@ def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, publishe
     golf_fails(out, "fineweb_train_000001.bin cannot be fetched", train_shards=2)
     assert unfinished(out) and (out / "fineweb_train_000000.bin").exists()
     files["datasets/datasets/fineweb10B_sp280/fineweb_train_000001.bin"] = missing
-    download_golf(out, vocab_size=280, train_shards=2)
+    golf.download(out, vocab_size=280, train_shards=2)
     assert not unfinished(out)
     manifest = files.pop("datasets/manifest.json")
     golf_fails(out, "manifest.json cannot be fetched", train_shards=3)  # as without a network
@@ -518,7 +516,7 @@ def test_the_hubs_retries_are_not_shown():
     pytest.importorskip("huggingface_hub")
     program = """
 import logging
-from sngpt_jax.data import corpus
+from sngpt_jax.data import corpus, golf
 corpus.imported("huggingface_hub", "a test").hf_hub_download
 logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
 """

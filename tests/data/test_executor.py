@@ -25,7 +25,7 @@ from sngpt_jax.data import encode
 from sngpt_jax.data import parts as parts_module
 from sngpt_jax.data import preparation as prepare_module
 from sngpt_jax.data.folder import PARTS
-from sngpt_jax.data.manifest import load_progress
+from sngpt_jax.data.manifest import load_journal
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import prepare, prepare_on
 from sngpt_jax.data.shards import open_dataset
@@ -118,9 +118,9 @@ def begun(source, out):
     """A preparation's parts, stopped before the first was encoded."""
     spec = spec_for(source, out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, "_write_splits", interrupt)
+        patch.setattr(prepare_module, "encoder", interrupt)
         prepare(spec)
-    entry = load_progress(out).tokenizer
+    entry = load_journal(out).tokenizer
     return Parts(out / PARTS, spec.source, 5, origin_of(spec), out / entry.file, entry)
 
 

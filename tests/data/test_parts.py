@@ -16,8 +16,9 @@ from sngpt_jax.data.manifest import (
     DataError,
     Origin,
     ShardEntry,
+    SplitJournal,
     TokenizerEntry,
-    load_progress,
+    load_journal,
     save,
 )
 from sngpt_jax.data.parts import Parts
@@ -192,8 +193,8 @@ def test_tokens_are_only_counted_where_they_are_certain_to_be_training_tokens(pa
         training = int((document > held_out).sum())
         asked = int(rng.integers(1, 200))
         some = replace(parts, origin=replace(parts.origin, val_docs=held_out, max_tokens=asked))
-        assert not some._enough(entries) or training >= asked
-        assert some._enough(entries) or training - 2 * 20 < asked
+        assert not some._enough([SplitJournal(tuple(entries))]) or training >= asked
+        assert some._enough([SplitJournal(tuple(entries))]) or training - 2 * 20 < asked
 
 
 def test_damaged_parts_are_named(parts):
@@ -204,18 +205,18 @@ def test_damaged_parts_are_named(parts):
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(
         DataError,
-        match=r"00002-of-00005/train_000001\.bin: damaged: .* delete .*00002-of-00005 and run",
+        match=r"00002-of-00005/train_000001\.bin: expected SHA-256 .* delete .*00002-of-00005 and run",
     ):
         list(parts.read(0))
     path.write_bytes(whole)
     sidecar = parts.folder(2) / parts.reached(2).shards[0].extra.name
     sidecar.write_bytes(sidecar.read_bytes()[:-1] + b"x")
-    with pytest.raises(DataError, match=r"extra\.npy: damaged"):
+    with pytest.raises(DataError, match=r"extra\.npy: expected SHA-256"):
         list(parts.read(0))
     sidecar.unlink()
     with pytest.raises(
         DataError,
-        match=r"00002-of-00005/.*extra\.npy: missing; delete .*00002-of-00005 and run the same",
+        match=r"00002-of-00005/.*extra\.npy: expected .* found no file; delete .*00002-of-00005 and run the same",
     ):
         list(parts.read(0))
 
@@ -224,7 +225,7 @@ def test_damaged_parts_are_named(parts):
 def test_a_journal_that_miscounts_the_documents_is_refused(parts, there):
     for part in range(len(SIZES)):
         parts.encode(part)
-    journal = load_progress(parts.folder(2))
+    journal = load_journal(parts.folder(2))
     save(replace(journal, train=replace(journal.train, documents=there)), parts.folder(2))
     with pytest.raises(
         DataError,

@@ -182,8 +182,8 @@ def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
     (tmp_path / "text.txt").unlink()
     prepared_data(prepared)
     edited, gone = warned()
-    assert "taken as it is" in edited and "source: 'files, 1 files" in edited
-    assert "taken as it is" in gone and "no such file or folder" in gone
+    assert "used as it is" in edited and "source: 'files, 1 files" in edited
+    assert "used as it is" in gone and "no such file or folder" in gone
 
 
 def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):

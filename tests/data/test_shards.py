@@ -36,7 +36,8 @@ from sngpt_jax.data.shards import (
     open_shard,
     write_shard,
 )
-from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.tokenizer_training import train_sentencepiece
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
 VOCAB = 300
@@ -391,7 +392,7 @@ def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
     )
     assert "not the tokenizer that the shards were made with" in message()
     (folder / "tokenizer.model").unlink()
-    assert "tokenizer.model: cannot be read" in message()
+    assert "tokenizer.model: expected SHA-256" in message()
 
 
 def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
@@ -448,7 +449,7 @@ def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, 
     with pytest.raises(DataError, match=r"expected manifest\.json, shards named"):
         open_dataset(tmp_path, VOCAB)
     manifests.save(
-        manifests.Progress(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path
+        manifests.Journal(1, Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)), tmp_path
     )
     with pytest.raises(DataError, match="run the same prepare command again"):
         open_dataset(tmp_path, VOCAB)
@@ -466,11 +467,11 @@ def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tok
 
 
 def test_a_journal_reads_back_as_written(tmp_path):
-    split = manifests.SplitProgress(
+    split = manifests.SplitJournal(
         (ShardEntry("a.bin", 1, 1, 2, "0" * 64, ExtraEntry("a.npy", "1" * 64)),), 3, 4, True
     )
     origin = Origin("s", "", 1, "train", VOCAB, "identity", 4, 0)
-    progress = manifests.Progress(1, origin, TokenizerEntry("t.model", "2" * 64, 5, 1), train=split)
+    progress = manifests.Journal(1, origin, TokenizerEntry("t.model", "2" * 64, 5, 1), train=split)
     for value in (progress, dataclasses.replace(progress, tokenizer=None)):
         manifests.save(value, tmp_path)
-        assert manifests.load_progress(tmp_path) == value
+        assert manifests.load_journal(tmp_path) == value

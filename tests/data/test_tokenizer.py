@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import tokenizer as module
 from sngpt_jax.data.corpus import documents
-from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates, train_sentencepiece
+from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
+from sngpt_jax.data.tokenizer_training import TRAINING_CHARS_PER_TOKEN, train_sentencepiece
 
 # every character there is, surrogates too, and often those that the rules turn on
 CHARACTERS = st.one_of(
@@ -309,7 +310,7 @@ def test_training_reads_a_bounded_prefix_of_long_lines(tmp_path):
         stream(), tmp_path / "t.model", vocab_size=290, normalization="identity"
     )
     assert tokenizer.vocab_size == 290
-    assert len(read) <= 290 * module.TRAINING_CHARS_PER_TOKEN // 200_000 + 1
+    assert len(read) <= 290 * TRAINING_CHARS_PER_TOKEN // 200_000 + 1
 
 
 def test_training_reads_text_that_holds_reserved_characters(tmp_path):
@@ -329,7 +330,7 @@ def test_training_reads_text_that_holds_reserved_characters(tmp_path):
 )
 def test_text_that_cannot_make_the_vocabulary_is_one_line(tmp_path, texts, vocab_size):
     path = tmp_path / "t.model"
-    with pytest.raises(UserError, match=rf"tokenizer of {vocab_size} tokens") as error:
+    with pytest.raises(UserError, match=f"of {vocab_size} tokens") as error:
         train_sentencepiece(texts, path, vocab_size=vocab_size, normalization="identity")
     assert "\n" not in str(error.value) and "src/" not in str(error.value)
     assert not path.exists()

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer_training import train_sentencepiece
 from sngpt_jax.evaluation import lm_eval_model
 from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
 from sngpt_jax.evaluation.lm_eval_model import SngptLM

@@ -1,0 +1,102 @@
+"""The challenge's published token shards: downloaded instead of prepared."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from sngpt_jax.base import typed_json
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.untrusted import problem_of_name, shown
+from sngpt_jax.data.corpus import imported, in_one_line
+from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.shards import DOWNLOAD, open_shard
+from sngpt_jax.data.tokenizer import load_tokenizer
+
+REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
+
+
+def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
+    """Downloads the challenge's FineWeb tokens: all validation shards, the first `train_shards`
+    training shards, and the tokenizer.
+
+    The files are `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model` in `out_dir`. Whole
+    files that are already there stay, so that the same call resumes. Layout: openai/parameter-golf,
+    data/cached_challenge_fineweb.py. Raises `UserError` if the network fails or the data set lacks
+    what is asked for.
+    """
+    hub = imported("huggingface_hub", f"the data set {REPO}")
+
+    def fetch(name: str, folder: Path) -> Path:
+        if problem := problem_of_name(name):
+            raise DataError(f"{REPO}: its manifest names {shown(name)}, which {problem}")
+        file = f"datasets/{name}"
+        try:
+            return Path(hub.hf_hub_download(REPO, file, repo_type="dataset", local_dir=folder))
+        except Exception as error:  # whatever the network and the hub raise
+            raise UserError(f"{REPO}: {file} cannot be fetched: {in_one_line(error)}") from None
+
+    with tempfile.TemporaryDirectory() as folder:
+        dataset, model_path, shards = _entry(fetch("manifest.json", Path(folder)), vocab_size)
+    if not 1 <= train_shards <= shards["train"]:
+        raise UserError(
+            f"{REPO}: {dataset} has {shards['train']} training shards; asked for {train_shards}"
+        )
+    model = out_dir / PurePosixPath(model_path).name
+    if other := sorted(path.name for path in out_dir.glob("*.model") if path != model):
+        raise UserError(
+            f"{out_dir}: holds {other[0]}; tokens of {model.name} go into another folder"
+        )
+    staging = out_dir / DOWNLOAD  # until its removal the folder counts as unfinished
+    staging.mkdir(parents=True, exist_ok=True)
+    if not model.is_file():
+        fetched = fetch(model_path, staging)
+        found = load_tokenizer(fetched).vocab_size
+        if found != vocab_size:
+            raise DataError(
+                f"{REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}"
+            )
+        os.replace(fetched, model)
+    for split, count in (("val", shards["val"]), ("train", train_shards)):
+        for n in range(count):
+            name = f"fineweb_{split}_{n:06d}.bin"
+            if not _whole(out_dir / name):
+                fetched = fetch(f"datasets/{dataset}/{name}", staging)
+                open_shard(fetched)
+                os.replace(fetched, out_dir / name)
+    shutil.rmtree(staging)
+
+
+def _whole(path: Path) -> bool:
+    try:
+        open_shard(path)
+    except DataError:
+        return False
+    return True
+
+
+def _entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
+    """The data set for `vocab_size`: its name, the path of its tokenizer, and the number of shards
+    per split.
+    """
+    where, name = f"{REPO}: datasets/manifest.json", f"fineweb10B_sp{vocab_size}"
+    try:
+        values = typed_json.loads(manifest.read_bytes())
+        by_name = {entry["name"]: entry for entry in values["datasets"]}
+        models = {
+            x["name"]: str(x["model_path"]) for x in values["tokenizers"] if "model_path" in x
+        }
+        if name not in by_name:
+            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))[:500]}")
+        tokenizer, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
+        if tokenizer not in models:
+            raise DataError(
+                f"{where}: no SentencePiece tokenizer {shown(tokenizer)} for {name}; it has"
+                f" {', '.join(sorted(models))[:500]}"
+            )
+        files = {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
+        return name, models[tokenizer], files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: not the layout that this program knows: {in_one_line(error)}"
+        ) from None
