@@ -15,7 +15,7 @@ from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, to_json
 from sngpt_jax.config import file as config_file
-from sngpt_jax.data.manifest import DataError, Manifest, load_manifest, load_journal
+from sngpt_jax.data.manifest import DataError, Manifest, load_journal, load_manifest
 from sngpt_jax.data.shards import HEADER_BYTES, MAGIC, VERSION, open_shard
 from sngpt_jax.run.metrics import read_metrics
 from tests import fuzz

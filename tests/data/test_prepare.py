@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.base.errors import UserError, one_line
-from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import golf
+from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import preparation as module
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.manifest import SplitJournal
