@@ -1,22 +1,24 @@
-"""What holds of the tree as a whole: the size of its files, what is explained, where tests stand,
-and what needs no jax.
+"""Properties of the whole tree: docstrings, places of tests, light imports, quick `--help`.
+
+`.ci/house` measures sizes.
 """
 
 import ast
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = [ROOT / "sngpt_jax", ROOT / "kernels"]
+PACKAGES = [ROOT / "sngpt_jax", ROOT / "kernels/sngpt_kernels"]
 MODULES = sorted(path for folder in [*PACKAGES, ROOT / "configs"] for path in folder.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-WRITTEN = [
-    path
-    for folder in PACKAGES
-    for path in folder.rglob("*")
-    if path.suffix in (".py", ".html", ".js", ".css")
-]
+COMMANDS = sorted(
+    [path.stem for path in (ROOT / "sngpt_jax").glob("*.py") if path.stem != "__init__"]
+    + [path.parent.name for path in (ROOT / "sngpt_jax").glob("*/__main__.py")]
+)
 
 # Folders of tests of no single package
 OF_THEIR_OWN = {
@@ -31,17 +33,18 @@ def relative(path: Path) -> str:
 
 
 def test_the_tree_is_found():
-    assert len(MODULES) > 100 and len(TESTS) > 70 and len(WRITTEN) > 100
+    assert len(MODULES) > 100 and len(TESTS) > 70 and len(COMMANDS) >= 11
 
 
-def test_no_file_is_too_long_to_read():
-    """A module is asking to be two at 400 lines, a file of tests at 550."""
-    lines = {relative(path): path.read_text().count("\n") for path in [*MODULES, *WRITTEN, *TESTS]}
-    assert {
-        name: count
-        for name, count in lines.items()
-        if count > (550 if name.startswith("tests/") else 400)
-    } == {}
+def test_no_page_part_is_too_long_to_read():
+    """`.ci/house` measures Python files."""
+    parts = [path for path in (ROOT / "sngpt_jax").rglob("*") if path.suffix in (".js", ".css")]
+    assert parts
+    assert {path.name: path.read_text().count("\n") for path in parts if too_long(path)} == {}
+
+
+def too_long(path: Path) -> bool:
+    return path.read_text().count("\n") > 400
 
 
 def unexplained(path: Path) -> list[str]:
@@ -76,17 +79,42 @@ def test_tests_stand_where_what_they_test_does():
     assert folders - packages - {"kernels"} - set(OF_THEIR_OWN) == set()
 
 
-def test_preparation_and_decoding_import_no_jax():
+LIGHT = (
+    "sngpt_jax.config.recipe",
+    "sngpt_jax.config.file",
+    "sngpt_jax.prepare",
+    "sngpt_jax.data.prepared",
+    "sngpt_jax.artifact.file",
+    "sngpt_jax.artifact.bundle",
+    "sngpt_kernels.cayley.dictionary",
+)
+
+
+def test_configuration_preparation_and_artifacts_import_no_jax():
     """Not even by way of a package's `__init__`, which the contracts on imports do not follow."""
-    names = ("config", "data.recipe", "data.prepare", "export.artifact", "export.bundle")
-    imports = "; ".join(f"import sngpt_jax.{name}" for name in names)
-    check = (
-        f"import sys; {imports}; print(sorted(m for m in ('jax', 'flax', 'optax', 'orbax') if m in"
-        " sys.modules))"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
-    )
+    imports = "; ".join(f"import {name}" for name in LIGHT)
+    heavy = "{'jax', 'flax', 'optax', 'orbax', 'torch'}"
+    check = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
+    command = [sys.executable, "-c", check]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def cpu_seconds(*command: str) -> float:
+    """User and system seconds of a command that must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_takes_little_time(command):
+    """Under 1.5 times what numpy and tyro take to import, or 1 s of CPU time, whichever is more.
+
+    The best of two runs counts: the first one may compile bytecode.
+    """
+    limit = max(1.0, 1.5 * cpu_seconds("-c", "import numpy, tyro"))
+    runs = (cpu_seconds("-m", f"sngpt_jax.{command}", "--help") for _ in range(2))
+    assert any(seconds < limit for seconds in runs)
