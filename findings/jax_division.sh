@@ -3,7 +3,7 @@
 #
 # One would guess: float32 division is rounded correctly in jax, as it is in numpy. 41 / 41 is 1.
 # What happens: XLA computes the reciprocal of the number once, and multiplies the array by it. The
-# result is rounded twice. `jnp.full(4, 41.0) / 41` is 0.99999996, and its floor is 0. This happens
+# result is rounded twice. `jnp.full(4, 41.0) / 41` is 0.99999994, and its floor is 0. This happens
 # without any fast-math option. Division by an array of the same shape is exact.
 # Why it matters: a quantizer in jax and the same quantizer in numpy round ties to different codes.
 # A bucket index `floor(x / width)` is one too low for some values on a bucket's edge.

@@ -4,8 +4,7 @@
 # One would guess: a checkpoint format for long trainings stores checksums of its data. Loading a
 # damaged file raises an error.
 # What happens: the script saves five checkpoints and flips one bit in the data file of each. All
-# five load. Every loaded array differs from the saved one, mostly in a single number. In another
-# run one of the flips changed 4,462 numbers.
+# five load. Every loaded array differs from the saved one, in one number or in thousands.
 # Why it matters: a bit that flips on a disk or in a copy silently changes the weights, and the
 # next save keeps the damage. A program that wants to detect it must keep its own checksums.
 # The exact positions and numbers differ from run to run, because the files are not identical.
@@ -13,11 +12,11 @@
 #
 # Output:
 #   orbax-checkpoint 0.12.8 tensorstore 0.1.86 jax 0.10.2
-#   byte at 1/10 of 370,104: loaded, 1 numbers differ, such as 0.5656 for 0.5625
-#   byte at 3/10 of 370,104: loaded, 1 numbers differ, such as -0.9493 for -0.502
-#   byte at 5/10 of 370,103: loaded, 1 numbers differ, such as -0.8306 for -0.8188
-#   byte at 7/10 of 370,104: loaded, 1 numbers differ, such as -0.5293 for -0.5293
-#   byte at 9/10 of 370,102: loaded, 1 numbers differ, such as -0.3398 for -0.3398
+#   byte at 1/10 of 370,104: loaded, 1 numbers differ, such as 0.56562334 for 0.56251055
+#   byte at 3/10 of 370,101: loaded, 2 numbers differ, such as -3.8368621e-11 for -0.50195658
+#   byte at 5/10 of 370,105: loaded, 4462 numbers differ, such as -3.470604e-36 for -0.8188405
+#   byte at 7/10 of 370,104: loaded, 1 numbers differ, such as -0.5293417 for -0.52932644
+#   byte at 9/10 of 370,102: loaded, 1 numbers differ, such as -0.33976871 for -0.3397916
 
 set -euo pipefail
 work=$(mktemp -d)
@@ -60,7 +59,7 @@ for tenth in (1, 3, 5, 7, 9):
         continue
     differ = np.flatnonzero(loaded != saved)
     silent += bool(len(differ))
-    example = f", such as {loaded[differ[0]]:.4g} for {saved[differ[0]]:.4g}" if len(differ) else ""
+    example = f", such as {loaded[differ[0]]:.8g} for {saved[differ[0]]:.8g}" if len(differ) else ""
     print(f"byte at {tenth}/10 of {len(content):,}: loaded, {len(differ)} numbers differ{example}")
 if silent < 3:
     sys.exit(f"the behaviour changed: {silent} of 5 damaged checkpoints loaded with other numbers")
