@@ -1,7 +1,7 @@
-"""Causal self-attention: grouped key/value heads.
+"""Causal self-attention with grouped key/value heads.
 
-Where configured: normalized queries and keys with a gain, rotary positions, XSA, a gate on each
-head, and values that take in those of the first layer or an embedding of the token.
+Options are normalized queries and keys with a gain, rotary positions, XSA, a gate per head, and
+values mixed with the first layer's values or an embedding of the token.
 """
 
 import functools
@@ -23,18 +23,17 @@ from sngpt_jax.model.layers import chosen_by, linear, rms_norm
 
 logger = logging.getLogger("sngpt_jax")
 
-KeysValues = tuple[jax.Array, jax.Array]  # of one application of an attention, [B, S, K, h] each
+KeysValues = tuple[jax.Array, jax.Array]  # [B, S, K, h] each, of one application of an attention
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The keys and values of a text that grows, for every application of an attention in the order
-    in which they run.
+    """The keys and values of a growing text, per application of an attention in order of execution.
 
-    It serves one forward pass, while that is traced. The first pass, over positions 0 … T-1, has
-    no `past`, and `kept` is what its applications compute. A later one is of one position a row,
-    which may be another in each: every application writes its key and value there into those of
-    the passes before, and attends to the S positions of the result.
+    It serves one forward pass while that is traced. The first pass covers the positions 0 … T-1,
+    has no `past`, and collects the keys and values of its applications in `kept`. A later pass
+    covers one position per row, which may differ between rows. Each application then writes its key
+    and value into those of the earlier passes and attends to the S positions of the result.
     """
 
     past: Sequence[KeysValues] = ()
@@ -56,27 +55,22 @@ class Memory:
 
 
 class Positions(NamedTuple):
-    """What the attention of every layer needs to know of the T positions, made once for all of
-    them.
+    """The T positions, as the attention of every layer needs them.
 
-    The leading axis is 1 where all sequences of a batch have the same positions, else B.
+    The leading axis is 1 if all sequences of a batch have equal positions, else B.
     """
 
-    # cosines and sines [1 or B, T, r/2]; None: positions are in the stream already
+    # cosines and sines [1 or B, T, r/2]; None: positions are already in the stream
     rotary: tuple[jax.Array, jax.Array] | None
-    # [1 or B, T, S], whether the position of the row sees that of the column; S = T in a whole
-    # sequence
-    causal: jax.Array
-    # what a growing text keeps from pass to pass; None: nothing, the sequence is whole
-    memory: Memory | None = None
+    causal: jax.Array  # [1 or B, T, S], whether a position sees another; S = T in whole sequences
+    memory: Memory | None = None  # of a growing text; None: the sequence is whole
 
 
 def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
-    """The rotary base for sequences of `length`, raised where they are longer than `trained_len`
-    (0: never).
+    """The rotary base for sequences of `length`, raised if `length` exceeds `trained_len` (0: never).
 
-    base · (length / trained_len)^(width / (width - 2)) turns the slowest pair through the same
-    angle over `length` positions as before over `trained_len`. Source: "NTK-aware scaled RoPE",
+    base · (length / trained_len)^(width / (width - 2)) rotates the slowest pair over `length`
+    positions by the angle that it had over `trained_len`. Source: "NTK-aware scaled RoPE",
     https://github.com/jquesnelle/yarn.
     """
     if not trained_len or length <= trained_len:
@@ -85,74 +79,61 @@ def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
 
 
 def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), as float32
-    constants.
+    """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), float32.
 
-    Made in float64 on the host while tracing. Su et al. 2021, arXiv:2104.09864.
+    The host computes them in float64 while tracing. Su et al. 2021, arXiv:2104.09864.
     """
     angles = np.arange(num_positions)[:, None] * base ** (-2.0 * np.arange(width // 2) / width)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def causal_mask(num_positions: int) -> jax.Array:
-    """[1, T, T], true where column ≤ row. Made on the device: as a constant it would stand in the
-    program, T² bytes.
-    """
+    """[1, T, T], true if column ≤ row. It is no constant, which would add T² bytes to a program."""
     position = jnp.arange(num_positions)
     return position[None, :, None] >= position[None, None, :]
 
 
 def make_positions(config: ModelConfig, num_positions: int) -> Positions:
-    """The positions of a sequence of that length, by the configuration's rotary width, base and
-    NTK scaling.
-
-    Raises `ValueError` where it is longer than the model takes.
-    """
+    """The positions of a whole sequence. Raises `ValueError` if the model takes no such length."""
     if num_positions > config.max_seq_len:
         raise ValueError(
-            f"{num_positions} tokens in a sequence, model.max_seq_len = {config.max_seq_len}"
+            f"a sequence of {num_positions} tokens exceeds model.max_seq_len = {config.max_seq_len}"
         )
     causal = causal_mask(num_positions)
     if config.positions == "learned":
         return Positions(None, causal)
     width = config.rotary_dims
-    cos, sin = rotary_tables(
-        num_positions, width, ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len)
-    )
+    base = ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len)
+    cos, sin = rotary_tables(num_positions, width, base)
     return Positions((jnp.asarray(cos[None]), jnp.asarray(sin[None])), causal)
 
 
 def apply_rotary(
     x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 ) -> jax.Array:
-    """Turns each pair (j, j + r/2) of a head's leading r dimensions by its position's angle; the
-    others pass.
+    """Rotates each pair (j, j + r/2) of a head's leading r dimensions by its position's angle.
 
-    r is twice the width of the tables [1 or B, T, r/2]. In float32; returns x's dtype.
+    The `tables` are [1 or B, T, r/2]. Computed in float32; returns x's dtype.
     """
     cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
     half = cos.shape[-1]
-    x1, x2 = (
-        x_BTHh[..., part].astype(jnp.float32) for part in (slice(half), slice(half, 2 * half))
-    )
-    turned = [
-        (x1 * cos + x2 * sin).astype(x_BTHh.dtype),
-        (x2 * cos - x1 * sin).astype(x_BTHh.dtype),
-    ]
-    return jnp.concatenate([*turned, x_BTHh[..., 2 * half :]], axis=-1)
+    x1, x2, rest = jnp.split(x_BTHh, (half, 2 * half), axis=-1)
+    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
+    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
+    return jnp.concatenate([*(x.astype(x_BTHh.dtype) for x in turned), rest], axis=-1)
 
 
 @functools.cache
 def _announce_single_positions() -> None:
-    logger.info("attention runs as xla where a text grows by single positions")
+    logger.info("attention runs as xla while a text grows by single positions")
 
 
 class Attention(nnx.Module):
-    """The attention half of a block, input [B, T, D] already normalized; no biases.
+    """The attention half of a block, on normalized input [B, T, D]; no biases.
 
-    Gated attention: each head's output times sigmoid(W x + b), nearly open at the start (W = 0, b
-    = 4); arXiv:2505.06708. Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from
-    (1/2, 1/2); arXiv:2410.17897.
+    Gated attention: each head's output times sigmoid(W x + b), with W = 0 and b = 4 at the start, so
+    nearly 1; arXiv:2505.06708. Value residual: λ₀ · the first layer's values + λ₁ · this layer's,
+    from (1/2, 1/2); arXiv:2410.17897.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -161,11 +142,8 @@ class Attention(nnx.Module):
         self.norm_eps, self.scale = config.norm_eps, h**-0.5
         self.implementation = None if config.attention == "auto" else config.attention
         self.exclusive = layer >= config.num_layers - config.xsa_layers
-        self.qk_norm, self.gated, self.mixes_values = (
-            config.qk_norm,
-            config.attention_gate,
-            config.value_residual,
-        )
+        self.qk_norm, self.gated = config.qk_norm, config.attention_gate
+        self.mixes_values = config.value_residual
         self.query = nnx.Param(init.matrix(config, rngs.params(), (D, H * h)))
         self.key = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
         self.value = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
@@ -181,20 +159,19 @@ class Attention(nnx.Module):
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
 
-        Where they are normalized next, one product makes all: fewer and larger products, and the
-        input is read once. Where they go straight to the attention, or the values are excluded
-        from its result too, taking them apart would be a pass of its own over them.
+        If a norm follows, one product computes all three, which reads the input once. Otherwise,
+        and if XSA uses the values twice, splitting the product would be an extra pass over it.
         """
         H, K = self.num_heads, self.num_kv_heads
         matrices = [self.query[...], self.key[...], self.value[...]]
-        at_once = self.qk_norm and not self.exclusive
-        products = (
-            [linear(x_BTD, *matrices)]
-            if at_once
-            else [linear(x_BTD, matrix) for matrix in matrices]
-        )
-        heads = [product.reshape(*x_BTD.shape[:2], -1, self.head_dim) for product in products]
-        q_BTHh, k_BTKh, v_BTKh = jnp.split(heads[0], (H, H + K), axis=2) if at_once else heads
+
+        def heads(*matrices: jax.Array) -> jax.Array:
+            return linear(x_BTD, *matrices).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+
+        if self.qk_norm and not self.exclusive:
+            q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(*matrices), (H, H + K), axis=2)
+        else:
+            q_BTHh, k_BTKh, v_BTKh = map(heads, matrices)
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
@@ -205,21 +182,18 @@ class Attention(nnx.Module):
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The half's output [B, T, D] and its values [B, T, K, h] at these positions.
+        """The output [B, T, D] and the values [B, T, K, h] at these positions.
 
-        `added_value` is added to the layer's own values; `first_value` are the first layer's, for
-        the value residual.
+        `added_value` is added to the layer's values. `first_value` are the first layer's values,
+        for the value residual.
         """
         B, T, _ = x_BTD.shape
-
         q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD)
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
         if positions.rotary:
-            q_BTHh, k_BTKh = (
-                apply_rotary(q_BTHh, positions.rotary),
-                apply_rotary(k_BTKh, positions.rotary),
-            )
+            q_BTHh = apply_rotary(q_BTHh, positions.rotary)
+            k_BTKh = apply_rotary(k_BTKh, positions.rotary)
         if self.qk_norm:
             q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
         if added_value is not None:
@@ -227,9 +201,9 @@ class Attention(nnx.Module):
         if self.mixes_values and first_value is not None:
             first, own = self.value_mix[...].astype(x_BTD.dtype)
             v_BTKh = first * first_value + own * v_BTKh
-        k_BSKh, v_BSKh = (
-            positions.memory.extend(k_BTKh, v_BTKh) if positions.memory else (k_BTKh, v_BTKh)
-        )
+        k_BSKh, v_BSKh = k_BTKh, v_BTKh
+        if positions.memory:
+            k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
         if k_BSKh is k_BTKh:
             with chosen_by("attention"):
@@ -249,8 +223,7 @@ class Attention(nnx.Module):
             if self.exclusive:
                 y_BTHh = xsa.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
-            # rounded to the compute dtype first, so that the backward products are not float32
-            # either
+            # rounded to the compute dtype first, so that the backward products have it too
             logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]

@@ -1,9 +1,9 @@
-"""The CayleySAE layer: the input of an MLP as a sparse code over an algebraic dictionary, and its
-running statistics.
+"""The CayleySAE layer, a sparse code of an MLP's input over an algebraic dictionary, and its running
+statistics.
 
-The code itself is `sngpt_kernels.cayley.encode_decode`. A layer learns one bias a feature and
-keeps statistics that no gradient reaches: once an optimizer step they take in a sample of the
-step's tokens, `Taps` of the layers' inputs and choices.
+The code is `sngpt_kernels.cayley.encode_decode`. A layer learns one bias per feature. It also has
+statistics that no gradient reaches: each optimizer step updates them from a sample of its tokens,
+the `Taps` of the layers' inputs and features.
 """
 
 import math
@@ -18,36 +18,34 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 from sngpt_jax.model.layers import chosen_by
 
-DECAY = 0.99  # of the running mean and standard deviation, a step
-SAMPLE_TOKENS = 1024  # of a step that the statistics see, at least, where the step has so many
+DECAY = 0.99  # of the running mean and standard deviation, per step
+SAMPLE_TOKENS = 1024  # fewest tokens of a step in its sample, unless the step has fewer
 
 
 class Statistic(nnx.Variable[jax.Array]):
-    """State of the model that a step updates and a gradient does not."""
+    """State of the model that a step updates without a gradient."""
 
 
 class Taps(NamedTuple):
-    """What the code of every layer took in and chose, at P positions of each sequence."""
+    """The inputs and features of every layer's code, at P positions of each sequence."""
 
     x: jax.Array  # [L, B, P, D], in the compute dtype
-    ids: jax.Array  # int32 [L, B, P, A], the features, level by level
+    ids: jax.Array  # int32 [L, B, P, A], the active features, level by level
 
 
 class CodeState(NamedTuple):
-    """The parameters and statistics of all layers' codes, F features each."""
+    """The parameters and statistics of all layers' codes with F features each."""
 
     mean: jax.Array  # [L, D] of the input
     std: jax.Array  # [L, F] of each feature's score
     bias: jax.Array  # [L, F]
-    # int32 [L, F], the latest step in whose sample the feature was selected; 0: never
-    last_fired: jax.Array
+    last_fired: jax.Array  # int32 [L, F], last step whose sample used the feature; 0: none
 
 
 class CayleySAE(nnx.Module):
-    """x [..., D] → its sparse code's reconstruction, and the ids of the features in it [..., A].
+    """x [..., D] → the reconstruction by its sparse code, and the ids of the active features [..., A].
 
-    The bias starts at zero, the statistics at mean 0 and standard deviation 1. Method:
-    arXiv:2607.20652.
+    The bias starts at 0, the mean at 0 and the standard deviation at 1. Source: arXiv:2607.20652.
     """
 
     def __init__(self, config: ModelConfig):
@@ -75,11 +73,10 @@ class CayleySAE(nnx.Module):
 
 
 def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.Array, jax.Array]:
-    """Standardized scores z and coefficients c, float32 [..., A], of the features that one layer
-    selected.
+    """Standardized scores z and coefficients c of one layer's active features, float32 [..., A].
 
-    z = ⟨x - mean, v⟩ / max(std, 10⁻³) without the bias; `taps` and `code` are that layer's,
-    without their dimension L.
+    z = ⟨x - mean, v⟩ / max(std, 10⁻³), without the bias. `taps` and `code` are the layer's, without
+    the dimension L.
     """
     mu_F = cayley.all_scores(code.mean, config.levels[-1][0])
     score = cayley.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
@@ -91,17 +88,16 @@ def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.A
 
 
 def code_state(variables: dict[str, Any]) -> CodeState:
-    """The codes of all layers in a model's variables (parameters and statistics), stacked."""
+    """The codes of all layers in a model's variables, stacked."""
     codes = [block["code"] for block in variables["blocks"].values()]
     return CodeState(*(jnp.stack([code[name] for code in codes]) for name in CodeState._fields))
 
 
 def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: int) -> jax.Array:
-    """The positions that the statistics of `step` see: ⌈1024 / sequences⌉ of `seq_len` at random,
-    the same in every sequence.
+    """The positions in the sample of `step`: ⌈1024 / sequences⌉ distinct ones of `seq_len`, drawn at
+    random, equal in every sequence. int32 [P].
 
-    int32 [P], each once. With a thousand sequences or more a step sees one position; the averages
-    are over about a hundred steps.
+    With 1024 sequences or more a step samples one position; the averages cover about 100 steps.
     """
     count = min(seq_len, math.ceil(SAMPLE_TOKENS / sequences))
     return jax.random.choice(jax.random.fold_in(key, step), seq_len, (count,), replace=False)
@@ -110,32 +106,28 @@ def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: i
 def update_statistics(
     statistics: dict[str, Any], taps: Taps, step: jax.Array, axis_names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The statistics after the optimizer step number `step`, whose sample over all devices is
-    `taps` [L, ..., D] on this one.
+    """The statistics after the optimizer step number `step`. `taps` is this device's part of the
+    step's sample. Must be called inside a `shard_map` over `axis_names`.
 
-    mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s, with m the sample's mean input and s the
-    standard deviation of each feature's score around the sample's own mean. To be called inside of
-    a `shard_map` over `axis_names`.
+    mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s; m is the sample's mean input, and s the
+    standard deviation of each feature's score around the sample's mean score.
 
-    Every score of the sample is needed: 2^n / D transforms of size D a token, as two matrix
-    products each 16.8 MFLOP a layer at D = 1024 and 2^17 features. That is two thirds of a block's
-    forward pass, for 1,536 of the 1.57 M tokens of a step.
+    This needs all scores of the sample: 2^n / D transforms of size D per token, each as two matrix
+    products. At D = 1024 and 2^17 features that is 16.8 MFLOP per token and layer, two thirds of a
+    block's forward pass, for 1,536 of a step's 1.57 M tokens.
     """
     blocks = statistics["blocks"]
-    old = {
-        name: jnp.stack([block["code"][name] for block in blocks.values()])
-        for name in ("mean", "std", "last_fired")
-    }
+    names = ("mean", "std", "last_fired")
+    old = {name: jnp.stack([block["code"][name] for block in blocks.values()]) for name in names}
     features = old["std"].shape[-1]
     layers, width = taps.x.shape[0], taps.x.shape[-1]
     x_LND = taps.x.reshape(layers, -1, width).astype(jnp.float32)
     mean_LD = jax.lax.pmean(jnp.mean(x_LND, axis=1), axis_names)
     centred_LND = x_LND - mean_LD[:, None]
 
-    # one layer after the other: side by side their scores would be held all at once
-    squares_LF = jax.lax.map(
-        lambda x_ND: cayley.sum_squared_scores(x_ND, int(math.log2(features))), centred_LND
-    )
+    # one layer after the other, so that only one layer's scores exist at a time
+    bits = int(math.log2(features))
+    squares_LF = jax.lax.map(lambda x_ND: cayley.sum_squared_scores(x_ND, bits), centred_LND)
     variance_LF = jax.lax.pmean(squares_LF / x_LND.shape[1], axis_names)
     ids = taps.ids.reshape(layers, -1)
     fired_LF = jnp.zeros((layers, features), jnp.int32).at[jnp.arange(layers)[:, None], ids].set(1)

@@ -1,5 +1,5 @@
-"""From tokens to vectors: the tied embedding, which is also the output head, and what compact
-models add to it.
+"""From tokens to vectors: the tied embedding, which is also the output head, learned positions, and
+the embeddings that compact models add.
 """
 
 import jax
@@ -10,23 +10,21 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
 from sngpt_jax.model.layers import compute_dtype, linear, per_channel
 
-# tokens before its own that an embedding depends on: smear takes the position before, and that
-# one's bigram
+# A position's vector depends on so many earlier tokens: smear adds the previous position, whose
+# bigram depends on the token before it.
 LOOK_BACK = 2
 
 
 class LearnedPositions(nnx.Module):
-    """One vector for each absolute position: `positions(T)` → [1, T, D] in the compute dtype.
-    Radford et al. 2018 (GPT).
+    """One vector per absolute position: `positions(T)` → [1, T, D] in the compute dtype.
 
-    With first positions [B] they are those of T consecutive positions from there, [B, T, D].
+    With first positions [B] per row: [B, T, D]. Source: Radford et al. 2018 (GPT).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
-        self.table = nnx.Param(
-            init.normal(rngs.params(), (config.max_seq_len, config.d_model), config.embed_init_std)
-        )
+        shape = (config.max_seq_len, config.d_model)
+        self.table = nnx.Param(init.normal(rngs.params(), shape, config.embed_init_std))
 
     def __call__(self, num_positions: int, first_B: jax.Array | None = None) -> jax.Array:
         table_PD = self.table[...]
@@ -36,16 +34,16 @@ class LearnedPositions(nnx.Module):
 
 
 class TiedEmbedding(nnx.Module):
-    """One table [V, D] that turns tokens into vectors and vectors into logits. Press & Wolf 2017,
-    arXiv:1608.05859.
+    """One table [V, D] for the vectors of tokens and for the logits.
+
+    Press & Wolf 2017, arXiv:1608.05859.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.cap = config.logit_soft_cap
-        table = init.normal(
-            rngs.params(), (config.vocab_size, config.d_model), config.embed_init_std
-        )
+        shape = (config.vocab_size, config.d_model)
+        table = init.normal(rngs.params(), shape, config.embed_init_std)
         self.table = nnx.Param(init.overtone(table) if config.embed_init == "overtone" else table)
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
@@ -53,21 +51,20 @@ class TiedEmbedding(nnx.Module):
         return self.table[...].astype(self.dtype)[tokens_BT]
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of what the model's `hidden` gives."""
+        """Logits [B, T, V] of the result of the model's `hidden`."""
         return loss.logits(x_BTD, self.table[...], self.cap)
 
 
 def _previous(x: jax.Array) -> jax.Array:
-    """`x` [B, T, ...] one position later, with zeros at the first."""
+    """`x` [B, T, ...] shifted to the next position, with zeros at the first."""
     return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
 
 
 class SmearGate(nnx.Module):
-    """Blends each position with the one before it: (1 - g) ⊙ x_t + g ⊙ x_{t-1}, g = sigmoid(gate)
-    for each channel.
+    """(1 - g) ⊙ x_t + g ⊙ x_{t-1} with g = sigmoid(gate) per channel, which starts at 1/2.
 
-    The gate starts at 0, halfway; x_{-1} = 0, and with `smear_mask_bos` so is what precedes the
-    start of any document. Source: parameter-golf submission 162; the mask is of later ones.
+    x_{-1} = 0. With `smear_mask_bos` a document's first position takes 0 for the previous one.
+    Source: parameter-golf submission 162; later submissions add the mask.
     """
 
     def __init__(self, config: ModelConfig):
@@ -83,10 +80,10 @@ class SmearGate(nnx.Module):
 
 
 def hash_xor(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the last bucket is kept for
-    the first position.
+    """(36313 x_t) xor (27191 x_{t-1}) in int32, modulo buckets - 1; the first position takes the
+    last bucket. int32 [B, T].
 
-    int32 [B, T], each 0 … buckets - 1. Source: parameter-golf submission 162.
+    Source: parameter-golf submission 162.
     """
     tokens_BT = tokens_BT.astype(jnp.int32)
     pairs = jnp.bitwise_xor(36313 * tokens_BT[:, 1:], 27191 * tokens_BT[:, :-1]) % (buckets - 1)
@@ -94,23 +91,22 @@ def hash_xor(tokens_BT: jax.Array, buckets: int) -> jax.Array:
 
 
 def hash_sum(tokens_BT: jax.Array, buckets: int) -> jax.Array:
-    """(2654435761 x_t + 40503 x_{t-1}) modulo buckets ≤ 65536, exactly, with x_{-1} = 0.
+    """(2654435761 x_t + 40503 x_{t-1}) modulo buckets ≤ 65536, exactly; x_{-1} = 0. int32 [B, T].
 
-    int32 [B, T], each 0 … buckets - 1. Source: parameter-golf submission 740.
+    Source: parameter-golf submission 740.
     """
     x, before = (t.astype(jnp.uint32) % buckets for t in (tokens_BT, _previous(tokens_BT)))
-    # each factor is below 2^16, so that no product leaves 32 bits
-    return (
-        (2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets) % buckets
-    ).astype(jnp.int32)
+    # all factors are below 2^16, so no product exceeds 32 bits
+    terms = 2654435761 % buckets * x % buckets + 40503 % buckets * before % buckets
+    return (terms % buckets).astype(jnp.int32)
 
 
 HASHES = {"xor": hash_xor, "sum": hash_sum}
 
 
 class BigramHash(nnx.Module):
-    """A learned vector for each hashed pair of neighbouring tokens: scale · table[hash(x_t,
-    x_{t-1})] · proj → [B, T, D].
+    """A learned vector per hashed pair of neighbouring tokens, [B, T, D]:
+    scale · table[hash(x_t, x_{t-1})] · proj.
 
     Sources: parameter-golf submissions 162 (xor) and 740 (sum, without the scale).
     """
@@ -118,11 +114,8 @@ class BigramHash(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
         self.buckets, self.hash = config.bigram_buckets, HASHES[config.bigram_hash]
-        self.table = nnx.Param(
-            init.normal(
-                rngs.params(), (config.bigram_buckets, config.bigram_dim), config.bigram_init_std
-            )
-        )
+        shape = (config.bigram_buckets, config.bigram_dim)
+        self.table = nnx.Param(init.normal(rngs.params(), shape, config.bigram_init_std))
         shape = (config.bigram_dim, config.d_model)
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape, config.bigram_proj_gain))
         self.scaled = config.bigram_scale_init > 0
@@ -136,20 +129,17 @@ class BigramHash(nnx.Module):
 
 
 class ValueEmbedding(nnx.Module):
-    """An embedding of the token for the values of some layers: one table and projection, a scale
-    for each layer.
+    """Embeddings of the token that some layers add to their values, with one shared table.
 
-    `__call__` → {layer: layer_scale · scale · table[x] · proj} as [B, T, K, h], to be added to the
-    layer's values. Source: modded-nanogpt's value embeddings, in the shared form of parameter-golf
-    submission 1573.
+    `__call__` → {layer: layer_scale · scale · table[x] · proj}, each [B, T, K, h]. Source:
+    modded-nanogpt's value embeddings, shared as in parameter-golf submission 1573.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype, self.layers = compute_dtype(config), config.value_embed_layers
         self.heads = (config.num_kv_heads, config.head_dim)
-        self.table = nnx.Param(
-            init.normal(rngs.params(), (config.vocab_size, config.value_embed_dim), 0.01)
-        )
+        shape = (config.vocab_size, config.value_embed_dim)
+        self.table = nnx.Param(init.normal(rngs.params(), shape, 0.01))
         shape = (config.value_embed_dim, config.num_kv_heads * config.head_dim)
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape))
         self.scale = nnx.Param(0.1 * init.ones(()))

@@ -1,14 +1,13 @@
-"""Many texts continued at once: one pass over the prompts, then a token at a time from the keys
-and values that were kept.
+"""Continues many texts at once: one pass over the prompts, then one token at a time from the kept
+keys and values.
 
-Full recomputation takes a forward pass over the whole text for every new token. Here that is one
-over the prompt, and then for each token the products with one position's vectors and a look at the
-kept keys and values. Those take 2 · applications · S · K · h numbers a row, S being prompt and new
-tokens rounded up to a power of two and an application each use of a block, so a recycled one
-counts twice: 19 MB for a row of 2,048 in 9 layers with 4 heads of 64 in bfloat16.
+Without them every new token would need a forward pass over the whole text. With them it needs the
+products with one position's vectors and an attention to the kept keys and values. These take
+2 · applications · S · K · h numbers per row. S is the length of prompt and new tokens, rounded up
+to a power of two. An application is one use of a block, so a recycled block counts twice. For
+example, a row of 2,048 tokens takes 19 MB in 9 layers with 4 heads of 64 in bfloat16.
 
-Rows are texts, split over the mesh. Each device goes its own way until its own rows have ended:
-nothing is exchanged before that.
+Rows are texts, split over the mesh. The devices exchange nothing until all their rows have ended.
 """
 
 import functools
@@ -38,8 +37,7 @@ from sngpt_jax.model.attention import (
 from sngpt_jax.model.embeddings import LOOK_BACK
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, graph
 
-# of the shortest rows that a program is compiled for; below it compiling costs more than padding
-LEAST_LENGTH = 16
+LEAST_LENGTH = 16  # of rows; compiling for shorter rows would cost more than padding them
 
 
 def draw(
@@ -52,30 +50,27 @@ def draw(
     vocab_size: int,
 ) -> jax.Array:
     """The token at `position`, int32, drawn from softmax(logits / temperature) of the `top_k`
-    likeliest tokens; 0: of all.
+    likeliest tokens (0: all).
 
-    `temperature` 0 takes the likeliest. Drawn are tokens below `vocab_size`, the tokenizer's: the
-    model's table may have more rows, which no text has trained.
+    `temperature` 0 takes the likeliest. Only tokens below `vocab_size`, the tokenizer's, are drawn:
+    the model's table may have more rows, which are untrained.
     """
     logits_V = logits_V[:vocab_size]
     if top_k:
         threshold = jax.lax.top_k(logits_V, top_k)[0][-1]
         logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
-    drawn = jax.random.categorical(
-        jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6)
-    )
+    scaled_V = logits_V / jnp.maximum(temperature, 1e-6)
+    drawn = jax.random.categorical(jax.random.fold_in(key, position), scaled_V)
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
 
 
 def row_key(key: jax.Array, row: jax.Array) -> jax.Array:
-    """The key of a row's draws: `key` itself for row 0; another row's is counted from the far end,
-    where no position is.
-    """
+    """The key of a row's draws: `key` for row 0; other rows fold numbers that no position has."""
     return jnp.where(row == 0, key, jax.random.fold_in(key, jnp.uint32(0) - row.astype(jnp.uint32)))
 
 
 def pick(x_BT: jax.Array, at_B: jax.Array) -> jax.Array:
-    """Of x [B, T, ...] one position of each row: [B, 1, ...]."""
+    """One position of each row of x [B, T, ...]: [B, 1, ...]."""
     return jnp.take_along_axis(x_BT, at_B.reshape(-1, *(1,) * (x_BT.ndim - 1)), axis=1)
 
 
@@ -98,12 +93,12 @@ def _continued(
     top_k: int,
     vocab_size: int,
 ) -> jax.Array:
-    """Prompts and what follows them, int32 [B, size], known to all processes.
+    """The prompts and their continuations, int32 [B, size], replicated over all processes.
 
-    The batch holds "tokens" [B, T], prompts filled up to T; "length" [B], theirs; "row" [B], the
-    number of each; and "table" [B], which of the rotary `tables` [cosines and sines, U, size, r/2]
-    is a row's; there are none with learned positions. The text of a row goes on, to no purpose,
-    while another of its device has not ended.
+    The batch holds "tokens" [B, T], the padded prompts; "length" [B]; "row" [B], the number of each
+    text; and "table" [B], the row's index into the rotary `tables` [2, U, size, r/2] of cosines and
+    sines, which are None with learned positions. A row that has ended still runs until all rows of
+    its device have ended.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
@@ -126,47 +121,40 @@ def _continued(
         def append(
             x_B1D: jax.Array, position_B: jax.Array, tokens_BS: jax.Array, ended_B: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            """The texts with the token at `position_B`, drawn from what the head makes of the
-            position before.
-            """
+            """Draws the token at `position_B` from the head's input at the previous position."""
             with jax.named_scope("draw"):
                 new_B = draw_rows(model.embed.decode(x_B1D)[:, 0], keys_B, position_B, temperature)
-            return tokens_BS.at[jnp.arange(len(new_B)), position_B].set(new_B), ended_B | (
-                new_B == end_id
-            )
+            tokens_BS = tokens_BS.at[jnp.arange(len(new_B)), position_B].set(new_B)
+            return tokens_BS, ended_B | (new_B == end_id)
 
         def read_prompts(tokens_BT: jax.Array) -> tuple[jax.Array, Sequence[KeysValues]]:
-            """What the head multiplies at each prompt's last position, [B, 1, D], and keys and
-            values [B, S, K, h].
+            """The head's input at each prompt's last position [B, 1, D], and the keys and values
+            [B, S, K, h].
 
-            Those behind a shorter prompt's end are nothing's; no position sees them before it has
-            written its own there.
+            Keys and values behind a shorter prompt's end are meaningless. A position sees its own
+            only after it has overwritten them.
             """
-            T = tokens_BT.shape[1]
-            rotary = (
-                None
-                if tables is None
-                else (tables[0, batch["table"], :T], tables[1, batch["table"], :T])
-            )
-            memory = Memory()
+            T, rotary, memory = tokens_BT.shape[1], None, Memory()
+            if tables is not None:
+                rotary = (tables[0, batch["table"], :T], tables[1, batch["table"], :T])
             x_BTD = model.run(model.encode(tokens_BT), Positions(rotary, causal_mask(T), memory))
-            filled = [(0, 0), (0, size - T), (0, 0), (0, 0)]
-            return pick(x_BTD, length_B - 1), jax.tree.map(
-                lambda x_BTKh: jnp.pad(x_BTKh, filled), memory.kept
-            )
+            padding = [(0, 0), (0, size - T), (0, 0), (0, 0)]
+            past = jax.tree.map(lambda x_BTKh: jnp.pad(x_BTKh, padding), memory.kept)
+            return pick(x_BTD, length_B - 1), past
 
         def read_token(
             tokens_BS: jax.Array, position_B: jax.Array, past: Sequence[KeysValues]
         ) -> tuple[jax.Array, Sequence[KeysValues]]:
-            """The same of the token at `position_B`, given those of the positions before."""
+            """As `read_prompts` for the token at `position_B`, with the `past` keys and values."""
             window = jnp.arange(min(LOOK_BACK + 1, size))
             first_B = jnp.maximum(position_B - LOOK_BACK, 0)
             tokens_BW = jnp.take_along_axis(tokens_BS, first_B[:, None] + window[None], axis=1)
             encoded = jax.tree.map(
                 lambda x_BW: pick(x_BW, position_B - first_B), model.encode(tokens_BW, first_B)
             )
-            at = batch["table"], position_B
-            rotary = None if tables is None else (tables[0][at][:, None], tables[1][at][:, None])
+            rotary, at = None, (batch["table"], position_B)
+            if tables is not None:
+                rotary = (tables[0][at][:, None], tables[1][at][:, None])
             seen_B1S = jnp.arange(size)[None, None] <= position_B[:, None, None]
             memory = Memory(past, position_B)
             return model.run(encoded, Positions(rotary, seen_B1S, memory)), memory.kept
@@ -190,7 +178,7 @@ def _continued(
         )
         return jax.lax.all_gather(tokens_BS, BATCH_AXES, tiled=True)
 
-    # in the loop the devices part ways, which check_vma knows no word for
+    # check_vma cannot express that each device runs its own number of iterations
     specs = (layout, rows, P(), P(), P(), P(), P())
     program = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return program(variables, batch, tables, key, temperature, max_tokens, end_id)
@@ -200,7 +188,7 @@ def _continued(
 
 
 def next_power_of_two(number: int) -> int:
-    """The least power of two that is no less than `number`, which is at least 1."""
+    """The smallest power of two ≥ `number` ≥ 1."""
     return 1 << (number - 1).bit_length()
 
 
@@ -211,8 +199,9 @@ def _padded(length: int, config: ModelConfig) -> int:
 def _rotary(
     config: ModelConfig, totals: Sequence[int], seq_len: int, size: int
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The tables of texts with so many tokens each, and which is whose; with NTK scaling the base
-    follows from the length.
+    """The rotary tables of texts with `totals` tokens each, and the index of each text's table.
+
+    With NTK scaling the base follows from the length.
     """
     if config.positions == "learned":
         return None, np.zeros(len(totals), np.int32)
@@ -222,9 +211,8 @@ def _rotary(
         for total in totals
     ]
     distinct, which = np.unique(bases, return_inverse=True)
-    return np.stack([rotary_tables(size, width, base) for base in distinct], axis=1), which.astype(
-        np.int32
-    )
+    tables = np.stack([rotary_tables(size, width, base) for base in distinct], axis=1)
+    return tables, which.astype(np.int32)
 
 
 def generate_tokens(
@@ -241,47 +229,43 @@ def generate_tokens(
     top_k: int = 0,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """What follows each prompt, int32: at most `max_tokens` tokens, cut before the first `end_id`.
+    """The continuation of each prompt, int32: at most `max_tokens` tokens, cut before `end_id`.
 
-    A text equals, up to rounding, what forward passes over the whole of it would give, whatever
-    other prompts stand beside it; its draws follow from `seed`, its place in `prompts` and the
-    position. All prompts run at once: the caller knows how many a device has room for. Programs
-    are compiled for numbers of rows a device, prompt lengths and whole lengths that are powers of
-    two, lengths from `LEAST_LENGTH` on.
+    A text equals, up to rounding, the result of forward passes over the whole text, whatever other
+    prompts run beside it. Its draws follow from `seed`, its place in `prompts` and the position.
+    All prompts run at once, so the caller limits their number to what the devices hold. Programs
+    are compiled for powers of two of rows per device, prompt length and total length.
 
     Args:
-      config: the model's.
-      variables: laid out over `mesh` as a step's are.
-      mesh: the devices, among which the prompts are split.
-      prompts: token ids [n], n ≥ 1 of any length each; the tokenizer's first is the caller's to put there.
-      seq_len: of the training. With `rope_ntk_len` the rotary base is that of the longer of it and prompt + `max_tokens`.
-      max_tokens: the most new tokens of each, at least 1.
-      vocab_size: the tokenizer's, of whose tokens alone is drawn.
+      config: of the model.
+      variables: laid out over `mesh` as a training step's are.
+      mesh: the devices, which share the prompts.
+      prompts: token ids [n], n ≥ 1, of any lengths. They must begin with the tokenizer's first token
+        if the model expects it.
+      seq_len: of the training. With `rope_ntk_len` the rotary base follows from the larger of
+        `seq_len` and prompt + `max_tokens`.
+      max_tokens: the most new tokens per text, at least 1.
+      vocab_size: of the tokenizer; only its tokens are drawn.
       end_id: the token that ends a text.
       temperature: of the draws; 0 takes the likeliest token.
       top_k: draw from so many likeliest tokens; 0: from all.
       seed: of the draws, 0 ≤ seed < 2^32.
 
     Raises:
-      UserError: a prompt is empty, `max_tokens` less than 1, or both together more than model.max_seq_len positions;
-        `temperature` or `top_k` is negative, or `temperature` not finite.
+      UserError: a prompt is empty, `max_tokens` is less than 1, a text exceeds model.max_seq_len,
+        or `temperature` or `top_k` is negative or infinite.
     """
     if not prompts:
         return []
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) < 1:
-        raise UserError(
-            "a prompt without tokens; begin it with one at least, such as that which starts a"
-            " document"
-        )
+        raise UserError("a prompt has no tokens; begin it with the token that starts a document")
     if max_tokens < 1:
-        raise UserError(f"max_tokens = {max_tokens}: a text is continued by 1 token or more")
+        raise UserError(f"max_tokens = {max_tokens} must be at least 1")
     if not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature = {temperature}: a finite number from 0 up divides the logits"
-        )
+        raise UserError(f"temperature = {temperature} must be a finite number of at least 0")
     if top_k < 0:
-        raise UserError(f"top_k = {top_k}: draw from so many tokens, or with 0 from all")
+        raise UserError(f"top_k = {top_k} must be at least 0; 0 draws from all tokens")
     if max(lengths) + max_tokens > config.max_seq_len:
         raise UserError(
             f"a prompt of {max(lengths)} tokens and {max_tokens} new ones exceed model.max_seq_len"
@@ -292,7 +276,7 @@ def generate_tokens(
 
     devices = mesh.devices.size
     rows = devices * next_power_of_two(-(-len(prompts) // devices))
-    # those that fill up are the first again, and end with it
+    # the first text fills up the rows, so that these end together with it
     row = np.arange(rows) * (np.arange(rows) < len(prompts))
     tokens = np.zeros((len(prompts), _padded(max(lengths), config)), np.int32)
     for i, prompt in enumerate(prompts):
@@ -337,11 +321,9 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> str:
-    """The prompt continued by `max_tokens` tokens, cut at the next document's start.
+    """The text of the prompt and its continuation; arguments as for `generate_tokens`.
 
-    `temperature` 0 takes the likeliest token; `top_k` 0 keeps the whole vocabulary; `seq_len` is
-    the training's. Raises `UserError` where the text would not fit into model.max_seq_len
-    positions.
+    Raises `UserError` if the text exceeds model.max_seq_len positions.
     """
     prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
     if len(prompt_ids) + max_tokens > config.max_seq_len:

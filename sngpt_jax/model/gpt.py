@@ -1,11 +1,13 @@
 """The compact GPT: embedding → blocks with U-Net skips → norm → tied, soft-capped head.
 
 x0 = x = norm(E[tokens] + bigrams), blended with the previous position before or after the norm
-first half of the blocks:   x = block(x, x0), kept as a skip
-recycled core:              x = block(s ⊙ x + b, x0) for some of these blocks once more
-second half:                x = block(x + w ⊙ the latest unused skip, x0)
+first half of the blocks:   x = block(x, x0), which is also a skip
+recycled core:              x = block(s ⊙ x + b, x0), once more for some of these blocks
+second half:                x = block(x + w ⊙ latest unused skip, x0)
 logits = softcap(norm(x) Eᵀ)
 """
+
+import functools
 
 import chex
 import jax
@@ -21,12 +23,12 @@ from sngpt_jax.model.mlp import MLP
 
 
 class Block(nnx.Module):
-    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)), with learned
-    vectors a, b, α, β.
+    """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)).
 
-    α = β = 1 at the start, and a = 1, b = 0 unless a handover from x0 to x along the depth is
-    asked for. c = 1, or 1/√(layer + 1) with `ln_scale` (Sun et al. 2025, arXiv:2502.05795). The
-    mixing of the embedding into every block is modded-nanogpt's x0 lambda.
+    The vectors a, b, α, β are learned; α = β = 1 at the start. So is a = 1, b = 0, unless
+    `resid_mix_init` hands over from x0 to x along the depth. c = 1, or 1/√(layer + 1) with
+    `ln_scale` (Sun et al. 2025, arXiv:2502.05795). Mixing the embedding into every block is
+    modded-nanogpt's x0 lambda.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -35,11 +37,10 @@ class Block(nnx.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.attn = Attention(config, layer, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
-        phased = config.resid_mix_init == "phase"
-        identity = jnp.stack([init.ones((D,)), init.zeros((D,))])
-        self.resid_mix = nnx.Param(
-            init.phase_mix(layer, config.num_layers, D) if phased else identity
-        )
+        mix = jnp.stack([init.ones((D,)), init.zeros((D,))])
+        if config.resid_mix_init == "phase":
+            mix = init.phase_mix(layer, config.num_layers, D)
+        self.resid_mix = nnx.Param(mix)
         self.attn_scale = nnx.Param(init.ones((D,)))
         self.mlp_scale = nnx.Param(init.ones((D,)))
 
@@ -52,13 +53,8 @@ class Block(nnx.Module):
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The block's output [B, T, D] and the values of its attention; the arguments are
-        `Attention`'s.
-        """
-
-        def normed(u_BTD: jax.Array) -> jax.Array:
-            return rms_norm(u_BTD, self.norm_eps, self.norm_scale)
-
+        """The block's output [B, T, D] and its attention's values; arguments as for `Attention`."""
+        normed = functools.partial(rms_norm, eps=self.norm_eps, scale=self.norm_scale)
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
@@ -72,16 +68,15 @@ class Block(nnx.Module):
 
 
 class RecycledCore(nnx.Module):
-    """The modulation s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0
-    at the start.
+    """s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0 at the start.
 
-    The blocks' own parameters are shared by their applications. Source: parameter-golf submission
-    1573.
+    A block's applications share its parameters. Source: parameter-golf submission 1573.
     """
 
     def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(init.ones((len(config.recycle_layers), config.d_model)))
-        self.bias = nnx.Param(init.zeros((len(config.recycle_layers), config.d_model)))
+        shape = (len(config.recycle_layers), config.d_model)
+        self.scale = nnx.Param(init.ones(shape))
+        self.bias = nnx.Param(init.zeros(shape))
 
     def __call__(self, application: int, x_BTD: jax.Array) -> jax.Array:
         bias_D = self.bias[...][application].astype(x_BTD.dtype)
@@ -89,7 +84,7 @@ class RecycledCore(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """`model(tokens_BT)` → capped float32 logits [B, T, V]; position t sees tokens 0 … t alone."""
+    """`model(tokens_BT)` → capped float32 logits [B, T, V]; position t sees tokens 0 … t only."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -111,13 +106,12 @@ class GPT(nnx.Module):
     def encode(
         self, tokens_BT: jax.Array, first_B: jax.Array | None = None
     ) -> tuple[jax.Array, dict[int, jax.Array]]:
-        """The stream [B, T, D] that enters the first block, and every block through its mixing;
-        and what layers add to values.
+        """The stream x0 [B, T, D], and the embeddings that layers add to their values.
 
-        A position's depend on its token and the `LOOK_BACK` before it; on its place only where
-        that is less than `LOOK_BACK` from the start. `first_B` is not looked at.
+        A position's vectors depend on its token and on the `LOOK_BACK` tokens before it. They
+        depend on its place only within `LOOK_BACK` of the start. `first_B` is not used.
         """
-        del first_B  # positions are turned into queries and keys
+        del first_B  # rotary positions enter in the attention
         config = self.config
         x_BTD = self.embed.encode(tokens_BT)
         if config.bigram_buckets:
@@ -129,12 +123,12 @@ class GPT(nnx.Module):
         return x_BTD, self.value_embed(tokens_BT) if config.value_embed_layers else {}
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D], of whole sequences. Raises ValueError where T
-        exceeds `max_seq_len`.
+        """The head's input [B, T, D] for whole sequences.
+
+        Raises ValueError if T exceeds `max_seq_len`.
         """
-        config = self.config
         chex.assert_rank(tokens_BT, 2)
-        positions = make_positions(config, tokens_BT.shape[1])
+        positions = make_positions(self.config, tokens_BT.shape[1])
         with jax.named_scope("embed"):
             encoded = self.encode(tokens_BT)
         return self.run(encoded, positions)
@@ -142,11 +136,10 @@ class GPT(nnx.Module):
     def run(
         self, encoded: tuple[jax.Array, dict[int, jax.Array]], positions: Positions
     ) -> jax.Array:
-        """What the head multiplies, [B, T, D], of what `encode` gives at these positions."""
+        """The head's input [B, T, D], from the result of `encode` at these positions."""
         config = self.config
         x0_BTD, added_values = encoded
-        x_BTD = x0_BTD
-        first_value = None
+        x_BTD, first_value = x0_BTD, None
         skips: list[jax.Array] = []
         for i, block in enumerate(self.blocks):
             if i == config.num_skips:

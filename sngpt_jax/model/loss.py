@@ -1,21 +1,20 @@
-"""Cross-entropy of the tied head: of whole logits, or a chunk of tokens at a time so that [tokens,
-V] never exists.
+"""Cross-entropy of the tied head, from all logits at once or in chunks of tokens.
 
-Whole float32 logits of N tokens take 4NV bytes, and their gradient as much again: at V = 50,304
-and 32,768 tokens a microbatch 6.6 GB each. In chunks of 4,096 tokens they take 824 MB, with 412 MB
-for the bfloat16 gradient of a chunk. (Compiled for an H100, loss and gradients at D = 1,024 need
-13.2 GB of temporary memory whole and 1.35 GB in such chunks.)
+All float32 logits of N tokens take 4NV bytes, and their gradient as many: 6.6 GB each at V = 50,304
+and 32,768 tokens per microbatch. In chunks of 4,096 tokens the logits take 824 MB, and the bfloat16
+gradient of a chunk 412 MB. (Compiled for an H100 at D = 1,024, loss and gradients need 13.2 GB of
+temporary memory whole and 1.35 GB in these chunks.)
 
-The three products (logits, gradient of x, gradient of the table) are 2NVD FLOPs each, 309 MFLOP a
-token at D = 1,024. Recomputing the logits in the backward pass would make it four, 103 MFLOP more
-a token. The loss is the end of the forward pass, though, and its gradient is known there up to one
-scalar: so `mean_loss` takes both gradients from each chunk while its logits are there, and keeps
-them (dx is as large as x, dtable as the table) until that scalar arrives. This is the trick of
+The three products (logits, gradient of x, gradient of the table) are 2NVD FLOPs each, 309 MFLOP per
+token at D = 1,024. A backward pass that recomputes the logits would add a fourth, 103 MFLOP per
+token. But the loss ends the forward pass, so its gradient is known there up to one scalar.
+`mean_loss` therefore computes both gradients of a chunk while its logits exist, and keeps them (dx
+is as large as x, dtable as the table) until that scalar arrives. This is the method of
 Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989.
 
-Each chunk also reads and writes the float32 accumulator of dtable, 412 MB in all at that size,
-beside about 0.9 MB a token for the logits and their gradient: by this count a tenth of the traffic
-at 4,096 tokens a chunk, 30 % at 1,024.
+Each chunk also reads and writes dtable in float32, 412 MB at that size, beside about 0.9 MB per
+token for the logits and their gradient: about 10 % of the traffic with 4,096 tokens per chunk, and
+30 % with 1,024.
 """
 
 import functools
@@ -30,10 +29,9 @@ from sngpt_jax.model.layers import soft_cap
 
 
 def logits(x_BTD: jax.Array, table_VD: jax.Array, cap: float) -> jax.Array:
-    """Logits [B, T, V] of the table cast to x's dtype; the product accumulates in float32 and is
-    never rounded below it.
+    """Logits [B, T, V], float32, soft-capped to ±`cap` (0: no cap).
 
-    Soft-capped to ±`cap`; 0: not at all.
+    The table is cast to x's dtype; the product accumulates in float32 and stays in it.
     """
     logits_BTV = jnp.einsum(
         "btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
@@ -44,25 +42,24 @@ def logits(x_BTD: jax.Array, table_VD: jax.Array, cap: float) -> jax.Array:
 def token_losses(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int
 ) -> jax.Array:
-    """Cross-entropy in nats of each token [B, T], float32, with the logits of at most `chunk`
-    tokens at a time; 0: of all.
+    """Cross-entropy per token in nats, float32 [B, T], from the logits of at most `chunk` tokens at a
+    time (0: all).
 
-    Differentiable, but with a chunk the backward pass recomputes the logits: `mean_loss` does not.
+    Differentiable. With a chunk the backward pass recomputes the logits; `mean_loss` does not.
     """
     chex.assert_shape(targets_BT, x_BTD.shape[:2])
     if not chunk:
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits(x_BTD, table_VD, cap), targets_BT
-        )
+        logits_BTV = logits(x_BTD, table_VD, cap)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     weights_VD = table_VD.astype(x_BTD.dtype)
 
-    @jax.checkpoint  # or the gradient would keep every chunk's logits
+    @jax.checkpoint  # otherwise the gradient would keep every chunk's logits
     def of_chunk(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_1CD, targets_1C = batch
         return token_losses(x_1CD, weights_VD, targets_1C, cap=cap, chunk=0)
 
     losses_n1C = jax.lax.map(of_chunk, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
-    return losses_n1C.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+    return _together(losses_n1C, targets_BT.shape)
 
 
 READINGS = ("nll", "greedy", "entropy", "mass", "hint_nll")
@@ -78,11 +75,10 @@ def token_readings(
     cap: float,
     chunk: int,
 ) -> dict[str, jax.Array]:
-    """What an evaluation asks of each token's distribution p, [B, T] by name; logits as in
-    `token_losses`.
+    """The named readings of each token's distribution p, [B, T]; logits as in `token_losses`.
 
-    nll: -ln p(target); greedy: whether the target is the likeliest; entropy: of p in nats; mass: Σ
-    p; hint_nll: -ln p(hint). float32 but for greedy. Not for differentiation.
+    nll: -ln p(target); greedy: whether the target is the likeliest token; entropy: of p in nats;
+    mass: Σ p; hint_nll: -ln p(hint). All are float32, except greedy. Not for differentiation.
     """
     weights_VD = table_VD.astype(x_BTD.dtype)
 
@@ -108,36 +104,35 @@ def token_readings(
     if not chunk:
         return of_chunk(batch)
     found = jax.lax.map(of_chunk, tuple(_chunks(values, chunk) for values in batch))
-    return {
-        name: value.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
-        for name, value in found.items()
-    }
+    return {name: _together(value, targets_BT.shape) for name, value in found.items()}
 
 
 def mean_loss(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int
 ) -> jax.Array:
-    """The mean of `token_losses`, a float32 scalar, differentiable in x and the table in reverse
-    mode.
+    """The mean of `token_losses`, a float32 scalar, differentiable in reverse mode.
 
-    The gradients are computed together with the loss, where it is differentiated at all: products
-    in x's dtype accumulated in float32, dx rounded once to x's dtype, dtable summed over the
-    chunks in float32.
+    If it is differentiated, the gradients are computed together with the loss. Their products have
+    x's dtype and accumulate in float32; dx is rounded once to x's dtype, and dtable is summed over
+    the chunks in float32.
     """
     chex.assert_shape(targets_BT, x_BTD.shape[:2])
     return _mean(cap, chunk or targets_BT.size, x_BTD, table_VD, targets_BT)
 
 
 def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] as [n, 1, C, ...]: all tokens in the fewest chunks of at most `chunk`, of one
-    size, zeros at the end.
-    """
+    """[B, T, ...] as [n, 1, C, ...]: the fewest chunks of equal size C ≤ `chunk`, padded with zeros."""
     tokens = values_BT.shape[0] * values_BT.shape[1]
     count = -(-tokens // chunk)
     size = -(-tokens // count)
     flat = values_BT.reshape(tokens, *values_BT.shape[2:])
     padded = jnp.pad(flat, [(0, count * size - tokens)] + [(0, 0)] * (flat.ndim - 1))
     return padded.reshape(count, 1, size, *flat.shape[1:])
+
+
+def _together(values_n1C: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_chunks` for an array of `shape` [B, T]."""
+    return values_n1C.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -158,38 +153,30 @@ def _mean_and_gradients(
         total, dtable_DV = carry
         x_CD, targets_C, real_C = (values[0] for values in batch)
         logits_CV = logits(x_CD[None], weights_VD, cap)[0]
-        # capped logits need no largest one taken off: a sum of 2^16 times exp(64) is a float32
+        # capped logits need no shift by the largest one: 2^16 times exp(64) is a finite float32
         shift_C1 = 0.0 if 0 < cap <= 64 else jnp.max(logits_CV, axis=-1, keepdims=True)
         e_CV = jnp.exp(logits_CV - shift_C1)
         sum_C1 = jnp.sum(e_CV, axis=-1, keepdims=True)
-        # compared in place: a one-hot array or a scatter would be one more pass over V
+        # compared in place: a one-hot array or a scatter would be another pass over V
         hit_CV = jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
         target_C = jnp.sum(logits_CV, axis=-1, where=hit_CV)
-        losses_C = (
-            jnp.log(sum_C1)[:, 0]
-            + jnp.reshape(jnp.broadcast_to(shift_C1, sum_C1.shape), -1)
-            - target_C
-        )
+        losses_C = (jnp.log(sum_C1) + shift_C1)[:, 0] - target_C
         d_CV = e_CV * (1.0 / sum_C1)
         d_CV = jnp.where(hit_CV, d_CV - 1.0, d_CV)
         if cap:
-            # the derivative of cap · tanh(z / cap), from its value
-            d_CV *= 1.0 - jnp.square(logits_CV / cap)
+            d_CV *= 1.0 - jnp.square(logits_CV / cap)  # the derivative of the cap, from its value
         d_CV = jnp.where(real_C[:, None], d_CV, 0.0).astype(x_CD.dtype)
         dx_CD = jnp.einsum("cv,vd->cd", d_CV, weights_VD, preferred_element_type=jnp.float32)
-        # x transposed, not d: a CPU would copy it, and it is the larger one
+        # x is transposed, not d: a CPU copies what is transposed, and d is larger
         dtable_DV += jnp.einsum("dc,cv->dv", x_CD.T, d_CV, preferred_element_type=jnp.float32)
         total += jnp.sum(losses_C, where=real_C)
         return (total, dtable_DV), (dx_CD / tokens).astype(x_CD.dtype)
 
-    batches = (
-        _chunks(x_BTD, chunk),
-        _chunks(targets_BT, chunk),
-        _chunks(jnp.ones(targets_BT.shape, bool), chunk),
-    )
+    real_BT = jnp.ones(targets_BT.shape, bool)
+    batches = tuple(_chunks(values, chunk) for values in (x_BTD, targets_BT, real_BT))
     carry = (jnp.zeros(()), jnp.zeros(table_VD.shape[::-1], jnp.float32))
     if chunk >= tokens:
-        carry, dx = of_chunk(carry, tuple(values[0] for values in batches))
+        carry, dx = of_chunk(carry, jax.tree.map(lambda values: values[0], batches))
     else:
         carry, dx = jax.lax.scan(of_chunk, carry, batches)
     total, dtable_DV = carry
@@ -201,11 +188,8 @@ def _scale_gradients(
     cap: float, chunk: int, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     dx_BTD, dtable_VD = gradients
-    return (
-        (cotangent * dx_BTD).astype(dx_BTD.dtype),
-        cotangent.astype(dtable_VD.dtype) * dtable_VD,
-        None,
-    )
+    scaled = (cotangent * dx_BTD).astype(dx_BTD.dtype)
+    return scaled, cotangent.astype(dtable_VD.dtype) * dtable_VD, None
 
 
 _mean.defvjp(_mean_and_gradients, _scale_gradients)

@@ -1,4 +1,4 @@
-"""The position-wise half of a block."""
+"""The MLP: the half of a block that maps each position by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ def leaky_relu2(h: jax.Array) -> jax.Array:
 
 
 def gelu(h: jax.Array) -> jax.Array:
-    """h Φ(h) with the exact normal distribution function Φ, elementwise. Hendrycks & Gimpel 2016,
-    arXiv:1606.08415.
+    """h Φ(h) with the exact normal distribution function Φ, elementwise.
+
+    Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
     return jax.nn.gelu(h, approximate=False)
 

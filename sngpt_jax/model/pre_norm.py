@@ -1,5 +1,5 @@
-"""The pre-norm GPT, as GPT-2 with RMSNorm gains and no biases, whose MLPs may take their input
-through a sparse code.
+"""The pre-norm GPT: GPT-2 with RMSNorm gains and no biases, optionally with a sparse code in front
+of each MLP.
 
 x = E[tokens] (+ P[positions])
 blocks:  u = x + attention(g₁ ⊙ norm(x));  x = u + mlp(code(g₂ ⊙ norm(u)))
@@ -21,9 +21,7 @@ from sngpt_jax.model.mlp import MLP
 
 
 class PreNormBlock(nnx.Module):
-    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))), where `levels` is empty
-    without the code.
-    """
+    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))); no code if `levels` is empty."""
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         self.norm_eps = config.norm_eps
@@ -38,9 +36,7 @@ class PreNormBlock(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions: Positions
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A]
-        where it has a code.
-        """
+        """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A]."""
 
         def normed(u_BTD: jax.Array, gain: nnx.Param[jax.Array]) -> jax.Array:
             return per_channel(gain[...], rms_norm(u_BTD, self.norm_eps))
@@ -59,7 +55,7 @@ class PreNormBlock(nnx.Module):
 
 
 class PreNormGPT(nnx.Module):
-    """`model(tokens_BT)` → float32 logits [B, T, V]; position t sees tokens 0 … t alone."""
+    """`model(tokens_BT)` → float32 logits [B, T, V]; position t sees tokens 0 … t only."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -72,9 +68,7 @@ class PreNormGPT(nnx.Module):
         self.final_norm = nnx.Param(init.ones((config.d_model,)))
 
     def encode(self, tokens_BT: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
-        """The stream [B, T, D] that enters the first block; `first_B` are the rows' first
-        positions, by default 0.
-        """
+        """The stream [B, T, D] for rows that begin at the positions `first_B`, by default 0."""
         x_BTD = self.embed.encode(tokens_BT)
         if self.config.positions == "learned":
             x_BTD += self.positions(tokens_BT.shape[1], first_B)
@@ -83,14 +77,13 @@ class PreNormGPT(nnx.Module):
     def tapped_hidden(
         self, tokens_BT: jax.Array, tapped_P: jax.Array
     ) -> tuple[jax.Array, Taps | None]:
-        """What the head multiplies, [B, T, D], and what the codes saw and chose at the positions
+        """The head's input [B, T, D], and the codes' inputs and features at the positions
         `tapped_P`.
 
-        Raises ValueError where T exceeds `max_seq_len`.
+        Raises ValueError if T exceeds `max_seq_len`.
         """
-        config = self.config
         chex.assert_rank(tokens_BT, 2)
-        positions = make_positions(config, tokens_BT.shape[1])
+        positions = make_positions(self.config, tokens_BT.shape[1])
         with jax.named_scope("embed"):
             x_BTD = self.encode(tokens_BT)
         return self.tapped_run(x_BTD, positions, tapped_P)
@@ -98,7 +91,7 @@ class PreNormGPT(nnx.Module):
     def tapped_run(
         self, x_BTD: jax.Array, positions: Positions, tapped_P: jax.Array
     ) -> tuple[jax.Array, Taps | None]:
-        """As `tapped_hidden`, of the stream [B, T, D] that `encode` gives at these positions."""
+        """As `tapped_hidden`, from the result of `encode` at these positions."""
         taps: list[tuple[jax.Array, ...]] = []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
@@ -109,11 +102,11 @@ class PreNormGPT(nnx.Module):
         return x_BTD, Taps(*map(jnp.stack, zip(*taps, strict=True))) if taps else None
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the head multiplies, [B, T, D], of whole sequences."""
+        """The head's input [B, T, D] for whole sequences."""
         return self.tapped_hidden(tokens_BT, jnp.arange(0))[0]
 
     def run(self, x_BTD: jax.Array, positions: Positions) -> jax.Array:
-        """What the head multiplies, [B, T, D], of what `encode` gives at these positions."""
+        """The head's input [B, T, D], from the result of `encode` at these positions."""
         return self.tapped_run(x_BTD, positions, jnp.arange(0))[0]
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:

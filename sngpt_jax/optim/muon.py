@@ -1,9 +1,8 @@
-"""Muon: momentum whose matrices are orthogonalized by a Newton–Schulz iteration, as an optax
-transformation.
+"""Muon as an optax transformation: a Newton–Schulz iteration orthogonalizes the momentum.
 
 Sources: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
-(https://kellerjordan.github.io/posts/muon/), and its public PyTorch code, whose coefficients and
-steps are kept.
+(https://kellerjordan.github.io/posts/muon/), and its public PyTorch code, which gives coefficients
+and steps.
 """
 
 import functools
@@ -22,12 +21,12 @@ from sngpt_jax.optim import stacks
 
 Coefficients = Literal["quintic", "polar_express"]
 
-# steepest odd quintic at 0 that keeps singular values near 1, not exactly 1
+# the odd quintic that is steepest at 0 and keeps singular values near 1, though not exactly 1
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Amsel et al., "The Polar Express" (arXiv:2505.16932), for singular values from 1e-3 of the
-# largest possible on: each is the best odd quintic for the interval that those before it leave,
-# the first three for a narrower one, so that they grow faster.
+# Amsel et al., "The Polar Express" (arXiv:2505.16932), for singular values above 1e-3 of the largest
+# possible. Each polynomial is the best odd quintic for the interval that the earlier ones leave; the
+# first three take a narrower interval, so that small values grow faster.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -37,14 +36,13 @@ _POLAR_EXPRESS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
-_CONVERGED = (15 / 8, -10 / 8, 3 / 8)  # the best one around 1
-# each takes values up to so much above its interval: bfloat16 rounds them there, where a quintic
-# runs away
+_CONVERGED = (15 / 8, -10 / 8, 3 / 8)  # the best polynomial around 1
+# bfloat16 may round a value above its interval by this factor, and a quintic diverges there
 _SAFETY = 1.01
 
 
 def polynomials(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
-    """(a, b, c) of each iteration's polynomial a x + b x³ + c x⁵."""
+    """The coefficients (a, b, c) of each iteration's polynomial a x + b x³ + c x⁵."""
     if coefficients == "quintic":
         return [_QUINTIC] * steps
     safe = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:steps]]
@@ -57,20 +55,18 @@ def newton_schulz(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     coefficients: Coefficients = "quintic",
 ) -> jax.Array:
-    """Approximates U Vᵀ of each matrix's singular value decomposition U S Vᵀ.
+    """Approximates U Vᵀ for each matrix U S Vᵀ (its singular value decomposition).
 
-    After five steps of `quintic` the singular values lie in about [0.65, 1.21], except those that
-    began below about 0.0015 of the Frobenius norm, which have not grown that far yet. After five
-    of `polar_express` those that began above 0.001 of it lie in [0.84, 1.13]. A zero matrix stays
-    zero.
+    After five steps of `quintic` the singular values lie in about [0.65, 1.21], unless they began
+    below about 0.0015 of the Frobenius norm. After five steps of `polar_express` the values that
+    began above 0.001 of the norm lie in [0.84, 1.13]. A zero matrix stays zero.
 
-    `matrices` [..., m, n] is float32, else TypeError, and so is the result. `dtype` is that of the
-    products' operands and results. In bfloat16 a product is one batched matrix multiplication that
-    a GPU runs on its tensor cores, adding up in float32 inside. The result is stored as bfloat16
-    (no preferred_element_type): a product of 512 x 512 matrices does about 170 operations a byte,
-    fewer than a GPU needs to keep its tensor cores busy, so a float32 result would cost time, and
-    the next product would round it all the same. With float32 the products are full float32, not
-    TF32.
+    `matrices` [..., m, n] and the result are float32; another dtype raises TypeError. `dtype` is
+    that of the products' operands and results. In bfloat16 each product runs on a GPU's tensor
+    cores, which add up in float32. Its result is stored as bfloat16 (no preferred_element_type): a
+    product of 512 x 512 matrices does about 170 operations per byte, too few to keep the tensor
+    cores busy, so a float32 result would cost time, and the next product would round it anyway.
+    With float32 the products are full float32, not TF32.
     """
     if matrices.dtype != jnp.float32:
         raise TypeError(f"newton_schulz takes float32 matrices; found {matrices.dtype}")
@@ -84,39 +80,42 @@ def newton_schulz(
     tall = matrices.shape[-2] > matrices.shape[-1]
     norms = jnp.linalg.norm(matrices, axis=(-2, -1), keepdims=True)
     x = (matrices / (norms + 1e-7)).astype(dtype)
-    x = x.mT if tall else x  # x xᵀ then has the smaller of the two sizes
+    x = x.mT if tall else x  # so that x xᵀ has the smaller size
 
     def combine(a: float, left: jax.Array, b: float, right: jax.Array) -> jax.Array:
-        # in float32: a bfloat16 product would round the coefficients first, 3.4445 to 3.4375
+        # in float32: bfloat16 would round the coefficients, 3.4445 to 3.4375
         return (a * left.astype(jnp.float32) + b * right.astype(jnp.float32)).astype(dtype)
 
     for a, b, c in polynomials(coefficients, steps):
         gram = product(x, x.mT)
         x = combine(a, x, 1.0, product(combine(b, gram, c, product(gram, gram)), x))
-    x = x.mT if tall else x
-    return x.astype(jnp.float32)
+    return (x.mT if tall else x).astype(jnp.float32)
 
 
 def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> int:
-    """Floating-point operations of `newton_schulz` on an array [..., m, n], products only (an
-    addition and a multiplication count two): 4 m² n + 2 m³ a step and matrix, with m ≤ n."""
+    """Floating-point operations of the products in `newton_schulz` of an array [..., m, n].
+
+    They are 4 m² n + 2 m³ per step and matrix, with m ≤ n; a multiply-add counts as two.
+    """
     *stack, m, n = *shape[:-2], *sorted(shape[-2:])
     return math.prod(stack) * steps * (4 * m * m * n + 2 * m**3)
 
 
 class MuonState(NamedTuple):
-    """What Muon remembers: the number of updates taken (int32), the momentum in the parameters'
-    tree, and with NorMuon the running mean square [fan_out] of each neuron's update."""
+    """The state between updates."""
 
-    count: jax.Array  # type: ignore[assignment]  # optax's name for it, though a tuple has a method `count`
+    # int32, updates taken; optax's name for it, though a tuple has a method `count`
+    count: jax.Array  # type: ignore[assignment]
     momentum: optax.Updates
+    # with NorMuon: the running mean square [fan_out] of each neuron's update
     neuron_squares: optax.Updates | None = None
 
 
 def _evening(squares: jax.Array, running: jax.Array) -> jax.Array:
-    """The factors [fan_out] on the columns of an update that divide them by the root of their
-    `running` mean squares and keep the norm of the whole; `squares` are the mean squares of the
-    update itself, which give both norms."""
+    """The factors [fan_out] on an update's columns: 1 / √running, scaled to keep the update's norm.
+
+    `squares` and `running` are the current and the running mean squares of the columns.
+    """
     factors = jax.lax.rsqrt(running + 1e-10)
     return factors * jnp.sqrt(jnp.sum(squares) / (jnp.sum(squares * factors**2) + 1e-20))
 
@@ -132,23 +131,23 @@ def scale_by_muon(
     mesh: Mesh | None = None,
     kept_over: tuple[str, ...] = PARAMETER_AXES,
 ) -> optax.GradientTransformation:
-    """Replaces gradients G of matrices W [fan_in, fan_out] by orthogonalized Nesterov momentum, to
-    be descended.
+    """Replaces the gradient G of a matrix W [fan_in, fan_out] by orthogonalized Nesterov momentum,
+    a direction of descent.
 
-    With μ = `momentum`, a number or a function of the count of updates taken:
-    M ← μ M + G, then √max(1, fan_out / fan_in) · O with O = newton_schulz(G + μ M).
-    Both lines are float32; M is rounded to `momentum_dtype` where it is kept for the next update.
+    With μ = `momentum`, a number or a function of the updates taken: M ← μ M + G, and the result is
+    √max(1, fan_out / fan_in) · O with O = newton_schulz(G + μ M). Both are computed in float32; M
+    is rounded to `momentum_dtype` when it is kept.
 
-    A `neuron_beta2` β₂ > 0 evens out what the neurons learn: v ← β₂ v + (1 - β₂) · (mean of O²
-    over fan_in) for each of the fan_out, and O / √v, brought back to the norm of O, takes the
-    place of O. Source: NorMuon (Li et al., arXiv:2510.05491); that the norm stays is as in the
-    public modded-nanogpt speedrun, the paper sets another one.
+    A `neuron_beta2` β₂ > 0 evens out the neurons' updates: v ← β₂ v + (1 - β₂) · (mean of O² over
+    fan_in) per neuron, and O / √v, scaled to the norm of O, replaces O. Source: NorMuon (Li et al.,
+    arXiv:2510.05491). The paper sets another norm; keeping the norm follows the public
+    modded-nanogpt speedrun.
 
-    Matrices of equal shape, or of shapes that are each other's transposed, are orthogonalized as
-    one stack: a few large batched products instead of many small ones. With `mesh` each of its
-    devices takes a share of the stack: gradients and momentum lie as `partition_spec(mesh, shape,
-    kept_over)` says, the result as the parameters. `stacks` says at what cost. `init` raises
-    ValueError naming the first parameter that is not a matrix.
+    Matrices of equal or transposed shape are orthogonalized as one stack, in a few large batched
+    products. With `mesh` each device takes a share of the stack: gradients and momentum lie as
+    `partition_spec(mesh, shape, kept_over)` says, and the result lies as the parameters do.
+    `stacks` states the cost. `init` raises ValueError with the name of the first parameter that is
+    not a matrix.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -156,14 +155,11 @@ def scale_by_muon(
             if len(leaf.shape) != 2:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(f"Muon takes matrices only; {name} has shape {tuple(leaf.shape)}")
-        squares = (
-            jax.tree.map(lambda p: jnp.zeros(p.shape[1], jnp.float32), params)
-            if neuron_beta2
-            else None
-        )
-        return MuonState(
-            jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=momentum_dtype), squares
-        )
+        squares = None
+        if neuron_beta2:
+            squares = jax.tree.map(lambda p: jnp.zeros(p.shape[1], jnp.float32), params)
+        kept = optax.tree.zeros_like(params, dtype=momentum_dtype)
+        return MuonState(jnp.zeros((), jnp.int32), kept, squares)
 
     orthogonalize = functools.partial(
         newton_schulz, steps=ns_steps, dtype=ns_dtype, coefficients=coefficients
@@ -176,15 +172,12 @@ def scale_by_muon(
         mu = momentum(state.count) if callable(momentum) else momentum
         buffers = jax.tree.map(lambda m, g: mu * m.astype(jnp.float32) + g, state.momentum, grads)
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda m, g: g + mu * m, buffers, grads))
-        directions = jax.tree.unflatten(
-            tree, stacks.map_stacks(orthogonalize, leaves, ns_dtype, mesh, kept_over)
-        )
+        leaves = stacks.map_stacks(orthogonalize, leaves, ns_dtype, mesh, kept_over)
+        directions = jax.tree.unflatten(tree, leaves)
         squares = state.neuron_squares
         if squares is not None:
             now = jax.tree.map(lambda o: jnp.mean(jnp.square(o), axis=0), directions)
-            # known to all devices: of matrices that are split, a reduction of these vectors and no
-            # more
-            if mesh is not None:
+            if mesh is not None:  # on all devices: split matrices then reduce only these vectors
                 now = jax.lax.with_sharding_constraint(now, NamedSharding(mesh, P()))
             squares = jax.tree.map(
                 lambda v, s: neuron_beta2 * v + (1.0 - neuron_beta2) * s, squares, now

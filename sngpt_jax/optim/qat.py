@@ -1,10 +1,10 @@
-"""Late quantization-aware training: the last steps of a run see their matrices as the exported
-artifact will hold them.
+"""Late quantization-aware training: in the last steps of a run the model uses its matrices as the
+exported artifact will hold them.
 
-The grid is symmetric with one scale for each output channel, `scale · {-q_max, …, q_max}` with
-q_max = 2^(bits - 1) - 1. The gradient passes the rounding unchanged (straight-through estimator:
-Bengio et al., https://arxiv.org/abs/1308.3432; late in a run with a row's largest magnitude as the
-range: the public Parameter Golf scripts).
+The grid is symmetric with one scale per output channel: `scale · {-q_max, …, q_max}` with q_max =
+2^(bits - 1) - 1. The gradient ignores the rounding (straight-through estimator: Bengio et al.,
+https://arxiv.org/abs/1308.3432). The public Parameter Golf scripts do this late in a run, with a
+row's largest magnitude as its range.
 """
 
 import jax
@@ -12,40 +12,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sngpt_jax.artifact.policy import MATRICES, SMALLEST_SCALE, largest_code, policy_of
+from sngpt_jax.artifact.policy import MATRICES, SMALLEST_SCALE, Policy, largest_code, policy_of
 from sngpt_jax.cluster.mesh import path_name
 from sngpt_jax.config import Config, ConfigError
 
 
 def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
-    """The matrix nearest to `matrix` [..., in, out], float32, on the grid of `bits` that its
-    output channels span.
+    """The nearest matrix to `matrix` [..., in, out], float32, on the grid of `bits`.
 
-    scale = float16(max(max(absmax over in, clip_floor) / q, SMALLEST_SCALE)), for each output
-    channel; result = scale · round(matrix · float32(1 / scale)), float32, halves rounded to even.
-    Zeros stay zero.
+    Per output channel, scale = float16(max(max(absmax over in, clip_floor) / q, SMALLEST_SCALE)).
+    The result is scale · round(matrix · float32(1 / scale)), with halves rounded to even.
     """
     reach = jnp.maximum(jnp.max(jnp.abs(matrix), axis=-2, keepdims=True), clip_floor)
-    # times 1 / q is what XLA makes of a division by a constant: written out, it is the same
-    # float32 everywhere
+    # XLA turns a division by a constant into a product. As a product, it is equal everywhere.
     scale = jnp.maximum(reach * np.float32(1 / largest_code(bits)), SMALLEST_SCALE)
-    # to float16 and back, in a form that no compiler may leave out as needless
+    # rounds to float16 in a form that no compiler may leave out
     scale = jax.lax.reduce_precision(scale, exponent_bits=5, mantissa_bits=10)
-    # nothing to clip: a scale rounded down to float16 leaves a quotient of at most q · (1 +
-    # 2^-11), less than q + 1/2 and times 1 / scale, likewise what XLA makes of the division: so
-    # ties fall in the exporter as they fell in training
+    # Nothing needs clipping: a scale rounded down gives a quotient of at most q · (1 + 2^-11), less
+    # than q + 1/2. The exporter also multiplies with 1 / scale, so that ties fall as in training.
     return scale * jnp.round(matrix * (1 / scale))
 
 
+def _policy(path: tuple[object, ...], leaf: jax.Array, config: Config) -> Policy | None:
+    """How the exporter stores a matrix on a grid; None for any other tensor."""
+    policy = policy_of(path_name(path), leaf.shape, config)
+    return policy if policy.group in MATRICES and policy.has_grid else None
+
+
 def check(params: optax.Params, config: Config) -> None:
-    """Raises `ConfigError` where late quantization-aware training would imitate nothing that the
+    """Raises `ConfigError` if late quantization-aware training would imitate nothing that the
     exporter does.
 
-    `params` may be shapes alone.
+    `params` may be abstract.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    policies = [policy_of(path_name(path), leaf.shape, config) for path, leaf in leaves]
-    if not any(policy.group in MATRICES and policy.has_grid for policy in policies):
+    if not any(
+        _policy(path, leaf, config) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ):
         raise ConfigError(
             "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits,"
             " projection_bits and passthrough_size leave every matrix as it is"
@@ -53,19 +55,17 @@ def check(params: optax.Params, config: Config) -> None:
     if config.export.clip == "sd" or config.export.gptq:
         raise ConfigError(
             "optim.qat_below imitates ranges near a row's largest magnitude; train with export.clip"
-            " = row_max, percentile or search, without export.gptq (either may be used in the"
-            " export)"
+            " = row_max, percentile or search and without export.gptq. The export may use either"
         )
 
 
 def on_grid(params: optax.Params, config: Config) -> optax.Params:
-    """`params` with each matrix that `config` exports on a grid replaced by its nearest one there;
-    tables stay as they are.
+    """`params` with each matrix that `config` exports on a grid moved to its nearest grid points;
+    tables stay unchanged.
     """
 
     def replace(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
-        policy = policy_of(path_name(path), leaf.shape, config)
-        if policy.group in MATRICES and policy.has_grid:
+        if policy := _policy(path, leaf, config):
             return fake_quantize(leaf, policy.bits, config.export.clip_floor)
         return leaf
 
@@ -75,17 +75,17 @@ def on_grid(params: optax.Params, config: Config) -> optax.Params:
 def straight_through(
     params: optax.Params, config: Config, switch: jax.typing.ArrayLike
 ) -> optax.Params:
-    """`on_grid(params)` where the boolean scalar `switch` is true, else `params`, and either way
-    with the gradient of `params`.
+    """`on_grid(params)` if the boolean scalar `switch` is true, otherwise `params`; the gradient is
+    that of `params` in both cases.
 
-    `switch` is to be traced: one compiled step serves both cases, and the rounding is not folded
-    away. The gradient with respect to the result is the one with respect to `params`, so that a
-    step with several microbatches calls this once.
+    `switch` must be traced: one compiled step then serves both cases, and the rounding is not
+    folded away. The gradient with respect to the result equals the one with respect to `params`, so
+    a step with several microbatches calls this function once.
     """
 
     def select(w: jax.Array, grid: jax.Array) -> jax.Array:
         value = jnp.where(switch, grid, w)
-        # the bracket is exactly 0, so this is `value` to the last bit; w + (value - w) would round
+        # the bracket is exactly 0, so the result is exactly `value`; w + (value - w) would round
         return jax.lax.stop_gradient(value) - (jax.lax.stop_gradient(w) - w)
 
     return jax.tree.map(select, params, on_grid(params, config))

@@ -1,32 +1,30 @@
 """How the learning rates and Muon's momentum change over a run, and when averages and the exported
-grid come in.
+grid begin.
 
-`step_controls` and its `lr_multiplier` are pure functions of what the host knows before a step:
-the number of steps finished and the training seconds spent on them. All groups' learning rates are
-multiplied by `lr_multiplier`, Adam's by one that ends at adam_final_lr_fraction where that is
-given. It is the smaller of two lines, so a warmdown that begins early cuts a warmup short:
+`step_controls` and `lr_multiplier` are pure functions of what the host knows before a step: the
+number of finished steps and the training seconds that they took. `lr_multiplier` multiplies the
+learning rates of all groups; if adam_final_lr_fraction is set, Adam's groups have a multiplier that
+ends there. The multiplier is the smaller of two lines, so an early warmdown cuts a warmup short:
 
-  warmup     step / warmup_steps: 0 at step 0, 1 from step warmup_steps on.
-  warmdown   final + (1 - final) * left, where final = final_lr_fraction and left, between 1 and 0, is the share of the
-             warmdown still ahead. With schedule = constant, left is 1.
+  warmup     step / warmup_steps, at most 1
+  warmdown   final + (1 - final) · left, with final = final_lr_fraction. `left` falls from 1 to 0:
+             it is the share of the warmdown that is still ahead. With schedule = constant it is 1.
 
-The share ahead, each before it is cut to [0, 1]:
+The share ahead, before it is cut to [0, 1], with total = steps or max_seconds and now = step or
+elapsed seconds, as warmdown_clock says:
 
-  warmdown_clock   warmdown_steps                              warmdown_fraction
-  steps            (steps - step) / warmdown_steps             (steps - step) / (warmdown_fraction * steps)
-  wall_clock       (max_seconds - elapsed)                     (max_seconds - elapsed) / (warmdown_fraction * max_seconds)
-                     / (warmdown_steps * elapsed / step)
+  warmdown_fraction   (total - now) / (warmdown_fraction · total)
+  warmdown_steps      steps:       (steps - step) / warmdown_steps
+                      wall_clock:  (max_seconds - elapsed) / (warmdown_steps · elapsed / step)
 
-`steps` and `max_seconds` are `TrainConfig`'s, and either ends a run. Only the one that
-warmdown_clock names shapes the schedule: a run that the other ends first ends before its warmdown
-does. elapsed / step is the mean time of a step so far; before the first step has finished it
-counts as finished, and before any time has passed left is 1. The wall-clock form is that of the
-public Parameter Golf training script (https://github.com/openai/parameter-golf). The last step
-begins one step before the end: its multiplier is just above final.
+elapsed / step is the mean time per step; before the first step has finished, one step counts as
+finished. The wall-clock form is that of the public Parameter Golf training script
+(https://github.com/openai/parameter-golf). Both steps and max_seconds end a run, but only the one
+that warmdown_clock names shapes the schedule. The last step begins one step before the end, so its
+multiplier is just above final.
 
-The warmdown's line, and not the warmup's, also decides from when on snapshots are averaged (SWA:
-below swa_below, at every step whose number, counted from 1, swa_every divides) and weights are put
-on the exported grid (QAT: below qat_below).
+The line of the warmdown alone decides when snapshots are averaged (SWA: below swa_below, after
+every swa_every-th step) and when weights are put on the exported grid (QAT: below qat_below).
 """
 
 from typing import NamedTuple
@@ -71,47 +69,41 @@ def lr_multiplier(
     elapsed_seconds: float,
     final: float | None = None,
 ) -> float:
-    """The factor in [0, 1] on the learning rates of the step after `step` finished ones that took
-    `elapsed_seconds`.
+    """The factor in [0, 1] on the learning rates of the step after `step` finished steps, which
+    took `elapsed_seconds`.
 
-    `final` is where the warmdown ends; None: at `final_lr_fraction`.
+    The warmdown ends at `final`; None: at `final_lr_fraction`.
     """
     rise = min(step / optim.warmup_steps, 1.0) if optim.warmup_steps else 1.0
     return min(rise, _warmdown(optim, train, step, elapsed_seconds, final))
 
 
 class StepControls(NamedTuple):
-    """What the host decides for one step. The step takes it traced, so that a decision compiles
-    nothing anew.
-    """
+    """The host's decisions for one step. They are traced, so a decision compiles nothing again."""
 
     lr_multiplier: np.float32  # on the learning rates of Muon's groups
-    adam_lr_multiplier: np.float32  # on those of Adam's
-    swa: np.bool_  # whether the weights after the step are a snapshot of the mean (SWA)
-    qat: np.bool_  # whether the step sees its weights on the exported grid
+    adam_lr_multiplier: np.float32  # on the learning rates of Adam's groups
+    swa: np.bool_  # whether the weights after the step are a snapshot for the mean (SWA)
+    qat: np.bool_  # whether the step uses its weights on the exported grid
 
 
 def step_controls(
     optim: OptimConfig, train: TrainConfig, step: int, elapsed_seconds: float
 ) -> StepControls:
-    """The decisions for the step after `step` finished ones that took `elapsed_seconds`."""
-    below = _warmdown(optim, train, step, elapsed_seconds)
+    """The decisions for the step after `step` finished steps, which took `elapsed_seconds`."""
+    now = optim, train, step, elapsed_seconds
+    below = _warmdown(*now)
+    snapshot = optim.swa_every > 0 and (step + 1) % optim.swa_every == 0 and below < optim.swa_below
     return StepControls(
-        lr_multiplier=np.float32(lr_multiplier(optim, train, step, elapsed_seconds)),
-        adam_lr_multiplier=np.float32(
-            lr_multiplier(optim, train, step, elapsed_seconds, optim.adam_final_lr_fraction)
-        ),
-        swa=np.bool_(
-            optim.swa_every > 0 and (step + 1) % optim.swa_every == 0 and below < optim.swa_below
-        ),
-        qat=np.bool_(below < optim.qat_below),  # never below 0
+        lr_multiplier=np.float32(lr_multiplier(*now)),
+        adam_lr_multiplier=np.float32(lr_multiplier(*now, optim.adam_final_lr_fraction)),
+        swa=np.bool_(snapshot),
+        qat=np.bool_(below < optim.qat_below),  # false if qat_below is 0
     )
 
 
 def muon_momentum(optim: OptimConfig) -> optax.Schedule:
-    """Muon's momentum as a traceable function of the updates taken: linear from its start value,
-    then constant.
-    """
+    """Muon's momentum as a traceable function of the updates taken: a linear rise, then constant."""
     if not optim.muon_momentum_warmup_steps:
         return optax.constant_schedule(optim.muon_momentum)
     return optax.linear_schedule(

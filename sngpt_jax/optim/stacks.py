@@ -1,19 +1,18 @@
-"""Matrices of equal shape as one stack, of which each device of a mesh works on its share.
+"""Matrices of equal shape as one stack; each device of a mesh works on its share of the stack.
 
-A function of single matrices, such as an orthogonalization, needs each of them whole, but on one
-device only. So the devices deal a stack out to each other, each maps its share, and they exchange
-the results. That takes one collective operation or two for a distinct shape, whatever the number
-of matrices:
+A function of whole matrices, such as an orthogonalization, needs each matrix on one device only. So
+the devices redistribute the stack, each maps its share, and they exchange the results. That takes
+at most two collective operations per shape, for any number of matrices:
 
-  matrices lie        on the way in                        on the way back, where parameters are
-                                                           whole everywhere         split over fsdp
-  whole everywhere    none: each takes its share           all-gather               all-to-all
-  split               all-to-all: pieces for matrices      all-gather               all-to-all
+  matrices            before the function        after it, if parameters are
+                                                 replicated    split over fsdp
+  replicated          none: take the own share   all-gather    all-to-all
+  split               all-to-all                 all-gather    all-to-all
 
-Bytes on the links a device and step, of n devices, in the bytes of all matrices: on the way in 1/n
-where they are split, on the way back 1 for an all-gather or 1/fsdp for an all-to-all, in bfloat16
-where the function computes in it. The devices then do about 1/n of the work each: a stack that n
-does not divide is padded with zeros, which are sent too. `is_dealt_out` is the rule.
+Bytes sent per device and step, as a share of all matrices' bytes with n devices: before the
+function 1/n if matrices are split; after it 1 for an all-gather or 1/fsdp for an all-to-all, in
+bfloat16 if the function computes in bfloat16. Each device does about 1/n of the work. A stack that
+n does not divide is padded with zeros, which are sent too. `is_dealt_out` is the rule.
 """
 
 import math
@@ -31,9 +30,10 @@ Shape = tuple[int, ...]
 
 
 def by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """The indices of the `shapes` that go into one stack, by the stack's matrix shape (m, n) with
-    m ≤ n: tall matrices are transposed, so that those of a layer up and of the layer down share a
-    stack."""
+    """The indices of the `shapes` that share a stack, by the stack's matrix shape (m, n), m ≤ n.
+
+    Tall matrices are transposed, so that an MLP's up and down matrices share a stack.
+    """
     members: dict[Shape, list[int]] = defaultdict(list)
     for index, shape in enumerate(shapes):
         members[min(shape), max(shape)].append(index)
@@ -41,15 +41,13 @@ def by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
 
 
 def is_dealt_out(count: int, shape: Shape, mesh: Mesh, kept_over: tuple[str, ...]) -> bool:
-    """Whether the devices share out a stack of `count` matrices of this shape: the one place where
-    that is decided.
+    """Whether the devices share a stack of `count` matrices of this shape.
 
-    Always, but for a single device, and for one matrix that every device has whole: there all map
-    it, and nothing is sent.
+    They do, unless there is a single device, or one matrix that every device has whole; then all
+    devices map it and send nothing.
     """
-    return mesh.size > 1 and (
-        count > 1 or split_of(partition_spec(mesh, shape, kept_over)) is not None
-    )
+    is_split = split_of(partition_spec(mesh, shape, kept_over)) is not None
+    return mesh.size > 1 and (count > 1 or is_split)
 
 
 def map_stacks(
@@ -59,12 +57,12 @@ def map_stacks(
     mesh: Mesh | None = None,
     kept_over: tuple[str, ...] = PARAMETER_AXES,
 ) -> list[jax.Array]:
-    """`function` of each of the `matrices`, float32 as they are.
+    """`function` of each of the float32 `matrices`, in float32.
 
-    It takes a stack [S, m, n] with m ≤ n to one of the same shape and must map every matrix by
-    itself, the transposed to the transposed and zeros to finite numbers. Its results are sent as
-    `dtype`, which is to hold them exactly. With `mesh` the matrices lie as `partition_spec(mesh,
-    shape, kept_over)` says, and the results as the parameters.
+    `function` maps a stack [S, m, n], m ≤ n, to a stack of equal shape. It must map each matrix
+    independently, commute with transposition, and map zeros to finite numbers. Its results are sent
+    as `dtype`, which must hold them exactly. With `mesh` the matrices lie as `partition_spec(mesh,
+    shape, kept_over)` says, and the results as the parameters do.
     """
     results = list(matrices)
     for shape, members in by_shape([matrix.shape for matrix in matrices]).items():
@@ -92,11 +90,11 @@ def _dealt_out(
     rows = math.ceil(count / mesh.size)
 
     def local(pieces: jax.Array) -> jax.Array:
-        """Each device's pieces of the whole stack → its pieces of the results."""
+        """Maps a device's pieces of the whole stack to its pieces of the results."""
         pieces = jnp.pad(pieces, ((0, rows * mesh.size - count), (0, 0), (0, 0)))
         split = split_of(given)
         over = split[1] if split else ()
-        # devices along these have the same pieces
+        # devices along these axes have equal pieces
         alike = tuple(name for name in BATCH_AXES if name not in over)
         order = alike + over  # in which the devices take the rows
         if alike:
@@ -111,7 +109,7 @@ def _dealt_out(
         split = split_of(wanted)
         if split is None:
             results = jax.lax.all_gather(results, order, tiled=True)
-        else:  # a piece for each device along fsdp, the same for all of them along data
+        else:  # one piece per device along fsdp, equal for all devices along data
             parts = jnp.stack(jnp.split(results, mesh.shape["fsdp"], axis=1 + split[0]))
             for_all = jnp.expand_dims(parts, order.index("data"))
             for_all = jnp.broadcast_to(

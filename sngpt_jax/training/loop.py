@@ -1,8 +1,7 @@
-"""The training loop: steps, and between them validation and checkpoints that the training clock
-does not count.
+"""The training loop: steps, with validation and checkpoints between them, off the training clock.
 
-The loop sends step N to the device and then reads the metrics of step N-1, so the device does not
-wait for the host.
+The loop sends step N to the device and then reads the metrics of step N-1, so that the device does
+not wait for the host.
 """
 
 import math
@@ -44,12 +43,10 @@ ON_GRID = "the matrices are on the exported grid from here on (QAT)"
 
 
 class NonFinite(Exception):
-    """The run has diverged: a loss or a parameter is no longer a finite number, or too many steps
-    are skipped.
-    """
+    """The run has diverged: a loss or a parameter is not finite, or too many steps were skipped."""
 
     def __init__(self, message: str, good: int) -> None:
-        """`good`: the last step after which the parameters are known to give a finite loss."""
+        """`good` is the last step whose parameters are known to give a finite loss."""
         super().__init__(message)
         self.good = good
 
@@ -64,7 +61,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Validation:
-    """A score and the step it is of."""
+    """The score after a step."""
 
     step: int
     loss: float
@@ -74,28 +71,25 @@ class Validation:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, beside its arrays; kept in every checkpoint."""
+    """The progress of a run besides its arrays. Every checkpoint holds it."""
 
     elapsed_seconds: float = 0.0  # of training
-    imported: bool = False  # whether the first weights come from elsewhere
+    imported: bool = False  # whether the initial weights were imported
     first: Validation | None = None  # of the untrained model
     best_val_loss: float | None = None
     latest: Validation | None = None
-    # validation BPB of each average that the trained model keeps
-    averages: dict[Weights, float] | None = None
+    averages: dict[Weights, float] | None = None  # BPB of the trained model's averages
     data: dict[str, int] | None = None  # the loader's position
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "Position":
-        """The position that `asdict` made these values of; of no values, that of a run's start.
-        Errors begin with `where`.
-        """
+        """The position from the values of `asdict`; missing ones are those of a run's start."""
         return typed_json.parse(cls, values, where, checkpoint.CheckpointError, defaulted=[])
 
 
 @dataclass
 class Run:
-    """The loop, with what it works on."""
+    """The loop and its state."""
 
     config: Config
     console: Console
@@ -111,8 +105,7 @@ class Run:
     meter: StepMeter
     profiler: Profiler
     signals: StopSignals
-    # the step on the device whose metrics have not been read
-    sent: tuple[int, StepControls, Metrics] | None = None
+    sent: tuple[int, StepControls, Metrics] | None = None  # the step whose metrics are unread
 
     def __post_init__(self) -> None:
         self.eval_step = make_eval_step(self.config.model, self.mesh)
@@ -120,22 +113,18 @@ class Run:
         self.health_step = make_health_step(self.config.model, self.mesh) if measured else None
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
-        self.announced: set[str] = set()  # what has been said once
+        self.announced: set[str] = set()  # events that are printed once
         if self.state.swa is not None and int(self.state.swa.count):
             self.announced.add(FIRST_SNAPSHOT)
 
     def loop(self) -> None:
-        """Steps until the recipe's last one or its wall-clock cap; raises `Stopped` on a signal.
-        Every step is read then.
+        """Runs steps until the recipe's last one or its limit of time, and reads all metrics.
+
+        Raises `Stopped` on a signal.
         """
         train, every = self.config.train, self.config.eval.every
-        if (
-            every
-            and self.done % every == 0
-            and not (self.position.latest and self.position.latest.step == self.done)
-        ):
-            # at the start, or where a signal has ended this validation: its score is the
-            # checkpoint's then, too
+        if every and self.done % every == 0 and not self.current_score():
+            # at the start, or after a signal ended this validation, whose score the checkpoint lacks
             self.aside(validating=True, saving=self.done > 0)
         self.meter.start(self.done)
         seconds = self.agree_on_time()
@@ -153,6 +142,11 @@ class Run:
         self.read()
         self.console.flush()
 
+    def current_score(self) -> Validation | None:
+        """The score of the current parameters, if they have one."""
+        latest = self.position.latest
+        return latest if latest and latest.step == self.done else None
+
     def agree_on_time(self) -> float:
         """Broadcasts process 0's seconds of training to all processes.
 
@@ -164,9 +158,7 @@ class Run:
         return seconds
 
     def step(self, seconds: float) -> None:
-        """Sends the step that begins after so many seconds of training to the device, then reads
-        the one before it.
-        """
+        """Sends the step that begins after `seconds` of training, then reads the step before it."""
         config, number = self.config, self.done + 1
         if self.profiler.begins_with(number):
             self.off_the_clock(self.profiler.start)
@@ -177,8 +169,8 @@ class Run:
                 self.console.print(f"step {number:,}: {text}")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(self.loader)
+            # on a CPU the next call returns only after its step, so the end is noted before it
             if self.sent and self.sent[2]["loss"].is_ready():  # type: ignore[attr-defined]
-                # the next step may not come back before it is done, as on a CPU
                 self.meter.ended(self.sent[0])
             self.state, metrics = self.train_step(self.state, batch, controls)
         self.read()
@@ -193,17 +185,10 @@ class Run:
             return
         (step, controls, metrics), self.sent = self.sent, None
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        skipped = {
-            name: int(metrics[name]) for name in ("skipped", "skipped_in_a_row") if name in metrics
-        }
-        in_a_row = skipped.pop("skipped_in_a_row", 0)
-        train = self.config.train
-        if (
-            step % train.log_every == 0
-            or step == train.steps
-            or in_a_row
-            or not math.isfinite(loss)
-        ):
+        skipped = {"skipped": int(metrics["skipped"])} if "skipped" in metrics else {}
+        in_a_row = int(metrics.get("skipped_in_a_row", 0))
+        train, finite = self.config.train, math.isfinite(loss)
+        if step % train.log_every == 0 or step == train.steps or in_a_row or not finite:
             record = {
                 "step": step,
                 "train_loss": loss,
@@ -218,26 +203,27 @@ class Run:
             self.writer.write(record)
             self.console.step({**record, "eta": self.seconds_left(step)})
         if in_a_row:
-            what = f"loss {loss:.4f}, gradient norm {grad_norm:.3g}"
-            self.console.print(f"step {step:,}: skipped, {what}; {skipped['skipped']:,} so far")
-            if in_a_row > (most := train.max_skipped_steps):
-                message = (
-                    f"step {step:,}, {what}, is skipped number {in_a_row} in a row;"
-                    f" train.max_skipped_steps = {most}"
+            measured = f"loss {loss:.4f}, gradient norm {grad_norm:.3g}"
+            so_far = f"{skipped['skipped']:,} so far"
+            self.console.print(f"step {step:,}: skipped, {measured}; {so_far}")
+            if in_a_row > train.max_skipped_steps:
+                raise NonFinite(
+                    f"step {step:,}, {measured}, is skipped number {in_a_row} in a row;"
+                    f" train.max_skipped_steps = {train.max_skipped_steps}",
+                    good=step - in_a_row - 1,
                 )
-                raise NonFinite(message, good=step - in_a_row - 1)
-        elif not math.isfinite(loss):
+        elif not finite:
             raise NonFinite(f"the loss of step {step:,} is {loss}", good=step - 2)
 
     def off_the_clock(self, work: Callable[[], None]) -> None:
-        """Does `work` once every step has been read, outside of the training time."""
+        """Reads every step, then does `work` outside of the training time."""
         self.read()
         with self.stopwatch.paused():
             work()
         self.meter.start(self.done)
 
     def aside(self, validating: bool, saving: bool) -> None:
-        """Validates, saves, or both, off the clock."""
+        """Validates, saves, or does both, off the clock."""
 
         def work() -> None:
             if validating:
@@ -248,13 +234,13 @@ class Run:
         self.off_the_clock(work)
 
     def seconds_left(self, step: int) -> float:
-        """Training seconds from the end of `step` to the end of the run, at the speed of late."""
+        """Training seconds from the end of `step` to the end of the run, at the recent speed."""
         left = self.meter.eta(self.config.train.steps - step) or 0.0
         cap = self.config.train.max_seconds
         return min(left, max(cap - self.stopwatch.seconds, 0.0)) if cap else left
 
     def score(self, variables: Variables) -> Score:
-        """The score of `variables` on the validation stream; raises `Stopped` on a signal."""
+        """Scores `variables` on the validation stream. Raises `Stopped` on a signal."""
         config = self.config
         return score_stream(
             variables,
@@ -268,8 +254,8 @@ class Run:
         )
 
     def stoppable(self, what: str) -> Callable[[int, int], None]:
-        """Reports the progress of `what`, done and total, and raises `Stopped` once a signal has
-        asked for it.
+        """A function of (done, total) that reports the progress of `what`, and raises `Stopped`
+        after a signal.
         """
         report = self.console.progress(what)
 
@@ -280,10 +266,10 @@ class Run:
         return progress
 
     def validate(self) -> None:
-        """Scores the validation stream with the parameters as they are, and logs it; a score that
-        is there already stands.
+        """Scores the validation stream with the current parameters, if they have no score yet, and
+        logs the score.
         """
-        if self.position.latest and self.position.latest.step == self.done:
+        if self.current_score():
             return
         start = time.perf_counter()
         score = self.score(self.state.variables())
@@ -292,19 +278,15 @@ class Run:
                 f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1
             )
         seconds = time.perf_counter() - start
-        record = {
-            "step": self.done,
-            "val_loss": score.loss,
-            "val_bpb": score.bpb,
-            "val_seconds": seconds,
-        }
+        scores = {"val_loss": score.loss, "val_bpb": score.bpb}
+        record = {"step": self.done, **scores, "val_seconds": seconds}
         self.writer.write(record)
         self.console.validation(record)
-        best = self.position.best_val_loss
-        latest = Validation(self.done, score.loss, score.bpb, score.tokens)
+        latest, before = Validation(self.done, score.loss, score.bpb, score.tokens), self.position
+        untrained, best = self.done == 0 and not before.imported, before.best_val_loss
         self.position = replace(
-            self.position,
-            first=latest if self.done == 0 and not self.position.imported else self.position.first,
+            before,
+            first=latest if untrained else before.first,
             best_val_loss=score.loss if best is None else min(best, score.loss),
             latest=latest,
         )
@@ -312,7 +294,7 @@ class Run:
             self.log_health(self.health_step)
 
     def log_health(self, health_step: jax.stages.Wrapped) -> None:
-        """Measures and logs the health of the sparse codes, on the start of the validation stream."""
+        """Measures the health of the sparse codes on the start of the validation stream."""
         start = time.perf_counter()
         health = score_health(
             self.config,
@@ -323,13 +305,12 @@ class Run:
             step=self.done,
             progress=self.stoppable("code"),
         )
-        self.writer.write(
-            {"step": self.done, **health.record(), "code/seconds": time.perf_counter() - start}
-        )
+        seconds = time.perf_counter() - start
+        self.writer.write({"step": self.done, **health.record(), "code/seconds": seconds})
         self.console.print(health.line())
 
     def save(self) -> None:
-        """Begins to save the state as of the last step."""
+        """Begins to save the state after the last step."""
         if not all_finite(self.state.params):
             raise NonFinite(
                 f"a parameter is not finite after step {self.done:,}", good=self.done - 1
@@ -337,14 +318,12 @@ class Run:
         self.position = replace(
             self.position, elapsed_seconds=self.stopwatch.seconds, data=self.loader.get_state()
         )
-        latest = self.position.latest
-        value = latest.loss if latest and latest.step == self.done else None
+        score = self.current_score()
+        value = score.loss if score else None
         self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
 
     def weights(self) -> dict[Weights, Variables]:
-        """The last step's weights and the averages of them that hold something by now, with the
-        statistics.
-        """
+        """The variables with the last step's weights, and with each average that is not empty."""
         found: dict[Weights, Variables] = {"final": self.state.variables()}
         if self.state.swa is not None and int(self.state.swa.count):
             found["swa"] = self.state.variables(averaged_weights(self.state.swa, self.mesh))
@@ -353,47 +332,35 @@ class Run:
         return found
 
     def finish(self, directory: Path) -> Summary:
-        """Validates and saves the trained model, and validates its averages; returns the run's
-        summary.
-        """
+        """Validates and saves the trained model, validates its averages, and returns the summary."""
         self.aside(validating=True, saving=True)
-        bpb: dict[Weights, float] = self.position.averages or {}
-        averages = {
-            name: variables for name, variables in self.weights().items() if name != "final"
-        }
-        # else they were scored before an interruption
-        if averages and self.position.averages is None:
+        averages = {name: found for name, found in self.weights().items() if name != "final"}
+        if averages and self.position.averages is None:  # not scored before an interruption
+            bpb: dict[Weights, float] = {}
             for name, variables in averages.items():
                 score = self.score(variables)
-                self.writer.write(
-                    {
-                        "step": self.done,
-                        f"{name}_val_loss": score.loss,
-                        f"{name}_val_bpb": score.bpb,
-                    }
-                )
+                scores = {f"{name}_val_loss": score.loss, f"{name}_val_bpb": score.bpb}
+                self.writer.write({"step": self.done, **scores})
                 bpb[name] = score.bpb
             self.position = replace(self.position, averages=bpb)
-            # the same arrays, so only the position is written anew
-            self.aside(validating=False, saving=True)
+            self.aside(validating=False, saving=True)  # only the position is written again
         self.checkpoints.wait()
-        first, latest, best = self.position.first, self.position.latest, self.position.best_val_loss
-        assert latest is not None and best is not None
-        tokens, seconds = self.done * self.config.data.batch_tokens, self.position.elapsed_seconds
+        position, folder = self.position, run_directory.checkpoint_dir(directory)
+        latest, bpb = position.latest, position.averages or {}
+        assert latest is not None and position.best_val_loss is not None
+        tokens, seconds = self.done * self.config.data.batch_tokens, position.elapsed_seconds
         return Summary(
             steps=self.done,
             tokens=tokens,
             val_loss=latest.loss,
             val_bpb=latest.bpb,
             val_tokens=latest.tokens,
-            best_val_loss=best,
-            untrained_val_bpb=first.bpb if first else None,
+            best_val_loss=position.best_val_loss,
+            untrained_val_bpb=position.first.bpb if position.first else None,
             swa_val_bpb=bpb.get("swa"),
             ema_val_bpb=bpb.get("ema"),
             train_seconds=seconds,
             tok_per_s=tokens / seconds,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
-            checkpoint=str(
-                checkpoint.step_folder(run_directory.checkpoint_dir(directory), self.done)
-            ),
+            checkpoint=str(checkpoint.step_folder(folder, self.done)),
         )
