@@ -26,6 +26,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from sngpt_kernels.dispatch import Device, targeting
 
+from sngpt_jax.run.meter import peak_flops
+
 MOST_DEVICES = 1024
 HOST_DEVICES = 8  # GPUs of one machine, as the boards of these devices are built
 
@@ -52,7 +54,6 @@ class Target:
     name: str  # as topologies write it
     kind: str  # as jax names the device
     capability: tuple[int, int]  # CUDA compute capability
-    matmul_rate: float  # FLOP/s of dense bfloat16 matrix products, two a multiply-add
     bandwidth: float  # bytes/s of the device's memory
     link: float  # bytes/s to the other devices of the machine, one way (NVLink)
     memory: int  # bytes
@@ -62,6 +63,11 @@ class Target:
     l2: int  # bytes
     shared_memory: int  # bytes of a multiprocessor
     shared_memory_per_block: int  # of those, at most
+
+    @property
+    def matmul_rate(self) -> float:
+        """FLOP/s of dense bfloat16 matrix products; a multiply-add counts as two."""
+        return peak_flops(self.kind) or math.nan
 
     @property
     def device(self) -> Device:
@@ -107,7 +113,6 @@ TARGETS = (
         name="a100",
         kind="NVIDIA A100-SXM4-80GB",
         capability=(8, 0),
-        matmul_rate=312e12,
         bandwidth=2.03904e12,
         link=300e9,
         memory=85_100_068_864,
@@ -122,7 +127,6 @@ TARGETS = (
         name="h100",
         kind="NVIDIA H100 80GB HBM3",
         capability=(9, 0),
-        matmul_rate=989e12,
         bandwidth=3.35232e12,
         link=450e9,
         memory=84_942_979_072,
@@ -137,7 +141,6 @@ TARGETS = (
         name="h200",
         kind="NVIDIA H200",
         capability=(9, 0),
-        matmul_rate=989e12,
         bandwidth=4.8e12,
         link=450e9,
         memory=151_397_597_184,
@@ -152,7 +155,6 @@ TARGETS = (
         name="b200",
         kind="NVIDIA B200",
         capability=(10, 0),
-        matmul_rate=2.25e15,
         bandwidth=7.67232e12,
         link=900e9,
         memory=191_514_411_008,

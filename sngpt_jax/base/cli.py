@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sngpt_jax.base import terminal
-from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, FULL, UserError, one_line
+from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, FULL, one_line
 from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.base.interrupts import end_quietly, heed_interrupts
 
@@ -72,7 +72,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             print(f"error: {escape_controls(line)}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno in FULL:
             drop_output()  # stdout itself may be what cannot be written
-        if isinstance(error, UserError) and error.at_once:
+        if getattr(error, "at_once", False):
             with contextlib.suppress(OSError):
                 _flush()
             os._exit(status)

@@ -30,7 +30,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed `write_bytes_atomic` left in `folder`, which this process has locked."""
+    """Deletes what killed `write_bytes_atomic`s left in `folder`, which this process has locked."""
     for path in folder.glob("*.tmp-*"):
         if path.suffix[5:].isdigit() and path.is_file():
             path.unlink()

@@ -67,7 +67,7 @@ class TerminalConsole(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-# ---------------------------------------------------------------------------------------------- progress
+# ---------------------------------------- progress
 
 
 class Report(Protocol):
@@ -182,7 +182,7 @@ def progress_reporter(
     return report
 
 
-# ---------------------------------------------------------------------------------------------- the log
+# ---------------------------------------- the log
 
 
 class LogHandler(logging.Handler):
@@ -195,7 +195,7 @@ class LogHandler(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- results
+# ---------------------------------------- results
 
 Rows = Sequence[tuple[str, str]]
 

@@ -110,10 +110,10 @@ def parse(
     there.
 
     Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`,
-    `tuple[X, ...]` or a NamedTuple from a list or tuple, `dict[str, X]`, or Any. An integer serves
-    as a float; nothing else is converted. `check` sees every plain value. With a list for `defaulted`, a field
-    that has a plain default may be missing, and its path is appended there. Raises `error` in one
-    line that begins with the path of the field, `where` for the whole.
+    `tuple[X, ...]` or a NamedTuple from a list or tuple, `dict[str, X]`, or Any. Only an integer is
+    converted, to a float. `check` sees every plain value. With a list for `defaulted`, a field that
+    has a plain default may be missing, and its path is appended there. Raises `error` in one line
+    that begins with the path of the field; `where` is the path of the whole.
     """
 
     def parse_object(kind: type, values: Any, where: str) -> Any:

@@ -1,12 +1,8 @@
-"""Which one of how many processes this is: by a command's options, or by Slurm."""
+"""Which one of how many processes this is, by a command's options or by Slurm's variables."""
 
 import os
 import re
 from dataclasses import dataclass
-
-from jax._src.clusters import (
-    SlurmCluster,  # jax's own reading of Slurm's variables, needed before jax.distributed is called
-)
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config.options import OptionalInt
@@ -16,11 +12,12 @@ from sngpt_jax.config.options import OptionalInt
 class ProcessArguments:
     """Options of a command that several processes may run together."""
 
-    # HOST:PORT at which process 0 will answer the others; default under Slurm: the step's first
-    # node
+    # HOST:PORT of process 0, where all processes meet; default under Slurm: the step's first node
     coordinator: str = ""
-    process_id: OptionalInt = None  # this process's number, from 0; default under Slurm: the task's
-    num_processes: OptionalInt = None  # how many there are; 1: this one by itself, also under Slurm
+    # this process's number, counted from 0; default under Slurm: the task's number
+    process_id: OptionalInt = None
+    # number of processes; 1 makes this process alone, also under Slurm
+    num_processes: OptionalInt = None
 
 
 @dataclass(frozen=True)
@@ -30,14 +27,12 @@ class Layout:
     coordinator: str  # HOST:PORT
     index: int
     count: int
-    # which of the node's GPUs are its own; None: all that it sees
-    local_devices: tuple[int, ...] | None
+    local_devices: tuple[int, ...] | None  # its own GPUs of the node; None: all that it sees
     source: str  # for the log
 
 
 def find_layout(arguments: ProcessArguments) -> Layout | None:
-    """The layout that the options give, else that of the Slurm job step of several tasks that this
-    is one of; None: alone.
+    """The layout by the options, else by a Slurm step of several tasks; None: alone.
 
     Raises `UserError` for options that do not go together.
     """
@@ -59,24 +54,24 @@ def find_layout(arguments: ProcessArguments) -> Layout | None:
                 f"--coordinator {arguments.coordinator} is not HOST:PORT, such as node1:12345"
             )
         return Layout(arguments.coordinator, index, count, None, "options")
-    if not SlurmCluster.is_env_present():
+    job, nodes = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_NODELIST")
+    if not job or not nodes:
         return None
-    # the step's own number: salloc's shell is a step of one task in which SLURM_NTASKS is the job's
-    count = int(os.environ.get("SLURM_STEP_NUM_TASKS") or SlurmCluster.get_process_count())
+    # the step's number of tasks: the shell of salloc is one task, and SLURM_NTASKS is the job's
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])
     if count == 1:
         return None
-    return Layout(
-        SlurmCluster.get_coordinator_address(None, None),
-        SlurmCluster.get_process_id(),
-        count,
-        _own_devices(),
-        "Slurm",
-    )
+    # the first of n[003-007,009],m1; every job of a node gets a port of its own
+    name = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    assert name
+    port = 2**16 - 2**12 + int(job) % 2**12
+    address = f"{name[1]}{name[2] or ''}:{port}"
+    return Layout(address, int(os.environ["SLURM_PROCID"]), count, _own_devices(), "Slurm")
 
 
 def _own_devices() -> tuple[int, ...] | None:
-    """Of a task that is alone on its node, or to which Slurm has bound GPUs, all that it sees;
-    else the GPU of its number.
+    """None, all visible GPUs, for a task that is alone on its node or has GPUs bound by Slurm;
+    else the GPU with the task's number on the node.
     """
     # such as 1(x2) or 2,1
     tasks = re.sub(r"\(x\d+\)", "", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")

@@ -51,7 +51,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# ---------------------------------------------------------------------------------------------- parameters and their like
+# ---------------------------------------- parameters and their like
 
 
 def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = PARAMETER_AXES) -> P:
@@ -138,7 +138,7 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
     return jax.tree.map(mean, tree, specs)
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ---------------------------------------- batches
 
 
 def batch_placer(

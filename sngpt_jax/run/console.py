@@ -71,7 +71,7 @@ def format_step(
 
 
 class Console:
-    """What a person sees of a run on stdout: plain lines, and on a terminal colours and a live line.
+    """What a person sees of a run on stdout: plain lines; a terminal has colours and a live line.
 
     The first ten steps and the last one are printed. Between them a line appears about every
     hundredth of the time passed, after 2 to 30 seconds. The live line shows every step. Validations

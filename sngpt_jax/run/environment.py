@@ -1,7 +1,6 @@
-"""What a run was started with: versions, devices and commit, a line of `environment.jsonl` at
-every start of the run.
-"""
+"""Versions, devices and commit of a run: one line of `environment.jsonl` per start."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -19,21 +18,19 @@ from sngpt_jax.base.files import write_bytes_atomic
 from sngpt_jax.cluster import processes
 
 MAX_BYTES = 2**20  # of an environment.jsonl
-MOST_STARTS = 1000  # that are kept: the first, and the latest ones
+MOST_STARTS = 1000  # kept: the first one and the latest ones
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def path(run_dir: Path) -> Path:
-    """The file that the starts of a run are kept in."""
+    """The file of a run's starts."""
     return run_dir / "environment.jsonl"
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that the program in `folder` is of, with `+changes` where files of it were
-    changed since.
+    """The commit of the program in `folder`, with `+changes` if its files have changed since.
 
-    None where git does not keep that folder: an installed wheel inside of somebody's repository is
-    not of its commits.
+    None if git does not track the folder, such as a wheel installed inside somebody's repository.
     """
 
     def git(*arguments: str) -> str | None:
@@ -53,9 +50,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def environment(step: int) -> dict[str, Any]:
-    """The environment of this process, which goes on after optimizer step `step`; of the machine's
-    name nothing.
-    """
+    """The environment of this process, which resumes after `step`. It omits the machine's name."""
     device = jax.devices()[0]
     return {
         "step": step,
@@ -73,37 +68,24 @@ def environment(step: int) -> dict[str, Any]:
 
 
 def record(run_dir: Path, step: int) -> None:
-    """Appends this start of the run to its `environment.jsonl`. Process 0 alone writes. Raises
-    `UserError` where it cannot.
-    """
+    """Appends this start of the run to its `environment.jsonl`. Only process 0 writes."""
     if processes.index():
         return
-    before = (
-        untrusted.read_bytes(path(run_dir), MAX_BYTES, UserError).splitlines()
-        if path(run_dir).exists()
-        else []
-    )
+    before = _lines(run_dir)
     lines = [*before[:1], *before[1:][2 - MOST_STARTS :], json.dumps(environment(step)).encode()]
-    try:
-        write_bytes_atomic(path(run_dir), b"\n".join(lines) + b"\n")
-    except OSError as error:
-        raise UserError(
-            f"{path(run_dir)}: cannot be written: {error.strerror}; choose another --run-dir"
-        ) from None
+    write_bytes_atomic(path(run_dir), b"\n".join(lines) + b"\n")
+
+
+def _lines(run_dir: Path) -> list[bytes]:
+    if not path(run_dir).exists():
+        return []
+    return untrusted.read_bytes(path(run_dir), MAX_BYTES, UserError).splitlines()
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Every start of a run, the first one first; none of runs that have no such file, and without
-    lines that hold none.
-    """
-    if not path(run_dir).exists():
-        return []
+    """Every start of a run, in order. Lines that are no JSON objects are skipped."""
     found = []
-    for line in untrusted.read_bytes(path(run_dir), MAX_BYTES, UserError).splitlines():
-        try:
-            value = typed_json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    for line in _lines(run_dir):
+        with contextlib.suppress(ValueError):
+            found.append(typed_json.loads(line))
+    return [start for start in found if isinstance(start, dict)]

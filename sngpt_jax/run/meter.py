@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import jax
 
-# Dense bfloat16 tensor-core peaks from NVIDIA's data sheets (half of what they print "with
-# sparsity"), by part of the device's name; the first that fits counts.
+# Dense bfloat16 peaks by part of the device's name; the first match counts. NVIDIA's data sheets
+# print twice these rates, "with sparsity".
 _PEAKS = (
     ("A100", 312e12),
     ("H100 PCIe", 756e12),
@@ -25,9 +25,7 @@ _PEAKS = (
 
 
 def peak_memory(device: jax.Device) -> int:
-    """The most bytes that arrays have taken on the device so far; where that is the processor,
-    this process as a whole.
-    """
+    """The most bytes that arrays have taken on the device; on a CPU, that the process has."""
     stats = device.memory_stats()
     if stats:
         return int(stats["peak_bytes_in_use"])
@@ -36,7 +34,7 @@ def peak_memory(device: jax.Device) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device by its `jax.Device.device_kind`; None where not known, as
+    """Peak bfloat16 FLOP/s of one device by its `jax.Device.device_kind`; None if unknown, such as
     for a slice of a GPU.
     """
     if "MIG" in device_kind:
@@ -50,29 +48,25 @@ class StepMeter:
 
     tokens_per_step: int
     flops_per_token: float  # forward and backward
-    peak_flops: float | None  # of all devices together; None: no utilization is given
+    peak_flops: float | None  # of all devices together; None: utilization is not computed
     clock: Callable[[], float] = time.perf_counter  # seconds
     _mark: tuple[int, float] | None = field(default=None, init=False)
     _ended: tuple[int, float] | None = field(default=None, init=False)
-    # a step, lately
+    # per step, recently
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32), init=False)
 
     def start(self, step: int) -> None:
-        """Sets the clock as of `step` done: before the first step, and after anything that is not
-        training time.
+        """Starts the clock when `step` is done: before the first step, and after work that is no
+        training.
         """
         self._mark = (step, self.clock())
 
     def ended(self, step: int) -> None:
-        """Notes that `step` has ended by now, for a `stop` that comes only once more work has been
-        done.
-        """
+        """Notes that `step` has ended, for a `stop` that follows after more work."""
         self._ended = (step, self.clock())
 
     def stop(self, step: int) -> dict[str, float]:
-        """`step_ms`, `tok_per_s` and, where the peak is known, `mfu` of the steps since the last
-        `start` or `stop`.
-        """
+        """`step_ms`, `tok_per_s`, and `mfu` if the peak is known, since the last mark."""
         if self._mark is None or step <= self._mark[0]:
             raise ValueError(f"stop({step}) needs a start of an earlier step")
         now = self._ended[1] if self._ended and self._ended[0] == step else self.clock()
@@ -81,14 +75,10 @@ class StepMeter:
         self._seconds.append(seconds)
         rate = self.tokens_per_step / seconds
         result = {"step_ms": seconds * 1e3, "tok_per_s": rate}
-        return (
-            result
-            if self.peak_flops is None
-            else result | {"mfu": rate * self.flops_per_token / self.peak_flops}
-        )
+        if self.peak_flops is not None:
+            result["mfu"] = rate * self.flops_per_token / self.peak_flops
+        return result
 
     def eta(self, steps_left: int) -> float | None:
-        """Seconds that `steps_left` steps take at the median of the last 32 step times, which one
-        slow step does not move.
-        """
+        """Seconds that `steps_left` steps take at the median of the last 32 step times."""
         return statistics.median(self._seconds) * steps_left if self._seconds else None

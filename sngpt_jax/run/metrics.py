@@ -1,8 +1,8 @@
-"""What a run measures of itself: `metrics.jsonl` and TensorBoard, and the speed of its steps.
+"""The metrics of a run: `metrics.jsonl`, and the same numbers for TensorBoard.
 
-A record is a flat mapping. `step` counts the optimizer steps done; `train_loss`, `lr`,
-`grad_norm`, `tokens`, `step_ms`, `tok_per_s` and `mfu` (a fraction) are a training step's, names
-that begin with `val_` a validation's. A name with a slash says itself where TensorBoard groups it.
+A record is a flat mapping. `step` counts the finished optimizer steps. `train_loss`, `lr`,
+`grad_norm`, `tokens`, `step_ms`, `tok_per_s` and `mfu` (a fraction) belong to a training step.
+Names that begin with `val_` belong to a validation. A slash in a name sets its TensorBoard group.
 """
 
 import contextlib
@@ -10,17 +10,12 @@ import json
 import logging
 import math
 import os
-import socket
-import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TextIO
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from typing import Any, TextIO
 
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
@@ -29,19 +24,16 @@ from sngpt_jax.cluster import processes
 
 Record = Mapping[str, float | int | str]
 
-MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps, each with its line
+MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps with a line each
 
 logger = logging.getLogger("sngpt_jax")
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
 def read_metrics(path: Path, skipped: list[int] | None = None) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line torn by a kill is left out.
+    """The records of a metrics.jsonl, without a last line that a kill cut short.
 
-    Any other bad line is a `UserError`; or, where `skipped` is given, is left out too and its
-    number, from 1, put there.
+    Any other bad line is a `UserError`. With a list for `skipped`, it is left out instead, and its
+    number, from 1, appended there.
     """
     lines = untrusted.read_bytes(path, MAX_BYTES, UserError).splitlines()
     records = []
@@ -65,9 +57,7 @@ def read_metrics(path: Path, skipped: list[int] | None = None) -> list[dict[str,
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """One JSON object. Floats are written so that they read back bit for bit; NaN and infinities,
-    unknown to JSON, as null.
-    """
+    """One JSON object. Floats read back bit for bit. NaN and infinities become null."""
     finite = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
     }
@@ -80,85 +70,77 @@ def _tag(name: str) -> str:
     average, is_average, what = name.partition("_val_")
     if is_average:
         return f"val/{average}_{what}"
-    return (
-        f"val/{name.removeprefix('val_')}"
-        if name.startswith("val_")
-        else f"train/{name.removeprefix('train_')}"
-    )
+    group = "val" if name.startswith("val_") else "train"
+    return f"{group}/{name.removeprefix(f'{group}_')}"
+
+
+def _tensorboard() -> tuple[Any, Any, Any]:
+    """tensorboardX's file writer and two messages, without torch: tensorboardX imports torch, which
+    takes seconds, where it is installed.
+    """
+    hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    try:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+    finally:
+        if hidden is None:
+            del sys.modules["torch"]
+    return EventsWriter, event_pb2, summary_pb2
 
 
 class _Board:
-    """A TensorBoard event file, buffered. It only repeats metrics.jsonl, so a write that fails
-    ends it with a warning.
+    """A TensorBoard event file. It repeats metrics.jsonl, so a failed write ends it with a warning.
 
-    tensorboardX's own writer hands events to a thread, which dies of a full disk with a traceback;
-    the queue to it, once full, then holds up the training for ever.
+    tensorboardX's `SummaryWriter` would write in a thread. A full disk kills that thread, and the
+    full queue to it then blocks the training.
     """
 
     _FLUSH_SECONDS = 30.0
 
     def __init__(self, directory: Path, purge_step: int) -> None:
-        """Makes the file; TensorBoard drops earlier files' events from `purge_step` on. Raises
-        `OSError`.
-        """
+        """Makes the file. TensorBoard drops events of earlier files from `purge_step` on."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file: BinaryIO | None = open(directory / name, "wb")  # noqa: SIM115 - closed by close()
+        events_writer, self._events, self._summaries = _tensorboard()
+        self._file: Any = events_writer(str(directory / "events"), f".{os.getpid()}")
         self._flushed = time.monotonic()
-        self._append(Event(file_version="brain.Event:2"))
-        self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._append(step=purge_step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._append(Event(step=step, summary=Summary(value=values)))
+        value = self._summaries.Summary.Value
+        values = [value(tag=tag, simple_value=number) for tag, number in scalars.items()]
+        self._append(step=step, summary=self._summaries.Summary(value=values))
 
-    def _append(self, event: Event) -> None:
+    def _append(self, **content: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **content)
+        self._try(lambda: self._file.write_event(event))
+        if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+            self._try(lambda: self._file.flush())
+            self._flushed = time.monotonic()
+
+    def _try(self, write: Callable[[], object]) -> None:
         if self._file is None:
             return
-        event.wall_time = time.time()
-        content = event.SerializeToString()
-        length = struct.pack("<Q", len(content))
-        try:  # TFRecord's frame
-            for piece in (length, _crc(length), content, _crc(content)):
-                self._file.write(piece)
-            if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
-                self._file.flush()
-                self._flushed = time.monotonic()
+        try:
+            write()
         except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        logger.warning(
-            f"{self._directory}: no longer written: {error.strerror}; metrics.jsonl has the same"
-            " numbers"
-        )
-        file, self._file = self._file, None
-        with contextlib.suppress(OSError):  # what is buffered cannot be written either
-            if file is not None:
-                file.close()
+            self._file = None
+            logger.warning(
+                f"{self._directory}: no longer written: {error.strerror}; metrics.jsonl has the"
+                " same numbers"
+            )
 
     def close(self) -> None:
-        try:
-            if self._file is not None:
-                self._file.flush()
-                self._file.close()
-        except OSError as error:
-            self._give_up(error)
-
-
-def _crc(content: bytes) -> bytes:
-    return struct.pack("<I", masked_crc32c(content))
+        self._try(lambda: self._file.close())
 
 
 class MetricsWriter:
-    """Appends records to a run's `metrics.jsonl` and draws the same numbers in its `tensorboard/`.
-    Process 0 alone writes.
-    """
+    """Appends records to a run's `metrics.jsonl` and `tensorboard/`. Only process 0 writes."""
 
     def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
-        """Goes on after `resume_step`, or anew where it is None: later records, of steps that are
-        done again, are dropped.
+        """Resumes after `resume_step`, or starts anew if it is None. Later records are dropped,
+        because their steps are done again.
         """
         self._path = run_dir / "metrics.jsonl"
         self._file: TextIO | None = None
@@ -166,35 +148,24 @@ class MetricsWriter:
         if processes.index():
             return
         last = -1 if resume_step is None else resume_step
-        kept = (
-            [record for record in read_metrics(self._path) if record["step"] <= last]
-            if self._path.exists()
-            else []
-        )
-        try:
-            write_text_atomic(self._path, "".join(map(_line, kept)))
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            self._board = _Board(run_dir / "tensorboard", purge_step=last + 1)
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._path}: metrics cannot be written: {error.strerror}; free space and start"
-            " again: the run goes on"
-        )
+        before = read_metrics(self._path) if self._path.exists() else []
+        kept = [record for record in before if record["step"] <= last]
+        write_text_atomic(self._path, "".join(map(_line, kept)))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._board = _Board(run_dir / "tensorboard", purge_step=last + 1)
 
     def write(self, record: Record) -> None:
-        """Appends one record, which has a `step`, and flushes it. Raises `UserError` where the
-        disk is full.
-        """
+        """Appends one record, which has a `step`, and flushes it."""
         if self._file is None or self._board is None:
             return
         try:
             self._file.write(_line(record))
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise UserError(
+                f"{self._path}: metrics cannot be written: {error.strerror}; free space and start"
+                " again: the run resumes"
+            ) from None
         scalars = {
             _tag(name): v for name, v in record.items() if name != "step" and not isinstance(v, str)
         }

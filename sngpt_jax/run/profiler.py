@@ -6,17 +6,15 @@ import jax
 
 
 class Profiler:
-    """Traces steps first … last, counted from 1, into `directory` for xprof; nothing where
-    `window` is None.
+    """Traces the steps first … last of `window`, counted from 1, into `directory` for xprof. A
+    `window` of None traces nothing.
     """
 
     def __init__(self, directory: Path, window: tuple[int, int] | None) -> None:
         self._directory, self._window, self._tracing = directory, window, False
 
     def begins_with(self, step: int) -> bool:
-        """Whether a trace is to be started before `step` is dispatched; also within the window,
-        where a resumed run starts.
-        """
+        """Whether to start a trace before `step`: a resumed run may start within the window."""
         return (
             self._window is not None
             and not self._tracing
@@ -24,15 +22,16 @@ class Profiler:
         )
 
     def ends_with(self, step: int) -> bool:
-        """Whether the trace is to be stopped once `step` has ended."""
+        """Whether to stop the trace once `step` has ended."""
         return self._window is not None and self._tracing and step == self._window[1]
 
     def start(self) -> None:
+        """Starts a trace."""
         jax.profiler.start_trace(str(self._directory))
         self._tracing = True
 
     def stop(self) -> None:
-        """Ends a trace that is running, and writes it."""
+        """Writes the trace, if one is running."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing, self._window = False, None

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 from sngpt_jax.base.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM
 
-# by a signal's number; SIGHUP says that the terminal has been closed
+# By a signal's number. SIGHUP means that the terminal has been closed.
 EXIT_STATUS: dict[int, int] = {
     signal.SIGINT: EXIT_SIGINT,
     signal.SIGTERM: EXIT_SIGTERM,
@@ -16,10 +16,10 @@ EXIT_STATUS: dict[int, int] = {
 
 
 class StopSignals:
-    """While entered, a first SIGINT, SIGTERM or SIGHUP is noted instead of killing, so that a step
-    can end; a second one kills.
+    """Inside the context, a first SIGINT, SIGTERM or SIGHUP is noted, so that a step can end. A
+    second one kills.
 
-    One that the process was started to ignore, as by nohup, stays ignored.
+    Signals that the process was started to ignore, such as by nohup, stay ignored.
     """
 
     def __init__(self) -> None:

@@ -72,8 +72,9 @@ def test_a_step_of_several_tasks_is_found(slurm):
     host, _, port = layout.coordinator.partition(":")
     assert host == "gpu007"
     assert 1024 < int(port) < 65536
-    slurm({**STEP, "SLURM_PROCID": "0"})
-    assert find_layout(ProcessArguments()).coordinator == layout.coordinator
+    for nodes, first in (("gpu[007,9]", "gpu007"), ("a-1,b2", "a-1"), ("n[12-13],m", "n12")):
+        slurm({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": nodes})
+        assert find_layout(ProcessArguments()).coordinator == f"{first}:{port}"
 
 
 @pytest.mark.parametrize(

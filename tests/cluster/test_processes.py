@@ -142,7 +142,8 @@ def test_a_run_stopped_in_one_of_two_processes_is_gone_on_with_by_one(
     two[1].send_signal(signal.SIGTERM)
     (status, out, err), (other_status, other_out, other_err) = finish(two)
     assert (status, other_status) == (143, 143), err + other_err
-    assert "2 x cpu of 2 processes" in out and "to go on:" in err
+    assert "2 x cpu of 2 processes" in out, out
+    assert "to go on:" in err, err
     assert other_out == "" and "to go on" not in other_err
     saved = max(checkpoint.steps(run / "checkpoints"))
     assert saved == max(step for step, name in losses(run) if name == "train_loss")
@@ -181,11 +182,12 @@ def test_two_processes_evaluate_as_one_does(tiny_trained):
 # ---------------------------------------------------------------------------------------------- the end of one
 
 TOGETHER = """
-import itertools, sys, time
+import itertools, os, pathlib, sys, time
 import jax, numpy as np, tyro
-from sngpt_jax import cli, processes
-from sngpt_jax.parallel import batch_placer, make_mesh
-from sngpt_jax.cli import UserError
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster import processes
+from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 
 def main(argv):
     cli.log_to_stderr()
@@ -203,15 +205,8 @@ def work():
 """
 
 
-def program(body: str) -> tuple[str, ...]:
-    return sys.executable, "-c", f"{TOGETHER}\ndef body(i):\n{body}\ncli.run(main)"
-
-
-def wait_for_now(process: subprocess.Popen[str]) -> None:
-    """Returns when `process` is about to fail."""
-    assert process.stdout and process.stdout.readline() == "now\n", (
-        process.stderr and process.stderr.read()
-    )
+def program(body: str, before: str = "") -> tuple[str, ...]:
+    return sys.executable, "-c", f"{TOGETHER}\n{before}\ndef body(i):\n{body}\ncli.run(main)"
 
 
 def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
@@ -223,30 +218,26 @@ def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
 
 @slow
 def test_a_process_that_is_killed_or_frozen_ends_the_others_with_a_line(tiny_recipe, tmp_path):
+    """jax's guard aborts (SIGABRT) where no collective operation fails before."""
     trained = train(tiny_recipe, tmp_path / "run", "--train.steps", 10**6)
     without_0, frozen = (start(*program("    work()")) for _ in range(2))
     done_to = {}
+    lost = "error: another process is gone, and its own output may say why: "
     try:
         wait_for_step(trained, tmp_path / "run", 2)
         wait_for_work(without_0)
         wait_for_work(frozen)
-        for job, victim, number in (
-            (without_0, 0, signal.SIGKILL),
-            (frozen, 1, signal.SIGSTOP),
-            (trained, 1, signal.SIGKILL),
+        for job, victim, number, said in (
+            (without_0, 0, signal.SIGKILL, f"process 1: {lost}|leader task was preempted/died"),
+            (frozen, 1, signal.SIGSTOP, r"unhealthy \(stopped sending heartbeats\):\n1\n"),
+            (trained, 1, signal.SIGKILL, f"^{lost}.*Gloo"),
         ):
             job[victim].send_signal(number)
-            done_to[job[1 - victim]] = (victim, time.monotonic())
-        for survivor, (victim, when) in done_to.items():
+            done_to[job[1 - victim]] = (said, time.monotonic())
+        for survivor, (said, when) in done_to.items():
             _, err = survivor.communicate(timeout=STATED - (time.monotonic() - when))
-            assert survivor.returncode == 5, err
-            assert "Traceback" not in err
-            *lost, line = [line for line in err.splitlines() if "error" in line.lower()]
-            assert f"error: process {victim} has given no sign of life" in line
-            assert (
-                all("to hear whether another process has ended" in line for line in lost)
-                and len(lost) <= 1
-            )
+            assert survivor.returncode in (5, -signal.SIGABRT), err
+            assert re.search(said, err, re.MULTILINE) and "Traceback" not in err, err
     finally:
         for process in trained + without_0 + frozen:
             process.kill()
@@ -254,71 +245,56 @@ def test_a_process_that_is_killed_or_frozen_ends_the_others_with_a_line(tiny_rec
 
 
 @slow
-def test_what_one_process_cannot_do_is_said_by_all_in_a_line_and_soon():
-    memory = "RESOURCE_EXHAUSTED: Out of memory"
-    mistake = start(
-        *program(
-            "    if i == 1: print('now', flush=True); raise UserError('no such\\n folder')\n   "
-            " work()"
-        )
-    )
-    no_room = start(
-        *program(
-            "    if i == 0: print('now', flush=True); raise"
-            f" jax.errors.JaxRuntimeError({memory!r})\n    work()"
-        )
-    )
+def test_an_error_in_one_process_ends_all_and_one_of_all_is_said_by_all():
+    mistake = start(*program("    if i == 1: raise UserError('no such\\n folder')\n    work()"))
+    bug = start(*program("    if i == 1: raise ValueError('a bug')\n    work()"))
     unlike = start(*program("    processes.check_alike({'version': '1', 'tokenizer': 'ab'[i]})"))
-    wait_for_now(mistake[1])
-    (status, _, err), (other_status, _, other_err) = finish(mistake, within=15)
-    assert (status, other_status) == (2, 2)
-    assert err.splitlines()[-1] == "error: process 1 has ended: no such folder"
-    assert other_err.splitlines()[-1] == "process 1: error: no such folder"
-    wait_for_now(no_room[0])
-    (status, _, err), (other_status, _, other_err) = finish(no_room, within=15)
-    assert (status, other_status) == (1, 1)
-    assert "Traceback" in err and "Traceback" not in other_err
-    assert (
-        other_err.splitlines()[-1]
-        == f"process 1: error: process 0 has ended: JaxRuntimeError: {memory}"
-    )
-    for status, _, err in finish(unlike):
-        assert status == 2
-        assert (
-            "error: tokenizer: a in process 0, b in process 1; start all processes with the same"
-            in err
+    uneven = start(
+        *program(
+            "    pass", before="jax.config.update('jax_num_cpu_devices', 1 + int(sys.argv[-1]))"
         )
-        assert "Traceback" not in err
+    )
+    for job, status, said in (
+        (mistake, 2, "process 1: error: no such folder"),
+        (bug, 1, "ValueError: a bug"),
+    ):
+        (other_status, _, other_err), (found, _, err) = finish(job, within=STATED)
+        assert (found, err.splitlines()[-1]) == (status, said)
+        assert ("Traceback" in err) == (status == 1)
+        assert other_status == 5 and "error: another process is gone" in other_err.splitlines()[-1]
+    for job, said in (
+        (unlike, "tokenizer: a in process 0, b in process 1"),
+        (uneven, "devices: 1 x cpu in process 0, 2 x cpu in process 1"),
+    ):
+        for status, _, err in finish(job, within=STATED):
+            assert status == 2 and "Traceback" not in err, err
+            assert f"error: {said}; start all processes with the same" in err
 
 
 @slow
 def test_processes_that_do_not_find_each_other_say_so_in_a_line():
-    soon = TOGETHER + "processes.START = 3\ndef body(i): pass\ncli.run(main)"
-    short_of_one = start(sys.executable, "-c", soon, by=processes_of_options(3))
-    elsewhere = processes_of_options(2)
+    soon = program("    pass", before="processes.START = 3")
+    elsewhere, taken = processes_of_options(2), processes_of_options(2)
     for options, _ in elsewhere:
         options[1] = options[1].replace("localhost", "no.such.host.invalid")
-    for status, _, err in finish(start(sys.executable, "-c", soon, by=elsewhere), within=60):
-        assert status == 2
-        assert (
-            "error: no.such.host.invalid:" in err
-            and "--coordinator is to name process 0's node" in err
-        )
-        assert "Traceback" not in err
-    for status, _, err in finish(short_of_one, within=60):
-        assert status == 2
-        assert "waiting for all 3 processes" in err
-        assert "error: not all of 3 processes came in 3 s" in err.splitlines()[-1]
-        assert "Traceback" not in err
+    port = taken[0][0][1].rpartition(":")[2]
+    with socket.create_server(("", int(port))):
+        jobs = {
+            "not all of 3 processes came in 3 s": start(*soon, by=processes_of_options(3)),
+            "--coordinator must name the node of process 0": start(*soon, by=elsewhere),
+            "cannot be used: .*; choose another in --coordinator": start(*soon, by=taken)[:1],
+        }
+        for said, job in jobs.items():
+            for status, _, err in finish(job, within=STATED):
+                assert status == 2 and "Traceback" not in err, err
+                assert re.search(f"error: .*{said}", err.splitlines()[-1]), err
 
 
 @slow
 def test_a_reader_that_leaves_is_no_error():
-    for status, _, err in finish(
-        start(*program("    if i == 0: raise BrokenPipeError\n    work()"))
-    ):
-        assert status == 0
-        assert "error" not in err and "Traceback" not in err
+    job = start(*program("    if i == 0: raise BrokenPipeError\n    work()"))
+    (status, _, err), _ = finish(job, within=STATED)
+    assert status == 0 and "error" not in err and "Traceback" not in err
 
 
 @slow
@@ -342,7 +318,6 @@ def test_processes_of_unlike_options_end(tiny_recipe, tiny_trained, tmp_path):
 @slow
 def test_what_process_0_says_goes(tmp_path):
     body = """
-    import pathlib
     from sngpt_jax.evaluation.tasks import run_tasks
     def can():
         if i: raise UserError('no file')
@@ -351,7 +326,7 @@ def test_what_process_0_says_goes(tmp_path):
     try: processes.everywhere(can)
     except UserError as error: assert str(error) == ('no file' if i else 'process 1: no file')
     else: raise AssertionError
-    assert processes.broadcast(lambda: [i, 'first']) == [0, 'first']
+    assert processes.broadcast(lambda: [i, 'first' * 1000]) == [0, 'first' * 1000]
     folder = pathlib.Path(FOLDER)
     made = folder / 'made'
     with processes.first():
@@ -364,18 +339,16 @@ def test_what_process_0_says_goes(tmp_path):
     assert 'none: cannot be read' in error(text if i else folder / 'none')
     assert 'task lambada' in error(text)
     for turn in range(40):
-        seconds, signal = processes.agree(10 * i + turn, 15 if i and turn > 5 else None)
-        assert seconds == turn
+        seconds, signal = processes.agree(10 * i + turn + 0.1, 15 if i and turn > 5 else None)
+        assert seconds == max(turn - 1, 0) + 0.1, 'what process 0 said in the call before'
         if signal: break
-        time.sleep(0.1)
     print(turn, signal)
 """
     done = finish(
         start(*program(body.replace("FOLDER", repr(str(tmp_path)))), by=processes_of_slurm())
     )
     assert [status for status, _, _ in done] == [0, 0], done
-    assert done[0][1] == done[1][1], "a signal at process 1 is told to both in the same turn"
-    assert re.fullmatch(r"\d+ 15\n", done[0][1]), done[0][1]
+    assert [out for _, out, _ in done] == ["7 15\n"] * 2, "all hear of a signal in the same turn"
 
 
 def test_alone_a_process_decides_by_itself():

@@ -163,7 +163,7 @@ def of_one_of_two_processes(lab: Lab) -> Row:
             process.kill()
             process.communicate()
     assert started[0].returncode == 5 and "Traceback" not in err, err
-    (message,) = [line for line in err.splitlines() if "no sign of life" in line]
+    (message,) = [line for line in err.splitlines() if "another process is gone" in line]
     done = test_processes.finish(test_processes.train(lab.recipe, directory, *TWO))
     assert [status for status, _, _ in done] == [0, 0], done
     whole = lab.fresh("two_whole")

@@ -191,6 +191,7 @@ class Lab:
             .replace(sys.executable, "python")
         )
         message = re.sub(r"\b[0-9a-f]{12,}\b", "<hash>", message)
+        message = re.sub(r" \[[\d.]+\]:\d+", "", message)
         return " ".join(message.replace("|", "\\|").split())
 
 

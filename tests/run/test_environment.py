@@ -4,13 +4,11 @@ import json
 import platform
 import socket
 import subprocess
-from pathlib import Path
 
 import jax
 import pytest
 
 import sngpt_jax
-from sngpt_jax.base.errors import UserError
 from sngpt_jax.run import environment
 
 
@@ -74,10 +72,3 @@ def test_the_commit_is_that_of_the_program(tmp_path):
     assert environment.git_commit(package) == head  # neither is the program's
     (package / "__init__.py").write_text("changed")
     assert environment.git_commit(package) == f"{head}+changes"
-
-
-def test_what_cannot_be_written_is_one_line():
-    with pytest.raises(
-        UserError, match=r"environment.jsonl: cannot be written: .*; choose another --run-dir"
-    ):
-        environment.record(Path("/proc/nowhere"), 0)

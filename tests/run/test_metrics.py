@@ -4,7 +4,10 @@ speed.
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,19 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from sngpt_jax.ahead import targets
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.run.meter import StepMeter, peak_flops
 from sngpt_jax.run.metrics import MetricsWriter, read_metrics
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
+from tests.screen import Clock
+from tests.tiny_run import ROOT
 
 # ---------------------------------------------------------------------------------------------- files
 
@@ -89,27 +84,19 @@ def test_only_the_last_line_may_be_torn(tmp_path):
         read_metrics(tmp_path / "absent.jsonl")
 
 
-def test_an_unwritable_run_directory_is_a_user_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        MetricsWriter(tmp_path / "file", resume_step=None)
-
-
 def test_a_full_disk_ends_tensorboard_with_a_line_and_not_the_run(tmp_path, caplog):
     with MetricsWriter(tmp_path, resume_step=None) as writer:
-        writer._board._file.close()
-        writer._board._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by the writer
+        records = writer._board._file._py_recordio_writer
+        records._writer.close()
+        records._writer = open("/dev/full", "wb")  # noqa: SIM115 - closed by the writer
         for step in range(3000):  # more than any queue or buffer takes
             writer.write({"step": step, "train_loss": 1.0})
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(
-        range(3000)
-    )
-    (said,) = caplog.messages
-    assert (
-        said
-        == f"{tmp_path}/tensorboard: no longer written: No space left on device; metrics.jsonl has"
-        " the same numbers"
-    )
+    steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(3000))
+    assert caplog.messages == [
+        f"{tmp_path}/tensorboard: no longer written: No space left on device; metrics.jsonl has the"
+        " same numbers"
+    ]
 
 
 def test_a_record_that_cannot_be_written_is_a_user_error_and_nothing_follows_it(tmp_path):
@@ -120,6 +107,26 @@ def test_a_record_that_cannot_be_written_is_a_user_error_and_nothing_follows_it(
         w._file.close()
         w._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the writer
         w.write({"step": 1})
+
+
+WITHOUT_TORCH = """
+import pathlib, sys
+from sngpt_jax.run.metrics import MetricsWriter
+assert not {"tensorboardX", "torch"} & set(sys.modules), "only a run that writes needs them"
+with MetricsWriter(pathlib.Path(sys.argv[1]), resume_step=None) as writer:
+    writer.write({"step": 1, "train_loss": 1.0})
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch
+"""
+
+
+def test_tensorboard_imports_no_torch(tmp_path):
+    """A module that says when it is imported stands for torch, which may be installed or not."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stderr == "imported\n"
 
 
 def read_events(run_dir) -> list[Event]:
@@ -211,7 +218,3 @@ def test_eta_is_the_median_of_the_last_32(seconds):
 )
 def test_dense_peaks(kind, peak):
     assert peak_flops(kind) == peak
-
-
-def test_dense_peaks_are_those_of_the_targets():
-    assert all(peak_flops(target.kind) == target.matmul_rate for target in targets.TARGETS)

@@ -117,7 +117,7 @@ def test_the_profiler_runs_from_first_to_last(monkeypatch, tmp_path, window, fir
 MEMORY = """
 import resource, sys
 import jax, jax.numpy as jnp
-from sngpt_jax.runtime import keep_working_memory
+from sngpt_jax.training.compiler import keep_working_memory
 if sys.argv[1] == "kept":
     keep_working_memory()
 program = jax.jit(lambda x: jnp.sum(x @ x.T))  # of a product that takes 64 MB
