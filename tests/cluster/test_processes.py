@@ -142,7 +142,7 @@ def test_a_run_stopped_in_one_of_two_processes_is_gone_on_with_by_one(
     two[1].send_signal(signal.SIGTERM)
     (status, out, err), (other_status, other_out, other_err) = finish(two)
     assert (status, other_status) == (143, 143), err + other_err
-    assert "2 x cpu of 2 processes" in out, out
+    assert "2 x cpu in 2 processes" in out, out
     assert "to go on:" in err, err
     assert other_out == "" and "to go on" not in other_err
     saved = max(checkpoint.steps(run / "checkpoints"))
