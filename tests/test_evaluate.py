@@ -171,7 +171,7 @@ def test_what_a_person_is_told_of_a_cache(tiny_trained, repeating, cache):
     assert "bits/byte; mass of the vocabulary" in done.stdout
     said = [line for line in done.stderr.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
     # before it starts
-    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings are kept for the mass")
+    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings for the mass")
 
 
 def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
@@ -204,8 +204,8 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stride", "8"], "--stride and --tail are of sliding windows"),
-        (["--tail", "published"], "--stride and --tail are of sliding windows"),
+        (["--stride", "8"], "--stride and --tail are for sliding windows"),
+        (["--tail", "published"], "--stride and --tail are for sliding windows"),
         (["--mode", "sliding", "--stride", "33"], "--stride 33 is not between 1 and one window"),
         (["--mode", "sliding", "--stride", "0"], "--stride 0 is not between 1 and one window"),
         (["--mode", "sliding", "--tokens", "31"], "31 tokens to score are less than one window"),
@@ -213,11 +213,11 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
         (["--mode", "none"], "name --tasks"),
         (
             ["--mode", "none", "--tasks", "lambada=x", "--ngram", "exact"],
-            "--ngram and --tokens are of a stream",
+            "--ngram and --tokens are for a stream",
         ),
-        (["--mode", "sliding", "--tail", "published", "--ngram", "exact"], "leave one of them out"),
-        (["--ngram", "exact", "--ngram-undercount"], "--ngram-undercount is of --ngram backoff"),
-        (["--ngram", "hashed5", "--ngram-memory", "1"], "--ngram-memory is of --ngram exact"),
+        (["--mode", "sliding", "--tail", "published", "--ngram", "exact"], "remove one of the two"),
+        (["--ngram", "exact", "--ngram-undercount"], "--ngram-undercount is for --ngram backoff"),
+        (["--ngram", "hashed5", "--ngram-memory", "1"], "--ngram-memory is for --ngram exact"),
         (
             ["--ngram", "exact", "--ngram-memory", "nan"],
             "--ngram-memory nan is not a number of GiB above 0",
@@ -228,8 +228,8 @@ def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
         ),
         (["--json", "/proc/none/x.json"], "--json /proc/none/x.json: cannot be written"),
         (["--ngram", "exact", "--ngram-memory", "1e-6"], "too little memory"),
-        (["--task-limit", "3"], "are of --tasks"),
-        (["--tasks", "hellaswag=x,winogrande=y"], "winogrande=y: of the tasks that read a file"),
+        (["--task-limit", "3"], "are for --tasks"),
+        (["--tasks", "hellaswag=x,winogrande=y"], "winogrande=y: only hellaswag, lambada, squad read"),
     ],
 )
 def test_what_cannot_be_is_one_line(tiny_trained, arguments, message):

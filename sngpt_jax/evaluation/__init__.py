@@ -1,3 +1,1 @@
-"""What a model is worth: scores over a validation stream, downstream tasks, the study of its
-sparse codes.
-"""
+"""Scores of a model over a validation stream, downstream tasks, and the health of its sparse codes."""

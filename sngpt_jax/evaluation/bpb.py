@@ -1,11 +1,11 @@
 """Loss and bits per byte over a validation stream.
 
-Bits per byte divide by the UTF-8 bytes of the scored text, so that models with different
-tokenizers compare:
+Bits per byte divide by the UTF-8 bytes of the scored text, so models with different tokenizers
+compare:
 
     bpb = (Σ nll / ln 2) / Σ bytes(target)
 
-`evaluation.windows` says which context each target is scored with.
+`evaluation.windows` defines the context of each target.
 """
 
 import math
@@ -23,8 +23,10 @@ from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import (
+    OnProgress,
     WindowBatch,
     Windows,
+    one_behind,
     rows_at_a_time,
     sliding_windows,
     standard_windows,
@@ -38,8 +40,8 @@ Hints = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats a token, `bpb` in bits a byte, over `tokens` targets that stand for `bytes`
-    bytes of text.
+    """`loss` in nats per token and `bpb` in bits per byte, over `tokens` targets that stand for
+    `bytes` bytes of text.
     """
 
     loss: float
@@ -52,8 +54,8 @@ class Score:
 
 
 class Sum:
-    """A sum in float64, one number after the other: the same however the numbers are cut into
-    pieces.
+    """A sum in float64, one number after the other. It does not depend on how the numbers are cut
+    into pieces.
     """
 
     def __init__(self) -> None:
@@ -73,61 +75,48 @@ def token_scores(
     *,
     device_batch_tokens: int,
     hints: Hints | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What `eval_step` reads of the scored targets, [n] by name in their order, for one batch of
-    windows after the other.
+    """The readings of `eval_step` for the scored targets of one batch of windows after the other,
+    [n] by name in stream order.
 
-    "targets" are there too, and the "hints" that `hints(targets)` gives for them (-1: none). A
-    batch is dispatched before the one before it is read, so that the device does not wait for the
-    host. `progress(done, total)` is told of rows as they are read; what it raises ends the
-    scoring.
+    "targets" are among them, and the "hints" that `hints(targets)` gives for them (-1: none).
+    `progress` counts rows; an exception that it raises ends the scoring.
     """
     rows = rows_at_a_time(windows, device_batch_tokens, mesh.devices.size)
     place = batch_placer(mesh)
-    done = 0
-    pending: tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch] | None = None
 
-    def read(
-        on_device: dict[str, jax.Array], on_host: dict[str, np.ndarray], batch: WindowBatch
-    ) -> dict[str, np.ndarray]:
-        nonlocal done
+    def dispatched() -> Iterator[tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch]]:
+        for batch in window_batches(stream, windows, rows):
+            arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
+            if hints:
+                on_host["hints"] = hints(on_host["targets"])
+                arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
+                arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
+            yield eval_step(variables, place(arrays)), on_host, batch
+
+    done = 0
+    for on_device, on_host, batch in one_behind(dispatched()):
         found = {name: np.asarray(values)[batch.scored] for name, values in on_device.items()}
         done += batch.count
         if progress:
             progress(done, windows.num_rows)
-        return found | on_host
-
-    for batch in window_batches(stream, windows, rows):
-        arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
-        if hints:
-            on_host["hints"] = hints(on_host["targets"])
-            arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
-            arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
-        dispatched = eval_step(variables, place(arrays)), on_host, batch
-        if pending:
-            yield read(*pending)
-        pending = dispatched
-    if pending:
-        yield read(*pending)
+        yield found | on_host
 
 
 def score_of(nll: float, stream: TokenStream, token_bytes: TokenBytes, windows: Windows) -> Score:
-    """The score of the windows' targets whose losses are `nll` nats in all. Raises `UserError`
-    where they are no text.
+    """The score of the windows' targets whose losses sum to `nll` nats. Raises `UserError` if the
+    targets stand for no text.
     """
-    tokens = sum(stop - start for start, stop in windows.spans())
-    total_bytes = sum(
-        stream.count_bytes(token_bytes, start + 1, stop + 1) for start, stop in windows.spans()
-    )
+    spans = windows.spans()
+    tokens = sum(stop - start for start, stop in spans)
+    total_bytes = sum(stream.count_bytes(token_bytes, first + 1, end + 1) for first, end in spans)
     if not total_bytes:
         raise UserError(
             f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score"
             " other data"
         )
-    return Score(
-        loss=nll / tokens, bpb=nll / math.log(2) / total_bytes, tokens=tokens, bytes=total_bytes
-    )
+    return Score(nll / tokens, nll / math.log(2) / total_bytes, tokens, total_bytes)
 
 
 def score_stream(
@@ -139,9 +128,9 @@ def score_stream(
     windows: Windows,
     *,
     device_batch_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Score:
-    """Scores `stream` in `windows`; the tokens' losses are float32, their sum float64."""
+    """Scores `stream` in `windows`. The tokens' losses are float32, their sum float64."""
     nll = Sum()
     for found in token_scores(
         variables,
@@ -162,13 +151,13 @@ def score_validation(
     dataset: Dataset,
     mesh: Mesh,
     max_tokens: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
     stride: int = 0,
 ) -> Score:
-    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as its
-    training's.
+    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as in
+    training.
 
-    They are standard windows, or with a `stride` sliding ones.
+    The windows are sliding windows of `stride`, or standard windows if it is 0.
     """
     num_tokens, seq_len = len(dataset.val), config.data.seq_len
     return score_stream(

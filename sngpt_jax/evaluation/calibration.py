@@ -1,17 +1,16 @@
-"""Second moments H = mean(x xᵀ) of what a model's matrices are multiplied with over training text;
-GPTQ rounds them by H.
+"""Second moments H = mean(x xᵀ) of the inputs x of a model's matrices over training text. GPTQ
+rounds the matrices by H (Frantar et al. 2022, arXiv:2210.17323).
 
-Frantar et al. 2022, arXiv:2210.17323. `Observed` matrices stand in the model's variables for the
-arrays, and note their inputs while the forward pass is traced. So training and scoring are
-compiled as ever.
+`Observed` matrices replace the arrays in the model's variables. They record their inputs while the
+forward pass is traced, so the programs of training and scoring do not change.
 
-Cost. A token takes a forward pass without the head, and 2 n² operations for each input of width n:
-those of query, key and value (one), out, up and down. With widths D and F, and K of H key/value
-heads, that is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F) of the products with the matrices
-themselves, 1.33 with F = 3 D and K = H/2. The host adds up 4 n² bytes for each, a batch.
+Cost. A token takes a forward pass without the head, and 2 n² operations per input of width n. The
+inputs are those of query, key and value (one input), out, up and down. With widths D and F, and K
+of H key/value heads, this is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F) of the matrices' own products:
+1.33 with F = 3 D and K = H/2. The host adds up 4 n² bytes per input and batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +24,17 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs, path_name
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
-from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
+from sngpt_jax.evaluation.windows import (
+    OnProgress,
+    Windows,
+    one_behind,
+    rows_at_a_time,
+    window_batches,
+)
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, forward
 from sngpt_jax.model.layers import Observed
 
-# tokens; shards that begin with so many in common, or the whole of the shorter one, hold the same
-# text
+# shards that share their first 1024 tokens, or all of the shorter shard, hold the same text
 SAME_TEXT = 1024
 
 # the paths of the matrices that share an input → its second moment [n, n]
@@ -38,11 +42,10 @@ Moments = dict[tuple[str, ...], Any]
 
 
 def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
-    """The training tokens of `dataset`, of which the first `tokens` are to be read.
+    """The training tokens of `dataset`, whose first `tokens` will be read.
 
-    Raises `UserError` where one of the shards that hold those is a validation shard too, as the
-    file, as a copy, or as text that begins with the same 1,024 tokens. Beyond that the maker of
-    the shards keeps the splits apart, as `prepare` does.
+    Raises `UserError` if a shard of these tokens begins like a validation shard. `prepare` keeps
+    the splits apart; shards from elsewhere may not.
     """
     first = 0
     for shard in dataset.train.shards:
@@ -54,8 +57,8 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
             if np.array_equal(shard.tokens[:count], held_out.tokens[:count]):
                 raise UserError(
                     f"{shard.path}: a training shard with the text of the validation shard"
-                    f" {held_out.path}; GPTQ must not see what the artifact is scored on: take data"
-                    " whose splits are apart, or leave export.gptq out"
+                    f" {held_out.path}; GPTQ must not see the text that the artifact is scored on:"
+                    " give data with separate splits, or set export.gptq to false"
                 )
     return dataset.train
 
@@ -64,8 +67,8 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
 
 
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
-    """Σ x xᵀ, float32 [n, n], over the positions of the rows that count. Products of bfloat16
-    numbers are exact in it.
+    """Σ x xᵀ, float32 [n, n], over the positions of the counted rows. Products of bfloat16 numbers
+    are exact in float32.
     """
     kept_BTn = jnp.where(counted_B[:, None, None], x_BTn, 0)
     highest = jax.lax.Precision.HIGHEST
@@ -75,12 +78,11 @@ def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
 
 
 def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Moments`, sums over a batch, float32, known to all
+    """The jitted function (variables, batch) → `Moments`, sums over a batch, float32, in all
     processes.
 
-    The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that are in the sums. Of a
-    matrix that is applied more than once, which recycled layers' are, the sum is the mean of its
-    applications'.
+    The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that enter the sums. A matrix
+    that is applied more than once, as in recycled layers, gets the mean over its applications.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config.model)), P(BATCH_AXES)
 
@@ -94,10 +96,10 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             return Observed(leaf, seen.setdefault(name, []))
 
         observed = jax.tree_util.tree_map_with_path(observe, gather(variables, layout))
-        # nobody takes the logits, so the compiler leaves the last product and the head out
+        # the logits are unused, so the compiler removes the last product and the head
         forward(config.model)(observed, batch["inputs"].astype(jnp.int32))
 
-        # by the very arrays that they are multiplied with
+        # matrices with identical inputs share one moment
         sharing: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in seen.items():
             sharing.setdefault(tuple(map(id, inputs)), []).append(name)
@@ -122,54 +124,45 @@ def second_moments(
     stream: TokenStream,
     tokens: int,
     mesh: Mesh,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, np.ndarray]:
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
     The mean is over the inputs at all positions of the first ⌊tokens / T⌋ windows of T =
     `data.seq_len` tokens of `stream` (of `training_stream`), and over all applications of a
-    recycled layer. Matrices with the same input share one array. `variables` lie on the mesh as a
-    step's do. Summed over `eval.device_batch_tokens` on a device in float32, and over batches in
-    float64 on the host. `progress(done, total)` is told of windows as they are read.
+    recycled layer. Matrices with equal inputs share one array. `variables` lie on the mesh as a
+    training step's do. Sums are float32 on a device over `eval.device_batch_tokens`, and float64
+    on the host over batches. `progress` counts windows.
 
-    Raises `UserError` where `tokens` are less than a window, or more than the stream holds.
+    Raises `UserError` if `tokens` are less than a window, or more than the stream holds.
     """
-    seq_len, devices = config.data.seq_len, mesh.devices.size
+    seq_len = config.data.seq_len
     if not seq_len <= tokens <= len(stream):
         raise UserError(
             f"export.gptq_tokens = {tokens} is not between one sequence, data.seq_len = {seq_len},"
-            f" and the {len(stream)} tokens of the training shards; set it there"
+            f" and the {len(stream)} tokens of the training shards; set it between them"
         )
     windows = Windows(tokens // seq_len * seq_len, seq_len, seq_len)
-    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, devices)
+    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
     step, place = make_moments_step(config, mesh), batch_placer(mesh)
+
+    def dispatched() -> Iterator[tuple[Moments, int]]:
+        for batch in window_batches(stream, windows, rows):
+            arrays = {"inputs": batch.arrays["inputs"], "counted": np.arange(rows) < batch.count}
+            yield step(variables, place(arrays)), batch.count
+
     total: dict[tuple[str, ...], np.ndarray] = {}
     done = 0
-    pending: tuple[Moments, int] | None = None
-
-    def read(sums: Moments, count: int) -> None:
-        nonlocal done
+    for sums, count in one_behind(dispatched()):
         for paths, sum_nn in sums.items():
-            if paths in total:
-                total[paths] += np.asarray(sum_nn)
-            else:
-                total[paths] = np.asarray(sum_nn, np.float64)
+            total[paths] = np.asarray(sum_nn, np.float64) + total.get(paths, 0)
         done += count
         if progress:
             progress(done, windows.count)
-
-    for batch in window_batches(stream, windows, rows):
-        arrays = {"inputs": batch.arrays["inputs"], "counted": np.arange(rows) < batch.count}
-        dispatched = step(variables, place(arrays)), batch.count
-        if pending:  # read behind the device's back
-            read(*pending)
-        pending = dispatched
-    if pending:
-        read(*pending)
-
-    found: dict[str, np.ndarray] = {}
-    for paths, sum_nn in total.items():
-        # a product's rounding may not be symmetric
-        moment = (sum_nn + sum_nn.T) / (2 * windows.targets)
-        found |= dict.fromkeys(paths, moment)
-    return found
+    return {
+        # the rounding of a product need not be symmetric
+        path: moment
+        for paths, sum_nn in total.items()
+        for moment in [(sum_nn + sum_nn.T) / (2 * windows.targets)]
+        for path in paths
+    }

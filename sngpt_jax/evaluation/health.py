@@ -1,26 +1,30 @@
 """The health of the sparse codes: which features fire, how strongly, and how well they rebuild
-what they code.
+their input.
 
-Measured at validation over N tokens from the start of the stream, for each layer and level; V are
+Measured at validation over N tokens from the start of the stream, for each layer and level. V are
 the level's features:
 
     dead        share of V selected fewer than C · N · k / |V| times, C = 1/10
-    silent      share of V selected in no sample of the last 100 optimizer steps, or of all where there were fewer
-    zombies     share of V that is not dead and whose mean activation is below a tenth of the median of those not dead
-    reachable   features that some parent has as a child; at level 0 all
-    mu_mean     mean over V of |<m, v_f>|, the size of the scores' running mean. Without the absolute value it would be one
-                coordinate of m, m[0] / √d at every level: the atoms of an orthonormal basis sum to √d times a unit vector
+    silent      share of V selected in no sample of the last 100 optimizer steps, or of all steps
+                if there were fewer
+    zombies     share of V that is not dead and whose mean activation is below a tenth of the
+                median over V without the dead
+    reachable   features that are a child of some parent; at level 0 all
+    mu_mean     mean over V of |<m, v_f>|, where m is the scores' running mean. Without the absolute
+                value it would be m[0] / √d at every level: the atoms of an orthonormal basis sum to
+                √d times a unit vector
     sigma_mean  mean over V of the scores' running standard deviation
-    min_z       smallest standardized score of any feature selected, without its bias
-    duplicates  candidates a token that an earlier of its parents had already brought; none at level 0
+    min_z       smallest standardized score of any selected feature, without its bias
+    duplicates  candidates per token that an earlier parent of the token had already brought; 0 at
+                level 0
 
 and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and
 `rms`, the root of the mean square of x̂'s coordinates.
 
-Cost. A token here takes a forward pass without logits, and an eighth of that again for the scores
-and the reconstruction of its features: 0.37 of a training token's time with four layers of width
-128 on a CPU. H tokens at every validation are so 0.37 · H / (eval.every · data.batch_tokens) of
-the training between two, less than 2 % with H below a twentieth of its tokens.
+Cost. A token takes a forward pass without logits, and an eighth of such a pass for the scores and
+the reconstruction of its features. This is 0.37 of a training token's time with four layers of
+width 128 on a CPU. H tokens per validation cost 0.37 · H / (eval.every · data.batch_tokens) of the
+training between two validations, less than 2 % with H below a twentieth of its tokens.
 """
 
 import math
@@ -39,26 +43,29 @@ from sngpt_kernels.cayley import dictionary
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import TokenStream
-from sngpt_jax.evaluation.windows import rows_at_a_time, standard_windows, window_batches
+from sngpt_jax.evaluation.windows import (
+    OnProgress,
+    one_behind,
+    rows_at_a_time,
+    standard_windows,
+    window_batches,
+)
 from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, tapped_losses
 
-# a feature is dead below a tenth of the firings of an even spread, a zombie below a tenth of the
-# median
+# dead: fewer firings than a tenth of an even spread; zombie: weaker than a tenth of the median
 RARE = 10
-SILENT_STEPS = 100  # optimizer steps without firing that make a feature silent
+SILENT_STEPS = 100  # a feature is silent after this many optimizer steps without firing
 
 
 class Sums(NamedTuple):
-    """What adds up over tokens. F features and so many levels a layer; without the dimension L it
-    is one layer's.
-    """
+    """Sums over tokens of L layers with F features each. One layer's sums lack the dimension L."""
 
-    tokens: Any  # [L], N
+    tokens: Any  # [L], number of tokens N
     counts: Any  # [L, F], tokens that selected the feature
     activations: Any  # [L, F], sum of its activation over them
     min_z: Any  # [L, levels], smallest standardized score of a selected feature
-    # [L, levels], selected parents whose children another selected parent had already brought
+    # [L, levels], selected parents whose children an earlier selected parent had brought
     repeats: Any
     cos: Any  # [L], sum of cos(x, x_hat)
     mean_square: Any  # [L], sum of the mean square of x_hat's coordinates
@@ -68,18 +75,18 @@ class Sums(NamedTuple):
 
 
 def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
-    """How many of the parents, over all P positions, share their group (those with the same
-    children) with one counted.
+    """The number of parents, over all P positions, whose children an earlier parent of the position
+    has too: parents of one group have equal children.
     """
     group_PK = jnp.sort(jnp.asarray(group_of_parent)[parents_PK], axis=-1)
     return jnp.sum(group_PK[:, 1:] == group_PK[:, :-1], dtype=jnp.int32)
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
-    """The sums of one layer, whose `taps` and `code` come without their dimension L, over the rows
-    where `counted_B` is true.
+    """The sums of one layer over the rows where `counted_B` is true. `taps` and `code` lack their
+    dimension L.
 
-    One row is worked on at a time, so that beside the taps memory is that of a row.
+    Rows are processed one at a time, so memory beside the taps is that of one row.
     """
     levels = config.levels
     # where a level's ids end and the next one's begin
@@ -94,7 +101,7 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
         x_hat_PD = cayley.combine(c_PA, ids_PA, config.d_model)
         lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
-        # 0 where either vector is
+        # 0 where either vector is 0
         cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
         ids = ids_PA.reshape(-1)
         after = Sums(
@@ -125,21 +132,20 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 
 
 def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Sums` over the batch, known to all processes.
+    """The jitted function (variables, batch) → `Sums` over the batch, in all processes.
 
-    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that are in the
-    sums. What the codes of all layers take in and choose is held at once: L · (D + 2 A) numbers of
-    2 bytes a token in bfloat16.
+    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that enter the
+    sums. The inputs and selections of all layers' codes are held at once: L · (D + 2 A) numbers of
+    2 bytes per token in bfloat16.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def sums(variables: Variables, batch: Batch) -> Sums:
         variables = gather(variables, layout)
         everywhere = jnp.arange(batch["inputs"].shape[1])
-        # nobody takes the losses, so the compiler leaves the last MLP and the head out
+        # the losses are unused, so the compiler removes the last MLP and the head
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
-        # one layer after the other
         local = jax.lax.map(
             lambda layer: layer_sums(config, layer[0], layer[1], batch["counted"]),
             (taps, code_state(variables)),
@@ -157,19 +163,19 @@ _all_scores = jax.jit(cayley.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones fired too seldom; `counts` int64 [..., |V|] are
-    over so many tokens.
+    """Which features of a level with k active ones fired too rarely, bool [..., |V|]; `counts` int64
+    [..., |V|] are over `tokens` tokens.
     """
-    # in integers, so that the threshold itself is alive
+    # in integers, so that a feature at the threshold is alive
     return RARE * counts * counts.shape[-1] < tokens * k
 
 
 def accumulate(total: Sums | None, batch: Sums) -> Sums:
-    """The sums of two sets of tokens, in int64 and float64; `total` is None before the first."""
-    host = jax.tree.map(np.asarray, batch)
-    host = Sums(
-        *(array.astype(np.int64 if array.dtype.kind == "i" else np.float64) for array in host)
-    )
+    """`total` plus the sums of a batch, in int64 and float64. `total` is None before the first
+    batch.
+    """
+    arrays = map(np.asarray, batch)
+    host = Sums(*(a.astype(np.int64 if a.dtype.kind == "i" else np.float64) for a in arrays))
     if total is None:
         return host
     return Sums(*map(np.add, total, host))._replace(min_z=np.minimum(total.min_z, host.min_z))
@@ -177,11 +183,11 @@ def accumulate(total: Sums | None, batch: Sums) -> Sums:
 
 @dataclass(frozen=True)
 class Health:
-    """The quantities that the module's docstring defines, [L, levels], those of a layer [L];
-    shares as fractions.
+    """The quantities that the module's docstring defines, [L, levels], `cos` and `rms` [L]; shares
+    are fractions.
     """
 
-    tokens: int  # that the sums are over
+    tokens: int  # number of tokens that were measured
     dead: np.ndarray
     silent: np.ndarray  # NaN before the first step
     zombies: np.ndarray
@@ -193,39 +199,33 @@ class Health:
     cos: np.ndarray
     rms: np.ndarray
 
-    def _values(self) -> Iterator[tuple[str, np.ndarray]]:
-        for field in fields(self):
-            if field.name != "tokens":
-                yield field.name, getattr(self, field.name)
-
     def record(self) -> dict[str, float]:
-        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`, and without the
-        layer their means over layers.
+        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`; without the layer, the
+        mean over layers.
         """
         found: dict[str, float] = {"code/tokens": self.tokens}
-        for name, array in self._values():
-            places = [
-                ("", array.mean(axis=0)),
-                *((f"layer{layer:02d}/", row) for layer, row in enumerate(array)),
-            ]
-            for place, values in places:
+        for field in fields(self):
+            if field.name == "tokens":
+                continue
+            array = getattr(self, field.name)
+            places = {"": array.mean(axis=0)}
+            places |= {f"layer{layer:02d}/": row for layer, row in enumerate(array)}
+            for place, values in places.items():
                 if values.ndim:
-                    found |= {
-                        f"code/{place}level{level}/{name}": float(value)
-                        for level, value in enumerate(values)
-                    }
+                    for level, value in enumerate(values):
+                        found[f"code/{place}level{level}/{field.name}"] = float(value)
                 else:
-                    found[f"code/{place}{name}"] = float(values)
+                    found[f"code/{place}{field.name}"] = float(values)
         return found
 
     def line(self) -> str:
-        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83`: means over the layers,
-        level by level.
+        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83`: means over layers, per
+        level.
         """
 
         def percent(name: str) -> str:
             shares = 100 * getattr(self, name).mean(axis=0)
-            # a share that is not zero does not read as zero
+            # a share above zero must not read as zero
             texts = (
                 "<0.1" if 0 < share < 0.05 else f"{share:.1f}" if math.isfinite(share) else "–"
                 for share in shares
@@ -238,8 +238,8 @@ class Health:
 
 
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
-    """The health after `step` optimizer steps of codes in the state `code`, whose firings are in
-    `sums` (of `accumulate`).
+    """The health after `step` optimizer steps of codes in the state `code`. `sums` of `accumulate`
+    hold their firings.
     """
     levels, tokens = config.levels, int(sums.tokens[0])
     mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
@@ -251,21 +251,16 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
         counts, activations = sums.counts[:, V], sums.activations[:, V]
         dead = is_dead(counts, tokens, levels[level][1])
         strength = np.where(dead, np.nan, activations / np.maximum(counts, 1))
-        median = np.array(
-            [
-                np.median(row[~rare]) if not rare.all() else np.nan
-                for row, rare in zip(strength, dead, strict=True)
-            ]
-        )
-        silent = last_fired_LF[:, V] <= max(step - SILENT_STEPS, 0)
+        alive = [row[~rare] for row, rare in zip(strength, dead, strict=True)]
+        median_L = np.array([np.median(row) if len(row) else np.nan for row in alive])
+        silent = (last_fired_LF[:, V] <= max(step - SILENT_STEPS, 0)).mean(axis=1)
+        reachable = float(dictionary.reachable(levels, level, config.generators))
         members = len(dictionary.children(levels, config.generators, level).steps) if level else 0
         return {
             "dead": dead.mean(axis=1),
-            "silent": silent.mean(axis=1) if step else np.full(len(counts), np.nan),
-            "zombies": np.mean(RARE * strength < median[:, None], axis=1),
-            "reachable": np.full(
-                len(counts), dictionary.reachable(levels, level, config.generators), np.float64
-            ),
+            "silent": silent if step else np.full(len(counts), np.nan),  # no step yet
+            "zombies": np.mean(RARE * strength < median_L[:, None], axis=1),
+            "reachable": np.full(len(counts), reachable),
             "mu_mean": mu_LF[:, V].mean(axis=1, dtype=np.float64),
             "sigma_mean": std_LF[:, V].mean(axis=1, dtype=np.float64),
             "min_z": sums.min_z[:, level],
@@ -287,31 +282,31 @@ def score_health(
     mesh: Mesh,
     *,
     step: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> Health:
     """The health of a model's codes after `step` optimizer steps, on the start of `stream`.
 
     Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one.
-    A last batch with fewer windows than the others is filled up with rows that are not counted.
-    `progress(done, total)` is told of windows as they are sent to the devices; what it raises ends
-    the scoring.
+    The padding rows of the last batch do not count. `progress` counts windows as they are read; an
+    exception that it raises ends the scoring.
     """
-    seq_len, devices = config.data.seq_len, mesh.devices.size
+    seq_len = config.data.seq_len
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))
-    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, devices)
-    place, done = batch_placer(mesh), 0
+    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
+    place = batch_placer(mesh)
+
+    def dispatched() -> Iterator[tuple[Sums, int]]:
+        for batch in window_batches(stream, windows, rows):
+            counted = np.arange(rows) < batch.count
+            yield health_step(variables, place({**batch.arrays, "counted": counted})), batch.count
+
     total: Sums | None = None
-    pending: Sums | None = None
-    for batch in window_batches(stream, windows, rows):
-        dispatched = health_step(
-            variables, place({**batch.arrays, "counted": np.arange(rows) < batch.count})
-        )
-        done += batch.count
-        if pending is not None:  # read behind the device's back
-            total = accumulate(total, pending)
-        pending = dispatched
+    done = 0
+    for sums, count in one_behind(dispatched()):
+        total = accumulate(total, sums)
+        done += count
         if progress:
             progress(done, windows.count)
-    assert pending is not None
+    assert total is not None  # there is at least one window
     code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
-    return summarize(config.model, code, accumulate(total, pending), step)
+    return summarize(config.model, code, total, step)

@@ -16,11 +16,11 @@ def make_eval_step(
     config: ModelConfig, mesh: Mesh, readings: tuple[str, ...] = ("nll",)
 ) -> jax.stages.Wrapped:
     """The jitted function (variables, batch) → the `readings` of `loss.token_readings` by name,
-    [B, S], known to all processes.
+    [B, S], in all processes.
 
-    The batch holds "inputs" [B, T] and "targets" [B, S] of S ≤ T scored positions in a row; where
-    S < T also "offsets" [B], the first of them in each row, and only theirs are the logits that
-    exist. "hints" [B, S], for hint_nll.
+    The batch holds "inputs" [B, T] and "targets" [B, S] of S ≤ T consecutive positions. If S < T,
+    "offsets" [B] give the first scored position of each row, and logits are computed for the
+    scored positions only. "hints" [B, S] serve the reading hint_nll.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 

@@ -1,65 +1,77 @@
 """How a stream of tokens is cut into windows of T inputs for scoring.
 
 Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Standard* windows lie side
-by side: each target sees the inputs of its own window alone, and a last partial window is dropped.
-*Sliding* windows advance by `stride` targets: the first one scores all of its T targets, each
-later one its last `stride`, so that these see T - stride + 1 to T inputs. Standard windows are
-sliding ones whose stride is T.
+by side. A target sees the inputs of its own window, and a last partial window is dropped.
+*Sliding* windows advance by `stride` targets. The first window scores all of its T targets. Each
+later window scores its last `stride` targets, which see T - stride + 1 to T inputs. Standard
+windows are sliding windows of stride T.
 
-The devices take rows of one shape, T inputs and `stride` scored positions; the first window is as
-many rows as its targets need.
+The devices take rows of one shape: T inputs and `stride` scored positions. The first window becomes
+as many rows as its targets need.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.shards import TokenStream
+
+if TYPE_CHECKING:  # loads the tokenizers' libraries, which the options of a command do not need
+    from sngpt_jax.data.shards import TokenStream
 
 Tail = Literal["full", "published"]
+OnProgress = Callable[[int, int], None]  # is called with (done, total)
+Item = TypeVar("Item")
+
+
+def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """Each item, once the next item has been made.
+
+    With items that are dispatched to the devices, the host reads one while the devices compute the
+    next.
+    """
+    return (item for item, _ in pairwise(chain(items, [None])) if item is not None)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over the first `targets` targets of a stream, no fewer than `seq_len`; stride from 1
-    to `seq_len`.
+    """Windows over the first `targets` targets of a stream, at least `seq_len` of them; the stride
+    is 1 to `seq_len`.
     """
 
     targets: int  # M
     seq_len: int  # T, inputs of a window
     stride: int  # S, targets by which windows advance, and scored positions of a row
-    # what is left at the end: one window of T inputs; or published, see `sliding_windows`
+    # full: the last window ends with the stream; published: see `sliding_windows`
     tail: Tail = "full"
 
     @property
     def whole(self) -> int:
-        """Windows that begin at a multiple of the stride and end within the targets."""
+        """Number of windows that begin at a multiple of the stride and end within the targets."""
         return (self.targets - self.seq_len) // self.stride + 1
 
     @property
     def count(self) -> int:
-        """Windows in all."""
+        """Number of windows."""
         if self.tail == "published":
             return math.ceil(self.targets / self.stride)
         return self.whole + ((self.targets - self.seq_len) % self.stride > 0)
 
     @property
     def num_rows(self) -> int:
-        """Rows that the devices take for them: one a window, but as many as its targets need for
-        the first.
-        """
+        """Number of rows for the devices: one per window, but several for the first window."""
         return self.count - 1 + math.ceil(self.seq_len / self.stride)
 
     def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows first … stop-1: the first input of each, and from and up to which of its positions
-        it scores; int64 [rows].
+        """For rows first … stop-1, int64 [rows] each: the stream's index of the first input, the
+        first position that is scored, and the end of the scored positions.
         """
         T, S, M = self.seq_len, self.stride, self.targets
-        pieces = math.ceil(T / S)  # of the first window
+        pieces = math.ceil(T / S)  # rows of the first window
         row = np.arange(first, stop, dtype=np.int64)
         start = np.maximum(row - pieces + 1, 0) * S
         if self.tail == "full":
@@ -73,8 +85,8 @@ class Windows:
         return start, begin, upto
 
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges of targets, from and up to, that together are what the rows score; only a
-        published tail scores some again.
+        """Ranges of targets (start, stop) that the rows score together. Only a published tail
+        scores some targets again.
         """
         if self.tail == "full":
             return [(0, self.targets)]
@@ -84,13 +96,13 @@ class Windows:
 
 
 def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """Targets of a stream of `num_tokens`, at most `max_tokens` (0: no limit); raises `UserError`
-    below one window.
+    """Targets of a stream of `num_tokens`, at most `max_tokens` (0: no limit). Raises `UserError`
+    for less than one window.
     """
     if max_tokens and max_tokens < seq_len:
         raise UserError(
             f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len}"
-            " tokens"
+            " tokens; score more tokens"
         )
     if num_tokens - 1 < seq_len:
         raise UserError(
@@ -102,8 +114,8 @@ def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
 
 
 def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
-    """As many windows side by side as a stream of `num_tokens` holds, of at most `max_tokens`
-    targets in all (0: no limit).
+    """As many windows side by side as fit into a stream of `num_tokens` and into `max_tokens`
+    targets (0: no limit).
     """
     return Windows(_limited(num_tokens, seq_len, max_tokens) // seq_len * seq_len, seq_len, seq_len)
 
@@ -111,11 +123,11 @@ def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
 def sliding_windows(
     num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full"
 ) -> Windows:
-    """Windows that advance by `stride` over all targets, or the first `max_tokens`; each is scored
-    once.
+    """Windows that advance by `stride` and score each target once, over all targets or the first
+    `max_tokens`.
 
-    With the published tail the targets end where standard windows end, and windows that overrun
-    this end are kept, each scoring the last `stride` targets once more with less context, as
+    With the published tail the targets end where standard windows end. Windows that overrun this
+    end are kept. Each of them scores the last `stride` targets again with less context, as
     parameter-golf submissions 333, 465 and 1573 do. Raises `UserError` for a stride that is not
     between 1 and `seq_len`.
     """
@@ -124,22 +136,17 @@ def sliding_windows(
             f"--stride {stride} is not between 1 and one window, data.seq_len = {seq_len}"
         )
     targets = _limited(num_tokens, seq_len, max_tokens)
-    return Windows(
-        targets // seq_len * seq_len if tail == "published" else targets, seq_len, stride, tail
-    )
+    if tail == "published":
+        targets = targets // seq_len * seq_len
+    return Windows(targets, seq_len, stride, tail)
 
 
 def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
-    """How many rows all devices read at a time: as many as fit, no more than there are, a multiple
-    of the devices.
+    """Number of rows in one batch over all devices: as many as fit into `device_batch_tokens` per
+    device, no more than there are, a multiple of the devices.
     """
-    return (
-        min(
-            max(1, device_batch_tokens // windows.seq_len),
-            math.ceil(windows.num_rows / num_devices),
-        )
-        * num_devices
-    )
+    most = max(1, device_batch_tokens // windows.seq_len)
+    return min(most, math.ceil(windows.num_rows / num_devices)) * num_devices
 
 
 @dataclass(frozen=True)
@@ -148,13 +155,13 @@ class WindowBatch:
 
     # "inputs" [B, T], "targets" [B, S]; where S < T "offsets" int32 [B] of the scored positions
     arrays: dict[str, np.ndarray]
-    count: int  # rows that are more than filling
+    count: int  # rows without the padding
     # rows [n] and positions [n] in [B, S] of the targets that count, in order
     scored: tuple[np.ndarray, np.ndarray]
 
 
-def window_batches(stream: TokenStream, windows: Windows, rows: int) -> Iterator[WindowBatch]:
-    """All rows of `windows` in batches of `rows`; the last one is filled up with its first row."""
+def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterator[WindowBatch]:
+    """All rows of `windows` in batches of `rows`. The last batch is padded with its first row."""
     T, S = windows.seq_len, windows.stride
     positions = np.arange(S)
     for first in range(0, windows.num_rows, rows):

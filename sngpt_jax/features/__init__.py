@@ -1,1 +1,1 @@
-"""What the features of a sparse model stand for, as one HTML page."""
+"""The study of what the features of sparse codes stand for."""

@@ -1,4 +1,5 @@
-"""Who fires with whom, when and on what: the bookkeeping of the feature study, in numpy.
+"""The counts of the feature study, in numpy: how often features fire, with which parents, and on
+which tokens.
 
 Arrays come in batches of N tokens of one layer: the features that each token selected, ids [N, A]
 level by level, and their activations [N, A].
@@ -13,26 +14,24 @@ from sngpt_kernels.cayley.dictionary import Generators, Levels, children, level_
 
 @dataclass(frozen=True)
 class Family:
-    """Which features of the level above (parents) have which of a level (children).
+    """The parents (features of the level above) and children (features of a level).
 
-    Parents fall into groups; those of one group have the same S children, which no other group has.
+    Parents form groups. The parents of one group share S children, which no other group has.
     """
 
     parents: range  # ids of the level above
     group_of_parent: np.ndarray  # int32 [last parent + 1]
     group_of_child: np.ndarray  # int32 [last child + 1]; -1: no child
-    slot_of_child: np.ndarray  # int32 [last child + 1], the place among the children of its group
+    slot_of_child: np.ndarray  # int32 [last child + 1], its index among the group's children
     children_of_group: np.ndarray  # int32 [groups, S]
 
     @classmethod
     def of(cls, levels: Levels, level: int, generators: Generators) -> "Family":
-        """The parents that `level` ≥ 1 has in the level above."""
+        """The family of `level` ≥ 1 and the level above."""
         table = children(levels, generators, level)
         ids = table.representatives[:, None] ^ table.steps[None, :]
-        group, slot = (
-            np.full(2 ** levels[level][0], -1, np.int32),
-            np.zeros(2 ** levels[level][0], np.int32),
-        )
+        last = 2 ** levels[level][0]
+        group, slot = np.full(last, -1, np.int32), np.zeros(last, np.int32)
         group[ids] = np.arange(ids.shape[0])[:, None]
         slot[ids] = np.arange(ids.shape[1])[None, :]
         return cls(level_range(levels, level - 1), table.group_of_parent, group, slot, ids)
@@ -50,8 +49,8 @@ class Family:
 class FiringCounts:
     """How often each feature of each layer fired, how strongly, and with which parents.
 
-    Memory: 16 bytes a feature and 4 bytes a pair of an id of the level above and a child, in each
-    layer: 28 MB a layer for the levels 10,16,0;15,32,256;17,64,256.
+    Memory per layer: 16 bytes per feature and 4 bytes per pair of a parent's id and a child, 28 MB
+    for the levels 10,16,0;15,32,256;17,64,256.
     """
 
     def __init__(self, levels: Levels, generators: Generators, num_layers: int):
@@ -63,7 +62,7 @@ class FiringCounts:
         # tokens that selected the feature
         self.counts = np.zeros((num_layers, num_features), np.int64)
         self.sums = np.zeros((num_layers, num_features))  # of its activations on them
-        # of each family, tokens that selected both the parent p and its child in slot s: uint32
+        # by family, tokens that selected both the parent p and its child in slot s: uint32
         # [layers, …] at p · S + s
         self._pairs = [
             np.zeros((num_layers, f.parents.stop * f.children_of_group.shape[1]), np.uint32)
@@ -79,16 +78,10 @@ class FiringCounts:
         self.sums[layer] += np.bincount(flat, activations.reshape(-1), num_features)
         for level, family in enumerate(self.families, start=1):
             parents, offspring = ids[:, self._columns[level - 1]], ids[:, self._columns[level]]
-            related = (
-                family.group_of_parent[parents][:, :, None]
-                == family.group_of_child[offspring][:, None, :]
-            )
-            token, p, c = np.nonzero(related)
-            np.add.at(
-                self._pairs[level - 1][layer],
-                self._at(family, parents[token, p], offspring[token, c]),
-                np.uint32(1),
-            )
+            groups = family.group_of_parent[parents], family.group_of_child[offspring]
+            token, p, c = np.nonzero(groups[0][:, :, None] == groups[1][:, None, :])
+            pairs = self._at(family, parents[token, p], offspring[token, c])
+            np.add.at(self._pairs[level - 1][layer], pairs, np.uint32(1))
 
     @staticmethod
     def _at(family: Family, parents: np.ndarray, offspring: np.ndarray) -> np.ndarray:
@@ -115,12 +108,12 @@ class FiringCounts:
 
 
 def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
-    """The features of a layer to look at, ids ascending for each level.
+    """The features of a layer to study, ids ascending for each level.
 
-    Of those of a level that fired: the half of `per_level` that fired most, and as many again
-    evenly over the ranks of the others. Then, from level to level down, the child that fired most
-    with each of them, and up again the parent that fired most with each: every feature leads to
-    another one, up and down. Of equal ones the lowest id.
+    Half of `per_level` are the features of a level that fired most. The other half are spread
+    evenly over the ranks of the other features that fired. Then each chosen feature adds the child
+    that fired most with it, from the first level down, and the parent that fired most with it, from
+    the last level up. Ties go to the lowest id.
     """
     levels = range(len(firing.levels))
     chosen: list[set[int]] = []
@@ -132,27 +125,26 @@ def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
         even = np.linspace(0, len(others) - 1, min(per_level // 2, len(others))).round().astype(int)
         chosen.append({*most.tolist(), *others[even].tolist()})
     for level in levels[:-1]:
-        chosen[level + 1] |= {
-            child for f in chosen[level] for child in _closest(*firing.children(layer, level, f))
-        }
+        for feature in chosen[level]:
+            chosen[level + 1].update(_closest(*firing.children(layer, level, feature)))
     for level in reversed(levels[1:]):
-        chosen[level - 1] |= {
-            parent for f in chosen[level] for parent in _closest(*firing.parents(layer, level, f))
-        }
+        for feature in chosen[level]:
+            chosen[level - 1].update(_closest(*firing.parents(layer, level, feature)))
     return [sorted(ids) for ids in chosen]
 
 
 def _closest(ids: np.ndarray, together: np.ndarray) -> list[int]:
-    """The one of `ids` that fired most often together with a feature, if any did."""
+    """The id that fired most often together with a feature, or none if none fired with it."""
     best = np.lexsort((ids, -together.astype(np.int64)))[0]
     return [int(ids[best])] if together[best] else []
 
 
 class Examples:
-    """Of M chosen features, the `per_feature` strongest firings each, and how often each token
-    fired them.
+    """For each of M chosen features, the `per_feature` strongest firings, and how often each token
+    fired it.
 
-    Firings are rows (feature's place in the list of chosen ones, activation, position in the text).
+    A firing is a row (index of the feature in the list of chosen ones, activation, position in the
+    text).
     """
 
     def __init__(
@@ -167,11 +159,8 @@ class Examples:
         self._place = np.full((num_layers, num_features), -1, np.int32)
         for place, (layer, feature) in enumerate(chosen):
             self._place[layer, feature] = place
-        self.place, self.activation, self.position = (
-            np.zeros(0, np.int64),
-            np.zeros(0),
-            np.zeros(0, np.int64),
-        )
+        self.place, self.position = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.activation = np.zeros(0)
         # key = place · 2^16 + token
         self.token_key, self.token_count = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
@@ -183,8 +172,8 @@ class Examples:
         tokens: np.ndarray,
         positions: np.ndarray,
     ) -> None:
-        """Takes in a batch of the layer at index `layer`; `tokens` uint16 [N] and `positions` int
-        [N] are those that fired.
+        """Adds a batch of the layer at index `layer`, with its `tokens` uint16 [N] at `positions`
+        int [N].
         """
         places = self._place[layer][ids]
         token, column = np.nonzero(places >= 0)
@@ -200,25 +189,22 @@ class Examples:
         position = np.concatenate([self.position, positions[token]])
         order = np.lexsort((position, -activation, place))
         place = place[order]
-        # among the firings of the same feature
+        # among the firings of one feature
         rank = np.arange(len(place)) - np.searchsorted(place, place)
         kept = order[rank < self._per_feature]
-        self.place, self.activation, self.position = (
-            place[rank < self._per_feature],
-            activation[kept],
-            position[kept],
-        )
+        self.place = place[rank < self._per_feature]
+        self.activation, self.position = activation[kept], position[kept]
 
     def strongest(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Activations [n] and positions [n] of the strongest firings of the chosen feature at
+        """Activations [n] and positions [n] of the strongest firings of the chosen feature at index
         `place`, strongest first.
         """
         rows = slice(*np.searchsorted(self.place, [place, place + 1]))
         return self.activation[rows], self.position[rows]
 
     def tokens(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens [n] that fired the chosen feature at `place` and how often each did [n], most
-        often first.
+        """The tokens [n] that fired the chosen feature at index `place`, and how often each did
+        [n], most often first.
         """
         rows = slice(*np.searchsorted(self.token_key, [place * 2**16, (place + 1) * 2**16]))
         order = np.argsort(-self.token_count[rows], kind="stable")

@@ -1,9 +1,8 @@
-"""What the features of sparse codes stand for, by the text that they fire on. To fire is to be
-selected.
+"""The text that the features of sparse codes fire on. A feature fires where it is selected.
 
-A slice of validation text is read twice: once to count how often each feature fires, and with
-which parents; then, for some chosen features, to collect the strongest contexts and the tokens
-that they fire on.
+A slice of validation text is read twice. The first pass counts how often each feature fires, and
+with which parents. The second pass collects, for chosen features, the strongest contexts and the
+tokens that they fire on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +21,14 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.evaluation.health import is_dead
-from sngpt_jax.evaluation.windows import Windows, window_batches
+from sngpt_jax.evaluation.windows import OnProgress, Windows, window_batches
 from sngpt_jax.features.counts import Examples, FiringCounts, choose
 from sngpt_jax.model.cayley import activations, code_state
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, tapped_losses
 
-BEFORE, AFTER = 16, 8  # tokens of a context around the one that fired
-TOKENS, RELATIVES = 12, 16  # most tokens, parents and children listed of a feature
-BOS_MARK = "⟨bos⟩"  # how the start of a document is written
+BEFORE, AFTER = 16, 8  # tokens of a context around the token that fired
+TOKENS, RELATIVES = 12, 16  # most tokens, parents and children listed per feature
+BOS_MARK = "⟨bos⟩"  # stands for the start of a document
 
 
 def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> jax.stages.Wrapped:
@@ -61,47 +60,38 @@ Selection = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Slice:
-    """The start of a validation stream in standard windows, and the model that reads them."""
+    """The start of a validation stream in standard windows, and the model that reads it."""
 
     stream: TokenStream
     windows: Windows
-    rows: int  # windows read at a time
+    rows: int  # windows per batch
     mesh: Mesh
-    select: Callable[..., tuple[jax.Array, jax.Array]]  # see make_selections
+    select: Callable[..., tuple[jax.Array, jax.Array]]  # of make_selections
     variables: Variables
 
-    def selections(self, progress: Callable[[int, int], None]) -> Iterator[Selection]:
+    def selections(self, progress: OnProgress) -> Iterator[Selection]:
         """(index of the layer, ids [N, A], activations [N, A], tokens [N], positions [N]) for
         batches of N tokens.
         """
         place, T = batch_placer(self.mesh), self.windows.seq_len
         done = 0
         for batch in window_batches(self.stream, self.windows, self.rows):
-            count, inputs = batch.count, batch.arrays["inputs"]
-            ids, strengths = self.select(self.variables, place(batch.arrays))
-            for layer in range(len(ids)):
-                flat = [
-                    np.asarray(array[layer])[:count].reshape(count * T, -1)
-                    for array in (ids, strengths)
-                ]
-                yield (
-                    layer,
-                    flat[0],
-                    flat[1],
-                    inputs[:count].reshape(-1),
-                    done * T + np.arange(count * T),
-                )
+            count = batch.count
+            tokens = batch.arrays["inputs"][:count].reshape(-1)
+            positions = done * T + np.arange(count * T)
+            selected = self.select(self.variables, place(batch.arrays))
+            for layer, arrays in enumerate(zip(*selected, strict=True)):
+                ids, strengths = (np.asarray(a)[:count].reshape(count * T, -1) for a in arrays)
+                yield layer, ids, strengths, tokens, positions
             done += count
             progress(done, self.windows.count)
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- the result
 
 
 def text_reader(tokenizer: Tokenizer) -> Callable[[np.ndarray], str]:
-    """A function of tokens that gives the text they stand for in the middle of a text, leading
-    space included.
-    """
+    """A function from tokens to their text in the middle of a document, leading space included."""
     anchor = int(tokenizer.encode("a")[-1])
     skipped = len(tokenizer.decode([anchor]))
 
@@ -122,7 +112,7 @@ def rounded(x: float) -> float:
 def overview(
     firing: FiringCounts, generators: dictionary.Generators, layer: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """Of each level of the layer at index `layer`: how many features fire how often."""
+    """For each level of the layer at index `layer`: how often its features fire."""
     levels = []
     for level, (_, k, _) in enumerate(firing.levels):
         owned = dictionary.level_range(firing.levels, level)
@@ -143,8 +133,8 @@ def overview(
 def relatives(
     ids: np.ndarray, together: np.ndarray, parent_counts: np.ndarray, child_counts: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Those of a feature's parents or children `ids` [n] that fired `together` [n] with it, most
-    often first.
+    """The parents or children `ids` [n] of a feature that fired `together` [n] > 0 times with it,
+    most often first.
     """
     parent_counts, child_counts = (
         np.broadcast_to(counts, ids.shape) for counts in (parent_counts, child_counts)
@@ -169,12 +159,12 @@ def study_slice(
     *,
     features_per_level: int,
     contexts: int,
-    progress: Callable[[str], Callable[[int, int], None]],
+    progress: Callable[[str], OnProgress],
 ) -> dict[str, Any]:
-    """Reads the slice twice: once to count all features, once for the examples of the chosen ones;
-    `layers` and `features`.
+    """`layers` with the counts of all features, and `features` with the examples of the chosen
+    ones. Reads the slice once for each.
     """
-    levels, tokens = config.levels, piece.windows.targets
+    levels, tokens, seq_len = config.cayley_levels, piece.windows.targets, piece.windows.seq_len
     firing = FiringCounts(levels, config.generators, len(layers))
     for layer, ids, strengths, _, _ in piece.selections(progress("counts")):
         firing.add(layer, ids, strengths)
@@ -184,10 +174,8 @@ def study_slice(
         for level, ids in enumerate(choose(firing, layer, features_per_level))
         for feature in ids
     ]
-    num_layers, num_features = firing.counts.shape
-    examples = Examples(
-        [(layer, feature) for layer, _, feature in chosen], num_layers, num_features, contexts
-    )
+    places = [(layer, feature) for layer, _, feature in chosen]
+    examples = Examples(places, *firing.counts.shape, contexts)
     for selection in piece.selections(progress("examples")):
         examples.add(*selection)
 
@@ -195,9 +183,8 @@ def study_slice(
     frequency = np.bincount(piece.stream.take(0, tokens), minlength=2**16) / tokens
 
     def context(position: int, strength: float) -> dict[str, Any]:
-        first = max(
-            position - BEFORE, position // piece.windows.seq_len * piece.windows.seq_len
-        )  # the model saw nothing before its window
+        # the model saw nothing before its window
+        first = max(position - BEFORE, position // seq_len * seq_len)
         around = piece.stream.take(first, min(position + 1 + AFTER, len(piece.stream)) - first)
         at = position - first
         return {
@@ -211,11 +198,17 @@ def study_slice(
 
     def describe(place: int, layer: int, level: int, feature: int) -> dict[str, Any]:
         counts = firing.counts[layer]
+        total = int(counts[feature])
         strongest, positions = examples.strongest(place)
         fired_on, times = examples.tokens(place)
-        total = int(counts[feature])
-        parents = firing.parents(layer, level, feature) if level else None
-        children = firing.children(layer, level, feature) if level + 1 < len(levels) else None
+        parents: list[dict[str, Any]] = []
+        children: list[dict[str, Any]] = []
+        if level:
+            ids, together = firing.parents(layer, level, feature)
+            parents = relatives(ids, together, counts[ids], counts[feature])
+        if level + 1 < len(levels):
+            ids, together = firing.children(layer, level, feature)
+            children = relatives(ids, together, counts[feature], counts[ids])
         return {
             "layer": layers[layer],
             "level": level,
@@ -236,10 +229,8 @@ def study_slice(
             "contexts": [
                 context(int(p), float(c)) for p, c in zip(positions, strongest, strict=True)
             ],
-            "parents": relatives(*parents, counts[parents[0]], counts[feature]) if parents else [],
-            "children": (
-                relatives(*children, counts[feature], counts[children[0]]) if children else []
-            ),
+            "parents": parents,
+            "children": children,
         }
 
     return {

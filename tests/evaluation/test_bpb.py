@@ -231,17 +231,16 @@ def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
     assert model_score(TINY, windows, 1, 64).loss == pytest.approx(np.mean(nll), rel=1e-6)
 
 
-@pytest.mark.parametrize("stride", [5, 16])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize(
+    ("stride", "dtype", "tolerance"), [(5, "float32", 1e-6), (16, "bfloat16", 1e-3)]
+)
 def test_devices_change_no_bit_and_batch_sizes_only_rounding(stride, dtype, tolerance):
-    config, windows = (
-        dataclasses.replace(TINY, compute_dtype=dtype),
-        sliding_windows(400, T, stride, 0),
-    )
+    config = dataclasses.replace(TINY, compute_dtype=dtype)
+    windows = sliding_windows(400, T, stride, 0)
     base = model_score(config, windows, 1, 64)
-    for devices in (2, 3, 8):
+    for devices in (3, 8):
         assert model_score(config, windows, devices, 64) == base  # four rows a device, as with one
-    for devices, device_batch_tokens in ((1, 16), (1, 400), (8, 48)):
+    for devices, device_batch_tokens in ((1, 400), (8, 48)):
         other = model_score(config, windows, devices, device_batch_tokens)
         assert (other.tokens, other.bytes) == (base.tokens, base.bytes)
         assert other.loss == pytest.approx(base.loss, rel=tolerance)

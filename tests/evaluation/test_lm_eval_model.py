@@ -1,204 +1,20 @@
-"""lm-eval runs its three kinds of request on a model here: tiny tasks from local files, against
-what the model itself gives.
-"""
+"""A model behind lm-eval's interface: the options of generation, and each request with its own."""
 
-import json
-import math
-import textwrap
-import zlib
-
-import jax
 import pytest
-
-pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.data.tokenizer_training import train_sentencepiece
-from sngpt_jax.evaluation import lm_eval_model
-from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
 from sngpt_jax.evaluation.lm_eval_model import SngptLM
-from sngpt_jax.evaluation.tasks import parse_tasks, run_tasks
-from sngpt_jax.model.forward import init_params
-
-TASKS = {
-    "tiny_choice": (
-        """
-        output_type: multiple_choice
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{answer}}"
-        doc_to_choice: "{{choices}}"
-        metric_list: [{metric: acc}, {metric: acc_norm}]
-        """
-    ),
-    "tiny_rolling": (
-        """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
-        """
-    ),
-    "tiny_generate": (
-        """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{choices[answer]}}"
-        generation_kwargs: {until: ["s"], max_gen_toks: 5, do_sample: false}
-        metric_list: [{metric: exact_match}]
-        """
-    ),
-    "tiny_beams": (
-        """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{choices[answer]}}"
-        generation_kwargs: {until: ["s"], num_beams: 4}
-        metric_list: [{metric: exact_match}]
-        """
-    ),
-    "tiny_absent": (
-        """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: bits_per_byte}]
-        """
-    ),
-}
-GROUP = "group: tiny_group\ntask: [tiny_choice, tiny_rolling]\n"
-HELLASWAG = """
-    output_type: multiple_choice
-    process_docs: !function words.process_docs
-    doc_to_text: "{{query}}"
-    doc_to_target: "{{label}}"
-    doc_to_choice: "choices"
-    metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
-    """  # lm_eval/tasks/hellaswag/hellaswag.yaml
-LAMBADA = """
-    output_type: loglikelihood
-    doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
-    doc_to_target: "{{' '+text.split(' ')[-1]}}"
-    metric_list: [{metric: perplexity}, {metric: acc}]
-    """  # lm_eval/tasks/lambada/lambada_standard.yaml
-
-DOCS = [
-    {"question": "the cat", "choices": ["sat on the mat", "log"], "answer": 0},
-    {"question": "the dog", "choices": ["mat", "sat on the log"], "answer": 1},
-    {"question": "on the", "choices": ["log", "dog"], "answer": 0},
-]
 
 
-def write_task(folder, name, body, rows):
-    data = folder / f"{name}.jsonl"
-    if rows is not None:
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    head = f"""\
-        task: {name}
-        dataset_path: json
-        dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder / "cache"}}}
-        test_split: test
-        """
-    (folder / f"{name}.yaml").write_text(textwrap.dedent(head) + textwrap.dedent(body).lstrip())
-
-
-@pytest.fixture(scope="module")
-def include(tmp_path_factory):
-    """A folder of lm-eval task files and their data."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, body in TASKS.items():
-        write_task(folder, name, body, None if name == "tiny_absent" else DOCS)
-    (folder / "group.yaml").write_text(GROUP)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    text = ["the cat sat on the mat and the dog sat on the log " * 5]
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    tokenizer = train_sentencepiece(text, path, vocab_size=300, normalization="nmt_nfkc")
-    config = ModelConfig(
-        vocab_size=300,
-        num_layers=1,
-        d_model=16,
-        num_heads=2,
-        num_kv_heads=1,
-        mlp_dim=16,
-        max_seq_len=16,
-        embed_init_std=1.0,
-    )
-    return LanguageModel(
-        Config(model=config, data=DataConfig(seq_len=16), eval=EvalConfig(device_batch_tokens=64)),
-        init_params(config, jax.random.key(0)),
-        tokenizer,
-        make_mesh(),
-    )
-
-
-class Invented:
-    """Answers that follow from the words alone."""
+class Model:
+    """Says how it was asked."""
 
     seq_len = 16
 
-    def loglikelihood(self, pairs, progress=None):
-        found = [
-            zlib.crc32(f"{context}|{continuation}".encode()) for context, continuation in pairs
-        ]
-        return [Continuation(-(n % 997) / 50, n % 3 == 0, 1 + n % 5) for n in found]
-
-
-def test_multiple_choice(model, include):
-    got = lm_eval_model.run(model, "tiny_choice", include=include)
-    right = norm_right = 0
-    for doc in DOCS:
-        found = model.loglikelihood([(doc["question"], f" {choice}") for choice in doc["choices"]])
-        scores = [one.logprob for one in found]
-        norms = [score / len(choice) for score, choice in zip(scores, doc["choices"], strict=True)]
-        right += scores.index(max(scores)) == doc["answer"]
-        norm_right += norms.index(max(norms)) == doc["answer"]
-    assert (got["acc"], got["acc_norm"], got["samples"]) == (
-        pytest.approx(right / 3),
-        pytest.approx(norm_right / 3),
-        3,
-    )
-    assert all(type(value) in (float, int) for value in got.values())
-    assert set(got) == {"acc", "acc_norm", "samples"}
-
-
-def test_rolling(model, include):
-    got = lm_eval_model.run(model, "tiny_rolling", include=include, limit=2)
-    total = sum(model.rolling([doc["question"] for doc in DOCS[:2]]))
-    assert got["bits_per_byte"] == pytest.approx(-total / math.log(2) / 14)
-    assert (got["word_perplexity"], got["samples"]) == (pytest.approx(math.exp(-total / 4)), 2)
-
-
-def test_generate_until(model, include, monkeypatch):
-    got = lm_eval_model.run(model, "tiny_generate", include=include)
-    texts = model.generate([doc["question"] for doc in DOCS], ["s"], 5)
-    right = sum(
-        text == doc["choices"][doc["answer"]] for text, doc in zip(texts, DOCS, strict=True)
-    )
-    assert (got["exact_match"], got["samples"]) == (pytest.approx(right / 3), 3)
-    asked = []
-
-    def generate(self, prompts, **options):
-        asked.append((prompts, options))
-        return ["log"] * len(prompts)
-
-    monkeypatch.setattr(LanguageModel, "generate", generate)
-    assert lm_eval_model.run(model, "tiny_generate", include=include)[
-        "exact_match"
-    ] == pytest.approx(1 / 3)
-    options = {"until": ["s"], "max_tokens": 5, "temperature": 0.0, "top_k": 0, "progress": None}
-    assert asked == [([doc["question"] for doc in DOCS], options)]
+    def generate(self, prompts, progress, **options):
+        said = f"{options['until']} {options['max_tokens']} {options['temperature']}"
+        return [f"{prompt} {said}" for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -222,25 +38,18 @@ def test_generate_until(model, include, monkeypatch):
     ],
 )
 def test_options_of_generation(given, wanted):
-    assert SngptLM(Invented())._options(given) == wanted
+    assert SngptLM(Model())._options(given) == wanted
 
 
 @pytest.mark.parametrize(
     "given", [{"num_beams": 4}, {"temperature": 1.0, "top_p": 0.9}, {"max_length": 8}]
 )
-def test_options_that_are_not_served_are_named(given):
-    with pytest.raises(UserError, match=f"{list(given)[-1]} = .*not served"):
-        SngptLM(Invented())._options(given)
+def test_options_that_are_not_supported_are_named(given):
+    with pytest.raises(UserError, match=f"{list(given)[-1]} = .*not supported"):
+        SngptLM(Model())._options(given)
 
 
 def test_each_request_is_served_with_its_own_options():
-    class Model(Invented):
-        def generate(self, prompts, progress, **options):
-            return [
-                f"{prompt} {options['until']} {options['max_tokens']} {options['temperature']}"
-                for prompt in prompts
-            ]
-
     short, long = (
         {"until": ["."], "max_gen_toks": 2},
         {"until": ["x"], "max_gen_toks": 5, "temperature": 0.5},
@@ -251,77 +60,3 @@ def test_each_request_is_served_with_its_own_options():
     ]
     got = SngptLM(Model()).generate_until(requests)
     assert got == ["a ['.'] 2 0.0", "b ['x'] 5 0.5", "c ['x'] 5 0.5", "d ['.'] 2 0.0"]
-
-
-def test_one_that_fails_leaves_the_others(model, include):
-    spec = parse_tasks("tiny_absent,tiny_beams,tiny_rolling", include)
-    got = run_tasks(model, spec, include=include)
-    assert (
-        "cannot load its task tiny_absent" in got["tiny_absent"]["error"]
-        and "\n" not in got["tiny_absent"]["error"]
-    )
-    assert "num_beams = 4" in got["tiny_beams"]["error"]
-    assert got["tiny_rolling"]["samples"] == 3
-
-
-def test_a_group_is_given_by_task(model, include):
-    got = lm_eval_model.run(model, "tiny_group", include=include)
-    assert got["tiny_choice"] == lm_eval_model.run(model, "tiny_choice", include=include)
-    assert got["tiny_rolling"] == lm_eval_model.run(model, "tiny_rolling", include=include)
-    assert set(got) == {"tiny_choice", "tiny_rolling"}
-
-
-def test_an_unknown_task_is_one_line(include, monkeypatch):
-    local = lm_eval_model._manager(include, False)
-    # to list lm-eval's own takes it 15 s
-    monkeypatch.setattr(lm_eval_model, "_manager", lambda include, own: local)
-    wanted = (
-        r"--tasks tiny_choise: lm-eval has no task of this name \(commas part tasks.*\); did you"
-        r" mean tiny_choice"
-    )
-    with pytest.raises(UserError, match=wanted):
-        parse_tasks("lambada=a folder,tiny_choise", include)
-    assert parse_tasks("tiny_group", include) == {"tiny_group": None}
-
-
-@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
-def test_one_that_cannot_be_loaded_but_is_here_too_names_its_file(tmp_path, name):
-    write_task(tmp_path, name, TASKS["tiny_absent"], None)
-    got = run_tasks(Invented(), parse_tasks(name, tmp_path), include=tmp_path)[name]["error"]
-    assert "cannot load" in got and got.endswith(f"; or give the published file: {name}=PATH")
-
-
-def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):
-    """Its own wording and metrics of the same files, but for where the data comes from."""
-    (tmp_path / "words.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
-    cases = [
-        ("A man sits.", "he", "", ""),
-        ("[header] Roofs [title] Tiles", "", "[step] ", "é"),
-        ("It is  odd [x] so", "and", "", ""),
-    ]
-    choices = [
-        {
-            "activity_label": f"Task {i}",
-            "ctx_a": a,
-            "ctx_b": b,
-            "endings": [f"{mark}{e * (i + 1)}{tail}." for e in ("ab ", "cde", "f  g", "hijk l")],
-            "label": i % 4,
-        }
-        for i in range(4)
-        for a, b, mark, tail in cases
-    ]
-    passages = [
-        {"text": f"\u201che looked , at  number {'i' * i}\u201d he said {'to' * i}him"}
-        for i in range(12)
-    ]
-    write_task(tmp_path, "our_hellaswag", HELLASWAG, choices)
-    write_task(tmp_path, "our_lambada", LAMBADA, passages)
-    for name in ("hellaswag", "lambada"):
-        theirs = lm_eval_model.run(Invented(), f"our_{name}", include=tmp_path)
-        ours = run_tasks(Invented(), {name: tmp_path / f"our_{name}.jsonl"})[name]
-        shared = set(ours) & set(theirs)
-        assert shared == set(ours) - {"acc_token_norm"}
-        assert {metric: ours[metric] for metric in shared} == pytest.approx(
-            {metric: theirs[metric] for metric in shared}
-        )
-        assert 0 < ours["acc"] < 1

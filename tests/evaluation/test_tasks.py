@@ -1,404 +1,314 @@
-"""Published formats read, prompts and metrics against answers worked out by hand, damaged files
-and unknown tasks named.
+"""lm-eval's tasks on a model here: tiny tasks from local files against the model's own answers, which
+tasks there are, and tasks that cannot be run.
 """
 
 import json
 import math
-import re
-import string
-import sys
-import types
-from collections import Counter
+import textwrap
+import zlib
 
+import jax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-import sngpt_jax.evaluation
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from sngpt_jax.data.tokenizer import train_sentencepiece
 from sngpt_jax.evaluation import tasks
-from sngpt_jax.evaluation.likelihood import Continuation
-from sngpt_jax.evaluation.tasks import answer_f1, normalize_answer, parse_tasks, run_tasks
+from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
+from sngpt_jax.evaluation.tasks import parse_tasks, run_tasks
+from sngpt_jax.model.forward import init_params
 
-ACTIVITY = {  # a row of the published file's form, from ActivityNet
-    "ind": 24,
-    "activity_label": "Roof shingle removal",
-    "ctx_a": "A man is sitting on a roof.",
-    "ctx_b": "he",
-    "ctx": "A man is sitting on a roof. he",
-    "split": "val",
-    "split_type": "indomain",
-    "label": 3,
-    "endings": [
-        "naps.",
-        "is ripping level tiles off.",
-        "is holding a rubik's cube.",
-        "starts pulling up roofing.",
-    ],
-    "source_id": "activitynet~v_-JhWjGDPHMY",
+TASKS = {
+    "tiny_choice": (
+        """
+        output_type: multiple_choice
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{answer}}"
+        doc_to_choice: "{{choices}}"
+        metric_list: [{metric: acc}, {metric: acc_norm}]
+        """
+    ),
+    "tiny_rolling": (
+        """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{question}}"
+        metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+        """
+    ),
+    "tiny_generate": (
+        """
+        output_type: generate_until
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{choices[answer]}}"
+        generation_kwargs: {until: ["s"], max_gen_toks: 5, do_sample: false}
+        metric_list: [{metric: exact_match}]
+        """
+    ),
+    "tiny_beams": (
+        """
+        output_type: generate_until
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{choices[answer]}}"
+        generation_kwargs: {until: ["s"], num_beams: 4}
+        metric_list: [{metric: exact_match}]
+        """
+    ),
+    "tiny_absent": (
+        """
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{question}}"
+        metric_list: [{metric: bits_per_byte}]
+        """
+    ),
 }
-WIKIHOW = {
-    **ACTIVITY,
-    "activity_label": "Personal Care and Style",
-    "ctx_a": "[header] How to grow a beard [title] Wait. [step] Be patient,  and",
-    "ctx_b": "",
-    "label": "1",
-    "endings": ["[substeps] é é é", "do  not shave.", "shave", "shave it."],
-}
-CONTEXTS = [
-    "Roof shingle removal: A man is sitting on a roof. He",
-    "Personal Care and Style: How to grow a beard. Wait. Be patient, and",
+GROUP = "group: tiny_group\ntask: [tiny_choice, tiny_rolling]\n"
+HELLASWAG = """
+    output_type: multiple_choice
+    process_docs: !function words.process_docs
+    doc_to_text: "{{query}}"
+    doc_to_target: "{{label}}"
+    doc_to_choice: "choices"
+    metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
+    """  # lm_eval/tasks/hellaswag/hellaswag.yaml
+LAMBADA = """
+    output_type: loglikelihood
+    doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+    doc_to_target: "{{' '+text.split(' ')[-1]}}"
+    metric_list: [{metric: perplexity}, {metric: acc}]
+    """  # lm_eval/tasks/lambada/lambada_standard.yaml
+
+DOCS = [
+    {"question": "the cat", "choices": ["sat on the mat", "log"], "answer": 0},
+    {"question": "the dog", "choices": ["mat", "sat on the log"], "answer": 1},
+    {"question": "on the", "choices": ["log", "dog"], "answer": 0},
 ]
 
 
-class Model:
-    """One that gives what it is told to."""
+def write_task(folder, name, body, rows):
+    data = folder / f"{name}.jsonl"
+    if rows is not None:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = f"""\
+        task: {name}
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder / "cache"}}}
+        test_split: test
+        """
+    (folder / f"{name}.yaml").write_text(textwrap.dedent(head) + textwrap.dedent(body).lstrip())
 
-    def __init__(self, found=(), texts=()):
-        self.found, self.texts, self.asked = list(found), list(texts), []
+
+@pytest.fixture(scope="module")
+def include(tmp_path_factory):
+    """A folder of lm-eval task files and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, body in TASKS.items():
+        write_task(folder, name, body, None if name == "tiny_absent" else DOCS)
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    text = ["the cat sat on the mat and the dog sat on the log " * 5]
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    tokenizer = train_sentencepiece(text, path, vocab_size=300, normalization="nmt_nfkc")
+    config = ModelConfig(
+        vocab_size=300,
+        num_layers=1,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=16,
+        max_seq_len=16,
+        embed_init_std=1.0,
+    )
+    return LanguageModel(
+        Config(model=config, data=DataConfig(seq_len=16), eval=EvalConfig(device_batch_tokens=64)),
+        init_params(config, jax.random.key(0)),
+        tokenizer,
+        make_mesh(),
+    )
+
+
+class Invented:
+    """Answers that follow from the words alone."""
+
+    seq_len = 16
 
     def loglikelihood(self, pairs, progress=None):
-        self.asked += pairs
-        if progress:
-            progress(len(pairs), len(pairs))
-        return self.found[: len(pairs)]
-
-    def generate(self, prompts, until, max_tokens, progress=None):
-        self.asked.append((prompts, until, max_tokens))
-        return self.texts[: len(prompts)]
+        found = [
+            zlib.crc32(f"{context}|{continuation}".encode()) for context, continuation in pairs
+        ]
+        return [Continuation(-(n % 997) / 50, n % 3 == 0, 1 + n % 5) for n in found]
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def run(model, name, include, **options):
+    return run_tasks(model, {name: None}, include=include, **options)[name]
 
 
-def only(model, name, path, **options):
-    return run_tasks(model, {name: path}, **options)[name]
-
-
-# ---------------------------------------------------------------------------------------------- HellaSwag
-
-
-def test_hellaswag(tmp_path):
-    """Two samples on which the four metrics differ."""
-    path = write(tmp_path / "hellaswag_val.jsonl", ACTIVITY, WIKIHOW)
-    found = [
-        Continuation(-10.0, False, 5),  # -2.0 a character, -2.0 a token
-        Continuation(-12.0, False, 6),  # "is ripping level tiles off." 27 characters: -0.44, -2.0
-        Continuation(-13.0, False, 26),  # "is holding a rubik's cube." 26: -0.5, -0.5
-        Continuation(-9.0, False, 3),  # right: 26 characters: -0.35, -3.0
-        # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 a token
-        Continuation(-6.0, False, 1),
-        # right: "do not shave." 13: -0.75, -0.75 a byte, -0.75 a token
-        Continuation(-9.75, False, 13),
-        Continuation(-9.5, False, 5),
-        Continuation(-9.8, False, 5),
-    ]
-    model = Model(found)
-    got = only(model, "hellaswag", path)
-    assert got == {
-        "acc": 0.5,
-        "acc_norm": 1.0,
-        "acc_bytes": 0.5,
-        "acc_token_norm": 0.5,
-        "samples": 2,
-    }
-    endings = [
-        [f" {e}" for e in ACTIVITY["endings"]],
-        ["  é é é", " do not shave.", " shave", " shave it."],
-    ]
-    assert model.asked == [
-        (context, e) for context, four in zip(CONTEXTS, endings, strict=True) for e in four
-    ]
-
-
-def test_of_equal_endings_the_first_counts(tmp_path):
-    path = write(
-        tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0}
+def test_multiple_choice(model, include):
+    got = run(model, "tiny_choice", include)
+    right = norm_right = 0
+    for doc in DOCS:
+        found = model.loglikelihood([(doc["question"], f" {choice}") for choice in doc["choices"]])
+        scores = [one.logprob for one in found]
+        norms = [score / len(choice) for score, choice in zip(scores, doc["choices"], strict=True)]
+        right += scores.index(max(scores)) == doc["answer"]
+        norm_right += norms.index(max(norms)) == doc["answer"]
+    assert (got["acc"], got["acc_norm"], got["samples"]) == (
+        pytest.approx(right / 3),
+        pytest.approx(norm_right / 3),
+        3,
     )
-    got = only(Model([Continuation(-1.0, False, 1)] * 4), "hellaswag", path)
-    assert got == {
-        "acc": 1.0,
-        "acc_norm": 1.0,
-        "acc_bytes": 1.0,
-        "acc_token_norm": 1.0,
-        "samples": 1,
-    }
+    assert all(type(value) in (float, int) for value in got.values())
+    assert set(got) == {"acc", "acc_norm", "samples"}
 
 
-def test_acc_norm_is_by_the_characters_of_the_ending_alone(tmp_path):
-    """With the space before it counted too the first would win: -0.5 against -0.6."""
-    path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["a", "bcd"], "label": 1})
-    got = only(
-        Model([Continuation(-1.0, False, 1), Continuation(-2.4, False, 2)]), "hellaswag", path
+def test_rolling(model, include):
+    got = run(model, "tiny_rolling", include, limit=2)
+    total = sum(model.rolling([doc["question"] for doc in DOCS[:2]]))
+    assert got["bits_per_byte"] == pytest.approx(-total / math.log(2) / 14)
+    assert (got["word_perplexity"], got["samples"]) == (pytest.approx(math.exp(-total / 4)), 2)
+
+
+def test_generate_until(model, include, monkeypatch):
+    got = run(model, "tiny_generate", include)
+    texts = model.generate([doc["question"] for doc in DOCS], ["s"], 5)
+    right = sum(
+        text == doc["choices"][doc["answer"]] for text, doc in zip(texts, DOCS, strict=True)
     )
-    assert got == {
-        "acc": 0.0,
-        "acc_norm": 1.0,
-        "acc_bytes": 1.0,
-        "acc_token_norm": 0.0,
-        "samples": 1,
-    }
+    assert (got["exact_match"], got["samples"]) == (pytest.approx(right / 3), 3)
+    asked = []
+
+    def generate(self, prompts, **options):
+        asked.append((prompts, options))
+        return ["log"] * len(prompts)
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    assert run(model, "tiny_generate", include)["exact_match"] == pytest.approx(1 / 3)
+    options = {"until": ["s"], "max_tokens": 5, "temperature": 0.0, "top_k": 0, "progress": None}
+    assert asked == [([doc["question"] for doc in DOCS], options)]
 
 
-def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
-    path = write(
-        tmp_path / "h.jsonl",
-        {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0},
-    )
-    model = Model([Continuation(-1.0, False, 1)] * 2)
-    assert only(model, "hellaswag", path)["acc"] == 1.0
-    context = "Roof shingle removal: A man is sitting on a roof. \ufffd"
-    assert model.asked == [(context, " \ufffd x"), (context, " y")]
-
-
-def without(row, name):
-    return {key: value for key, value in row.items() if key != name}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (without(ACTIVITY, "endings"), "line 2: 'endings' is missing, expected list"),
-        (
-            {**ACTIVITY, "endings": ["a", 3], "label": 0},
-            "line 2: one of 'endings' is not text, or empty",
-        ),
-        (
-            {**ACTIVITY, "endings": ["a", "[step]"], "label": 1},
-            "line 2: one of 'endings' is not text, or empty",
-        ),
-        (
-            {**ACTIVITY, "endings": ["a", "[x] [y]"], "label": 0},
-            "line 2: one of 'endings' is not text, or empty",
-        ),
-        ({**ACTIVITY, "ctx_a": None}, "line 2: 'ctx_a' is of type NoneType, expected str"),
-        # the test split's
-        (without(ACTIVITY, "label"), "line 2: 'label' is None, expected 0 to 3"),
-        ({**ACTIVITY, "label": 4}, "line 2: 'label' is 4, expected 0 to 3"),
-        ({**ACTIVITY, "label": True}, "line 2: 'label' is True, expected 0 to 3"),
-        (
-            {**ACTIVITY, "label": "9" * 5000},
-            "line 2: 'label' is '999999999999...9999999999999', expected 0 to 3",
-        ),
-        ({**ACTIVITY, "label": -1}, "line 2: 'label' is -1, expected 0 to 3"),
-        ([1], "line 2: 'activity_label' is missing"),
-    ],
-)
-def test_a_damaged_line_is_named(tmp_path, row, message):
-    path = write(tmp_path / "h.jsonl", ACTIVITY, row)
-    got = only(Model(), "hellaswag", path)["error"]
+def test_one_that_fails_leaves_the_others(model, include):
+    spec = parse_tasks("tiny_absent,tiny_beams,tiny_rolling", include)
+    got = run_tasks(model, spec, include=include)
     assert (
-        got.startswith(str(path))
-        and message in got
-        and got.endswith("hellaswag_val.jsonl")
-        and "\n" not in got
+        "cannot load its task tiny_absent" in got["tiny_absent"]["error"]
+        and "\n" not in got["tiny_absent"]["error"]
     )
+    assert "num_beams = 4" in got["tiny_beams"]["error"]
+    assert got["tiny_rolling"]["samples"] == 3
 
 
-# ---------------------------------------------------------------------------------------------- LAMBADA
+def test_a_group_is_given_by_task(model, include):
+    got = run(model, "tiny_group", include)
+    assert got["tiny_choice"] == run(model, "tiny_choice", include)
+    assert got["tiny_rolling"] == run(model, "tiny_rolling", include)
+    assert set(got) == {"tiny_choice", "tiny_rolling"}
 
 
-@pytest.mark.parametrize("start", ["", "\ufeff"])
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".JSONL"])
-def test_lambada(tmp_path, suffix, start):
-    texts = [
-        "he looked at his dog",
-        "\u201cno\u2028way ,\u201d said  Vivienne",
-        "give me the\x0bkey",
-    ]
-    path = tmp_path / f"lambada{suffix}"
-    if suffix == ".txt":
-        path.write_text("\n".join(texts) + "\n")
-    else:
-        write(path, *({"text": text} for text in texts))
-    path.write_text(start + path.read_text())
-    model = Model(
-        [Continuation(-1.0, True, 2), Continuation(-3.0, False, 1), Continuation(-0.5, True, 1)]
+def test_an_unknown_task_is_one_line(include, monkeypatch):
+    local = tasks._manager(include, False)
+    # to list lm-eval's own takes it 15 s
+    monkeypatch.setattr(tasks, "_manager", lambda include, own: local)
+    wanted = (
+        r"--tasks tiny_choise: lm-eval has no task of this name \(commas separate tasks.*\); did you"
+        r" mean tiny_choice"
     )
-    got = only(model, "lambada", path)
-    assert got == {"acc": 2 / 3, "perplexity": pytest.approx(math.exp(1.5)), "samples": 3}
-    assert model.asked == [
-        ("he looked at his", " dog"),
-        ("\u201cno\u2028way ,\u201d said ", " Vivienne"),
-        ("give me", " the\x0bkey"),
+    with pytest.raises(UserError, match=wanted):
+        parse_tasks("lambada=a folder,tiny_choise", include)
+    assert parse_tasks("tiny_group", include) == {"tiny_group": None}
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
+def test_one_that_cannot_be_loaded_but_is_here_too_names_its_file(tmp_path, name):
+    write_task(tmp_path, name, TASKS["tiny_absent"], None)
+    got = run_tasks(Invented(), parse_tasks(name, tmp_path), include=tmp_path)[name]["error"]
+    assert "cannot load" in got and got.endswith(f"; or give the published file: {name}=PATH")
+
+
+def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):
+    """Its own wording and metrics of the same files, but for where the data comes from."""
+    (tmp_path / "words.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
+    cases = [
+        ("A man sits.", "he", "", ""),
+        ("[header] Roofs [title] Tiles", "", "[step] ", "é"),
+        ("It is  odd [x] so", "and", "", ""),
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("l.txt", b"one two\n\nthree four\n", "l.txt, line 2: empty"),
-        ("l.txt", b"", "l.txt, line 1: empty"),
-        ("l.txt", b"one two\nword\n", "l.txt, line 2: expected a passage of several words"),
-        ("l.txt", b"one two\nthr\xe9e four\n", "l.txt, line 2: not UTF-8"),
-        (
-            "l.json",
-            b'{"text": "one two"}',
-            "l.json, line 1: a JSON object where a passage is expected; name the file .jsonl",
-        ),
-        ("l.txt", b'{one} two\n{"text": "one two"}', "l.txt, line 2: a JSON object"),
-        ("l.jsonl", b'{"text": "one two"}\n{"text": 3}', "l.jsonl, line 2: 'text' is of type int"),
-        (
-            "l.jsonl",
-            b'{"text": "one two"}\n{"text": "tw',
-            "l.jsonl, line 2: cannot be read as JSON",
-        ),
-        (
-            "l.jsonl",
-            b'{"text": "one two"}\n' + b"[" * 100_000,
-            "l.jsonl, line 2: cannot be read as JSON",
-        ),
-    ],
-)
-def test_a_damaged_passage_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    assert message in only(Model(), "lambada", tmp_path / name)["error"]
-
-
-# ---------------------------------------------------------------------------------------------- SQuAD
-
-
-def squad(*questions):
-    """The published form, with one article of one paragraph."""
-    rows = [
+    choices = [
         {
-            "id": str(i),
-            "question": question,
-            "answers": [{"text": text, "answer_start": 0} for text in answers],
-            **more,
+            "activity_label": f"Task {i}",
+            "ctx_a": a,
+            "ctx_b": b,
+            "endings": [f"{mark}{e * (i + 1)}{tail}." for e in ("ab ", "cde", "f  g", "hijk l")],
+            "label": i % 4,
         }
-        for i, (question, answers, more) in enumerate(questions)
+        for i in range(4)
+        for a, b, mark, tail in cases
     ]
-    return {
-        "version": "1.1",
-        "data": [{"title": "Super_Bowl_50", "paragraphs": [{"context": "It was.", "qas": rows}]}],
-    }
-
-
-def test_squad(tmp_path):
-    path = write(
-        tmp_path / "dev-v1.1.json",
-        squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {})),
-    )
-    model = Model(texts=[" The broncos!", " in 1998, I think"])
-    got = only(model, "squad", path)
-    assert got == {
-        "exact_match": 50.0,
-        "f1": pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2),
-        "samples": 2,
-    }
-    prompt = "Title: Super_Bowl_50\n\nBackground: It was.\n\nQuestion: Who?\n\nAnswer:"
-    assert model.asked == [([prompt, prompt.replace("Who", "When")], ["\n"], 32)]
-
-
-def test_squad_2_wants_nothing_where_the_text_does_not_say(tmp_path):
-    no = {"is_impossible": True, "plausible_answers": [{"text": "him", "answer_start": 0}]}
-    questions = [("Who?", ["Eve"], {"is_impossible": False}), ("Whom?", [], no), ("Whose?", [], no)]
-    path = write(tmp_path / "dev-v2.0.json", squad(*questions))
-    got = only(Model(texts=["Eve", "him", " ."]), "squad", path)
-    share = pytest.approx(100 * 2 / 3)
-    has = {"has_ans_exact_match": 100.0, "has_ans_f1": 100.0, "has_ans_samples": 1}
-    assert got == {"exact_match": share, "f1": share, "samples": 3, **has}
-
-
-def test_a_right_answer_without_words_is_left_out(tmp_path):
-    """Where it is the only one, an answer without words is right."""
-    path = write(tmp_path / "s.json", squad(("Who?", ["The", "Eve"], {}), ("What?", ["!"], {})))
-    got = only(Model(texts=["the", "a"]), "squad", path)
-    assert got == {"exact_match": 50.0, "f1": 50.0, "samples": 2}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"data": []}, "holds no questions"),
-        ({"rows": []}, "'data' is missing, expected list"),
-        (
-            {"data": [{"title": "a", "paragraphs": [{"qas": []}]}]},
-            "data[0].paragraphs[0]: 'context' is missing",
-        ),
-        (
-            squad(("Who?", [3], {})),
-            "data[0].paragraphs[0].qas[0].answers[0]: 'text' is of type int",
-        ),
-        (
-            squad(("Who?", ["a"], {}), ("Who?", [], {})),
-            "data[0].paragraphs[0].qas[1]: 'is_impossible' contradicts 0 answers",
-        ),
-        (squad(("Who?", ["a"], {"is_impossible": True})), "'is_impossible' contradicts 1 answers"),
-    ],
-)
-def test_a_damaged_question_is_named(tmp_path, content, message):
-    assert message in only(Model(), "squad", write(tmp_path / "s.json", content))["error"]
-
-
-@pytest.mark.parametrize(
-    ("text", "normalized"),
-    [
-        ("The  Cat,\tan' the Hat!", "cat hat"),
-        ("theatre", "theatre"),
-        ("a-b", "ab"),
-        ("$1,000.50", "100050"),
-        ("A.", ""),
-    ],
-)
-def test_answers_are_normalized_as_published(text, normalized):
-    assert normalize_answer(text) == normalized
-
-
-words = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "!"]), max_size=6).map(" ".join)
-
-
-@given(words, words)
-def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer, right):
-    def bag(text):
-        text = re.sub(
-            r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)
+    passages = [
+        {"text": f"\u201che looked , at  number {'i' * i}\u201d he said {'to' * i}him"}
+        for i in range(12)
+    ]
+    write_task(tmp_path, "our_hellaswag", HELLASWAG, choices)
+    write_task(tmp_path, "our_lambada", LAMBADA, passages)
+    for name in ("hellaswag", "lambada"):
+        theirs = run(Invented(), f"our_{name}", tmp_path)
+        ours = run_tasks(Invented(), {name: tmp_path / f"our_{name}.jsonl"})[name]
+        shared = set(ours) & set(theirs)
+        assert shared == set(ours) - {"acc_token_norm"}
+        assert {metric: ours[metric] for metric in shared} == pytest.approx(
+            {metric: theirs[metric] for metric in shared}
         )
-        return text.split()
-
-    got, want = bag(answer), bag(right)
-    if not got or not want:
-        assert answer_f1(answer, right) == (not got and not want)
-        return
-    same = sum(min(n, Counter(want)[word]) for word, n in Counter(got).items())
-    precision, recall = same / len(got), same / len(want)
-    f1 = 2 * precision * recall / (precision + recall) if same else 0.0
-    assert answer_f1(answer, right) == pytest.approx(f1)
+        assert 0 < ours["acc"] < 1
 
 
-# ---------------------------------------------------------------------------------------------- all of them
+# ---------------------------------------------------------------------------------------------- which
 
 
-def test_one_that_cannot_be_run_leaves_the_others(tmp_path):
+def test_a_file_that_is_missing_leaves_the_others(tmp_path):
     path = tmp_path / "l.txt"
     path.write_text("one two\nthree four\nfive six\n")
-    model = Model([Continuation(-1.0, True, 1)] * 2)
+
+    class Model(Invented):
+        def loglikelihood(self, pairs, progress=None):
+            progress(len(pairs), len(pairs))
+            return [Continuation(-1.0, True, 1)] * 2
+
     seen = []
+    spec = {"squad": tmp_path / "none.json", "lambada": path, "hellaswag": path}
     got = run_tasks(
-        model,
-        {"squad": tmp_path / "none.json", "lambada": path, "hellaswag": path},
+        Model(),
+        spec,
         limit=2,
         progress=lambda name: lambda done, total: seen.append((name, done, total)),
     )
-    assert got["squad"] == {
-        "error": f"{tmp_path}/none.json: cannot be read: No such file or directory"
-    }
+    missing = f"{tmp_path}/none.json: cannot be read: No such file or directory"
+    assert got["squad"] == {"error": missing}
     assert got["lambada"] == {"acc": 1.0, "perplexity": pytest.approx(math.e), "samples": 2}
-    assert "l.txt, line 1: cannot be read as JSON" in got["hellaswag"]["error"]
+    assert "l.txt, line 1: Expecting value" in got["hellaswag"]["error"]
     assert list(got) == ["squad", "lambada", "hellaswag"]
     assert seen == [("lambada", 2, 2)]
 
 
 def test_what_the_model_refuses_is_an_error_of_the_task(tmp_path):
-    class Refusing(Model):
-        def generate(self, *_, **__):
+    class Refusing(Invented):
+        def loglikelihood(self, *_):
             raise UserError("no\nroom")
 
-    path = write(tmp_path / "s.json", squad(("Who?", ["a"], {})))
-    assert only(Refusing(), "squad", path) == {"error": "no room"}
+    (tmp_path / "l.txt").write_text("one two\n")
+    got = run_tasks(Refusing(), {"lambada": tmp_path / "l.txt"})
+    assert got == {"lambada": {"error": "no room"}}
 
 
 def test_parse_tasks():
@@ -411,10 +321,10 @@ def test_parse_tasks():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected NAME=PATH of hellaswag, lambada, squad"),
+        ("", "expected NAME=PATH with a name of hellaswag, lambada, squad"),
         ("lambada=x,", "expected NAME=PATH"),
         ("lambada=", "expected NAME=PATH"),
-        ("lambda=x", "there are hellaswag, lambada, squad.*commas part tasks"),
+        ("lambda=x", "only hellaswag, lambada, squad read a file.*no path with a comma"),
         ("squad", "lm-eval has no task of this name; give the published file, squad=PATH"),
         ("lambada=x,lambada=y", "lambada is named twice"),
     ],
@@ -426,26 +336,7 @@ def test_other_tasks_are_one_line(text, message):
 
 
 def test_definitions_that_no_task_needs_or_that_are_not_there_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="no task of --tasks lambada=x is lm-eval's; leave it out"):
+    with pytest.raises(UserError, match="--tasks lambada=x names no task of lm-eval; remove"):
         parse_tasks("lambada=x", tmp_path)
-    with pytest.raises(UserError, match="none: not a folder; give one"):
+    with pytest.raises(UserError, match="none: not a folder; give a folder"):
         parse_tasks("piqa", tmp_path / "none")
-
-
-@pytest.mark.parametrize("found", [None, types.ModuleType("lm_eval")], ids=["missing", "too old"])
-def test_without_lm_eval_its_tasks_say_what_to_install(tmp_path, monkeypatch, found):
-    monkeypatch.setitem(sys.modules, "lm_eval", found)
-    monkeypatch.delitem(sys.modules, "sngpt_jax.evaluation.lm_eval_model", raising=False)
-    monkeypatch.delattr(sngpt_jax.evaluation, "lm_eval_model", raising=False)
-    path = tmp_path / "l.txt"
-    path.write_text("one two\n")
-    spec = parse_tasks(f"piqa,hellaswag,lambada={path}")
-    got = run_tasks(Model([Continuation(-1.0, True, 1)]), spec)
-    needs = (
-        "the task {} needs the package lm-eval>=0.4.12; install it: .* -m pip install"
-        " 'lm-eval>=0.4.12'"
-    )
-    assert re.fullmatch(needs.format("piqa"), got["piqa"]["error"])
-    instead = "; or give the published file: hellaswag=PATH"
-    assert re.fullmatch(needs.format("hellaswag") + instead, got["hellaswag"]["error"])
-    assert got["lambada"]["acc"] == 1.0

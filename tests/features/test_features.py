@@ -18,8 +18,8 @@ from sngpt_jax.config import ModelConfig, parse_levels
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation.windows import Windows
-from sngpt_jax.features import __main__ as features
-from sngpt_jax.features.__main__ import main, page, parse_layers, truncated
+from sngpt_jax.features.__main__ import main, parse_layers
+from sngpt_jax.features.page import page, truncated
 from sngpt_jax.features.study import BOS_MARK, Slice, make_selections, study_slice, text_reader
 from sngpt_jax.model.forward import init_params, init_statistics, join, losses, tapped_losses
 from sngpt_jax.weights.trained_model import TrainedModel
@@ -306,8 +306,9 @@ def test_the_command_writes_page_and_json(
     model = TrainedModel(
         dataclasses.replace(config, model=CONFIG), variables, 20, "final", tmp_path
     )
-    monkeypatch.setattr(features, "load_model", lambda *arguments: model)
-    monkeypatch.setattr(features, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    one_device = make_mesh(jax.devices()[:1])
+    monkeypatch.setattr("sngpt_jax.weights.source.load_model", lambda *arguments: model)
+    monkeypatch.setattr("sngpt_jax.cluster.mesh.make_mesh", lambda: one_device)
     out = ["--run", str(tmp_path), "--out", str(tmp_path / "deep" / "page.html")]
     assert main([*out, "--tokens", "320", "--layers", "1", "--features", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -331,7 +332,7 @@ def test_the_command_writes_page_and_json(
     with pytest.raises(UserError, match="--features and --contexts must be at least 1"):
         main([*out, "--features", "0"])
     dense = dataclasses.replace(model, config=config)
-    monkeypatch.setattr(features, "load_model", lambda *arguments: dense)
+    monkeypatch.setattr("sngpt_jax.weights.source.load_model", lambda *arguments: dense)
     with pytest.raises(UserError, match="no sparse code"):
         main(out)
 

@@ -1,3 +1,1 @@
-"""N-gram caches: what has been scored of a stream helps to predict what comes next. `cache` says
-which there are.
-"""
+"""N-gram caches: the scored tokens of a stream help to predict the next token. `cache` lists them."""

@@ -1,17 +1,17 @@
-"""N-gram caches: what has been scored of a stream helps to predict what comes next.
+"""N-gram caches: the scored tokens of a stream help to predict the next token.
 
-One pass from left to right over the whole stream. The targets are the stream's tokens from the
-second on; a cache is given the model's readings of the next ones, scores them, and only then
-counts them. The modes:
+A cache makes one pass from left to right over the whole stream. The targets are the stream's tokens
+from the second on. The cache takes the model's readings of the next targets, scores these targets,
+and only then counts them. The modes:
 
-    hashed5   5-grams in hashed tables, mixed by 0.2 into the target's probability          (hashed.py)
-    backoff   the same for orders 7 to 2, mixed by a weight that grows with the entropy     (hashed.py)
-    exact     collision-free counts of orders 1 to 7, Witten-Bell, with a learned weight    (exact.py)
-    tilt      a hint from what mostly followed the last 15 tokens, lifted by e^β            (tilt.py)
+    hashed5   5-grams in hashed tables, mixed with weight 0.2 into the target's probability
+    backoff   orders 7 to 2 in hashed tables, mixed with a weight that grows with the entropy
+    exact     collision-free counts of orders 1 to 7, Witten-Bell, with learned weights
+    tilt      a hint from the tokens that mostly followed the last 15 tokens, raised by e^β
 
-The first two are not probability distributions: a bucket holds the counts of all n-grams that fall
-into it, and every token of the vocabulary inherits them. `Cache.mass` measures it: the sum over
-the vocabulary of what the cache would have given.
+The hashed modes are not probability distributions. A bucket holds the counts of all n-grams that
+fall into it, and every token of the vocabulary inherits them. `Cache.mass` measures this: the sum
+over the vocabulary of the probabilities that the cache would have given.
 """
 
 from collections.abc import Callable
@@ -27,22 +27,22 @@ Mode = Literal["hashed5", "backoff", "exact", "tilt"]
 
 
 class Cache(Protocol):
-    """A cache over one stream. `score` or `mass` is called once on each chunk, in order; how the
-    stream is cut is all one.
+    """A cache over one stream. Call `score` or `mass` once on each chunk, in order. Results do not
+    depend on chunk boundaries.
     """
 
-    # what the model must say while scoring, beside "nll"; `mass` also needs "mass"
+    # readings that the model must give for scoring, beside "nll"; `mass` also needs "mass"
     readings: tuple[str, ...]
-    is_distribution: bool  # whether the scores are those of probabilities that sum to 1
-    memory_bytes: int  # what the tables take at most
-    about: str  # one line: what is counted, how, and in how much memory
+    is_distribution: bool  # whether the mixed probabilities sum to 1
+    memory_bytes: int  # most memory that the tables take
+    about: str  # one line: which n-grams are counted, how, and in how much memory
 
     @property
     def hints(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Where the model must be asked for hints: the next targets, uint16 [n] → theirs, int32
-        [n], -1 where there is none.
+        """For a cache whose hints the model must score: the next targets, uint16 [n] → their hints,
+        int32 [n], -1 for none.
 
-        Called on each chunk's targets before the model runs, once, in order.
+        Call it once on each chunk's targets, in order, before the model runs.
         """
         ...
 
@@ -51,10 +51,10 @@ class Cache(Protocol):
         ...
 
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
-        """Σ of the mixed probabilities over the whole vocabulary, float64 [k], at the offsets `at`
-        [k] in the chunk, ascending.
+        """Σ of the mixed probabilities over the whole vocabulary, float64 [k], at the ascending
+        offsets `at` [k] in the chunk, with the cache's state there.
 
-        With the state that the cache has there. The chunk is counted as `score` counts it.
+        Counts the chunk as `score` does.
         """
         ...
 
@@ -74,10 +74,9 @@ def make_cache(
 
     The hashed modes count a segment's targets once all of it is scored: the first `first_segment`
     targets, then `segment` at a time. `exact` counts after every target, in at most `memory`
-    bytes. `undercount` has `backoff` count as published.
+    bytes. `undercount` makes `backoff` count as published.
 
-    Raises `UserError` where numba is missing, where `exact` finds `memory` too small to start
-    with, and where the machine does not have what the tables take.
+    Raises `UserError` if numba is missing, or if `memory` is too small for `exact` to start.
     """
     try:
         from sngpt_jax.evaluation.ngram.exact import ExactCache
@@ -91,20 +90,13 @@ def make_cache(
             f"the n-gram cache {mode} needs the package numba; install it: {install}"
         ) from missing
 
-    try:
-        match mode:
-            case "hashed5":
-                return HashedCache.hashed5(first_token, vocab_size, first_segment, segment)
-            case "backoff":
-                return HashedCache.backoff(
-                    first_token, vocab_size, first_segment, segment, undercount
-                )
-            case "exact":
-                return ExactCache(first_token, vocab_size, targets, memory)
-            case "tilt":
-                return TiltCache(first_token, targets)
-    except MemoryError as refused:
-        raise UserError(
-            f"no memory for the tables of the n-gram cache {mode}: {refused}; use a machine with"
-            " more"
-        ) from refused
+    hashed = first_token, vocab_size, first_segment, segment
+    match mode:
+        case "hashed5":
+            return HashedCache((5,), *hashed, by_entropy=False)
+        case "backoff":
+            return HashedCache(range(7, 1, -1), *hashed, by_entropy=True, undercount=undercount)
+        case "exact":
+            return ExactCache(first_token, vocab_size, targets, memory)
+        case "tilt":
+            return TiltCache(first_token, targets)

@@ -14,13 +14,11 @@ def in_bytes(number: int) -> str:
 
 
 class Chunk(NamedTuple):
-    """What the model said of n targets that follow one another; all arrays are [n]. `None`: not
-    asked for.
-    """
+    """The model's readings of n consecutive targets; all arrays are [n]. `None`: not read."""
 
     targets: np.ndarray  # uint16, the tokens
     nll: np.ndarray  # float32, -ln p(target)
     entropy: np.ndarray | None = None  # float32, of p in nats
     mass: np.ndarray | None = None  # float32, Σ p over the vocabulary
-    hints: np.ndarray | None = None  # int32, what the cache's `hints` gave; -1: none
-    hint_nll: np.ndarray | None = None  # float32, -ln p(hint); anything where there is none
+    hints: np.ndarray | None = None  # int32, from the cache's `hints`; -1: none
+    hint_nll: np.ndarray | None = None  # float32, -ln p(hint); arbitrary without a hint

@@ -1,6 +1,4 @@
-"""How the caches' loops are compiled: by numba, kept from run to run where there is a folder for
-it.
-"""
+"""How the caches' loops are compiled: by numba, and stored for later runs if there is a folder."""
 
 import functools
 import logging
@@ -15,8 +13,8 @@ logger = logging.getLogger("sngpt_jax")
 
 
 def compiled(function: F) -> F:
-    """`function` compiled at its first call, without Python's lock; a division by zero gives
-    infinity or NaN, as numpy's.
+    """`function`, compiled at its first call, run without Python's lock; a division by zero gives
+    infinity or NaN as in numpy.
     """
     try:
         return cast(F, njit(function, nogil=True, error_model="numpy", cache=True))
@@ -28,6 +26,6 @@ def compiled(function: F) -> F:
 @functools.cache
 def _announce() -> None:
     logger.info(
-        "numba: no folder to keep compiled loops in, so they are compiled in every run"
-        " (NUMBA_CACHE_DIR names one)"
+        "numba finds no folder for compiled loops, so every run compiles them; NUMBA_CACHE_DIR"
+        " names a folder"
     )

@@ -1,20 +1,22 @@
-"""Exact n-gram counts of what has been scored, mixed into the model's probabilities: a probability
-distribution again.
+"""Exact n-gram counts of the scored tokens, mixed into the model's probabilities. The result is a
+probability distribution.
 
-The n-grams of orders 1 to 7 form a trie, x_1 … x_n below x_1 … x_{n-1}, in one open-addressed
-table: a node is found by its parent's slot and its last token, both kept and compared, so that no
-two n-grams share a count. With c(s, v) the count of v after the context s, C(s) = Σ_v c(s, v) and
-N(s) the number of different v, Witten-Bell interpolates from short to long:
+The n-grams of orders 1 to 7 form a trie: x_1 … x_n is a child of x_1 … x_{n-1}. One open-addressed
+table holds the trie. A node's key is its parent's slot and its last token. Both are stored and
+compared, so no two n-grams share a count. Let c(s, v) be the count of v after the context s, C(s)
+the sum over v, N(s) the number of different v, and s' the context s without its oldest token.
+Witten-Bell interpolates from short to long contexts, with 1/V below the empty context:
 
-    p_s(v) = (c(s, v) + N(s) p_{s'}(v)) / (C(s) + N(s)),  s' = s without its oldest token;  1/V below the empty context
+    p_s(v) = (c(s, v) + N(s) p_{s'}(v)) / (C(s) + N(s))
 
-(Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes (1 -
-w) p + w p_s with s the longest context that was ever continued. There is one w for each length of
-s, none depends on the target, and each is learned online: the EM step of a mixture on the targets
-that it scored so far. Everything is counted after every target.
+(Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes
+(1 - w) p + w p_s, where s is the longest context that was ever continued. Each length of s has its
+own w, which does not depend on the target. It is learned online by the EM step of a mixture on
+the targets that it scored so far. Every target is counted right after it is scored.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,10 +26,10 @@ from sngpt_jax.evaluation.ngram.compiled import compiled
 
 ORDER = 7
 START_WEIGHT = 0.05
-START_COUNT = 100  # targets that the first weight is worth
+START_COUNT = 100  # the first weight counts as much as this many targets
 
 # An n-gram: its parent's slot and its last token; how often it came, how often a stored n-gram
-# continued it, and how many did.
+# continued it, and how many different ones did.
 NODE = np.dtype(
     [
         ("parent", np.uint32),
@@ -37,20 +39,30 @@ NODE = np.dtype(
         ("total", np.uint32),
     ]
 )
-# N(s) stays there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
+# N(s) stops there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
 MOST_DISTINCT = 2**16 - 1
 MOST_SLOTS = 2**32 - 1
 LEAST_SLOTS = 1024
-_PAGE = 4096  # bytes, the least that a machine hands out
+_PAGE = 4096  # bytes, the smallest unit of memory that a machine hands out
+
+
+class _Trie(NamedTuple):
+    """The state that the compiled loops change."""
+
+    nodes: np.ndarray  # NODE [slots + 1]; the last slot is the root, the empty context
+    contexts: np.ndarray  # int64 [7], slots of the last 0 … 6 tokens; -1: not stored
+    room: np.ndarray  # int64 [1], n-grams that can still be stored
+    weights: np.ndarray  # float64 [7], w by the length of the context
+    scored: np.ndarray  # int64 [7], targets that each w has mixed
 
 
 class ExactCache:
-    """Counts of orders 1 to 7 of a stream of `targets` targets after `first_token`, in at most
+    """Counts of orders 1 to 7 over a stream of `targets` targets after `first_token`, in at most
     `memory` bytes.
 
-    A third of the slots stay empty, so that searches are short. Where memory is too small for all
-    n-grams the stream may have, those that come once it is full are not stored, and do not enter
-    their contexts' totals: p_s stays a distribution.
+    A third of the slots stay empty, so that searches are short. If memory is too small for all
+    n-grams of the stream, a full table stores no new ones. Those do not enter their contexts'
+    totals, so p_s stays a distribution.
     """
 
     readings: tuple[str, ...] = ()
@@ -67,27 +79,24 @@ class ExactCache:
                 f" {in_bytes(least)} or more (--ngram-memory"
                 f" {math.ceil(1e6 * least / 2**30) / 1e6}, in GiB)"
             )
-        self._vocab_size = vocab_size
-        self._nodes = np.zeros(slots + 1, NODE)  # the last one is the root, the empty context
-        # the machine finds the memory now, not while targets are scored
-        self._nodes.view(np.uint8)[::_PAGE] = 0
         limit = min(2 * slots // 3, most)
-        self._room = np.array([limit])  # n-grams that can still be stored
-        # slots of the last 0 … 6 tokens; -1: not stored
-        self._contexts = np.array([slots] + [-1] * (ORDER - 1))
-        self._weights = np.full(ORDER, START_WEIGHT)  # by the length of the context
-        self._scored = np.zeros(ORDER, np.int64)  # targets that each of them has mixed
-        self.memory_bytes = self._nodes.nbytes
-        room = (
-            "every n-gram of the stream"
-            if limit == most
-            else f"{limit:,} n-grams; what comes later is not counted"
+        self._vocab_size = vocab_size
+        self._trie = _Trie(
+            nodes=np.zeros(slots + 1, NODE),
+            contexts=np.array([slots] + [-1] * (ORDER - 1)),
+            room=np.array([limit]),
+            weights=np.full(ORDER, START_WEIGHT),
+            scored=np.zeros(ORDER, np.int64),
         )
+        # makes the machine find the memory now, not while targets are scored
+        self._trie.nodes.view(np.uint8)[::_PAGE] = 0
+        self.memory_bytes = self._trie.nodes.nbytes
+        room = "every n-gram" if limit == most else f"{limit:,} n-grams; later ones are not counted"
         self.about = (
             f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
             f" {in_bytes(self.memory_bytes)}, room for {room}"
         )
-        _count(self._nodes, self._contexts, np.empty(ORDER, np.int64), 0, first_token, self._room)
+        _count(self._trie, np.empty(ORDER, np.int64), 0, first_token)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         return self._advance(chunk, np.empty(0, np.int64))[0]
@@ -98,24 +107,13 @@ class ExactCache:
         return (1 - weights) * chunk.mass[at] + weights * sums
 
     def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-ln of the mixture [n], and at `at` the weights and the sums of p_s over the vocabulary
-        [k].
+        """-ln of the mixture [n], and at `at` [k] the weights and the sums of p_s over the
+        vocabulary.
         """
         nll, weights, sums = np.empty(len(chunk.targets)), np.empty(len(at)), np.zeros(len(at))
-        _score_and_count(
-            self._nodes,
-            self._contexts,
-            self._room,
-            self._weights,
-            self._scored,
-            chunk.targets.astype(np.uint16),
-            np.exp(-chunk.nll.astype(np.float64)),
-            self._vocab_size,
-            at,
-            nll,
-            weights,
-            sums,
-        )
+        p = np.exp(-chunk.nll.astype(np.float64))
+        targets = chunk.targets.astype(np.uint16)
+        _score_and_count(self._trie, targets, p, self._vocab_size, at, nll, weights, sums)
         return nll, weights, sums
 
 
@@ -130,7 +128,7 @@ def _home(nodes: np.ndarray, parent: int, token: int) -> int:
 
 @compiled
 def _find(nodes: np.ndarray, parent: int, token: int) -> int:
-    """The slot of an n-gram, or the empty one where it would be stored."""
+    """The slot of an n-gram, or the empty slot where it would be stored."""
     slot = _home(nodes, parent, token)
     while nodes[slot].count and (nodes[slot].parent != parent or nodes[slot].token != token):
         slot += 1
@@ -141,11 +139,10 @@ def _find(nodes: np.ndarray, parent: int, token: int) -> int:
 
 @compiled
 def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
-    """Reads where all searches for `token` begin: together they wait for memory once, and each
-    after the other seven times.
+    """Reads the slots where all searches for `token` begin, so that they wait for memory once
+    instead of seven times.
 
-    The sum of what was read says nothing. It is there for the compiler, which would leave out what
-    nobody takes.
+    The sum has no meaning. Without a result the compiler would remove the reads.
     """
     total = 0
     for k in range(len(contexts)):
@@ -157,11 +154,11 @@ def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
 def _probability(
     nodes: np.ndarray, contexts: np.ndarray, token: int, vocab_size: int, children: np.ndarray
 ) -> tuple[float, int]:
-    """p_s(token), and how many of the contexts it has followed; the slots of those n-grams go to
-    `children`.
+    """p_s(token), and the number of contexts that it has followed; writes the slots of those
+    n-grams to `children`.
 
-    What followed a context also followed every shorter one, so the search ends at the first that
-    it did not.
+    A token that followed a context also followed every shorter one, so the search ends at the
+    first context that it did not follow.
     """
     p, known, searching = 1 / vocab_size, 0, True
     for k in range(len(contexts)):
@@ -179,17 +176,11 @@ def _probability(
 
 
 @compiled
-def _count(
-    nodes: np.ndarray,
-    contexts: np.ndarray,
-    children: np.ndarray,
-    known: int,
-    token: int,
-    room: np.ndarray,
-) -> None:
-    """Counts `token` after the contexts, the shortest first, and moves these on by it; it has
-    followed the first `known`.
+def _count(trie: _Trie, children: np.ndarray, known: int, token: int) -> None:
+    """Counts `token` after the contexts, the shortest first, and advances the contexts by it; it
+    has followed the first `known` contexts before.
     """
+    nodes, contexts, room = trie.nodes, trie.contexts, trie.room
     parent = contexts[0]
     for k in range(len(contexts)):
         child = -1
@@ -210,11 +201,7 @@ def _count(
 
 @compiled
 def _score_and_count(
-    nodes: np.ndarray,
-    contexts: np.ndarray,
-    room: np.ndarray,
-    weights: np.ndarray,
-    scored: np.ndarray,
+    trie: _Trie,
     targets: np.ndarray,
     p: np.ndarray,
     vocab_size: int,
@@ -223,6 +210,7 @@ def _score_and_count(
     weights_at: np.ndarray,
     sums: np.ndarray,
 ) -> int:
+    nodes, contexts, weights = trie.nodes, trie.contexts, trie.weights
     children = np.empty(len(contexts), np.int64)
     asked = touched = 0
     for i in range(len(targets)):
@@ -243,7 +231,7 @@ def _score_and_count(
         p_ng, known = _probability(nodes, contexts, targets[i], vocab_size, children)
         mixed = (1 - w) * p[i] + w * p_ng
         nll[i] = -np.log(mixed)
-        scored[length] += 1
-        weights[length] += (w * p_ng / mixed - w) / (scored[length] + START_COUNT)
-        _count(nodes, contexts, children, known, targets[i], room)
+        trie.scored[length] += 1
+        weights[length] += (w * p_ng / mixed - w) / (trie.scored[length] + START_COUNT)
+        _count(trie, children, known, targets[i])
     return touched

@@ -1,17 +1,19 @@
-"""Hashed n-gram caches as they were published: `hashed5` and `backoff`, the two versions of
-parameter-golf's PR #740.
+"""Hashed n-gram caches as published: `hashed5` and `backoff`, the two versions of parameter-golf's
+PR #740.
 
-For each order n there are two tables of counts with 2²² buckets. With the tokens x and the primes
-P, target x_j falls into
+Each order n has two tables of counts with 2²² buckets. With the tokens x and the primes P, target
+x_j falls into
 
-    context = h & mask,  full = (h ^ x_j P_{n-1}) & mask,  h = XOR over k = 0 … n-2 of x_{j-n+1+k} P_k  (64 bits)
+    context = h & mask,  full = (h ^ x_j P_{n-1}) & mask
+    h = XOR over k = 0 … n-2 of x_{j-n+1+k} P_k  (64 bits)
 
-and where C[context] ≥ 2, p_ng = min(F[full], C[context]) / C[context] is mixed in. Nothing tells
-one n-gram of a bucket from another, so p_ng is too large for almost every token of the vocabulary,
-and its sum over the vocabulary is not 1.
+If C[context] ≥ 2, p_ng = min(F[full], C[context]) / C[context] is mixed in. The n-grams of one
+bucket are not told apart. So p_ng is too large for almost every token of the vocabulary, and its
+sum over the vocabulary is not 1.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,18 +22,29 @@ from sngpt_jax.evaluation.ngram.compiled import compiled
 
 BUCKETS = 2**22
 PRIMES = np.array([36313, 27191, 51647, 81929, 131071, 65537, 104729], np.uint64)
-MIN_COUNT = 2  # of a context, before its continuations are believed
+MIN_COUNT = 2  # a context with fewer counts gives no p_ng
 FLOOR = 1e-12  # least probability a target is scored with
 
 
-class HashedCache:
-    """The first of `orders` whose context has been counted twice gives p_ng, and p ← (1 - α) p + α
-    p_ng.
+class _Counts(NamedTuple):
+    """The state that the compiled loops change, for O orders."""
 
-    α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats.
-    Targets are counted once their segment is scored, each at every order; with `undercount`, as
-    published, one that was mixed at some order is not counted at the orders below it. A target
-    with fewer than n - 1 tokens before it has no part in order n.
+    orders: np.ndarray  # int64 [O], the first order to try first
+    tables: np.ndarray  # uint32 [O, 2, BUCKETS], counts of contexts and of whole n-grams
+    # int32 [segment, O, 2], buckets of the segment's targets so far; -1: not to be counted
+    buckets: np.ndarray
+    found: np.ndarray  # uint32 [segment, O, 2], the counts in these buckets
+    progress: np.ndarray  # int64 [2], scored targets of the segment, and its length
+
+
+class HashedCache:
+    """The first of `orders` whose context was counted twice gives p_ng, and p ← (1 - α) p + α p_ng.
+
+    α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats. Targets
+    are counted at every order once their segment is scored: the first `first_segment` targets, then
+    `segment` at a time. With `undercount`, as published, a target that was mixed at some order is
+    not counted at lower orders. A target with fewer than n - 1 tokens before it is not counted at
+    order n.
     """
 
     hints = None
@@ -48,48 +61,22 @@ class HashedCache:
         undercount: bool = False,
     ):
         self.readings: tuple[str, ...] = ("entropy",) if by_entropy else ()
-        self._orders = np.array(orders)  # the one to try first comes first
-        self._vocab_size, self._undercount = vocab_size, undercount
-        # as many of the last tokens as a context may need
-        self._recent = np.array([first_token], np.uint16)
-        # of contexts and of whole n-grams
-        self._tables = np.zeros((len(orders), 2, BUCKETS), np.uint32)
-        self._segment = segment
-        longest = max(first_segment, segment)
-        # of the segment's targets so far; -1: not to be counted
-        self._buckets = np.empty((longest, len(orders), 2), np.int32)
-        self._counts = np.empty((longest, len(orders), 2), np.uint32)  # what is in them
-        # targets of the segment that are scored, and its length
-        self._progress = np.array([0, first_segment])
-        self.memory_bytes = self._tables.nbytes + self._buckets.nbytes + self._counts.nbytes
+        self._vocab_size, self._segment, self._undercount = vocab_size, segment, undercount
+        self._recent = np.array([first_token], np.uint16)  # the tokens that contexts may need
+        shape = (max(first_segment, segment), len(orders), 2)
+        self._counts = _Counts(
+            orders=np.array(orders),
+            tables=np.zeros((len(orders), 2, BUCKETS), np.uint32),
+            buckets=np.empty(shape, np.int32),
+            found=np.empty(shape, np.uint32),
+            progress=np.array([0, first_segment]),
+        )
+        self.memory_bytes = sum(array.nbytes for array in self._counts)
         name = "5-grams" if len(orders) == 1 else "7- to 2-grams, the longest known context first"
         self.about = (
             f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)}"
             f" hashed tables of {BUCKETS:,} buckets, {in_bytes(self.memory_bytes)}; not a"
             " probability distribution"
-        )
-
-    @classmethod
-    def hashed5(
-        cls, first_token: int, vocab_size: int, first_segment: int, segment: int
-    ) -> "HashedCache":
-        """The first version: 5-grams alone, with a fixed weight."""
-        return cls((5,), first_token, vocab_size, first_segment, segment, by_entropy=False)
-
-    @classmethod
-    def backoff(
-        cls, first_token: int, vocab_size: int, first_segment: int, segment: int, undercount: bool
-    ) -> "HashedCache":
-        """The second version: orders 7 to 2, with a weight that the entropy sets."""
-        orders = range(7, 1, -1)
-        return cls(
-            orders,
-            first_token,
-            vocab_size,
-            first_segment,
-            segment,
-            by_entropy=True,
-            undercount=undercount,
         )
 
     def score(self, chunk: Chunk) -> np.ndarray:
@@ -99,11 +86,11 @@ class HashedCache:
         return -np.log(np.clip(mixed, FLOOR, 1.0))
 
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
-        """See `Cache.mass`; of the mixture before probabilities under 1e-12 are lifted to it."""
+        """See `Cache.mass`; before probabilities under 1e-12 are raised to it."""
         given, sums = self._advance(chunk, at)
         assert chunk.mass is not None, "mass needs the model's own"
-        own, alpha = chunk.mass.astype(np.float64), self._alpha(chunk)
-        return np.where(given[at] >= 0, (1 - alpha[at]) * own[at] + alpha[at] * sums, own[at])
+        own, alpha = chunk.mass[at].astype(np.float64), self._alpha(chunk)[at]
+        return np.where(given[at] >= 0, (1 - alpha) * own + alpha * sums, own)
 
     def _alpha(self, chunk: Chunk) -> np.ndarray:
         if not self.readings:
@@ -118,34 +105,17 @@ class HashedCache:
         before = len(self._recent)
         tokens = np.concatenate([self._recent, chunk.targets.astype(np.uint16)])
         given, sums = np.empty(len(chunk.targets)), np.zeros(len(at))
-        _score_and_count(
-            tokens,
-            before,
-            self._orders,
-            self._tables,
-            self._buckets,
-            self._counts,
-            self._progress,
-            self._segment,
-            self._undercount,
-            self._vocab_size,
-            at,
-            given,
-            sums,
-        )
-        self._recent = tokens[-(int(self._orders.max()) - 1) :]
+        options = self._segment, self._undercount, self._vocab_size
+        _score_and_count(self._counts, tokens, before, *options, at, given, sums)
+        self._recent = tokens[-(int(self._counts.orders.max()) - 1) :]
         return given, sums
 
 
 @compiled
 def _score_and_count(
+    state: _Counts,
     tokens: np.ndarray,
     before: int,
-    orders: np.ndarray,
-    tables: np.ndarray,
-    buckets: np.ndarray,
-    counts: np.ndarray,
-    progress: np.ndarray,
     segment: int,
     undercount: int,
     vocab_size: int,
@@ -153,30 +123,26 @@ def _score_and_count(
     given: np.ndarray,
     sums: np.ndarray,
 ) -> None:
-    """A loop for each thing that happens to a segment: the first reads all counts, so that none
-    waits for another's.
+    """Each segment is read, then scored, then counted. Reading all counts first lets the reads
+    overlap.
     """
-    scored, length = progress
+    orders, tables, buckets, found = state.orders, state.tables, state.buckets, state.found
+    scored, length = state.progress
     first, asked = before, 0
     while first < len(tokens):
         rows = min(length - scored, len(tokens) - first)
-        _read(tokens[: first + rows], first, orders, tables, buckets[scored:], counts[scored:])
+        _read(tokens[: first + rows], first, orders, tables, buckets[scored:], found[scored:])
         for i in range(rows):
             t = first + i
             p = -1.0
             for o in range(len(orders)):
-                count = counts[scored + i, o, 0]
+                count = found[scored + i, o, 0]
                 if count >= MIN_COUNT:
-                    p = min(counts[scored + i, o, 1], count) / count
+                    full, bucket = found[scored + i, o, 1], buckets[scored + i, o, 1]
+                    p = min(full, count) / count
                     if asked < len(at) and at[asked] == t - before:
-                        sums[asked] = _sum(
-                            tables[o, 1],
-                            count,
-                            buckets[scored + i, o, 1],
-                            tokens[t],
-                            orders[o],
-                            vocab_size,
-                        )
+                        n = orders[o]
+                        sums[asked] = _sum(tables[o, 1], count, bucket, tokens[t], n, vocab_size)
                     if undercount:
                         buckets[scored + i, o + 1 :] = -1
                     break
@@ -191,7 +157,7 @@ def _score_and_count(
                         tables[o, 0, buckets[i, o, 0]] += np.uint32(1)
                         tables[o, 1, buckets[i, o, 1]] += np.uint32(1)
             scored, length = 0, segment
-    progress[0], progress[1] = scored, length
+    state.progress[0], state.progress[1] = scored, length
 
 
 @compiled
@@ -201,10 +167,10 @@ def _read(
     orders: np.ndarray,
     tables: np.ndarray,
     buckets: np.ndarray,
-    counts: np.ndarray,
+    found: np.ndarray,
 ) -> None:
-    """The buckets of the targets from `first` on at every order, and what is in them: 0 where too
-    few tokens come before.
+    """Writes the `buckets` of the targets from `first` on at every order, and the counts `found` in
+    them: 0 where too few tokens come before.
     """
     mask = np.uint64(tables.shape[2] - 1)
     for o in range(len(orders)):
@@ -212,24 +178,22 @@ def _read(
         for t in range(first, len(tokens)):
             if t < n - 1:
                 buckets[t - first, o] = -1
-                counts[t - first, o] = 0
+                found[t - first, o] = 0
                 continue
             h = np.uint64(0)
             for k in range(n - 1):
                 h ^= np.uint64(tokens[t - n + 1 + k]) * PRIMES[k]
             context, full = h & mask, (h ^ (np.uint64(tokens[t]) * PRIMES[n - 1])) & mask
             buckets[t - first, o, 0], buckets[t - first, o, 1] = context, full
-            counts[t - first, o, 0], counts[t - first, o, 1] = (
-                tables[o, 0, context],
-                tables[o, 1, full],
-            )
+            found[t - first, o, 0] = tables[o, 0, context]
+            found[t - first, o, 1] = tables[o, 1, full]
 
 
 @compiled
 def _sum(fulls: np.ndarray, count: int, bucket: int, token: int, n: int, vocab_size: int) -> float:
-    """Σ over v of min(F, C) / C, v being where `token` is, whose bucket in `fulls` is given."""
+    """Σ over v of min(F, C) / C, with v in place of `token`, whose bucket in `fulls` is given."""
     mask = np.uint64(len(fulls) - 1)
-    # the lowest bits are those of the context's
+    # the lowest bits of the context's h
     h = np.uint64(bucket) ^ (np.uint64(token) * PRIMES[n - 1])
     total = 0.0
     for v in range(vocab_size):

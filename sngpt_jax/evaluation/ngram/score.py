@@ -1,14 +1,11 @@
-"""A stream scored by a model with an n-gram cache, and how much probability the cache hands out in
-all.
+"""A stream scored by a model with an n-gram cache, and the total probability that the cache gives.
 
-A score is one of a code, or of a bet, only where the numbers it is made of sum to 1 over the
-vocabulary. `mass` says what they sum to: it plays the same pass once more with a fresh cache and,
-at evenly spaced positions, sums what the cache would have given each token of the vocabulary at
-that moment.
+A score is a code length only if the probabilities behind it sum to 1 over the vocabulary. `mass`
+measures the sum. It repeats the pass with a new cache. At evenly spaced positions it sums the
+probabilities that the cache would have given to each token of the vocabulary at that moment.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,57 +17,54 @@ from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.bpb import EvalStep, Score, Sum, score_of, token_scores
 from sngpt_jax.evaluation.ngram.cache import Cache
 from sngpt_jax.evaluation.ngram.chunk import Chunk
-from sngpt_jax.evaluation.windows import Windows
+from sngpt_jax.evaluation.windows import OnProgress, Windows
 from sngpt_jax.model.forward import Variables
 
-PROBES = 10_000  # positions at which the mass is taken
+PROBES = 10_000  # positions at which the mass is measured
 
 
 @dataclass(frozen=True)
 class Mass:
-    """Of the mixed probability over the whole vocabulary, at `positions` positions evenly spaced
-    over the scored targets.
+    """The sum of the mixed probabilities over the vocabulary, at `positions` positions evenly
+    spaced over the scored targets.
     """
 
     mean: float
     min: float
     max: float
-    # mean ln of the mass: about the nats a token that dividing every distribution by its mass
-    # would cost
+    # mean ln of the mass: about the nats per token that dividing every distribution by its mass
+    # adds to the loss
     mean_log: float
     positions: int
 
 
 @dataclass(frozen=True)
 class CachedScore:
-    """A score with a cache, the same stream's without it, and what `mass` needs."""
+    """A stream's score with a cache and without it."""
 
     model: Score  # without the cache
     score: Score
-    chunks: list[Chunk]  # what the cache was given, for `mass`
+    chunks: list[Chunk]  # the cache's input, for `mass`
 
 
 def memory_of_chunks(cache: Cache, targets: int) -> int:
-    """Bytes of the chunks that a pass over so many targets keeps: tokens of 2 bytes, readings and
+    """Bytes of the chunks that a pass over `targets` targets keeps: tokens of 2 bytes, readings and
     hints of 4.
     """
     return targets * (2 + 4 * len(readings_for(cache)) + 4 * bool(cache.hints))
 
 
 def readings_for(cache: Cache) -> tuple[str, ...]:
-    """What a step must read for `score_with_cache`: of `loss.token_readings`, for scoring and for
-    the mass.
-    """
+    """The readings of `loss.token_readings` that `score_with_cache` and `mass` need."""
     return tuple(dict.fromkeys(("nll", "mass", *cache.readings)))
 
 
 def warm_up(cache: Cache) -> None:
-    """Compiles what `cache` runs, by a chunk of no targets."""
+    """Compiles the loops of `cache`, with a chunk of no targets."""
     none = np.zeros(0, np.float32)
     targets = none.astype(np.uint16)
-    cache.score(
-        Chunk(targets, none, none, none, cache.hints(targets) if cache.hints else None, none)
-    )
+    hints = cache.hints(targets) if cache.hints else None
+    cache.score(Chunk(targets, none, none, none, hints, none))
 
 
 def score_with_cache(
@@ -83,17 +77,15 @@ def score_with_cache(
     cache: Cache,
     *,
     device_batch_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> CachedScore:
     """Scores `stream` as `score_stream` does, by the model and by the model with a new `cache`, in
     one pass.
 
-    The cache is one, on the host, and sees the targets in their order however many devices there
-    are; it works on a batch while the devices work on the next. `eval_step` gives
-    `readings_for(cache)`.
+    One cache on the host sees the targets in order, whatever the number of devices. It works on a
+    batch while the devices work on the next. `eval_step` gives `readings_for(cache)`. The windows
+    have no published tail, because a cache counts each target once.
     """
-    if windows.tail == "published":
-        raise ValueError("a published tail scores targets again; a cache counts each once")
     by_model, mixed = Sum(), Sum()
     chunks: list[Chunk] = []
     for found in token_scores(
@@ -114,12 +106,8 @@ def score_with_cache(
     return CachedScore(model, score, chunks)
 
 
-def mass(
-    cache: Cache, chunks: list[Chunk], progress: Callable[[int, int], None] | None = None
-) -> Mass:
-    """What a new `cache` hands out in all over the pass that `chunks` are, at `PROBES` positions
-    or as many as there are.
-    """
+def mass(cache: Cache, chunks: list[Chunk], progress: OnProgress | None = None) -> Mass:
+    """The mass of a new `cache` over the pass with `chunks`, at `PROBES` positions or all."""
     targets = sum(len(chunk.targets) for chunk in chunks)
     count = min(PROBES, targets)
     positions = np.arange(count) * targets // count
@@ -133,13 +121,8 @@ def mass(
         if progress:
             progress(stop, targets)
     values = np.concatenate(found)
-    return Mass(
-        float(values.mean()),
-        float(values.min()),
-        float(values.max()),
-        float(np.log(values).mean()),
-        count,
-    )
+    mean, least, most, mean_log = values.mean(), values.min(), values.max(), np.log(values).mean()
+    return Mass(float(mean), float(least), float(most), float(mean_log), count)
 
 
 def as_dict(score: Score, mass: Mass, cache: Cache) -> dict[str, Any]:

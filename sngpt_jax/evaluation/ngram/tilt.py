@@ -1,13 +1,13 @@
-"""A hint from the tokens before, and the model's probabilities tilted toward it.
+"""A hint from the tokens before the target, and the model's probabilities tilted toward it.
 
-Where the last 15 tokens were followed by the token h four times in five or more, as
-parameter-golf's PRs #1145 and #2135 do:
+If the token h followed the last 15 tokens in at least four of five cases (parameter-golf's PRs
+#1145 and #2135):
 
     p'(v) = p(v) e^{β [v = h]} / (1 + q (e^β - 1)),  q = p(h),  β = 2.625.
 
-The hint is chosen before the target is known, and the p' of the whole vocabulary sum to what the p
-do: 1. Any function of earlier tokens may hint: here a bucket holds one context, and of what
-followed it one candidate.
+The hint is chosen before the target is known, so the p' of the whole vocabulary sum to 1 as the p
+do. Any function of earlier tokens may hint. Here a bucket holds one context and one candidate for
+the token that follows it.
 """
 
 import math
@@ -17,14 +17,14 @@ import numpy as np
 from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
 from sngpt_jax.evaluation.ngram.compiled import compiled
 
-CONTEXT = 15  # tokens that the next one is hinted from: order 16
+CONTEXT = 15  # tokens that a hint follows from: order 16
 BETA = 2.625
 LEAST_BUCKETS = 16
 PROBES = 16  # neighbouring buckets among which a context has its place
 
-# Of a context: the half of its hash that the bucket's number is not of, a candidate, how often
-# that followed since it became the candidate, and how often anything did. It gives way once it is
-# no majority; a context does where all its places are taken.
+# A context: the half of its hash that the bucket's number leaves out, a candidate, how often the
+# candidate followed since it became one, and how often any token followed. A candidate without a
+# majority is replaced. A context is replaced when all places of a new context are taken.
 FOLLOWER = np.dtype(
     [("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)],
     align=True,
@@ -35,11 +35,11 @@ BASE_CONTEXT = np.uint64(pow(int(BASE), CONTEXT, 2**64))
 
 
 class TiltCache:
-    """Hints for the targets of a stream, each from the tokens before it alone, and the scores of
-    the tilted probabilities.
+    """Hints for the targets of a stream, each from earlier tokens only, and the scores of the
+    tilted probabilities.
 
-    The hints are wanted before the model runs, so `hints` goes ahead; `score` and `mass` have no
-    state. There are buckets for half as many contexts again as the stream has targets.
+    The model needs the hints, so `hints` runs first and holds the state; `score` and `mass` have
+    none. There are at least 1.5 times as many buckets as targets.
     """
 
     readings: tuple[str, ...] = ("hint_nll",)
@@ -51,14 +51,12 @@ class TiltCache:
         self._recent = np.array([first_token], np.uint16)
         self.memory_bytes = self._table.nbytes
         self.about = (
-            f"the token that mostly followed the last {CONTEXT} tokens is lifted by e^{BETA};"
-            f" {in_bytes(self.memory_bytes)} of followers"
+            f"the token that mostly followed the last {CONTEXT} tokens is raised by e^{BETA};"
+            f" {in_bytes(self.memory_bytes)}"
         )
 
     def hints(self, targets: np.ndarray) -> np.ndarray:
-        """The hints for the next targets of the stream, uint16 [n] → int32 [n]; -1 where there is
-        none.
-        """
+        """The hints for the next targets of the stream, uint16 [n] → int32 [n]; -1: no hint."""
         tokens = np.concatenate([self._recent, targets.astype(np.uint16)])
         found = np.full(len(targets), -1, np.int32)
         _hint_and_follow(tokens, len(self._recent), self._table, found)
@@ -77,8 +75,8 @@ class TiltCache:
         return np.where(hinted, (own + lift) / (1 + lift), own)
 
     def _hinted(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        """Where there is a hint, bool [n], and q (e^β - 1), by which the hint adds to the sum of
-        the p, float64 [n].
+        """Where there is a hint, bool [n], and q (e^β - 1), which the hint adds to the sum of the
+        p, float64 [n].
         """
         assert chunk.hints is not None and chunk.hint_nll is not None, (
             "the tilt needs hints and their losses"
@@ -90,7 +88,7 @@ class TiltCache:
 
 @compiled
 def _mixed(h: np.uint64) -> np.uint64:
-    """All bits of h into all bits (the finalizer of SplitMix64)."""
+    """A hash in which every bit depends on all bits of h (the finalizer of SplitMix64)."""
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return h ^ (h >> np.uint64(31))
@@ -112,12 +110,8 @@ def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray, hints: 
                     break
             bucket = table[place]
             if bucket.total == 0 or bucket.context != check:
-                bucket.context, bucket.token, bucket.count, bucket.total = (
-                    check,
-                    tokens[t],
-                    np.uint32(1),
-                    np.uint32(1),
-                )
+                bucket.context, bucket.token = check, tokens[t]
+                bucket.count = bucket.total = np.uint32(1)
             else:
                 if 5 * bucket.count >= 4 * bucket.total:
                     hints[t - before] = bucket.token

@@ -1,0 +1,72 @@
+"""The options of `evaluate` for a validation stream. Nothing here imports jax."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.config.options import OptionalInt
+from sngpt_jax.evaluation.windows import Tail, Windows, sliding_windows, standard_windows
+
+STRIDE = 64
+MOST_MEMORY = 2**16  # GiB
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Which targets of a stream are scored, in which windows, and with which n-gram cache."""
+
+    # windows side by side (standard) or overlapping (sliding); none scores --tasks only
+    mode: Literal["standard", "sliding", "none"] = "standard"
+    # number of targets by which sliding windows advance; default: 64, or a window if that is less
+    stride: OptionalInt = None
+    # end of the stream in sliding windows: full scores every target once; published scores the last
+    # targets several times, as submissions did
+    tail: Tail = "full"
+    tokens: int = 0  # number of tokens to score from the start of the stream; 0: all
+    # n-gram cache that is mixed into the model's probabilities
+    ngram: Literal["none", "hashed5", "backoff", "exact", "tilt"] = "none"
+    # the backoff cache counts as published: a target mixed at one order is not counted at lower ones
+    ngram_undercount: bool = False
+    ngram_memory: float = 4.0  # most memory for the counts of the exact cache, in GiB
+
+    def check(self) -> None:
+        """Raises `UserError` for options that contradict each other or change nothing."""
+        sliding, cache = self.mode == "sliding", self.ngram != "none"
+        for wrong, message in (
+            (self.tokens < 0, "--tokens cannot be negative; 0 scores all tokens"),
+            (
+                not sliding and (self.stride is not None or self.tail != "full"),
+                "--stride and --tail are for sliding windows; add --mode sliding",
+            ),
+            (
+                self.mode == "none" and (cache or self.tokens),
+                "--ngram and --tokens are for a stream; remove --mode none",
+            ),
+            (
+                cache and self.tail == "published",
+                "--ngram counts each target once, and --tail published scores some targets again;"
+                " remove one of the two",
+            ),
+            (
+                self.ngram_undercount and self.ngram != "backoff",
+                "--ngram-undercount is for --ngram backoff",
+            ),
+            (
+                self.ngram_memory != StreamOptions.ngram_memory and self.ngram != "exact",
+                "--ngram-memory is for --ngram exact",
+            ),
+            (
+                not 0 < self.ngram_memory <= MOST_MEMORY,
+                f"--ngram-memory {self.ngram_memory} is not a number of GiB above 0 and up to"
+                f" {MOST_MEMORY:,}",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
+
+    def windows(self, num_tokens: int, seq_len: int) -> Windows:
+        """The windows of these options over a stream of `num_tokens`."""
+        if self.mode == "standard":
+            return standard_windows(num_tokens, seq_len, self.tokens)
+        stride = min(STRIDE, seq_len) if self.stride is None else self.stride
+        return sliding_windows(num_tokens, seq_len, stride, self.tokens, self.tail)

@@ -1,0 +1,119 @@
+"""A model's score over a validation stream, with and without an n-gram cache, as `evaluate` prints
+it.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sngpt_jax.cluster.mesh import batch_placer
+from sngpt_jax.config import Config
+from sngpt_jax.data.shards import Dataset
+from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.ngram import score as ngram_score
+from sngpt_jax.evaluation.ngram.cache import Cache, make_cache
+from sngpt_jax.evaluation.ngram.chunk import in_bytes
+from sngpt_jax.evaluation.options import StreamOptions
+from sngpt_jax.evaluation.step import make_eval_step
+from sngpt_jax.evaluation.windows import rows_at_a_time, window_batches
+from sngpt_jax.model.forward import Variables
+from sngpt_jax.run.console import progress_reporter
+
+logger = logging.getLogger("sngpt_jax")
+
+
+def score(
+    options: StreamOptions, config: Config, variables: Variables, dataset: Dataset, mesh: Mesh
+) -> dict[str, Any]:
+    """The score of the validation stream for the command's JSON.
+
+    `seconds` are from tokens to losses, without compilation and a cache's mass.
+    """
+    stream, token_bytes = dataset.val, dataset.tokenizer.token_bytes()
+    device_batch_tokens = config.eval.device_batch_tokens
+    windows = options.windows(len(stream), config.data.seq_len)
+
+    def new_cache() -> Cache:
+        assert options.ngram != "none"
+        return make_cache(
+            options.ngram,
+            first_token=int(stream.take(0, 1)[0]),
+            vocab_size=config.model.vocab_size,
+            targets=windows.targets,
+            first_segment=windows.seq_len,
+            segment=windows.stride,
+            memory=int(options.ngram_memory * 2**30),
+            undercount=options.ngram_undercount,
+        )
+
+    cache = new_cache() if options.ngram != "none" else None
+    if cache:
+        kept = in_bytes(ngram_score.memory_of_chunks(cache, windows.targets))
+        logger.info(
+            f"n-gram cache {options.ngram}: {cache.about}; another {kept} keep the model's readings"
+            " for the mass"
+        )
+        ngram_score.warm_up(cache)
+    readings = ngram_score.readings_for(cache) if cache else ("nll",)
+    eval_step = make_eval_step(config.model, mesh, readings)
+    rows = rows_at_a_time(windows, device_batch_tokens, mesh.devices.size)
+    first = next(window_batches(stream, windows, rows)).arrays
+    if cache and cache.hints:
+        first["hints"] = first["targets"].astype(np.int32)
+    compiled = eval_step.lower(variables, batch_placer(mesh)(first)).compile()
+    progress = progress_reporter("evaluate")
+
+    start = time.perf_counter()
+    given = (variables, compiled, stream, token_bytes, mesh, windows)
+    if cache:
+        cached = ngram_score.score_with_cache(
+            *given, cache, device_batch_tokens=device_batch_tokens, progress=progress
+        )
+        found = cached.model
+    else:
+        found = score_stream(*given, device_batch_tokens=device_batch_tokens, progress=progress)
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {
+        **found.as_dict(),
+        "bytes_per_token": found.bytes / found.tokens,
+        "mode": options.mode,
+        "stride": windows.stride,
+        "windows": windows.count,
+        "seconds": seconds,
+        "tok_per_s": found.tokens / seconds,
+        "forward_tok_per_s": windows.num_rows * windows.seq_len / seconds,
+    }
+    if cache:
+        del cache  # frees its tables before the next cache takes as much
+        fresh = new_cache()
+        mass = ngram_score.mass(fresh, cached.chunks, progress_reporter("mass"))
+        with_cache = ngram_score.as_dict(cached.score, mass, fresh)
+        result["ngram"] = {"cache": options.ngram, **with_cache}
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows of a result of `score` for a person."""
+    which = f"{result['windows']:,} windows"
+    if result["mode"] == "sliding":
+        which += f", stride {result['stride']}"
+    size = f"{result['tokens']:,} tokens = {result['bytes']:,} bytes"
+    rows = [
+        ("score", f"loss {result['loss']:.4f} nats/token, {result['bpb']:.4f} bits/byte"),
+        ("over", f"{size} in {which}; {result['seconds']:.1f} s"),
+    ]
+    if cached := result.get("ngram"):
+        mass = cached["mass"]
+        verdict = "" if cached["is_distribution"] else ": not a probability distribution"
+        text = (
+            f"loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of the"
+            f" vocabulary {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at"
+            f" {mass['positions']:,} positions{verdict}; {cached['normalized_bpb']:.4f} bits/byte"
+            " if divided by it"
+        )
+        rows.append((f"with {cached['cache']}", text))
+    return rows

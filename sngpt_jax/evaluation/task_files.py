@@ -1,0 +1,248 @@
+"""HellaSwag, LAMBADA and SQuAD as tasks of lm-eval over their published files, without a network.
+
+The prompts and metrics follow lm-eval's tasks `hellaswag`, `lambada_standard` and `squadv2`.
+"""
+
+import codecs
+import json
+import re
+import reprlib
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks.hellaswag.utils import preprocess
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.data.tokenizer import replace_surrogates
+from sngpt_jax.evaluation.lm_eval_model import Answer
+
+# the most tokens generated for an answer; published answers have about 4 words
+SQUAD_ANSWER_TOKENS = 32
+
+Row = dict[str, Any]
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row]:
+    """`row_of` of each line. Raises `UserError` that names the line where `row_of` raises
+    ValueError.
+    """
+    rows = []
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if not (text := line.decode("utf-8").strip()):
+                raise ValueError("empty")
+            rows.append(row_of(text))
+        except (ValueError, RecursionError) as problem:
+            raise UserError(f"{path}, line {number}: {problem}; give {published}") from None
+    return rows
+
+
+def _check(value: Any, form: Any, where: str = "") -> None:
+    """Raises ValueError that names the place, unless `value` has the `form`: a type, a list with
+    the form of its items, or a dict with the forms of its keys. Other keys are ignored.
+    """
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise ValueError(f"{where or 'the line'} is of type {found}, expected {kind.__name__}")
+    if kind is list:
+        for i, item in enumerate(value):
+            _check(item, form[0], f"{where}[{i}]")
+    elif kind is dict:
+        for name, inner in form.items():
+            place = f"{where}.{name}".removeprefix(".")
+            if name not in value:
+                raise ValueError(f"{place} is missing")
+            _check(value[name], inner, place)
+
+
+# ---------------------------------------------------------------------------------------------- HellaSwag
+
+
+def _hellaswag_row(line: str) -> Row:
+    row = json.loads(line)
+    _check(row, {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str]})
+    choices = [preprocess(ending) for ending in row["endings"]]
+    if not all(choice.strip() for choice in choices):
+        raise ValueError("one of endings is empty")
+    label = row.get("label")  # an integer in the published file, a string of digits in copies
+    if not isinstance(label, int | str) or str(label) not in map(str, range(len(choices))):
+        raise ValueError(f"label is {reprlib.repr(label)}, expected 0 to {len(choices) - 1}")
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {"query": preprocess(context), "choices": choices, "label": int(label)}
+
+
+class _HellaSwag(ConfigurableTask):
+    """lm-eval's metrics, and `acc_token_norm`: the share of samples whose right ending has the
+    largest ln p per token (Brown et al. 2020, arXiv:2005.14165, section 2.4).
+    """
+
+    def process_results(self, doc: Row, results: list[Answer]) -> dict[str, float]:
+        # an ending without tokens has ln p = 0
+        per_token = [answer[0] / max(answer.tokens, 1) for answer in results]
+        right = float(np.argmax(per_token) == doc["label"])
+        return {**super().process_results(doc, results), "acc_token_norm": right}
+
+
+# ---------------------------------------------------------------------------------------------- LAMBADA
+
+
+def _lambada_row(line: str) -> Row:
+    context, space, word = line.rpartition(" ")
+    if not context:
+        raise ValueError("expected a passage of several words")
+    return {"context": context, "word": space + word}
+
+
+def _lambada_json_row(line: str) -> Row:
+    row = json.loads(line)
+    _check(row, {"text": str})
+    return _lambada_row(row["text"].rstrip())
+
+
+def _lambada_text_row(line: str) -> Row:
+    if line.startswith('{"'):
+        raise ValueError("a JSON object where a passage is expected; name the file .jsonl")
+    return _lambada_row(line)
+
+
+def _read_lambada(path: Path) -> list[Row]:
+    published = "LAMBADA's lambada_test_plain_text.txt, or a .jsonl with the key text"
+    is_json = path.suffix.lower() == ".jsonl"
+    return _lines(path, _lambada_json_row if is_json else _lambada_text_row, published)
+
+
+# ---------------------------------------------------------------------------------------------- SQuAD
+
+_QUESTION = {"question": str, "answers": [{"text": str}]}
+_SQUAD = {"data": [{"title": str, "paragraphs": [{"context": str, "qas": [_QUESTION]}]}]}
+
+
+def _squad_rows(whole: Any) -> Iterator[Row]:
+    for a, article in enumerate(whole["data"]):
+        for p, paragraph in enumerate(article["paragraphs"]):
+            for q, qa in enumerate(paragraph["qas"]):
+                answers = [answer["text"] for answer in qa["answers"]]
+                if bool(answers) == bool(qa.get("is_impossible", False)):
+                    raise ValueError(
+                        f"data[{a}].paragraphs[{p}].qas[{q}].is_impossible contradicts"
+                        f" {len(answers)} answers"
+                    )
+                prompt = (
+                    f"Title: {article['title']}\n\nBackground: {paragraph['context']}\n\n"
+                    f"Question: {qa['question']}\n\nAnswer:"
+                )
+                # only version 2 has questions without an answer
+                yield {"prompt": prompt, "answers": answers, "version_2": "is_impossible" in qa}
+
+
+def _read_squad(path: Path) -> list[Row]:
+    try:
+        whole = json.loads(path.read_bytes())
+        _check(whole, _SQUAD)
+        if not (rows := list(_squad_rows(whole))):
+            raise ValueError("holds no questions")
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: {problem}; give SQuAD's dev-v1.1.json or dev-v2.0.json") from None
+    return rows
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case without punctuation, articles and surplus space, as SQuAD's evaluation script
+    compares answers.
+    """
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_f1(answer: str, right: str) -> float:
+    """The F1 of an answer's normalized words against a right answer's words. Where one of them has
+    no words, 1 if both have none, else 0.
+    """
+    got, want = normalize_answer(answer).split(), normalize_answer(right).split()
+    if not got or not want:
+        return float(got == want)
+    same = sum((Counter(got) & Counter(want)).values())
+    return 2 * same / (len(got) + len(want))  # = 2 P R / (P + R) of P = same / got, R = same / want
+
+
+def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
+    """`exact_match` and `f1` in percent: the best over a question's right answers.
+
+    The rules are those of the script for version 2. It ignores right answers that have no words
+    once normalized. A question without an answer wants an empty one. `has_ans_*` are over the
+    other questions of a version 2 file. Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018,
+    arXiv:1806.03822.
+    """
+    rights = [right for right in doc["answers"] if normalize_answer(right)] or [""]
+    exact = max(normalize_answer(results[0]) == normalize_answer(right) for right in rights)
+    f1 = max(answer_f1(results[0], right) for right in rights)
+    metrics = {"exact_match": 100.0 * exact, "f1": 100.0 * f1}
+    if doc["version_2"] and doc["answers"]:
+        metrics |= {f"has_ans_{name}": value for name, value in metrics.items()}
+        metrics["has_ans_samples"] = 1
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+_Task = tuple[Callable[[Path], list[Row]], type[ConfigurableTask], dict[str, Any], dict[str, Any]]
+
+# how the file is read, the kind of task, its metrics with their aggregation, its other settings
+FILE_TASKS: dict[str, _Task] = {
+    "hellaswag": (
+        lambda path: _lines(path, _hellaswag_row, "HellaSwag's hellaswag_val.jsonl"),
+        _HellaSwag,
+        dict.fromkeys(("acc", "acc_norm", "acc_bytes"), "mean"),
+        {
+            "output_type": "multiple_choice",
+            "doc_to_text": "query",
+            "doc_to_target": "label",
+            "doc_to_choice": "choices",
+        },
+    ),
+    "lambada": (
+        _read_lambada,
+        ConfigurableTask,
+        {"acc": "mean", "perplexity": "perplexity"},
+        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "word"},
+    ),
+    "squad": (
+        _read_squad,
+        ConfigurableTask,
+        {"exact_match": "mean", "f1": "mean", "has_ans_samples": sum},
+        {
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "",  # compared by `_squad_metrics`
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": SQUAD_ANSWER_TOKENS},
+            "process_results": _squad_metrics,
+        },
+    ),
+}
+
+
+def load(name: str, path: Path) -> ConfigurableTask:
+    """The task `name` of `FILE_TASKS` over the published file `path`.
+
+    Raises `UserError` that names the file and the line, or the place in SQuAD's JSON, where the
+    file is not as published.
+    """
+    read, kind, metrics, settings = FILE_TASKS[name]
+    # the tokenizers read half of a surrogate pair as U+FFFD too
+    rows = json.loads(replace_surrogates(json.dumps(read(path), ensure_ascii=False)))
+    listed = [
+        {"metric": metric, "aggregation": by, "higher_is_better": metric != "perplexity"}
+        for metric, by in metrics.items()
+    ]
+    data = {"custom_dataset": lambda: {"test": Dataset.from_list(rows)}, "test_split": "test"}
+    return kind(config={"task": name, "metric_list": listed, **data, **settings})
