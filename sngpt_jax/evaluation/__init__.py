@@ -1,1 +1,1 @@
-"""Scores of a model over a validation stream, downstream tasks, and the health of its sparse codes."""
+"""Scores of a model over a validation stream, downstream tasks, and health of sparse codes."""

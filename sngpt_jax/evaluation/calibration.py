@@ -63,7 +63,7 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
     return dataset.train
 
 
-# ---------------------------------------------------------------------------------------------- on the devices
+# ----------------------------------------------------------------------------------- on the devices
 
 
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     )
 
 
-# ---------------------------------------------------------------------------------------------- on the host
+# -------------------------------------------------------------------------------------- on the host
 
 
 def second_moments(

@@ -71,12 +71,12 @@ class Sums(NamedTuple):
     mean_square: Any  # [L], sum of the mean square of x_hat's coordinates
 
 
-# ---------------------------------------------------------------------------------------------- on the devices
+# ----------------------------------------------------------------------------------- on the devices
 
 
 def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
-    """The number of parents, over all P positions, whose children an earlier parent of the position
-    has too: parents of one group have equal children.
+    """The number of parents, over all P positions, whose children an earlier parent of the
+    position has too: parents of one group have equal children.
     """
     group_PK = jnp.sort(jnp.asarray(group_of_parent)[parents_PK], axis=-1)
     return jnp.sum(group_PK[:, 1:] == group_PK[:, :-1], dtype=jnp.int32)
@@ -157,14 +157,14 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     )
 
 
-# ---------------------------------------------------------------------------------------------- on the host
+# -------------------------------------------------------------------------------------- on the host
 
 _all_scores = jax.jit(cayley.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones fired too rarely, bool [..., |V|]; `counts` int64
-    [..., |V|] are over `tokens` tokens.
+    """Which features of a level with k active ones fired too rarely, bool [..., |V|]; `counts`
+    int64 [..., |V|] are over `tokens` tokens.
     """
     # in integers, so that a feature at the threshold is alive
     return RARE * counts * counts.shape[-1] < tokens * k
@@ -200,8 +200,8 @@ class Health:
     rms: np.ndarray
 
     def record(self) -> dict[str, float]:
-        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`; without the layer, the
-        mean over layers.
+        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`. Names without a layer
+        are means over layers.
         """
         found: dict[str, float] = {"code/tokens": self.tokens}
         for field in fields(self):

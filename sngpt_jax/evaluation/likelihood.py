@@ -105,7 +105,7 @@ class LanguageModel:
         tokens = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.bos_id], tokens]).astype(np.int32)
 
-    # ------------------------------------------------------------------------------------------ likelihoods
+    # ---------------------------------------------------------------------------------- likelihoods
 
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: OnProgress | None = None
@@ -190,7 +190,7 @@ class LanguageModel:
                 scored = slice(end - row.scored, end)
                 yield row, nll_BS[b, scored], greedy_BS[b, scored]
 
-    # ------------------------------------------------------------------------------------------ generation
+    # ----------------------------------------------------------------------------------- generation
 
     def generate(
         self,

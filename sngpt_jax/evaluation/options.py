@@ -25,7 +25,7 @@ class StreamOptions:
     tokens: int = 0  # number of tokens to score from the start of the stream; 0: all
     # n-gram cache that is mixed into the model's probabilities
     ngram: Literal["none", "hashed5", "backoff", "exact", "tilt"] = "none"
-    # the backoff cache counts as published: a target mixed at one order is not counted at lower ones
+    # backoff counts as published: a target mixed at one order is not counted at lower orders
     ngram_undercount: bool = False
     ngram_memory: float = 4.0  # most memory for the counts of the exact cache, in GiB
 

@@ -27,7 +27,7 @@ SQUAD_ANSWER_TOKENS = 32
 
 Row = dict[str, Any]
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row]:
@@ -65,7 +65,7 @@ def _check(value: Any, form: Any, where: str = "") -> None:
             _check(value[name], inner, place)
 
 
-# ---------------------------------------------------------------------------------------------- HellaSwag
+# ---------------------------------------------------------------------------------------- HellaSwag
 
 
 def _hellaswag_row(line: str) -> Row:
@@ -93,7 +93,7 @@ class _HellaSwag(ConfigurableTask):
         return {**super().process_results(doc, results), "acc_token_norm": right}
 
 
-# ---------------------------------------------------------------------------------------------- LAMBADA
+# ------------------------------------------------------------------------------------------ LAMBADA
 
 
 def _lambada_row(line: str) -> Row:
@@ -121,7 +121,7 @@ def _read_lambada(path: Path) -> list[Row]:
     return _lines(path, _lambada_json_row if is_json else _lambada_text_row, published)
 
 
-# ---------------------------------------------------------------------------------------------- SQuAD
+# -------------------------------------------------------------------------------------------- SQuAD
 
 _QUESTION = {"question": str, "answers": [{"text": str}]}
 _SQUAD = {"data": [{"title": str, "paragraphs": [{"context": str, "qas": [_QUESTION]}]}]}
@@ -193,7 +193,7 @@ def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 _Task = tuple[Callable[[Path], list[Row]], type[ConfigurableTask], dict[str, Any], dict[str, Any]]
 

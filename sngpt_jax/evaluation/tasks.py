@@ -34,7 +34,7 @@ logger = logging.getLogger("sngpt_jax")
 Metrics = dict[str, Any]
 Spec = dict[str, Path | None]  # a published file by task; None: the task is lm-eval's own
 
-# ---------------------------------------------------------------------------------------------- which
+# -------------------------------------------------------------------------------------------- which
 
 
 def parse_tasks(text: str, include: Path | None = None) -> Spec:
@@ -104,7 +104,7 @@ def _manager_of(name: str, include: Path | None) -> TaskManager:
     return manager
 
 
-# ---------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def run_tasks(

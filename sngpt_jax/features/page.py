@@ -120,7 +120,7 @@ def study(
 
 
 def page(study: dict[str, Any]) -> str:
-    """The HTML text of a page of `study`, the object that `--json` prints; it needs no other file."""
+    """The HTML text of a page of `study`, the object of `--json`. The page needs no other file."""
     layers = [
         layer
         | {

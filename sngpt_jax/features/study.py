@@ -87,7 +87,7 @@ class Slice:
             progress(done, self.windows.count)
 
 
-# ---------------------------------------------------------------------------------- the result
+# --------------------------------------------------------------------------------------- the result
 
 
 def text_reader(tokenizer: Tokenizer) -> Callable[[np.ndarray], str]:

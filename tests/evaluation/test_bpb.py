@@ -189,7 +189,7 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
     np.testing.assert_array_equal(read, np.maximum(given, 0))
 
 
-# ---------------------------------------------------------------------------------------------- of a model
+# --------------------------------------------------------------------------------------- of a model
 
 T = 16
 TINY = ModelConfig(

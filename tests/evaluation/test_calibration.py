@@ -75,7 +75,7 @@ class Recording(np.ndarray):
 
 
 def recorded(variables, run):
-    """{path: second moment} of all matrices while the numpy model `run` computes with `variables`."""
+    """{path: second moment} of all matrices, from a numpy model `run` that computes with them."""
     found = {}
 
     def wrap(path, leaf):
@@ -89,7 +89,7 @@ def recorded(variables, run):
     return {path: mean_products(*matrix.inputs) for path, matrix in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------- the moments
+# -------------------------------------------------------------------------------------- the moments
 
 
 def test_the_first_layers_are_those_written_out():
@@ -279,7 +279,7 @@ def test_numbers_of_tokens_that_do_not_fit_are_refused():
             moments_of(WIDE, params, stream, tokens)
 
 
-# ---------------------------------------------------------------------------------------------- which text
+# --------------------------------------------------------------------------------------- which text
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def check(sums, health, layer, expected, tokens, generators="spread"):
     np.testing.assert_allclose(health.rms[layer], math.sqrt(mean_square / tokens), rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- on the devices
+# ----------------------------------------------------------------------------------- on the devices
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_models_sums_are_those_of_its_taps():
         check(sums, health, layer, oracle(x, ids, CodeState(*(a[layer] for a in code))), 3 * T)
 
 
-# ---------------------------------------------------------------------------------------------- on the host
+# -------------------------------------------------------------------------------------- on the host
 
 
 def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
@@ -305,7 +305,7 @@ def test_sums_of_batches_add_up_without_rounding_to_float32():
     assert total.min_z.tolist() == [[-2.0, 0.25, 2.0]]
 
 
-# ---------------------------------------------------------------------------------------------- what is logged
+# ----------------------------------------------------------------------------------- what is logged
 
 
 def by_hand(**changes):
@@ -377,7 +377,7 @@ def test_numbers_that_are_not_finite_break_nothing(tmp_path):
     assert summarize(MODEL, fresh_code(), nan, 3).zombies.tolist() == [[0, 0, 0]]
 
 
-# ---------------------------------------------------------------------------------------------- over a stream
+# ------------------------------------------------------------------------------------ over a stream
 
 
 class Stream:

@@ -260,7 +260,7 @@ def test_a_sentencepiece_tokenizer_that_drops_spaces_loses_no_word(tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 def greedy_text(model, tokens, count):

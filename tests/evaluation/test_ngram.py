@@ -1,4 +1,4 @@
-"""The n-gram caches against literal Python, and what makes a score honest: order, causality, mass."""
+"""The n-gram caches against literal Python, and what makes a score valid: causality and mass."""
 
 import itertools
 import math
@@ -98,7 +98,7 @@ def play(mode, tokens, cuts=(), at=None, **kwargs):
 
 
 def hashed_oracle(mode, tokens, segments=(37, *[16] * 1000)):
-    """What the hashed caches give and with what weight, [n] each; an absent n-gram weighs nothing."""
+    """The hashed caches' p_ng [n, V] and its weight [n], 0 where no order knows the context."""
     orders = (5,) if mode == "hashed5" else range(2, 8)
     found = ngram_oracle.hashed(
         tokens.tolist(),
@@ -117,7 +117,7 @@ def hashed_oracle(mode, tokens, segments=(37, *[16] * 1000)):
     )
 
 
-# ---------------------------------------------------------------------------------------------- against literal Python
+# --------------------------------------------------------------------------- against literal Python
 
 
 @pytest.mark.parametrize("mode", ["hashed5", "backoff", "undercount"])
@@ -157,7 +157,7 @@ def test_published_tables_are_of_4_194_304_buckets(monkeypatch):
     assert "4,194,304 buckets, 32.0 MiB; not a probability distribution" in cache.about
 
 
-def test_hashed5_believes_a_context_seen_twice_and_not_a_target_with_fewer_than_four_tokens_before_it():
+def test_hashed5_needs_a_context_seen_twice_and_four_tokens_before_the_target():
     """A token that repeats: from index 4 on its context is counted, so index 6 is the first that
     is mixed.
     """
@@ -180,7 +180,8 @@ def test_undercount_keeps_a_mixed_target_from_the_orders_below():
     under.score(chunk)
     # with every target at every order: 30 tokens hold 31 - n n-grams, of which the first token, no
     # target, ends none
-    assert full._counts.tables[:, 0].max(1).tolist() == [30 - max(n - 1, 1) for n in range(7, 1, -1)]
+    expected = [30 - max(n - 1, 1) for n in range(7, 1, -1)]
+    assert full._counts.tables[:, 0].max(1).tolist() == expected
     # as published: two targets are counted at order n before the next one finds it known, then the
     # order above takes over
     assert under._counts.tables[:, 0].max(1).tolist() == [24, 3, 3, 3, 3, 3]
@@ -270,7 +271,7 @@ def test_tilt_lifts_the_hint_and_divides_by_the_sum():
     np.testing.assert_array_equal(scores[~hinted], chunk.nll[~hinted])
 
 
-# ---------------------------------------------------------------------------------------------- honesty
+# ------------------------------------------------------------------------------------------ honesty
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -364,7 +365,7 @@ def test_taking_the_mass_counts_as_scoring_does(mode):
     np.testing.assert_array_equal(cache.score(part(chunk, 700, 999)), whole[700:])
 
 
-# ---------------------------------------------------------------------------------------------- what can go wrong
+# -------------------------------------------------------------------------------- what can go wrong
 
 
 def test_too_little_memory_is_refused():

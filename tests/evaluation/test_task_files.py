@@ -74,7 +74,7 @@ def only(model, name, path):
     return run_tasks(model, {name: path})[name]
 
 
-# ---------------------------------------------------------------------------------------------- HellaSwag
+# ---------------------------------------------------------------------------------------- HellaSwag
 
 
 def shares(acc, acc_norm, acc_bytes, acc_token_norm, samples=1):
@@ -165,7 +165,7 @@ def test_a_line_of_another_kind_is_named(tmp_path, row, message):
     assert f"{path}, line 1: {message}" in only(Model(), "hellaswag", path)["error"]
 
 
-# ---------------------------------------------------------------------------------------------- LAMBADA
+# ------------------------------------------------------------------------------------------ LAMBADA
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"])
@@ -221,7 +221,7 @@ def test_a_passage_that_is_not_as_published_is_named(tmp_path, name, content, me
     assert message in only(Model(), "lambada", tmp_path / name)["error"]
 
 
-# ---------------------------------------------------------------------------------------------- SQuAD
+# -------------------------------------------------------------------------------------------- SQuAD
 
 
 def squad(*questions):

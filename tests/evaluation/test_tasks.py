@@ -1,5 +1,5 @@
-"""lm-eval's tasks on a model here: tiny tasks from local files against the model's own answers, which
-tasks there are, and tasks that cannot be run.
+"""lm-eval's tasks on a model here: tiny tasks from local files against the model's own answers,
+names of tasks, and tasks that cannot be run.
 """
 
 import json
@@ -222,7 +222,7 @@ def test_an_unknown_task_is_one_line(include, monkeypatch):
     # to list lm-eval's own takes it 15 s
     monkeypatch.setattr(tasks, "_manager", lambda include, own: local)
     wanted = (
-        r"--tasks tiny_choise: lm-eval has no task of this name \(commas separate tasks.*\); did you"
+        r"--tasks tiny_choise: lm-eval has no task of this name \(commas separate.*\); did you"
         r" mean tiny_choice"
     )
     with pytest.raises(UserError, match=wanted):
@@ -273,7 +273,7 @@ def test_hellaswag_and_lambada_equal_lm_evals_own(tmp_path):
         assert 0 < ours["acc"] < 1
 
 
-# ---------------------------------------------------------------------------------------------- which
+# -------------------------------------------------------------------------------------------- which
 
 
 def test_a_file_that_is_missing_leaves_the_others(tmp_path):

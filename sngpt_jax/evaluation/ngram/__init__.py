@@ -1,1 +1,1 @@
-"""N-gram caches: the scored tokens of a stream help to predict the next token. `cache` lists them."""
+"""N-gram caches: the scored tokens of a stream help to predict the next token."""
