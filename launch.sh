@@ -42,21 +42,8 @@ esac
 wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
 case "$command" in test | docs) wanted+=("$command") ;; esac
-if [ "$command" = evaluate ]; then
-  of_lm_eval='(^|,)[^,=]+(,|$)' # matches a list with a task without =PATH, which lm-eval provides
-  needs_eval='' option=''
-  for argument; do
-    case "$argument" in
-    --*=*) option=${argument%%=*} value=${argument#*=} ;;
-    -*) option=$argument value='' ;;
-    *) value=$argument ;;
-    esac
-    case "$option" in
-    --ngram) case "$value" in '' | none) ;; *) needs_eval=1 ;; esac ;;
-    --tasks) [[ "$value" =~ $of_lm_eval ]] && needs_eval=1 ;;
-    esac
-  done
-  [ -z "$needs_eval" ] || wanted+=(eval)
+if [ "$command" = evaluate ]; then # every cache's name begins with another letter than none's
+  case " $* " in *" --tasks"[=\ ]* | *" --ngram"[=\ ][!n]*) wanted+=(eval) ;; esac
 fi
 if [ "$command" = plan ] && [[ " $* " == *" --topology"* || " $* " == *" --kernels"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
   wanted+=(cuda13) # compiles for GPUs, also on a machine without one

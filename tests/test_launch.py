@@ -114,16 +114,13 @@ def test_prepare_needs_more_for_datatroves_executors(checkout, arguments, needed
         (["--ngram=tilt"], True),
         (["--ngram", "none"], False),
         (["--ngram-memory", "2"], False),
-        (["--tasks", "lambada=a b.txt,hellaswag=c=d.jsonl"], False),
-        (["--tasks=squad=dev-v2.0.json", "--task-limit", "5"], False),
-        (["--tasks", "lambada=x,piqa"], True),
+        (["--tasks", "lambada=a b.txt,hellaswag=c=d.jsonl"], True),
+        (["--tasks=squad=dev-v2.0.json", "--task-limit", "5"], True),
         (["--tasks", "piqa", "--json"], True),
-        (["--tasks=piqa,lambada=x"], True),
-        (["--tasks=piqa"], True),
-        (["--data", "piqa", "--tasks", "lambada=x"], False),
+        (["--data", "exact", "--json"], False),
     ],
 )
-def test_evaluate_needs_more_for_caches_and_for_tasks_without_a_file(checkout, arguments, needed):
+def test_evaluate_needs_more_for_caches_and_tasks(checkout, arguments, needed):
     launch(checkout, "train")
     done, calls = launch(checkout, "evaluate", "--run", "x", *arguments)
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     config = model.config.model
     if not config.levels:
         raise UserError(
-            f'{arguments.run}: has no sparse code to study (model.levels = ""); give a run of a'
+            f"{arguments.run}: has no sparse code to study (model.levels is empty); give a run of a"
             " recipe with one"
         )
     layers = parse_layers(arguments.layers, config.num_layers)

@@ -29,8 +29,7 @@ def truncated(
     """The model with only the first `num_levels` levels. No level depends on a later one, so the
     codes of the result are prefixes.
     """
-    features = 2 ** config.cayley_levels[num_levels - 1][0]
-    levels = ";".join(config.levels.split(";")[:num_levels])
+    features = 2 ** config.levels[num_levels - 1].n
     blocks = {
         i: block
         | {
@@ -41,7 +40,7 @@ def truncated(
         }
         for i, block in variables["blocks"].items()
     }
-    return replace(config, levels=levels), variables | {"blocks": blocks}
+    return replace(config, levels=config.levels[:num_levels]), variables | {"blocks": blocks}
 
 
 def losses_by_level(
@@ -52,7 +51,7 @@ def losses_by_level(
 
     Raises `UserError` if a loss is not finite.
     """
-    losses, count = [], len(model.config.model.cayley_levels)
+    losses, count = [], len(model.config.model.levels)
     for num_levels in range(1, count + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = score_stream(
@@ -70,7 +69,7 @@ def losses_by_level(
                 f"the loss of step {model.step} with {num_levels} levels is {score.loss}; take an"
                 " earlier --step"
             )
-        active = sum(k for _, k, _ in cut.cayley_levels)
+        active = sum(level.k for level in cut.levels)
         losses.append(
             {"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb}
         )
@@ -97,8 +96,8 @@ def study(
     rows = rows_at_a_time(windows, most, mesh.devices.size)
     select = make_selections(config, mesh, layers)
     levels = [
-        {"n": n, "k": k, "degree": degree, "features": len(level_range(config.cayley_levels, i))}
-        for i, (n, k, degree) in enumerate(config.cayley_levels)
+        {"n": n, "k": k, "degree": degree, "features": len(level_range(config.levels, i))}
+        for i, (n, k, degree) in enumerate(config.levels)
     ]
     return {
         "step": model.step,

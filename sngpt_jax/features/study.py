@@ -164,7 +164,7 @@ def study_slice(
     """`layers` with the counts of all features, and `features` with the examples of the chosen
     ones. Reads the slice once for each.
     """
-    levels, tokens, seq_len = config.cayley_levels, piece.windows.targets, piece.windows.seq_len
+    levels, tokens, seq_len = config.levels, piece.windows.targets, piece.windows.seq_len
     firing = FiringCounts(levels, config.generators, len(layers))
     for layer, ids, strengths, _, _ in piece.selections(progress("counts")):
         firing.add(layer, ids, strengths)
