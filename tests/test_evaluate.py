@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sngpt_jax.evaluation
 from sngpt_jax import evaluate
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
@@ -16,7 +19,7 @@ from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.evaluation.ngram import exact
 from sngpt_jax.model.forward import forward
 from sngpt_jax.weights.source import load_model
-from tests import ngram_oracle, tiny_run
+from tests import ngram_oracle
 
 pytestmark = pytest.mark.slow
 
@@ -42,28 +45,13 @@ def test_sliding_windows(capsys, tiny_trained):
     standard = run(capsys, tiny_trained, "--tokens", TOKENS)
     assert (standard["tokens"], standard["windows"]) == (TOKENS // 32 * 32, TOKENS // 32)
     assert found["loss"] != standard["loss"]
-    model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
-    own = score_validation(
-        model.config,
-        model.variables,
-        model.open_data(),
-        make_mesh(jax.devices()[:1]),
-        TOKENS,
-        stride=8,
-    )
+    mesh = make_mesh(jax.devices()[:1])
+    model = load_model(tiny_trained, mesh)
+    data = model.open_data()
+    own = score_validation(model.config, model.variables, data, mesh, TOKENS, stride=8)
     assert found["loss"] == pytest.approx(own.loss, rel=1e-6)  # eight devices and one
-    again = run(
-        capsys,
-        tiny_trained,
-        "--mode",
-        "sliding",
-        "--stride",
-        8,
-        "--tokens",
-        TOKENS,
-        "--tail",
-        "published",
-    )
+    sliding = ["--mode", "sliding", "--stride", 8, "--tokens", TOKENS, "--tail", "published"]
+    again = run(capsys, tiny_trained, *sliding)
     assert again["tokens"] == 992 + 3 * 8  # 31 windows' targets, and three windows overrun the end
 
 
@@ -94,13 +82,10 @@ def read(tiny_trained, repeating):
     model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
     tokens = open_dataset(repeating, 320).val.take(0, TOKENS + 1).astype(int)
     starts = [min(max(0, -(-(target - 31) // 16) * 16), TOKENS - 32) for target in range(TOKENS)]
-    logits = {
-        s: forward(model.config.model)(model.variables, jnp.asarray(tokens[None, s : s + 32]))
-        for s in set(starts)
-    }
-    rows = np.stack(
-        [np.asarray(logits[s][0, target - s], np.float64) for target, s in enumerate(starts)]
-    )
+    first, row = np.unique(starts, return_inverse=True)
+    inputs = jnp.asarray(tokens[first[:, None] + np.arange(32)])
+    logits = jax.jit(forward(model.config.model))(model.variables, inputs)
+    rows = np.asarray(logits, np.float64)[row, np.arange(TOKENS) - starts]
     return tokens.tolist(), np.exp(rows) / np.exp(rows).sum(1, keepdims=True)
 
 
@@ -162,14 +147,13 @@ def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, 
 
 
 @pytest.mark.parametrize("cache", ["hashed5", "exact"])
-def test_what_a_person_is_told_of_a_cache(tiny_trained, repeating, cache):
-    done = tiny_run.run(
-        "evaluate", "--run", tiny_trained, "--data", repeating, "--tokens", 320, "--ngram", cache
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("not a probability distribution" in done.stdout) == (not DISTRIBUTIONS[cache])
-    assert "bits/byte; mass of the vocabulary" in done.stdout
-    said = [line for line in done.stderr.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
+def test_what_a_person_is_told_of_a_cache(capsys, tiny_trained, repeating, cache):
+    options = ["--data", str(repeating), "--tokens", "320", "--ngram", cache]
+    assert evaluate.main(["--run", str(tiny_trained), *options]) == 0
+    out, err = capsys.readouterr()
+    assert ("not a probability distribution" in out) == (not DISTRIBUTIONS[cache])
+    assert "bits/byte; mass of the vocabulary" in out
+    said = [line for line in err.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
     # before it starts
     assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings for the mass")
 
@@ -179,26 +163,30 @@ def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
     text.write_text("abc def abc def\nfed cba fed cba\n")
     found = run(capsys, tiny_trained, "--tasks", f"lambada={text}", "--mode", "none")
     assert found["tasks"]["lambada"]["samples"] == 2 and "loss" not in found
-    found = run(
-        capsys, tiny_trained, "--tasks", f"lambada={text}", "--tokens", 64, "--task-limit", 1
-    )
+    options = ["--tokens", 64, "--task-limit", 1]
+    found = run(capsys, tiny_trained, "--tasks", f"lambada={text}", *options)
     assert found["tasks"]["lambada"]["samples"] == 1 and "loss" in found
 
 
-def test_a_task_that_cannot_run_leaves_the_others(tiny_trained, tmp_path):
+def test_a_task_that_cannot_run_leaves_the_others(capsys, tiny_trained, tmp_path):
     text = tmp_path / "lambada.txt"
     text.write_text("abc def abc def\n")
     spec = f"hellaswag={tmp_path}/none.jsonl,lambada={text}"
-    done = tiny_run.run(
-        "evaluate", "--run", tiny_trained, "--tasks", spec, "--mode", "none", "--json"
-    )
-    assert done.returncode == 2
-    found = json.loads(done.stdout)["tasks"]
-    assert (
-        found["lambada"]["samples"] == 1
-        and "none.jsonl: cannot be read" in found["hellaswag"]["error"]
-    )
-    assert done.stderr.splitlines()[-1].startswith("error: hellaswag: ")
+    with pytest.raises(UserError, match="^hellaswag: .*none.jsonl: cannot be read"):
+        run(capsys, tiny_trained, "--tasks", spec, "--mode", "none")
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    assert found["lambada"]["samples"] == 1
+    assert "none.jsonl: cannot be read" in found["hellaswag"]["error"]
+
+
+@pytest.mark.parametrize("found", [None, types.ModuleType("lm_eval")], ids=["missing", "too old"])
+def test_tasks_without_lm_eval_say_what_to_install(monkeypatch, tiny_trained, found):
+    monkeypatch.setitem(sys.modules, "lm_eval", found)
+    for name in ("tasks", "task_files", "lm_eval_model"):
+        monkeypatch.delitem(sys.modules, f"sngpt_jax.evaluation.{name}", raising=False)
+        monkeypatch.delattr(sngpt_jax.evaluation, name, raising=False)
+    with pytest.raises(UserError, match="--tasks needs the package lm-eval>=.* -m pip install"):
+        evaluate.main(["--run", str(tiny_trained), "--tasks", "lambada=x"])
 
 
 @pytest.mark.parametrize(
@@ -249,26 +237,18 @@ def test_streams_that_cannot_be_scored(tiny_trained, tiny_recipe, tmp_path):
         np.asarray(tokens, "<u2").tofile(tmp_path / name / "val.bin")
         return str(tmp_path / name)
 
-    for name, tokens, message in (
-        ("empty", [], "found 0 bytes"),
-        ("markless", [1] * 100, "stand for no text"),
-        ("short", [5] * 32, "has 32 tokens; one window needs"),
+    for name, tokens, mode, message in (
+        ("empty", [], "standard", "found 0 bytes"),
+        ("markless", [1] * 100, "sliding", "stand for no text"),
+        ("short", [5] * 32, "standard", "has 32 tokens; one window needs"),
         (
             "foreign",
             [5, 5, 5, 320] + [5] * 97,
+            "sliding",
             "expected tokens below the vocabulary size 320, found 320",
         ),
     ):
-        for mode in ("standard", "sliding"):
-            with pytest.raises(UserError, match=message):
-                evaluate.main(
-                    [
-                        "--run",
-                        str(tiny_trained),
-                        "--data",
-                        folder(f"{name}_{mode}", tokens),
-                        "--mode",
-                        mode,
-                    ]
-                )
+        options = ["--data", folder(name, tokens), "--mode", mode]
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--run", str(tiny_trained), *options])
     assert open_dataset(folder("fine", [5] * 100), 320).val.vocab_size == 320

@@ -294,11 +294,11 @@ def scored(config: Config) -> dict[str, Any]:
     """What the loop asks a validation for."""
     asked: dict[str, Any] = {}
 
-    def score_stream(*arguments: Any, **named: Any) -> None:
-        asked.update(windows=arguments[-1], tokens=named["device_batch_tokens"])
+    def score(scoring: loop.Pass) -> None:
+        asked.update(windows=scoring.windows, tokens=scoring.device_batch_tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "score_stream", score_stream)
+        patch.setattr(loop.Pass, "score", score)
         loop_of(config).score({})
     return asked
 

@@ -20,7 +20,7 @@ from sngpt_jax.config import file as config_file
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
-from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows
 from sngpt_jax.run import checkpoint
@@ -384,7 +384,7 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
     )
     coarse = json.loads(done.stdout)
     data = open_dataset(Path(config.data.dir), config.model.vocab_size)
-    on_three_bits = score_stream(
+    on_three_bits = Pass(
         quantize_variables(
             model.variables,
             dataclasses.replace(config, export=dataclasses.replace(config.export, mlp_bits=3)),
@@ -396,8 +396,8 @@ def test_evaluate_repeats_the_score_of_the_training_run(tiny_trained):
         data.tokenizer.token_bytes(),
         mesh,
         standard_windows(len(data.val), config.data.seq_len, 2048),
-        device_batch_tokens=1024,
-    )
+        1024,
+    ).score()
     assert coarse["fake_quantized"] and not result["fake_quantized"]
     assert coarse["loss"] == pytest.approx(on_three_bits.loss, rel=1e-5)
     assert abs(coarse["loss"] - result["loss"]) > 1e-4

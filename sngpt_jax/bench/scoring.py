@@ -27,7 +27,7 @@ from sngpt_jax.config import Config
 from sngpt_jax.config.options import Json, OptionalInt, Quiet
 from sngpt_jax.config.recipe import Overrides, parse_command
 from sngpt_jax.data.shards import Dataset, TokenStream, open_dataset
-from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, Mode, make_cache
 from sngpt_jax.evaluation.ngram.chunk import Chunk
@@ -90,9 +90,7 @@ def forward_speeds(
         count = -(-windows.num_rows // rows)
 
         def score(windows: Windows = windows, step: jax.stages.Wrapped = step) -> None:
-            score_stream(
-                variables, step, dataset.val, token_bytes, mesh, windows, device_batch_tokens=most
-            )
+            Pass(variables, step, dataset.val, token_bytes, mesh, windows, most).score()
 
         def forward(
             inputs: jax.Array = inputs, plain: jax.stages.Wrapped = plain, count: int = count

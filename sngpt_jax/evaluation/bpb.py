@@ -66,83 +66,70 @@ class Sum:
         self.total = float(np.cumsum(np.concatenate([[self.total], values]), dtype=np.float64)[-1])
 
 
-def token_scores(
-    variables: Variables,
-    eval_step: EvalStep,
-    stream: TokenStream,
-    mesh: Mesh,
-    windows: Windows,
-    *,
-    device_batch_tokens: int,
-    hints: Hints | None = None,
-    progress: OnProgress | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The readings of `eval_step` for the scored targets of one batch of windows after the other,
-    [n] by name in stream order.
-
-    "targets" are among them, and the "hints" that `hints(targets)` gives for them (-1: none).
-    `progress` counts rows; an exception that it raises ends the scoring.
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a model over a stream in windows. `progress` counts rows; an exception that it
+    raises ends the pass.
     """
-    rows = rows_at_a_time(windows, device_batch_tokens, mesh.devices.size)
-    place = batch_placer(mesh)
 
-    def dispatched() -> Iterator[tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch]]:
-        for batch in window_batches(stream, windows, rows):
-            arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
-            if hints:
-                on_host["hints"] = hints(on_host["targets"])
-                arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
-                arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
-            yield eval_step(variables, place(arrays)), on_host, batch
+    variables: Variables
+    eval_step: EvalStep
+    stream: TokenStream
+    token_bytes: TokenBytes
+    mesh: Mesh
+    windows: Windows
+    device_batch_tokens: int
+    progress: OnProgress | None = None
 
-    done = 0
-    for on_device, on_host, batch in one_behind(dispatched()):
-        found = {name: np.asarray(values)[batch.scored] for name, values in on_device.items()}
-        done += batch.count
-        if progress:
-            progress(done, windows.num_rows)
-        yield found | on_host
+    def readings(self, hints: Hints | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The readings of `eval_step` for the scored targets of one batch of windows after the
+        other, [n] by name in stream order.
 
+        "targets" are among them, and the "hints" that `hints(targets)` gives for them (-1: none).
+        """
+        place = batch_placer(self.mesh)
+        rows = rows_at_a_time(self.windows, self.device_batch_tokens, self.mesh.devices.size)
 
-def score_of(nll: float, stream: TokenStream, token_bytes: TokenBytes, windows: Windows) -> Score:
-    """The score of the windows' targets whose losses sum to `nll` nats. Raises `UserError` if the
-    targets stand for no text.
-    """
-    spans = windows.spans()
-    tokens = sum(stop - start for start, stop in spans)
-    total_bytes = sum(stream.count_bytes(token_bytes, first + 1, end + 1) for first, end in spans)
-    if not total_bytes:
-        raise UserError(
-            f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score"
-            " other data"
-        )
-    return Score(nll / tokens, nll / math.log(2) / total_bytes, tokens, total_bytes)
+        def dispatched() -> Iterator[
+            tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch]
+        ]:
+            for batch in window_batches(self.stream, self.windows, rows):
+                arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
+                if hints:
+                    on_host["hints"] = hints(on_host["targets"])
+                    arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
+                    arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
+                yield self.eval_step(self.variables, place(arrays)), on_host, batch
 
+        done = 0
+        for on_device, on_host, batch in one_behind(dispatched()):
+            found = {name: np.asarray(values)[batch.scored] for name, values in on_device.items()}
+            done += batch.count
+            if self.progress:
+                self.progress(done, self.windows.num_rows)
+            yield found | on_host
 
-def score_stream(
-    variables: Variables,
-    eval_step: EvalStep,
-    stream: TokenStream,
-    token_bytes: TokenBytes,
-    mesh: Mesh,
-    windows: Windows,
-    *,
-    device_batch_tokens: int,
-    progress: OnProgress | None = None,
-) -> Score:
-    """Scores `stream` in `windows`. The tokens' losses are float32, their sum float64."""
-    nll = Sum()
-    for found in token_scores(
-        variables,
-        eval_step,
-        stream,
-        mesh,
-        windows,
-        device_batch_tokens=device_batch_tokens,
-        progress=progress,
-    ):
-        nll.add(found["nll"])
-    return score_of(nll.total, stream, token_bytes, windows)
+    def score_of(self, nll: float) -> Score:
+        """The score of targets whose losses sum to `nll` nats. Raises `UserError` if the targets
+        stand for no text.
+        """
+        spans = self.windows.spans()
+        tokens = sum(stop - start for start, stop in spans)
+        count_bytes = self.stream.count_bytes
+        size = sum(count_bytes(self.token_bytes, first + 1, end + 1) for first, end in spans)
+        if not size:
+            raise UserError(
+                f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score"
+                " other data"
+            )
+        return Score(nll / tokens, nll / math.log(2) / size, tokens, size)
+
+    def score(self) -> Score:
+        """The score of the pass. The tokens' losses are float32, their sum float64."""
+        nll = Sum()
+        for found in self.readings():
+            nll.add(found["nll"])
+        return self.score_of(nll.total)
 
 
 def score_validation(
@@ -154,23 +141,24 @@ def score_validation(
     progress: OnProgress | None = None,
     stride: int = 0,
 ) -> Score:
-    """`score_stream` of a data set's validation tokens by a whole model, in windows as long as in
+    """The score of a data set's validation tokens by a whole model, in windows as long as in
     training.
 
     The windows are sliding windows of `stride`, or standard windows if it is 0.
     """
     num_tokens, seq_len = len(dataset.val), config.data.seq_len
-    return score_stream(
+    windows = (
+        sliding_windows(num_tokens, seq_len, stride, max_tokens)
+        if stride
+        else standard_windows(num_tokens, seq_len, max_tokens)
+    )
+    return Pass(
         variables,
         make_eval_step(config.model, mesh),
         dataset.val,
         dataset.tokenizer.token_bytes(),
         mesh,
-        (
-            sliding_windows(num_tokens, seq_len, stride, max_tokens)
-            if stride
-            else standard_windows(num_tokens, seq_len, max_tokens)
-        ),
-        device_batch_tokens=config.eval.device_batch_tokens,
-        progress=progress,
-    )
+        windows,
+        config.eval.device_batch_tokens,
+        progress,
+    ).score()

@@ -2,12 +2,8 @@
 rounds the matrices by H (Frantar et al. 2022, arXiv:2210.17323).
 
 `Observed` matrices replace the arrays in the model's variables. They record their inputs while the
-forward pass is traced, so the programs of training and scoring do not change.
-
-Cost. A token takes a forward pass without the head, and 2 n² operations per input of width n. The
-inputs are those of query, key and value (one input), out, up and down. With widths D and F, and K
-of H key/value heads, this is (3 D² + F²) / (2 D² + 2 D² K/H + 2 D F) of the matrices' own products:
-1.33 with F = 3 D and K = H/2. The host adds up 4 n² bytes per input and batch.
+forward pass is traced, so the programs of training and scoring do not change. A token costs a
+forward pass without the head, and 2 n² operations per input of width n.
 """
 
 from collections.abc import Iterator, Sequence

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, make_cache
 from sngpt_jax.evaluation.ngram.chunk import in_bytes
@@ -66,16 +66,12 @@ def score(
         first["hints"] = first["targets"].astype(np.int32)
     compiled = eval_step.lower(variables, batch_placer(mesh)(first)).compile()
     progress = progress_reporter("evaluate")
-
+    scoring = Pass(
+        variables, compiled, stream, token_bytes, mesh, windows, device_batch_tokens, progress
+    )
     start = time.perf_counter()
-    given = (variables, compiled, stream, token_bytes, mesh, windows)
-    if cache:
-        cached = ngram_score.score_with_cache(
-            *given, cache, device_batch_tokens=device_batch_tokens, progress=progress
-        )
-        found = cached.model
-    else:
-        found = score_stream(*given, device_batch_tokens=device_batch_tokens, progress=progress)
+    cached = ngram_score.score_with_cache(scoring, cache) if cache else None
+    found = cached.model if cached else scoring.score()
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         **found.as_dict(),
@@ -87,7 +83,7 @@ def score(
         "tok_per_s": found.tokens / seconds,
         "forward_tok_per_s": windows.num_rows * windows.seq_len / seconds,
     }
-    if cache:
+    if cached:
         del cache  # frees its tables before the next cache takes as much
         fresh = new_cache()
         mass = ngram_score.mass(fresh, cached.chunks, progress_reporter("mass"))

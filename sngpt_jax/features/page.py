@@ -12,7 +12,7 @@ from sngpt_jax.base import webpage
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import score_stream
+from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows
 from sngpt_jax.features.study import Slice, make_selections, study_slice
@@ -54,16 +54,16 @@ def losses_by_level(
     losses, count = [], len(model.config.model.levels)
     for num_levels in range(1, count + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
-        score = score_stream(
+        score = Pass(
             variables,
             make_eval_step(cut, mesh),
             dataset.val,
             dataset.tokenizer.token_bytes(),
             mesh,
             windows,
-            device_batch_tokens=model.config.eval.device_batch_tokens,
-            progress=progress_reporter(f"loss with {num_levels} of {count} levels"),
-        )
+            model.config.eval.device_batch_tokens,
+            progress_reporter(f"loss with {num_levels} of {count} levels"),
+        ).score()
         if not math.isfinite(score.loss):
             raise UserError(
                 f"the loss of step {model.step} with {num_levels} levels is {score.loss}; take an"

@@ -19,7 +19,7 @@ from sngpt_jax.cluster import processes
 from sngpt_jax.config import Config, Weights
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import Score, score_stream
+from sngpt_jax.evaluation.bpb import Pass, Score
 from sngpt_jax.evaluation.health import make_health_step, score_health
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows
@@ -242,16 +242,16 @@ class Run:
     def score(self, variables: Variables) -> Score:
         """Scores `variables` on the validation stream. Raises `Stopped` on a signal."""
         config = self.config
-        return score_stream(
+        return Pass(
             variables,
             self.eval_step,
             self.data.val,
             self.token_bytes,
             self.mesh,
             standard_windows(len(self.data.val), config.data.seq_len, config.eval.tokens),
-            device_batch_tokens=config.eval.device_batch_tokens,
-            progress=self.stoppable("validation"),
-        )
+            config.eval.device_batch_tokens,
+            self.stoppable("validation"),
+        ).score()
 
     def stoppable(self, what: str) -> Callable[[int, int], None]:
         """A function of (done, total) that reports the progress of `what`, and raises `Stopped`

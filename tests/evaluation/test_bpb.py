@@ -11,7 +11,7 @@ import pytest
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import TokenBytes
-from sngpt_jax.evaluation.bpb import Sum, score_stream, token_scores
+from sngpt_jax.evaluation.bpb import Pass, Sum
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
 from sngpt_jax.model.forward import forward, init_params
@@ -54,18 +54,10 @@ def fake_eval_step(variables, batch):
     return {"nll": (0.1 * targets + 0.01 * inputs[:, :1] + 0.001 * position).astype(np.float32)}
 
 
-def score(stream, windows, devices=1, device_batch_tokens=64, **kwargs):
+def score(stream, windows, devices=1, device_batch_tokens=64, progress=None):
     mesh = make_mesh(jax.devices()[:devices])
-    return score_stream(
-        None,
-        fake_eval_step,
-        stream,
-        BYTES,
-        mesh,
-        windows,
-        device_batch_tokens=device_batch_tokens,
-        **kwargs,
-    )
+    options = mesh, windows, device_batch_tokens, progress
+    return Pass(None, fake_eval_step, stream, BYTES, *options).score()
 
 
 def literal_score(tokens, pairs):
@@ -175,9 +167,7 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
 
     stream, mesh = Stream(60), make_mesh(jax.devices()[:2])
     windows = sliding_windows(60, 8, 3, 0)
-    found = list(
-        token_scores(None, step, stream, mesh, windows, device_batch_tokens=24, hints=hints)
-    )
+    found = list(Pass(None, step, stream, BYTES, mesh, windows, 24).readings(hints))
     assert asked == stream.tokens[1:].tolist()
     assert sent[0].shape == (6, 3)
     given = np.concatenate([piece["hints"] for piece in found])
@@ -209,9 +199,8 @@ def model_score(config, windows, devices, device_batch_tokens):
     params = init_params(config, jax.random.key(0))
     table = TokenBytes(np.ones(29, np.int32), np.zeros(29, bool), np.zeros(29, bool))
     step = make_eval_step(config, mesh)
-    return score_stream(
-        params, step, Stream(400, 29), table, mesh, windows, device_batch_tokens=device_batch_tokens
-    )
+    stream = Stream(400, 29)
+    return Pass(params, step, stream, table, mesh, windows, device_batch_tokens).score()
 
 
 @pytest.mark.parametrize("stride", [5, 16])

@@ -61,9 +61,7 @@ def run(tiny_recipe):
 def validate(run, monkeypatch, *values):
     """Validates after steps 0, 1, 2 … with these losses."""
     for step, loss in enumerate(values):
-        monkeypatch.setattr(
-            loop, "score_stream", lambda *a, loss=loss, **k: Score(loss, loss / 2, 10, 20)
-        )
+        monkeypatch.setattr(loop.Pass, "score", lambda _, loss=loss: Score(loss, loss / 2, 10, 20))
         run.done = step
         run.validate()
 
@@ -222,12 +220,12 @@ def test_a_validation_that_is_not_finite_stops(run, monkeypatch, loss):
 
 
 def test_a_signal_ends_a_validation_that_is_under_way(run, monkeypatch):
-    def score(*args, progress, **kwargs):
-        progress(1, 10)
+    def score(scoring):
+        scoring.progress(1, 10)
         run.signals.received = "SIGTERM"
-        progress(2, 10)
+        scoring.progress(2, 10)
 
-    monkeypatch.setattr(loop, "score_stream", score)
+    monkeypatch.setattr(loop.Pass, "score", score)
     with pytest.raises(Stopped):
         run.validate()
     assert run.position.latest is None

@@ -2,16 +2,7 @@
 
 A cache makes one pass from left to right over the whole stream. The targets are the stream's tokens
 from the second on. The cache takes the model's readings of the next targets, scores these targets,
-and only then counts them. The modes:
-
-    hashed5   5-grams in hashed tables, mixed with weight 0.2 into the target's probability
-    backoff   orders 7 to 2 in hashed tables, mixed with a weight that grows with the entropy
-    exact     collision-free counts of orders 1 to 7, Witten-Bell, with learned weights
-    tilt      a hint from the tokens that mostly followed the last 15 tokens, raised by e^β
-
-The hashed modes are not probability distributions. A bucket holds the counts of all n-grams that
-fall into it, and every token of the vocabulary inherits them. `Cache.mass` measures this: the sum
-over the vocabulary of the probabilities that the cache would have given.
+and only then counts them.
 """
 
 from collections.abc import Callable

@@ -10,15 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from sngpt_jax.data.shards import TokenStream
-from sngpt_jax.data.tokenizer import TokenBytes
-from sngpt_jax.evaluation.bpb import EvalStep, Score, Sum, score_of, token_scores
+from sngpt_jax.evaluation.bpb import Pass, Score, Sum
 from sngpt_jax.evaluation.ngram.cache import Cache
 from sngpt_jax.evaluation.ngram.chunk import Chunk
-from sngpt_jax.evaluation.windows import OnProgress, Windows
-from sngpt_jax.model.forward import Variables
+from sngpt_jax.evaluation.windows import OnProgress
 
 PROBES = 10_000  # positions at which the mass is measured
 
@@ -67,43 +63,21 @@ def warm_up(cache: Cache) -> None:
     cache.score(Chunk(targets, none, none, none, hints, none))
 
 
-def score_with_cache(
-    variables: Variables,
-    eval_step: EvalStep,
-    stream: TokenStream,
-    token_bytes: TokenBytes,
-    mesh: Mesh,
-    windows: Windows,
-    cache: Cache,
-    *,
-    device_batch_tokens: int,
-    progress: OnProgress | None = None,
-) -> CachedScore:
-    """Scores `stream` as `score_stream` does, by the model and by the model with a new `cache`, in
-    one pass.
+def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
+    """The scores of a pass by the model and by the model with a new `cache`.
 
     One cache on the host sees the targets in order, whatever the number of devices. It works on a
-    batch while the devices work on the next. `eval_step` gives `readings_for(cache)`. The windows
-    have no published tail, because a cache counts each target once.
+    batch while the devices work on the next. `scoring.eval_step` gives `readings_for(cache)`. The
+    windows have no published tail, because a cache counts each target once.
     """
     by_model, mixed = Sum(), Sum()
     chunks: list[Chunk] = []
-    for found in token_scores(
-        variables,
-        eval_step,
-        stream,
-        mesh,
-        windows,
-        device_batch_tokens=device_batch_tokens,
-        hints=cache.hints,
-        progress=progress,
-    ):
+    for found in scoring.readings(cache.hints):
         chunk = Chunk(**found)
         by_model.add(chunk.nll)
         mixed.add(cache.score(chunk))
         chunks.append(chunk)
-    model, score = (score_of(sum.total, stream, token_bytes, windows) for sum in (by_model, mixed))
-    return CachedScore(model, score, chunks)
+    return CachedScore(scoring.score_of(by_model.total), scoring.score_of(mixed.total), chunks)
 
 
 def mass(cache: Cache, chunks: list[Chunk], progress: OnProgress | None = None) -> Mass:
