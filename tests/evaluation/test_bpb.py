@@ -15,6 +15,7 @@ from sngpt_jax.evaluation.bpb import Pass, Sum
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
 from sngpt_jax.model.forward import forward, init_params
+from tests.evaluation.test_windows import literal
 
 V = 11
 
@@ -72,47 +73,24 @@ def literal_score(tokens, pairs):
     return math.fsum(nll) / len(nll), math.fsum(nll) / math.log(2) / total, len(nll), total
 
 
-@pytest.mark.parametrize("length", [9, 10, 16, 17, 18, 100, 257])
-@pytest.mark.parametrize("seq_len", [1, 8])
-def test_standard_windows_equal_a_literal_loop(length, seq_len):
+@pytest.mark.parametrize(
+    ("length", "seq_len", "stride", "tail"),
+    [
+        *((length, T, S, "full") for length, T, S in [(9, 8, 8), (100, 1, 1), (257, 8, 8)]),
+        *((102, 8, stride, "full") for stride in (1, 3, 5)),
+        (45, 8, 2, "published"),
+    ],
+)
+def test_scores_equal_a_literal_loop(length, seq_len, stride, tail):
     stream = Stream(length)
-    pairs = [
-        (start, position)
-        for start in range(0, length - seq_len, seq_len)
-        for position in range(seq_len)
-    ]
-    got = score(stream, standard_windows(length, seq_len, 0))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
-        literal_score(stream.tokens, pairs), rel=1e-12
-    )
+    windows = sliding_windows(length, seq_len, stride, 0, tail)
+    got = score(stream, windows)
+    expected = literal_score(stream.tokens, literal(length - 1, seq_len, stride, tail))
+    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 5, 8])
-def test_sliding_windows_equal_a_literal_loop(stride):
-    stream = Stream(102)
-    pairs = [(0, position) for position in range(8)]
-    for target in range(8, 101):  # in the first window that reaches it, or the last one of all
-        start = min(math.ceil((target - 7) / stride) * stride, 101 - 8)
-        pairs.append((start, target - start))
-    got = score(stream, sliding_windows(102, 8, stride, 0))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
-        literal_score(stream.tokens, pairs), rel=1e-12
-    )
-
-
-def test_the_published_tail_scores_the_last_targets_again_and_again():
-    """submissions 333, 465, 1573: T = 8, stride 2, 40 targets used of 44."""
-    stream, pairs = Stream(45), []
-    for start in range(0, 40, 2):
-        length = min(8, 40 - start)
-        pairs += [
-            (start, position) for position in range(0 if start == 0 else max(length - 2, 0), length)
-        ]
-    assert len(pairs) == 40 + 3 * 2
-    got = score(stream, sliding_windows(45, 8, 2, 0, "published"))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(
-        literal_score(stream.tokens, pairs), rel=1e-12
-    )
+def test_a_partial_standard_window_is_dropped():
+    assert score(Stream(24), standard_windows(24, 8, 0)).tokens == 16
 
 
 @pytest.mark.parametrize(

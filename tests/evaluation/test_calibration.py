@@ -92,28 +92,6 @@ def recorded(variables, run):
 # -------------------------------------------------------------------------------------- the moments
 
 
-def test_the_first_layers_are_those_written_out():
-    model = changed(num_layers=1)
-    params, stream = random_params(model), stream_of(random_tokens(7 * T))
-    got = moments_of(model, params, stream, 7 * T)
-
-    p, tokens = in_float64(params), stream.take(0, 7 * T).reshape(7, T)
-    block = p["blocks"][0]
-    x = oracles.rms_norm(p["embed"]["table"][tokens])
-    u = (block["resid_mix"][0] + block["resid_mix"][1]) * x
-    normed = oracles.rms_norm(u)
-    # the projection as the identity leaves what enters it
-    heads, _ = oracles.attention(model, 0, {**block["attn"], "out": np.eye(24)}, normed)
-    u = u + block["attn_scale"] * (heads @ block["attn"]["out"])
-    hidden = oracles.relu2(oracles.rms_norm(u) @ block["mlp"]["up"])
-    for name in ("query", "key", "value"):
-        close(got[f"blocks/0/attn/{name}"], mean_products(normed))
-    close(got["blocks/0/attn/out"], mean_products(heads))
-    close(got["blocks/0/mlp/up"], mean_products(oracles.rms_norm(u)))
-    close(got["blocks/0/mlp/down"], mean_products(hidden))
-    assert len(got) == 6
-
-
 COMPACT = {
     "plain": {},
     "recycled": {"recycle_layers": (1, 0, 1)},
@@ -299,12 +277,6 @@ def dataset_of(train, val):
         for paths in (train, val)
     )
     return Dataset(train[0].parent, *splits, tokenizer=None, manifest=None)
-
-
-def test_training_shards_of_their_own_are_taken(shard_files):
-    first, second, val = shard_files
-    dataset = dataset_of([first, second], [val])
-    assert training_stream(dataset, 1500) is dataset.train
 
 
 def test_validation_text_is_refused(shard_files, tmp_path):
