@@ -50,14 +50,14 @@ def _check(value: Any, form: Any, where: str = "") -> None:
     """Raises ValueError that names the place, unless `value` has the `form`: a type, a list with
     the form of its items, or a dict with the forms of its keys. Other keys are ignored.
     """
-    kind = form if isinstance(form, type) else type(form)
-    if not isinstance(value, kind):
-        found = type(value).__name__
-        raise ValueError(f"{where or 'the line'} is of type {found}, expected {kind.__name__}")
-    if kind is list:
+    kind, found = form if isinstance(form, type) else type(form), type(value)
+    if found is not kind:
+        at = where or "the line"
+        raise ValueError(f"{at} is of type {found.__name__}, expected {kind.__name__}")
+    if isinstance(form, list):
         for i, item in enumerate(value):
             _check(item, form[0], f"{where}[{i}]")
-    elif kind is dict:
+    elif isinstance(form, dict):
         for name, inner in form.items():
             place = f"{where}.{name}".removeprefix(".")
             if name not in value:

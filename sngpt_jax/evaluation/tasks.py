@@ -219,6 +219,10 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
         if isinstance(value, Real) and name != "sample_len"
     }
     return {
-        name: None if not math.isfinite(value) else value if type(value) is int else float(value)
+        name: None
+        if not math.isfinite(value)
+        else value
+        if isinstance(value, int)
+        else float(value)
         for name, value in kept.items()
     }

@@ -175,7 +175,8 @@ def study_slice(
         for feature in ids
     ]
     places = [(layer, feature) for layer, _, feature in chosen]
-    examples = Examples(places, *firing.counts.shape, contexts)
+    num_layers, num_features = firing.counts.shape
+    examples = Examples(places, num_layers, num_features, contexts)
     for selection in piece.selections(progress("examples")):
         examples.add(*selection)
 
