@@ -26,7 +26,7 @@ import pyarrow
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import file_sha256
-from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.manifest import DataError, explained
 from sngpt_jax.data.tokenizer import replace_surrogates
 
 logger = logging.getLogger("sngpt_jax")
@@ -64,7 +64,7 @@ def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
     exist; the iterator raises `DataError` for damaged text.
     """
     if source.startswith("hub:"):
-        texts = _hub_texts(*_hub_parts(source), part, parts)
+        texts = _hub_texts(source, part, parts)
     else:
         files = _files(source)
         files = files[len(files) * part // parts : len(files) * (part + 1) // parts]
@@ -77,9 +77,8 @@ def count_parts(source: str) -> int:
     """How many parts `documents` can cut `source` into: one per file, but at most `MAX_PARTS`.
     Raises `UserError`.
     """
-    if source.startswith("hub:"):
-        return min(_hub_files(*_hub_parts(source)), MAX_PARTS)
-    return min(len(_files(source)), MAX_PARTS)
+    files = _hub_files(source) if source.startswith("hub:") else len(_files(source))
+    return min(files, MAX_PARTS)
 
 
 def text_bytes(source: str) -> int:
@@ -128,11 +127,6 @@ def imported(package: str, what: str) -> Any:
     except ImportError:
         pip = shlex.join([sys.executable, "-m", "pip", "install", package])
         raise UserError(f"{what} needs the package {package}; install it: {pip}") from None
-
-
-def in_one_line(error: BaseException) -> str:
-    """The kind and message of an exception of another package."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _files(source: str) -> list[Path]:
@@ -209,7 +203,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     number = 0
-    try:
+    with explained(lambda: f"{path}:{number}: cannot be read"):
         if codec and not path.stat().st_size:
             raise OSError("the file is empty")
         # reads on over members and frames
@@ -218,12 +212,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if len(line) > MAX_DOCUMENT:
                     raise DataError(f"{path}:{number}: {_TOO_LONG}")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read to its end: {in_one_line(error)}") from None
 
 
 def _txt_texts(path: Path) -> Iterator[str]:
@@ -242,14 +230,11 @@ def _txt_texts(path: Path) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from None
-        yield _text_of(row, f"{path}:{number}")
+    number = 0
+    with explained(lambda: f"{path}:{number}: not JSON"):
+        for number, line in _lines(path):
+            if line.strip():
+                yield _text_of(json.loads(line), f"{path}:{number}")
 
 
 def _text_of(row: Any, where: str) -> str:
@@ -269,18 +254,14 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     from pyarrow import parquet  # loads a large library that only this needs
 
     row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if "text" not in (columns := file.schema_arrow.names):
-                raise DataError(f"{path}: no column 'text'; columns: {', '.join(columns)}")
-            # decodes one row group's pages at a time
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for value in batch.column(0):
-                    row += 1
-                    yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "damaged or no Parquet"
-        raise DataError(f"{path}: row {row}: {problem}: {in_one_line(error)}") from None
+    with explained(lambda: f"{path}: row {row}: cannot be read"), parquet.ParquetFile(path) as file:
+        if "text" not in (columns := file.schema_arrow.names):
+            raise DataError(f"{path}: no column 'text'; columns: {', '.join(columns)}")
+        # decodes one row group's pages at a time
+        for batch in file.iter_batches(batch_size=256, columns=["text"]):
+            for value in batch.column(0):
+                row += 1
+                yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
 
 
 # ------------------------------------------------------------ Hugging Face
@@ -296,27 +277,20 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
     return match["name"], match["config"], match["split"] or "train"
 
 
-def _hub_files(name: str, config: str | None, split: str) -> int:
+def _load_hub(name: str, config: str | None, split: str) -> Any:
     datasets = imported("datasets", f"source hub:{name}")
-    try:
-        return datasets.load_dataset(name, config, split=split, streaming=True).num_shards
-    except Exception as error:  # whatever the network and the hub raise
-        raise DataError(
-            f"source hub:{name}: the data set's files cannot be listed: {in_one_line(error)}"
-        ) from None
+    return datasets.load_dataset(name, config, split=split, streaming=True)
 
 
-def _hub_texts(name: str, config: str | None, split: str, part: int, parts: int) -> Iterator[str]:
-    datasets = imported("datasets", f"source hub:{name}")
+def _hub_files(source: str) -> int:
+    with explained(lambda: f"source {source}: the data set's files cannot be listed"):
+        return _load_hub(*_hub_parts(source)).num_shards
+
+
+def _hub_texts(source: str, part: int, parts: int) -> Iterator[str]:
     row = 0
-    try:
-        data = datasets.load_dataset(name, config, split=split, streaming=True)
+    with explained(lambda: f"source {source}: the data set fails after row {row}"):
+        data = _load_hub(*_hub_parts(source))
         for values in data.shard(parts, part) if parts > 1 else data:  # a run of whole files
             row += 1
-            yield _text_of(values, f"hub:{name}: row {row}")
-    except UserError:
-        raise
-    except Exception as error:  # whatever the network, the hub and the data set's format raise
-        raise DataError(
-            f"source hub:{name}: the data set fails after row {row}: {in_one_line(error)}"
-        ) from None
+            yield _text_of(values, f"{source}: row {row}")

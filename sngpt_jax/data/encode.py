@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.data.manifest import explained
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about a tenth of a second's work
@@ -66,16 +67,12 @@ def _work(source: str, chunk: Chunk) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
-    encoded = []
     first, texts = chunk
-    for number, text in enumerate(texts, first):
-        try:
+    encoded: Encoded = []
+    with explained(lambda: f"{source}: document {first + len(encoded)} cannot be tokenized"):
+        for text in texts:
             document = tokenizer.encode_document(text)
-        except Exception as error:  # names the document, which the tokenizer does not know
-            raise UserError(
-                f"{source}: document {number} cannot be tokenized: {type(error).__name__}: {error}"
-            ) from error
-        encoded.append((np.asarray(document.tokens, np.uint16), document.extra))
+            encoded.append((np.asarray(document.tokens, np.uint16), document.extra))
     return encoded
 
 

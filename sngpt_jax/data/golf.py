@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import problem_of_name, shown
-from sngpt_jax.data.corpus import imported, in_one_line
-from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.corpus import imported
+from sngpt_jax.data.manifest import DataError, explained
 from sngpt_jax.data.shards import DOWNLOAD, open_shard
 from sngpt_jax.data.tokenizer import load_tokenizer
 
@@ -31,10 +31,8 @@ def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
         if problem := problem_of_name(name):
             raise DataError(f"{REPO}: its manifest names {shown(name)}, which {problem}")
         file = f"datasets/{name}"
-        try:
+        with explained(lambda: f"{REPO}: {file} cannot be fetched"):
             return Path(hub.hf_hub_download(REPO, file, repo_type="dataset", local_dir=folder))
-        except Exception as error:  # whatever the network and the hub raise
-            raise UserError(f"{REPO}: {file} cannot be fetched: {in_one_line(error)}") from None
 
     with tempfile.TemporaryDirectory() as folder:
         dataset, model_path, shards = _entry(fetch("manifest.json", Path(folder)), vocab_size)
@@ -80,15 +78,15 @@ def _entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
     per split.
     """
     where, name = f"{REPO}: datasets/manifest.json", f"fineweb10B_sp{vocab_size}"
-    try:
+    with explained(lambda: f"{where}: not the layout that this program knows"):
         values = typed_json.loads(manifest.read_bytes())
-        by_name = {entry["name"]: entry for entry in values["datasets"]}
+        sets = {entry["name"]: entry for entry in values["datasets"]}
         models = {
             x["name"]: str(x["model_path"]) for x in values["tokenizers"] if "model_path" in x
         }
-        if name not in by_name:
-            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(by_name))[:500]}")
-        tokenizer, stats = by_name[name]["tokenizer_name"], by_name[name]["stats"]
+        if name not in sets:
+            raise DataError(f"{where}: no {name}; it has {', '.join(sorted(sets))[:500]}")
+        tokenizer, stats = sets[name]["tokenizer_name"], sets[name]["stats"]
         if tokenizer not in models:
             raise DataError(
                 f"{where}: no SentencePiece tokenizer {shown(tokenizer)} for {name}; it has"
@@ -96,7 +94,3 @@ def _entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
             )
         files = {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
         return name, models[tokenizer], files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{where}: not the layout that this program knows: {in_one_line(error)}"
-        ) from None

@@ -4,10 +4,12 @@ Both are read strictly: an unknown, missing or ill-typed key is an error, and a 
 lead out of the folder.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,20 @@ class DataError(UserError):
     """Token data that is missing, damaged or made otherwise than asked for. The message names the
     file, and what was expected and found.
     """
+
+
+@contextlib.contextmanager
+def explained(where: Callable[[], str]) -> Iterator[None]:
+    """Turns whatever another package raises in the block into a `DataError` of one line that begins
+    with `where()`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{where()}: {type(error).__name__}: {reason}") from None
 
 
 @dataclass(frozen=True)

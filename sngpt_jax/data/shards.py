@@ -6,7 +6,7 @@ version 1, token count, zeros), then the tokens as little-endian uint16. nanoGPT
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from sngpt_jax.data.manifest import (
     Manifest,
     ShardEntry,
     check_sha256,
+    explained,
     load_manifest,
     verify,
 )
@@ -53,14 +54,11 @@ def write_hashed(path: Path, content: bytes) -> str:
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
     """Writes `tokens` (uint16 [N], 1 ≤ N < 2^31) as a shard, atomically; returns its SHA-256."""
-    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 1 <= len(tokens) <= MAX_SHARD_TOKENS:
-        raise ValueError(
-            f"a shard takes 1 to {MAX_SHARD_TOKENS} uint16 tokens, not {tokens.dtype}"
-            f" {tokens.shape}"
-        )
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    return write_hashed(path, b"".join([header.data, np.ascontiguousarray(tokens, TOKEN).data]))
+    return write_hashed(
+        path, b"".join([header.data, tokens.astype(TOKEN, "C", "safe", copy=False).data])
+    )
 
 
 def open_shard(path: Path) -> np.memmap:
@@ -89,38 +87,35 @@ def open_shard(path: Path) -> np.memmap:
 def open_headerless(path: Path) -> np.memmap:
     """Maps a file of uint16 tokens without a header (nanoGPT's form). Raises `DataError`."""
     size = plain_size(path, DataError)
-    if size == 0 or size % TOKEN.itemsize:
-        raise DataError(
-            f"{path}: expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
-        )
-    tokens = np.memmap(path, TOKEN, "r")
-    if tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
-        raise DataError(
-            f"{path}: expected tokens alone, found a shard header; name it *_{path.stem}_000000.bin"
-            " instead"
-        )
-    return tokens
+    tokens = np.memmap(path, TOKEN, "r") if size and size % TOKEN.itemsize == 0 else None
+    if tokens is None:
+        problem = f"expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
+    elif tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
+        problem = "expected tokens alone, found a shard header"
+        problem += f"; name it *_{path.stem}_000000.bin instead"
+    else:
+        return tokens
+    raise DataError(f"{path}: {problem}")
 
 
 def open_extra(path: Path, tokens: int) -> np.ndarray:
     """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending.
     Raises `DataError`.
     """
-    try:
+    with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
             # Later versions may state a header of 4 GB, which numpy allocates.
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("expected version 1.0 of npy")
         # A mapped file must be as long as its header says. `np.load` would also take archives.
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
-    except Exception as error:  # numpy raises many kinds for headers that it cannot read
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
-        raise DataError(f"{path}: expected int64 [n, 2], found {rows.dtype} {list(rows.shape)}")
-    bounded = np.concatenate([[-1], rows[:, 0], [tokens]])
-    if (bounded[1:] <= bounded[:-1]).any():
-        raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
-    return rows
+        problem = f"int64 [n, 2], found {rows.dtype} {list(rows.shape)}"
+    elif ((ends := np.concatenate([[-1], rows[:, 0], [tokens]]))[1:] <= ends[:-1]).any():
+        problem = f"ascending token positions below {tokens}, found others"
+    else:
+        return rows
+    raise DataError(f"{path}: expected {problem}")
 
 
 # ------------------------------------------------------------ a split as a stream
@@ -276,31 +271,29 @@ def _tokenizer_file(directory: Path) -> Path:
 def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
     """The train and val shards of a folder of any of the three kinds."""
 
-    def mapped(paths: Iterable[Path]) -> list[Shard]:
-        return [Shard(path, open_shard(path), NO_EXTRA) for path in sorted(paths)]
+    def mapped(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> list[Shard]:
+        return [Shard(path, read(path), NO_EXTRA) for path in sorted(paths)]
 
-    if manifest:
-        if not (manifest.train and manifest.val):
-            raise DataError(
-                f"{directory / MANIFEST}: names no shards of {'val' if manifest.train else 'train'}"
-            )
-        return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
-    if unfinished(directory):
-        raise DataError(
-            f"{directory}: its preparation has not finished; run the same prepare command again to"
-            " resume it"
-        )
     train, val = (list(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
-    if train and val:
-        return mapped(train), mapped(val)
     plain = [directory / "train.bin", directory / "val.bin"]
-    if not all(path.is_file() for path in plain):
-        raise DataError(
-            f"{directory}: expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or"
-            " train.bin and val.bin; found none"
+    if manifest and manifest.train and manifest.val:
+        return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
+    if manifest:
+        problem = f"{MANIFEST} names no shards of {'val' if manifest.train else 'train'}"
+    elif unfinished(directory):
+        problem = (
+            "its preparation has not finished; run the same prepare command again to resume it"
         )
-    one, other = (Shard(path, open_headerless(path), NO_EXTRA) for path in plain)
-    return [one], [other]
+    elif train and val:
+        return mapped(train, open_shard), mapped(val, open_shard)
+    elif all(path.is_file() for path in plain):
+        return mapped(plain[:1], open_headerless), mapped(plain[1:], open_headerless)
+    else:
+        problem = (
+            f"expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and"
+            " val.bin; found none"
+        )
+    raise DataError(f"{directory}: {problem}")
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:

@@ -22,6 +22,7 @@ import tokenizers
 
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.data.manifest import explained
 
 MAX_VOCAB = 65_536  # tokens are stored as uint16
 MAX_BYTES = 64 * 2**20  # of a tokenizer's file; GPT-2's has 2 MB
@@ -257,16 +258,10 @@ class ByteLevelTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, data: bytes):
-        try:
+        with explained(lambda: f"{path}: not a tokenizer.json, or a damaged one"):
             # The package makes a list of this length.
             check_vocab(path, _largest_id(typed_json.loads(data)) + 1)
             tok = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except UserError:
-            raise
-        except Exception as error:  # the package raises the bare class
-            raise UserError(
-                f"{path}: not a tokenizer.json, or a damaged one: {str(error)[:200]}"
-            ) from None
         tok.encode_special_tokens = True
         tok.no_truncation()
         tok.no_padding()

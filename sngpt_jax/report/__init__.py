@@ -1,1 +1,1 @@
-"""Runs side by side: what their directories hold, as one HTML page."""
+"""Runs compared on one HTML page."""

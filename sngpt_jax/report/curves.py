@@ -1,4 +1,4 @@
-"""Curves of many thousand points made short enough to draw."""
+"""Long curves made short enough to draw."""
 
 import numpy as np
 
@@ -6,12 +6,11 @@ from sngpt_jax.report.reading import Series
 
 
 def thin(values: np.ndarray, limit: int) -> np.ndarray:
-    """Indices, ascending, of at most `limit` of `values` [N], N of them where N is no more;
-    `limit` is at least 10.
+    """The ascending indices of at most `limit` (at least 10) of `values` [N]; all if N ≤ `limit`.
 
-    The first and the last are among them. The others are, of each of equally long stretches, the
-    first, the last, the smallest and the largest, and the first that is not finite: a spike of one
-    step stays as high as it was, a gap stays one.
+    They include the first and the last value. They also include from each of equally long stretches
+    the first, the last, the smallest and the largest value, and the first that is not finite. So a
+    spike of one step keeps its height, and a gap stays a gap.
     """
     n = len(values)
     if n <= limit:
@@ -22,19 +21,16 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
         finite = np.isfinite(part)
         chosen = [0, len(part) - 1]
         if finite.any():
-            chosen += [
-                int(np.argmin(np.where(finite, part, np.inf))),
-                int(np.argmax(np.where(finite, part, -np.inf))),
-            ]
+            chosen += [np.nanargmin(part), np.nanargmax(part)]
         if not finite.all():
-            chosen.append(int(np.argmin(finite)))
+            chosen.append(np.argmin(finite))
         kept.append(stretch[np.unique(chosen)])
     return np.concatenate(kept)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """For each of `values` [N] the mean of the finite ones of the `window` (odd) around it, fewer
-    at the ends; NaN of none.
+    """The mean of the finite values among the `window` (odd) around each of `values` [N], which are
+    fewer at the ends; NaN if there are none.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -46,6 +42,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smooth(series: Series) -> Series | None:
-    """The running mean over a fiftieth of the points; None where they are too few for that."""
+    """The running mean over a fiftieth of the points; None if there are too few."""
     window = len(series.values) // 50
     return Series(series.steps, running_mean(series.values, window | 1)) if window >= 3 else None

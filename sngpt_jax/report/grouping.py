@@ -1,6 +1,4 @@
-"""Runs that differ only in their seed: the mean and the spread of their scores and of their
-curves.
-"""
+"""Runs that differ only in their seed: mean and spread of their scores and curves."""
 
 import itertools
 import json
@@ -16,8 +14,8 @@ SEED = "train.seed"
 
 @dataclass(frozen=True)
 class Statistic:
-    """Of n numbers the mean, and the standard deviation with n - 1 in the denominator, None of
-    fewer than two.
+    """The mean of n numbers, and their standard deviation with n - 1 in the denominator (None if n
+    is 1).
     """
 
     mean: float
@@ -27,8 +25,8 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Band:
-    """Mean and standard deviation (n - 1) of curves at the steps that all of them have a finite
-    value at; float64 [N].
+    """Mean and standard deviation (n - 1) of curves at the steps where all of them are finite;
+    float64 [N].
     """
 
     steps: np.ndarray
@@ -37,39 +35,37 @@ class Band:
 
 
 def group(runs: Sequence[RunData]) -> list[list[int]]:
-    """The places of runs that agree in every field but `train.seed`, group by group, in the order
-    of their first ones.
+    """The indices of runs that agree in every field but `train.seed`: groups in the order of their
+    first runs.
     """
     found: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
-        key = json.dumps(
-            {name: value for name, value in run.config.items() if name != SEED}, sort_keys=True
-        )
-        found.setdefault(key, []).append(place)
+    for i, run in enumerate(runs):
+        key = json.dumps(run.config | {SEED: None}, sort_keys=True)
+        found.setdefault(key, []).append(i)
     return list(found.values())
 
 
-def one_a_seed(runs: Sequence[RunData]) -> list[RunData]:
-    """The first run of each seed: another one of the same seed is no further sample."""
-    return list({json.dumps(run.config.get(SEED)): run for run in reversed(runs)}.values())[::-1]
+def one_per_seed(runs: Sequence[RunData]) -> list[RunData]:
+    """The first run of each seed: another run of one seed is no further sample."""
+    found: dict[str, RunData] = {}
+    for run in runs:
+        found.setdefault(json.dumps(run.config.get(SEED)), run)
+    return list(found.values())
 
 
 def labels(names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
-    """A name for each group: of one run its own; of several what theirs begin with alike, where no
-    other has that name.
+    """A name for each group. A single run has its own name. Several runs have the common beginning
+    of their names, unless another group has it too.
     """
-    found = [
-        _beginning([names[i] for i in members]) if len(members) > 1 else names[members[0]]
-        for members in groups
-    ]
-    return [
-        (
-            name
-            if len(members) == 1 or (name and found.count(name) == 1)
-            else f"{names[members[0]]} + {len(members) - 1}"
-        )
-        for name, members in zip(found, groups, strict=True)
-    ]
+    found = [_beginning([names[i] for i in members]) for members in groups]
+    result = []
+    for name, (first, *others) in zip(found, groups, strict=True):
+        if not others:
+            name = names[first]
+        elif not name or found.count(name) > 1:
+            name = f"{names[first]} + {len(others)}"
+        result.append(name)
+    return result
 
 
 def _beginning(names: Sequence[str]) -> str:
@@ -78,25 +74,21 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def statistic(values: Iterable[object]) -> Statistic | None:
-    """Of those values that are finite numbers; None where there are none."""
+    """The statistic of the values that are finite numbers; None if there are none."""
     finite = np.array([found for found in map(number, values) if found == found])
     if not len(finite):
         return None
-    with np.errstate(all="ignore"):  # of numbers near the largest float
-        return Statistic(
-            float(finite.mean()),
-            float(finite.std(ddof=1)) if len(finite) > 1 else None,
-            len(finite),
-        )
+    with np.errstate(all="ignore"):  # numbers near the largest float
+        sd = float(finite.std(ddof=1)) if len(finite) > 1 else None
+        return Statistic(float(finite.mean()), sd, len(finite))
 
 
 def band(curves: Sequence[Series]) -> Band | None:
-    """The band of two curves or more; None where they have no step in common."""
-    finite = [
-        Series(curve.steps[ok], curve.values[ok])
-        for curve in curves
-        for ok in [np.isfinite(curve.values)]
-    ]
+    """The band of two or more curves; None if they have no step in common."""
+    finite = []
+    for curve in curves:
+        ok = np.isfinite(curve.values)
+        finite.append(Series(curve.steps[ok], curve.values[ok]))
     steps = finite[0].steps
     for curve in finite[1:]:
         steps = np.intersect1d(steps, curve.steps, assume_unique=True)

@@ -1,7 +1,8 @@
-"""The report of runs that go on: a small server for this machine's browsers, which reads what has
-changed when it is asked.
+"""The report of running runs: a small server for this machine's browsers. It reads changed files
+when a browser asks.
 """
 
+import contextlib
 import datetime
 import sys
 import time
@@ -19,40 +20,39 @@ from sngpt_jax.report.reading import RunData, read_run
 from sngpt_jax.run import environment
 
 ADDRESS = "127.0.0.1"
-# of this machine, in a request's Host: a site that resolves to it is refused
+# This machine's names in a request's Host. A site whose name resolves to this machine is refused.
 NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+Signature = list[tuple[str, int, int]]
 
 
 def now() -> str:
-    """The time for a reader, with its zone."""
+    """The time for a reader, with the time zone."""
     return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
-def signature(directory: Path) -> list[tuple[str, int, int]]:
-    """What changes whenever a file does that `read_run` reads."""
+def signature(directory: Path) -> Signature:
+    """Name, time and size of every file that `read_run` reads."""
+    names = ("metrics.jsonl", environment.path(directory).name)
     found = []
-    for path in sorted(
-        [*directory.glob("*.json"), directory / "metrics.jsonl", environment.path(directory)]
-    ):
-        try:
+    for path in sorted([*directory.glob("*.json"), *(directory / name for name in names)]):
+        with contextlib.suppress(OSError):
             about = path.stat()
-        except OSError:
-            continue
-        found.append((path.name, about.st_mtime_ns, about.st_size))
+            found.append((path.name, about.st_mtime_ns, about.st_size))
     return found
 
 
 class LiveRuns:
-    """Run directories, each read again when a file of it has changed."""
+    """Run directories. Each is read again when one of its files has changed."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = directories
-        self._read: dict[Path, tuple[list[tuple[str, int, int]], RunData]] = {}
+        self._read: dict[Path, tuple[Signature, RunData]] = {}
         self._lock = Lock()
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
-        """The data of the page as the files are now. Raises `UserError` where one cannot be read."""
+        """The data of the page from the present files. Raises `UserError` for unreadable ones."""
         with self._lock:
             changed = not self._data
             for directory in self._directories:
@@ -68,14 +68,14 @@ class LiveRuns:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of a browser that has gone."""
+        """Ignores a browser that has gone."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
-    """The server, bound to `port` of the loopback address (0: any free one). Raises `UserError`
-    where it is taken.
+    """The server, bound to `port` of the loopback address (0: any free port). Raises `UserError` if
+    the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -108,13 +108,12 @@ def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
             self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """Says nothing: a page asks every three seconds."""
+            """Logs nothing, because a page asks every three seconds."""
 
     try:
         return _Server((ADDRESS, port), Handler)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such port"
         raise UserError(
-            f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any that is"
-            " free"
+            f"--port {port}: cannot be listened on: {reason}; give another, or 0 for any free port"
         ) from None

@@ -1,5 +1,5 @@
-"""The report as one HTML page: its data, bounded whatever the runs' length, and the page around
-them.
+"""The report as one HTML page: its data, whose size has a bound for runs of any length, and the
+page around them.
 """
 
 import re
@@ -13,23 +13,23 @@ import numpy as np
 from sngpt_jax.base import webpage
 from sngpt_jax.report import grouping, tables
 from sngpt_jax.report.curves import smooth, thin
-from sngpt_jax.report.reading import RunData, Series, number
+from sngpt_jax.report.reading import RunData, number
 
-POINTS = 600  # most of a curve as measured
-SMOOTH_POINTS = 300  # of a running mean, and of a band
-SMALLEST = 1e-100  # what is less is drawn as 0: a logarithmic axis would have no end
-LAYER_POINTS = 60  # of a quantity of one layer of a sparse code
+POINTS = 600  # most points of a curve as measured
+SMOOTH_POINTS = 300  # most points of a running mean or a band
+LAYER_POINTS = 60  # most points of a quantity of one layer of a sparse code
+SMALLEST = 1e-100  # smaller values are drawn as 0, because a logarithmic axis would have no end
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A chart of its own."""
+    """A metric with a chart of its own."""
 
     name: str
     title: str
     unit: str
     noisy: bool = False  # the running mean is drawn over the values
-    spiky: bool = False  # the axis begins with what most values need
+    spiky: bool = False  # the axis begins with the range of most values
 
 
 METRICS = (
@@ -40,7 +40,8 @@ METRICS = (
     Metric("grad_norm", "Gradient norm", "", noisy=True, spiky=True),
     Metric("tok_per_s", "Speed", "tokens/s", noisy=True, spiky=True),
 )
-# a number a run, or known otherwise
+NOISY = {metric.name for metric in METRICS if metric.noisy}
+# one number per run, or shown elsewhere
 NOT_DRAWN = re.compile(r"tokens|elapsed_seconds|val_seconds|(swa|ema)_val_\w+|code/.*")
 HEALTH = {
     "dead": "Dead features, share of the level",
@@ -51,20 +52,20 @@ HEALTH = {
     "mu_mean": "Size of the scores’ running mean",
     "sigma_mean": "Standard deviation of the scores",
     "min_z": "Smallest standardized score selected",
-    "duplicates": "Candidates brought twice, a token",
+    "duplicates": "Candidates proposed twice, per token",
 }
-ALWAYS_SHOWN = ("dead", "silent", "zombies", "cos", "rms")  # the others are behind a click
-_CODE = re.compile(r"code/(?:layer(\d+)/)?(?:level(\d+)/)?(\w+)")
+ALWAYS_SHOWN = ("dead", "silent", "zombies", "cos", "rms")  # a click shows the others
+_CODE = re.compile(rf"code/(?:layer(\d+)/)?(?:level(\d+)/)?({'|'.join(HEALTH)})")
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
-    """The directories' last parts where these tell the runs apart, else their paths."""
+    """The directories' last parts if these are different, else their paths."""
     short = [run.directory.absolute().name for run in runs]
     return short if len(set(short)) == len(short) else [str(run.directory) for run in runs]
 
 
 class Numbers:
-    """Arrays as lists for JSON, six digits of each number, null for NaN; equal arrays once."""
+    """Arrays as lists for JSON: six digits per number, null for NaN, equal arrays only once."""
 
     def __init__(self) -> None:
         self.arrays: list[list[float | int | None]] = []
@@ -87,149 +88,114 @@ def _short(x: float) -> float | int | None:
     return int(x) if x == int(x) and abs(x) < 2**53 else float(f"{x:.6g}")
 
 
-def _curve(numbers: Numbers, series: Series, limit: int) -> list[int]:
-    kept = thin(series.values, limit)
-    return [numbers.put(series.steps[kept]), numbers.put(series.values[kept])]
+def _drawn(name: str) -> bool:
+    return bool(_CODE.fullmatch(name) or not NOT_DRAWN.fullmatch(name))
+
+
+def _thinned(numbers: Numbers, name: str, limit: int, *arrays: np.ndarray) -> list[int]:
+    """Puts a curve's steps, values and other arrays among the numbers, thinned by the values."""
+    kept = thin(arrays[1], LAYER_POINTS if name.startswith("code/layer") else limit)
+    return [numbers.put(array[kept]) for array in arrays]
 
 
 def run_curves(run: RunData, numbers: Numbers) -> dict[str, dict[str, list[int]]]:
-    """By metric the curve as measured and, of noisy ones, its running mean: places of steps and
+    """By metric the curve as measured, and the running mean of a noisy one, as places of steps and
     values among the numbers.
     """
-    noisy = {metric.name for metric in METRICS if metric.noisy}
     found = {}
     for name, series in run.series.items():
-        if name != "elapsed_seconds" and NOT_DRAWN.fullmatch(name) and not _is_health(name):
-            continue
-        found[name] = {
-            "raw": _curve(
-                numbers, series, LAYER_POINTS if name.startswith("code/layer") else POINTS
-            )
-        }
-        if name in noisy and (mean := smooth(series)):
-            found[name]["mean"] = _curve(numbers, mean, SMOOTH_POINTS)
+        if _drawn(name) or name == "elapsed_seconds":  # which is an axis
+            curves = {"raw": _thinned(numbers, name, POINTS, series.steps, series.values)}
+            if name in NOISY and (mean := smooth(series)):
+                curves["mean"] = _thinned(numbers, name, SMOOTH_POINTS, mean.steps, mean.values)
+            found[name] = curves
     return found
 
 
-def _is_health(name: str) -> bool:
-    match = _CODE.fullmatch(name)
-    return bool(match and match[3] in HEALTH)
-
-
 def group_bands(runs: Sequence[RunData], numbers: Numbers) -> dict[str, list[int]]:
-    """By metric the band of runs of one group: places of steps, means and standard deviations."""
-    noisy = {metric.name for metric in METRICS if metric.noisy}
+    """By metric the band of a group's runs, as places of steps, means and standard deviations."""
     found = {}
-    runs = grouping.one_a_seed(runs)
-    for name in runs[0].series:
-        if not all(name in run.series for run in runs) or (
-            NOT_DRAWN.fullmatch(name) and not _is_health(name)
-        ):
+    runs = grouping.one_per_seed(runs)
+    for name in filter(_drawn, runs[0].series):
+        curves = [run.series[name] for run in runs if name in run.series]
+        if len(curves) < len(runs):
             continue
-        curves = [run.series[name] for run in runs]
-        means = [mean for curve in curves if name in noisy and (mean := smooth(curve))]
+        means = [mean for curve in curves if name in NOISY and (mean := smooth(curve))]
         band = grouping.band(means if len(means) == len(curves) else curves)
         if band and len(band.steps) > 1:
-            kept = thin(band.mean, LAYER_POINTS if name.startswith("code/layer") else SMOOTH_POINTS)
-            found[name] = [numbers.put(array[kept]) for array in (band.steps, band.mean, band.sd)]
+            found[name] = _thinned(numbers, name, SMOOTH_POINTS, band.steps, band.mean, band.sd)
     return found
 
 
 def health(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """What there is of the health of sparse codes: layers, and quantities with their levels; None
-    where there is nothing.
-    """
-    matches = [
-        match
-        for run in runs
-        for name in run.series
-        if (match := _CODE.fullmatch(name)) and match[3] in HEALTH
-    ]
+    """The layers of sparse codes, and their quantities with the levels; None if there are none."""
+    names = (name for run in runs for name in run.series)
+    matches = [match for match in map(_CODE.fullmatch, names) if match]
     quantities = []
     for name, title in HEALTH.items():
-        of = [match for match in matches if match[3] == name]
-        if of:
-            levels = sorted({int(match[2]) for match in of if match[2]})
-            quantities.append(
-                {"name": name, "title": title, "levels": levels, "more": name not in ALWAYS_SHOWN}
-            )
+        found = [match for match in matches if match[3] == name]
+        levels = sorted({int(match[2]) for match in found if match[2]})
+        entry = {"name": name, "title": title, "levels": levels, "more": name not in ALWAYS_SHOWN}
+        quantities += [entry] if found else []
     layers = sorted({match[1] for match in matches if match[1]})
     return {"quantities": quantities, "layers": layers} if quantities else None
 
 
 def notes(run: RunData, name: str) -> list[str]:
-    """What a reader should know of how the run was read."""
+    """Lines about parts of a run that could not be read or drawn."""
     found = []
     if run.skipped:
         lines = "1 line" if run.skipped == 1 else f"{run.skipped:,} lines"
         found.append(f"{name}: {lines} of metrics.jsonl could not be read and were left out")
-    holes = [metric for metric in ("train_loss", "val_loss") if metric in run.series]
-    count = sum(int(np.isnan(run.series[metric].values).sum()) for metric in holes)
-    if count:
+    losses = [run.series[loss].values for loss in ("train_loss", "val_loss") if loss in run.series]
+    if count := sum(int(np.isnan(values).sum()) for values in losses):
         found.append(f"{name}: {count:,} losses are not finite")
     return found
 
 
 def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, Any]:
-    """The data of the page: plain values, none of them NaN.
+    """The data of the page: plain values without NaN.
 
-    `written`: when, for a reader. `live`: of a page that is served and asks for newer data, the
-    name of these.
+    `written` is the time for a reader. `live` names these data for a served page that asks for
+    newer ones.
     """
     names, groups, numbers = run_names(runs), grouping.group(runs), Numbers()
-    known = {metric.name for metric in METRICS}
-    others = sorted(
-        {
-            name
-            for run in runs
-            for name in run.series
-            if name not in known and not NOT_DRAWN.fullmatch(name)
-        }
-    )
-    metrics = [*METRICS, *(Metric(name, name, "", spiky=True) for name in others)]
-    batch_tokens = [number(run.config.get("data.batch_tokens")) for run in runs]
-    environments = (
-        tables.environment_table(runs, names) if any(run.starts for run in runs) else None
-    )
+    named = list(zip(runs, names, strict=True))
+    logged = {name for run in runs for name in run.series}
+    others = logged - {metric.name for metric in METRICS}
+    others = {name for name in others if not NOT_DRAWN.fullmatch(name)}
+    metrics = [*METRICS, *(Metric(name, name, "", spiky=True) for name in sorted(others))]
+    shown_runs = []
+    for run, name in named:
+        tokens = number(run.config.get("data.batch_tokens"))
+        batch_tokens = tokens if tokens == tokens else None
+        curves = run_curves(run, numbers)
+        shown_runs.append({"name": name, "batch_tokens": batch_tokens, "curves": curves})
+    shown_groups = []
+    for members, label in zip(groups, grouping.labels(names, groups), strict=True):
+        several = len(members) > 1
+        bands = group_bands([runs[i] for i in members], numbers) if several else {}
+        shown_groups.append({"name": label, "runs": members, "bands": bands})
+    started = any(run.starts for run in runs)
     return {
         "title": f"Report of {names[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs",
         "written": written,
         "live": live,
-        "notes": [note for run, name in zip(runs, names, strict=True) for note in notes(run, name)],
-        "runs": [
-            {
-                "name": name,
-                "batch_tokens": tokens if tokens == tokens else None,
-                "curves": run_curves(run, numbers),
-            }
-            for run, name, tokens in zip(runs, names, batch_tokens, strict=True)
-        ],
-        "groups": [
-            {
-                "name": label,
-                "runs": members,
-                "bands": (
-                    group_bands([runs[i] for i in members], numbers) if len(members) > 1 else {}
-                ),
-            }
-            for members, label in zip(groups, grouping.labels(names, groups), strict=True)
-        ],
+        "notes": [note for run, name in named for note in notes(run, name)],
+        "runs": shown_runs,
+        "groups": shown_groups,
         "metrics": [
             vars(metric) | {"more": metric.name in others}
             for metric in metrics
-            if any(metric.name in run.series for run in runs)
+            if metric.name in logged
         ],
         "health": health(runs),
         "scores": tables.runs_table(runs, names, groups),
         "differences": tables.config_table(runs, names, groups, only_differing=True),
         "configuration": tables.config_table(runs, names, groups, only_differing=False),
-        "exports": [
-            table
-            for run, name in zip(runs, names, strict=True)
-            for table in tables.export_tables(name, run.exports)
-        ],
+        "exports": [t for run, name in named for t in tables.export_tables(name, run.exports)],
         "evaluations": tables.evaluation_table(runs, names),
-        "environment": environments,
+        "environment": tables.environment_table(runs, names) if started else None,
         "numbers": numbers.arrays,
     }
 

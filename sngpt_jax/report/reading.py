@@ -1,6 +1,6 @@
 """What a run directory holds, as far as a report needs it.
 
-Runs of earlier versions are read as well. What is no number where one belongs is left out.
+Runs of earlier versions can be read. Values of a wrong type are left out.
 """
 
 import math
@@ -17,15 +17,17 @@ from sngpt_jax.run import directory as run_directory
 from sngpt_jax.run import environment
 from sngpt_jax.run.metrics import read_metrics
 
-LARGEST = 1e38  # float32 holds little more; charts of numbers beyond float64's roots have no axes
-MOST_STEPS = 2**53  # as of train.steps
+LARGEST = 1e38  # about the largest float32; charts of much larger numbers have no axes
+MOST_STEPS = 2**53  # the limit of train.steps
 OWN_FILES = ("config.json", "summary.json", "tokenizer.json")
+
+Result = tuple[str, dict[str, Any]]  # a file's name, and the JSON object in it
 
 
 @dataclass(frozen=True)
 class Series:
-    """A quantity over optimizer steps, float64 [N]: `steps` rise strictly; `values` are NaN where
-    the run had no finite one.
+    """A quantity by optimizer step, float64 [N]. `steps` rise strictly; `values` are NaN if the run
+    had no finite value.
     """
 
     steps: np.ndarray
@@ -39,16 +41,16 @@ class RunData:
     directory: Path
     config: dict[str, Any]  # by section.field
     series: dict[str, Series]  # by the metric's name
-    last_step: int  # the last one with metrics, 0 where there are none yet
+    last_step: int  # the last step with metrics, 0 if there are none yet
     skipped: int  # lines of metrics.jsonl that are no records
     summary: dict[str, Any]  # empty until the run has finished
     starts: list[dict[str, Any]]  # environment.jsonl
-    exports: list[tuple[str, dict[str, Any]]]  # (file's name, what `export --json` wrote)
-    evaluations: list[tuple[str, dict[str, Any]]]  # the same of `evaluate --json`
+    exports: list[Result]  # of `export --json`
+    evaluations: list[Result]  # of `evaluate --json`
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN where it is no number, or one beyond `LARGEST`."""
+    """`value` as a float; NaN if it is no number or larger than `LARGEST`."""
     try:
         found = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:  # an integer beyond the floats
@@ -57,8 +59,8 @@ def number(value: Any) -> float:
 
 
 def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """Every quantity of the records in which it is a number or null. Of two values at one step the
-    later one counts.
+    """The quantities that the records hold as numbers or null. If a step occurs twice, its later
+    value counts.
     """
     columns: dict[str, dict[float, float]] = {}
     for record in records:
@@ -76,11 +78,9 @@ def make_series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     return found
 
 
-def read_results(
-    directory: Path,
-) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
-    """The results of `export` and of `evaluate` among the directory's JSON files, known by their
-    keys; others are let be.
+def read_results(directory: Path) -> tuple[list[Result], list[Result]]:
+    """The results of `export` and of `evaluate` among the directory's JSON files, which their keys
+    identify.
     """
     exports, evaluations = [], []
     for path in sorted(directory.glob("*.json")):
@@ -98,7 +98,7 @@ def read_results(
 
 
 def read_run(directory: Path, *, may_be_empty: bool = False) -> RunData:
-    """The run in `directory`. Raises `UserError` where there is none, or no metrics yet unless it
+    """The run in `directory`. Raises `UserError` if it is none, or has no metrics yet and not
     `may_be_empty`.
     """
     config = asdict(run_directory.read_config(directory))
@@ -116,9 +116,9 @@ def read_run(directory: Path, *, may_be_empty: bool = False) -> RunData:
     return RunData(
         directory=directory,
         config={
-            f"{section}.{name}": value
-            for section, fields in config.items()
-            for name, value in fields.items()
+            f"{section}.{name}": config[section][name]
+            for section in config
+            for name in config[section]
         },
         series=series,
         last_step=int(max((column.steps[-1] for column in series.values()), default=0)),

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -49,29 +50,18 @@ def test_stdlib_is_the_librarys_own_text_in_hash_order():
         if (root / name).is_file():
             assert (root / name).read_text(encoding="utf-8") not in found
 
-    def rank(name):
-        return hashlib.sha256(name.encode()).hexdigest()
-
-    names = sorted(
-        ["json/decoder.py", "this.py", "ast.py", "email/message.py", "asyncio/base_events.py"],
-        key=rank,
-    )
+    names = ["json/decoder.py", "this.py", "ast.py", "email/message.py", "asyncio/base_events.py"]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     places = [found.index((root / name).read_text(encoding="utf-8")) for name in names]
     assert places == sorted(places)
 
 
 def test_stdlib_skips_tests_and_what_cannot_be_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    for name in (
-        "test/a.py",
-        "x/tests/a.py",
-        "idle_test/a.py",
-        "site-packages/p/a.py",
-        "config-3.11/a.py",
-        "x/__pycache__/a.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("no = 1\n")
+    skipped = ("test", "x/tests", "idle_test", "site-packages/p", "config-3.11", "x/__pycache__")
+    for name in skipped:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.py").write_text("no = 1\n")
     (tmp_path / "latin.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode("latin-1"))
     (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
     (tmp_path / "cookie.py").write_bytes(b"# coding: nothing\n")
@@ -100,38 +90,32 @@ def test_txt(tmp_path, ending):
 @pytest.mark.parametrize("ending", WRAP)
 def test_jsonl(tmp_path, ending):
     path = tmp_path / f"a.jsonl{ending}"
-    lines = [
-        '{"text": "one\\n", "id": 3}',
-        "",
-        '{"text": "\\ud800x\\ud83d\\ude00"}',
-        '{"text": ""}',
-        '{"url": {}, "text": "é"}',
-    ]
-    path.write_bytes(WRAP[ending]("\n".join(lines).encode()))
+    text = """{"text": "one\\n", "id": 3}
+
+{"text": "\\ud800x\\ud83d\\ude00"}
+{"text": ""}
+{"url": {}, "text": "é"}"""
+    path.write_bytes(WRAP[ending](text.encode()))
     assert list(documents(str(path))) == ["one\n", "\ufffdx😀", "é"]
 
 
-def test_many_members_and_frames(tmp_path):
-    rows = [json.dumps({"text": f"document {i} " + "x" * i}) + "\n" for i in range(500)]
-    for ending in (".gz", ".zst"):
-        path = tmp_path / f"a.jsonl{ending}"
-        whole = "".join(rows).encode()
-        # cut inside a line
-        path.write_bytes(
-            WRAP[ending](whole[:70_001]) + WRAP[ending](b"") + WRAP[ending](whole[70_001:])
-        )
-        assert list(documents(str(path))) == [f"document {i} " + "x" * i for i in range(500)]
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_many_members_and_frames(tmp_path, ending):
+    texts = [f"document {i} " + "x" * i for i in range(500)]
+    whole = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    parts = (whole[:70_001], b"", whole[70_001:])  # cut inside a line
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(b"".join(map(WRAP[ending], parts)))
+    assert list(documents(str(path))) == texts
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-@pytest.mark.parametrize("keep", [0, 1, 10, -1, -12])
-def test_truncated_compression(tmp_path, ending, keep):
-    text = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
+def test_truncated_compression(tmp_path, ending):
+    whole = WRAP[ending](b"".join(b'{"text": "%d"}\n' % i for i in range(5000)))
     path = tmp_path / f"a.jsonl{ending}"
-    path.write_bytes(WRAP[ending](text)[:keep])
-    fails(path, str(path), "cannot be read to its end")
-    path.write_bytes(WRAP[ending](text) + WRAP[ending](text)[: keep or 5])
-    fails(path, str(path), "cannot be read to its end")
+    for content in (b"", whole[:1], whole[:10], whole[:-1], whole[:-12], whole + whole[:-5]):
+        path.write_bytes(content)
+        fails(path, str(path), "cannot be read: ")
 
 
 def test_damaged_compression(tmp_path):
@@ -139,7 +123,7 @@ def test_damaged_compression(tmp_path):
     data[len(data) // 2] ^= 255
     path = tmp_path / "a.txt.gz"
     path.write_bytes(data)
-    fails(path, str(path), "cannot be read to its end")
+    fails(path, str(path), "cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +135,7 @@ def test_damaged_compression(tmp_path):
         (b'{"txt": "a", "id": 1}', "found the keys 'txt', 'id'"),
         (b'{"text": null}', "found NoneType there"),
         (b'{"text": 3}', "found int there"),
-        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\xff"}', "codec can't decode byte 0xff"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, line, expected):
@@ -165,7 +149,7 @@ def test_bad_lines_name_file_and_line(tmp_path, line, expected):
 def test_txt_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"fine\nbad \xe9\n")
-    fails(path, f"{path}:2", "not UTF-8")
+    fails(path, f"{path}:2", "codec can't decode byte 0xe9")
 
 
 def test_parquet(tmp_path):
@@ -188,20 +172,15 @@ def test_parquet(tmp_path):
         [None, pyarrow.py_buffer(np.array([0, 1, 2], "<i4")), pyarrow.py_buffer(b"a\xff")],
     )
     parquet.write_table(pyarrow.table({"text": raw}), path)
-    fails(path, f"{path}: row 2", "not UTF-8")
+    fails(path, f"{path}: row 2", "codec can't decode byte 0xff")
     parquet.write_table(pyarrow.table({"text": texts}), path)
     path.write_bytes(path.read_bytes()[:-20])
-    fails(path, str(path), "damaged")
+    fails(path, f"{path}: row 0: cannot be read: ArrowInvalid")
 
 
 def test_folder_in_sorted_order(tmp_path):
-    for name, text in (
-        ("b.txt", "b"),
-        ("a/z.jsonl", '{"text": "az"}'),
-        ("a.txt", "a"),
-        ("note.md", "no"),
-        ("a/deep/c.txt", "adc"),
-    ):
+    files = {"b.txt": "b", "a/z.jsonl": '{"text": "az"}', "a.txt": "a", "note.md": "no"}
+    for name, text in (files | {"a/deep/c.txt": "adc"}).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert list(documents(str(tmp_path))) == ["a", "adc", "az", "b"]
@@ -218,9 +197,8 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def test_fingerprint_follows_content_not_place_or_time(tmp_path):
-    assert fingerprint("stdlib") == fingerprint(
-        "stdlib"
-    ) and platform.python_version() in fingerprint("stdlib")
+    assert fingerprint("stdlib") == fingerprint("stdlib")
+    assert platform.python_version() in fingerprint("stdlib")
     seen = set()
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -294,15 +272,12 @@ def test_a_data_sets_files_are_its_parts(monkeypatch):
     whole = list(documents("hub:some/set"))
     assert whole == [f"{file} {row}" for file in "abcde" for row in range(3)]
     for parts in (2, 5):
-        assert [
-            text for part in range(parts) for text in documents("hub:some/set", part, parts)
-        ] == whole
+        read = [documents("hub:some/set", part, parts) for part in range(parts)]
+        assert list(itertools.chain(*read)) == whole
     assert list(documents("hub:some/set", 3, 5)) == ["d 0", "d 1", "d 2"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
-    with pytest.raises(
-        DataError,
-        match="source hub:some/set: the data set's files cannot be listed: ZeroDivisionError",
-    ):
+    message = "source hub:some/set: the data set's files cannot be listed: ZeroDivisionError"
+    with pytest.raises(DataError, match=message):
         count_parts("hub:some/set")
 
 
@@ -338,9 +313,8 @@ def test_hub_failures_are_one_line(monkeypatch):
     fails("hub:some/set", "hub:some/set", "after row 1", "ConnectionError: no route")
     stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: 1 / 0)
     fails("hub:some/set", "after row 0")
-    stand_in(
-        monkeypatch, "datasets", load_dataset=lambda *a, **k: [{"text": "a"}, {"content": "b"}]
-    )
+    found = [{"text": "a"}, {"content": "b"}]
+    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: found)
     fails("hub:some/set", "hub:some/set: row 2", "found the keys 'content'")
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
     fails("hub:some/set", f"{sys.executable} -m pip install datasets", kind=UserError)
@@ -349,6 +323,9 @@ def test_hub_failures_are_one_line(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- published shards
+
+
+SHARDS = "datasets/datasets/fineweb10B_sp280/fineweb"
 
 
 def shard(tokens):
@@ -369,18 +346,15 @@ def published(tmp_path, monkeypatch):
         vocab_size=280,
         normalization="nmt_nfkc",
     )
+    kinds = (("byte260", "bytes", 9), ("sp280", "sp_bpe_280", 3))
     manifest = {
         "datasets": [
             {
-                "name": "fineweb10B_byte260",
-                "tokenizer_name": "bytes",
-                "stats": {"files_train": 9, "files_val": 2},
-            },
-            {
-                "name": "fineweb10B_sp280",
-                "tokenizer_name": "sp_bpe_280",
-                "stats": {"files_train": 3, "files_val": 2},
-            },
+                "name": f"fineweb10B_{name}",
+                "tokenizer_name": tokenizer,
+                "stats": {"files_train": count, "files_val": 2},
+            }
+            for name, tokenizer, count in kinds
         ],
         "tokenizers": [
             {"name": "bytes", "path": "tokenizers/b.json"},
@@ -393,9 +367,7 @@ def published(tmp_path, monkeypatch):
     }
     for split, count in (("train", 3), ("val", 2)):
         for n in range(count):
-            files[f"datasets/datasets/fineweb10B_sp280/fineweb_{split}_{n:06d}.bin"] = shard(
-                [1, 5 + n, len(split)]
-            )
+            files[f"{SHARDS}_{split}_{n:06d}.bin"] = shard([1, 5 + n, len(split)])
     fetched = []
 
     def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
@@ -416,13 +388,9 @@ def test_download_golf(tmp_path, published):
     files, fetched = published
     out = tmp_path / "out"
     golf.download(out, vocab_size=280, train_shards=2)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "fineweb_280_bpe.model",
-        "fineweb_train_000000.bin",
-        "fineweb_train_000001.bin",
-        "fineweb_val_000000.bin",
-        "fineweb_val_000001.bin",
-    ]
+    names = ["train_000000.bin", "train_000001.bin", "val_000000.bin", "val_000001.bin"]
+    expected = ["fineweb_280_bpe.model", *(f"fineweb_{name}" for name in names)]
+    assert sorted(path.name for path in out.iterdir()) == expected
     for name, content in files.items():
         if (out / Path(name).name).exists():
             assert (out / Path(name).name).read_bytes() == content
@@ -431,11 +399,8 @@ def test_download_golf(tmp_path, published):
     whole = out / "fineweb_train_000001.bin"
     whole.write_bytes(whole.read_bytes()[:-1])
     golf.download(out, vocab_size=280, train_shards=3)
-    assert [Path(name).name for name in fetched] == [
-        "manifest.json",
-        "fineweb_train_000001.bin",
-        "fineweb_train_000002.bin",
-    ]
+    again = ["manifest.json", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert [Path(name).name for name in fetched] == again
     assert whole.read_bytes() == shard([1, 6, 5])
 
 
@@ -467,12 +432,11 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     out = tmp_path / "out"
     golf_fails(out, "no fineweb10B_sp999", "fineweb10B_byte260, fineweb10B_sp280", vocab_size=999)
     golf_fails(out, "fineweb10B_sp280 has 3 training shards; asked for 4", train_shards=4)
-    missing = files.pop("datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin")
-    golf_fails(
-        out, "datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin cannot be fetched", "404"
-    )
+    name = f"{SHARDS}_val_000001.bin"
+    missing = files.pop(name)
+    golf_fails(out, f"{name} cannot be fetched", "404")
     assert (out / "fineweb_val_000000.bin").exists()  # kept for the next try
-    files["datasets/datasets/fineweb10B_sp280/fineweb_val_000001.bin"] = missing[:-2]
+    files[name] = missing[:-2]
     golf_fails(out, "fineweb_val_000001.bin", "truncated")
     assert not (out / "fineweb_val_000001.bin").exists()
 
@@ -485,15 +449,13 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
     manifest["tokenizers"][1]["model_path"] = "../../evil.model"
     files["datasets/manifest.json"] = json.dumps(manifest).encode()
     golf_fails(tmp_path / "new", "no path below its folder")
-    for content in (
-        b"no json",
-        b"[]",
-        b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}',
-    ):
+    lacking = b'{"datasets": [{"name": "fineweb10B_sp280"}], "tokenizers": []}'
+    for content in (b"no json", b"[]", lacking):
         files["datasets/manifest.json"] = content
         golf_fails(tmp_path / "new", "manifest.json", "not the layout")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    golf_fails(tmp_path / "new", golf.REPO, f"{sys.executable} -m pip install huggingface_hub")
+    install = f"{sys.executable} -m pip install huggingface_hub"
+    golf_fails(tmp_path / "new", golf.REPO, install)
 
 
 def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, published):
@@ -501,10 +463,10 @@ def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, publishe
     out = tmp_path / "out"
     golf_fails(out, "asked for 9", train_shards=9)
     assert not out.exists()  # nothing was begun
-    missing = files.pop("datasets/datasets/fineweb10B_sp280/fineweb_train_000001.bin")
+    missing = files.pop(f"{SHARDS}_train_000001.bin")
     golf_fails(out, "fineweb_train_000001.bin cannot be fetched", train_shards=2)
     assert unfinished(out) and (out / "fineweb_train_000000.bin").exists()
-    files["datasets/datasets/fineweb10B_sp280/fineweb_train_000001.bin"] = missing
+    files[f"{SHARDS}_train_000001.bin"] = missing
     golf.download(out, vocab_size=280, train_shards=2)
     assert not unfinished(out)
     manifest = files.pop("datasets/manifest.json")

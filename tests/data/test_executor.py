@@ -8,7 +8,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,37 +27,17 @@ from sngpt_jax.data.folder import PARTS
 from sngpt_jax.data.manifest import load_journal
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import prepare, prepare_on
-from sngpt_jax.data.shards import open_dataset
-from sngpt_jax.data.spec import PrepareSpec, origin_of
+from sngpt_jax.data.spec import PrepareSpec, command_line, origin_of
 from sngpt_jax.prepare import main
-
-WORDS = [
-    "river",
-    "stone",
-    "naïve",
-    "über",
-    "日本",
-    "x = 3\n",
-    "    return",
-    "snow",
-    "2024",
-    "of",
-    "the",
-    "▁",
-    "🙂",
-]
+from tests.data.conftest import write_jsonl
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Five files, of which the held-out documents take the first and a part of the second."""
     folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
     for number in range(5):
-        texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 80))) for _ in range(100)]
-        (folder / f"{number}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        )
+        write_jsonl(folder / f"{number}.jsonl", 100, seed=number, longest=80)
     return folder
 
 
@@ -68,11 +47,8 @@ needs_datatrove = pytest.mark.skipif(
 
 
 def spec_for(source, out, **changes):
-    return PrepareSpec(
-        str(source),
-        str(out),
-        **({"val_docs": 130, "vocab_size": 300, "shard_tokens": 4000} | changes),
-    )
+    values = {"val_docs": 130, "vocab_size": 300, "shard_tokens": 4000} | changes
+    return PrepareSpec(str(source), str(out), **values)
 
 
 @pytest.fixture(scope="module")
@@ -85,33 +61,18 @@ def plain(source, tmp_path_factory):
 
 
 def contents(folder):
-    return {
-        path.name: path.read_bytes()
-        for path in Path(folder).iterdir()
-        if path.name not in (".lock", ".slurm")
-    }
+    kept = (path for path in Path(folder).iterdir() if path.name not in (".lock", ".slurm"))
+    return {path.name: path.read_bytes() for path in kept}
 
 
-def options(source, out, *more):
-    given = [
-        "--source",
-        source,
-        "--out",
-        out,
-        "--val-docs",
-        130,
-        "--vocab-size",
-        300,
-        "--shard-tokens",
-        4000,
-        *more,
-    ]
-    return [str(word) for word in given]
+def options(source, out, executor, workers=2):
+    more = ["--executor", executor, "--workers", str(workers)]
+    return [*command_line(spec_for(source, out)), *more]
 
 
-def command(*arguments, **more):
+def start(*arguments, **more):
     full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
-    return subprocess.run(full, capture_output=True, text=True, timeout=100, **more)
+    return subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
 
 
 def begun(source, out):
@@ -152,20 +113,6 @@ def children_of(group):
 
 @pytest.mark.slow
 @needs_datatrove
-def test_two_workers_write_the_files_of_one_process(source, plain, tmp_path):
-    done = command(
-        *options(source, tmp_path / "out", "--executor", "local", "--workers", 2, "--json")
-    )
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(plain)
-    assert json.loads(done.stdout)["train"]["documents"] == 370
-    assert "datatrove" not in done.stderr
-    ours, theirs = open_dataset(tmp_path / "out", 300), open_dataset(plain, 300)
-    assert (ours.train.take(0, len(ours.train)) == theirs.train.take(0, len(theirs.train))).all()
-
-
-@pytest.mark.slow
-@needs_datatrove
 def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
     (tmp_path / "val.jsonl").write_text('{"text": "the river"}\n{"text": "snow of 2024"}\n')
     changes = {"val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
@@ -176,26 +123,27 @@ def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
 
 @pytest.mark.slow
 @needs_datatrove
-def test_what_a_failed_task_leaves_is_gone_on_with(source, plain, tmp_path):
+def test_what_a_failed_task_leaves_is_resumed_to_the_files_of_one_process(
+    source, plain, tmp_path, capfd
+):
     out = tmp_path / "out"
-    arguments = options(source, out, "--executor", "local", "--workers", 2)
+    arguments = options(source, out, "local")
     held = out / ".parts" / "00003-of-00005"
     held.mkdir(parents=True)
     with open(held / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = command(*arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert (
-        done.stderr.splitlines()[-1].startswith("error: ")
-        and "another preparation is writing there" in done.stderr
-    )
+        with pytest.raises(UserError, match="another preparation is writing there"):
+            main(arguments)
     assert (out / "progress.json").exists() and not (out / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob(".parts/*/train_*")}
-    assert {path.parent.name[:5] for path in kept} >= {"00000", "00001"}
+    parts = {path.parent.name[:5] for path in out.glob(".parts/*/train_*")}
+    assert parts >= {"00000", "00001"}
     with pytest.raises(UserError, match="shard_tokens: 4000 there, 5000 asked for"):
         prepare(spec_for(source, out, shard_tokens=5000))
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
+    capfd.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["train"]["documents"] == 370
+    assert "datatrove" not in said.err and "Traceback" not in said.err
     assert contents(out) == contents(plain)
 
 
@@ -274,11 +222,8 @@ def test_a_part_in_work_is_reported(source, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "save", wait_after_a_shard)
     executor.encode_here(parts, 1, report)
     assert ("0 of 1 parts", 1000) in {(what, tokens) for what, _, tokens in reports}
-    assert reports[-1] == (
-        "1 of 1 parts",
-        500,
-        sum(entry.tokens for entry in parts.reached(0).shards),
-    )
+    tokens = sum(entry.tokens for entry in parts.reached(0).shards)
+    assert reports[-1] == ("1 of 1 parts", 500, tokens)
 
 
 # Workers tell that they start, and take a second longer for it.
@@ -296,11 +241,8 @@ if "--multiprocessing-fork" in sys.orig_argv:
 def test_ctrl_c_while_workers_start_says_one_word(source, tmp_path, executor):
     mark = tmp_path / "mark"
     env = shadowed(tmp_path, SLOW_START.format(mark=str(mark)))
-    arguments = options(source, tmp_path / "out", "--executor", executor, "--workers", 2)
-    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
-    with subprocess.Popen(
-        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
-    ) as process:
+    arguments = options(source, tmp_path / "out", executor)
+    with start(*arguments, env=env) as process:
         deadline = time.monotonic() + 100
         while not mark.exists():
             assert time.monotonic() < deadline and process.poll() is None
@@ -332,24 +274,17 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
     mark = tmp_path / "mark"
     mark.write_text("")
     env = shadowed(tmp_path, SITECUSTOMIZE.format(mark=str(mark)))
-    arguments = options(source, tmp_path / "out", "--executor", "local", "--workers", 2)
-    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
-    with subprocess.Popen(
-        full, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
-    ) as process:
+    arguments = options(source, tmp_path / "out", "local")
+    with start(*arguments, env=env) as process:
         errors = process.communicate(timeout=100)[1]
     assert process.returncode == 2 and not mark.exists()
     assert "Traceback" not in errors
-    assert (
-        errors.splitlines()[-1]
-        == "error: an encoding process was killed, perhaps for memory; run it again with fewer"
-        " --workers to go on"
-    )
+    assert errors.splitlines()[-1].startswith("error: an encoding process was killed, perhaps for")
     deadline = time.monotonic() + 10
     while children_of(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert command(*arguments).returncode == 0
+    assert main(arguments) == 0
     assert contents(tmp_path / "out") == contents(plain)
 
 
@@ -393,43 +328,30 @@ def cluster(tmp_path, monkeypatch):
 
 
 def directives(script):
-    words = [
-        line.removeprefix("#SBATCH --").partition("=")
-        for line in script.splitlines()
-        if line.startswith("#SBATCH")
-    ]
-    return {name: value for name, _, value in words}
+    lines = script.read_text().splitlines()
+    words = (line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH"))
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
 def run_job(script, **env):
-    values = {"SLURM_NODELIST": "node1", "SLURM_JOB_ID": "17", **env}
-    return subprocess.run(
-        ["bash", str(script)],
-        env={**os.environ, **values},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    env = os.environ | {"SLURM_NODELIST": "node1", "SLURM_JOB_ID": "17"} | env
+    command = ["bash", str(script)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.slow
 @needs_datatrove
 def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_path, cluster, capsys):
     out = tmp_path / "out"
-    arguments = options(source, out, "--executor", "slurm", "--workers", 3)
+    arguments = options(source, out, "slurm", 3)
     assert main([*arguments, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary == {
-        "dir": str(out),
-        "submitted": {"parts": 5, "array_job": "17", "merge_job": "18"},
-    }
-    array, merge = (directives((cluster / f"{number}.script").read_text()) for number in (0, 1))
+    submitted = {"parts": 5, "array_job": "17", "merge_job": "18"}
+    assert summary == {"dir": str(out), "submitted": submitted}
+    array, merge = (directives(cluster / f"{number}.script") for number in (0, 1))
     assert array["array"] == "0-4%3" and "dependency" not in array
-    assert (
-        merge["dependency"] == "afterok:17"
-        and merge["kill-on-invalid-dep"] == "yes"
-        and "array" not in merge
-    )
+    assert merge["dependency"] == "afterok:17" and merge["kill-on-invalid-dep"] == "yes"
+    assert "array" not in merge
     for job in (array, merge):
         assert job["mem-per-cpu"] == "4G" and job["cpus-per-task"] == "1"
         # sbatch's own environment variables, or the cluster, give them
@@ -445,18 +367,15 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
     with open(held / ".lock", "w") as file:  # the last task fails
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run_job(cluster / "0.script", SLURM_ARRAY_TASK_ID="3")
-        assert (
-            done.returncode == 1
-            and "UserError" in done.stderr
-            and "another preparation is writing" in done.stderr
-        )
+        assert done.returncode == 1 and "UserError" in done.stderr
+        assert "another preparation is writing" in done.stderr
     assert main(arguments) == 0  # once more: only what is left
     assert "job 19 encodes 1 parts, then job 20 writes the shards" in capsys.readouterr().out
-    assert directives((cluster / "2.script").read_text())["array"] == "0-0%3"
+    assert directives(cluster / "2.script")["array"] == "0-0%3"
     assert run_job(cluster / "2.script", SLURM_ARRAY_TASK_ID="0").returncode == 0
     assert main(arguments) == 0  # nothing to encode
     assert f"{out}: job 21 writes the shards" in capsys.readouterr().out
-    assert "dependency" not in directives((cluster / "4.script").read_text())
+    assert "dependency" not in directives(cluster / "4.script")
     done = run_job(cluster / "3.script")
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(plain)
@@ -466,26 +385,18 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
 
 
 @needs_datatrove
-def test_a_machine_without_sbatch_and_a_refusal_are_one_line(source, tmp_path, cluster):
+def test_refusals_of_a_cluster_are_one_line(source, tmp_path, cluster):
     sbatch = cluster.parent / "tools" / "sbatch"
-    sbatch.write_text("#!/bin/sh\nexit 3\n")
-    with pytest.raises(UserError, match="sbatch failed with status 3; see its message above"):
-        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
-    sbatch.unlink()
-    with pytest.raises(
-        UserError, match="no sbatch here; run it on a machine that submits to the cluster"
+    status = "sbatch failed with status {}; see its message above"
+    queued = "job 17, which encodes, is in the queue: scancel 17, then run the same command again"
+    for script, message in (
+        ("#!/bin/sh\nexit 3\n", status.format(3)),
+        (FULL_SBATCH.format(jobs=cluster), f"{status.format(1)}; {queued}"),
+        (None, "no sbatch here; run it on a machine that submits to the cluster"),
     ):
-        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
-
-
-@needs_datatrove
-def test_a_queue_that_takes_the_first_job_only_is_told(source, tmp_path, cluster):
-    (tmp_path / "tools" / "sbatch").write_text(FULL_SBATCH.format(jobs=cluster))
-    advice = "job 17, which encodes, is in the queue: scancel 17, then run the same command again"
-    with pytest.raises(
-        UserError, match=f"sbatch failed with status 1; see its message above; {advice}"
-    ):
-        prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+        sbatch.write_text(script) if script else sbatch.unlink()
+        with pytest.raises(UserError, match=message):
+            prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
 
 
 @needs_datatrove
@@ -512,9 +423,7 @@ def test_published_tokens_and_a_missing_package_are_refused(source, tmp_path, mo
     with pytest.raises(UserError, match="golf is already tokens; it takes no --executor"):
         main(["--source", "golf", "--out", str(tmp_path / "golf"), "--executor", "local"])
     monkeypatch.setitem(sys.modules, "datatrove", None)  # makes the import fail
-    with pytest.raises(
-        UserError,
-        match="--executor needs the package datatrove; install it: .* -m pip install datatrove",
-    ):
+    needed = "--executor needs the package datatrove; install it: .* -m pip install datatrove"
+    with pytest.raises(UserError, match=needed):
         prepare_on(spec_for(source, tmp_path / "out"), 2, "local")
     assert not (tmp_path / "out" / "tokenizer.model").exists()

@@ -331,7 +331,7 @@ def edit(folder, change):
             lambda m: m["train"][0].update(tokens=5),
             "train_000000.bin: expected 5 tokens as manifest.json says, found 4",
         ),
-        (lambda m: m["val"].clear(), "manifest.json: names no shards of val"),
+        (lambda m: m["val"].clear(), "manifest.json names no shards of val"),
     ],
 )
 def test_a_wrong_manifest_is_one_line(folder, change, message):
