@@ -8,21 +8,18 @@ import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
-from sngpt_jax.model.generation import generate
-from sngpt_jax.weights.source import open_model
 
 
 @dataclass(frozen=True)
 class SampleArguments:
     run: OptionalPath = None  # run directory of a trained model
-    artifact: OptionalPath = None  # or an exported model, *.sngpt
-    prompt: str = ""  # text to continue; empty: a new document
-    max_tokens: int = 128  # tokens to add
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
-    seed: int = 0  # of the draws
+    artifact: OptionalPath = None  # exported model, *.sngpt, instead of --run
+    prompt: str = ""  # text to continue; empty: begin a new document
+    max_tokens: int = 128  # number of tokens to generate at most
+    temperature: float = 0.8  # divides the logits; 0: always take the most probable token
+    top_k: int = 0  # draw from this many of the most probable tokens; 0: from all
+    seed: int = 0  # seed of the random draws
     step: OptionalInt = None  # checkpoint to load; default: the latest
     weights: WeightsOption = None
     json: Json = ""
@@ -44,14 +41,17 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.check_json(arguments.json)
     cli.log_to_stderr(arguments.quiet)
+    from sngpt_jax.cluster.mesh import make_mesh  # imports jax
+    from sngpt_jax.model import generation
+    from sngpt_jax.weights.source import open_model
+
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
-    tokenizer = model.tokenizer()
-    text = generate(
+    text = generation.generate(
         model.config.model,
         model.variables,
         mesh,
-        tokenizer,
+        model.tokenizer(),
         arguments.prompt,
         seq_len=model.config.data.seq_len,
         max_tokens=arguments.max_tokens,

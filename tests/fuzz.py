@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.policy import is_exported
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError

@@ -26,8 +26,9 @@ from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
-from sngpt_jax.interop import InteropError, export_state_dict, import_state_dict, read_state_dict
 from sngpt_jax.weights.source import load_model
+from sngpt_jax.weights.state_dict_files import InteropError, read_state_dict
+from sngpt_jax.weights.torch_checkpoints import export_state_dict, import_state_dict
 from tests import golf_oracle, tiny_run
 
 SIZE = {"vocab_size": 96, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 24}
@@ -293,11 +294,11 @@ def test_pt_files_of_something_else(tmp_path):
         (torch.ones(2), "holds a Tensor, expected a dict of tensors"),
         (
             {"model": {"x": torch.ones(2)}, "step": 3},
-            "'model' is of type dict, 'step' is of type int; save that part",
+            "'model' is of type dict, 'step' is of type int; save the model's state_dict",
         ),
         ({0: torch.ones(2)}, "0 is of type Tensor"),
         # a class that weights_only does not allow
-        (Path("code"), "cannot be read as a .pt file of nothing but tensors"),
+        (Path("code"), "cannot be read as a .pt file of tensors alone"),
     ]:
         torch.save(value, tmp_path / "model.pt")
         with pytest.raises(InteropError, match=reason):

@@ -30,7 +30,7 @@ def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
         asked.append((prompts, options))
         return [np.array([b, a], np.int32)]
 
-    monkeypatch.setattr("sngpt_jax.sample.generate_tokens", generate_tokens)
+    monkeypatch.setattr("sngpt_jax.model.generation.generate_tokens", generate_tokens)
     config = load(str(tiny_recipe)).model
     options = {"seq_len": 24, "max_tokens": 3, "temperature": 0.5, "top_k": 9, "seed": 2}
     assert generate(config, {}, make_mesh(), tokenizer, "a", **options) == tokenizer.decode(
@@ -106,7 +106,7 @@ def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained, capsys):
 
 def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypatch, capsys):
     said = "a\tline\nand \x1b[2J\x9b31m\r more"
-    monkeypatch.setattr("sngpt_jax.sample.generate", lambda *arguments, **options: said)
+    monkeypatch.setattr("sngpt_jax.model.generation.generate", lambda *arguments, **options: said)
     assert main(["--run", str(tiny_trained), "--prompt", "abc"]) == 0
     assert capsys.readouterr().out == "a\tline\nand \\x1b[2J\\x9b31m\\x0d more\n"
     assert main(["--run", str(tiny_trained), "--prompt", "abc", "--json"]) == 0

@@ -88,57 +88,51 @@ def build(entry: str = ENTRY, project: Sequence[str] = PROJECT) -> Bundle:
     """
     modules, libraries = _needed(entry, project)
     sources = {name: minify(tree) for name, (_, tree) in modules.items()}
-    packages = {name for name, (path, _) in modules.items() if path.name == "__init__.py"}
     parts = [minify(ast.parse(_IMPORTER)), entry.rpartition(".")[0], sources[entry]]
-    for name, source in sources.items():
+    for name, (file, _) in modules.items():
         if name != entry:
-            parts += [name + "." * (name in packages), source]
-    files = (
-        (
-            name.replace(".", "/") + ("/__init__.py" if name in packages else ".py"),
-            len(source.encode()),
-        )
-        for name, source in sources.items()
-    )
-    return Bundle(_pack("\0".join(parts).encode()), tuple(files), tuple(sorted(libraries)))
+            parts += [name + "." * file.endswith("/__init__.py"), sources[name]]
+    files = ((file, len(sources[name].encode())) for name, (file, _) in modules.items())
+    return Bundle(_pack("\0".join(parts).encode()), tuple(files), libraries)
 
 
 def _needed(
     entry: str, project: Sequence[str]
-) -> tuple[dict[str, tuple[Path, ast.Module]], set[str]]:
-    """The file and the source of each module of the project that `entry` imports, at its top or in
-    a function, directly or through others, sorted by name; and the libraries that they import.
+) -> tuple[dict[str, tuple[str, ast.Module]], tuple[str, ...]]:
+    """The modules of `project` that `entry` imports, at the top of a file or in a function, directly
+    or through others: path and source by name. Then the libraries that these modules import.
     """
-    folders = {top: Path(_folder(top)) for top in project}
-    modules: dict[str, tuple[Path, ast.Module]] = {}
+    roots = {package: _root(package) for package in project}
+    modules: dict[str, tuple[str, ast.Module]] = {}
     libraries: set[str] = set()
     waiting = {entry}
     while waiting:
         name = waiting.pop()
-        top, *rest = name.split(".")
-        if top not in folders:
+        parent, top = name.rpartition(".")[0], name.partition(".")[0]
+        if top not in roots:
             libraries.add(top)
             continue
-        module = folders[top].joinpath(*rest)
-        imported = {name.rpartition(".")[0]} if rest else set()
-        # where neither is a file, the name is one of a module's definitions
-        for path in filter(Path.is_file, (module / "__init__.py", module.with_suffix(".py"))):
-            tree = ast.parse(STAND_INS.get(name) or path.read_text(encoding="utf-8"))
-            modules[name] = path, tree
-            imported |= set(_imported(tree))
+        imported = {parent} - {""}
+        for ending in ("/__init__.py", ".py"):  # neither exists for the name of a definition
+            file = name.replace(".", "/") + ending
+            if (roots[top] / file).is_file():
+                text = STAND_INS.get(name) or (roots[top] / file).read_text(encoding="utf-8")
+                modules[name] = file, ast.parse(text)
+                imported |= set(_imported(modules[name][1]))
         waiting |= imported - modules.keys()
-    return dict(sorted(modules.items())), libraries - sys.stdlib_module_names
+    return dict(sorted(modules.items())), tuple(sorted(libraries - sys.stdlib_module_names))
 
 
-def _folder(package: str) -> str:
+def _root(package: str) -> Path:
+    """The folder that holds `package`, in a checkout or among the installed packages."""
     spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"the package {package} is not installed", name=package)
-    return spec.submodule_search_locations[0]
+    return Path(spec.origin).parents[1]
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
-    """What the import statements of `tree` name: modules, and names in modules."""
+    """The names in the import statements of `tree`: modules, and definitions in modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -147,69 +141,43 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 
 def minify(tree: ast.Module) -> str:
-    """The source of `tree` without docstrings and comments, with short names for what is local.
-    Changes `tree`.
+    """The source of `tree` without docstrings, comments and annotations of functions, with short
+    local names. Changes `tree`.
     """
-    tree = ast.fix_missing_locations(_Portable().visit(tree))
-    # literals stay where they are: the compressor finds repeated ones, for less than the names
-    # that would stand for them
-    return python_minifier.minify(
-        ast.unparse(tree), remove_literal_statements=True, hoist_literals=False
-    )
+    source = ast.unparse(ast.fix_missing_locations(_Portable().visit(tree)))
+    # The compressor finds repeated literals, for less than names in their place would take.
+    return python_minifier.minify(source, remove_literal_statements=True, hoist_literals=False)
 
 
 class _Portable(ast.NodeTransformer):
-    """Makes calls of `str.format` of f-strings with strings in their fields: from 3.12 on,
-    Python's own and the minifier's printers give those the same quotes as the f-string, which 3.11
-    does not read."""
+    """Turns f-strings with strings in their fields into calls of `str.join` and `format`. From
+    Python 3.12 on, the printers may give these strings the quotes of the f-string, which Python
+    3.11 cannot read.
+    """
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
-        fields = list(_fields(node))
-        for field in fields:
-            field.value = self.visit(field.value)
-        inside = (part for field in fields for part in ast.walk(field.value))
-        if not any(
-            isinstance(part, ast.JoinedStr) or isinstance(getattr(part, "value", None), str | bytes)
-            for part in inside
-        ):
+        fields = [x.value for x in ast.walk(node) if isinstance(x, ast.FormattedValue)]
+        inside = [x for field in fields for x in ast.walk(field)]
+        self.generic_visit(node)
+        if not any(isinstance(getattr(x, "value", x), ast.JoinedStr | str | bytes) for x in inside):
             return node
-        template = ast.Constant(_template(node))
-        return ast.Call(
-            ast.Attribute(template, "format", ast.Load()), [field.value for field in fields], []
-        )
+        parts = [_formatted(x) if isinstance(x, ast.FormattedValue) else x for x in node.values]
+        join = ast.Attribute(ast.Constant(""), "join", ast.Load())
+        return ast.Call(join, [ast.List(parts, ast.Load())], [])
 
 
-def _fields(node: ast.JoinedStr) -> Iterator[ast.FormattedValue]:
-    """The fields of an f-string in the order that `str.format` counts them in: those of a field's
-    own format follow it.
-    """
-    for part in node.values:
-        if isinstance(part, ast.FormattedValue):
-            yield part
-            if isinstance(part.format_spec, ast.JoinedStr):
-                yield from _fields(part.format_spec)
-
-
-def _template(node: ast.JoinedStr) -> str:
-    """What `str.format` takes for an f-string."""
-    text = ""
-    for part in node.values:
-        if isinstance(part, ast.FormattedValue):
-            conversion = f"!{chr(part.conversion)}" if part.conversion >= 0 else ""
-            spec = (
-                f":{_template(part.format_spec)}"
-                if isinstance(part.format_spec, ast.JoinedStr)
-                else ""
-            )
-            text += "{" + conversion + spec + "}"
-        elif isinstance(part, ast.Constant):
-            text += str(part.value).replace("{", "{{").replace("}", "}}")
-    return text
+def _formatted(field: ast.FormattedValue) -> ast.expr:
+    """The call of `format` for a field of an f-string."""
+    value = field.value
+    if field.conversion >= 0:
+        converter = {"r": "repr", "s": "str", "a": "ascii"}[chr(field.conversion)]
+        value = ast.Call(ast.Name(converter, ast.Load()), [value], [])
+    spec = [field.format_spec] if field.format_spec else []
+    return ast.Call(ast.Name("format", ast.Load()), [value, *spec], [])
 
 
 def _pack(text: bytes) -> bytes:
-    # bz2 compresses the 128 kB of minified source to about 38 kB; lzma needs 2 % more
-    code = bz2.compress(text)
+    code = bz2.compress(text)  # leaves 2 % less than lzma at its best level
     file = io.BytesIO()
     file.write(code)
     with zipfile.ZipFile(file, "a") as archive:  # stored: one line does not compress
@@ -225,23 +193,22 @@ def run(
     tokens: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What the bundle finds in `artifact`, and its score on the first `tokens` (0: all) validation
-    tokens of `data`.
+    """What the program says of `artifact`: its contents, and with `data` its score on the first
+    `tokens` (0: all) validation tokens there.
 
-    Runs in a process of its own, in an empty folder, without this process's import path. Raises
-    `UserError` with the last line that it wrote where it fails. `progress(done, total)` is told of
-    rows of windows as it scores them.
+    The program runs in its own process, in an empty folder, without this process's import path.
+    `progress(done, total)` counts rows of windows. Raises `UserError` with the program's last line
+    if the program fails.
     """
     command = [sys.executable, "-I", str(bundle.absolute()), str(artifact.absolute()), "--json"]
     if data:
         command += ["--data", str(data.absolute()), "--tokens", str(tokens)]
-    # this process may hold most of an accelerator's memory: the other one is to take no more than
-    # it needs
+    # this process may hold most of an accelerator's memory, so the program takes what it needs
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if not data:
-        environment["JAX_PLATFORMS"] = "cpu"  # nothing is to be computed
+        environment["JAX_PLATFORMS"] = "cpu"  # the program computes nothing
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as output:
-        # its result goes to a file, so that no pipe can fill up while its progress is passed on
+        # the result goes to a file, because a full pipe would block the program
         process = subprocess.Popen(
             command, cwd=empty, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
         )
@@ -254,11 +221,10 @@ def run(
                     logger.info("%s: %s", bundle.name, line.rstrip())
             status = process.wait()
         finally:
-            # does nothing to one that has ended; an interrupted export leaves none behind
-            process.kill()
+            process.kill()  # for an interrupted export; does nothing after the program's end
         if status:
             said = line.strip().removeprefix("error: ") or f"exit status {status}"
-            raise UserError(f"{bundle.name}: fails when it is run alone: {said}")
+            raise UserError(f"{bundle.name}: the exported program fails: {said}")
         output.seek(0)
         result: dict[str, Any] = json.load(output)
     return result

@@ -1,9 +1,9 @@
-"""Bytes through zstd or lzma, codes through an entropy coder (rANS), and back without trusting
-what is read.
+"""Bytes compressed with zstd or lzma, codes with an entropy coder (rANS), and decoders that trust
+no stream.
 
-Every decoder is told how much must come out. It raises ValueError where the stream would give
-more, gives less, is damaged, or goes on after its end, and it allocates no more than a few bytes
-for each byte or code it was told of.
+The caller tells each decoder how much must come out. A decoder raises ValueError if the stream
+gives more or less, is damaged, or has bytes after its end. It allocates only a few bytes per
+expected byte or code.
 """
 
 import lzma
@@ -16,29 +16,27 @@ import zstandard
 from sngpt_jax.artifact.packing import pack, packed_size, unpack
 
 ByteCodec = Literal["zstd", "lzma"]
-LZMA_DICTIONARY = (2**12, 2**26)  # bytes: the least that lzma takes, and that of its level 9
+LZMA_DICTIONARY = (2**12, 2**26)  # bytes: lzma's minimum, and the dictionary of its level 9
 
-# A frequency is one byte, with 4 bits of mantissa: 0, then 17 … 31 times 2^0 and 16 … 31 times 2^1
-# … 2^15. Rounding it so costs about 0.0002 bits a code. The weights are whole numbers, so that
-# their sums are exact in float64, whatever the order.
+# A frequency takes one byte and has a mantissa of 4 bits: 0, then 17 … 31 times 2^0 and 16 … 31
+# times 2^1 … 2^15. This rounding costs about 0.0002 bits per code. The weights are whole numbers,
+# so their sums are exact in float64 in any order.
 WEIGHTS = np.array([0.0, *((16 + byte % 16) * 2.0 ** (byte // 16) for byte in range(1, 256))])
 CLASS_BITS = range(5)  # 1, 2, 4, 8 or 16 classes of rows
-# rounds of putting each row into the class that codes it best; more gain less than 0.01 %
+# rounds that move each row into its best class; more rounds gain less than 0.01 %
 REFITS = 2
-NEVER = 1e6  # bits charged for a code that a class has never seen
+NEVER = 1e6  # bits that a class charges for a code that it lacks
 
 
 def compress(raw: bytes, codec: ByteCodec, level: int) -> bytes:
-    """`raw` as one zstd frame that states its size (level 1 to 22), or as raw LZMA2 (level 0 to
-    9).
-    """
+    """`raw` as one zstd frame that states its size (level 1 to 22), or as raw LZMA2 (0 to 9)."""
     if codec == "zstd":
         return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
     return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(raw), preset=level))
 
 
 def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
-    """The `size` bytes that `compress` made `data` of. Raises ValueError for any other data."""
+    """The `size` bytes that `compress` turned into `data`. Raises ValueError for other data."""
     if codec == "zstd":
         if zstd_size(data) != size:
             raise ValueError(f"the zstd frame states {zstd_size(data)} bytes, expected {size}")
@@ -49,7 +47,7 @@ def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
     else:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_lzma_filters(size))
         try:
-            # one more, so that it comes to the end mark
+            # one byte more, so that the decoder reads the end mark
             raw = decoder.decompress(data, max_length=size + 1)
         except lzma.LZMAError as problem:
             raise ValueError(f"lzma: {problem}") from None
@@ -61,56 +59,50 @@ def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
 
 
 def zstd_size(data: bytes | memoryview) -> int:
-    """How many bytes a zstd frame states that it holds.
+    """The number of bytes that a zstd frame states.
 
-    zstandard allocates what the frame states, whatever `max_output_size` says, so this is to be
-    asked first. A window larger than the content, which the decoder would allocate beside it, is
-    no frame of ours. Raises ValueError for what is none.
+    zstandard allocates what the frame states, whatever `max_output_size` is, so callers ask here
+    first. The decoder would also allocate the frame's window, so a window beyond the content is an
+    error. Raises ValueError for anything but a frame of `compress`.
     """
     try:
         frame = zstandard.get_frame_parameters(data)
     except zstandard.ZstdError as problem:
         raise ValueError(f"no zstd frame: {problem}") from None
-    if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
+    size = frame.content_size
+    if size == zstandard.CONTENTSIZE_UNKNOWN:
         raise ValueError("the zstd frame does not state its size")
-    if frame.window_size > max(frame.content_size, 1024):
+    if frame.window_size > max(size, 1024):
         raise ValueError(
-            f"the zstd frame asks for a window of {frame.window_size} bytes for"
-            f" {frame.content_size}"
+            f"the zstd frame asks for a window of {frame.window_size} bytes for {size}"
         )
-    return frame.content_size
+    return size
 
 
 def _lzma_filters(size: int, **options: int) -> list[dict[str, Any]]:
-    """The decoder allocates its dictionary, so its size follows from the content's and is not read
-    from anywhere.
-    """
+    """The decoder allocates its dictionary, so the dictionary's size follows from the content's."""
     least, most = LZMA_DICTIONARY
     return [{"id": lzma.FILTER_LZMA2, "dict_size": min(max(size, least), most), **options}]
 
 
 def split_planes(values: np.ndarray) -> bytes:
-    """Floats [n] as all their lowest bytes, then all the next ones …: signs and exponents
-    compress, mantissas do not.
+    """Floats [n] as all their lowest bytes, then all their next bytes, and so on. Planes of signs
+    and exponents compress, planes of mantissas do not.
     """
     little = np.ascontiguousarray(values.reshape(-1), values.dtype.newbyteorder("<"))
     return little.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
 
 
 def join_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
-    """The floats [n] that `split_planes` made `raw` of."""
+    """The floats [n] that `split_planes` turned into `raw`."""
     planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-    return (
-        np.ascontiguousarray(planes.T)
-        .view(dtype.newbyteorder("<"))
-        .reshape(-1)
-        .astype(dtype, copy=False)
-    )
+    little = np.ascontiguousarray(planes.T).view(dtype.newbyteorder("<")).reshape(-1)
+    return little.astype(dtype, copy=False)
 
 
 def entropy(codes: np.ndarray) -> float:
-    """Bits a code, of any shape, that no coder can go below which takes every code alike: the
-    entropy of their frequencies.
+    """Bits per code: the entropy of the frequencies of codes of any shape. It is the lower bound
+    for a coder that models all codes alike.
     """
     counts = np.unique_counts(codes).counts
     shares = counts / codes.size
@@ -118,28 +110,20 @@ def entropy(codes: np.ndarray) -> float:
 
 
 def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
-    """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, else ValueError, by rANS (Duda
-    2013, arXiv 1311.2540).
+    """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, by rANS (Duda 2013, arXiv
+    1311.2540).
 
-    Rows are put into 1, 2, 4, 8 or 16 classes, and each class has its own frequencies: rows differ
-    in spread. The number of classes is the one that gives the fewest bytes, counting the classes'
-    frequencies and the class of each row. Layout: log2 of the number of classes, the row's classes
-    packed, a byte for each class and code, 32-bit words of the coder.
+    Rows differ in spread, so the rows are divided into 1, 2, 4, 8 or 16 classes with their own
+    frequencies. The encoder takes the number of classes with the fewest bytes, which include the
+    frequencies and the class of each row. Layout: log2 of the number of classes, the packed classes
+    of the rows, one byte per class and code, the coder's 32-bit words.
     """
     rows = len(codes)
     alphabet = _alphabet(bits, q_min)
     u = codes.view(np.uint8) - np.uint8(q_min % 256)
-    if int(u.max()) >= alphabet:
-        raise ValueError(
-            f"codes from {codes.min()} to {codes.max()} leave the grid of {bits} bits from"
-            f" {q_min} on"
-        )
     cells = u + np.arange(rows)[:, None] * alphabet
-    counts = (
-        np.bincount(cells.reshape(-1), minlength=rows * alphabet)
-        .reshape(rows, alphabet)
-        .astype(np.float64)
-    )
+    counts = np.bincount(cells.reshape(-1), minlength=rows * alphabet).astype(np.float64)
+    counts = counts.reshape(rows, alphabet)
     size, classes, table = _fit_classes(counts, 0)
     for class_bits in CLASS_BITS[1:]:
         finer = _fit_classes(counts, class_bits)
@@ -148,34 +132,32 @@ def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
         size, classes, table = finer
     class_bits = len(table).bit_length() - 1
     coder = constriction.stream.stack.AnsCoder()
-    for k in reversed(range(len(table))):  # a stack: what is decoded first is encoded last
+    for k in reversed(range(len(table))):  # a stack: the decoder starts with the last class
         symbols = u[classes == k].reshape(-1).astype(np.int32)
         if symbols.size:
             coder.encode_reverse(symbols, _model(table[k]))
     words = coder.get_compressed().astype("<u4").tobytes()
-    half = 2**class_bits // 2
-    indices = pack((classes - half).astype(np.int8), class_bits, -half) if class_bits else b""
+    indices = pack(classes.astype(np.int8), class_bits, 0) if class_bits else b""
     return bytes([class_bits]) + indices + table.tobytes() + words
 
 
 def decode_codes(
     data: bytes | memoryview, rows: int, columns: int, bits: int, q_min: int
 ) -> np.ndarray:
-    """The codes int8 [rows, columns] that `encode_codes` made `data` of. Raises ValueError for
-    data that it did not make.
+    """The codes int8 [rows, columns] that `encode_codes` turned into `data`. Raises ValueError for
+    other data.
     """
     alphabet = _alphabet(bits, q_min)
     if not len(data) or data[0] not in CLASS_BITS:
-        raise ValueError("a rans stream begins with no number of classes")
+        raise ValueError("a rans stream does not begin with its number of classes")
     class_bits = data[0]
     table_start = 1 + (packed_size(rows, class_bits) if class_bits else 0)
     words_start = table_start + 2**class_bits * alphabet
     if len(data) < words_start or (len(data) - words_start) % 4:
-        raise ValueError("a rans stream has no whole tables and words")
+        raise ValueError("a rans stream has incomplete tables or words")
     classes = np.zeros(rows, np.int8)
     if class_bits:
-        half = 2**class_bits // 2
-        classes = unpack(bytes(data[1:table_start]), rows, class_bits, -half) + np.int8(half)
+        classes = unpack(bytes(data[1:table_start]), rows, class_bits, 0)
     table = np.frombuffer(data[table_start:words_start], np.uint8).reshape(-1, alphabet)
     codes = np.empty((rows, columns), np.int8)
     try:
@@ -195,7 +177,7 @@ def decode_codes(
         symbols += q_min
         codes[chosen] = symbols.reshape(count, columns)
     if not coder.is_empty():
-        raise ValueError("a rans stream goes on after the last code, or is damaged")
+        raise ValueError("a rans stream is damaged or continues after its last code")
     return codes
 
 
@@ -204,18 +186,18 @@ def _alphabet(bits: int, q_min: int) -> int:
 
 
 def _model(frequencies: np.ndarray) -> constriction.stream.model.Categorical:
-    """Of one class, from its bytes [alphabet]. A code of frequency 0 is left the least that the
-    coder has, 2^-24.
+    """The model of one class, from its frequencies' bytes [alphabet]. A code of frequency 0 keeps
+    the coder's smallest probability, 2^-24.
     """
     return constriction.stream.model.Categorical(WEIGHTS[frequencies], perfect=False, lazy=False)
 
 
 def _fit_classes(counts: np.ndarray, class_bits: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """Bytes, the class of each row [rows], frequencies' bytes [classes, alphabet], for counts
-    [rows, alphabet].
+    """Size in bytes, class of each row [rows] and frequencies' bytes [classes, alphabet], for
+    counts [rows, alphabet].
 
-    Lloyd's algorithm from classes of equal size by spread. Costs are whole numbers of 2^-10 bits:
-    their sums are exact, so the classes do not depend on the order of adding.
+    Lloyd's algorithm starts from classes of equal size by spread. Costs are whole numbers of 2^-10
+    bits, so their sums are exact and the classes do not depend on the order of addition.
     """
     num_classes = 2**class_bits
     rows, alphabet = counts.shape
@@ -233,8 +215,8 @@ def _fit_classes(counts: np.ndarray, class_bits: int) -> tuple[float, np.ndarray
 
 
 def _frequencies(counts: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """The byte of each class and code [classes, alphabet]: the nearest weight; a code that occurs
-    has at least the smallest.
+    """The byte of each class and code [classes, alphabet], for the nearest weight. A code that
+    occurs has at least the smallest weight.
     """
     sums = np.stack([counts[classes == k].sum(axis=0) for k in range(num_classes)])
     weights = sums * (WEIGHTS[-1] / np.maximum(sums.max(axis=1, keepdims=True), 1))
@@ -243,7 +225,7 @@ def _frequencies(counts: np.ndarray, classes: np.ndarray, num_classes: int) -> n
 
 
 def _costs(table: np.ndarray) -> np.ndarray:
-    """What a code costs in each class [classes, alphabet], in 2^-10 bits."""
+    """The cost of a code in each class [classes, alphabet], in 2^-10 bits."""
     weights = WEIGHTS[table]
     total = weights.sum(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,10 +1,11 @@
-"""The least lossy policy under a limit of bytes, found by trying: what `export --tune-to-fit` does.
+"""The policy of least error below a limit of bytes, for `export --tune-to-fit`.
 
-Tried are the recipe's own policy, half precision, and two families of grids, all but the first
-coded by rANS. In one family ranges follow each row's largest magnitude, and the bits of a weight
-say how fine the grid is. In the other the grid is wide and its step is a share of the row's
-standard deviation, bisected until the artifact just fits: SDClip with range and step told apart,
-since what a fine step costs the entropy coder measures, and nothing need be clipped.
+The search tries the recipe's own policy, half precision, and two families of grids. All but the
+recipe's policy are coded by rANS. In the first family the range of a row is its largest magnitude,
+and the number of bits sets the step. In the second family the grid is wide, and its step is a
+fraction of the row's standard deviation. The search bisects this fraction until the artifact just
+fits. This is SDClip with independent range and step: the entropy coder measures the cost of a fine
+step, so no weight need be clipped.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact import sngpt_file
 from sngpt_jax.artifact.account import relative_error
 from sngpt_jax.artifact.header import Storage
 from sngpt_jax.artifact.pipeline import quantize_tensors
@@ -22,14 +23,14 @@ from sngpt_jax.config import Config, ExportConfig
 
 # bits of MLP and attention matrices
 LADDER = ((8, 8), (7, 7), (6, 6), (5, 6), (5, 5), (4, 5), (4, 4), (3, 4), (3, 3))
-# ranges of an int8 grid in standard deviations: steps of 1/16 and of 4 of them
+# ranges of an int8 grid in standard deviations: steps of 1/16 and of 4 deviations
 FINEST, COARSEST = 8.0, 512.0
-BISECTIONS = 8  # leave the range known to 1.6 %
+BISECTIONS = 8  # determine the range within 1.6 %
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy that was tried, what its artifact takes, and what it loses."""
+    """A policy, the size of its artifact, and its error."""
 
     export: ExportConfig
     bytes: int
@@ -52,12 +53,11 @@ def search(
     tell: Callable[[str], None],
     moments: Mapping[str, np.ndarray] | None = None,
 ) -> Config:
-    """`config` with the policy of least `relative_error`, of those tried, whose artifact takes at
-    most `limit` bytes.
+    """`config` with the tried policy of least `relative_error` whose artifact takes at most `limit`
+    bytes.
 
-    `tell` is given a line for each policy that was tried. `moments` are for GPTQ, as in
-    `quantize_tensors`: where the recipe asks for it every trial is rounded so, since that changes
-    the size. Raises `UserError` where nothing fits.
+    `tell` receives one line per trial. `moments` are for GPTQ, as in `quantize_tensors`: GPTQ
+    changes the size, so each trial uses it if the recipe does. Raises `UserError` if no trial fits.
     """
     wide = replace(
         config.export,
@@ -73,15 +73,6 @@ def search(
         codec="rans",
         codec_level=22,
     )
-
-    def attempt(export: ExportConfig) -> Trial:
-        candidate = replace(config, export=export)
-        stored = quantize_tensors(tensors, candidate, moments)
-        size = len(artifact.encode(metadata(candidate), stored, storage_of(export)).data)
-        trial = Trial(export, size, relative_error(tensors, stored))
-        tell(trial.describe(limit))
-        return trial
-
     halves = replace(
         wide,
         mlp_bits=16,
@@ -91,29 +82,36 @@ def search(
         table_bits=16,
         clip="row_max",
     )
-    trials = [attempt(config.export), attempt(halves)]
+    trials: list[Trial] = []
+
+    def fits(export: ExportConfig) -> bool:
+        candidate = replace(config, export=export)
+        stored = quantize_tensors(tensors, candidate, moments)
+        encoded = sngpt_file.encode(metadata(candidate), stored, storage_of(export))
+        trials.append(Trial(export, len(encoded.data), relative_error(tensors, stored)))
+        tell(trials[-1].describe(limit))
+        return trials[-1].bytes <= limit
+
+    fits(config.export)
+    fits(halves)
     for mlp, attention in LADDER:
-        trials.append(
-            attempt(replace(wide, mlp_bits=mlp, attention_bits=attention, clip="row_max"))
-        )
-        if trials[-1].bytes <= limit:
-            break  # the rest are smaller and lose more
-    wide = replace(wide, mlp_bits=8, attention_bits=8, clip="sd")
+        if fits(replace(wide, mlp_bits=mlp, attention_bits=attention, clip="row_max")):
+            break  # the rest are smaller and have larger errors
     fine, coarse = FINEST, COARSEST
     for _ in range(BISECTIONS):
         middle = (fine * coarse) ** 0.5
-        trials.append(attempt(replace(wide, clip_sd=round(middle, 3))))
-        fine, coarse = (fine, middle) if trials[-1].bytes <= limit else (middle, coarse)
+        sd = replace(wide, mlp_bits=8, attention_bits=8, clip="sd", clip_sd=round(middle, 3))
+        fine, coarse = (fine, middle) if fits(sd) else (middle, coarse)
     fitting = [trial for trial in trials if trial.bytes <= limit]
     if not fitting:
         least = min(trial.bytes for trial in trials)
         raise UserError(
-            f"nothing fits into {limit:,} bytes of artifact: the least that was tried takes"
-            f" {least:,}; raise --limit"
+            f"no policy fits into {limit:,} bytes of artifact: the smallest artifact of the trials"
+            f" takes {least:,} bytes; raise --limit"
         )
     return replace(config, export=min(fitting, key=lambda trial: trial.error).export)
 
 
 def storage_of(export: ExportConfig) -> Storage:
-    """How a policy's codes are put into bytes."""
+    """The policy's way to turn codes into bytes."""
     return Storage(packed=export.packed, codec=export.codec, level=export.codec_level)

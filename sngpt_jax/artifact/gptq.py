@@ -1,15 +1,14 @@
-"""Rounding that knows the inputs: each weight's rounding error is made up for by the weights that
-are still to be rounded.
+"""Rounding that knows the inputs: later weights compensate the rounding error of each weight.
 
 GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) lowers tr((W - Q) H (W - Q)^T), the
-squared error of a layer's outputs over the inputs X that gave H = X^T X. It rounds one column of W
-after the other, and after each moves those that are left to where the error is least. Written as
-Babai's nearest plane algorithm, which it equals (Chen et al. 2025,
+squared error of a layer's outputs over the inputs X with H = X^T X. It rounds W column by column.
+After each column it moves the remaining columns to where the error is least. This module writes
+GPTQ as Babai's nearest plane algorithm, which is equivalent (Chen et al. 2025,
 https://arxiv.org/abs/2507.18553): with H = R R^T, R upper triangular, and e the errors of one row,
 
     e H e^T = sum_i R_ii^2 (e_i + sum_{j<i} e_j R_ji / R_ii)^2
 
-so that column i is rounded with the bracket as close to 0 as its grid allows. H is never inverted.
+Column i is rounded so that the bracket is as close to 0 as its grid allows. H is never inverted.
 """
 
 import numpy as np
@@ -31,20 +30,16 @@ def gptq(
     """Codes, int8 [out, in], C-contiguous, for `rows`, float32 [out, in], on the grids of
     `scales`, float16 [out].
 
-    `second_moment` is H, float64 [in, in], a sum or a mean: its unit cancels. `damping` times its
-    mean diagonal is added to the diagonal, which holds back moves that few inputs speak for.
-    Columns with the largest diagonal come first, while most of the others are left to make up for
-    them (act-order). An input that was always 0 says nothing: its column is rounded to the nearest
-    code. `block` columns are rounded between updates of the rest: a matter of speed, not of the
-    result.
+    `second_moment` is H, float64 [in, in], a sum or a mean: its unit cancels. `damping` times the
+    mean diagonal is added to the diagonal, which damps moves that few inputs support. Columns with
+    the largest diagonal come first, because most other columns can then compensate them
+    (act-order). The column of an input that was always 0 is rounded to the nearest codes. `block`
+    columns are rounded between updates of the rest. It affects the speed, not the result.
 
-    Raises `UserError`, which does not name the tensor, where H is not finite or has no Cholesky
-    factor.
+    Raises `UserError`, without the tensor's name, if H is not finite or has no Cholesky factor.
     """
     if not np.isfinite(second_moment).all():
-        raise UserError(
-            "the second moments of its inputs are not finite; only numbers can calibrate"
-        )
+        raise UserError("the second moments of its inputs are not finite; export an earlier --step")
     diagonal = second_moment.diagonal()
     ascending = np.argsort(diagonal, kind="stable")
     order = ascending[::-1]
@@ -56,8 +51,7 @@ def gptq(
         raise UserError(
             "the second moments of its inputs are singular; raise export.gptq_damping"
         ) from None
-    # backwards a lower triangle is the upper R, whose product with its transpose is H in the order
-    # of rounding
+    # The reversed lower triangle is the upper R with R R^T = H in the order of rounding.
     carry = lower[::-1, ::-1].T / lower.diagonal()[::-1, None]  # carry[i, j] = R_ji / R_ii
 
     weights = rows.T[order].astype(np.float64)  # [in, out], so that a column is contiguous
@@ -69,8 +63,7 @@ def gptq(
         targets = weights[start:stop] + carry[start:stop, :start] @ errors[:start]
         for i in range(start, stop):
             target = targets[i - start] + carry[i, start:i] @ errors[start:i]
-            # in float32, as `quantize.nearest_codes`: where nothing is carried the two agree to
-            # the last tie
+            # float32 as in `quantize.nearest_codes`, so that columns without a carry agree with it
             codes[order[i]] = rounded = np.clip(
                 np.rint(target.astype(np.float32) * inverses), q_min, q_max
             )

@@ -1,8 +1,6 @@
-"""The header of an artifact: its metadata, and the table of what its payload holds, checked in
-every detail.
+"""The header of an artifact: its metadata, and the table of the payload's contents, fully checked.
 
-It is JSON exactly as `as_json` writes it, so that no two headers say the same and none says
-anything twice.
+The header is JSON exactly as `as_json` writes it, so each content has one spelling.
 """
 
 import json
@@ -16,18 +14,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sngpt_jax.artifact.codecs import ByteCodec
+from sngpt_jax.artifact.policy import largest_code
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 
 MAX_AXES = 16
-MAX_AXIS = 2**40  # so that products of axes stay numbers that a line can show
+MAX_AXIS = 2**40  # keeps products of axes short enough for a message
 NAME = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,15}", re.ASCII)
 LEVELS = {"rans": (1, 22), "zstd": (1, 22), "lzma": (0, 9)}
 
 
 class ArtifactError(UserError):
-    """A file that is no artifact, or a damaged or too large one. It quotes what files hold, so it
-    is cut at 500 letters.
+    """A file that is not an artifact, is damaged, or needs too much memory. The line can quote the
+    file, so it ends after 500 characters.
     """
 
     def __init__(self, line: str):
@@ -36,7 +35,7 @@ class ArtifactError(UserError):
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """A ValueError of a library's or of a check becomes one line that says where."""
+    """Turns a ValueError of a library or a check into an `ArtifactError` that begins with `where`."""
     try:
         yield
     except ValueError as problem:
@@ -47,27 +46,31 @@ def explained(where: str) -> Iterator[None]:
 class Storage:
     """How codes become bytes."""
 
-    packed: bool  # codes of fewer than 8 bits bit by bit (`packing`), not a byte each; not for rans
-    codec: Literal["rans", "zstd", "lzma"]  # of the codes; with rans, scales and floats go by zstd
+    packed: bool  # join codes of fewer than 8 bits bit by bit (`packing`); excludes rans
+    codec: Literal["rans", "zstd", "lzma"]  # of the codes; beside rans, zstd compresses the floats
     level: int  # of zstd, 1 to 22, or lzma, 0 to 9
 
     @property
     def byte_codec(self) -> ByteCodec:
         return "lzma" if self.codec == "lzma" else "zstd"
 
+    def packs(self, bits: int) -> bool:
+        """Whether codes of `bits` bits are joined bit by bit."""
+        return self.packed and bits < 8
+
 
 @dataclass(frozen=True)
 class Grid:
-    """How the codes of a tensor stand on their grid and in the file."""
+    """The grid of a tensor's codes, and the size of their stream."""
 
     bits: int
     q_min: int
     transposed: bool
-    length: int  # bytes of the codes' stream
+    length: int  # bytes of the stream of codes
 
     @property
     def q_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return largest_code(self.bits)
 
 
 @dataclass(frozen=True)
@@ -77,30 +80,22 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     kind: Literal["grid", "float16", "float32"]
-    grid: Grid | None  # where it is kind
-
-
-class Codes(NamedTuple):
-    """A stream of one tensor's codes."""
-
-    name: str
-    grid: Grid
-    rows: int
-    columns: int
+    grid: Grid | None  # None unless `kind` is grid
 
     @property
-    def size(self) -> int:
-        return self.rows * self.columns
+    def code_shape(self) -> tuple[int, ...]:
+        """Rows and columns of the codes. A row of a transposed matrix is an entry of its last axis."""
+        return self.shape[::-1] if self.grid and self.grid.transposed else self.shape
 
 
-class Floats(NamedTuple):
-    """A stream of the scales, or of all tensors of one type."""
+class Stream(NamedTuple):
+    """A stream of the payload: one tensor's codes, all scales, or all tensors of a float type."""
 
-    what: str
-    length: int  # in bytes; 0 where there are no parts
+    what: str  # its name in messages
+    length: int  # in bytes; 0 without parts
     dtype: np.dtype
-    # tensors and the shapes of what is here of them, in their order
-    parts: dict[str, tuple[int, ...]]
+    parts: dict[str, tuple[int, ...]]  # the shapes of its arrays by tensor, in the table's order
+    grid: Grid | None = None  # of codes
 
     @property
     def size(self) -> int:
@@ -109,60 +104,35 @@ class Floats(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What the payload holds."""
+    """The contents of the payload."""
 
     storage: Storage
     tensors: tuple[Tensor, ...]
-    scales: int  # bytes of the three streams after the codes'; a stream of nothing has none
+    scales: int  # bytes of each of the three streams after the codes; 0 for an empty stream
     float16: int
     float32: int
 
     @property
-    def codes(self) -> list[Codes]:
-        """The streams of codes, in their order. A row is an entry of a matrix's last axis where it
-        is transposed.
-        """
+    def streams(self) -> list[Stream]:
+        """The streams in file order."""
+        grids = [(x, x.grid) for x in self.tensors if x.grid]
+        half, single = np.dtype(np.float16), np.dtype(np.float32)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {"float16": {}, "float32": {}, "grid": {}}
+        for x in self.tensors:
+            shapes[x.kind][x.name] = x.shape
         return [
-            Codes(
-                tensor.name,
-                tensor.grid,
-                *(reversed(tensor.shape) if tensor.grid.transposed else tensor.shape),
-            )
-            for tensor in self.tensors
-            if tensor.grid
-        ]
-
-    @property
-    def floats(self) -> list[Floats]:
-        """The streams after them."""
-        half, single = (
-            {x.name: x.shape for x in self.tensors if x.kind == kind}
-            for kind in ("float16", "float32")
-        )
-        return [
-            Floats(
-                "scales",
-                self.scales,
-                np.dtype(np.float16),
-                {codes.name: (codes.rows,) for codes in self.codes},
+            *(
+                Stream(x.name, grid.length, np.dtype(np.int8), {x.name: x.code_shape}, grid)
+                for x, grid in grids
             ),
-            Floats("float16 tensors", self.float16, np.dtype(np.float16), half),
-            Floats("float32 tensors", self.float32, np.dtype(np.float32), single),
-        ]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Bytes of all streams."""
-        return [
-            *(codes.grid.length for codes in self.codes),
-            self.scales,
-            self.float16,
-            self.float32,
+            Stream("scales", self.scales, half, {x.name: x.code_shape[:1] for x, _ in grids}),
+            Stream("float16 tensors", self.float16, half, shapes["float16"]),
+            Stream("float32 tensors", self.float32, single, shapes["float32"]),
         ]
 
 
 def as_json(metadata: Mapping[str, Any], table: Table) -> bytes:
-    """The header. Raises ValueError for a number that is not finite."""
+    """The header's JSON. Raises ValueError for a number that is not finite."""
     return _canonical({"metadata": metadata, "table": asdict(table)})
 
 
@@ -171,13 +141,13 @@ def _canonical(value: Any) -> bytes:
 
 
 def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
-    """Metadata and table of a header, everything in them checked; `payload` bytes are what the
-    streams must take.
+    """The metadata and the checked table of a header. The streams must fill `payload` bytes, unless
+    that is None. Raises `ArtifactError`.
     """
     with explained("header"):
         header = typed_json.loads(raw)
         if _canonical(header) != raw:
-            raise ValueError("is JSON, but not as this program writes it")
+            raise ValueError("JSON in another spelling than this program writes")
         if not isinstance(header, dict) or header.keys() != {"metadata", "table"}:
             raise ValueError("expected an object of metadata and table")
         if not isinstance(header["metadata"], dict):
@@ -191,7 +161,7 @@ def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
                 f"level {storage.level} of {storage.codec}, expected {lowest} to {highest}"
             )
         if storage.packed and storage.codec == "rans":
-            raise ValueError("packed codes are not for rans")
+            raise ValueError("the codec rans takes no packed codes")
         _check_names([tensor.name for tensor in table.tensors])
         for tensor in table.tensors:
             with explained(tensor.name):
@@ -204,45 +174,39 @@ def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not NAME.fullmatch(name):
-            raise ValueError(
-                f"no name of a tensor, words joined by /, of letters, digits and _.-: {name!r}"
-            )
+            raise ValueError(f"not a tensor's name (words of letters, digits, _.-, /): {name!r}")
     folders = {name[: slash.start()] for name in names for slash in re.finditer("/", name)}
     taken: set[str] = set()
     for name in names:
         if name in taken or name in folders:
-            raise ValueError(
-                f"two tensors are named {name!r}, or one is named as the folder of another"
-            )
+            raise ValueError(f"{name!r} names two tensors, or a tensor and the folder of another")
         taken.add(name)
 
 
 def _check_tensor(tensor: Tensor) -> None:
-    if len(tensor.shape) > MAX_AXES or not all(1 <= axis <= MAX_AXIS for axis in tensor.shape):
-        raise ValueError(
-            f"expected at most {MAX_AXES} axes, each 1 to 2^40 long, found {tensor.shape}"
-        )
-    grid = tensor.grid
+    shape, grid = tensor.shape, tensor.grid
+    if len(shape) > MAX_AXES or not all(1 <= axis <= MAX_AXIS for axis in shape):
+        raise ValueError(f"expected at most {MAX_AXES} axes, each 1 to 2^40 long, found {shape}")
     if (grid is None) == (tensor.kind == "grid"):
         raise ValueError(f"kind {tensor.kind} {'without' if grid is None else 'with'} a grid")
     if grid is None:
         return
-    if len(tensor.shape) != 2:
-        raise ValueError(f"a grid needs 2 axes, found {len(tensor.shape)}")
+    if len(shape) != 2:
+        raise ValueError(f"a grid needs 2 axes, found {len(shape)}")
     if not 2 <= grid.bits <= 8:
         raise ValueError(f"expected 2 to 8 bits, found {grid.bits}")
-    if grid.q_min not in (-grid.q_max, -grid.q_max - 1):
+    lowest = (-grid.q_max, -grid.q_max - 1)
+    if grid.q_min not in lowest:
         raise ValueError(
-            f"expected codes of {grid.bits} bits from {-grid.q_max} or {-grid.q_max - 1} on, found"
+            f"expected {lowest[0]} or {lowest[1]} as the least code of {grid.bits} bits, found"
             f" {grid.q_min}"
         )
 
 
 def _check_lengths(table: Table, payload: int) -> None:
-    if not all(0 <= length <= payload for length in table.lengths) or sum(table.lengths) != payload:
+    lengths = [stream.length for stream in table.streams]
+    if not all(0 <= length <= payload for length in lengths) or sum(lengths) != payload:
         raise ValueError(f"the streams do not fill the payload of {payload:,} bytes")
-    for floats in table.floats:
-        if floats.length and not floats.parts:
-            raise ValueError(
-                f"{floats.length:,} bytes of {floats.what}, and no tensor that has them"
-            )
+    for stream in table.streams:
+        if stream.length and not stream.parts:
+            raise ValueError(f"{stream.length:,} bytes of {stream.what} without a tensor")

@@ -1,13 +1,13 @@
-"""From a model's tensors to what its artifact holds, tensor by tensor, by the recipe's policy."""
+"""From a model's tensors to the tensors of its artifact, by the recipe's policy."""
 
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from sngpt_jax.artifact.gptq import gptq
+from sngpt_jax.artifact.parallel import Progress, in_threads
 from sngpt_jax.artifact.policy import FLOAT16, MATRICES, policy_of
 from sngpt_jax.artifact.quantize import Stored, prune, quantize
 from sngpt_jax.base.errors import UserError
@@ -18,47 +18,34 @@ def quantize_tensors(
     tensors: Mapping[str, np.ndarray],
     config: Config,
     moments: Mapping[str, np.ndarray] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Stored]:
-    """Float32 tensors by path, as `config.export` has them kept; in the order of their names.
+    """Float32 tensors by path, stored as `config.export` says, sorted by name.
 
-    `moments`: the second moments [in, in] of the inputs of the matrices that GPTQ is to round.
-    Tensors are worked on in as many threads as there are processors, but for GPTQ. Raises
-    `UserError` that names the tensor which cannot be kept.
+    `moments`: the second moments [in, in] of the inputs of the matrices that GPTQ rounds. Raises
+    `UserError` that names a tensor which cannot be stored.
     """
 
-    def one(name: str) -> Stored:
+    def stored(name: str) -> Stored:
         try:
-            return quantize_tensor(
-                name, tensors[name], config, None if moments is None else moments.get(name)
-            )
+            return quantize_tensor(name, tensors[name], config, (moments or {}).get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
-    # the largest first, so that no thread is left with it
-    names = sorted(tensors, key=lambda name: -tensors[name].size)
-    # the products of GPTQ take all processors by themselves
-    with ThreadPoolExecutor(1 if config.export.gptq else os.cpu_count()) as pool:
-        stored = {}
-        for name, tensor in zip(names, pool.map(one, names), strict=True):
-            stored[name] = tensor
-            if progress:
-                progress(len(stored), len(names))
-    return {name: stored[name] for name in sorted(stored)}
+    names = sorted(tensors)
+    jobs = [(tensors[name].size, partial(stored, name)) for name in names]
+    # the matrix products of GPTQ use all processors
+    found = in_threads(jobs, 1 if config.export.gptq else None, progress)
+    return dict(zip(names, found, strict=True))
 
 
 def quantize_tensor(
     name: str, tensor: np.ndarray, config: Config, moment: np.ndarray | None = None
 ) -> Stored:
-    """One tensor, float32, as `config.export` has it kept. Raises `UserError`, which does not name
-    the tensor.
-    """
+    """One float32 tensor, stored as `config.export` says. Raises `UserError` without the name."""
     policy, export = policy_of(name, tensor.shape, config), config.export
-    if (
-        export.prune_fraction
-        and policy.group != "control"
-        and tensor.size > export.passthrough_size
-    ):
+    small = tensor.size <= export.passthrough_size
+    if export.prune_fraction and policy.group != "control" and not small:
         tensor = prune(tensor, export.prune_fraction)
     if not policy.has_grid:
         return _as_floats(tensor, policy.bits)
@@ -66,7 +53,7 @@ def quantize_tensor(
     if not export.gptq or policy.group not in MATRICES:
         return nearest
     if moment is None:
-        raise UserError("has no second moments of its inputs, which export.gptq rounds by")
+        raise UserError("export.gptq needs the second moments of its inputs, which are missing")
     codes = gptq(
         tensor.T,
         nearest.scales,
@@ -82,10 +69,9 @@ def quantize_tensor(
 def _as_floats(tensor: np.ndarray, bits: int) -> np.ndarray:
     with np.errstate(over="ignore"):  # an error below
         kept = tensor.astype(np.float16 if bits == FLOAT16 else np.float32)
-    if not np.isfinite(kept).all():
-        place = np.unravel_index(int(np.argmin(np.isfinite(kept))), kept.shape)
+    finite = np.isfinite(kept)
+    if not finite.all():
         raise UserError(
-            f"{tensor[place]} is no finite {kept.dtype.name}; a tensor's {kept.dtype.name} numbers"
-            " must be"
+            f"{tensor[~finite][0]} is not a finite {kept.dtype.name}; export an earlier --step"
         )
     return kept

@@ -20,7 +20,7 @@ import numpy as np
 
 from sngpt_jax.artifact import account as report
 from sngpt_jax.artifact import bundle, codecs, fit
-from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.header import Storage
 from sngpt_jax.artifact.packing import pack
 from sngpt_jax.artifact.pipeline import quantize_tensors

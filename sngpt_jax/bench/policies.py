@@ -13,8 +13,8 @@ from typing import Any
 
 import tyro
 
-from sngpt_jax.artifact import file as artifact
 from sngpt_jax.artifact import fit
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.account import entropy_of, relative_error
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Quantized, dequantize

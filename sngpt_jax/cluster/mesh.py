@@ -51,6 +51,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path (`path_name`), in the tree's order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 # ---------------------------------------- parameters and their like
 
 

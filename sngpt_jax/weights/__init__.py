@@ -1,1 +1,1 @@
-"""A trained model read back from a run or an artifact."""
+"""Trained models, read from runs, artifacts and other programs' checkpoints, and exported."""

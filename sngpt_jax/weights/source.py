@@ -1,6 +1,4 @@
-"""The trained model that a command is to work on: `--run D`, with a checkpoint and its weights, or
-`--artifact F`.
-"""
+"""The trained model that a command works on, from `--run D` or `--artifact F`."""
 
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,6 @@ from sngpt_jax.training.state import Shapes
 from sngpt_jax.weights.trained_model import TrainedModel, from_artifact, on_any_device
 
 
-def check_source(
-    run: Path | None, artifact: Path | None, step: int | None, weights: Weights | None
-) -> None:
-    """Raises `UserError` unless exactly one source is named, and for options that an artifact has
-    no choice of.
-    """
-    if (run is None) == (artifact is None):
-        raise UserError("give either --run, a run directory, or --artifact, an exported model")
-    if artifact and (step is not None or weights is not None):
-        raise UserError(
-            "--step and --weights choose from a run; an artifact holds one set of weights"
-        )
-
-
 def open_model(
     run: Path | None,
     artifact: Path | None,
@@ -41,22 +25,29 @@ def open_model(
     step: int | None = None,
     weights: Weights | None = None,
 ) -> TrainedModel:
-    """The model of the one source that is given. Raises `UserError`."""
-    check_source(run, artifact, step, weights)
-    if artifact:
-        return from_artifact(artifact, mesh)
-    assert run
-    return load_model(run, mesh, step, weights)
+    """The model of `run` or `artifact`. Raises `UserError` unless exactly one of them is given, and
+    for a `step` or `weights` of an artifact.
+    """
+    if (run is None) == (artifact is None):
+        raise UserError("give either --run, a run directory, or --artifact, an exported model")
+    if run:
+        return load_model(run, mesh, step, weights)
+    if step is not None or weights is not None:
+        raise UserError(
+            "--step and --weights choose from a run; an artifact holds one set of weights"
+        )
+    assert artifact
+    return from_artifact(artifact, mesh)
 
 
 def load_model(
     run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None
 ) -> TrainedModel:
-    """The weights of `run_dir` at checkpoint `step`, laid out over `mesh`.
+    """The weights of the run in `run_dir` at checkpoint `step`, laid out over `mesh`.
 
-    `step` None: the latest that verifies. `weights`: those of the last step (final) or an average
-    (swa, ema); None: what the run's eval.weights says. Raises `UserError` where the run keeps no
-    such average, or has no snapshot in it yet.
+    `step` None: the latest intact checkpoint. `weights`: the last step's (final) or an average
+    (swa, ema); None: the run's eval.weights. Raises `UserError` if the run keeps no such average,
+    or has no snapshot in it yet.
     """
     config = on_any_device(read_config(run_dir))
     use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
@@ -74,8 +65,8 @@ def load_model(
     found = restored.state[name]
     if isinstance(found, SWA) and not int(found.count):
         raise UserError(
-            f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir};"
-            " take a later --step or --weights final"
+            f"--weights swa: no snapshot was taken up to step {restored.step} of {run_dir}; take a"
+            " later --step or --weights final"
         )
     params = found if weights == "final" else averaged_weights(found, mesh)
     kept = tokenizer_path(run_dir)

@@ -1,23 +1,22 @@
-"""A trained model in memory, and how one is read back from an exported artifact; `run_directory`
-reads them from runs.
-"""
+"""A trained model in memory, and the way from an exported artifact to it."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sngpt_jax.artifact import file as artifact
+from sngpt_jax.artifact import sngpt_file
 from sngpt_jax.artifact.header import ArtifactError
 from sngpt_jax.artifact.policy import is_exported
 from sngpt_jax.artifact.quantize import dequantize
-from sngpt_jax.cluster.mesh import path_name, state_shardings
+from sngpt_jax.base import typed_json
+from sngpt_jax.cluster.mesh import leaves_by_path, state_shardings
 from sngpt_jax.config import Config, ConfigError, Weights
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data.shards import Dataset, open_dataset
@@ -29,20 +28,18 @@ logger = logging.getLogger("sngpt_jax")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model read back: its configuration, its variables on the mesh, and where they are from."""
+    """A trained model: its configuration, its variables on the mesh, and their origin."""
 
     config: Config
     variables: Variables  # parameters, with the statistics of sparse codes in their places
     step: int  # of the run
-    weights: str  # which ones they are: final, swa or ema
-    source: Path  # a run directory or an artifact
-    tokenizer_path: Path | None = None  # the copy that is kept with the source, where one is
-    tokenizer_sha256: str | None = None  # None where nothing is known of it
+    weights: str  # final, swa or ema
+    source: Path  # run directory or artifact
+    tokenizer_path: Path | None = None  # the source's copy, if it keeps one
+    tokenizer_sha256: str | None = None  # None if unknown
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises `ConfigError` where none is kept, or another one than the
-        model's.
-        """
+        """The model's tokenizer. Raises `ConfigError` if the source keeps none or another one."""
         if self.tokenizer_path is None:
             raise ConfigError(f"{self.source}: keeps no tokenizer; {self._remedy()}")
         tokenizer = load_tokenizer(self.tokenizer_path)
@@ -55,18 +52,16 @@ class TrainedModel:
     def _remedy(self) -> str:
         if self.source.is_dir():
             return "import its weights with --tokenizer into another --run-dir"
-        return (
-            "put the one that export wrote beside it,"
-            f" {tokenizer_beside(self.source, '.model').stem}.*, back there"
-        )
+        name = tokenizer_beside(self.source, ".*").name
+        return f"put the tokenizer that export wrote, {name}, beside it again"
 
     def open_data(self, directory: Path | None = None) -> Dataset:
-        """The prepared data in `directory`, by default the recipe's. Raises `UserError` where
-        another tokenizer made them.
+        """The prepared data in `directory`, or else in the recipe's folder. Raises `UserError` if
+        another tokenizer prepared them.
         """
         directory = directory or Path(self.config.data.dir)
         if self.tokenizer_sha256 is None:
-            logger.info(f"{self.source} keeps no tokenizer: taking that of {directory}")
+            logger.info(f"{self.source} keeps no tokenizer: taking the tokenizer of {directory}")
         dataset = open_dataset(directory, self.config.model.vocab_size)
         if self.tokenizer_sha256 not in (None, dataset.tokenizer.sha256):
             raise ConfigError(
@@ -77,95 +72,92 @@ class TrainedModel:
 
 
 def on_any_device(config: Config) -> Config:
-    """The configuration without the implementations that a run asked for, which its device may
-    have had alone.
+    """`config` without the implementations that the run named, because other devices may lack
+    them.
     """
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention="auto", code="auto")
-    )
+    model = dataclasses.replace(config.model, attention="auto", code="auto")
+    return dataclasses.replace(config, model=model)
 
 
-# ---------------------------------------------------------------------------------------------- artifacts
+# ---------------------------------------------------------------------------------- artifacts
+
+
+@dataclass(frozen=True)
+class TokenizerMark:
+    """The tokenizer of an artifact."""
+
+    sha256: str
+    suffix: Literal[".model", ".json"]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata of an artifact."""
+
+    config: Any
+    tokenizer: TokenizerMark | None
+    step: int
+    weights: Weights
+    version: str  # of the exporter
 
 
 def tokenizer_beside(path: Path, suffix: str) -> Path:
-    """Where the tokenizer of an artifact lies: `model.tokenizer.model` beside `model.sngpt`."""
+    """The tokenizer's place beside an artifact: `model.tokenizer.model` beside `model.sngpt`."""
     return path.with_name(f"{path.stem}.tokenizer{suffix}")
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Variables:
-    """Exported tensors by path as the variables of the model that `config` describes, laid out
-    over `mesh`.
+    """The variables of the model of `config` from its exported tensors, laid out over `mesh`.
 
-    What no export keeps starts at 0. Raises `ArtifactError` that names tensors which are missing,
-    too many, or misshapen.
+    Variables that no export keeps start at 0. Raises `ArtifactError` that names missing, unknown
+    and misshapen tensors.
     """
     shapes = abstract_variables(config.model)
-    wanted = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    kept = {name: leaf for name, leaf in wanted.items() if is_exported(leaf.dtype)}
-    wrong = [f"{name} is missing" for name in kept if name not in tensors]
-    wrong += [f"{name} is none of the model's" for name in tensors if name not in kept]
-    wrong += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(leaf.shape)}"
-        for name, leaf in kept.items()
-        if name in tensors and tensors[name].shape != leaf.shape
-    ]
+    leaves = leaves_by_path(shapes)
+    exported = {name: leaf.shape for name, leaf in leaves.items() if is_exported(leaf.dtype)}
+    wrong = [f"{name} is missing" for name in exported if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in exported:
+            wrong.append(f"{name} is not a tensor of the model")
+        elif tensor.shape != exported[name]:
+            wrong.append(f"{name} is {list(tensor.shape)}, expected {list(exported[name])}")
     if wrong:
         raise ArtifactError(
-            "its tensors are not those of its configuration:"
+            "its tensors do not match its configuration:"
             f" {'; '.join(wrong[:5])}{'; …' * (len(wrong) > 5)}"
         )
-    leaves = [
-        tensors[name] if name in kept else np.zeros(leaf.shape, leaf.dtype)
-        for name, leaf in wanted.items()
+    values = [
+        tensors[name] if name in exported else np.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in leaves.items()
     ]
-    return jax.device_put(
-        jax.tree.unflatten(jax.tree.structure(shapes), leaves), state_shardings(mesh, shapes)
-    )
+    variables = jax.tree.unflatten(jax.tree.structure(shapes), values)
+    return jax.device_put(variables, state_shardings(mesh, shapes))
 
 
 def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
-    """The model in the artifact `path`, dequantized, laid out over `mesh`. Raises `ArtifactError`
-    in one line.
-    """
-    content = artifact.read(path)
+    """The dequantized model of the artifact `path`, laid out over `mesh`. Raises `ArtifactError`."""
+    content = sngpt_file.read(path)
     try:
-        about = content.metadata
-        config = on_any_device(config_file.parse(about.get("config"), "config", ArtifactError))
-        # tracing what a file claims would take hours
-        if config.model.num_layers > len(content.tensors):
+        about = typed_json.parse(Metadata, content.metadata, "metadata", ArtifactError)
+        config = on_any_device(config_file.parse(about.config, "config", ArtifactError))
+        # tracing the layers that a hostile file claims would take hours
+        if about.step < 0 or config.model.num_layers > len(content.tensors):
             raise ArtifactError(
-                f"it has {len(content.tensors)} tensors for model.num_layers ="
+                f"step {about.step}, and {len(content.tensors)} tensors for model.num_layers ="
                 f" {config.model.num_layers}"
             )
-        step, weights, kept = about.get("step"), about.get("weights"), about.get("tokenizer")
-        if (
-            type(step) is not int
-            or step < 0
-            or weights not in get_args(Weights)
-            or not (kept is None or _names_tokenizer(kept))
-        ):
-            raise ArtifactError("its metadata lack step, weights or tokenizer")
-        variables = to_variables(
-            {name: dequantize(tensor) for name, tensor in content.tensors.items()}, config, mesh
-        )
+        tensors = {name: dequantize(tensor) for name, tensor in content.tensors.items()}
+        variables = to_variables(tensors, config, mesh)
     except (ArtifactError, ConfigError) as error:
         raise ArtifactError(f"{path}: {error}; export it again with this version") from None
-    beside = tokenizer_beside(path, kept["suffix"]) if kept else None
+    kept = about.tokenizer
+    beside = tokenizer_beside(path, kept.suffix) if kept else None
     return TrainedModel(
         config,
         variables,
-        step,
-        str(weights),
+        about.step,
+        about.weights,
         path,
         tokenizer_path=beside if beside and beside.is_file() else None,
-        tokenizer_sha256=kept["sha256"] if kept else None,
-    )
-
-
-def _names_tokenizer(kept: Any) -> bool:
-    return (
-        isinstance(kept, dict)
-        and isinstance(kept.get("sha256"), str)
-        and kept.get("suffix") in (".model", ".json")
+        tokenizer_sha256=kept.sha256 if kept else None,
     )

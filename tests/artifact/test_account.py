@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from sngpt_jax.artifact import account as report
-from sngpt_jax.artifact import file as artifact
-from sngpt_jax.artifact.file import Storage
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Quantized
+from sngpt_jax.artifact.sngpt_file import Storage
 from sngpt_jax.config import Config, ExportConfig, ModelConfig
 
 CONFIG = Config(

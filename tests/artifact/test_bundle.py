@@ -180,7 +180,7 @@ def test_a_failure_is_one_line(tree, tmp_path):
     with pytest.raises(UserError) as caught:
         bundle.run(tmp_path / "model.pyz", tmp_path / "no.sngpt")
     assert str(caught.value).startswith(
-        "model.pyz: fails when it is run alone: ValueError: invalid literal"
+        "model.pyz: the exported program fails: ValueError: invalid literal"
     )
     assert "\n" not in str(caught.value)
 
@@ -290,7 +290,7 @@ def test_scores_as_the_project_does(program, tiny_recipe, tmp_path, monkeypatch,
     """Exactly, in a process that cannot import the project; a definition that is missing would end
     it.
     """
-    from sngpt_jax.artifact import file as artifact
+    from sngpt_jax.artifact import sngpt_file as artifact
     from sngpt_jax.artifact.pipeline import quantize_tensors
     from sngpt_jax.cluster.mesh import make_mesh, path_name
     from sngpt_jax.config.recipe import load

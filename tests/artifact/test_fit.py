@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sngpt_jax.artifact import file as artifact
 from sngpt_jax.artifact import fit
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.account import relative_error
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.base.errors import UserError
@@ -133,6 +133,6 @@ def test_with_gptq_what_is_rounded_by_it_fits():
 def test_a_limit_that_nothing_fits_is_one_line():
     with pytest.raises(
         UserError,
-        match=r"nothing fits into 1,000 bytes of artifact: the least that was tried takes \d",
+        match=r"no policy fits into 1,000 bytes of artifact: the smallest artifact of the trials takes \d",
     ):
         fit.search(tensors("none"), CONFIG, lambda config: {}, 1000, lambda line: None)

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from sngpt_jax.artifact.codecs import compress
-from sngpt_jax.artifact.file import ArtifactError, Encoded, Storage, decode, encode
 from sngpt_jax.artifact.quantize import Quantized
+from sngpt_jax.artifact.sngpt_file import ArtifactError, Encoded, Storage, decode, encode
 from tests.mutations import BYTES, edit
 
 MEMORY_LIMIT = 300_000
@@ -162,8 +162,6 @@ def mutated(rng, encoded: Encoded, storage):
 
 def assert_whole(found, data):
     assert isinstance(found.metadata, dict)
-    assert found.header_bytes + sum(found.tensor_bytes.values()) == len(data)
-    assert list(found.tensors) == list(found.tensor_bytes)
     for tensor in found.tensors.values():
         if isinstance(tensor, Quantized):
             assert tensor.codes.dtype == np.int8 and tensor.codes.ndim == 2
@@ -218,5 +216,5 @@ def test_some_mutations(storage):
 def test_ten_thousand_mutations(storage):
     seen = fuzz(storage, 2_000, seed=1)
     assert sum(seen.values()) == 2_000
-    assert seen["decoded"] > 20 and seen["header"] > 100 and seen["is damaged"] > 100
+    assert seen["decoded"] > 20 and seen["header"] > 100 and seen["damaged"] > 100
     assert seen["a/up"] + seen["a/key"] + seen["b/table"] > 100 and seen["scales"] > 10

@@ -52,21 +52,11 @@ def test_sizes_are_whole_groups():
     assert [packed_size(3, bits) for bits in (2, 3, 4, 7, 8)] == [1, 3, 2, 7, 3]
 
 
-@pytest.mark.parametrize("codes", [[-17], [16], [-16, 127], [-128]])
-def test_codes_that_do_not_fit_are_not_packed(codes):
-    with pytest.raises(ValueError, match="do not fit 5 bits"):
-        pack(np.array(codes, np.int8), 5, -16)
-
-
 def test_damage_is_seen():
     data = pack(np.array([15, -15, 0], np.int8), 5, -15)
     with pytest.raises(ValueError, match="4 bytes of packed codes, expected 5"):
         unpack(data[:-1], 3, 5, -15)
     with pytest.raises(ValueError, match="expected 5"):
         unpack(data + b"\0", 3, 5, -15)
-    with pytest.raises(ValueError, match="other bits than zeros"):
+    with pytest.raises(ValueError, match="after the last packed code are not zero"):
         unpack(data[:-1] + b"\x80", 3, 5, -15)
-    # u = 31 is 16 where q_min is -15
-    with pytest.raises(ValueError, match="a packed code is above 15"):
-        unpack(b"\x1f\0\0\0\0", 1, 5, -15)
-    assert list(unpack(b"\x1f\0\0\0\0", 1, 5, -16)) == [15]

@@ -347,6 +347,6 @@ def test_a_range_beyond_half_precision_is_one_error(clip):
     assert row_scales(tensor * fits, policy(clip=clip, sd=1.0), ExportConfig())[1] == 65504
     with pytest.raises(
         UserError,
-        match=r"needs the range 9\.828e\+05, and 5 bits with a float16 scale end at 15 · 65504",
+        match=r"needs the range 9\.828e\+05, but 5 bits with a float16 scale end at 15 · 65504",
     ):
         row_scales(tensor * too_far, policy(clip=clip, sd=1.0), ExportConfig())

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from sngpt_jax.artifact import file as artifact
-from sngpt_jax.artifact.file import ArtifactError, Storage
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.artifact.sngpt_file import ArtifactError, Storage
 from sngpt_jax.base.untrusted import file_sha256
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import (
@@ -119,7 +119,7 @@ def test_wrong_tensors_are_named():
         to_variables(tensors, config, mesh)
     assert "embed/table is missing" in str(caught.value)
     assert "blocks/0/mlp/up is [32, 16], expected [16, 32]" in str(caught.value)
-    assert "blocks/7/mlp/up is none of the model's" in str(caught.value)
+    assert "blocks/7/mlp/up is not a tensor of the model" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,13 @@ def test_wrong_tensors_are_named():
     [
         ({"config": 3}, "config: expected an object"),
         ({"config": {}}, "config: missing model"),
-        ({"step": "7"}, "lack step"),
-        ({"weights": None}, "lack step, weights or tokenizer"),
-        ({"tokenizer": {"sha256": "0", "suffix": "/../../x"}}, "lack step, weights or tokenizer"),
-        ({"tokenizer": ["x"]}, "lack step, weights or tokenizer"),
-        ({"tokenizer": {"suffix": 3}}, "lack step, weights or tokenizer"),
-        ({"tokenizer": {"sha256": 3, "suffix": ".model"}}, "lack step, weights or tokenizer"),
+        ({"step": "7"}, "metadata.step: expected int"),
+        ({"step": -1}, "step -1"),
+        ({"weights": None}, "metadata.weights: expected one of final, swa, ema"),
+        ({"tokenizer": {"sha256": "0", "suffix": "/../../x"}}, "expected one of .model, .json"),
+        ({"tokenizer": ["x"]}, "metadata.tokenizer: expected an object"),
+        ({"tokenizer": {"suffix": 3}}, "metadata.tokenizer: missing sha256"),
+        ({"tokenizer": {"sha256": 3, "suffix": ".model"}}, "metadata.tokenizer.sha256: expected str"),
     ],
 )
 def test_metadata_that_no_export_writes_are_one_line(tmp_path, changes, said):
@@ -174,7 +175,7 @@ def test_layers_that_a_file_only_claims_are_not_traced(tmp_path):
         host_tensors(init_state(Shapes.of(config, mesh)).variables()),
         config=claimed,
     )
-    with pytest.raises(ArtifactError, match=r"it has \d+ tensors for model.num_layers = 250"):
+    with pytest.raises(ArtifactError, match=r"\d+ tensors for model.num_layers = 250"):
         from_artifact(path, mesh)
 
 
@@ -209,6 +210,6 @@ def test_the_tokenizer_lies_beside_the_artifact(tmp_path):
     )
     with pytest.raises(
         ConfigError,
-        match=r"m.sngpt: keeps no tokenizer; put the one that export wrote .* m.tokenizer.\*",
+        match=r"m.sngpt: keeps no tokenizer; put the tokenizer that export wrote, m.tokenizer.\*, beside",
     ):
         from_artifact(path, mesh).tokenizer()

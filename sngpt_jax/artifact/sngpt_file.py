@@ -1,0 +1,283 @@
+"""An exported model as one file. The reader checks every byte before it uses it.
+
+    8 bytes    magic, with a byte above 127 and both line ends, so that a transfer as text shows
+    uint32     version
+    uint32     length of the header
+    uint64     length of the payload
+    header     JSON in one zstd frame: the metadata, and the table of the payload (`header.py`)
+    payload    streams end to end: codes of each tensor with a grid in the table's order, all
+               scales, all float16 tensors, all float32 tensors
+    32 bytes   SHA-256 of everything before
+
+Numbers are little-endian. Floats are split into byte planes (`codecs.split_planes`).
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from sngpt_jax.artifact import codecs, packing
+from sngpt_jax.artifact.header import (
+    ArtifactError,
+    Grid,
+    Storage,
+    Stream,
+    Table,
+    Tensor,
+    as_json,
+    explained,
+    parse,
+)
+from sngpt_jax.artifact.parallel import Progress, in_threads
+from sngpt_jax.artifact.quantize import Quantized, Stored
+from sngpt_jax.base import untrusted
+
+MAGIC = b"\x89SNG\r\n\x1a\n"
+VERSION = 1
+# decoding may take this many bytes, or this many times the file's size if that is more
+MEMORY_LIMIT, MEMORY_RATIO = 8 * 2**30, 48
+FILE_LIMIT = 2**40
+HEADER_LIMIT = 4 * 2**20  # bytes of JSON; a hundred tensors take about 15,000
+
+HEAD = struct.Struct("<8sIIQ")
+DIGEST = 32
+# Upper bounds of the memory for decoding, in bytes. Each byte of the file takes 3: itself, its copy
+# in aligned words, and the coder's copy. Each byte of JSON takes up to 64, which small objects and
+# tensors of one number almost reach. Each code takes itself, its float32 weight, and 8 while a
+# stream is decoded. Each float takes itself, its float32 weight, and two copies while planes join.
+FILE_COST, JSON_COST, CODE_COST, FLOAT_COST = 3, 64, 13, 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An artifact's bytes, and their account."""
+
+    data: bytes
+    header_bytes: int  # everything except the payload
+    # the payload's bytes by tensor: its codes, and its share of the streams of floats
+    tensor_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The contents of an artifact."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+    storage: Storage
+
+
+# ---------------------------------------------------------------------------------- encode
+
+
+def encode(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    storage: Storage,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Encoded:
+    """The artifact of `tensors`, in their order, and of `metadata`, a JSON object. The bytes do not
+    depend on `threads`.
+
+    Raises `ArtifactError` for numbers that are not finite, for codes outside their grid, and for
+    everything that `decode` would refuse.
+    """
+    draft = _table_of(tensors, storage, [0] * (len(tensors) + 3))
+    with explained("metadata"):
+        draft_json = as_json(metadata, draft)
+    parse(draft_json, None)
+    jobs = [(stream.size, partial(_encode, stream, tensors, storage)) for stream in draft.streams]
+    streams = in_threads(jobs, threads, progress)
+    table = _table_of(tensors, storage, [len(stream) for stream in streams])
+    raw = as_json(metadata, table)
+    _check_header(len(raw))
+    header = codecs.compress(raw, "zstd", 22)
+    payload = sum(map(len, streams))
+    data = b"".join([HEAD.pack(MAGIC, VERSION, len(header), payload), header, *streams])
+    data += hashlib.sha256(data).digest()
+    _check_memory(_fixed_cost(len(data), len(raw)) + _cost(table), default_limit(len(data)))
+    return Encoded(data, len(data) - payload, _tensor_bytes(table))
+
+
+def _table_of(tensors: Mapping[str, Stored], storage: Storage, lengths: Sequence[int]) -> Table:
+    rest = iter(lengths)
+    entries = []
+    for name, x in tensors.items():
+        if isinstance(x, Quantized):
+            grid = Grid(x.bits, x.q_min, x.transposed, next(rest))
+            entries.append(Tensor(name, x.shape, "grid", grid))
+        else:  # `parse` refuses other types than float16 and float32
+            entries.append(Tensor(name, x.shape, cast(Any, x.dtype.name), None))
+    return Table(storage, tuple(entries), next(rest), next(rest), next(rest))
+
+
+def _encode(stream: Stream, tensors: Mapping[str, Stored], storage: Storage) -> bytes:
+    grid, arrays = stream.grid, []
+    for name in stream.parts:
+        x = tensors[name]
+        arrays.append(x if not isinstance(x, Quantized) else x.codes if grid else x.scales)
+        with explained(name):
+            _check(arrays[-1], grid)
+    if not arrays:
+        return b""
+    if grid and storage.codec == "rans":
+        return codecs.encode_codes(arrays[0], grid.bits, grid.q_min)
+    joined = np.concatenate([array.reshape(-1) for array in arrays])
+    if grid and storage.packs(grid.bits):
+        raw = packing.pack(joined, grid.bits, grid.q_min)
+    else:
+        raw = codecs.split_planes(joined)
+    return codecs.compress(raw, storage.byte_codec, storage.level)
+
+
+# ---------------------------------------------------------------------------------- decode
+
+
+def read(path: Path, memory_limit: int | None = None) -> Artifact:
+    """The artifact in the file `path`. Raises `ArtifactError` in a line that begins with the path."""
+    limit = FILE_LIMIT if memory_limit is None else memory_limit
+    data = untrusted.read_bytes(path, limit, ArtifactError)
+    try:
+        return decode(data, memory_limit)
+    except ArtifactError as problem:
+        raise ArtifactError(f"{path}: {problem}") from None
+
+
+def decode(data: bytes, memory_limit: int | None = None, threads: int | None = None) -> Artifact:
+    """The contents of the artifact `data`. Decoding takes at most about `memory_limit` bytes, `data`
+    and float32 weights included; None stands for `default_limit`.
+
+    Raises `ArtifactError` for anything but a complete artifact of this version within the limit.
+    """
+    memory_limit = default_limit(len(data)) if memory_limit is None else memory_limit
+    header, payload = _open(data)
+    with explained("header"):
+        size = codecs.zstd_size(header)
+    _check_header(size)
+    fixed_cost = _fixed_cost(len(data), size)
+    _check_memory(fixed_cost, memory_limit)
+    with explained("header"):
+        raw = codecs.decompress(header, "zstd", size)
+    metadata, table = parse(raw, len(payload))
+    _check_memory(fixed_cost + _cost(table), memory_limit)
+
+    jobs, end = [], 0
+    for stream in table.streams:
+        start, end = end, end + stream.length
+        jobs.append((stream.size, partial(_decode, stream, payload[start:end], table.storage)))
+    *of_grids, scales, half, single = in_threads(jobs, threads)
+    codes = {name: array for found in of_grids for name, array in found.items()}
+    tensors: dict[str, Stored] = half | single
+    for tensor in table.tensors:
+        name = tensor.name
+        if x := tensor.grid:
+            tensors[name] = Quantized(codes[name], scales[name], x.bits, x.q_min, x.transposed)
+    ordered = {tensor.name: tensors[tensor.name] for tensor in table.tensors}
+    return Artifact(metadata, ordered, table.storage)
+
+
+def default_limit(size: int) -> int:
+    """The bytes that decoding a file of `size` bytes may take: 8 GiB, or more for a large file."""
+    return max(MEMORY_LIMIT, MEMORY_RATIO * size)
+
+
+def _open(data: bytes) -> tuple[memoryview, memoryview]:
+    """The compressed header and the payload, after magic, version, lengths and checksum."""
+    if not data.startswith(MAGIC):
+        raise ArtifactError(
+            f"not an artifact: begins with {data[: len(MAGIC)]!r}, expected {MAGIC!r}"
+        )
+    least = HEAD.size + DIGEST
+    if len(data) < least:
+        raise ArtifactError(f"truncated: {len(data)} bytes, an artifact has at least {least}")
+    _, version, header, payload = HEAD.unpack_from(data)
+    if version != VERSION:
+        raise ArtifactError(
+            f"an artifact of version {version}; this program reads version {VERSION}"
+        )
+    expected = least + header + payload
+    if len(data) != expected:
+        what = "truncated" if len(data) < expected else "continues after its end"
+        raise ArtifactError(f"{what}: {len(data):,} bytes, expected {expected:,}")
+    view = memoryview(data)
+    if hashlib.sha256(view[:-DIGEST]).digest() != data[-DIGEST:]:
+        raise ArtifactError(
+            "damaged: its checksum (SHA-256) does not match its bytes; copy the file again"
+        )
+    return view[HEAD.size : HEAD.size + header], view[HEAD.size + header : -DIGEST]
+
+
+def _decode(stream: Stream, data: memoryview, storage: Storage) -> dict[str, np.ndarray]:
+    """The stream's arrays by tensor."""
+    if not stream.parts:
+        return {}
+    grid, size = stream.grid, stream.size
+    with explained(stream.what):
+        if grid and storage.codec == "rans":
+            ((rows, columns),) = stream.parts.values()
+            joined = codecs.decode_codes(data, rows, columns, grid.bits, grid.q_min).reshape(-1)
+        elif grid and storage.packs(grid.bits):
+            raw = codecs.decompress(data, storage.byte_codec, packing.packed_size(size, grid.bits))
+            joined = packing.unpack(raw, size, grid.bits, grid.q_min)
+        else:
+            raw = codecs.decompress(data, storage.byte_codec, size * stream.dtype.itemsize)
+            joined = codecs.join_planes(raw, stream.dtype)
+        _check(joined, grid)
+    arrays, end = {}, 0
+    for name, shape in stream.parts.items():
+        start, end = end, end + math.prod(shape)
+        arrays[name] = joined[start:end].reshape(shape)
+    return arrays
+
+
+# ---------------------------------------------------------------------------------- both
+
+
+def _check_header(size: int) -> None:
+    if size > HEADER_LIMIT:
+        raise ArtifactError(f"header: {size:,} bytes of JSON, above the limit of {HEADER_LIMIT:,}")
+
+
+def _fixed_cost(data: int, json: int) -> int:
+    return FILE_COST * data + JSON_COST * json
+
+
+def _cost(table: Table) -> int:
+    return sum(x.size * (CODE_COST if x.grid else FLOAT_COST) for x in table.streams)
+
+
+def _check_memory(cost: int, limit: int) -> None:
+    if cost > limit:
+        raise ArtifactError(
+            f"needs {cost:,} bytes of memory to decode, above the limit of {limit:,}"
+        )
+
+
+def _check(values: np.ndarray, grid: Grid | None) -> None:
+    """Raises ValueError for codes outside their grid, and for floats that are not finite."""
+    if grid is None:
+        if not np.isfinite(values).all():
+            raise ValueError("numbers that are not finite")
+    elif values.min() < grid.q_min or values.max() > grid.q_max:
+        raise ValueError(
+            f"codes from {values.min()} to {values.max()}, expected {grid.q_min} to {grid.q_max}"
+        )
+
+
+def _tensor_bytes(table: Table) -> dict[str, int]:
+    """The payload's bytes by tensor. Tensors share a stream by their sizes, in whole bytes."""
+    found = dict.fromkeys((tensor.name for tensor in table.tensors), 0)
+    for stream in table.streams:
+        whole, end = stream.size, 0
+        for name, shape in stream.parts.items():
+            start, end = end, end + math.prod(shape)
+            found[name] += stream.length * end // whole - stream.length * start // whole
+    return found
