@@ -82,7 +82,11 @@ def print_result(
     limit, over = result["limit"], result["total_bytes"] - result["limit"]
     verdict = ""
     if limit:
-        verdict = f", {over:,} over the limit of {limit:,}" if over > 0 else f", {-over:,} below the limit"
+        verdict = (
+            f", {over:,} over the limit of {limit:,}"
+            if over > 0
+            else f", {-over:,} below the limit"
+        )
     rows = [
         (
             "artifact",

@@ -340,7 +340,10 @@ def test_streams_lie_end_to_end():
             lambda text: text.replace('"step":7', '"step":7,"step":7'),
             "the key 'step' is given twice",
         ),
-        (lambda text: text.replace('"step":7', '"step": 7'), "in another spelling than this program writes"),
+        (
+            lambda text: text.replace('"step":7', '"step": 7'),
+            "in another spelling than this program writes",
+        ),
         (lambda text: text.replace('"step":7', '"step":NaN'), "NaN is no number"),
         (lambda text: text.replace('"step":7', '"step":1e999'), "too large a number"),
         (

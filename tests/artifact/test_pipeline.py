@@ -125,12 +125,7 @@ def test_gptq_rounds_the_matrices_that_it_knows_the_inputs_of():
             {"control_dtype": "float32"},
             "blocks/0/attn_scale: inf is not a finite float32",
         ),
-        (
-            "blocks/0/attn/key",
-            1e38,
-            {},
-            "blocks/0/attn/key: a row needs the range 1e.38",
-        ),
+        ("blocks/0/attn/key", 1e38, {}, "blocks/0/attn/key: a row needs the range 1e.38"),
         ("blocks/0/mlp/up", 0.0, {"gptq": True}, "needs the second moments"),
     ],
 )
