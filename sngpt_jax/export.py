@@ -90,7 +90,8 @@ def print_result(
     rows = [
         (
             "artifact",
-            f"{result['artifact_bytes']:>12,} bytes, including a header of {result['header_bytes']:,}",
+            f"{result['artifact_bytes']:>12,} bytes, including a header of"
+            f" {result['header_bytes']:,}",
         ),
         ("program", f"{result['code_bytes']:>12,} bytes"),
         ("total", f"{result['total_bytes']:>12,} bytes{verdict}"),

@@ -1,7 +1,7 @@
 """Checkpoints of the original PyTorch scripts (parameter-golf submissions 333, 465, 740 and 1573),
 read and written.
 
-    python -m sngpt_jax.interop import final_model.pt --config golf_12l_recycled --run-dir runs/imported
+    python -m sngpt_jax.interop import final.pt --config golf_12l_recycled --run-dir runs/imported
     python -m sngpt_jax.interop export --run runs/imported --out model.safetensors
 """
 

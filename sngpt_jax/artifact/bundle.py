@@ -59,7 +59,8 @@ class Importer:
         pass
     def exec_module(self, module):
         name = module.__name__
-        exec(compile(self.sources.get(name) or self.sources.get(name + ".", ""), name, "exec"), module.__dict__)
+        source = self.sources.get(name) or self.sources.get(name + ".", "")
+        exec(compile(source, name, "exec"), module.__dict__)
 sys.meta_path.insert(0, Importer())
 __package__ = _[0]
 exec(_[1])
@@ -99,8 +100,8 @@ def build(entry: str = ENTRY, project: Sequence[str] = PROJECT) -> Bundle:
 def _needed(
     entry: str, project: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ast.Module]], tuple[str, ...]]:
-    """The modules of `project` that `entry` imports, at the top of a file or in a function, directly
-    or through others: path and source by name. Then the libraries that these modules import.
+    """The modules that `entry` imports from `project`, directly or through others, at the top of a
+    file or in a function: path and source by name. Then the libraries that these modules import.
     """
     roots = {package: _root(package) for package in project}
     modules: dict[str, tuple[str, ast.Module]] = {}

@@ -152,7 +152,7 @@ def _reach(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarray
 
 
 def _percentiles(rows: np.ndarray, percentiles: Sequence[float]) -> np.ndarray:
-    """Percentiles of each row's magnitudes, float32 [percentiles, rows], by numpy's linear method."""
+    """Percentiles of each row's magnitudes, float32 [percentiles, rows], by linear interpolation."""
     positions = [percentile / 100 * (rows.shape[1] - 1) for percentile in percentiles]
     lowest = int(min(positions))
     # a partition and a sort of the few largest magnitudes are several times faster than np.quantile
@@ -186,8 +186,8 @@ def _scales(reach: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarr
 def _least_error(
     rows: np.ndarray, candidates: np.ndarray, policy: Policy, export: ExportConfig
 ) -> np.ndarray:
-    """The scales of least squared error, float16 [rows], among float16 [candidates, rows]. The first
-    of equal ones wins.
+    """The scales of least squared error, float16 [rows], among float16 [candidates, rows]; the
+    first of equal ones.
     """
     errors = np.empty(candidates.shape, np.float64)  # squared, per row
     q_min, q_max = code_range(policy.bits, export.codes)

@@ -81,11 +81,10 @@ def encode(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Stored],
     storage: Storage,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Encoded:
     """The artifact of `tensors`, in their order, and of `metadata`, a JSON object. The bytes do not
-    depend on `threads`.
+    depend on the number of processors.
 
     Raises `ArtifactError` for numbers that are not finite, for codes outside their grid, and for
     everything that `decode` would refuse.
@@ -95,7 +94,7 @@ def encode(
         draft_json = as_json(metadata, draft)
     parse(draft_json, None)
     jobs = [(stream.size, partial(_encode, stream, tensors, storage)) for stream in draft.streams]
-    streams = in_threads(jobs, threads, progress)
+    streams = in_threads(jobs, progress=progress)
     table = _table_of(tensors, storage, [len(stream) for stream in streams])
     raw = as_json(metadata, table)
     _check_header(len(raw))
@@ -141,19 +140,18 @@ def _encode(stream: Stream, tensors: Mapping[str, Stored], storage: Storage) -> 
 # ---------------------------------------------------------------------------------- decode
 
 
-def read(path: Path, memory_limit: int | None = None) -> Artifact:
-    """The artifact in the file `path`. Raises `ArtifactError` in a line that begins with the path."""
-    limit = FILE_LIMIT if memory_limit is None else memory_limit
-    data = untrusted.read_bytes(path, limit, ArtifactError)
+def read(path: Path) -> Artifact:
+    """The artifact in the file `path`. Raises `ArtifactError` that names the path."""
+    data = untrusted.read_bytes(path, FILE_LIMIT, ArtifactError)
     try:
-        return decode(data, memory_limit)
+        return decode(data)
     except ArtifactError as problem:
         raise ArtifactError(f"{path}: {problem}") from None
 
 
-def decode(data: bytes, memory_limit: int | None = None, threads: int | None = None) -> Artifact:
-    """The contents of the artifact `data`. Decoding takes at most about `memory_limit` bytes, `data`
-    and float32 weights included; None stands for `default_limit`.
+def decode(data: bytes, memory_limit: int | None = None) -> Artifact:
+    """The contents of the artifact `data`. Decoding takes at most about `memory_limit` bytes, with
+    `data` and float32 weights; None stands for `default_limit`.
 
     Raises `ArtifactError` for anything but a complete artifact of this version within the limit.
     """
@@ -173,9 +171,9 @@ def decode(data: bytes, memory_limit: int | None = None, threads: int | None = N
     for stream in table.streams:
         start, end = end, end + stream.length
         jobs.append((stream.size, partial(_decode, stream, payload[start:end], table.storage)))
-    *of_grids, scales, half, single = in_threads(jobs, threads)
+    *of_grids, scales, half, single = in_threads(jobs)
     codes = {name: array for found in of_grids for name, array in found.items()}
-    tensors: dict[str, Stored] = half | single
+    tensors: dict[str, Stored] = {**half, **single}
     for tensor in table.tensors:
         name = tensor.name
         if x := tensor.grid:

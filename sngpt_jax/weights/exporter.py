@@ -50,8 +50,8 @@ def export_run(
     tune_to_fit: bool = False,
     tokens: int | None = 0,
 ) -> Exported:
-    """Exports the run in `run` by the policy `export`, or with `tune_to_fit` by the best policy that
-    fits into `limit` bytes. Writes the artifact `out`, and the other files beside it.
+    """Exports the run in `run` by the policy `export`, or with `tune_to_fit` by the policy of least
+    error that fits into `limit` bytes. Writes the artifact `out`, and the other files beside it.
 
     `tokens`: number of validation tokens to score before and after the export; 0: all; None: no
     score. `step`, `weights` as in `load_model`; `data` as in `TrainedModel.open_data`. Raises

@@ -18,7 +18,7 @@ MOST_EXPANSION = 64  # an archive may unpack to this many times its own size
 
 
 class InteropError(UserError):
-    """A checkpoint that cannot be read or does not fit the model. The line names each wrong tensor."""
+    """A checkpoint that cannot be read or does not fit the model. It names each wrong tensor."""
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

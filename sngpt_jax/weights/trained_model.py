@@ -135,7 +135,7 @@ def to_variables(tensors: Mapping[str, np.ndarray], config: Config, mesh: Mesh) 
 
 
 def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
-    """The dequantized model of the artifact `path`, laid out over `mesh`. Raises `ArtifactError`."""
+    """The dequantized model of the artifact `path`, laid out over `mesh`; or `ArtifactError`."""
     content = sngpt_file.read(path)
     try:
         about = typed_json.parse(Metadata, content.metadata, "metadata", ArtifactError)
