@@ -1,6 +1,5 @@
-"""Operations for accelerators: sparse coding (`cayley`) and attention (`xsa`). Imports jax and
-numpy, never sngpt_jax.
+"""Operations for accelerators: sparse coding (`cayley`) and attention (`xsa`).
 
-This module and the packages below it import nothing by themselves, so that a dictionary can be
-read without jax.
+They import jax and numpy and never sngpt_jax. The packages themselves import nothing, so that
+`cayley.dictionary` runs without jax.
 """

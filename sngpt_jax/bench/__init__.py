@@ -1,1 +1,1 @@
-"""Measurements: training steps, kernels, exports, scoring. Part of a checkout, not of the wheel."""
+"""Benchmarks of training steps, kernels, exports and scoring. They are not part of the wheel."""

@@ -1,20 +1,72 @@
-"""Measurements on the device at hand: `python -m sngpt_jax.bench --config C`, or `bench NAME …`
-for another one.
+"""Measurements on the device at hand: `python -m sngpt_jax.bench --config C`, or `bench NAME …`.
+
+Each benchmark is the module of its name. Its `measure(arguments, say)` returns the JSON result and
+says its lines as it goes.
 """
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
+
+import tyro
 
 from sngpt_jax.base import cli
+from sngpt_jax.bench import arguments as options
+from sngpt_jax.config.recipe import parse_command
 
-# modules of this package, each with a `main`
-NAMES = ("step", "kernels", "tune", "export", "policies", "scoring")
+NAMES: dict[str, tuple[type, str]] = {
+    "step": (
+        options.StepArguments,
+        "Times the training step of a recipe, alone or beside the same model in PyTorch. Other"
+        " benchmarks: bench kernels | tune | export | policies | scoring | all.",
+    ),
+    "kernels": (
+        options.KernelsArguments,
+        "Times every implementation of every kernel operation, with its error and the device's"
+        " limit beside each time.",
+    ),
+    "tune": (
+        options.TuneArguments,
+        "Finds the kernels' fastest block sizes on this device and writes tuned/<device>.json.",
+    ),
+    "export": (
+        options.ExportArguments,
+        "Times the export of a model with drawn weights and prints the size of its artifact.",
+    ),
+    "policies": (
+        options.PoliciesArguments,
+        "Exports one trained model by several policies and compares their bits, bytes and scores.",
+    ),
+    "scoring": (
+        options.ScoringArguments,
+        "Times the scoring of a recipe's model, and the n-gram caches.",
+    ),
+    "all": (
+        options.AllArguments,
+        "Runs every benchmark that this machine can run, one after the other.",
+    ),
+}
+
+
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """The options of benchmark `name`."""
+    kind, description = NAMES[name]
+    program = "python -m sngpt_jax.bench" + f" {name}" * (name != "step")
+    if issubclass(kind, options.RecipeArguments):
+        return parse_command(kind, argv, program=program, description=description)
+    return tyro.cli(kind, args=argv, prog=program, description=description)
 
 
 def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in NAMES else ("step", argv)
-    status: int = importlib.import_module(f"sngpt_jax.bench.{name}").main(rest)
-    return status
+    arguments = parse(name, cli.expand_json(rest))
+    cli.check_json(arguments.json)
+    cli.log_to_stderr(arguments.quiet)
+    say = cli.progress if arguments.json == "-" else lambda line: print(line, flush=True)
+    # jax takes seconds to import, which --help does not need
+    result = importlib.import_module(f"sngpt_jax.bench.{name}").measure(arguments, say)
+    cli.write_json(result, arguments.json)
+    return 1 if any("failed" in row for row in result.get("rows", ())) else 0
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
-"""Export policies side by side on one trained model: `python -m sngpt_jax.bench policies --run
-runs/quickstart`.
+"""Export policies side by side on one trained model.
 
-The four published policies, each with its own codec; variations that keep one thing the same; and
-SDClip, plain and by GPTQ.
+`python -m sngpt_jax.bench policies --run runs/quickstart`. The policies are the four published
+ones, each with its own codec, some variations of them, and SDClip, plain and with GPTQ.
 """
 
-import functools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
-
-import tyro
 
 from sngpt_jax.artifact import fit
 from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.account import entropy_of, relative_error
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Quantized, dequantize
-from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.bench import harness
+from sngpt_jax.bench.arguments import PoliciesArguments
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, ExportConfig
 from sngpt_jax.config.checks import validate
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.config.recipe import load
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.run.console import progress_reporter
@@ -39,35 +34,21 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True)
-class CompareArguments:
-    run: Path  # run directory of a trained model
-    data: OptionalPath = None  # folder with prepared shards; default: the run's
-    step: OptionalInt = None  # checkpoint; default: the latest
-    weights: WeightsOption = None
-    passthrough_size: int = 65_536  # of all policies; the published one is for models of width 512
-    gptq_tokens: int = 131_072  # training tokens that GPTQ takes its second moments over
-    tokens: int = 0  # validation tokens to score, from the start of the stream; 0: all
-    json: Json = ""
-    quiet: Quiet = False
-
-
 def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]:
-    """The policies by what a person calls them."""
+    """The policies by the names that the table shows."""
     common = ExportConfig(passthrough_size=passthrough_size, control_dtype="float16")
     published = {
         name: replace(load(recipe).export, passthrough_size=passthrough_size)
         for name, recipe in PUBLISHED.items()
     }
-    fewer = published["#1573"]
+    plain = replace(published["#1573"], packed=False)
+    rans = replace(plain, codec="rans", codec_level=22)
     int6 = replace(common, mlp_bits=6, attention_bits=6)
     sd = replace(int6, clip="sd")
     return published | {
-        "#1573, one byte per code": replace(fewer, packed=False),
-        "#1573, rANS": replace(fewer, packed=False, codec="rans", codec_level=22),
-        "#1573, rANS, no floor": replace(
-            fewer, packed=False, codec="rans", codec_level=22, clip_floor=0.0
-        ),
+        "#1573, one byte per code": plain,
+        "#1573, rANS": rans,
+        "#1573, rANS, no floor": replace(rans, clip_floor=0.0),
         "int5 row max, rANS": replace(common, mlp_bits=5, attention_bits=5),
         "int6 row max, rANS": int6,
         "int8 row max, rANS": common,
@@ -77,26 +58,15 @@ def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]
     }
 
 
-def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(
-        CompareArguments,
-        args=cli.expand_json(argv),
-        prog="python -m sngpt_jax.bench policies",
-        description=(
-            "Exports one model by several policies: bits a weight, error, bytes and bits a byte of"
-            " each."
-        ),
-    )
+def measure(arguments: PoliciesArguments, say: harness.Say) -> dict[str, Any]:
+    """The bits per weight, error, bytes and bits per byte of each policy."""
     if arguments.tokens < 0 or arguments.passthrough_size < 0:
-        raise UserError("--tokens and --passthrough-size are 0 or more")
-    cli.log_to_stderr(arguments.quiet)
+        raise UserError("--tokens and --passthrough-size must be 0 or more")
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     dataset = model.open_data(arguments.data)
     tensors = host_tensors(model.variables)
-    score = functools.partial(
-        score_validation, dataset=dataset, mesh=mesh, max_tokens=arguments.tokens
-    )
+    score = partial(score_validation, dataset=dataset, mesh=mesh, max_tokens=arguments.tokens)
     before = score(model.config, model.variables, progress=progress_reporter("score"))
 
     def row(name: str, export: ExportConfig) -> dict[str, Any]:
@@ -104,57 +74,41 @@ def main(argv: Sequence[str]) -> int:
         moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate"))
         stored = quantize_tensors(tensors, config, moments)
         encoded = artifact.encode({}, stored, fit.storage_of(export))
-        codes = [tensor for tensor in stored.values() if isinstance(tensor, Quantized)]
-        count = sum(tensor.codes.size for tensor in codes)
+        codes = {name: code for name, code in stored.items() if isinstance(code, Quantized)}
+        count = sum(code.codes.size for code in codes.values())
         if not count:
             raise UserError(
                 f"{name}: no tensor has more than --passthrough-size ="
-                f" {arguments.passthrough_size:,} weights; scale it with the square of the width,"
-                " which is 512 there"
+                f" {arguments.passthrough_size:,} weights; the published size is for width 512,"
+                " scale it with the square of the width"
             )
-        names = [name for name, tensor in stored.items() if isinstance(tensor, Quantized)]
-        variables = to_variables(
-            {name: dequantize(tensor) for name, tensor in stored.items()}, config, mesh
-        )
+        restored = {name: dequantize(tensor) for name, tensor in stored.items()}
+        variables = to_variables(restored, config, mesh)
         after = score(config, variables, progress=progress_reporter(name))
         return {
             "policy": name,
-            "entropy": sum(map(entropy_of, codes)) / count,
-            "coded": 8 * sum(encoded.tensor_bytes[name] for name in names) / count,
-            "error": relative_error({name: tensors[name] for name in names}, stored),
+            "entropy": sum(map(entropy_of, codes.values())) / count,
+            "coded": 8 * sum(encoded.tensor_bytes[name] for name in codes) / count,
+            "error": relative_error({name: tensors[name] for name in codes}, stored),
             "bytes": len(encoded.data),
             "bpb": after.bpb,
             "gap": after.bpb - before.bpb,
         }
 
+    weights = f"step {model.step}, {model.weights} weights"
+    say(f"{arguments.run}, {weights}: {before.bpb:.4f} bits per byte before the export\n")
+    titles = "policy", "entropy", "coded", "relative MSE", "bytes", "bits per byte", "gap"
+    say(harness.markdown_head(titles))
     rows = []
-    if arguments.json != "-":
-        print(
-            f"{arguments.run}, step {model.step}, {model.weights} weights: {before.bpb:.4f}"
-            " bits/byte before\n"
-        )
-        print(
-            "| policy | entropy | coded | rel. MSE | bytes | bits/byte | gap"
-            " |\n|---|---|---|---|---|---|---|"
-        )
     for name, export in policies(arguments.passthrough_size, arguments.gptq_tokens).items():
         rows.append(r := row(name, export))
-        if arguments.json != "-":
-            print(
-                f"| {name} | {r['entropy']:.3f} | {r['coded']:.3f} | {r['error']:.2e} |"
-                f" {r['bytes']:,} | {r['bpb']:.4f} | {r['gap']:+.4f} |",
-                flush=True,
-            )
-    result = {
+        bits = f"{r['entropy']:.3f}", f"{r['coded']:.3f}", f"{r['error']:.2e}"
+        score_cells = f"{r['bytes']:,}", f"{r['bpb']:.4f}", f"{r['gap']:+.4f}"
+        say(harness.markdown_row([name, *bits, *score_cells]))
+    return harness.environment() | {
         "run": str(arguments.run),
         "step": model.step,
         "weights": model.weights,
         "before": asdict(before),
         "rows": rows,
     }
-    cli.write_json(result, arguments.json)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,23 +1,21 @@
-"""How fast a recipe trains here: `python -m sngpt_jax.bench --config quickstart [--against torch]
-[--json [PATH]]`.
+"""The speed of a recipe's training step: `python -m sngpt_jax.bench --config quickstart`.
 
-Alone: the step as `train` runs it, batches read and placed in the background. Against PyTorch: the
-same model, weights, batches and optimizer in `torch_model.py` and `torch_step.py`, eager and by
-torch.compile, all in one process and in turn, so that a busy moment falls on none alone; before
-anything is timed the losses of the first steps are held together, in float32. Averages of the
-weights and late quantization are left out on both sides. Batches are random tokens.
+Alone, the step runs as `train` runs it, and batches are read and placed in the background. With
+`--against torch` the same model trains in PyTorch too (`torch_model`, `torch_step`), eager and by
+torch.compile. All implementations run in one process and take turns. They start from the same
+weights and take the same batches of random tokens. Before timing, the losses of the first steps
+are compared in float32. Both sides omit averages of the weights and late quantization.
 """
 
 import dataclasses
 import importlib.util
 import operator
-import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex
+from functools import partial
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -26,14 +24,13 @@ from sngpt_kernels.dispatch import current_device
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.bench import harness
+from sngpt_jax.bench.arguments import StepArguments
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh, path_name
 from sngpt_jax.config import Config, microbatches
-from sngpt_jax.config.options import Json, Quiet
-from sngpt_jax.config.recipe import Overrides, parse_command
 from sngpt_jax.data.loader import make_loader
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.optim.schedules import step_controls
-from sngpt_jax.run.console import progress_reporter
 from sngpt_jax.run.meter import peak_flops, peak_memory
 from sngpt_jax.training import compiler
 from sngpt_jax.training.compiler import keep_working_memory, use_compilation_cache
@@ -41,17 +38,17 @@ from sngpt_jax.training.cost import forward_flops_per_token
 from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
-# whose losses are compared: the outputs of the blocks start at zero and are seen from the second
-# step on
+# Steps whose losses are compared. The outputs of the blocks start at zero and show in the losses
+# from the second step on.
 FIRST_STEPS = 4
-# between those losses in float32; bfloat16 would hide a model without rotary positions
+# The largest difference of those losses in float32. bfloat16 would hide missing rotary positions.
 LARGEST_DIFFERENCE = 2e-4
-CHECKED_ROWS = 4  # of each of the two microbatches that these steps take
+CHECKED_ROWS = 4  # rows of each of the two microbatches of those steps
 
 
 @dataclass(frozen=True)
 class RandomBatches:
-    """Batches by step, as `data.loader.GlobalBatches` gives them, of tokens drawn at random."""
+    """Batches of random tokens by step, like `data.loader.GlobalBatches`."""
 
     config: Config
 
@@ -69,22 +66,25 @@ class RandomBatches:
 
 @dataclass(frozen=True)
 class Round:
-    """What a number of steps took."""
+    """The figures of some steps."""
 
-    seconds: float  # from the first batch asked for to the last loss read
-    busy: float  # seconds of all of the process's threads together
+    seconds: float  # from the request of the first batch until the last loss is read
+    busy: float  # CPU seconds of all threads of the process
     losses: tuple[float, ...]
     waiting: float = 0.0  # seconds in which the host waited for batches
-    # those, and the host's own work for the steps; where the CPU is the device, without running
-    # them
+    # `waiting`, and the host's work for the steps. On a CPU it excludes the steps themselves.
     host: float = 0.0
-    memory: int = 0  # the most bytes taken so far
+    memory: int = 0  # peak bytes so far
+
+    @classmethod
+    def since(cls, start: float, busy: float, losses: Sequence[Any], **rest: Any) -> "Round":
+        """A round that began at these readings of the clocks, after its last loss is read."""
+        values = tuple(map(float, losses))
+        return cls(time.perf_counter() - start, time.process_time() - busy, values, **rest)
 
 
 class OurStep:
-    """The step of this package, called as the training loop does: step N is sent before the loss
-    of step N-1 is read.
-    """
+    """This package's step. As in the training loop, step N starts before the loss of N-1 is read."""
 
     def __init__(self, config: Config, mesh: Mesh):
         d, self.config, self.done = config.data, config, 0
@@ -95,7 +95,7 @@ class OurStep:
         shapes = Shapes.of(config, mesh)
         self.state = init_state(shapes)
         leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
-        # the step takes the arrays for its own
+        # copies, because the step donates the arrays
         self.weights = {path_name(path): np.array(leaf) for path, leaf in leaves}
         controls = step_controls(config.optim, config.train, 0, 0.0)
         self.program = compiler.compile_step(
@@ -117,21 +117,18 @@ class OurStep:
             ready = time.perf_counter()
             self.state, metrics = self.program(self.state, batch, controls)
             sent = time.perf_counter()
-            waiting, host = (
-                waiting + given - asked,
-                host + (ready if self.is_inline else sent) - asked,
-            )
+            waiting += given - asked
+            host += (ready if self.is_inline else sent) - asked
             if losses:
                 losses[-1].block_until_ready()
             losses.append(metrics["loss"])
             self.done += 1
-        values = tuple(map(float, losses))
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        return Round(seconds, busy, values, waiting, host, peak_memory(jax.local_devices()[0]))
+        result = Round.since(start, busy, losses, waiting=waiting, host=host)
+        return dataclasses.replace(result, memory=peak_memory(jax.local_devices()[0]))
 
 
 class TheirStep:
-    """The same in PyTorch."""
+    """The same step in PyTorch."""
 
     def __init__(self, config: Config, weights: dict[str, np.ndarray], compiled: bool):
         from sngpt_jax.bench.torch_step import TorchStep  # PyTorch is an extra
@@ -142,68 +139,53 @@ class TheirStep:
     def __call__(self, steps: int) -> Round:
         """Does so many steps."""
         losses = []
-        # not timed: ours come in the background
+        # Placing is not timed, because our batches are placed in the background.
         placed = [self.step.place(self.batches[self.done + i]) for i in range(steps)]
         start, busy = time.perf_counter(), time.process_time()
         for batch in placed:
             controls = step_controls(self.config.optim, self.config.train, self.done, 0.0)
-            losses.append(
-                self.step(batch, float(controls.lr_multiplier), float(controls.adam_lr_multiplier))
-            )
+            rates = float(controls.lr_multiplier), float(controls.adam_lr_multiplier)
+            losses.append(self.step(batch, *rates))
             self.done += 1
-        values = tuple(map(float, losses))
-        return Round(time.perf_counter() - start, time.process_time() - busy, values)
-
-
-Step = Callable[[int], Round]
+        return Round.since(start, busy, losses)
 
 
 def check_torch(config: Config) -> None:
-    """Raises `UserError` where the model is none of those that `torch_model.py` has, or PyTorch
-    lacks jax's device.
-    """
+    """Raises `UserError` if `torch_model` lacks the recipe's model or PyTorch lacks jax's device."""
+    problem = ""
     if config.model.family != "compact":
-        raise UserError(
-            f"--against torch: model.family = {config.model.family} is not written in PyTorch;"
-            " compact is"
-        )
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            "--against torch: PyTorch is not installed; run:"
-            f" {cli.command('pip', 'install', 'torch')}"
-        )
-    import torch  # an extra
+        family = config.model.family
+        problem = f"model.family = {family} is not written in PyTorch; take a compact recipe"
+    elif importlib.util.find_spec("torch") is None:
+        install = cli.command("pip", "install", "torch")
+        problem = f"PyTorch is not installed; run: {install}"
+    elif config.optim.grad_clip_scope != "global":
+        problem = "set optim.grad_clip_scope to global, which on one device is the same"
+    else:
+        import torch  # an extra
 
-    theirs, ours = "cuda" if torch.cuda.is_available() else "cpu", current_device().platform
-    if theirs != ours:
-        raise UserError(
-            f"--against torch: PyTorch runs on {theirs} here and jax on {ours}; install both for"
-            " the same device"
-        )
-    if config.optim.grad_clip_scope != "global":
-        raise UserError(
-            "--against torch: set optim.grad_clip_scope to global, which on one device is the same"
-        )
+        theirs, ours = "cuda" if torch.cuda.is_available() else "cpu", current_device().platform
+        if theirs != ours:
+            runs = f"PyTorch runs on {theirs} here and jax on {ours}"
+            problem = f"{runs}; install both for the same device"
+    if problem:
+        raise UserError(f"--against torch: {problem}")
 
 
 def comparable(config: Config) -> Config:
-    """The recipe without what neither side of a comparison does: averages of the weights and late
-    quantization.
-    """
+    """The recipe without averages of the weights and late quantization."""
     optim = dataclasses.replace(config.optim, ema_decay=0.0, swa_every=0, qat_below=0.0)
-    return dataclasses.replace(
-        config, optim=optim, eval=dataclasses.replace(config.eval, weights="final")
-    )
+    weights = dataclasses.replace(config.eval, weights="final")
+    return dataclasses.replace(config, optim=optim, eval=weights)
 
 
 def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
-    """The losses of the first steps here and in PyTorch, float32, of short batches. Raises
-    `UserError` where they differ.
+    """The losses of the first steps here and in PyTorch, in float32 with short batches.
+
+    Raises `UserError` if they differ.
     """
-    data, rows = (
-        config.data,
-        min(CHECKED_ROWS, config.train.device_batch_tokens // config.data.seq_len),
-    )
+    data = config.data
+    rows = min(CHECKED_ROWS, config.train.device_batch_tokens // data.seq_len)
     short = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, compute_dtype="float32"),
@@ -216,69 +198,27 @@ def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
         with ours.loader:
             losses = {"jax": ours(FIRST_STEPS).losses}
     losses["torch"] = TheirStep(short, ours.weights, compiled=False)(FIRST_STEPS).losses
+    # `not <=`, so that NaN counts as a difference
     if not np.abs(np.subtract(losses["jax"], losses["torch"])).max() <= LARGEST_DIFFERENCE:
-        jaxs, torchs = (
-            ", ".join(f"{loss:.4f}" for loss in losses[name]) for name in ("jax", "torch")
-        )
+        said = {name: ", ".join(f"{x:.4f}" for x in found) for name, found in losses.items()}
         raise UserError(
-            f"torch_model.py is not the same model: its first losses are {torchs}, jax's {jaxs}"
+            "torch_model.py is not the same model: its first losses are"
+            f" {said['torch']}, jax's {said['jax']}"
         )
     return losses
 
 
-def measure(steps: dict[str, Step], rounds: int, steps_per_round: int) -> dict[str, list[Round]]:
-    """So many rounds of each, in turn."""
-    found: dict[str, list[Round]] = {name: [] for name in steps}
-    progress = progress_reporter("rounds")
-    for turn in range(rounds):
-        for name, step in steps.items():
-            found[name].append(step(steps_per_round))
-        progress(turn + 1, rounds)
-    return found
+def speeds(rounds: Sequence[Round], tokens: int) -> dict[str, float]:
+    """Tokens per second over the rounds of `tokens` tokens, and the number of busy CPU cores."""
+    low, middle, high = harness.quartiles(tokens / r.seconds for r in rounds)
+    busy = harness.quartiles(r.busy / r.seconds for r in rounds)[1]
+    return {"tok_per_s": middle, "tok_per_s_low": low, "tok_per_s_high": high, "busy_cores": busy}
 
 
-def summary(rounds: Sequence[Round], steps: int, tokens: int) -> dict[str, float]:
-    """Tokens a second (median and quartiles over the rounds), and how many of the processor's
-    cores were busy.
-    """
-    low, middle, high = (
-        float(x)
-        for x in np.quantile([steps * tokens / r.seconds for r in rounds], [0.25, 0.5, 0.75])
-    )
-    return {
-        "tok_per_s": middle,
-        "tok_per_s_low": low,
-        "tok_per_s_high": high,
-        "busy_cores": statistics.median(r.busy / r.seconds for r in rounds),
-    }
-
-
-@dataclass(frozen=True)
-class BenchArguments:
-    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
-    overrides: Overrides
-    # torch: the same model in PyTorch too, eager and compiled, on one device
-    against: Literal["none", "torch"] = "none"
-    rounds: int = 9  # in which all take their turn
-    steps: int = 10  # of each in a round
-    json: Json = ""
-    quiet: Quiet = False
-
-
-def main(argv: Sequence[str]) -> int:
-    arguments = parse_command(
-        BenchArguments,
-        cli.expand_json(argv),
-        program="python -m sngpt_jax.bench",
-        description=(
-            "Times the training step of a recipe on the device at hand, alone or beside the same"
-            " model in PyTorch."
-        ),
-    )
-    cli.log_to_stderr(arguments.quiet)
+def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
+    """The speeds of the recipe's step, with the share of the host and the memory of ours."""
     if min(arguments.rounds, arguments.steps) < 1:
-        raise UserError("--rounds and --steps are 1 or more")
-    cli.check_json(arguments.json)
+        raise UserError("--rounds and --steps must be 1 or more")
     config, against = arguments.overrides, arguments.against == "torch"
     keep_working_memory()
     if against:
@@ -286,39 +226,29 @@ def main(argv: Sequence[str]) -> int:
         config = comparable(config)
     use_compilation_cache(config.train.compilation_cache)
     mesh = make_mesh(jax.devices()[:1]) if against else make_mesh(fsdp=config.train.fsdp)
-
     losses = first_losses(config, mesh) if against else {}
     ours = OurStep(config, mesh)
-    steps: dict[str, Step] = {"jax": ours}
+    steps: dict[str, Callable[[int], Round]] = {"jax": ours}
     if against:
-        steps |= {
-            "torch eager": TheirStep(config, ours.weights, False),
-            "torch.compile": TheirStep(config, ours.weights, True),
-        }
+        steps["torch eager"] = TheirStep(config, ours.weights, False)
+        steps["torch.compile"] = TheirStep(config, ours.weights, True)
     with ours.loader:
         for step in steps.values():
             step(1)  # compiles
-        found = measure(steps, arguments.rounds, arguments.steps)
+        works = {name: partial(step, arguments.steps) for name, step in steps.items()}
+        found = harness.in_turn(works, arguments.rounds)
 
-    tokens, device = config.data.batch_tokens, mesh.devices.flat[0].device_kind
-    rows = {name: summary(rounds, arguments.steps, tokens) for name, rounds in found.items()}
-    peak = peak_flops(device)
-    model_flops = rows["jax"]["tok_per_s"] * 3 * forward_flops_per_token(config)
-    total = sum(r.seconds for r in found["jax"])
-    result: dict[str, Any] = {
-        "device": device,
-        "devices": mesh.devices.size,
-        "cores": (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+    tokens = config.data.batch_tokens
+    rows = {name: speeds(rounds, arguments.steps * tokens) for name, rounds in found.items()}
+    speed, total = rows["jax"]["tok_per_s"], sum(r.seconds for r in found["jax"])
+    result: dict[str, Any] = harness.environment() | {"devices": mesh.devices.size}
+    peak = peak_flops(result["device"])
+    model_flops = speed * 3 * forward_flops_per_token(config)
+    result |= {
         "first_losses": losses,
         "speed": rows,
-        "jax_to": {
-            name: rows["jax"]["tok_per_s"] / row["tok_per_s"]
-            for name, row in rows.items()
-            if name != "jax"
-        },
-        "step_ms": 1e3 * tokens / rows["jax"]["tok_per_s"],
+        "jax_to": {name: speed / row["tok_per_s"] for name, row in rows.items() if name != "jax"},
+        "step_ms": 1e3 * tokens / speed,
         "model_flops_per_s": model_flops,
         "mfu": model_flops / (peak * mesh.devices.size) if peak else None,
         "host_share": sum(r.host for r in found["jax"]) / total,
@@ -328,53 +258,36 @@ def main(argv: Sequence[str]) -> int:
             "last_round": found["jax"][-1].memory,
         },
     }
-    if arguments.json != "-":
-        print(table(result, config))
-    cli.write_json(result, arguments.json)
-    return 0
+    report(result, config, say)
+    return result
 
 
-def table(result: dict[str, Any], config: Config) -> str:
-    """The result for a person."""
-    lines = [
-        (
-            f"{result['devices']} x {device_name(result)}; {config.data.batch_tokens:,} tokens a"
-            f" step in microbatches of at most {config.train.device_batch_tokens:,} a device,"
-            f" {compute_dtype(config.model).name}"
-        ),
-        f"{'':14}{'tok/s':>12}{'quartiles':>22}{'busy cores':>12}{'jax is':>10}",
-    ]
+def report(result: dict[str, Any], config: Config, say: harness.Say) -> None:
+    """The lines for a person."""
+    cores = f" of {result['cores']} cores" if result["platform"] == "cpu" else ""
+    say(
+        f"{result['devices']} x {result['device']}{cores}, {compute_dtype(config.model).name};"
+        f" {config.data.batch_tokens:,} tokens per step, at most"
+        f" {config.train.device_batch_tokens:,} per microbatch and device"
+    )
     for name, row in result["speed"].items():
-        quartiles = f"{row['tok_per_s_low']:,.0f} to {row['tok_per_s_high']:,.0f}"
-        ratio = f"{result['jax_to'][name]:.2f} x" if name in result["jax_to"] else ""
-        lines.append(
-            f"{name:14}{row['tok_per_s']:>12,.0f}{quartiles:>22}{row['busy_cores']:>12.2f}{ratio:>10}"
+        spread = f"{row['tok_per_s_low']:,.0f} to {row['tok_per_s_high']:,.0f}"
+        ratio = result["jax_to"].get(name)
+        say(
+            f"{name:14}{row['tok_per_s']:>12,.0f} tok/s ({spread}), {row['busy_cores']:.2f} busy"
+            " cores" + (f"; jax is {ratio:.2f} x as fast" if ratio else "")
         )
     mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] is not None else ""
-    lines.append(
-        f"jax: {result['step_ms']:,.1f} ms a step, {result['model_flops_per_s'] / 1e9:,.1f} GFLOP/s"
-        f" of the model's{mfu}; host {result['host_share']:.2%} of the time, of which"
-        f" {result['input_wait_share']:.2%} waiting for batches; memory"
-        f" {result['peak_memory']['first_round'] / 1e9:.3f} GB at most after the first round,"
-        f" {result['peak_memory']['last_round'] / 1e9:.3f} after the last"
+    say(
+        f"jax: {result['step_ms']:,.1f} ms per step,"
+        f" {result['model_flops_per_s'] / 1e9:,.1f} GFLOP/s of the model{mfu}"
     )
+    say(
+        f"jax: the host takes {result['host_share']:.2%} of the time, with"
+        f" {result['input_wait_share']:.2%} of waiting for batches"
+    )
+    first, last = (result["peak_memory"][turn] / 1e9 for turn in ("first_round", "last_round"))
+    say(f"jax: peak memory {first:.3f} GB after the first round, {last:.3f} GB after the last")
     if result["jax_to"]:
-        first = ", ".join(f"{loss:.4f}" for loss in result["first_losses"]["jax"])
-        lines.append(
-            f"one model: in float32 the first losses of both are {first}, within"
-            f" {LARGEST_DIFFERENCE:g}"
-        )
-    return "\n".join(lines)
-
-
-def device_name(result: dict[str, Any]) -> str:
-    """The device, with its cores where it is the processor."""
-    return (
-        f"{result['device']} of {result['cores']} cores"
-        if result["device"] == "cpu"
-        else str(result["device"])
-    )
-
-
-if __name__ == "__main__":
-    cli.run(main)
+        first_ones = ", ".join(f"{loss:.4f}" for loss in result["first_losses"]["jax"])
+        say(f"the models agree: first losses {first_ones}, within {LARGEST_DIFFERENCE:g}")

@@ -1,9 +1,8 @@
-"""Finds the block sizes with which an operation's Pallas Triton kernels are fastest on the device
-at hand.
+"""A search for the block sizes that make an operation's Pallas Triton kernels fastest here.
 
-From the heuristic's sizes it goes on to whichever neighbour is faster, one size doubled or halved
-at a time, until there is none. What it finds, and which implementation is fastest then, goes into
-the operation's table for that device, which `dispatch.tuned` reads.
+It starts at the heuristic's sizes. It doubles or halves one size at a time and moves to a faster
+configuration until there is none. The sizes found and the fastest implementation go into the
+operation's table for this device, which `dispatch.tuned` reads.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import dataclasses
 import importlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,22 @@ from sngpt_kernels import dispatch
 from sngpt_kernels.case import Case
 
 from sngpt_jax.ahead import programs, targets
+from sngpt_jax.ahead.cases import select
 from sngpt_jax.base import cli
-from sngpt_jax.bench import timing
+from sngpt_jax.base.files import write_text_atomic
+from sngpt_jax.bench import harness, timing
+from sngpt_jax.bench.arguments import TuneArguments
 
-Config = dict[str, Any]  # whole numbers, and of such
+Config = dict[str, Any]  # integers, and dictionaries of integers
 
 ROUNDS = 4
-GAIN = 0.98  # of the time so far: what is less than noise
-TOLERANCE = 1e-2  # in rms errors: what rounding in another order changes
-LARGEST = {"num_warps": 16, "num_stages": 5}  # others: 512
+GAIN = 0.98  # a faster configuration takes at most this share of the time; the rest is noise
+TOLERANCE = 1e-2  # largest rms error; rounding in another order changes less
+MOST_WARPS, MOST_STAGES, MOST = 16, 5, 512  # the largest values of the sizes
 
 
 class Trial(dict[str, Any]):
-    """A table that answers whatever it is asked for with one configuration, and remembers the
-    question.
-    """
+    """A table that answers every key with one configuration and keeps the keys."""
 
     def __init__(self, config: Config | None) -> None:
         self.asked: set[str] = set()
@@ -48,13 +47,13 @@ class Trial(dict[str, Any]):
 
 @contextlib.contextmanager
 def trying(operation: str, trial: Trial) -> Iterator[Trial]:
-    """Inside, what is traced anew finds `trial` in place of the operation's table."""
+    """Inside, newly traced code finds `trial` in place of the operation's table."""
     tables = dispatch.tuned
 
     def lookup(package: str, kind: str) -> dict[str, Any]:
         return trial if package == f"sngpt_kernels.{operation}" else tables(package, kind)
 
-    dispatch.tuned = lookup  # type: ignore[assignment]  # of this process alone, which times nothing else
+    dispatch.tuned = lookup  # type: ignore[assignment]  # only in this process
     try:
         yield trial
     finally:
@@ -62,7 +61,7 @@ def trying(operation: str, trial: Trial) -> Iterator[Trial]:
 
 
 def heuristic(operation: str, case: Case) -> Config:
-    """The sizes that the operation's kernels take where no table says others."""
+    """The sizes that the operation's kernels take without a table."""
     first = case.abstract()[0]
     config = importlib.import_module(f"sngpt_kernels.{operation}.pallas_triton").Config
     arguments = {"cayley": first.shape[-1:], "xsa": (first.dtype, first.shape[-1])}
@@ -70,26 +69,21 @@ def heuristic(operation: str, case: Case) -> Config:
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """The configurations with one size doubled or halved; a number of stages goes up or down by
-    one.
-    """
+    """The configurations with one size doubled or halved, or one stage more or less."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from ({**config, name: changed} for changed in neighbours(value))
             continue
-        largest = next(
-            (size for suffix, size in LARGEST.items() if name.endswith(suffix.removeprefix("num"))),
-            512,
-        )
-        for other in (value + 1, value - 1) if name.endswith("stages") else (2 * value, value // 2):
-            if 1 <= other <= largest:
-                yield {**config, name: other}
+        others, most = (2 * value, value // 2), MOST
+        if name.endswith("stages"):
+            others, most = (value + 1, value - 1), MOST_STAGES
+        elif name.endswith("warps"):
+            most = MOST_WARPS
+        yield from ({**config, name: other} for other in others if 1 <= other <= most)
 
 
 def search(start: Config, seconds: Callable[[Config], float]) -> tuple[Config, float]:
-    """The first configuration without a faster neighbour on the way down from `start`, and its
-    time.
-    """
+    """The first configuration without a faster neighbour on the way from `start`, and its time."""
     best, least, tried = start, seconds(start), [start]
     improved = True
     while improved:
@@ -105,9 +99,7 @@ def search(start: Config, seconds: Callable[[Config], float]) -> tuple[Config, f
 
 
 def table_key(operation: str, case: Case) -> str:
-    """The entry of the table that the kernels ask for. Raises CannotServe where they do not run
-    here.
-    """
+    """The key that the kernels look up. Raises CannotServe if they do not run here."""
     with trying(operation, Trial(None)) as trial:
         jax.eval_shape(programs.function(case, "pallas_triton", "forward"), *case.abstract())
     (key,) = trial.asked
@@ -120,22 +112,22 @@ def tune(operation: str, case: Case) -> dict[str, Any]:
     sets = timing.argument_sets(case, "forward_backward", target)
     arguments = timing.argument_sets(case, "forward_backward", None)(ROUNDS)[0]
     start = heuristic(operation, case)
+
+    def function(implementation: str) -> Callable[..., Any]:
+        return jax.jit(programs.function(case, implementation, "forward_backward"))
+
     with trying(operation, Trial(start)):
-        expected = jax.jit(programs.function(case, "pallas_triton", "forward_backward"))(*arguments)
+        expected = jax.tree.leaves(function("pallas_triton")(*arguments))
 
     def seconds(config: Config) -> float:
-        jax.clear_caches()  # nothing is to be left of what was traced with other sizes
+        jax.clear_caches()  # programs traced with other sizes
+        taken = math.inf
         with trying(operation, Trial(config)):
-            function = jax.jit(programs.function(case, "pallas_triton", "forward_backward"))
-            try:
-                pairs = zip(
-                    jax.tree.leaves(function(*arguments)), jax.tree.leaves(expected), strict=True
-                )
-                if any(not timing.errors(*pair)["rms"] < TOLERANCE for pair in pairs):
-                    return math.inf
-                taken = timing.time_calls(function, sets, ROUNDS).median
-            except Exception:  # sizes that do not compile or do not fit
-                taken = math.inf
+            kernels = function("pallas_triton")
+            with contextlib.suppress(Exception):  # sizes that do not compile or do not fit
+                pairs = zip(jax.tree.leaves(kernels(*arguments)), expected, strict=True)
+                if all(timing.errors(*pair)["rms"] < TOLERANCE for pair in pairs):
+                    taken = timing.time_calls(kernels, sets, ROUNDS).quartiles[1]
         cli.progress(f"{operation} {case.name}: {1e6 * taken:,.1f} µs with {config}")
         return taken
 
@@ -143,42 +135,41 @@ def tune(operation: str, case: Case) -> dict[str, Any]:
     fastest = {"pallas_triton": least}
     for other in case.implementations:
         if other != "pallas_triton":
-            function = jax.jit(programs.function(case, other, "forward_backward"))
             with contextlib.suppress(dispatch.CannotServe):
-                fastest[other] = timing.time_calls(function, sets, ROUNDS).median
+                fastest[other] = timing.time_calls(function(other), sets, ROUNDS).quartiles[1]
     return {"implementation": min(fastest, key=fastest.__getitem__), "config": config}
 
 
 def write_entry(operation: str, kind: str, key: str, entry: dict[str, Any]) -> Path:
-    """Adds the entry to the operation's table for devices of that kind; returns the table's path."""
+    """Adds the entry to the operation's table for devices of that kind. Returns its path."""
     package = importlib.import_module(f"sngpt_kernels.{operation}")
-    path = Path(
-        package.__path__[0], "tuned", re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_") + ".json"
-    )
+    path = Path(package.__path__[0], "tuned", dispatch.table_name(kind))
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        json.dumps({**table, key: entry}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    text = json.dumps({**table, key: entry}, indent=2, sort_keys=True)
+    write_text_atomic(path, text + "\n")
     return path
 
 
-def tune_all(cases: Sequence[tuple[str, Case]]) -> None:
-    """Tunes for every case and writes the tables, one entry after the other. Says why where that
-    cannot be.
+def tune_all(cases: Sequence[tuple[str, Case]]) -> dict[str, dict[str, Any]]:
+    """Tunes every case and writes the tables, one entry after the other.
+
+    Returns the entries by operation and key. It reports the reason if a case cannot be tuned.
     """
-    done: set[tuple[str, str]] = set()
-    # of the cases of one entry the largest decides
-    largest_first = sorted(cases, key=lambda pair: -pair[1].forward.bytes)
-    for operation, case in largest_first:
+    done: dict[str, dict[str, Any]] = {}
+    # If several cases have one entry, the largest case decides.
+    for operation, case in sorted(cases, key=lambda pair: -pair[1].forward.bytes):
         try:
             key = table_key(operation, case)
         except dispatch.CannotServe as reason:
             cli.progress(f"{operation} {case.name}: not tuned: {reason}")
             continue
-        if (operation, key) in done:
-            continue
-        entry = tune(operation, case)
-        done.add((operation, key))
-        path = write_entry(operation, jax.devices()[0].device_kind, key, entry)
-        cli.progress(f"{operation} {case.name}: {key} in {path}: {entry}")
+        if key not in done.setdefault(operation, {}):
+            entry = done[operation][key] = tune(operation, case)
+            path = write_entry(operation, jax.devices()[0].device_kind, key, entry)
+            cli.progress(f"{operation} {case.name}: {key} in {path}: {entry}")
+    return done
+
+
+def measure(arguments: TuneArguments, say: harness.Say) -> dict[str, Any]:
+    """The tables' new entries."""
+    return harness.environment() | {"entries": tune_all(select(arguments))}

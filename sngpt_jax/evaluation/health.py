@@ -34,8 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sngpt_kernels import cayley
-from sngpt_kernels.cayley import dictionary
+from sngpt_kernels.cayley import dictionary, xla
 
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.config import Config, ModelConfig
@@ -96,7 +95,7 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
     def row(total: Sums, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
-        x_hat_PD = cayley.combine(c_PA, ids_PA, config.d_model)
+        x_hat_PD = xla.combine(c_PA, ids_PA, config.d_model)
         lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
         # 0 where either vector is 0
         cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
@@ -156,7 +155,7 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
 
 # -------------------------------------------------------------------------------------- on the host
 
-_all_scores = jax.jit(cayley.all_scores, static_argnums=1)
+_all_scores = jax.jit(xla.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:

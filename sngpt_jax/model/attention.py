@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from sngpt_kernels import xsa
+from sngpt_kernels.xsa import api as xsa
+from sngpt_kernels.xsa import xla
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
@@ -217,11 +218,11 @@ class Attention(nnx.Module):
                 )
         else:
             _announce_single_positions()
-            y_BTHh = xsa.masked_attention(
+            y_BTHh = xla.masked_attention(
                 q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale
             )
             if self.exclusive:
-                y_BTHh = xsa.exclude_own_value(y_BTHh, v_BTKh)
+                y_BTHh = xla.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
             # rounded to the compute dtype first, so that the backward products have it too
             logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)

@@ -1,7 +1,7 @@
 """The CayleySAE layer, a sparse code of an MLP's input over an algebraic dictionary, and its running
 statistics.
 
-The code is `sngpt_kernels.cayley.encode_decode`. A layer learns one bias per feature. It also has
+The code is `sngpt_kernels.cayley.api.encode_decode`. A layer learns one bias per feature. It also has
 statistics that no gradient reaches: each optimizer step updates them from a sample of its tokens,
 the `Taps` of the layers' inputs and features.
 """
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from sngpt_kernels import cayley
+from sngpt_kernels.cayley import api, xla
+from sngpt_kernels.cayley.reference import STD_FLOOR
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
@@ -60,7 +61,7 @@ class CayleySAE(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         with chosen_by("code"):
-            return cayley.encode_decode(
+            return api.encode_decode(
                 x,
                 self.mean[...],
                 self.std[...],
@@ -78,9 +79,9 @@ def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.A
     z = ⟨x - mean, v⟩ / max(std, 10⁻³), without the bias. `taps` and `code` are the layer's, without
     the dimension L.
     """
-    mu_F = cayley.all_scores(code.mean, config.levels[-1][0])
-    score = cayley.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
-    z = score / jnp.maximum(code.std[taps.ids], cayley.STD_FLOOR)
+    mu_F = xla.all_scores(code.mean, config.levels[-1][0])
+    score = xla.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
+    z = score / jnp.maximum(code.std[taps.ids], STD_FLOOR)
     return z, jnp.maximum((z if config.forward_standardized else score) + code.bias[taps.ids], 0)
 
 
@@ -127,7 +128,7 @@ def update_statistics(
 
     # one layer after the other, so that only one layer's scores exist at a time
     bits = int(math.log2(features))
-    squares_LF = jax.lax.map(lambda x_ND: cayley.sum_squared_scores(x_ND, bits), centred_LND)
+    squares_LF = jax.lax.map(lambda x_ND: xla.sum_squared_scores(x_ND, bits), centred_LND)
     variance_LF = jax.lax.pmean(squares_LF / x_LND.shape[1], axis_names)
     ids = taps.ids.reshape(layers, -1)
     fired_LF = jnp.zeros((layers, features), jnp.int32).at[jnp.arange(layers)[:, None], ids].set(1)

@@ -252,7 +252,7 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sngpt_jax.plan --kernels", *arguments]
+    command = [sys.executable, "-m", "sngpt_jax.plan", "--kernels", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": ""}
     )
@@ -271,7 +271,8 @@ def test_without_the_plugin_one_line_says_what_to_install() -> None:
 
 COMPILE = """
 import json
-from kernels import inspect, ptx, targets
+from sngpt_jax.ahead import kernels as inspect
+from sngpt_jax.ahead import ptx, targets
 from tests.kernels import toy_case
 
 targets.prepare()

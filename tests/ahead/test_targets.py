@@ -121,7 +121,7 @@ COMPILE = """
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from kernels import targets
+from sngpt_jax.ahead import targets
 
 targets.prepare()
 assert len(jax.devices()) == 1 and jax.devices()[0].platform == "cpu"

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe):
     options = ["--repeats", "2", "--sigma", "0.1", "--limit", "1000000"]
-    done = tiny_run.run("export.bench", "--config", tiny_recipe, *options, "--json")
+    done = tiny_run.run("bench", "export", "--config", tiny_recipe, *options, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["seconds"].keys() == {"quantize", "encode", "codec_alone", "decode", "dequantize"}
@@ -24,16 +24,16 @@ def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe):
         == result["parameters"]
     )
     again = json.loads(
-        tiny_run.run("export.bench", "--config", tiny_recipe, *options, "--json").stdout
+        tiny_run.run("bench", "export", "--config", tiny_recipe, *options, "--json").stdout
     )
     assert again["artifact_bytes"] == result["artifact_bytes"], "drawn from the seed"
-    done = tiny_run.run("export.bench", "--config", tiny_recipe, "--repeats", "0")
+    done = tiny_run.run("bench", "export", "--config", tiny_recipe, "--repeats", "0")
     assert done.returncode == 2 and "--repeats is 1 or more" in done.stderr
 
 
 def test_compare_puts_the_policies_side_by_side(tiny_trained):
     options = ["--passthrough-size", "0", "--gptq-tokens", "4096", "--tokens", "2048"]
-    done = tiny_run.run("export.compare", "--run", tiny_trained, *options, "--json")
+    done = tiny_run.run("bench", "policies", "--run", tiny_trained, *options, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {row["policy"]: row for row in result["rows"]}

@@ -262,7 +262,8 @@ def test_the_command(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "sngpt_jax.bench kernels",
+        "sngpt_jax.bench",
+        "kernels",
         "xsa",
         "--case",
         "quickstart",

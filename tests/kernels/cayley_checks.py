@@ -66,11 +66,7 @@ def call(
     levels: dictionary.Levels,
     **static: Any,
 ) -> Any:
-    forward_standardized, generators = (
-        static.get("forward_standardized", True),
-        static.get("generators", "spread"),
-    )
-    return CALLS[implementation](x, mean, std, bias, levels, forward_standardized, generators)
+    return CALLS[implementation](x, mean, std, bias, dictionary.Scheme(levels, **static))
 
 
 def value_and_gradients(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from sngpt_kernels.cayley import dictionary, encode_decode, reference
+from sngpt_kernels.cayley import dictionary, reference
+from sngpt_kernels.cayley.api import encode_decode
 
 from tests.kernels.cayley_checks import (
     D64,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from sngpt_kernels import dispatch
-from sngpt_kernels.cayley import api, encode_decode, pallas_triton
+from sngpt_kernels.cayley import api, pallas_triton
+from sngpt_kernels.cayley.api import encode_decode
 from sngpt_kernels.cayley.dictionary import Levels
 from sngpt_kernels.dispatch import CannotServe, Device
 

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from sngpt_kernels.cayley import dictionary, pallas_encode, pallas_triton, reference
+from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.dispatch import CannotServe
 
 from sngpt_jax.ahead import targets
@@ -36,10 +37,10 @@ def encode(
     interpret: bool = True,
 ) -> Any:
     """(saved, c) by a kernel whose every program encodes two tokens."""
-    tokens, d = x.shape
-    active = sum(k for _, k, _ in levels)
-    constants = pallas_encode.constants(levels, generators, d)
-    tables = pallas_encode.tables(mean, std, bias, levels, generators, forward_standardized)
+    tokens = len(x)
+    scheme = Scheme(levels, forward_standardized, generators)
+    constants = pallas_encode.constants(scheme)
+    tables = pallas_encode.tables(mean, std, bias, scheme)
 
     def cayley_encode(*refs: Any) -> None:
         (x_ref, *inputs), (saved_ref, c_ref) = refs[:-2], refs[-2:]
@@ -53,10 +54,8 @@ def encode(
                 tuple(inputs[len(constants) :]),
                 saved_ref,
                 c_ref,
-                levels=levels,
-                generators=generators,
-                forward_standardized=forward_standardized,
-                interpret=interpret,
+                scheme,
+                interpret,
             )
 
         jax.lax.fori_loop(0, 2, body, None)
@@ -64,7 +63,8 @@ def encode(
     return pl.pallas_call(
         cayley_encode,
         out_shape=tuple(
-            jax.ShapeDtypeStruct((tokens, active), dtype) for dtype in (jnp.int32, jnp.float32)
+            jax.ShapeDtypeStruct((tokens, scheme.active), dtype)
+            for dtype in (jnp.int32, jnp.float32)
         ),
         grid=(tokens // 2,),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -204,9 +204,7 @@ def test_what_a_thread_stores_is_read_after_a_barrier(levels: dictionary.Levels)
     token = str(encode.trace(*shapes, levels=levels, interpret=False).jaxpr)
     assert token.count("debug_barrier") == len(levels) + 1
     whole = jax.make_jaxpr(
-        lambda *arguments: pallas_triton.encode_decode(
-            *arguments, levels, True, "spread", interpret=False
-        )
+        lambda *arguments: pallas_triton.encode_decode(*arguments, Scheme(levels))
     )(*shapes)
     # and before the tokens are decoded side by side
     assert str(whole).count("debug_barrier") == len(levels) + 2
@@ -218,4 +216,4 @@ def test_what_a_thread_stores_is_read_after_a_barrier(levels: dictionary.Levels)
 )
 def test_what_it_cannot_serve_is_said(levels: dictionary.Levels, reason: str) -> None:
     with pytest.raises(CannotServe, match=reason):
-        pallas_encode.constants(levels, "spread", 2 ** levels[0][0])
+        pallas_encode.constants(Scheme(levels))

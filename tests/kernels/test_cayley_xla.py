@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sngpt_kernels import cayley
-from sngpt_kernels.cayley import dictionary, encode_decode, reference, xla
+from sngpt_kernels.cayley import dictionary, reference, xla
+from sngpt_kernels.cayley.api import encode_decode
 
 from tests.kernels.cayley_checks import (
     EPS,
@@ -123,18 +123,16 @@ def test_helpers_against_reference() -> None:
     x, ids = rng.standard_normal((2, 3, 64)).astype(np.float32), rng.integers(0, 2048, (2, 3, 5))
     everything = np.array([reference.scores(row, np.arange(2048)) for row in x.reshape(6, 64)])
     np.testing.assert_allclose(
-        jax.jit(cayley.all_scores, static_argnums=1)(x, 11),
-        everything.reshape(2, 3, 2048),
-        atol=1e-5,
+        jax.jit(xla.all_scores, static_argnums=1)(x, 11), everything.reshape(2, 3, 2048), atol=1e-5
     )
-    squares = jax.jit(cayley.sum_squared_scores, static_argnums=1)(x.reshape(6, 64), 11)
+    squares = jax.jit(xla.sum_squared_scores, static_argnums=1)(x.reshape(6, 64), 11)
     np.testing.assert_allclose(squares, (everything**2).sum(0), rtol=1e-5, atol=1e-6)
     expected = np.take_along_axis(everything.reshape(2, 3, 2048), ids, axis=-1)
-    np.testing.assert_allclose(jax.jit(cayley.scores_at)(x, ids), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(xla.scores_at)(x, ids), expected, atol=1e-5)
     coefficients = rng.standard_normal((2, 3, 5)).astype(np.float32)
     expected = np.einsum("...a,...ad->...d", coefficients, dictionary.atoms(ids, 64))
     np.testing.assert_allclose(
-        jax.jit(cayley.combine, static_argnums=2)(coefficients, ids, 64), expected, atol=1e-5
+        jax.jit(xla.combine, static_argnums=2)(coefficients, ids, 64), expected, atol=1e-5
     )
 
 
@@ -147,7 +145,7 @@ def test_running_statistics_from_the_helpers_are_the_references() -> None:
         rng.uniform(0.5, 2, 256),
     )
     centre = sample.mean(0)
-    variance = cayley.sum_squared_scores(jnp.asarray(sample - centre, jnp.float32), 8) / 50
+    variance = xla.sum_squared_scores(jnp.asarray(sample - centre, jnp.float32), 8) / 50
     expected_mean, expected_std = reference.update_statistics(mean, std, sample)
     np.testing.assert_allclose(0.99 * mean + 0.01 * centre, expected_mean, rtol=1e-12)
     np.testing.assert_allclose(0.99 * std + 0.01 * np.sqrt(variance), expected_std, rtol=1e-6)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import pallas_triton as cayley_kernels
+from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.dispatch import CannotServe, Device
 from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 
@@ -45,7 +46,7 @@ def test_gradients_of_gradients_are_refused_in_a_sentence() -> None:
 
     def code(x: jax.Array) -> jax.Array:
         kernels = functools.partial(cayley_kernels.encode_decode, interpret=True)
-        return jnp.sum(kernels(x, mean, std, bias, SHALLOW, True, "spread")[0] ** 2)
+        return jnp.sum(kernels(x, mean, std, bias, Scheme(SHALLOW))[0] ** 2)
 
     def attend(q: jax.Array) -> jax.Array:
         return jnp.sum(xsa_kernels.attention(q, q, q, True, 1.0, interpret=True) ** 2)

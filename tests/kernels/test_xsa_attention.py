@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from sngpt_kernels import xsa
-from sngpt_kernels.xsa import pallas_triton, reference
+from sngpt_kernels.xsa import api as xsa
+from sngpt_kernels.xsa import pallas_triton, reference, xla
 from sngpt_kernels.xsa.pallas_tiles import Blocks, Config
 
 # several tiles of a short sequence
@@ -186,7 +186,7 @@ def test_masked_attention_of_one_position_is_its_row() -> None:
     position = np.array([0, 4, 8])
     rows = np.arange(3)
     mask = np.arange(9)[None, None, :] <= position[:, None, None]
-    got = xsa.masked_attention(
+    got = xla.masked_attention(
         jnp.asarray(q[rows, position][:, None]), k, v, jnp.asarray(mask), scale=0.3
     )
     want = reference.attention(q, k, v, exclusive=False, scale=0.3)[rows, position]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from sngpt_kernels import dispatch, xsa
+from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import CannotServe, Device
 from sngpt_kernels.xsa import api
 
@@ -92,8 +92,8 @@ def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
     with caplog.at_level(logging.INFO, logger="sngpt_kernels"):
         for _ in range(3):
-            xsa.attention(q, k, k, exclusive=True, scale=1.0)
-        xsa.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
+            api.attention(q, k, k, exclusive=True, scale=1.0)
+        api.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
     assert [record.getMessage() for record in caplog.records] == [
         "xsa.attention runs as xla: cudnn serves NVIDIA GPUs; the device is cpu",
         "xsa.attention runs as xla: as asked",
@@ -135,7 +135,7 @@ def test_cannot_serve_says_why(
     device: Device, implementation: Any, q: jax.Array, reason: str
 ) -> None:
     def run(q: jax.Array) -> jax.Array:
-        return xsa.attention(q, q, q, exclusive=True, scale=1.0, implementation=implementation)
+        return api.attention(q, q, q, exclusive=True, scale=1.0, implementation=implementation)
 
     with dispatch.targeting(device), pytest.raises(CannotServe) as caught:
         jax.eval_shape(run, q)
@@ -182,7 +182,7 @@ def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -
 def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message: str) -> None:
     arrays = [jnp.ones(shape) for shape in (q, k, v or k)]
     with pytest.raises(ValueError) as caught:
-        xsa.attention(*arrays, exclusive=True, scale=scale)
+        api.attention(*arrays, exclusive=True, scale=scale)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -190,11 +190,11 @@ def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message
 def test_bad_dtypes_and_names_are_refused() -> None:
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="k is bfloat16 .* expected float32"):
-        xsa.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)
+        api.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)
     with pytest.raises(ValueError, match="q is int32"):
-        xsa.attention(q.astype(jnp.int32), q, q, exclusive=False, scale=1.0)
+        api.attention(q.astype(jnp.int32), q, q, exclusive=False, scale=1.0)
     with pytest.raises(
         ValueError,
         match="implementation is 'triton'; expected one of xla, cudnn, pallas_triton, or None",
     ):
-        xsa.attention(q, q, q, exclusive=False, scale=1.0, implementation="triton")  # type: ignore[arg-type]
+        api.attention(q, q, q, exclusive=False, scale=1.0, implementation="triton")  # type: ignore[arg-type]

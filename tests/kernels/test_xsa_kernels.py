@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
-from sngpt_kernels import dispatch, xsa
+from sngpt_kernels import dispatch
 from sngpt_kernels.case import Case
+from sngpt_kernels.xsa import api as xsa
 from sngpt_kernels.xsa import pallas_triton, reference, specs
 from sngpt_kernels.xsa.pallas_tiles import Blocks, Config
 

@@ -1,9 +1,5 @@
-"""CayleySAE: a sparse hierarchical code over a parameter-free dictionary of parities (after
-https://arxiv.org/abs/2607.20652).
+"""CayleySAE: a sparse hierarchical code over a parameter-free dictionary of parities.
+
+After https://arxiv.org/abs/2607.20652. The public operation is `api.encode_decode`, its definition
+`reference`. `xla` has the parts that serve the code's statistics.
 """
-
-from sngpt_kernels.cayley.api import encode_decode
-from sngpt_kernels.cayley.reference import STD_FLOOR
-from sngpt_kernels.cayley.xla import all_scores, combine, scores_at, sum_squared_scores
-
-__all__ = ["STD_FLOOR", "all_scores", "combine", "encode_decode", "scores_at", "sum_squared_scores"]

@@ -1,15 +1,15 @@
-"""The dictionary of parity features: atoms, levels, and which children a feature has. Host side,
-numpy only.
+"""The dictionary of parity features: its atoms, its levels and the children of a feature.
 
-A feature is an integer f, its atom a character of F_2^n read at d = 2^t points: v_f[α] = d^(-1/2)
-· (-1)^popc(f & w[α]). The low t bits of f choose a row of the Walsh-Hadamard matrix, the higher
-bits a quadratic sign mask, a trace of cubes in GF(2^t). Most masks are bent or almost bent, so
-that atoms are nearly orthogonal. Sources: Gold, "Maximal recursive sequences with 3-valued
-recursive cross-correlation functions" (1968); Calderbank, Cameron, Kantor and Seidel, "Z4-Kerdock
-codes, orthogonal spreads, and extremal Euclidean line-sets" (1997).
+It runs on the host with numpy alone. A feature is an integer f. Its atom is a character of F_2^n
+that is read at d = 2^t points: v_f[α] = d^(-1/2) · (-1)^popc(f & w[α]). The low t bits of f choose
+a row of the Walsh-Hadamard matrix. The higher bits choose a quadratic sign mask, which is a trace
+of cubes in GF(2^t). Most masks are bent or almost bent, so atoms are nearly orthogonal. Sources:
+Gold, "Maximal recursive sequences with 3-valued recursive cross-correlation functions" (1968);
+Calderbank, Cameron, Kantor and Seidel, "Z4-Kerdock codes, orthogonal spreads, and extremal
+Euclidean line-sets" (1997).
 
-Field elements are integers, bit i the coefficient of z^i, g = 2 a generator. ⊕ is XOR and popc the
-number of one bits.
+An integer stands for a field element: bit i is the coefficient of z^i, and g = 2 is a generator.
+⊕ is XOR. popc is the number of one bits.
 """
 
 import functools
@@ -19,26 +19,24 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Levels = tuple[
-    tuple[int, int, int], ...
-]  # (n, k, degree): 2^n features with those of the levels before, k active, child budget
+# (n, k, degree) per level: its ids and all lower ids are below 2^n, k of them are selected, and
+# degree bounds the children of a parent
+Levels = tuple[tuple[int, int, int], ...]
 Generators = Literal["spread", "prefix"]
 
+# by the degree t of the field GF(2^t)
 PRIMITIVE_POLYNOMIALS = {
-    2: 0x7, 3: 0xB, 4: 0x13, 5: 0x25, 6: 0x43, 7: 0x83, 8: 0x11D, 9: 0x211, 10: 0x409, 11: 0x805, 12: 0x1053, 13: 0x201B,
-    14: 0x4443, 15: 0x8003, 16: 0x1100B, 17: 0x20009, 18: 0x40081,
+    2: 0x7, 3: 0xB, 4: 0x13, 5: 0x25, 6: 0x43, 7: 0x83, 8: 0x11D, 9: 0x211, 10: 0x409, 11: 0x805,
+    12: 0x1053, 13: 0x201B, 14: 0x4443, 15: 0x8003, 16: 0x1100B, 17: 0x20009, 18: 0x40081,
 }  # fmt: skip
-# of children: the dictionaries in use have 256 to 1024, and a table of them is made to check a
-# level
+# The dictionaries in use have degrees from 256 to 1024. A check of a level makes a table of them.
 MAX_DEGREE = 2**16
-# of an id, which is int32: a sign bit and a spare bit for the mask of the backward pass are left
+# An id is an int32. One bit is its sign, and the backward pass needs one more for its mask.
 MAX_BITS = 30
 
 
 def multiply(a: np.typing.ArrayLike, b: np.typing.ArrayLike, t: int) -> np.ndarray:
-    """The product in GF(2^t), elementwise with broadcasting, int64; elements are the integers 0 …
-    2^t - 1.
-    """
+    """The elementwise product in GF(2^t), int64. `a` and `b` hold 0 … 2^t - 1 and broadcast."""
     a, b = np.broadcast_arrays(np.asarray(a, np.int64), np.asarray(b, np.int64))
     product = np.zeros_like(a)
     for i in range(t):
@@ -49,7 +47,7 @@ def multiply(a: np.typing.ArrayLike, b: np.typing.ArrayLike, t: int) -> np.ndarr
 
 
 def power(a: np.typing.ArrayLike, exponent: int, t: int) -> np.ndarray:
-    """a^exponent in GF(2^t), elementwise, by repeated squaring."""
+    """The elementwise power a^exponent in GF(2^t)."""
     a = np.asarray(a, np.int64)
     result = np.ones_like(a)
     while exponent:
@@ -69,9 +67,7 @@ def trace(a: np.typing.ArrayLike, t: int) -> np.ndarray:
 
 
 def mask_basis(t: int) -> list[int]:
-    """m_0 … m_(t-1) in GF(2^t), whose cubes' traces are the sign masks of the bits t … 2t-1 of a
-    feature.
-    """
+    """m_0 … m_(t-1) in GF(2^t). The trace of m_i · α³ is the sign mask of bit t + i."""
     if t % 2 == 0 and t // 2 % 2 == 1:
         half = t // 2
         s = power(2, 2**half + 1, t)  # generates the subfield GF(2^(t/2))
@@ -84,8 +80,9 @@ def mask_basis(t: int) -> list[int]:
 
 @functools.cache
 def trace_masks(d: int) -> np.ndarray:
-    """w [d] int64, read-only: the atom of f is d^(-1/2) · (-1)^popc(f & w). `d` is a power of two
-    from 4 to 2^18.
+    """w [d] int64, read-only: the atom of f is d^(-1/2) · (-1)^popc(f & w).
+
+    `d` is a power of two from 4 to 2^18.
     """
     t = d.bit_length() - 1
     points = np.arange(d, dtype=np.int64)
@@ -98,7 +95,7 @@ def trace_masks(d: int) -> np.ndarray:
 
 
 def signs(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
-    """√d times the atoms of `ids` [...]: ±1, int8 [..., d]."""
+    """The atoms of `ids` [...] times √d: ±1, int8 [..., d]."""
     odd = np.bitwise_count(np.asarray(ids, np.int64)[..., None] & trace_masks(d)) & 1
     return (1 - 2 * odd.astype(np.int8)).astype(np.int8)
 
@@ -106,46 +103,23 @@ def signs(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
 def atoms(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
     """The unit vectors v_f of the features `ids` [...], float64 [..., d].
 
-    Raises ValueError where d is no power of two from 4 to 2^18, or an id no integer from 0 to d² -
-    1.
+    Raises ValueError if d is no power of two from 4 to 2^18 or an id is not in 0 … d² - 1.
     """
     if d not in (2**t for t in PRIMITIVE_POLYNOMIALS):
         raise ValueError(f"d is {d}; expected a power of two from 4 to 2^18")
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu" or np.any((ids < 0) | (ids >= d**2)):
-        raise ValueError(f"ids hold something else than integers from 0 to d² - 1 = {d**2 - 1}")
+        raise ValueError(f"ids must hold integers from 0 to d² - 1 = {d**2 - 1}")
     return signs(ids, d) / np.sqrt(d)
 
 
-def inner_products(d: int, n: int) -> np.ndarray:
-    """⟨v_f, v_f'⟩ for f ⊕ f' = 0 … 2^n - 1, float64 [2^n].
-
-    (-1)^popc(f & w) · (-1)^popc(f' & w) = (-1)^popc((f ⊕ f') & w): an inner product depends on f ⊕
-    f' alone, and all of them are one Walsh-Hadamard transform of the indicator of the w (the
-    eigenvalues, over d, of the Cayley graph of F_2^n with the generators w).
-    """
-    values = np.zeros(2**n)
-    values[trace_masks(d) & (2**n - 1)] = 1 / d  # the w differ in their low t bits already
-    for i in range(n):
-        pairs = values.reshape(-1, 2, 2**i)
-        values = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(
-            -1
-        )
-    return values
-
-
-def coherence(d: int, n: int) -> float:
-    """The largest |⟨v_f, v_f'⟩| among the features below 2^n."""
-    return float(np.abs(inner_products(d, n)[1:]).max())
-
-
 def child_generators(below: int, n: int, degree: int, kind: Generators) -> list[int]:
-    """b_0, b_1, …, whose span U gives a parent f < 2^below the children f ⊕ u, u ∈ U with a
-    non-zero part above bit `below`.
+    """b_0, b_1, …, which span a set U of steps from a parent f < 2^below to its children.
 
-    "spread": log2(degree) generators with the low parts g^(7(i+1)) in GF(2^below), the first n -
-    below of which carry the new bits, so that children lie far from their parent. "prefix": a
-    plain prefix tree, the new bits alone; `degree` is not used.
+    The children are f ⊕ u for every u ∈ U with a new part, which is a one among the bits from
+    `below` on. "spread" gives log2(degree) generators with the low parts g^(7(i+1)) in
+    GF(2^below). The first n - below of them carry the new bits, so children lie far from their
+    parent. "prefix" gives a plain prefix tree: the new bits alone, and `degree` is not used.
     """
     new_bits = [1 << i for i in range(below, n)]
     if kind == "prefix":
@@ -155,8 +129,9 @@ def child_generators(below: int, n: int, degree: int, kind: Generators) -> list[
 
 
 def span(basis: Sequence[int]) -> np.ndarray:
-    """All 2^len(basis) sums (XOR) of the basis, int64 [2^len(basis)]: that of the subset with the
-    bits j at index j.
+    """All sums (XOR) of subsets of the basis, int64 [2^len(basis)].
+
+    Index j holds the sum of the elements whose bits are set in j.
     """
     elements = np.zeros(1, np.int64)
     for b in basis:
@@ -166,17 +141,17 @@ def span(basis: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Children:
-    """The children of one level, arranged in groups (see `children`). All arrays are read-only."""
+    """The children of one level in groups, as `children` explains. All arrays are read-only."""
 
     group_of_parent: np.ndarray  # int32 [2^n of the level before]
     representatives: np.ndarray  # int32 [groups]: the lowest id of each group of parents
-    # int32 [members]: the u with a new part; child j of group i is representatives[i] ⊕ steps[j]
+    # int32 [members]: the u with a new part. Child j of group i is representatives[i] ⊕ steps[j].
     steps: np.ndarray
-    # int64 [groups], descending: the sizes of the groups, parents of the level before alone
+    # int64 [groups], descending: how many parents of the level before each group has
     most_parents: np.ndarray
 
     def fewest_candidates(self, parents: int) -> int:
-        """How many distinct children that many distinct parents have at least."""
+        """The least number of distinct children of so many distinct parents."""
         groups = np.searchsorted(np.cumsum(self.most_parents), parents) + 1
         return int(groups) * len(self.steps)
 
@@ -185,19 +160,18 @@ class Children:
 def children(levels: Levels, generators: Generators, level: int) -> Children:
     """The children of level ≥ 1 of valid `levels`.
 
-    Let W be the u ∈ U without a new part, the span of the generators that carry no new bit. The
-    children of f are the union, over the sums c ≠ 0 of the other generators, of the cosets f ⊕ c ⊕
-    W. So two parents with f ⊕ f' ∈ W have the same children. Any other two have none in common: f
-    ⊕ c ⊕ w = f' ⊕ c' ⊕ w' has equal new parts only if c = c', and then f ⊕ f' = w ⊕ w' ∈ W. The
-    parents thus fall into the cosets of W, each with |U| - |W| children, the cosets' children
-    partition the level, and the *set* of candidates of some parents is given by their distinct
-    cosets.
+    Let W be the u ∈ U without a new part: the span of the generators that carry no new bit. The
+    children of f are the union of the cosets f ⊕ c ⊕ W over the sums c ≠ 0 of the other
+    generators. So two parents with f ⊕ f' ∈ W have the same children. Any other two parents share
+    no child: f ⊕ c ⊕ w = f' ⊕ c' ⊕ w' has equal new parts only if c = c', and then
+    f ⊕ f' = w ⊕ w' ∈ W. The parents therefore fall into the cosets of W, and each coset has
+    |U| - |W| children. The distinct cosets of some parents give the *set* of their candidates.
     """
     below, n, degree = levels[level - 1][0], *levels[level][::2]
     basis = child_generators(below, n, degree, generators)
     inside = span(basis[n - below :])  # W
     lowest = np.arange(2**below, dtype=np.int64)
-    # the least element of f ⊕ span(b_0 … b_i) is that of one of the two halves
+    # f ⊕ span(b_0 … b_i) has two halves, and its least element is in one of them
     for b in basis[n - below :]:
         lowest = np.minimum(lowest, lowest[np.arange(2**below) ^ b])
     representatives, group_of_parent = np.unique(lowest, return_inverse=True)
@@ -217,84 +191,96 @@ def children(levels: Levels, generators: Generators, level: int) -> Children:
 
 
 def level_range(levels: Levels, level: int) -> range:
-    """The ids that `level` owns: lower ids are features of the levels before."""
+    """The ids that `level` owns. Lower ids are features of the levels before."""
     return range(2 ** levels[level - 1][0] if level else 0, 2 ** levels[level][0])
 
 
 def reachable(levels: Levels, level: int, generators: Generators = "spread") -> int:
-    """How many features of `level` some parent, itself any feature of the level before, has as a
-    child.
-    """
+    """How many features of `level` are a child of some feature of the level before."""
     if level == 0:
         return 2 ** levels[0][0]
     table = children(levels, generators, level)
     return int(np.count_nonzero(table.most_parents)) * len(table.steps)
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """The static arguments of `api.encode_decode`, which describes them."""
+
+    levels: Levels
+    forward_standardized: bool = True
+    generators: Generators = "spread"
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return 2 ** self.levels[0][0]
+
+    @property
+    def features(self) -> int:
+        """F, the number of ids over all levels."""
+        return 2 ** self.levels[-1][0]
+
+    @property
+    def active(self) -> int:
+        """A = Σk, the selected features per token."""
+        return sum(k for _, k, _ in self.levels)
+
+    def children(self, level: int) -> Children:
+        """`children` of `level` ≥ 1."""
+        return children(self.levels, self.generators, level)
+
+
+def _require(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise ValueError(complaint)
+
+
 @functools.cache
 def check_levels(levels: Levels, d: int, generators: Generators = "spread") -> None:
     """Raises ValueError, in one line, unless `levels` is a hierarchy over a model width of `d`."""
-    if generators not in get_args(Generators):
-        raise ValueError(f'generators is {generators!r}; expected "spread" or "prefix"')
+    expected = f'generators is {generators!r}; expected "spread" or "prefix"'
+    _require(generators in get_args(Generators), expected)
     t = d.bit_length() - 1
-    if d != 2 ** max(t, 0) or t not in PRIMITIVE_POLYNOMIALS:
-        raise ValueError(
-            f"a dictionary of parities needs a width that is a power of two from 4 to 2^18, got {d}"
-        )
-    if not levels or any(len(level) != 3 for level in levels):
-        raise ValueError(f"levels is {levels}; expected at least one (n, k, degree)")
-    if levels[0][0] != t:
-        raise ValueError(
-            f"level 0 has n = {levels[0][0]}; with width {d} it must be log2({d}) = {t}"
-        )
-    if levels[0][2] != 0:
-        raise ValueError(
-            f"level 0 has degree {levels[0][2]}; it has no parents, so its degree must be 0"
-        )
+    is_width = d == 2 ** max(t, 0) and t in PRIMITIVE_POLYNOMIALS
+    _require(
+        is_width,
+        f"a dictionary of parities needs a width that is a power of two from 4 to 2^18, got {d}",
+    )
+    shaped = bool(levels) and all(len(level) == 3 for level in levels)
+    _require(shaped, f"levels is {levels}; expected at least one (n, k, degree)")
+    root, _, degree = levels[0]
+    _require(root == t, f"level 0 has n = {root}; with width {d} it must be log2({d}) = {t}")
+    _require(
+        degree == 0, f"level 0 has degree {degree}; it has no parents, so its degree must be 0"
+    )
+    candidates, limit = d, "the features it has"
     for level, (n, k, degree) in enumerate(levels):
-        candidates = d
         if level:
-            below = levels[level - 1][0]
-            if n <= below:
-                raise ValueError(
-                    f"level {level} has n = {n}; it must exceed the n = {below} of the level before"
-                )
-            if n > min(2 * t, MAX_BITS):
-                raise ValueError(
-                    f"level {level} has n = {n}; with width {d} at most {min(2 * t, MAX_BITS)} is"
-                    " possible"
-                )
+            below, most = levels[level - 1][0], min(2 * t, MAX_BITS)
+            has = f"level {level} has n = {n}"
+            _require(n > below, f"{has}; it must exceed the n = {below} of the level before")
+            _require(n <= most, f"{has}; with width {d} at most {most} is possible")
             if generators == "spread":
                 _check_spread(level, below, n, degree)
             candidates = children(levels, generators, level).fewest_candidates(levels[level - 1][1])
-        if not 1 <= k <= candidates:
-            limit = "the fewest candidates it can have" if level else "the features it has"
-            raise ValueError(f"level {level} has k = {k}; expected 1 to {candidates}, {limit}")
+            limit = "the fewest candidates it can have"
+        fits = f"level {level} has k = {k}; expected 1 to {candidates}, {limit}"
+        _require(1 <= k <= candidates, fits)
 
 
 def _check_spread(level: int, below: int, n: int, degree: int) -> None:
-    """Raises ValueError where the children of `level` have no spread generators."""
-    if below not in PRIMITIVE_POLYNOMIALS:
-        raise ValueError(
-            f"level {level} needs a field of 2^{below} elements for its children; 2^18 is the"
-            " largest there is"
-        )
-    if degree < 1 or degree & (degree - 1):
-        raise ValueError(f"level {level} has degree {degree}; it must be a power of two")
-    if degree > MAX_DEGREE:
-        raise ValueError(f"level {level} has degree {degree}; at most {MAX_DEGREE} is possible")
-    if degree > 2**n:
-        raise ValueError(
-            f"level {level} has degree {degree}; its ids have {n} bits, so that at most {2**n} can"
-            " be children"
-        )
-    if degree < 2 ** (n - below):
-        raise ValueError(
-            f"level {level} has degree {degree}; its {n - below} new bits need at least"
-            f" {2 ** (n - below)}"
-        )
-    if len(np.unique(span(child_generators(below, n, degree, "spread")))) < degree:
-        raise ValueError(
-            f"level {level} has degree {degree}; its child generators are not independent, take a"
-            " smaller degree"
-        )
+    """Raises ValueError if the children of `level` have no spread generators."""
+    has, new = f"level {level} has degree {degree}", n - below
+    _require(
+        below in PRIMITIVE_POLYNOMIALS,
+        f"level {level} needs a field of 2^{below} elements for its children; the largest is 2^18",
+    )
+    _require(degree > 0 and degree & (degree - 1) == 0, f"{has}; it must be a power of two")
+    _require(degree <= MAX_DEGREE, f"{has}; at most {MAX_DEGREE} is possible")
+    _require(degree <= 2**n, f"{has}; its ids have {n} bits, so at most {2**n} is possible")
+    _require(degree >= 2**new, f"{has}; its {new} new bits need at least {2**new}")
+    distinct = len(np.unique(span(child_generators(below, n, degree, "spread"))))
+    _require(
+        distinct == degree, f"{has}; its child generators are dependent, take a smaller degree"
+    )

@@ -1,14 +1,15 @@
-"""How a kernel scores all the children of a parent at once: constants made on the host, numpy only.
+"""Constants, made on the host, with which a kernel scores all children of a parent at once.
 
-The children of a parent f are f ⊕ u with u in a span U, and the atom of f ⊕ u is √d · v_f · v_u
-elementwise, so that their scores are those of x, its signs flipped by f, against the ±1 vectors of
-U. A basis of U is chosen in two parts, class bits and member bits: u = class_steps[j1] ⊕
-member_steps[j2]. The class bits split the d points into classes, within each of which a vector of
-the first part is constant. So it is enough to sum over the members within each class, a product
-with a constant ±1 matrix, and to combine the classes' sums by a small Walsh-Hadamard transform
-across them:
+The children of a parent f are f ⊕ u with u in a span U. The atom of f ⊕ u is √d · v_f · v_u
+elementwise. So the children's scores are the products of x, with its signs flipped by f, and the
+±1 vectors of U. A basis of U is chosen in two parts, class bits and member bits:
+u = class_steps[j1] ⊕ member_steps[j2]. The class bits split the d points into classes in which a
+vector of the first part is constant. So the kernel sums over the members within each class, which
+is a product with a constant ±1 matrix. Then a small Walsh-Hadamard transform combines the sums of
+the classes:
 
-    Σ_α x_α s_f(α) s_u(α) = Σ_class (-1)^<j1, class> Σ_{α in class} x_α s_f(α) (-1)^<j2, member bits of α>
+    Σ_α x_α s_f(α) s_u(α) = Σ_class (-1)^<j1, class> S(class, j2)
+    S(class, j2) = Σ_{α in class} x_α s_f(α) (-1)^<j2, member bits of α>
 
 With C classes a parent takes d · |U| / C multiply-adds instead of d · |U|, and the matrices are
 smaller by C as well.
@@ -23,41 +24,42 @@ from sngpt_kernels.cayley import dictionary
 from sngpt_kernels.cayley.dictionary import Generators, Levels
 from sngpt_kernels.cayley.sign_words import sign_words
 
-# the transform across classes keeps one tile of sums for each class in registers
+# The transform across classes keeps one tile of sums per class in registers.
 MOST_CLASS_BITS = 3
-# four warps share the members of a tile, and a tensor core's tile has 8 columns
+# Four warps share the members of a tile, and a tensor core's tile has 8 columns.
 FEWEST_MEMBER_BITS = 5
-WORD_BITS = 5  # a class holds whole words of 32 signs
-MOST_POINTS = 128  # of a part of a class: the operands of one product are in registers
+WORD_BITS = 5  # A class holds whole words of 32 signs.
+# The points of one part of a class. Both operands of a part's product are in registers.
+MOST_POINTS = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """The scores of the children of one level's parents. C classes of K = d / C points, M members.
+    """The constants of one level: C classes of K = d / C points, M members.
+
     Arrays are read-only.
     """
 
-    class_steps: tuple[int, ...]  # C sums of class bits, none with a new part
-    member_steps: np.ndarray  # int32 [M]: the sums of the member bits; zeros from `members` on
-    members: int  # how many of the M rows are members; M is at least 32
-    new_bits: int  # member j has a new part if any of the lowest `new_bits` bits of j is set
+    class_steps: tuple[int, ...]  # the C sums of class bits, none with a new part
+    # int32 [M]: the sums of the member bits, and zeros from `members` on
+    member_steps: np.ndarray
+    members: int  # how many of the M ≥ 32 rows are members
+    # Member j has a new part if any of the lowest `new_bits` bits of j is set.
+    new_bits: int
     points: np.ndarray  # int32 [d / K, K]: the points of each part, class by class
-    # int8 [d / K, M, K]: (-1)^<j2, member bits of the point>, zeros from row `members` on
+    # int8 [d / K, M, K]: (-1)^<j2, member bits of the point>, and zeros from row `members` on
     matrix: np.ndarray
-    # int32 [digits, 32, d / 32]: `sign_words` of the parents, part by part K / 32 words
+    # int32 [digits, 32, d / 32]: `sign_words` of the parents, K / 32 words per part
     words: np.ndarray
 
 
 def _balanced_subspace(elements: np.ndarray, d: int, bits: int) -> list[int]:
-    """A basis of at most `bits` of `elements`, as many as can be, that splits the d points into
-    classes of equal size.
+    """The largest basis of at most `bits` of `elements` that splits d points into equal classes.
 
-    The classes are equal exactly if the ±1 vector of every sum of the basis has as many of one
-    sign as of the other.
+    The classes are equal exactly if the ±1 vector of every sum of the basis adds up to 0.
     """
-    balanced = {
-        int(u) for u in elements[dictionary.signs(elements, d).sum(-1, dtype=np.int64) == 0]
-    }
+    sums = dictionary.signs(elements, d).sum(-1, dtype=np.int64)
+    balanced = set(elements[sums == 0].tolist())
 
     def extend(basis: list[int], candidates: list[int]) -> list[int]:
         best = basis
@@ -83,7 +85,7 @@ def fold(levels: Levels, generators: Generators, level: int) -> Fold:
     most = min(MOST_CLASS_BITS, len(basis) - FEWEST_MEMBER_BITS, d.bit_length() - 1 - WORD_BITS)
     class_bits = _balanced_subspace(dictionary.span(inherited), d, max(most, 0))
     member_bits: list[int] = []
-    for b in basis:  # those with new parts come first
+    for b in basis:  # generators with new parts come first
         if b not in dictionary.span([*class_bits, *member_bits]):
             member_bits.append(b)
     w = dictionary.trace_masks(d)
@@ -114,9 +116,7 @@ def fold(levels: Levels, generators: Generators, level: int) -> Fold:
 
 
 def hadamard(n: int) -> np.ndarray:
-    """The Walsh-Hadamard matrix of size n, a power of two, as int8; below 16 filled with zeros to
-    [16, 16].
-    """
+    """The Walsh-Hadamard matrix of size n, a power of two: int8, padded to at least [16, 16]."""
     index = np.arange(n)
     matrix = np.zeros((max(n, 16),) * 2, np.int8)
     matrix[:n, :n] = 1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(np.int8)

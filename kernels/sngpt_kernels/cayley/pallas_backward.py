@@ -1,9 +1,9 @@
-"""The backward pass as Triton kernels: the gradient of x and, without atomics, that of the bias.
+"""The backward pass as Triton kernels, without atomics: the gradients of x and of the bias.
 
-With g_a = ⟨v_(f_a), dx_hat⟩ where c_a > 0 and else 0: dx = Σ_a g_a v_(f_a) / max(σ_(f_a), floor),
-by one kernel that makes the signs of an atom once for both sums. It also writes g, four bytes for
-each selected feature. These are sorted by feature, equal ones staying in their order, and a second
-kernel adds up each feature's in a fixed order: a run repeats bit for bit.
+Let g_a = ⟨v_(f_a), dx_hat⟩ where c_a > 0, else 0. Then dx = Σ_a g_a v_(f_a) / max(σ_(f_a), floor).
+One kernel makes the signs of an atom once for both sums. It also writes g, four bytes per selected
+feature. A stable sort orders g by feature, and a second kernel adds up the values of each feature
+in a fixed order. So a run repeats bit for bit.
 """
 
 from functools import partial
@@ -22,33 +22,23 @@ from sngpt_kernels.cayley.xla import ACTIVE_BIT
 ID_MASK = 2**ACTIVE_BIT - 1
 
 
-def _backward_kernel(
-    dx_hat_ref: Any,
-    saved_ref: Any,
-    inverse_std_ref: Any,
-    table_ref: Any,
-    dx_ref: Any,
-    g_ref: Any,
-    *,
-    tokens: int,
-) -> None:
+def _backward_kernel(*refs: Any, tokens: int) -> None:
+    dx_hat_ref, saved_ref, inverse_std_ref, table_ref, dx_ref, g_ref = refs
     rows, d = dx_hat_ref.shape
     root = np.float32(d**-0.5)
     at = pallas_decode.tile(pl.program_id(0) * tokens, rows, tokens, d)
     dx_hat = pallas_decode.load(dx_hat_ref, at)
-    first = at.inside & (at.column == 0)  # of a token's columns, to write g once
+    first = at.inside & (at.column == 0)  # one column of a token writes g
     g_row = pallas_decode.store_row(g_ref, at.row, first)
 
     def add_atom(a: jax.Array, sums: jax.Array) -> jax.Array:
         saved = saved_ref[at.row, a]
         ids = saved & ID_MASK
         signs = sign_words.sign_bits(sign_words.words(table_ref, ids, at.column))
-        score = (
-            jnp.sum(jnp.sum(sign_words.flip(dx_hat, signs), axis=0), axis=1) * root
-        )  # within a thread, then across a token's threads
-        g = jnp.where(
-            saved >> ACTIVE_BIT == 1, jnp.broadcast_to(score[:, None], saved.shape), np.float32(0)
-        )
+        # within a thread, then across a token's threads
+        score = jnp.sum(jnp.sum(sign_words.flip(dx_hat, signs), axis=0), axis=1) * root
+        is_active = saved >> ACTIVE_BIT == 1
+        g = jnp.where(is_active, jnp.broadcast_to(score[:, None], saved.shape), np.float32(0))
         plgpu.store(g_ref.at[g_row, a], g, mask=first)
         return sums + sign_words.flip(at.over_points(g * inverse_std_ref[ids]), signs)
 
@@ -65,10 +55,10 @@ def backward(
     num_warps: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """dx and g of dx_hat [N, d], saved ids [N, A] with the active bit, 1 / max(σ, floor) or ones
-    [2^n_last].
+    """dx [N, d] in dx_hat's dtype and g [N, A] float32.
 
-    A program has `tokens` tokens. Returns dx [N, d] in dx_hat's dtype and g [N, A] float32.
+    `saved` [N, A] holds ids with the active bit, `inverse_std` [F] 1 / max(σ, floor) or ones. A
+    program has `tokens` tokens.
     """
     (rows, d), active = dx_hat.shape, saved.shape[1]
     table = pallas_decode.table(d, inverse_std.shape[0])
@@ -93,8 +83,9 @@ def backward(
 def _sum_kernel(
     starts_ref: Any, values_ref: Any, sums_ref: Any, *, features: int, lanes: int
 ) -> None:
-    """The sums of some features' values, which lie from starts[f] to starts[f + 1]: each lane its
-    own, then all lanes.
+    """Adds up the values of some features: every lane first, then the lanes of a feature.
+
+    The values of feature f lie from starts[f] to starts[f + 1].
     """
     feature = pl.program_id(0) * features + lax.broadcasted_iota(jnp.int32, (features,), 0)
     last = sums_ref.shape[0] - 1
@@ -120,15 +111,14 @@ def bias_gradient(
     num_warps: int,
     interpret: bool,
 ) -> jax.Array:
-    """Σ of g [N, A] by the feature in saved [N, A], float32 [features]. A program has `block`
-    features, `lanes` lanes each.
+    """Σ of g [N, A] by the feature in saved [N, A]: float32 [features].
+
+    A program has `block` features with `lanes` lanes each.
     """
-    ids, values = lax.sort(
-        ((saved & ID_MASK).reshape(-1), g.reshape(-1)), is_stable=True, num_keys=1
-    )
-    starts = jnp.searchsorted(
-        ids, jnp.arange(features + 1, dtype=jnp.int32), method="scan_unrolled"
-    ).astype(jnp.int32)
+    pairs = (saved & ID_MASK).reshape(-1), g.reshape(-1)
+    ids, values = lax.sort(pairs, is_stable=True, num_keys=1)
+    bounds = jnp.arange(features + 1, dtype=jnp.int32)
+    starts = jnp.searchsorted(ids, bounds, method="scan_unrolled").astype(jnp.int32)
     return pl.pallas_call(
         partial(_sum_kernel, features=block, lanes=lanes),
         out_shape=jax.ShapeDtypeStruct((features,), jnp.float32),

@@ -1,21 +1,15 @@
-"""Scoring and selection on chip: the device functions that make the code of one token inside a
-Pallas Triton kernel.
+"""Scoring on chip: the device functions that make the code of one token in a Pallas Triton kernel.
 
-Level 0 is a Walsh-Hadamard transform, two products with small matrices. The children of the
-parents of a later level are scored as `folding` describes. All products are of ±1 and bfloat16, on
-the tensor cores; a float32 is split into three bfloat16 that add up to it exactly, so that only
-sums round. Scores stay in registers. The k best are found by bisection on integer keys that order
-like the scores, counting how many reach a threshold. What is chosen at one level goes through
-memory to the next: a kernel can exchange values between threads at computed positions in no other
-way.
+Level 0 is a Walsh-Hadamard transform, two products with small matrices. Later levels score the
+children of their parents as `folding` describes. All products are of ±1 and bfloat16, on the
+tensor cores. A float32 is split into three bfloat16 that add up to it exactly, so that only sums
+round. `pallas_select` chooses the k best. The chosen go to the next level through memory, because
+a kernel has no other way to exchange values between threads at computed positions.
 
-Four warps encode a token. Tiles of scores are [16 parents, members], a shape that Triton shares
-out to four warps without any of them doing the work of another.
+Four warps encode a token. Tiles of scores are [16 parents, members]. Triton divides this shape
+among four warps, and no warp repeats the work of another.
 """
 
-import functools
-import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,26 +18,22 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from sngpt_kernels.cayley import dictionary
-from sngpt_kernels.cayley.dictionary import Generators, Levels
+from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme
 from sngpt_kernels.cayley.folding import Fold, fold, hadamard
+from sngpt_kernels.cayley.pallas_select import NEVER, Tile, add_up, all_bits, keys_of, select
 from sngpt_kernels.cayley.reference import STD_FLOOR
 from sngpt_kernels.cayley.sign_words import words
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
 from sngpt_kernels.dispatch import CannotServe
 
-NEVER = -(2**31)  # the key of what must not be chosen; below that of any number
-INFINITY = 0x7F800000  # the key of +inf
-PARENTS = 16  # of a block: the rows of a tensor core's tile
-THREADS = 128  # of a program, four warps
-MOST_TILES = 31  # of candidates: which of them are chosen is marked in an int32
-MOST_HELD = 64  # candidates of a thread: with more its registers do not suffice
+PARENTS = 16  # per block: the rows of a tensor core's tile
+THREADS = 128  # per program, four warps
+MOST_TILES = 31  # of candidates; an int32 marks which tiles are chosen
+MOST_HELD = 64  # candidates per thread; more do not fit into its registers
 
 
 class _Level(NamedTuple):
-    """The constants of a level ≥ 1, see `folding.Fold` and `dictionary.Children`, or the refs to
-    them.
-    """
+    """The constants of a level ≥ 1, or refs to them; see `Fold` and `dictionary.Children`."""
 
     group_of_parent: Any
     representatives: Any
@@ -54,15 +44,16 @@ class _Level(NamedTuple):
 
 
 def barrier(interpret: bool) -> None:
-    """Stores of this program before it are seen by its loads after it. Interpretation has no
-    threads, and no such primitive.
+    """Loads after it see the stores that other threads of this program made before it.
+
+    Interpretation has no threads and no barrier.
     """
     if not interpret:
         plgpu.debug_barrier()
 
 
 def _grid(d: int) -> tuple[int, int]:
-    """(rows, columns) of the matrix that d points are arranged as for the transform."""
+    """(rows, columns) of the matrix that holds d points for the transform."""
     t = d.bit_length() - 1
     return 2 ** (t - t // 2), 2 ** (t // 2)
 
@@ -73,7 +64,7 @@ def _blocks(levels: Levels, level: int) -> range:
 
 
 def check(levels: Levels, generators: Generators) -> None:
-    """Raises CannotServe, with the reason, where the kernel is not made for such levels."""
+    """Raises CannotServe, with the reason, if the kernel is not made for such levels."""
     d = 2 ** levels[0][0]
     if not 64 <= d <= 2048:
         raise CannotServe(f"pallas_triton serves widths from 64 to 2048; x has {d}")
@@ -89,277 +80,119 @@ def check(levels: Levels, generators: Generators) -> None:
             )
 
 
-def constants(levels: Levels, generators: Generators, d: int) -> tuple[np.ndarray, ...]:
-    """What `encode_token` reads as `constant_refs`: inputs of the kernel, the same for every token
-    and layer.
+def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
+    """The `constant_refs` of `encode_token`: inputs of the kernel that no token or layer changes.
 
     Raises CannotServe as `check` does.
     """
-    check(levels, generators)
-    result = [hadamard(n).astype(jnp.bfloat16) for n in _grid(d)]
-    for level in range(1, len(levels)):
-        table, folded = (
-            dictionary.children(levels, generators, level),
-            fold(levels, generators, level),
-        )
-        matrix = folded.matrix.astype(jnp.bfloat16)
+    check(scheme.levels, scheme.generators)
+    result = [hadamard(n).astype(jnp.bfloat16) for n in _grid(scheme.width)]
+    for level in range(1, len(scheme.levels)):
+        table, folded = scheme.children(level), fold(scheme.levels, scheme.generators, level)
         result += _Level(
             table.group_of_parent,
             table.representatives,
             folded.member_steps,
             folded.points,
-            matrix,
+            folded.matrix.astype(jnp.bfloat16),
             folded.words,
         )
     return tuple(result)
 
 
 def tables(
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    generators: Generators,
-    forward_standardized: bool,
+    mean: jax.Array, std: jax.Array, bias: jax.Array, scheme: Scheme
 ) -> tuple[jax.Array, ...]:
-    """What `encode_token` reads as `table_refs`, float32: scale and offset of each level, y =
-    scale · sum + offset.
+    """The `table_refs` of `encode_token`, float32: scale and offset of y = scale · sum + offset.
 
-    [d] at level 0, then [groups, classes, members], so that the children of a parent lie together.
-    Without `forward_standardized` also [F] the standard deviations and biases, which take a
+    They are [d] at level 0, then [groups, classes, members], so that the children of a parent lie
+    together. Without `forward_standardized` the deviations and biases [F] follow. They turn a
     standardized score back.
     """
-    d = mean.shape[-1]
     deviation = jnp.maximum(std, STD_FLOOR)
-    scale = 1 / deviation / np.float32(np.sqrt(d))
-    offset = bias - all_scores(mean, levels[-1][0]) / deviation
-    # the keys of -0 and 0 differ: without -0 there, no sum makes one
+    scale = 1 / deviation / np.float32(np.sqrt(scheme.width))
+    offset = bias - all_scores(mean, scheme.levels[-1][0]) / deviation
+    # The keys of -0 and 0 differ. Without a -0 in the offsets no sum makes one.
     offset = jnp.where(offset == 0, 0, offset)
-    result = [scale[:d], offset[:d]]
-    for level in range(1, len(levels)):
-        folded = fold(levels, generators, level)
+    result = [scale[: scheme.width], offset[: scheme.width]]
+    for level in range(1, len(scheme.levels)):
+        folded = fold(scheme.levels, scheme.generators, level)
         steps = np.array(folded.class_steps, np.int32)[:, None] ^ folded.member_steps
-        ids = dictionary.children(levels, generators, level).representatives[:, None, None] ^ steps
+        ids = scheme.children(level).representatives[:, None, None] ^ steps
         result += [scale[ids], offset[ids]]
-    return tuple(result) if forward_standardized else (*result, deviation, bias)
+    return tuple(result) if scheme.forward_standardized else (*result, deviation, bias)
 
 
 def _pieces(x: jax.Array) -> tuple[jax.Array, ...]:
-    """bfloat16 numbers whose sum is x exactly: one, or three of a float32, its significand being
-    cut into three.
-    """
+    """bfloat16 numbers whose sum is x exactly: x itself, or three parts of a float32."""
     if x.dtype == jnp.bfloat16:
         return (x,)
     pieces = []
-    for _ in range(2):  # by its bits: a compiler may take a conversion there and back for nothing
-        high = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16)), jnp.float32
-        )
+    # The bits are cut off by a mask. A compiler may drop a conversion to bfloat16 and back.
+    for _ in range(2):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+        high = lax.bitcast_convert_type(bits, jnp.float32)
         pieces.append(high)
         x = x - high
     return tuple(piece.astype(jnp.bfloat16) for piece in (*pieces, x))
 
 
-def _sum(terms: list[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.add, terms)
-
-
-def _keys(y: jax.Array, kept: jax.Array) -> jax.Array:
-    """int32 that order like y, which is no -0: what is not finite counts as +inf. NEVER where
-    `kept` has no bits set.
-    """
-    bits = lax.bitcast_convert_type(y, jnp.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = jnp.where(jnp.abs(y) < jnp.inf, keys, INFINITY)
-    return (keys & kept) | (NEVER & ~kept)
-
-
-def _all_bits(mask: jax.Array) -> jax.Array:
-    """Every bit set where `mask`, none elsewhere. A mask that lives long is better off so than in
-    the few predicates.
-    """
-    return jnp.where(mask, jnp.int32(-1), jnp.int32(0))
-
-
-def _count(masks: list[jax.Array]) -> jax.Array:
-    return jnp.sum(_sum([mask.astype(jnp.int32) for mask in masks]))
-
-
-class _Tile(NamedTuple):
-    """Candidates: one tile of keys, and what gives their ids, base ⊕ step. Tiles of few bases hold
-    few registers.
-    """
-
-    keys: jax.Array  # int32 [S]
-    base: jax.Array  # int32 [S]
-    step: int
-
-
-def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
-    """(t, n): n keys are at least t. n is k, or t the k-th largest key and n > k."""
-    top = jnp.max(functools.reduce(jnp.maximum, keys))
-
-    def narrow(state: tuple[jax.Array, ...], middle: jax.Array) -> tuple[jax.Array, ...]:
-        low, high, reached = state  # k or more keys are at least low, fewer are at least high
-        n = _count([key >= middle for key in keys])
-        return (
-            jnp.where(n >= k, middle, low),
-            jnp.where(n >= k, high, middle),
-            jnp.where(n >= k, n, reached),
-        )
-
-    def searching(state: tuple[jax.Array, ...]) -> jax.Array:
-        low, high, reached = state
-        return (reached != k) & (low + 1 < high)
-
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, _ = state
-        return narrow(state, (low & high) + ((low ^ high) >> 1))  # their mean, without overflow
-
-    # The threshold of a positive score is mostly more than half the largest: that is a difference
-    # of 2^23 in keys.
-    state = narrow((jnp.int32(NEVER + 1), top + 1, jnp.int32(k + 1)), jnp.maximum(top, 0) - 2**23)
-    low, _, reached = lax.while_loop(searching, halve, state)
-    return low, reached
-
-
-def _mark(tiles: list[_Tile], chosen: Callable[[_Tile], jax.Array]) -> jax.Array:
-    """int32 [S]: bit i where tile i is `chosen`."""
-    return _sum([jnp.where(chosen(tile), 1 << i, 0) for i, tile in enumerate(tiles)])
-
-
-def _mark_by_id(tiles: list[_Tile], k: int, t: jax.Array) -> jax.Array:
-    """`_mark` of the keys above t and, of those equal to t, as many with the lowest ids as
-    complete the k.
-    """
-    missing = k - _count([tile.keys > t for tile in tiles])
-
-    def equal(tile: _Tile, last: jax.Array) -> jax.Array:
-        return (tile.keys == t) & ((tile.base ^ tile.step) <= last)
-
-    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = state  # fewer than missing have ids up to low, enough up to high
-        middle = (low + high) >> 1
-        enough = _count([equal(tile, middle) for tile in tiles]) >= missing
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    ends = jnp.int32(-1), jnp.int32(2**dictionary.MAX_BITS)
-    _, last = lax.while_loop(lambda state: state[0] + 1 < state[1], halve, ends)
-    return _mark(tiles, lambda tile: (tile.keys > t) | equal(tile, last))
-
-
-def _select(
-    tiles: list[_Tile],
-    k: int,
-    row: jax.Array,
-    start: int,
-    saved_ref: Any,
-    y_ref: Any,
-    interpret: bool,
-) -> None:
-    """Writes the ids and y of the k largest keys, equal ones by the lower id, to [row, start:start
-    + k].
-
-    Few places of the tiles, which have one shape, are chosen from more than one or two tiles:
-    those of a place are written one after the other, in all places at once.
-    """
-    t, reached = _threshold([tile.keys for tile in tiles], k)
-    chosen = lax.cond(
-        reached == k,
-        lambda: _mark(tiles, lambda tile: tile.keys >= t),
-        lambda: _mark_by_id(tiles, k, t),
-    )
-    counts = lax.population_count(chosen)
-    position = jnp.cumsum(counts) - counts + start
-
-    def write(
-        state: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        chosen, position, rounds = state
-        lowest = chosen & -chosen
-        key, base, step = (
-            tiles[0].keys,
-            tiles[0].base,
-            jnp.full(chosen.shape, tiles[0].step, jnp.int32),
-        )
-        for i, tile in enumerate(tiles[1:], 1):
-            this = lowest == 1 << i
-            key, step = jnp.where(this, tile.keys, key), jnp.where(this, tile.step, step)
-            base = (
-                base
-                if tile.base is tiles[i - 1].base
-                else jnp.where(lowest >= 1 << i, tile.base, base)
-            )
-        y = lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
-        mask = chosen != 0
-        # Interpretation stores at masked positions what was there, in no order with the others:
-        # send them out of bounds.
-        slot = jnp.where(mask, position, saved_ref.shape[1]) if interpret else position
-        plgpu.store(saved_ref.at[row, slot], base ^ step, mask=mask)
-        plgpu.store(y_ref.at[row, slot], y, mask=mask)
-        return chosen ^ lowest, position + 1, rounds - 1
-
-    rounds = jnp.max(counts)
-    lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, rounds))
-
-
 def _zero(row: jax.Array) -> jax.Array:
-    """0, which the compiler cannot know to be the same for all rows.
+    """0, unknown to the compiler.
 
-    Added to an index it keeps the addresses of constants from being computed ahead of the loop
-    over a program's tokens: there are so many that they would take most of the registers.
+    A sum with it keeps the compiler from computing the addresses of constants ahead of the loop
+    over a program's tokens. So many addresses would take most of the registers.
     """
     return row >> 31
 
 
 def _slots(size: int) -> jax.Array:
-    """0 … size - 1, said not to be contiguous: a thread then has the same slots of whatever is
-    loaded there, or computed.
+    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere.
 
-    Of contiguous slots a thread loads several neighbours at once, which are exchanged with other
-    threads' afterwards.
+    Of contiguous slots a thread would load several neighbours at once and exchange them with other
+    threads afterwards.
     """
     return plgpu.max_contiguous(lax.iota(jnp.int32, size), 1)
 
 
 def _roots(
     row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any
-) -> _Tile:
-    """Level 0."""
-    d = x_ref.shape[-1]
-    rows, columns = _grid(d)
+) -> Tile:
+    """The candidates of level 0."""
+    rows, columns = _grid(x_ref.shape[-1])
     shape = (left_ref.shape[0], right_ref.shape[0])
-    i, j = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
-    ids, inside = i * columns + j, (i < rows) & (j < columns)
+
+    def points(i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return i * columns + j, (i < rows) & (j < columns)
+
+    ids, inside = points(*(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)))
     x = plgpu.load(x_ref.at[row, ids], mask=inside, other=0)
     left, right = left_ref[...], right_ref[...]
-    half = _sum([plgpu.dot(piece, right) for piece in _pieces(x)])
-    sums = _sum([plgpu.dot(left, piece) for piece in _pieces(half)])
+    half = add_up([plgpu.dot(piece, right) for piece in _pieces(x)])
+    sums = add_up([plgpu.dot(left, piece) for piece in _pieces(half)])
     slots = _slots(shape[0] * shape[1])
-    i, j = slots // shape[1], slots % shape[1]
-    ids, inside = i * columns + j, (i < rows) & (j < columns)
+    ids, inside = points(slots // shape[1], slots % shape[1])
     scale, offset = (
         plgpu.load(ref.at[ids + _zero(row)], mask=inside, other=0)
         for ref in (scale_ref, offset_ref)
     )
-    return _Tile(_keys(sums.reshape(-1) * scale + offset, _all_bits(inside)), ids, 0)
+    return Tile(keys_of(sums.reshape(-1) * scale + offset, all_bits(inside)), ids, 0)
 
 
 def _parents(
     row: jax.Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(groups, first) [PARENTS] of a block of the k parents: their groups, and whether none before
-    is in the same group.
+    """(groups, first) [PARENTS] of a block of the k parents.
+
+    `first` is true for the first parent of its group.
     """
 
     def load(slots: jax.Array) -> jax.Array:
         ids = plgpu.load(saved_ref.at[row, start + slots], mask=slots < k, other=0)
         return plgpu.load(group_ref.at[ids], mask=slots < k, other=0)
 
-    slots, others = (
-        block * PARENTS + lax.iota(jnp.int32, PARENTS),
-        lax.iota(jnp.int32, 2 ** (k - 1).bit_length()),
-    )
+    slots = block * PARENTS + lax.iota(jnp.int32, PARENTS)
+    others = lax.iota(jnp.int32, 2 ** (k - 1).bit_length())
     groups = load(slots)
     repeated = (groups[:, None] == load(others)[None, :]) & (others[None, :] < slots[:, None])
     return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
@@ -370,16 +203,12 @@ def _parent_signs(level: _Level, index: jax.Array, representatives: jax.Array) -
     columns = level.points.shape[1] // 32
     shape = (columns, PARENTS)
     column = index * columns + lax.broadcasted_iota(jnp.int32, shape, 0)
-    flat = words(level.words, jnp.broadcast_to(representatives[None, :], shape), column).reshape(
-        1, columns * PARENTS
-    )
+    of_parents = words(level.words, jnp.broadcast_to(representatives[None, :], shape), column)
+    flat = of_parents.reshape(1, columns * PARENTS)
     shift = 31 - lax.broadcasted_iota(jnp.int32, (32, columns * PARENTS), 0)
-    bits = ((flat << shift) & NEVER) | 0x3F800000  # of 1.0, with the sign
-    return (
-        lax.bitcast_convert_type(bits, jnp.float32)
-        .astype(jnp.bfloat16)
-        .reshape(32 * columns, PARENTS)
-    )
+    bits = ((flat << shift) & NEVER) | 0x3F800000  # the sign, and the bits of 1.0
+    signs = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+    return signs.reshape(32 * columns, PARENTS)
 
 
 def _children(
@@ -387,20 +216,19 @@ def _children(
     parents: list[tuple[jax.Array, jax.Array]],
     x_ref: Any,
     level: _Level,
-    scale_ref: Any,
-    offset_ref: Any,
+    table_refs: tuple[Any, ...],
     folded: Fold,
-) -> list[_Tile]:
-    """The children of the parents' groups: a tile of PARENTS · M for each block of parents and
-    class.
-    """
+) -> list[Tile]:
+    """The children of the parents' groups: a tile of PARENTS · M per block of parents and class."""
+    scale_ref, offset_ref = table_refs
     classes = range(len(folded.class_steps))
     representatives = [level.representatives[groups] for groups, _ in parents]
-    parts = level.points.shape[0] // len(classes)  # of a class
+    parts = level.points.shape[0] // len(classes)  # per class
 
     def add_part(part: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        """Adds what a part of a class says of the points' sums to Σ_class (-1)^<i, class> · sum,
-        for each block and i.
+        """Adds the share of one part of a class to Σ_class (-1)^<i, class> · S(class).
+
+        There is one sum per block and i.
         """
         matrix, x = level.matrix[part, :, :], x_ref[row, level.points[part, :]]
         signed = [(matrix * piece[None, :]).T for piece in _pieces(x)]
@@ -411,17 +239,15 @@ def _children(
         totals = []
         for f in representatives:
             signs = _parent_signs(level, part, f).T
-            totals.append(_sum([plgpu.dot(signs, piece) for piece in signed]))
+            totals.append(add_up([plgpu.dot(signs, piece) for piece in signed]))
         return [
             [before[i] + sign[i] * total for i in classes]
             for before, total in zip(sums, totals, strict=True)
         ]
 
-    # A loop, though every class could stand in the program: straight on it would be longer than
-    # the instruction cache.
-    nothing = [[jnp.zeros((PARENTS, folded.member_steps.size), jnp.float32)] * len(classes)] * len(
-        parents
-    )
+    # Unrolled over all parts, the program would exceed the instruction cache.
+    zeros = jnp.zeros((PARENTS, folded.member_steps.size), jnp.float32)
+    nothing = [[zeros] * len(classes)] * len(parents)
     sums = lax.fori_loop(0, level.points.shape[0], add_part, nothing)
     tiles = []
     for (groups, first), f, totals in zip(parents, representatives, sums, strict=True):
@@ -431,13 +257,12 @@ def _children(
         def spread(values: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
             return jnp.broadcast_to(values[:, None], shape).reshape(-1)
 
-        kept = _all_bits(
-            (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
-        ) & spread(_all_bits(first))
+        is_member = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
+        kept = all_bits(is_member) & spread(all_bits(first))
         group, child = spread(groups), spread(f) ^ level.member_steps[member + _zero(row)]
         for i, total in enumerate(totals):
             y = total.reshape(-1) * scale_ref[group, i, member] + offset_ref[group, i, member]
-            tiles.append(_Tile(_keys(y, kept), child, folded.class_steps[i]))
+            tiles.append(Tile(keys_of(y, kept), child, folded.class_steps[i]))
     return tiles
 
 
@@ -449,7 +274,7 @@ def _finish(
     unstandardize: tuple[Any, ...],
     interpret: bool,
 ) -> None:
-    """y to c and ids to ids with the bit of c > 0, in [row, :active]."""
+    """Turns y into c, and sets the bit of c > 0 in the ids, in [row, :active]."""
     slots = lax.iota(jnp.int32, 2 ** (active - 1).bit_length())
     used = slots < active
     ids = plgpu.load(saved_ref.at[row, slots], mask=used, other=0)
@@ -459,7 +284,7 @@ def _finish(
         raw = (c - bias) * deviation + bias
         c = jnp.where((jnp.abs(raw) < jnp.inf) & (c < jnp.inf), raw, jnp.inf)
     c = jnp.maximum(c, 0)
-    # where there are fewer slots than threads, several load what one of them stores
+    # If there are fewer slots than threads, several threads load what one of them stores.
     barrier(interpret)
     plgpu.store(saved_ref.at[row, slots], ids | (c > 0).astype(jnp.int32) << ACTIVE_BIT, mask=used)
     plgpu.store(c_ref.at[row, slots], c, mask=used)
@@ -472,30 +297,31 @@ def encode_token(
     table_refs: tuple[Any, ...],
     saved_ref: Any,
     c_ref: Any,
-    *,
-    levels: Levels,
-    generators: Generators,
-    forward_standardized: bool,
+    scheme: Scheme,
     interpret: bool,
 ) -> None:
-    """In a kernel: the code of x_ref[row], A = Σk entries level by level, in no order within a
-    level.
+    """In a kernel: the code of x_ref[row], A = Σk entries level by level.
+
+    Entries of one level are in no order. The function reads `saved_ref` and `c_ref` again, so a
+    barrier must follow it.
 
     Args:
-      row: which token, int32.
+      row: the token, int32.
       x_ref: [N, d] bfloat16 or float32.
       constant_refs: of `constants`.
       table_refs: of `tables`.
-      saved_ref: [N, A] int32: the ids, with bit 30 set where c > 0. Written at `row`, and read again: a barrier must follow.
-      c_ref: [N, A] float32: the coefficients c ≥ 0; +inf where the score is not finite. The same holds.
+      saved_ref: [N, A] int32, written at `row`: the ids, with bit 30 set where c > 0.
+      c_ref: [N, A] float32, written at `row`: the coefficients c ≥ 0; +inf if a score is not
+        finite.
+      scheme: of the code. Static.
+      interpret: whether the kernel runs in plain jax. Static.
     """
-    count = len(levels)
+    levels, fields = scheme.levels, len(_Level._fields)
     roots = _roots(row, x_ref, *constant_refs[:2], *table_refs[:2])
-    _select([roots], levels[0][1], row, 0, saved_ref, c_ref, interpret)
+    select([roots], levels[0][1], row, 0, saved_ref, c_ref, interpret)
     start = 0
-    for index in range(1, count):
+    for index in range(1, len(levels)):
         barrier(interpret)
-        fields = len(_Level._fields)
         level = _Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
         k = levels[index - 1][1]
         parents = [
@@ -503,10 +329,9 @@ def encode_token(
             for block in _blocks(levels, index)
         ]
         start += k
-        scale_ref, offset_ref = table_refs[2 * index : 2 * index + 2]
-        children = _children(
-            row, parents, x_ref, level, scale_ref, offset_ref, fold(levels, generators, index)
-        )
-        _select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
+        folded = fold(levels, scheme.generators, index)
+        of_level = table_refs[2 * index : 2 * index + 2]
+        children = _children(row, parents, x_ref, level, of_level, folded)
+        select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
     barrier(interpret)
-    _finish(row, start + levels[-1][1], saved_ref, c_ref, table_refs[2 * count :], interpret)
+    _finish(row, scheme.active, saved_ref, c_ref, table_refs[2 * len(levels) :], interpret)

@@ -1,10 +1,10 @@
-"""The operation as Pallas Triton kernels, for NVIDIA GPUs: one for the forward pass, two and a
-sort for the backward pass.
+"""The operation as Pallas Triton kernels for NVIDIA GPUs.
 
-A program of the forward kernel codes its tokens one after the other with all its warps
-(`pallas_encode`), then decodes them side by side (`pallas_decode`). Scores stay on chip; ids and
-coefficients pass through memory once, as a thread needs those that another one chose. Between the
-passes four bytes for each selected feature are kept, and std, which is an argument.
+The forward pass is one kernel, the backward pass is two kernels and a sort. A program of the
+forward kernel encodes its tokens one after the other with all its warps (`pallas_encode`) and then
+decodes them side by side (`pallas_decode`). Scores stay on chip. Ids and coefficients pass through
+memory once, because a thread needs values that another thread chose. The backward pass needs four
+bytes per selected feature, and the argument std.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import pallas_backward, pallas_decode, pallas_encode
 from sngpt_kernels.cayley.api import table_key
-from sngpt_kernels.cayley.dictionary import Generators, Levels
+from sngpt_kernels.cayley.dictionary import Levels, Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_backward import ID_MASK
 from sngpt_kernels.cayley.reference import STD_FLOOR
@@ -29,33 +29,40 @@ from sngpt_kernels.cayley.reference import STD_FLOOR
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes. A program's tokens times the words of a token, d / 32, are the columns that its
-    threads share.
+    """Block sizes.
+
+    The threads of a program share its columns: its tokens times d / 32, the words of a token.
     """
 
     forward_tokens: int
     forward_warps: int
     backward_tokens: int
     backward_warps: int
-    bias_features: int  # of a program that adds up the bias gradient
-    bias_lanes: int  # of each of those features
+    bias_features: int  # per program of the kernel that adds up the bias gradient
+    bias_lanes: int  # per feature of that kernel
     bias_warps: int
 
     @classmethod
     def heuristic(cls, d: int) -> "Config":
-        """One column a thread, unless tokens are so narrow that too few programs would be left to
-        code them.
-        """
+        """One column per thread, with at most 16 tokens so that narrow tokens leave programs."""
         tokens = min(max(1, pallas_encode.THREADS * pallas_decode.WORD // d), 16)
         return cls(tokens, 4, tokens, 4, bias_features=8, bias_lanes=128, bias_warps=4)
 
     @classmethod
     def of(cls, dtype: jnp.dtype, levels: Levels) -> "Config":
-        """That of the device's table, where it has one, else `heuristic`."""
-        entry = dispatch.tuned("sngpt_kernels.cayley", dispatch.current_device().kind).get(
-            table_key(dtype, levels), {}
-        )
+        """The entry of the device's table, or `heuristic` if it has none."""
+        table = dispatch.tuned("sngpt_kernels.cayley", dispatch.current_device().kind)
+        entry = table.get(table_key(dtype, levels), {})
         return cls(**entry["config"]) if "config" in entry else cls.heuristic(2 ** levels[0][0])
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What a call does not compute with."""
+
+    scheme: Scheme
+    config: Config
+    interpret: bool
 
 
 check = pallas_encode.check
@@ -66,20 +73,17 @@ def encode_decode(
     mean: jax.Array,
     std: jax.Array,
     bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    scheme: Scheme,
     *,
     interpret: bool = False,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`sngpt_kernels.cayley.encode_decode` of valid arguments and d from 64 to 2048; `config` None
-    is the device's.
+    """`api.encode_decode` of valid arguments, with d from 64 to 2048.
+
+    `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.
     """
-    config = config or Config.of(x.dtype, levels)
-    return _encode_decode(
-        x, mean, std, bias, levels, forward_standardized, generators, interpret, config
-    )
+    config = config or Config.of(x.dtype, scheme.levels)
+    return _encode_decode(x, mean, std, bias, _Static(scheme, config, interpret))
 
 
 def _forward_kernel(
@@ -91,134 +95,83 @@ def _forward_kernel(
     saved_ref: Any,
     c_ref: Any,
     *,
-    tokens: int,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
-    interpret: bool,
+    static: _Static,
 ) -> None:
-    rows, d = x_ref.shape
+    (rows, d), tokens = x_ref.shape, static.config.forward_tokens
     first_row = pl.program_id(0) * tokens
+    refs = x_ref, constant_refs, table_refs, saved_ref, c_ref
 
     def encode(token: jax.Array, _: None) -> None:
-        pallas_encode.encode_token(
-            first_row + token,
-            x_ref,
-            constant_refs,
-            table_refs,
-            saved_ref,
-            c_ref,
-            levels=levels,
-            generators=generators,
-            forward_standardized=forward_standardized,
-            interpret=interpret,
-        )
+        pallas_encode.encode_token(first_row + token, *refs, static.scheme, static.interpret)
 
     lax.fori_loop(0, jnp.minimum(tokens, rows - first_row), encode, None)
-    # ids and coefficients are read by other threads than those that stored them
-    pallas_encode.barrier(interpret)
+    # Threads read ids and coefficients that other threads stored.
+    pallas_encode.barrier(static.interpret)
     at = pallas_decode.tile(first_row, rows, tokens, d)
     sums = pallas_decode.decode(at, saved_ref, c_ref, words_ref, ID_MASK)
     pallas_decode.store(x_hat_ref, at, sums * np.float32(d**-0.5))
 
 
 def _forward(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
-    interpret: bool,
-    config: Config,
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, static: _Static
 ) -> tuple[jax.Array, jax.Array]:
     """x_hat like x, and the saved ids [..., A]."""
-    d, active = x.shape[-1], sum(k for _, k, _ in levels)
-    rows = x.size // d
+    scheme, tokens = static.scheme, static.config.forward_tokens
+    d, active, rows = scheme.width, scheme.active, x.size // scheme.width
     if rows == 0:
         return x, jnp.zeros((*x.shape[:-1], active), jnp.int32)
-    constants = pallas_encode.constants(levels, generators, d)
-    tables = pallas_encode.tables(mean, std, bias, levels, generators, forward_standardized)
+    constants = pallas_encode.constants(scheme)
+    tables = pallas_encode.tables(mean, std, bias, scheme)
     words = pallas_decode.table(d, bias.shape[0])
     inputs: tuple[Any, ...] = (*constants, *tables, words)
-    multiply_adds = active * d + sum(
-        fold(levels, generators, level).member_steps.size * levels[level - 1][1] * d
-        for level in range(1, len(levels))
+    scored = sum(
+        fold(scheme.levels, scheme.generators, level).member_steps.size
+        * scheme.levels[level - 1][1]
+        for level in range(1, len(scheme.levels))
     )
     x_hat, saved, _ = pl.pallas_call(
-        partial(
-            _forward_kernel,
-            tokens=config.forward_tokens,
-            levels=levels,
-            forward_standardized=forward_standardized,
-            generators=generators,
-            interpret=interpret,
-        ),
+        partial(_forward_kernel, static=static),
         out_shape=(
             jax.ShapeDtypeStruct((rows, d), x.dtype),
             jax.ShapeDtypeStruct((rows, active), jnp.int32),
             jax.ShapeDtypeStruct((rows, active), jnp.float32),  # c: scratch
         ),
-        grid=(pl.cdiv(rows, config.forward_tokens),),
-        compiler_params=plgpu.CompilerParams(num_warps=config.forward_warps, num_stages=1),
+        grid=(pl.cdiv(rows, tokens),),
+        compiler_params=plgpu.CompilerParams(num_warps=static.config.forward_warps, num_stages=1),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * multiply_adds,
+            flops=2 * rows * (active + scored) * d,
             transcendentals=0,
             bytes_accessed=2 * x.nbytes + 8 * rows * active + sum(array.nbytes for array in inputs),
         ),
         name="cayley_forward",
-        interpret=interpret,
+        interpret=static.interpret,
     )(x.reshape(rows, d), constants, tables, words)
     return x_hat.reshape(x.shape), saved.reshape(*x.shape[:-1], active)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _encode_decode(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
-    interpret: bool,
-    config: Config,
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, static: _Static
 ) -> tuple[jax.Array, jax.Array]:
-    x_hat, saved = _forward(
-        x, mean, std, bias, levels, forward_standardized, generators, interpret, config
-    )
+    x_hat, saved = _forward(x, mean, std, bias, static)
     return x_hat, saved & ID_MASK
 
 
 def _encode_decode_fwd(
-    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, *static: Any
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, static: _Static
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
-    levels, forward_standardized, generators, interpret, config = static
-    forward = partial(
-        _forward,
-        levels=levels,
-        forward_standardized=forward_standardized,
-        generators=generators,
-        interpret=interpret,
-        config=config,
-    )
-    x_hat, saved = dispatch.without_derivative("cayley.encode_decode", forward)(x, mean, std, bias)
-    return (x_hat, saved & ID_MASK), (saved, std if forward_standardized else None)
+    forward = dispatch.without_derivative("cayley.encode_decode", partial(_forward, static=static))
+    x_hat, saved = forward(x, mean, std, bias)
+    return (x_hat, saved & ID_MASK), (saved, std if static.scheme.forward_standardized else None)
 
 
 def _encode_decode_bwd(
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
-    interpret: bool,
-    config: Config,
+    static: _Static,
     residuals: tuple[jax.Array, jax.Array | None],
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, None, None, jax.Array]:
-    saved, std = residuals
+    (saved, std), config, features = residuals, static.config, static.scheme.features
     dx_hat, _ = cotangents  # ids carry none
-    features = 2 ** levels[-1][0]
     if dx_hat.size == 0:
         return dx_hat, None, None, jnp.zeros(features, jnp.float32)
     saved = saved.reshape(-1, saved.shape[-1])
@@ -229,7 +182,7 @@ def _encode_decode_bwd(
         pallas_backward.backward,
         tokens=config.backward_tokens,
         num_warps=config.backward_warps,
-        interpret=interpret,
+        interpret=static.interpret,
     )
     dx, g = dispatch.without_derivative("cayley.encode_decode", backward)(
         dx_hat.reshape(-1, dx_hat.shape[-1]), saved, inverse_std
@@ -241,7 +194,7 @@ def _encode_decode_bwd(
         block=config.bias_features,
         lanes=config.bias_lanes,
         num_warps=config.bias_warps,
-        interpret=interpret,
+        interpret=static.interpret,
     )
     return dx.reshape(dx_hat.shape), None, None, dbias
 

@@ -1,8 +1,7 @@
-"""The definition of the operation in numpy float64, one token at a time: what the implementations
-are tested against.
+"""The definition of the operation in numpy float64, one token at a time.
 
-Slow on purpose: plain sets and sums. Only atoms and child generators are shared with the
-implementations.
+It is slow on purpose: plain sets and sums. The implementations share only atoms and child
+generators with it, and tests compare them with it.
 """
 
 from typing import NamedTuple
@@ -12,12 +11,13 @@ import numpy as np
 from sngpt_kernels.cayley import dictionary
 from sngpt_kernels.cayley.dictionary import Generators, Levels
 
-STD_FLOOR = 1e-3  # of a standard deviation where it divides: part of the definition
+STD_FLOOR = 1e-3  # the least divisor instead of a standard deviation; part of the definition
 
 
 class Code(NamedTuple):
-    """The code of N tokens; A = Σk features each, level by level, within a level by descending y,
-    equal ones by id.
+    """The code of N tokens of A = Σk features each.
+
+    Features are in the order of levels, then of descending y, then of ids.
     """
 
     x_hat: np.ndarray  # [N, d]
@@ -26,14 +26,15 @@ class Code(NamedTuple):
 
 
 def scores(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n]. Divided at the end, so that equal
-    sums give equal scores.
+    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n].
+
+    The division comes last, so that equal sums give equal scores.
     """
     return dictionary.signs(ids, len(x)) @ np.asarray(x, np.float64) / np.sqrt(len(x))
 
 
 def child_steps(levels: Levels, level: int, generators: Generators) -> set[int]:
-    """The u with a new part: the children of a parent f are the f ⊕ u."""
+    """The u with a new part. The children of a parent f are the f ⊕ u."""
     below, (n, _, degree) = levels[level - 1][0], levels[level]
     elements = {0}
     for b in dictionary.child_generators(below, n, degree, generators):
@@ -51,9 +52,7 @@ def encode_decode(
     forward_standardized: bool = True,
     generators: Generators = "spread",
 ) -> Code:
-    """The code of x [N, d] as `sngpt_kernels.cayley.encode_decode` describes it; `mean` [d], `std`
-    and `bias` [2^n_last].
-    """
+    """The code of x [N, d] as `api.encode_decode` describes it; mean [d], std and bias [F]."""
     x, mean, std, bias = (np.asarray(a, np.float64) for a in (x, mean, std, bias))
     steps = [child_steps(levels, level, generators) for level in range(1, len(levels))]
     active = sum(k for _, k, _ in levels)
@@ -69,9 +68,8 @@ def encode_decode(
             z = scores(centred, f)
             y = z / np.maximum(std[f], STD_FLOOR) + bias[f]
             coefficients = np.maximum(y if forward_standardized else z + bias[f], 0)
-            selected = sorted(zip((-y).tolist(), f.tolist(), coefficients.tolist(), strict=True))[
-                :k
-            ]
+            ranked = sorted(zip((-y).tolist(), f.tolist(), coefficients.tolist(), strict=True))
+            selected = ranked[:k]
             chosen += selected
         ids[token] = [f for _, f, _ in chosen]
         c[token] = [coefficient for _, _, coefficient in chosen]
@@ -81,9 +79,7 @@ def encode_decode(
 def gradients(
     code: Code, std: np.ndarray, dx_hat: np.ndarray, *, forward_standardized: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(∂L/∂x [N, d], ∂L/∂bias [2^n_last]) for ∂L/∂x_hat [N, d], through the selected features
-    alone.
-    """
+    """(∂L/∂x [N, d], ∂L/∂bias [F]) for ∂L/∂x_hat [N, d], through the selected features alone."""
     v = dictionary.atoms(code.ids, dx_hat.shape[-1])
     g = np.einsum("nad,nd->na", v, np.asarray(dx_hat, np.float64)) * (code.c > 0)
     dbias = np.zeros(len(std))
@@ -96,10 +92,7 @@ def gradients(
 def update_statistics(
     mean: np.ndarray, std: np.ndarray, sample: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The running mean [d] and standard deviations of the scores [2^n_last] after a step whose
-    sample of inputs is [N, d].
-    """
-    everything = np.array([scores(x, np.arange(len(std))) for x in sample])
-    return 0.99 * mean + 0.01 * np.mean(sample, 0, np.float64), 0.99 * std + 0.01 * everything.std(
-        0
-    )
+    """The running mean [d] and deviations of the scores [F] after a step with a sample [N, d]."""
+    deviations = np.array([scores(x, np.arange(len(std))) for x in sample]).std(0)
+    mean = 0.99 * mean + 0.01 * np.mean(sample, 0, np.float64)
+    return mean, 0.99 * std + 0.01 * deviations

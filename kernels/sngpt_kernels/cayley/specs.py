@@ -9,36 +9,30 @@ import numpy as np
 from sngpt_kernels.case import Case, Cost
 from sngpt_kernels.cayley import reference
 from sngpt_kernels.cayley.api import Implementation, encode_decode
-from sngpt_kernels.cayley.dictionary import Levels
+from sngpt_kernels.cayley.dictionary import Levels, Scheme
 from sngpt_kernels.cayley.folding import fold
 
 TOKENS = 8192
-REFERENCE_TOKENS = 16  # it takes about a tenth of a second for each
+REFERENCE_TOKENS = 16  # the reference takes about 0.1 s per token
 
 
 def _run(
-    levels: Levels,
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    *,
-    implementation: Implementation | None = None,
+    levels: Levels, *arrays: jax.Array, implementation: Implementation | None = None
 ) -> jax.Array:
+    x, mean, std, bias = arrays
     return encode_decode(x, mean, std, bias, levels, implementation=implementation)[0]
 
 
-def _reference(
-    levels: Levels, x: np.ndarray, mean: np.ndarray, std: np.ndarray, bias: np.ndarray
-) -> np.ndarray:
-    return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, levels).x_hat
+def _reference(levels: Levels, x: np.ndarray, *statistics: np.ndarray) -> np.ndarray:
+    return reference.encode_decode(x[:REFERENCE_TOKENS], *statistics, levels).x_hat
 
 
 def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
-    d, features, active = 2 ** levels[0][0], 2 ** levels[-1][0], sum(k for _, k, _ in levels)
+    scheme = Scheme(levels)
+    d, features = scheme.width, scheme.features
 
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
-        """Statistics and biases of a model under way: they spread the choices over all features."""
+        """Statistics and biases as during training, which spread the choices over all features."""
         x, mean, std, bias = jax.random.split(key, 4)
         return (
             jax.random.normal(x, (TOKENS, d), dtype),
@@ -47,11 +41,13 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
             0.1 * jax.random.normal(bias, (features,)),
         )
 
-    # of level 0: two products with square matrices
+    # level 0 is two products with square matrices
     scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))
     for level in range(1, len(levels)):
         scored += levels[level - 1][1] * d * fold(levels, "spread", level).member_steps.size
-    vectors, codes, tables = TOKENS * d * dtype.itemsize, 4 * TOKENS * active, 4 * features
+    # Forward reads x, std and bias and writes x_hat and the ids. Backward reads dx_hat, the ids
+    # and std and writes dx and the bias gradient.
+    moved = 2 * TOKENS * d * dtype.itemsize + 4 * TOKENS * scheme.active + 2 * 4 * features
     return Case(
         name=name,
         make=make,
@@ -59,11 +55,9 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
         differentiated=(0, 3),
         reference=partial(_reference, levels),
         implementations=("xla", "pallas_triton"),
-        # x, std and bias are read, x_hat and the ids written; the signed sums of the decoding are
-        # no products of matrices
-        forward=Cost(matmul_flops=2 * TOKENS * scored, bytes=2 * vectors + codes + 2 * tables),
-        # dx_hat, the ids and std are read, dx and the bias gradient written
-        backward=Cost(matmul_flops=0, bytes=2 * vectors + codes + 2 * tables),
+        # decoding is signed sums and no matrix products
+        forward=Cost(matmul_flops=2 * TOKENS * scored, bytes=moved),
+        backward=Cost(matmul_flops=0, bytes=moved),
     )
 
 

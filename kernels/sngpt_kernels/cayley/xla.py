@@ -1,14 +1,14 @@
-"""The operation in plain jax: any accelerator and the CPU. The definition is in `reference`.
+"""The operation in plain jax, for any accelerator and the CPU. `reference` defines it.
 
 Level 0 is one Walsh-Hadamard transform. The parents of later levels fall into groups with the same
-children (`dictionary.children`). The scores of a group's children are a product of x, its signs
-flipped by the group's representative, with a ±1 matrix that all groups share, because v_{f⊕u} = √d
-· v_f · v_u elementwise. x itself is scored and the mean enters through offsets, y_f = ⟨x, v_f⟩/σ_f
-+ (b_f - ⟨m, v_f⟩/σ_f): the products of a bfloat16 x with ±1 are exact.
+children (`dictionary.children`). v_{f⊕u} = √d · v_f · v_u elementwise. So the scores of a group's
+children are a product with a ±1 matrix that all groups share. The other factor is x with the signs
+of the group's representative. The code scores x itself, and the mean enters through offsets:
+y_f = ⟨x, v_f⟩/σ_f + (b_f - ⟨m, v_f⟩/σ_f). The products of a bfloat16 x with ±1 are then exact.
 
-Tokens are processed in chunks: beside tables [2^n_last] the memory is that of one chunk's
-candidates. Legend: C tokens of a chunk, k selected of a level, A of all levels, d width, F =
-2^n_last features.
+The code runs over chunks of tokens. Beside tables [F] it needs the memory of one chunk's
+candidates. Legend: C tokens per chunk, k selected features per level, A over all levels, d the
+width, F = 2^n_last features.
 """
 
 from collections.abc import Callable
@@ -21,21 +21,19 @@ import numpy as np
 from jax import lax
 
 from sngpt_kernels.cayley import dictionary
-from sngpt_kernels.cayley.dictionary import Generators, Levels
+from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.cayley.reference import STD_FLOOR
 
-CPU_CHUNK_BYTES = 8 * 2**20  # about what a core's share of the caches holds
-# elsewhere: enough work for a GPU, and little beside the activations of a training step
+CPU_CHUNK_BYTES = 8 * 2**20  # about a core's share of the caches
+# On other devices a chunk is enough work for a GPU and small beside a step's activations.
 CHUNK_BYTES = 2**30
-ACTIVE_BIT = 30  # of a saved id: c > 0
-# of float32 products with ±1; a GPU's default rounds the float32 to TF32
+ACTIVE_BIT = 30  # A saved id has this bit set if c > 0.
+# A GPU's default precision would round the float32 factor of ±1 to TF32.
 EXACT = lax.Precision.HIGHEST
 
 
 def _chunks(rows: int, bytes_per_row: int, budget: int) -> tuple[int, int]:
-    """(chunks, rows of each): the fewest chunks within the budget, at least one, as even as
-    possible.
-    """
+    """(chunks, rows per chunk): the fewest even chunks within the budget, at least one."""
     chunks = max(1, -(-rows // max(1, budget // bytes_per_row)))
     return chunks, -(-rows // chunks)
 
@@ -45,16 +43,14 @@ def _map_rows(
     arrays: tuple[jax.Array, ...],
     bytes_per_row: int,
 ) -> tuple[jax.Array, ...]:
-    """function(*arrays), computed by chunks of the leading axis, which all arrays and all results
-    have in common.
-    """
+    """function(*arrays) by chunks of the leading axis, which all arrays and results share."""
 
     def run(budget: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         rows = arrays[0].shape[0]
         chunks, size = _chunks(rows, bytes_per_row, budget)
         if chunks == 1:
             return function(*arrays)
-        missing = chunks * size - rows  # the padding repeats the last row
+        missing = chunks * size - rows  # filled by copies of the last row
         padded = [
             jnp.concatenate([a, jnp.broadcast_to(a[-1:], (missing, *a.shape[1:]))]) for a in arrays
         ]
@@ -70,44 +66,38 @@ def _map_rows(
 
 
 def signs(ids: jax.Array, d: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """√d times the atoms of `ids` [...]: ±1 [..., d]."""
+    """The atoms of `ids` [...] times √d: ±1 [..., d]."""
     w = dictionary.trace_masks(d) & (2**dictionary.MAX_BITS - 1)
     ids, w = jnp.expand_dims(ids, -1), jnp.asarray(w.reshape((1,) * ids.ndim + (d,)), jnp.int32)
     return 1 - 2 * (lax.population_count(ids & w) & 1).astype(dtype)
 
 
+def _hadamard_matrix(n: int) -> jax.Array:
+    index = np.arange(n)
+    return jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(np.float32))
+
+
 def hadamard(x: jax.Array) -> jax.Array:
-    """The Walsh-Hadamard transform of the last axis of [..., d], d a power of two, unnormalized,
-    float32.
+    """The unnormalized Walsh-Hadamard transform of the last axis of [..., d], float32.
 
-    Two matrix products, H_d being H_p ⊗ H_q.
+    d is a power of two. H_d = H_p ⊗ H_q gives two matrix products.
     """
-    d = x.shape[-1]
-    t = d.bit_length() - 1
+    t = x.shape[-1].bit_length() - 1
     p, q = 2 ** (t // 2), 2 ** (t - t // 2)
-
-    def matrix(n: int) -> jax.Array:
-        index = np.arange(n)
-        return jnp.asarray(
-            1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(np.float32)
-        )
-
     grid = x.astype(jnp.float32).reshape(*x.shape[:-1], p, q)
-    return jnp.einsum("...pq,ap,bq->...ab", grid, matrix(p), matrix(q), precision=EXACT).reshape(
-        x.shape
-    )
+    matrices = _hadamard_matrix(p), _hadamard_matrix(q)
+    return jnp.einsum("...pq,ap,bq->...ab", grid, *matrices, precision=EXACT).reshape(x.shape)
 
 
 def _high_signs(d: int, n_last: int) -> jax.Array:
-    """The sign masks: √d times the atoms of the features 0, d, 2d, … below 2^n_last, float32
-    [2^n_last / d, d].
-    """
+    """The sign masks: `signs` of the features 0, d, 2d, …, float32 [2^n_last / d, d]."""
     return signs(jnp.arange(0, 2**n_last, d, dtype=jnp.int32), d)
 
 
 def all_scores(x: jax.Array, n_last: int) -> jax.Array:
-    """⟨x, v_f⟩ for every f < 2^n_last: x [..., d] → float32 [..., 2^n_last]. For a few vectors:
-    nothing is chunked.
+    """⟨x, v_f⟩ for every f < 2^n_last: x [..., d] → float32 [..., 2^n_last].
+
+    It does not chunk, so it suits a few vectors.
     """
     d = x.shape[-1]
     high = _high_signs(d, n_last).reshape((1,) * (x.ndim - 1) + (-1, d))
@@ -116,23 +106,21 @@ def all_scores(x: jax.Array, n_last: int) -> jax.Array:
 
 
 def sum_squared_scores(x: jax.Array, n_last: int) -> jax.Array:
-    """Σ over the rows of x [N, d] of ⟨x, v_f⟩², for every f < 2^n_last: float32 [2^n_last], memory
-    N × d.
+    """Σ ⟨x, v_f⟩² over the rows of x [N, d] for every f < 2^n_last: float32 [2^n_last].
+
+    It needs memory for N × d numbers.
     """
     d = x.shape[-1]
     x = x.astype(jnp.float32)
-    return (
-        lax.map(
-            lambda high: jnp.sum(jnp.square(hadamard(x * high[None])), 0), _high_signs(d, n_last)
-        ).reshape(-1)
-        / d
-    )
+
+    def of(high: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(hadamard(x * high[None])), 0)
+
+    return lax.map(of, _high_signs(d, n_last)).reshape(-1) / d
 
 
 def _score_at(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """⟨x, v_id⟩: x [C, d], ids [C, A] → float32 [C, A]. The signs are in x's dtype, in which the
-    products are exact.
-    """
+    """⟨x, v_id⟩: x [C, d], ids [C, A] → float32 [C, A]. Products in x's dtype are exact."""
     d = x.shape[-1]
     sums = jnp.einsum(
         "cd,cad->ca", x, signs(ids, d, x.dtype), precision=EXACT, preferred_element_type=jnp.float32
@@ -142,41 +130,30 @@ def _score_at(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _combine(coefficients: jax.Array, atom_signs: jax.Array) -> jax.Array:
     """Σ coefficient · v: coefficients [C, A], signs of atoms [C, A, d] → float32 [C, d]."""
-    d = atom_signs.shape[-1]
-    return jnp.einsum(
-        "ca,cad->cd", coefficients / np.float32(np.sqrt(d)), atom_signs, precision=EXACT
-    )
+    scaled = coefficients / np.float32(np.sqrt(atom_signs.shape[-1]))
+    return jnp.einsum("ca,cad->cd", scaled, atom_signs, precision=EXACT)
 
 
 def scores_at(x: jax.Array, ids: jax.Array) -> jax.Array:
     """⟨x, v_id⟩ for some features of each vector: x [..., d], ids [..., A] → float32 [..., A]."""
     d, active = x.shape[-1], ids.shape[-1]
-
-    def chunk(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        return (_score_at(x, ids),)
-
-    (scores,) = _map_rows(chunk, (x.reshape(-1, d), ids.reshape(-1, active)), 4 * active * d)
+    rows = x.reshape(-1, d), ids.reshape(-1, active)
+    (scores,) = _map_rows(lambda *chunk: (_score_at(*chunk),), rows, 4 * active * d)
     return scores.reshape(ids.shape)
 
 
 def combine(coefficients: jax.Array, ids: jax.Array, d: int) -> jax.Array:
-    """Σ over the features of each token of coefficient · v_id: coefficients and ids [..., A] →
-    float32 [..., d].
-    """
+    """Σ coefficient · v_id per token: coefficients and ids [..., A] → float32 [..., d]."""
     active = ids.shape[-1]
-
-    def chunk(coefficients: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        return (_combine(coefficients, signs(ids, d)),)
-
-    (sums,) = _map_rows(
-        chunk, (coefficients.reshape(-1, active), ids.reshape(-1, active)), 4 * active * d
-    )
+    rows = coefficients.reshape(-1, active), ids.reshape(-1, active)
+    (sums,) = _map_rows(lambda c, ids: (_combine(c, signs(ids, d)),), rows, 4 * active * d)
     return sums.reshape(*ids.shape[:-1], d)
 
 
 class _Tables(NamedTuple):
-    """What turns the sum Σ_α x_α (±1) of a feature f into y_f = scale · sum + offset, and into the
-    unstandardized score.
+    """The coefficients of y_f = scale · sum + offset, and of the unstandardized score.
+
+    The sum of a feature f is Σ_α x_α (±1).
     """
 
     scale: jax.Array  # [F]: 1 / (√d max(σ_f, floor))
@@ -194,28 +171,25 @@ def _tables(mean: jax.Array, std: jax.Array, bias: jax.Array, n_last: int) -> _T
 
 
 def _finite_or_inf(y: jax.Array) -> jax.Array:
-    """y, and +inf where it is NaN or ±inf: so that max(y, 0) cannot hide that a token is not
-    finite.
-    """
+    """y with +inf for NaN and ±inf, so that max(y, 0) cannot hide a token that is not finite."""
     return jnp.where(jnp.isfinite(y), y, jnp.inf)
 
 
 def _select(
     y: jax.Array, k: int, ids: Callable[[], jax.Array], allowed: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The k largest of y [C, N] in each row, equal ones by the lower id: their values and
-    positions [C, k].
+    """The k largest of y [C, N] in each row: their values and positions [C, k].
 
-    y that is not finite counts as +inf and is returned as that; positions that are not allowed are
-    never taken. `top_k` knows no ids. Where it leaves out one equal to the last taken, which is
-    rare, the rows of the chunk are looked at again and the equals with the lowest of ids() [C, N]
-    are taken.
+    Of equal values the lower id wins. A y that is not finite counts as +inf and is returned as
+    +inf. Positions that are not allowed are never taken. `top_k` knows no ids. If it omits a value
+    equal to the last one taken, which is rare, a second pass over the chunk takes the equal values
+    with the lowest of ids() [C, N].
     """
     keys = _finite_or_inf(y)
     if allowed is not None:
         keys = jnp.where(allowed, keys, -jnp.inf)
     values, positions = lax.top_k(keys, k)
-    # by a slice the CPU's compiler would no longer see a top_k, but sort
+    # The CPU's compiler would sort instead of a top_k if a slice took the last value.
     last = jnp.min(values, axis=1, keepdims=True)
     tied = jnp.sum(keys == last, axis=1, keepdims=True) > jnp.sum(
         values == last, axis=1, keepdims=True
@@ -224,7 +198,7 @@ def _select(
     def by_id() -> jax.Array:
         equal = jnp.where(keys == last, 2**dictionary.MAX_BITS - ids(), -1)
         lowest = lax.top_k(jnp.where(keys > last, jnp.iinfo(jnp.int32).max, equal), k)[1]
-        # a token's order, and so its rounding, is not to depend on its chunk
+        # A token's order, and so its rounding, must not depend on its chunk.
         return jnp.where(tied, lowest, positions)
 
     positions = lax.cond(jnp.any(tied), by_id, lambda: positions)
@@ -232,27 +206,25 @@ def _select(
 
 
 def _encode_chunk(
-    x: jax.Array,
-    tables: _Tables,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    x: jax.Array, tables: _Tables, scheme: Scheme
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [C, d] → (x_hat [C, d], ids [C, A], c > 0 [C, A])."""
     rows, d = x.shape
     sums = hadamard(x)
     y = sums * tables.scale[None, :d] + tables.offset[None, :d]
-    y, ids = _select(
-        y, levels[0][1], lambda: jnp.broadcast_to(jnp.arange(d, dtype=jnp.int32), (rows, d))
-    )
+
+    def roots() -> jax.Array:
+        return jnp.broadcast_to(jnp.arange(d, dtype=jnp.int32), (rows, d))
+
+    y, ids = _select(y, scheme.levels[0][1], roots)
     all_ids, all_y, all_sums = [ids], [y], [jnp.take_along_axis(sums, ids, axis=1)]
-    for level in range(1, len(levels)):
-        table = dictionary.children(levels, generators, level)
+    for level, (_, k, _) in enumerate(scheme.levels[1:], 1):
+        table = scheme.children(level)
         representatives, steps = jnp.asarray(table.representatives), jnp.asarray(table.steps)
         child_ids = representatives[:, None] ^ steps[None, :]  # [groups, members]
         groups = jnp.asarray(table.group_of_parent)[ids]  # [C, k]
         earlier = np.tri(groups.shape[1], k=-1, dtype=bool)[None]
-        # [C, k], of one before
+        # [C, k]: whether an earlier parent is in the same group
         repeated = jnp.any((groups[:, :, None] == groups[:, None, :]) & earlier, axis=2)
 
         flipped = x[:, None, :] * signs(representatives[groups], d, x.dtype)
@@ -263,16 +235,16 @@ def _encode_chunk(
         y = sums * tables.scale[child_ids][groups] + tables.offset[child_ids][groups]
         allowed = jnp.broadcast_to(~repeated[:, :, None], y.shape)
 
-        flat = (rows, groups.shape[1] * len(table.steps))  # one row of candidates a token
+        flat = (rows, groups.shape[1] * len(table.steps))  # one row of candidates per token
         candidates = partial(_candidate_ids, child_ids, groups, flat)
-        y, positions = _select(y.reshape(flat), levels[level][1], candidates, allowed.reshape(flat))
+        y, positions = _select(y.reshape(flat), k, candidates, allowed.reshape(flat))
         parent, member = jnp.divmod(positions, len(table.steps))
         ids = representatives[jnp.take_along_axis(groups, parent, axis=1)] ^ steps[member]
         all_ids.append(ids)
         all_y.append(y)
         all_sums.append(jnp.take_along_axis(sums.reshape(flat), positions, axis=1))
     ids, c = jnp.concatenate(all_ids, axis=1), jnp.concatenate(all_y, axis=1)
-    if not forward_standardized:
+    if not scheme.forward_standardized:
         raw = jnp.concatenate(all_sums, axis=1) / np.float32(np.sqrt(d)) + tables.raw_offset[ids]
         c = jnp.where(jnp.isfinite(c), _finite_or_inf(raw), c)
     c = jnp.maximum(c, 0)
@@ -284,79 +256,52 @@ def _candidate_ids(child_ids: jax.Array, groups: jax.Array, shape: tuple[int, in
     return child_ids[groups].reshape(shape)
 
 
-def _bytes_per_token(levels: Levels, d: int, itemsize: int, generators: Generators) -> int:
-    """About what the largest intermediates of one token take."""
-    active = sum(k for _, k, _ in levels)
-    most = 4 * active * d  # the signs of the selected atoms
-    for level in range(1, len(levels)):
-        parents, members = (
-            levels[level - 1][1],
-            len(dictionary.children(levels, generators, level).steps),
-        )
-        most = max(most, parents * (d * itemsize + 4 * 4 * members))
+def _bytes_per_token(scheme: Scheme, itemsize: int) -> int:
+    """About the size of one token's largest intermediates."""
+    most = 4 * scheme.active * scheme.width  # the signs of the selected atoms
+    for level in range(1, len(scheme.levels)):
+        parents, members = scheme.levels[level - 1][1], len(scheme.children(level).steps)
+        most = max(most, parents * (scheme.width * itemsize + 4 * 4 * members))
     return most
 
 
 def _forward(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, scheme: Scheme
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    d = x.shape[-1]
-    tables = _tables(mean, std, bias, levels[-1][0])
-
-    def chunk(x: jax.Array) -> tuple[jax.Array, ...]:
-        return _encode_chunk(x, tables, levels, forward_standardized, generators)
-
+    tables = _tables(mean, std, bias, scheme.levels[-1][0])
     results = _map_rows(
-        chunk, (x.reshape(-1, d),), _bytes_per_token(levels, d, x.dtype.itemsize, generators)
+        lambda chunk: _encode_chunk(chunk, tables, scheme),
+        (x.reshape(-1, scheme.width),),
+        _bytes_per_token(scheme, x.dtype.itemsize),
     )
     x_hat, ids, active = (r.reshape(*x.shape[:-1], r.shape[-1]) for r in results)
     return x_hat, ids, active
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def encode_decode(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, scheme: Scheme
 ) -> tuple[jax.Array, jax.Array]:
-    """`sngpt_kernels.cayley.encode_decode` of arguments that are known to be valid."""
-    return _forward(x, mean, std, bias, levels, forward_standardized, generators)[:2]
+    """`api.encode_decode` of valid arguments."""
+    return _forward(x, mean, std, bias, scheme)[:2]
 
 
 def _encode_decode_fwd(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array, scheme: Scheme
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
-    x_hat, ids, active = _forward(x, mean, std, bias, levels, forward_standardized, generators)
+    x_hat, ids, active = _forward(x, mean, std, bias, scheme)
     saved = ids | active.astype(jnp.int32) << ACTIVE_BIT
-    return (x_hat, ids), (saved, std if forward_standardized else None)
+    return (x_hat, ids), (saved, std if scheme.forward_standardized else None)
 
 
 def _encode_decode_bwd(
-    levels: Levels,
-    forward_standardized: bool,
-    generators: Generators,
+    scheme: Scheme,
     residuals: tuple[jax.Array, jax.Array | None],
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, None, None, jax.Array]:
     saved, std = residuals
     dx_hat, _ = cotangents  # ids carry none
-    d, active = dx_hat.shape[-1], saved.shape[-1]
+    d, active = scheme.width, scheme.active
 
     def chunk(dx_hat: jax.Array, saved: jax.Array) -> tuple[jax.Array, ...]:
         ids = saved & (2**ACTIVE_BIT - 1)
@@ -366,7 +311,7 @@ def _encode_decode_bwd(
 
     dx, g = _map_rows(chunk, (dx_hat.reshape(-1, d), saved.reshape(-1, active)), 4 * active * d)
     ids = saved.reshape(-1, active) & (2**ACTIVE_BIT - 1)
-    dbias = jnp.zeros(2 ** levels[-1][0], jnp.float32).at[ids].add(g)
+    dbias = jnp.zeros(scheme.features, jnp.float32).at[ids].add(g)
     return dx.reshape(dx_hat.shape), None, None, dbias
 
 

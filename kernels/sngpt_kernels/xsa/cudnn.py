@@ -1,7 +1,6 @@
-"""The operation by cuDNN's fused attention, and the exclusion by XLA as one elementwise kernel
-after it.
+"""The operation by cuDNN's fused attention. XLA adds the exclusion as one elementwise kernel.
 
-Nothing of size T² is stored. NVIDIA GPUs of compute capability 8.0 and later.
+Nothing of size T² is stored. It serves NVIDIA GPUs of compute capability 8.0 and later.
 """
 
 import jax
@@ -13,7 +12,7 @@ from sngpt_kernels.xsa.xla import exclude_own_value
 
 
 def check(device: Device, dtype: jnp.dtype, head_size: int) -> None:
-    """Raises CannotServe, with the reason, where cuDNN has no attention for these."""
+    """Raises CannotServe, with the reason, if cuDNN has no attention for these."""
     dispatch.check_nvidia("cudnn", device)
     if dtype != jnp.bfloat16:
         raise CannotServe(f"cudnn serves bfloat16; q is {dtype}")
@@ -22,6 +21,6 @@ def check(device: Device, dtype: jnp.dtype, head_size: int) -> None:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, exclusive: bool, scale: float) -> jax.Array:
-    """See `api.attention`."""
+    """`api.attention` of valid arguments."""
     y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
     return exclude_own_value(y, v) if exclusive else y

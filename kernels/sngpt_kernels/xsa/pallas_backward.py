@@ -1,10 +1,10 @@
-"""The backward pass of `pallas_triton`: no atomics, so that it repeats bit for bit.
+"""The backward pass of `pallas_triton`, without atomics, so that it repeats bit for bit.
 
-With u = v̂ and the output out = y - s u, s = ⟨y, u⟩, a first kernel turns the output's cotangent c
-into that of y, dy = c - ⟨c, u⟩ u, the δ = ⟨dy, y⟩ that the softmax's gradient needs, and what v
-gets through u: (1 - u uᵀ) (-⟨c, u⟩ y - s c) / |v|, without the projection where |v| is below the
-floor. Then one kernel passes over the queries from the diagonal on for a tile of keys (dk, dv),
-and one over the keys up to it for a tile of queries (dq).
+Let u = v̂, and out = y - s u with s = ⟨y, u⟩. From the output's cotangent c a first kernel computes
+the cotangent of y, dy = c - ⟨c, u⟩ u, and δ = ⟨dy, y⟩ for the softmax's gradient. It also computes
+the gradient of v through u: (1 - u uᵀ) (-⟨c, u⟩ y - s c) / |v|. Where |v| is below the floor, the
+projection 1 - u uᵀ is omitted. Then one kernel passes over the queries from the diagonal on for a
+tile of keys (dk, dv). Another passes over the keys up to the diagonal for a tile of queries (dq).
 """
 
 import functools
@@ -26,26 +26,15 @@ from sngpt_kernels.xsa.pallas_tiles import (
     load,
 )
 
-# of a program of the first kernel: 3 tiles of 64 to 128 columns in the registers of 4 warps
+# Rows per program of the first kernel. 4 warps hold 3 tiles of them with 64 to 128 columns.
 PREPARED_ROWS = 32
 
 
-def _prepare_kernel(
-    cotangent_ref: Any,
-    out_ref: Any,
-    v_ref: Any,
-    share_ref: Any,
-    dy_ref: Any,
-    delta_ref: Any,
-    dv_ref: Any,
-    *,
-    problem: Problem,
-) -> None:
+def _prepare_kernel(*refs: Any, problem: Problem) -> None:
+    cotangent_ref, out_ref, v_ref, share_ref, dy_ref, delta_ref, dv_ref = refs
     start = pl.program_id(0) * PREPARED_ROWS
-    exists, rows_exist = (
-        problem.exists(start, PREPARED_ROWS),
-        problem.rows_exist(start, PREPARED_ROWS),
-    )
+    exists = problem.exists(start, PREPARED_ROWS)
+    rows_exist = problem.rows_exist(start, PREPARED_ROWS)
     v = load(v_ref, exists).astype(jnp.float32)
     inverse = inverse_norm(v)
     unit = v * inverse[:, None]
@@ -60,9 +49,8 @@ def _prepare_kernel(
         along = jnp.sum(cotangent * unit, axis=1)
         dy = (cotangent - along[:, None] * unit).astype(problem.dtype)
         plgpu.store(dy_ref.at[:, g, :], dy, mask=exists)
-        plgpu.store(
-            delta_ref.at[g, :], jnp.sum(dy.astype(jnp.float32) * y, axis=1), mask=rows_exist
-        )
+        delta = jnp.sum(dy.astype(jnp.float32) * y, axis=1)
+        plgpu.store(delta_ref.at[g, :], delta, mask=rows_exist)
         return dunit - along[:, None] * y - share[:, None] * cotangent
 
     dunit = lax.fori_loop(0, problem.heads_per_group, head, jnp.zeros_like(v))
@@ -73,11 +61,8 @@ def _prepare_kernel(
 def _prepare(
     problem: Problem, cotangent: jax.Array, out: jax.Array, v: jax.Array, share: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dy [B, T, H, h], δ [B, H, T] float32 and what v gets through the exclusion [B, T, K, h]
-    float32.
-    """
-    B, T, H, K, width = problem.batch, problem.length, problem.heads, problem.groups, problem.width
-    G = problem.heads_per_group
+    """dy [B, T, H, h], δ [B, H, T] float32 and dv through the exclusion [B, T, K, h] float32."""
+    T, G, width = problem.length, problem.heads_per_group, problem.width
     head_spec = pl.BlockSpec((None, PREPARED_ROWS, G, width), lambda i, group, b: (b, i, group, 0))
     group_spec = pl.BlockSpec(
         (None, PREPARED_ROWS, None, width), lambda i, group, b: (b, i, group, 0)
@@ -85,13 +70,13 @@ def _prepare(
     row_spec = pl.BlockSpec((None, G, PREPARED_ROWS), lambda i, group, b: (b, group, i))
     results = (
         jax.ShapeDtypeStruct(cotangent.shape, problem.dtype),
-        jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        jax.ShapeDtypeStruct(share.shape, jnp.float32),
         jax.ShapeDtypeStruct(v.shape, jnp.float32),
     )
     return pl.pallas_call(
         functools.partial(_prepare_kernel, problem=problem),
         out_shape=results,
-        grid=(pl.cdiv(T, PREPARED_ROWS), K, B),
+        grid=(pl.cdiv(T, PREPARED_ROWS), problem.groups, problem.batch),
         in_specs=[head_spec, head_spec, group_spec, row_spec],
         out_specs=(head_spec, row_spec, group_spec),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -101,32 +86,22 @@ def _prepare(
     )(cotangent, out, v, share)
 
 
-def _keys_values_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    dy_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    *refs: Any,
-    problem: Problem,
-    blocks: Blocks,
-) -> None:
-    *through_exclusion_ref, dk_ref, dv_ref = refs
+def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
+    q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *through_exclusion_ref, dk_ref, dv_ref = refs
     rows, keys = blocks.queries, blocks.keys
     start = pl.program_id(0) * keys
     exists = problem.exists(start, keys)
     k, v = load(k_ref, exists), load(v_ref, exists)
 
     def step(i: jax.Array, carry: Any, g: jax.Array, edge: bool) -> Any:
-        """The scores are [keys, queries] here: as they are, they are the left operands of both
-        gradients.
+        """Adds one tile of queries. The scores are [keys, queries], so that they need no transpose
+        as the left operands of both gradients.
         """
         dk, dv = carry
         tile, exist = pl.ds(i * rows, rows), problem.rows_exist(i * rows, rows, ragged=edge)
         q = load(q_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
         dy = load(dy_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
-        lse = load(lse_ref.at[g, tile], exist, jnp.inf)  # queries that do not exist have no weights
+        lse = load(lse_ref.at[g, tile], exist, jnp.inf)  # missing queries get the weight 0
         delta = load(delta_ref.at[g, tile], exist)
         weights = problem.weights(problem.dot(k, q, trans_b=True), lse[None, :])
         if edge:
@@ -137,9 +112,9 @@ def _keys_values_kernel(
 
     def head(g: jax.Array, carry: Any) -> Any:
         first, last = lax.div(start, rows), pl.cdiv(problem.length, rows)
-        # from here on all queries see all of the keys
+        # From `after` on, all queries see all of the keys.
         after = jnp.minimum(lax.div(start + keys + rows - 2, rows), last)
-        # from here on there is what remains of T
+        # From `whole` on, the tile of queries is not full.
         whole = jnp.maximum(after, problem.length // rows)
         carry = lax.fori_loop(first, after, functools.partial(step, g=g, edge=True), carry)
         carry = lax.fori_loop(after, whole, functools.partial(step, g=g, edge=False), carry)
@@ -157,8 +132,9 @@ def _keys_values_kernel(
 def _keys_values(
     problem: Problem, blocks: Blocks, *arrays: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of k and v. `arrays`: q, k, v, dy, lse, δ and, where exclusive, what v gets
-    through the exclusion.
+    """The gradients of k and v.
+
+    `arrays` are q, k, v, dy, lse, δ and, if exclusive, dv through the exclusion.
     """
     T, G, width = problem.length, problem.heads_per_group, problem.width
     whole_spec = pl.BlockSpec((None, T, G, width), lambda j, group, b: (b, 0, group, 0))
@@ -168,7 +144,7 @@ def _keys_values(
     return pl.pallas_call(
         functools.partial(_keys_values_kernel, problem=problem, blocks=blocks),
         out_shape=results,
-        # the first passes over the most queries
+        # The first program passes over the most queries.
         grid=(pl.cdiv(T, blocks.keys), problem.groups, problem.batch),
         in_specs=[whole_spec, tile_spec, tile_spec, whole_spec, row_spec, row_spec]
         + [tile_spec] * problem.exclusive,
@@ -180,18 +156,8 @@ def _keys_values(
     )(*arrays)
 
 
-def _queries_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    dy_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    dq_ref: Any,
-    *,
-    problem: Problem,
-    blocks: Blocks,
-) -> None:
+def _queries_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
+    q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, dq_ref = refs
     rows, keys = blocks.queries, blocks.keys
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
     exists, rows_exist = problem.exists(start, rows), problem.rows_exist(start, rows)
@@ -207,8 +173,7 @@ def _queries_kernel(
         dscores = weights * (problem.dot(dy, v, trans_b=True) - delta[:, None])
         return dq + problem.dot(dscores.astype(k.dtype), k)
 
-    before = lax.div(start + 1, keys)
-    through = lax.div(jnp.minimum(start + rows, problem.length) + keys - 1, keys)
+    before, through = problem.key_tiles(start, blocks)
     dq = jnp.zeros((rows, problem.width), jnp.float32)
     dq = lax.fori_loop(0, before, functools.partial(step, diagonal=False), dq)
     dq = lax.fori_loop(before, through, functools.partial(step, diagonal=True), dq)
@@ -216,18 +181,8 @@ def _queries_kernel(
 
 
 def _queries(problem: Problem, blocks: Blocks, *arrays: jax.Array) -> jax.Array:
-    """The gradient of q. `arrays`: q, k, v, dy, lse, δ."""
-    T, G, width = problem.length, problem.heads_per_group, problem.width
-    programs = pl.cdiv(T, blocks.queries)
-    tile_spec = pl.BlockSpec(
-        (None, blocks.queries, None, width), lambda i, head, b: (b, programs - 1 - i, head, 0)
-    )
-    whole_spec = pl.BlockSpec(
-        (None, T, None, width), lambda i, head, b: (b, 0, lax.div(head, G), 0)
-    )
-    row_spec = pl.BlockSpec(
-        (None, None, blocks.queries), lambda i, head, b: (b, head, programs - 1 - i)
-    )
+    """The gradient of q. `arrays` are q, k, v, dy, lse, δ."""
+    programs, tile_spec, row_spec, whole_spec = problem.query_specs(blocks)
     result = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
     return pl.pallas_call(
         functools.partial(_queries_kernel, problem=problem, blocks=blocks),
@@ -247,7 +202,7 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v, in their shapes and dtypes.
 
-    `saved` is what the forward pass kept: q, k, v, out, lse and, where exclusive, the share.
+    The forward pass saved q, k, v, out, lse and, if exclusive, the share.
     """
     q, k, v, out, lse, *share = saved
     if problem.exclusive:

@@ -1,9 +1,8 @@
-"""What the Pallas Triton kernels of attention have in common: how they are cut, the tiles they
-load, their arithmetic.
+"""The common parts of the Pallas Triton kernels of attention: block sizes, tiles and arithmetic.
 
-Products of bfloat16 are exact and accumulated in float32. Those of float32 are three TF32 products
-each (the tensor cores' format has 11 bits of a float32's 24, two of them 22), an error of about
-2^-22 of the terms.
+Products of bfloat16 are exact and accumulated in float32. A product of float32 is three TF32
+products. TF32 has 11 bits of a float32's 24, and two TF32 have 22, so the error is about 2^-22 of
+the terms.
 """
 
 import math
@@ -20,19 +19,17 @@ from sngpt_kernels import dispatch
 from sngpt_kernels.xsa.api import table_key
 
 LOG2_E = math.log2(math.e)
-MIN_SQUARE = 1e-24  # of |v|: the square of the norm's floor
+MIN_SQUARE = 1e-24  # the least |v|²: the square of the floor 1e-12 of the norm
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one kernel is cut: the tile of scores that a program works on at a time, and what runs
-    it.
-    """
+    """The tile of scores of one kernel, and what runs it."""
 
-    queries: int  # powers of two, at least 16
-    keys: int
+    queries: int  # per tile; a power of two, at least 16
+    keys: int  # per tile, likewise
     num_warps: int
-    num_stages: int  # of the loop's pipeline: how many tiles are in flight
+    num_stages: int  # of the loop's pipeline: the tiles in flight
 
     @property
     def compiler_params(self) -> plgpu.CompilerParams:
@@ -49,9 +46,7 @@ class Config:
 
     @classmethod
     def heuristic(cls, dtype: jnp.dtype, head_size: int) -> "Config":
-        """Without a measurement: the largest tiles that the forward kernel keeps in registers,
-        compiled for an H100.
-        """
+        """The largest tiles that the forward kernel, compiled for an H100, keeps in registers."""
         if dtype == jnp.float32 and head_size > 64:
             return cls(Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2), Blocks(32, 16, 4, 2))
         if dtype == jnp.float32:
@@ -62,9 +57,9 @@ class Config:
 
     @classmethod
     def of(cls, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> "Config":
-        """That of the device's table, where it has one, else `heuristic`."""
-        key = table_key(dtype, length, head_size, exclusive)
-        entry = dispatch.tuned("sngpt_kernels.xsa", dispatch.current_device().kind).get(key, {})
+        """The entry of the device's table, or `heuristic` if it has none."""
+        table = dispatch.tuned("sngpt_kernels.xsa", dispatch.current_device().kind)
+        entry = table.get(table_key(dtype, length, head_size, exclusive), {})
         if "config" in entry:
             return cls(**{kernel: Blocks(**blocks) for kernel, blocks in entry["config"].items()})
         return cls.heuristic(dtype, head_size)
@@ -72,7 +67,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed, for all kernels of one call. Static."""
+    """The static arguments of one call, for all its kernels."""
 
     batch: int
     length: int  # T
@@ -86,7 +81,7 @@ class Problem:
 
     @property
     def width(self) -> int:
-        """Of a tile: the head size, filled up with zeros to a power of two that a dot takes."""
+        """The columns of a tile: the head size, padded to a power of two that a dot takes."""
         return max(16, pl.next_power_of_2(self.head_size))
 
     @property
@@ -94,27 +89,19 @@ class Problem:
         return self.heads // self.groups
 
     def dot(self, a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
-        """a [n, k] times b [k, m], or b [m, k] where `trans_b`: float32 [n, m]; of float32 as
-        three TF32 products.
-        """
-        precision = (
-            None
-            if self.interpret or self.dtype == jnp.bfloat16
-            else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        )
+        """a [n, k] times b [k, m], or b [m, k] if `trans_b`: float32 [n, m]."""
+        exact = self.interpret or self.dtype == jnp.bfloat16
+        precision = None if exact else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
     def weights(self, scores: jax.Array, rows: jax.Array) -> jax.Array:
-        """2^(scale · log2 e · scores - rows) with `rows` [n, 1] or [1, n], results below 2^-126 as
-        0.
+        """2^(scale · log2 e · scores - rows) with `rows` [n, 1] or [1, n]; 0 below 2^-126.
 
-        As two instructions: the compiler would make six of them, not contracting the product and
-        the difference, and rescaling around the power for the smallest results.
+        It is two instructions. The compiler would make six: it would not contract the product and
+        the difference, and it would rescale around the power for the smallest results.
         """
-        scale, rows = (
-            jnp.full_like(scores, self.scale * LOG2_E),
-            jnp.broadcast_to(rows, scores.shape),
-        )
+        scale = jnp.full_like(scores, self.scale * LOG2_E)
+        rows = jnp.broadcast_to(rows, scores.shape)
         if self.interpret:
             return jnp.exp2(scores * scale - rows)
         (weights,) = plgpu.elementwise_inline_asm(
@@ -128,8 +115,9 @@ class Problem:
         return weights
 
     def exists(self, start: jax.Array | int, rows: int, ragged: bool = True) -> jax.Array | None:
-        """Which elements of the tile [rows, width] from row `start` of T exist; None: all, as
-        always where not `ragged`.
+        """Which elements of the tile [rows, width] from row `start` exist; None means all.
+
+        All rows exist if not `ragged`.
         """
         shape, mask = (rows, self.width), None
         if ragged and self.length % rows:
@@ -142,14 +130,15 @@ class Problem:
     def rows_exist(
         self, start: jax.Array | int, rows: int, ragged: bool = True
     ) -> jax.Array | None:
-        """The same of one number a row, [rows]."""
+        """`exists` for a tile [rows] of one number per row."""
         if not ragged or self.length % rows == 0:
             return None
         return start + lax.iota(jnp.int32, rows) < self.length
 
     def cost(self, dots: int, arrays: list[Any]) -> pl.CostEstimate:
-        """Of a kernel with so many products of the size of q kᵀ (0: it sees no scores), and these
-        arguments and results.
+        """The cost of a kernel with `dots` products of q kᵀ's size and these arguments and results.
+
+        0 `dots` mean that the kernel sees no scores.
         """
         scores = self.batch * self.heads * self.length * (self.length + 1) // 2
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
@@ -158,16 +147,46 @@ class Problem:
             flops=2 * dots * scores * self.head_size, transcendentals=powers, bytes_accessed=size
         )
 
+    def query_specs(self, blocks: Blocks) -> tuple[int, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+        """For a kernel with one tile of queries per program on the grid (programs, heads, batch).
+
+        Returns the number of programs and the specs of a tile [B, T, H, h], of one number per row
+        [B, H, T], and of all keys or values [B, T, K, h] of a head. The longest rows go first, so
+        that the short ones fill the end.
+        """
+        programs, G = pl.cdiv(self.length, blocks.queries), self.heads_per_group
+        tile = pl.BlockSpec(
+            (None, blocks.queries, None, self.width),
+            lambda i, head, b: (b, programs - 1 - i, head, 0),
+        )
+        row = pl.BlockSpec(
+            (None, None, blocks.queries), lambda i, head, b: (b, head, programs - 1 - i)
+        )
+        whole = pl.BlockSpec(
+            (None, self.length, None, self.width), lambda i, head, b: (b, 0, lax.div(head, G), 0)
+        )
+        return programs, tile, row, whole
+
+    def key_tiles(self, start: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+        """(before, through) for the queries of a tile from row `start`.
+
+        All of the queries see all keys of the tiles 0 … before - 1. They see part of the keys of
+        the tiles before … through - 1.
+        """
+        before = lax.div(start + 1, blocks.keys)
+        last = jnp.minimum(start + blocks.queries, self.length)
+        return before, lax.div(last + blocks.keys - 1, blocks.keys)
+
 
 def load(ref: Any, mask: jax.Array | None, other: float = 0.0) -> jax.Array:
-    """The ref's tile, of its shape, with `other` where the mask says that there is nothing."""
+    """The ref's whole tile, with `other` where `mask` is false."""
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=other)
 
 
 def is_causal(
     query_start: jax.Array | int, key_start: jax.Array | int, shape: tuple[int, int], key_axis: int
 ) -> jax.Array:
-    """Which keys of a tile of scores of that shape its queries see."""
+    """Which keys the queries see in a tile of scores of that shape."""
     keys = key_start + lax.broadcasted_iota(jnp.int32, shape, key_axis)
     queries = query_start + lax.broadcasted_iota(jnp.int32, shape, 1 - key_axis)
     return queries >= keys

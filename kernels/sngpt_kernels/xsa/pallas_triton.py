@@ -1,10 +1,9 @@
-"""The operation in Pallas Triton kernels for NVIDIA GPUs: flash attention with the exclusion
-inside.
+"""The operation as Pallas Triton kernels for NVIDIA GPUs: flash attention with the exclusion.
 
 The forward kernel keeps a tile of queries and passes over the keys up to the diagonal with an
-online softmax in base 2 (FlashAttention-2, arXiv:2307.08691); the exclusion happens on the float32
-accumulator before it is rounded and stored. Kept for the backward pass (`pallas_backward`) are the
-output, the log-sum-exp of the scores and the share ⟨y, v̂⟩ taken away.
+online softmax in base 2 (FlashAttention-2, arXiv:2307.08691). The exclusion acts on the float32
+accumulator before it is rounded and stored. The backward pass (`pallas_backward`) needs the output,
+the log-sum-exp of the scores and the removed share ⟨y, v̂⟩.
 """
 
 import functools
@@ -29,18 +28,9 @@ from sngpt_kernels.xsa.pallas_tiles import (
 )
 
 
-def _forward_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    *share_ref: Any,
-    problem: Problem,
-    blocks: Blocks,
-) -> None:
+def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
+    q_ref, k_ref, v_ref, out_ref, lse_ref, *share_ref = refs
     rows, keys = blocks.queries, blocks.keys
-    # the longest rows first, so that the short ones fill the end
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
     q = load(q_ref, problem.exists(start, rows))
 
@@ -58,8 +48,7 @@ def _forward_kernel(
         y = y * shrink[:, None] + problem.dot(weights.astype(v.dtype), v)
         return y, larger, total * shrink + jnp.sum(weights, axis=1)
 
-    before = lax.div(start + 1, keys)  # tiles of keys that all of the queries see
-    through = lax.div(jnp.minimum(start + rows, problem.length) + keys - 1, keys)
+    before, through = problem.key_tiles(start, blocks)
     carry = (
         jnp.zeros((rows, problem.width), jnp.float32),
         jnp.full((rows,), -jnp.inf),
@@ -84,26 +73,17 @@ def _forward_kernel(
 def _forward(
     problem: Problem, blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The output, the base-2 logarithm of the scores' sum of exponentials and the share, the last
-    two [B, H, T] float32.
+    """The output, the log-sum-exp of the scores in base 2 and, if exclusive, the share.
+
+    The last two are [B, H, T] float32.
     """
-    B, T, H, width = problem.batch, problem.length, problem.heads, problem.width
-    G, programs = problem.heads_per_group, pl.cdiv(T, blocks.queries)
-    row_spec = pl.BlockSpec(
-        (None, None, blocks.queries), lambda i, head, b: (b, head, programs - 1 - i)
-    )
-    tile_spec = pl.BlockSpec(
-        (None, blocks.queries, None, width), lambda i, head, b: (b, programs - 1 - i, head, 0)
-    )
-    whole_spec = pl.BlockSpec(
-        (None, T, None, width), lambda i, head, b: (b, 0, lax.div(head, G), 0)
-    )
-    row = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    programs, tile_spec, row_spec, whole_spec = problem.query_specs(blocks)
+    row = jax.ShapeDtypeStruct((problem.batch, problem.heads, problem.length), jnp.float32)
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), row) + (row,) * problem.exclusive
     return pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem, blocks=blocks),
         out_shape=results,
-        grid=(programs, H, B),
+        grid=(programs, problem.heads, problem.batch),
         in_specs=[tile_spec, whole_spec, whole_spec],
         out_specs=(tile_spec, row_spec) + (row_spec,) * problem.exclusive,
         compiler_params=blocks.compiler_params,
@@ -147,8 +127,9 @@ def attention(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `api.attention`. `config` None is the device's; `interpret` runs the kernels in plain
-    jax, on any device.
+    """`api.attention` of valid arguments.
+
+    `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.
     """
     B, T, H, h = q.shape
     problem = Problem(B, T, H, k.shape[2], h, exclusive, scale, q.dtype, interpret)

@@ -1,13 +1,12 @@
-"""The definition in float64 numpy, a head at a time, with the gradients written out. Slow and
-exact.
+"""The definition in float64 numpy, one head at a time, with the gradients written out.
 
-Shapes as in `api.attention`: q [B, T, H, h], k and v [B, T, K, h].
+Shapes are those of `api.attention`: q [B, T, H, h], k and v [B, T, K, h].
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-NORM_FLOOR = 1e-12  # of |v|, below which v̂ is v / NORM_FLOOR
+NORM_FLOOR = 1e-12  # If |v| is below it, v̂ is v / NORM_FLOOR.
 
 
 def _weights(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
@@ -25,7 +24,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, exclusive: bool, scale: float
 ) -> np.ndarray:
-    """The output [B, T, H, h]; see `api.attention`."""
+    """The output [B, T, H, h] of `api.attention`."""
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     group = q.shape[2] // k.shape[2]
     out = np.empty_like(q)
@@ -42,8 +41,9 @@ def attention(
 def gradients(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, cotangent: ArrayLike, *, exclusive: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v, float64 in their shapes;
-    `cotangent` [B, T, H, h].
+    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v, float64.
+
+    `cotangent` is [B, T, H, h].
     """
     q, k, v, cotangent = (np.asarray(array, np.float64) for array in (q, k, v, cotangent))
     group = q.shape[2] // k.shape[2]

@@ -1,6 +1,4 @@
-"""Real shapes of the operation: one layer of a recipe's attention, with the sequences of one GPU's
-microbatch.
-"""
+"""Real shapes of the operation: one layer of a recipe's attention for one GPU's microbatch."""
 
 from functools import partial
 
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 
 from sngpt_kernels.case import Case, Cost
 from sngpt_kernels.xsa import reference
-from sngpt_kernels.xsa.api import Implementation, attention
+from sngpt_kernels.xsa.api import attention
 
 
 def _case(
@@ -23,10 +21,8 @@ def _case(
         )
 
     static = {"exclusive": exclusive, "scale": h**-0.5}
-    implementations: tuple[Implementation, ...] = ("xla", "pallas_triton")
-    if dtype == jnp.bfloat16:
-        implementations = ("xla", "cudnn", "pallas_triton")
-    dot = 2 * h * B * H * T * (T + 1) // 2  # of the scores up to the diagonal
+    cudnn = ("cudnn",) if dtype == jnp.bfloat16 else ()
+    dot = 2 * h * B * H * T * (T + 1) // 2  # one product up to the diagonal
     queries, keys = B * T * H * h * dtype.itemsize, B * T * K * h * dtype.itemsize
     return Case(
         name=name,
@@ -34,10 +30,10 @@ def _case(
         run=partial(attention, **static),
         differentiated=(0, 1, 2),
         reference=partial(reference.attention, **static),
-        implementations=implementations,
+        implementations=("xla", *cudnn, "pallas_triton"),
         forward=Cost(matmul_flops=2 * dot, bytes=2 * queries + 2 * keys),
-        # scores, their gradient, dq, dk and dv; q, out and its cotangent, k and v are read, dq, dk
-        # and dv written
+        # The products are the scores, their gradient, dq, dk and dv. The pass reads q, out, its
+        # cotangent, k and v and writes dq, dk and dv.
         backward=Cost(matmul_flops=5 * dot, bytes=4 * queries + 4 * keys),
     )
 
@@ -45,7 +41,7 @@ def _case(
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 CASES: tuple[Case, ...] = (
-    # and golf_12l_recycled
+    # golf_12l_recycled has the same shape
     _case("golf_9l_xsa_ngram", 48, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
     _case("golf_11l_xsa4", 32, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
     _case("golf_baseline", 64, 1024, 8, 4, 64, exclusive=False, dtype=BFLOAT16),

@@ -1,0 +1,48 @@
+"""The cases of the kernels' operations, and the options that choose among them."""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sngpt_kernels
+import tyro
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.config.options import Json
+
+if TYPE_CHECKING:
+    from sngpt_kernels.case import Case  # imports jax, which takes seconds
+
+OPERATIONS = tuple(
+    module.name for module in pkgutil.iter_modules(sngpt_kernels.__path__) if module.ispkg
+)
+
+
+@dataclass(frozen=True)
+class CaseArguments:
+    # operations, as the folders of kernels/sngpt_kernels; default: all
+    operation: tyro.conf.Positional[tuple[str, ...]] = ()
+    case: str = ""  # take only the case of this name, such as golf_11l_xsa4
+    json: Json = ""
+
+
+def select(arguments: CaseArguments) -> "list[tuple[str, Case]]":
+    """(operation, case) of every case that the arguments choose.
+
+    Raises `UserError` if there is no such operation or case.
+    """
+    for operation in arguments.operation:
+        if operation not in OPERATIONS:
+            known = " or ".join(OPERATIONS)
+            raise UserError(f"there is no operation {operation!r}; expected {known}")
+    found = [
+        (operation, case)
+        for operation in arguments.operation or OPERATIONS
+        for case in importlib.import_module(f"sngpt_kernels.{operation}.specs").CASES
+    ]
+    chosen = [pair for pair in found if arguments.case in ("", pair[1].name)]
+    if not chosen:
+        known = ", ".join(case.name for _, case in found)
+        raise UserError(f"--case {arguments.case}: there is none; expected one of: {known}")
+    return chosen

@@ -1,0 +1,81 @@
+"""The options of the benchmarks. This module imports nothing that takes long."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sngpt_jax.ahead.cases import CaseArguments
+from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config.recipe import Overrides
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
+    overrides: Overrides
+    json: Json = ""
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class StepArguments(RecipeArguments):
+    # torch: also time the same model in PyTorch, eager and compiled, on one device
+    against: Literal["none", "torch"] = "none"
+    rounds: int = 9  # rounds in which all implementations take turns
+    steps: int = 10  # steps per round of each implementation
+
+
+@dataclass(frozen=True)
+class ExportArguments(RecipeArguments):
+    sigma: float = 0.14  # standard deviation of the drawn matrices and tables
+    seed: int = 0  # seed of the drawn weights
+    repeats: int = 5  # rounds in which all parts take turns; medians are printed
+    limit: int = 16_000_000  # bytes that artifact and program together may take
+    tune_to_fit: Flag = False  # time the policy that `export --tune-to-fit` finds under the limit
+
+
+@dataclass(frozen=True)
+class ScoringArguments(RecipeArguments):
+    # stride of the sliding windows; default: 64, or a whole window if that is shorter
+    stride: OptionalInt = None
+    batches: int = 16  # batches of windows per timing
+    repeats: int = 5  # rounds in which all timings take turns; medians are printed
+    # targets from the training shards that each n-gram cache scores; 0 skips the caches
+    cache_targets: int = 4_000_000
+
+
+@dataclass(frozen=True)
+class PoliciesArguments:
+    run: Path  # run directory of a trained model
+    data: OptionalPath = None  # folder with prepared shards; default: the run's
+    step: OptionalInt = None  # checkpoint; default: the latest
+    weights: WeightsOption = None
+    # weights up to which a tensor is not quantized, for all policies; the published size is for
+    # models of width 512
+    passthrough_size: int = 65_536
+    gptq_tokens: int = 131_072  # training tokens for the second moments of GPTQ
+    tokens: int = 0  # validation tokens to score, from the start of the stream; 0 scores all
+    json: Json = ""
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class TuneArguments(CaseArguments):
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class KernelsArguments(CaseArguments):
+    quick: Flag = False  # measure fewer rounds
+    tune: Flag = False  # first try block sizes, and write tuned/<device>.json
+    markdown: str = ""  # also write the table for a document to this path
+    quiet: Quiet = True
+
+
+@dataclass(frozen=True)
+class AllArguments(RecipeArguments):
+    run: OptionalPath = None  # run directory of a trained model, for the export policies
