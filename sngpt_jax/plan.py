@@ -7,6 +7,9 @@ the training step for those GPUs (`ahead.step`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import tyro
+
+from sngpt_jax.ahead.cases import InspectArguments
 from sngpt_jax.base import cli
 from sngpt_jax.config.options import Json, Quiet
 from sngpt_jax.config.recipe import Overrides, parse_command
@@ -25,9 +28,7 @@ class PlanArguments:
 
 def main(argv: Sequence[str]) -> int:
     if "--kernels" in argv:
-        from sngpt_jax.ahead import kernels
-
-        return kernels.main([argument for argument in argv if argument != "--kernels"])
+        return plan_kernels([argument for argument in argv if argument != "--kernels"])
     arguments = parse_command(
         PlanArguments,
         cli.expand_json(argv),
@@ -58,6 +59,23 @@ def main(argv: Sequence[str]) -> int:
             print("", step.format_topology(plan["topology"]), sep="\n")
     cli.write_json(plan, arguments.json)
     return 0
+
+
+def plan_kernels(argv: Sequence[str]) -> int:
+    """`plan --kernels`, which has options of its own."""
+    arguments = tyro.cli(
+        InspectArguments,
+        args=cli.expand_json(argv),
+        prog="python -m sngpt_jax.plan --kernels",
+        description=(
+            "Compiles the kernels for GPUs that this machine need not have, and prints the"
+            " registers, memory and instructions of each."
+        ),
+    )
+    cli.check_json(arguments.json)
+    from sngpt_jax.ahead import kernels
+
+    return kernels.run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a program costs on GPUs that are not here: compiled, read and counted."""
+"""The cost of a program on GPUs that this machine need not have: compiled, read and counted."""

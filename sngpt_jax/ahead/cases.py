@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import sngpt_kernels
 import tyro
@@ -46,3 +46,9 @@ def select(arguments: CaseArguments) -> "list[tuple[str, Case]]":
         known = ", ".join(case.name for _, case in found)
         raise UserError(f"--case {arguments.case}: there is none; expected one of: {known}")
     return chosen
+
+
+@dataclass(frozen=True)
+class InspectArguments(CaseArguments):
+    # GPU to compile for: a100, h100, h200 or b200; can be repeated; default: a100, h100 and b200
+    target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

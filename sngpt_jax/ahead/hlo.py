@@ -1,11 +1,9 @@
-"""What a compiled program does, read from the text of its optimized HLO: FLOPs, bytes,
-collectives, kernels.
+"""The work of a compiled program, read from its optimized HLO: FLOPs, bytes, collectives, kernels.
 
-The compiler's own analysis counts the body of a loop once, and knows nothing of what custom
-kernels do. Here a loop's body counts as often as it runs, and every top-level instruction is one
-kernel that reads its operands and writes its result. What a kernel slices out of an operand, or
-updates in one, counts as the slice. Caches are not considered: the bytes are what memory would
-move if nothing stayed in them.
+The compiler's own analysis counts a loop's body once and does not know custom kernels. Here the
+body counts as often as it runs. Every top-level instruction is one kernel that reads its operands
+and writes its result. A slice of an operand, or an update in one, counts as the slice. Caches are
+not considered: the bytes are the memory traffic if no cache held anything.
 """
 
 import math
@@ -14,30 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-# others carry theirs: f32, s8, f8e4m3fn
+# Other types carry their width: f32, s8, f8e4m3fn.
 _DTYPE_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "bf16": 16}
-_NO_KERNEL = frozenset(
-    (
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "iota",
-        "partition-id",
-        "replica-id",
-    )
-)
-_NO_KERNEL |= {"after-all", "add-dependency", "opt-barrier"}
-_COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
+_NO_KERNEL = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id",
+    "replica-id", "after-all", "add-dependency", "opt-barrier",
+}  # fmt: skip
+_COLLECTIVES = {
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
-)
-_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+}  # fmt: skip
+_SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +30,9 @@ class Instruction:
     """One instruction of a computation."""
 
     name: str
-    type: str  # its result's: f32[8,16]{1,0}, or a tuple of such
+    type: str  # of its result: f32[8,16]{1,0}, or a tuple of types
     opcode: str
-    operands: tuple[str, ...]  # names, within the computation
+    operands: tuple[str, ...]  # names in the computation
     attributes: str  # the rest of the line
     is_root: bool
 
@@ -62,14 +47,14 @@ class Kernel:
     name: str  # a custom kernel's own name, otherwise the instruction's
     opcode: str
     times: int  # in one run of the program
-    flops: int  # of one call's matrix products and attention, two a multiply-add
-    bytes: int  # of one call
+    flops: int  # per call, of matrix products and attention, two per multiply-add
+    bytes: int  # per call
     is_custom: bool
-    scope: str = ""  # the names of the code that it comes from: jit(step)/optimizer/mul
-    group: int = 0  # of a collective: how many devices exchange with each other; 0: all
+    scope: str = ""  # the names of its source code: jit(step)/optimizer/mul
+    group: int = 0  # of a collective: the devices that exchange with each other; 0 for all
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The time of all its calls at the roof: the longer of their FLOPs' and their bytes' time."""
+        """The least time of all its calls: the longer of the times of their FLOPs and bytes."""
         return self.times * max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -78,7 +63,7 @@ class Program:
     """One device's part of a program."""
 
     kernels: list[Kernel] = field(default_factory=list)
-    # their bytes are those of what one device contributes
+    # The bytes of a collective are the contribution of one device.
     collectives: list[Kernel] = field(default_factory=list)
 
     @property
@@ -90,7 +75,7 @@ class Program:
         return sum(kernel.bytes * kernel.times for kernel in self.kernels)
 
     def custom_kernels(self) -> dict[str, int]:
-        """How often each custom kernel runs, by name."""
+        """The number of runs of each custom kernel, by name."""
         return dict(_total((k.name, k.times) for k in self.kernels if k.is_custom))
 
     def collective_counts(self) -> dict[str, tuple[int, int]]:
@@ -100,7 +85,7 @@ class Program:
         return {kind: (calls[kind], sizes[kind]) for kind in calls}
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The time of all kernels one after the other, each at the roof."""
+        """The least time of all kernels one after the other."""
         return sum(kernel.seconds(flops_per_second, bytes_per_second) for kernel in self.kernels)
 
 
@@ -111,11 +96,8 @@ def _total(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
     return total
 
 
-# ---------------------------------------------------------------------------------------------- reading the text
-
-
 def size_of(type_text: str) -> int:
-    """Bytes of a type as HLO writes it, tuples included."""
+    """The bytes of a type in HLO's notation, or of a tuple of types."""
     bits = 0
     for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", type_text):
         if dtype not in _DTYPE_BITS:
@@ -134,7 +116,7 @@ def _shape(type_text: str) -> list[int]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The position of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -173,15 +155,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
                 bool(match[1]),
             )
     if not entry:
-        raise ValueError("the text is not that of an HLO module: it has no ENTRY computation")
+        raise ValueError("the text is no HLO module: it has no ENTRY computation")
     return computations, entry
 
 
-# ---------------------------------------------------------------------------------------------- counting
-
-
 def analyse(text: str) -> Program:
-    """What one run of the module does; `text` is `compiled.as_text()`, one device's part."""
+    """The work of one run on one device; `text` is `compiled.as_text()`."""
     computations, entry = parse(text)
     program = Program()
     _visit(computations, entry, 1, program)
@@ -208,7 +187,7 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
             for body in _called(instruction.attributes, "body"):
                 _visit(computations, body, times * (int(trips[1]) if trips else 1), program)
-        elif opcode == "conditional":  # one branch runs: the one that takes most counts
+        elif opcode == "conditional":  # the branch with the most work counts
             branches = _called(instruction.attributes, "true_computation", "false_computation")
             parts = [Program() for _ in branches]
             for branch, part in zip(branches, parts, strict=True):
@@ -221,11 +200,9 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
                 _visit(computations, callee, times, program)
         elif kind in _COLLECTIVES:
             operands = sum(size_of(computations[name][o].type) for o in instruction.operands)
-            group = _group(instruction)
+            where = _scope(instruction), _group(instruction)
             program.collectives.append(
-                Kernel(
-                    instruction.name, kind, times, 0, operands, False, _scope(instruction), group
-                )
+                Kernel(instruction.name, kind, times, 0, operands, False, *where)
             )
         else:
             program.kernels.append(_kernel(computations, computations[name], instruction, times))
@@ -234,24 +211,19 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
 def _kernel(
     computations: dict[str, Computation], inside: Computation, instruction: Instruction, times: int
 ) -> Kernel:
-    flops, size, name, is_custom = 0, 0, instruction.name, False
-    if instruction.opcode == "fusion":
+    opcode, flops, name = instruction.opcode, 0, instruction.name
+    is_custom = opcode == "custom-call"
+    if opcode == "fusion":
         (fused,) = _called(instruction.attributes, "calls")
-        flops, size = (
-            _fused_flops(computations, fused),
-            _fused_bytes(computations[fused], instruction),
-        )
+        flops = _fused_flops(computations, fused)
+        size = _fused_bytes(computations[fused], instruction)
     else:
         size = _instruction_bytes(inside, instruction)
-        if instruction.opcode == "dot":
+        if opcode == "dot":
             flops = _dot_flops(inside, instruction)
-        elif instruction.opcode == "custom-call":
-            name, is_custom, flops = (
-                custom_name(instruction),
-                True,
-                _attention_flops(inside, instruction),
-            )
-    return Kernel(name, instruction.opcode, times, flops, size, is_custom, _scope(instruction))
+        elif is_custom:
+            name, flops = custom_name(instruction), _attention_flops(inside, instruction)
+    return Kernel(name, opcode, times, flops, size, is_custom, _scope(instruction))
 
 
 def _scope(instruction: Instruction) -> str:
@@ -260,9 +232,7 @@ def _scope(instruction: Instruction) -> str:
 
 
 def _group(instruction: Instruction) -> int:
-    """The devices of one of a collective's groups; 0: all are one. Groups are written in one of
-    three ways.
-    """
+    """The devices per group of a collective; 0 for one group of all. HLO has three notations."""
     text = instruction.attributes
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,1},{2,3}}
         return len(_dims(listed[1]))
@@ -279,9 +249,7 @@ def _group(instruction: Instruction) -> int:
 
 
 def custom_name(instruction: Instruction) -> str:
-    """A custom call's kernel: its own name where it is a Triton kernel, else the name of its
-    target.
-    """
+    """The kernel of a custom call: the name of a Triton kernel, else of the call's target."""
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     named = re.search(r'\bname = "([^"]+)"', instruction.attributes.replace('\\"', '"'))
     return named[1] if named else target[1].lstrip("_$") if target else instruction.name
@@ -290,11 +258,8 @@ def custom_name(instruction: Instruction) -> str:
 def _dot_flops(inside: Computation, dot: Instruction) -> int:
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
     lhs = _shape(inside[dot.operands[0]].type)
-    return (
-        2
-        * math.prod(_shape(dot.type))
-        * math.prod(lhs[axis] for axis in _dims(contracting[1] if contracting else ""))
-    )
+    summed = math.prod(lhs[axis] for axis in _dims(contracting[1] if contracting else ""))
+    return 2 * math.prod(_shape(dot.type)) * summed
 
 
 def _fused_flops(computations: dict[str, Computation], name: str) -> int:
@@ -311,8 +276,9 @@ def _fused_flops(computations: dict[str, Computation], name: str) -> int:
 
 
 def _attention_flops(inside: Computation, call: Instruction) -> int:
-    """Of cuDNN's fused attention: two products forward and five backward, half of each where it is
-    causal.
+    """The FLOPs of cuDNN's fused attention: two products forward or five backward.
+
+    Causal attention counts half of each product.
     """
     if "fmhaSoftmax" not in call.attributes:
         return 0
@@ -321,12 +287,8 @@ def _attention_flops(inside: Computation, call: Instruction) -> int:
     )
     sizes = [int(n) for n in re.findall(r"\d+", scores[1] if scores else "")]
     products = 5 if "Backward" in call.attributes else 2
-    causal = (
-        2
-        if '"mask_type": "CAUSAL"' in call.attributes or '"mask_type":"CAUSAL"' in call.attributes
-        else 1
-    )
-    return products * 2 * math.prod(sizes) * _shape(inside[call.operands[0]].type)[-1] // causal
+    share = 2 if re.search(r'"mask_type":\s*"CAUSAL"', call.attributes) else 1
+    return products * 2 * math.prod(sizes) * _shape(inside[call.operands[0]].type)[-1] // share
 
 
 def _instruction_bytes(inside: Computation, instruction: Instruction) -> int:
@@ -339,7 +301,7 @@ def _instruction_bytes(inside: Computation, instruction: Instruction) -> int:
 
 
 def _users(computation: Computation, name: str) -> Iterator[Instruction]:
-    """The instructions that use `name`, through bitcasts."""
+    """The instructions that use `name`, directly or through bitcasts."""
     for instruction in computation.values():
         if name in instruction.operands:
             if instruction.opcode == "bitcast" and not instruction.is_root:
@@ -349,7 +311,7 @@ def _users(computation: Computation, name: str) -> Iterator[Instruction]:
 
 
 def _behind(computation: Computation, name: str) -> Instruction:
-    """What `name` is, bitcasts aside."""
+    """The instruction behind `name` and its bitcasts."""
     instruction = computation[name]
     while instruction.opcode == "bitcast":
         instruction = computation[instruction.operands[0]]
@@ -358,9 +320,8 @@ def _behind(computation: Computation, name: str) -> Instruction:
 
 def _fused_bytes(fused: Computation, fusion: Instruction) -> int:
     root = next(i for i in fused.values() if i.is_root)
-    results = [
-        _behind(fused, name) for name in (root.operands if root.opcode == "tuple" else (root.name,))
-    ]
+    names = root.operands if root.opcode == "tuple" else (root.name,)
+    results = [_behind(fused, name) for name in names]
     updates = [i for i in results if i.opcode == "dynamic-update-slice"]  # in place
     updated = {_behind(fused, update.operands[0]).name for update in updates}
     total = sum(size_of(i.type) for i in results if i not in updates)

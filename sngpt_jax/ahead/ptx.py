@@ -1,6 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, read from its PTX and from what the assembler
-says of it.
-"""
+"""The resources of a compiled kernel, read from its PTX and the assembler's report."""
 
 import importlib.util
 import re
@@ -13,61 +11,54 @@ from pathlib import Path
 
 from sngpt_jax.ahead.targets import INSTALL, MissingToolchain
 
-# Each multiplies small matrices: for a group of four warps (Hopper), for one warp, for a whole
-# block (Blackwell).
+# Products of small matrices: by a group of four warps (Hopper), by one warp, and by a whole block
+# (Blackwell).
 _TENSOR_CORES = {
     "wgmma": r"wgmma\.mma_async",
     "mma": r"(?<![\w.])mma\.sync",
     "tcgen05": r"tcgen05\.mma\b",
 }
-_SASS_BYTES = 16  # of a machine instruction, from compute capability 7.0 on
+_SASS_BYTES = 16  # per machine instruction, from compute capability 7.0 on
 
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel's machine code. Instructions are counted where they stand, however often they
-    run.
-    """
+    """One kernel's machine code. An instruction in a loop counts once."""
 
     name: str
     arch: str
-    registers: int  # of a thread
-    spill_bytes: int  # that a thread stores and loads because its registers do not suffice
-    static_shared_bytes: int  # of a block, beside what its launch asks for
+    registers: int  # per thread
+    spill_bytes: int  # that a thread stores and loads for lack of registers
+    static_shared_bytes: int  # per block, beside the bytes of its launch
     wgmma: int
     mma: int
     tcgen05: int
-    instructions: int  # with the padding at the end
+    instructions: int  # including the padding at the end
 
 
 def find_ptxas() -> str:
-    """The assembler's path: the one installed beside jax's plugin, else the machine's. Raises
-    MissingToolchain.
+    """The path of the assembler beside jax's plugin, else of the machine's.
+
+    Raises MissingToolchain if there is none.
     """
     nvidia = importlib.util.find_spec("nvidia")  # a namespace of the packages that hold CUDA
     roots = nvidia.submodule_search_locations if nvidia is not None else None
     beside = [path for root in roots or () for path in sorted(Path(root).glob("*/bin/ptxas"))]
     found = str(beside[0]) if beside else shutil.which("ptxas")
     if found is None:
-        raise MissingToolchain(
-            f"reading compiled kernels takes ptxas, which comes with jax's CUDA plugin: {INSTALL}"
-        )
+        needs = "reading compiled kernels needs ptxas, which comes with jax's CUDA plugin"
+        raise MissingToolchain(f"{needs}; run: {INSTALL}")
     return found
 
 
 def architectures(ptxas: str) -> set[str]:
-    """What it can assemble for: sm_90a and the like."""
-    return set(
-        re.findall(
-            r"sm_\w+", subprocess.run([ptxas, "--help"], capture_output=True, text=True).stdout
-        )
-    )
+    """The architectures that it can assemble for, such as sm_90a."""
+    done = subprocess.run([ptxas, "--help"], capture_output=True, text=True)
+    return set(re.findall(r"sm_\w+", done.stdout))
 
 
 def assemble(ptxas: str, text: str) -> list[Code]:
-    """The kernels of a PTX module; none for a module without. Raises RuntimeError with ptxas's
-    first complaint.
-    """
+    """The kernels of a PTX module. Raises RuntimeError with the first complaint of ptxas."""
     entries = split_entries(text)
     if not entries:
         return []
@@ -76,9 +67,8 @@ def assemble(ptxas: str, text: str) -> list[Code]:
     with tempfile.TemporaryDirectory(prefix="ptxas_") as folder:
         source, binary = Path(folder, "module.ptx"), Path(folder, "module.cubin")
         source.write_text(text, encoding="utf-8")
-        done = subprocess.run(
-            [ptxas, "-v", f"-arch={arch}", source, "-o", binary], capture_output=True, text=True
-        )
+        command = [ptxas, "-v", f"-arch={arch}", source, "-o", binary]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")
         sizes = code_sizes(binary.read_bytes())
@@ -96,7 +86,7 @@ def assemble(ptxas: str, text: str) -> list[Code]:
 
 
 def split_entries(text: str) -> dict[str, str]:
-    """The bodies of a PTX module's kernels by name."""
+    """The bodies of the kernels of a PTX module, by name."""
     bodies = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)", text):
         start = text.index("\n{", match.end())
@@ -105,12 +95,12 @@ def split_entries(text: str) -> dict[str, str]:
 
 
 def count_tensor_cores(body: str) -> dict[str, int]:
-    """Instructions that use tensor cores, by kind."""
+    """The number of instructions on tensor cores, by kind."""
     return {kind: len(re.findall(pattern, body)) for kind, pattern in _TENSOR_CORES.items()}
 
 
 def parse_resources(log: str) -> dict[str, dict[str, int]]:
-    """registers, spill_bytes and static_shared_bytes of each kernel in what `ptxas -v` prints."""
+    """registers, spill_bytes and static_shared_bytes per kernel, from the log of `ptxas -v`."""
     found = {}
     for part in re.split(r"(?=Compiling entry function ')", log)[1:]:
         name = re.match(r"Compiling entry function '([^']+)'", part)
@@ -127,8 +117,9 @@ def parse_resources(log: str) -> dict[str, dict[str, int]]:
 
 
 def code_sizes(cubin: bytes) -> dict[str, int]:
-    """Bytes of machine code of each kernel in a CUDA binary, a 64-bit little-endian ELF file: its
-    sections .text.NAME.
+    """The bytes of machine code per kernel in a CUDA binary.
+
+    It is a 64-bit little-endian ELF file with one section .text.NAME per kernel.
     """
     table, entry_size, count, names_index = struct.unpack_from("<Q10xHHH", cubin, 0x28)
     # name, offset, size

@@ -1,10 +1,9 @@
-"""A recipe's training step compiled for GPUs that need not be here: what it takes, what it does,
-and what that allows.
+"""A recipe's training step, compiled for GPUs that this machine need not have.
 
-The whole partitioned program goes through XLA's compiler for the device, its kernels and cuDNN
-attention included; nothing runs. So memory, collectives and kernels are those of the program, but
-for the algorithms of single kernels, which a device at hand would choose by timing them. Times are
-limits, not predictions: no kernel is faster than its bytes and FLOPs allow.
+XLA compiles the whole partitioned program for the device, including its kernels and cuDNN
+attention. Nothing runs. So memory, collectives and kernels are those of the real program. Only the
+algorithms of single kernels can differ, because a device would choose them by timing. Times are
+limits and no predictions: no kernel is faster than its bytes and FLOPs allow.
 """
 
 import dataclasses
@@ -33,18 +32,18 @@ from sngpt_jax.training.step import make_train_step
 
 logger = logging.getLogger("sngpt_jax")
 
-HEAVIEST = 10  # kernels that are listed
-# of a GPU that jax takes for its arrays, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+HEAVIEST = 10  # kernels in the list
+# jax takes this share of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another
 MEMORY_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler made of a training step, on each of the devices."""
+    """A compiled training step. Its figures are those of one device."""
 
-    device_batch_tokens: int  # of one device's microbatch
-    accumulation: int  # microbatches of a step
-    seconds: float  # that tracing and compiling took here
+    device_batch_tokens: int  # per microbatch
+    accumulation: int  # microbatches per step
+    seconds: float  # of tracing and compiling on this machine
     arguments: int  # bytes of the state and the batch
     temporaries: int  # bytes beside them
     results: int  # bytes that are not written over the arguments
@@ -57,11 +56,10 @@ class CompiledStep:
 
 
 def parse(text: str, config: Config) -> tuple[Target, int]:
-    """The device and how many of `--topology`; readies the process to compile for them, leaving a
-    GPU that is here alone.
+    """The device and number of `--topology`. It also prepares the process to compile for them.
 
-    Raises `UserError` where there is no such device, nothing here that compiles for it, or the
-    batch does not divide over them.
+    A GPU of this machine stays unused. Raises `UserError` for an unknown device, if no compiler is
+    installed, or if the batch does not divide over the devices.
     """
     try:
         target, count = targets.parse_topology(text)
@@ -75,8 +73,9 @@ def parse(text: str, config: Config) -> tuple[Target, int]:
 
 
 def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
-    """Compiles the training step for `count` of the target. Raises `UserError` where the recipe
-    cannot be dealt out to them.
+    """Compiles the training step for `count` targets.
+
+    Raises `UserError` if the recipe does not divide over them.
     """
     data = config.data
     mesh = make_mesh(targets.devices(target, count), config.train.fsdp)
@@ -115,10 +114,10 @@ def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
 def largest_that_fits(
     config: Config, step: CompiledStep, target: Target, count: int
 ) -> CompiledStep | None:
-    """The step with the largest microbatch that fits, `step` itself where it does; None where not
-    even one sequence would.
+    """The step with the largest microbatch that fits, or `step` if it fits already.
 
-    Temporaries grow about as the microbatch: that gives the next one to compile.
+    It is None if not even one sequence fits. Temporaries grow about like the microbatch, which
+    gives the next size to compile.
     """
     limit = int(MEMORY_SHARE * target.memory)
     while step.peak > limit:
@@ -127,13 +126,9 @@ def largest_that_fits(
         wanted = min(sequences - 1, sequences * room // step.temporaries) * config.data.seq_len
         if wanted <= 0:
             return None
-        tokens, used = step.device_batch_tokens, step.peak / 1e9
         logger.info(
-            "%d tokens a device take %.1f GB of %.1f; trying at most %d",
-            tokens,
-            used,
-            limit / 1e9,
-            wanted,
+            f"{step.device_batch_tokens} tokens per device take {step.peak / 1e9:.1f} GB of"
+            f" {limit / 1e9:.1f}; trying at most {wanted}"
         )
         train = dataclasses.replace(config.train, device_batch_tokens=wanted)
         step = compile_step(dataclasses.replace(config, train=train), target, count)
@@ -141,13 +136,14 @@ def largest_that_fits(
 
 
 def collective_seconds(step: CompiledStep, target: Target, count: int) -> float:
-    """The time of the collectives one after the other on links of full speed: rings move 2 (n - 1)
-    / n of an all-reduce.
+    """The time of the collectives one after the other on links of full speed.
+
+    A ring moves 2 (n - 1) / n of the bytes of an all-reduce.
     """
     moved = 0.0
     for k in step.program.collectives:
         n = k.group or count
-        # an all-gather's operand is one device's share of what moves
+        # The operand of an all-gather is one device's share of the bytes.
         hops = {"all-reduce": 2, "all-gather": n}
         moved += hops.get(k.opcode, 1) * k.times * k.bytes * (n - 1) / n
     return moved / target.link
@@ -157,35 +153,31 @@ _PARTS = re.compile(r"\b(attention|mlp|code|embed|head|statistics|optimizer|aver
 
 
 def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
-    """The time at their rooflines of the kernels of each part of the step, largest first; "other":
-    they name no part.
+    """The least time of the kernels of each part of the step, the largest first.
+
+    Kernels without the name of a part are "other".
     """
     seconds: dict[str, float] = defaultdict(float)
     for kernel in step.program.kernels:
         part = _PARTS.search(kernel.scope)
-        seconds[part[1] if part else "other"] += kernel.seconds(
-            target.matmul_rate, target.bandwidth
-        )
+        taken = kernel.seconds(target.matmul_rate, target.bandwidth)
+        seconds[part[1] if part else "other"] += taken
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def place_of(scope: str) -> str:
-    """A kernel's scope without what all have in common: `backward block/mlp/dot_general`."""
+    """A kernel's scope without the common parts: `backward block/mlp/dot_general`."""
     inner = re.sub(r"^jit\(\w+\)/|\b(gradient|shard_map|while|body|closed_call)/", "", scope)
     named = re.sub(r"\bjvp\((\w*)\)", r"\1", inner)
     return re.sub(r"^transpose\((\w*)\)", r"backward \1", named)
 
 
 def heaviest(program: hlo.Program, target: Target) -> list[dict[str, Any]]:
-    """The kernels that take longest at their rooflines; those that do the same in every layer
-    count as one.
-    """
+    """The kernels with the longest least times. Equal kernels of all layers count as one."""
     alike: dict[tuple[str, str], list[hlo.Kernel]] = defaultdict(list)
     for kernel in program.kernels:
-        alike[
-            re.sub(r"\.\d+$", "", kernel.name),
-            re.sub(r"block_\d+", "block", place_of(kernel.scope)),
-        ].append(kernel)
+        place = re.sub(r"block_\d+", "block", place_of(kernel.scope))
+        alike[re.sub(r"\.\d+$", "", kernel.name), place].append(kernel)
     rows: list[dict[str, Any]] = [
         {
             "name": name,
@@ -201,48 +193,41 @@ def heaviest(program: hlo.Program, target: Target) -> list[dict[str, Any]]:
 
 
 def optimizer_share(program: hlo.Program) -> dict[str, Any]:
-    """What the update takes of the step's program: FLOPs and bytes of one device, and the
-    collectives that it makes.
+    """The update's part of the program: FLOPs and bytes of one device, and its collectives.
 
-    A collective that the compiler has joined with one of the gradient counts here too.
+    It includes a collective that the compiler joined with one of the gradient.
     """
-    update = [
-        kernel
-        for kernel in program.kernels
-        if (part := _PARTS.search(kernel.scope)) and part[1] == "optimizer"
-    ]
+
+    def is_update(kernel: hlo.Kernel) -> bool:
+        part = _PARTS.search(kernel.scope)
+        return part is not None and part[1] == "optimizer"
+
     own = hlo.Program(
-        update, [c for c in program.collectives if re.search(r"\boptimizer\b", c.scope)]
+        [kernel for kernel in program.kernels if is_update(kernel)],
+        [c for c in program.collectives if re.search(r"\boptimizer\b", c.scope)],
     )
-    counts = {
-        kind: {"count": times, "bytes": moved}
-        for kind, (times, moved) in sorted(own.collective_counts().items())
-    }
-    return {"flops": own.flops, "bytes": own.bytes, "collectives": counts}
+    return {"flops": own.flops, "bytes": own.bytes, "collectives": count_collectives(own)}
 
 
-def _collectives(counts: dict[str, Any]) -> str:
-    return (
-        ", ".join(
-            f"{row['count']} {kind} of {row['bytes'] / 1e6:,.1f} MB in all"
-            for kind, row in counts.items()
-        )
-        or "none"
-    )
+def count_collectives(program: hlo.Program) -> dict[str, dict[str, int]]:
+    """The number of calls and the bytes of each kind of collective."""
+    counts = sorted(program.collective_counts().items())
+    return {kind: {"count": times, "bytes": moved} for kind, (times, moved) in counts}
+
+
+def _format_collectives(counts: dict[str, Any]) -> str:
+    said = [f"{row['count']} {kind}, {row['bytes'] / 1e6:,.1f} MB" for kind, row in counts.items()]
+    return "; ".join(said) or "none"
 
 
 def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
-    """The figures of `--topology`, as nested plain values; bytes, FLOPs and kernels are those of
-    one device and one step.
-    """
-    logger.info("compiling a training step for %d x %s", count, target.kind)
+    """The figures of `--topology` as nested plain values, per device and step."""
+    logger.info(f"compiling a training step for {count} x {target.kind}")
     step = compile_step(config, target, count)
     fitting = largest_that_fits(config, step, target, count)
     program = step.program
-    kernels, collectives = (
-        program.seconds(target.matmul_rate, target.bandwidth),
-        collective_seconds(step, target, count),
-    )
+    kernels = program.seconds(target.matmul_rate, target.bandwidth)
+    collectives = collective_seconds(step, target, count)
     return {
         "device": target.kind,
         "devices": count,
@@ -261,10 +246,7 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
         "flops": program.flops,
         "bytes": program.bytes,
         "optimizer": optimizer_share(program),
-        "collectives": {
-            kind: {"count": times, "bytes": moved}
-            for kind, (times, moved) in sorted(program.collective_counts().items())
-        },
+        "collectives": count_collectives(program),
         "kernels": dict(sorted(program.custom_kernels().items())),
         "heaviest": heaviest(program, target),
         "roofline": {
@@ -280,61 +262,37 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
 def format_topology(figures: dict[str, Any]) -> str:
     """The figures for a person."""
     memory, roof, update = figures["memory"], figures["roofline"], figures["optimizer"]
-    if figures["fits"]:
-        verdict = "it fits"
-    elif figures["fitting_device_batch_tokens"]:
-        verdict = (
-            f"it does NOT fit; --train.device-batch-tokens {figures['fitting_device_batch_tokens']}"
-            " does"
-        )
-    else:
-        verdict = (
-            "it does NOT fit, not with one sequence a device either; spread the weights"
-            " (--train.fsdp) or take more GPUs"
-        )
-    return "\n".join(
-        [
-            (
-                f"on           {figures['devices']} x {figures['device']}, compiled in"
-                f" {figures['compile_seconds']:.0f} s; {figures['microbatches']}"
-                f" microbatch{'es' * (figures['microbatches'] > 1)}; figures of one device and one"
-                " step"
-            ),
-            (
-                f"memory       {memory['peak'] / 1e9:,.1f} GB ({memory['arguments'] / 1e9:,.1f}"
-                f" state, {memory['temporaries'] / 1e9:,.1f} temporary) of the"
-                f" {memory['limit'] / 1e9:,.1f} GB that jax takes: {verdict}"
-            ),
-            (
-                f"work         {figures['flops'] / 1e12:,.2f} TFLOP on tensor cores,"
-                f" {figures['bytes'] / 1e9:,.1f} GB moved"
-            ),
-            (
-                f"optimizer    {update['flops'] / 1e12:,.3f} TFLOP"
-                f" ({update['flops'] / figures['flops']:.1%}), {update['bytes'] / 1e9:,.2f} GB"
-                f" moved ({update['bytes'] / figures['bytes']:.1%}), collectives:"
-                f" {_collectives(update['collectives'])}"
-            ),
-            f"collectives  {_collectives(figures['collectives'])}",
-            (
-                "kernels     "
-                f" {', '.join(f'{count} {name}' for name, count in figures['kernels'].items()) or 'none of our own'}"
-            ),
-            (
-                f"limit        {roof['step_seconds'] * 1e3:,.1f} ms a step,"
-                f" {roof['tokens_per_second'] / 1e3:,.0f} thousand tokens a second: kernels at"
-                f" their rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"
-                f" {roof['collective_seconds'] * 1e3:,.1f} ms"
-            ),
-            "of that      "
-            + ", ".join(
-                f"{part} {s / roof['step_seconds']:.1%}" for part, s in roof["part_seconds"].items()
-            ),
-            "heaviest",
-            *(
-                f"{r['seconds'] * 1e3:10.2f} ms {r['bytes'] / 1e9:8.2f} GB {r['count']:5} x"
-                f" {r['name']} of {r['place']}"
-                for r in figures["heaviest"]
-            ),
-        ]
-    )
+    fitting = figures["fitting_device_batch_tokens"]
+    verdict = "it fits"
+    if not figures["fits"]:
+        verdict = f"it does NOT fit; --train.device-batch-tokens {fitting} does"
+    if not fitting:
+        verdict = "it does NOT fit even with one sequence per device; set --train.fsdp or add GPUs"
+    kernels = ", ".join(f"{count} {name}" for name, count in figures["kernels"].items())
+    flops = f"{update['flops'] / 1e12:,.3f} TFLOP ({update['flops'] / figures['flops']:.1%})"
+    moved = f"{update['bytes'] / 1e9:,.2f} GB moved ({update['bytes'] / figures['bytes']:.1%})"
+    parts = roof["part_seconds"].items()
+    rows = {
+        "on": f"{figures['devices']} x {figures['device']}, compiled in"
+        f" {figures['compile_seconds']:.0f} s; figures are per device and step",
+        "microbatches": f"{figures['microbatches']}",
+        "memory": f"{memory['peak'] / 1e9:,.1f} GB ({memory['arguments'] / 1e9:,.1f} state,"
+        f" {memory['temporaries'] / 1e9:,.1f} temporary) of the"
+        f" {memory['limit'] / 1e9:,.1f} GB that jax takes: {verdict}",
+        "work": f"{figures['flops'] / 1e12:,.2f} TFLOP on tensor cores,"
+        f" {figures['bytes'] / 1e9:,.1f} GB moved",
+        "optimizer": f"{flops}, {moved}, collectives: {_format_collectives(update['collectives'])}",
+        "collectives": _format_collectives(figures["collectives"]),
+        "kernels": kernels or "none of our own",
+        "limit": f"{roof['step_seconds'] * 1e3:,.1f} ms per step,"
+        f" {roof['tokens_per_second'] / 1e3:,.0f} thousand tokens per second: kernels at their"
+        f" rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"
+        f" {roof['collective_seconds'] * 1e3:,.1f} ms",
+        "parts": ", ".join(f"{part} {s / roof['step_seconds']:.1%}" for part, s in parts),
+    }
+    heavy = [
+        f"{r['seconds'] * 1e3:10.2f} ms {r['bytes'] / 1e9:8.2f} GB {r['count']:5} x {r['name']}"
+        f" of {r['place']}"
+        for r in figures["heaviest"]
+    ]
+    return "\n".join([*(f"{name:12} {text}" for name, text in rows.items()), "heaviest", *heavy])

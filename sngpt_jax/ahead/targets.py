@@ -1,5 +1,4 @@
-"""Descriptions of GPUs that need not be here: for compiling programs for them, and for the limits
-that they set.
+"""Descriptions of GPUs that this machine need not have, to compile for and to compute limits.
 
 A program is compiled for a target through its devices, which hold no memory and run nothing:
 
@@ -18,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -29,65 +28,60 @@ from sngpt_kernels.dispatch import Device, targeting
 from sngpt_jax.run.meter import peak_flops
 
 MOST_DEVICES = 1024
-HOST_DEVICES = 8  # GPUs of one machine, as the boards of these devices are built
+HOST_DEVICES = 8  # GPUs per machine on the boards of these devices
 
-# Of a compilation for a device that is not here: choosing the fastest algorithm would take one to
-# time them on.
+# Autotuning would time algorithms on the device, which is absent.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 INSTALL = "pip install 'sngpt-jax[cuda13]'"
 
 
 class MissingToolchain(RuntimeError):
-    """What compiles for a GPU is not installed; the message says what is and how to install it."""
+    """The compiler for GPUs is not installed. The message says what to install."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's compiler sees it, and its peak rates.
+    """A GPU as XLA's compiler sees it, with its peak rates.
 
-    Sizes, counts and clocks are those that the devices report of themselves, as in the
-    descriptions that XLA is published with (xla/backends/gpu/target_config/specs); matrix rates
-    are those of NVIDIA's data sheets without sparsity.
+    Sizes, counts and clocks are those that XLA publishes in its descriptions of the devices
+    (xla/backends/gpu/target_config/specs).
     """
 
-    name: str  # as topologies write it
-    kind: str  # as jax names the device
+    name: str  # in topologies: h100
+    kind: str  # jax's name of the device
     capability: tuple[int, int]  # CUDA compute capability
     bandwidth: float  # bytes/s of the device's memory
     link: float  # bytes/s to the other devices of the machine, one way (NVLink)
     memory: int  # bytes
     clock: float  # Hz, at most
     sms: int  # streaming multiprocessors
-    lanes: int  # float32 operations that a multiprocessor starts a cycle
+    lanes: int  # float32 operations that a multiprocessor starts per cycle
     l2: int  # bytes
-    shared_memory: int  # bytes of a multiprocessor
-    shared_memory_per_block: int  # of those, at most
+    shared_memory: int  # bytes per multiprocessor
 
     @property
     def matmul_rate(self) -> float:
-        """FLOP/s of dense bfloat16 matrix products; a multiply-add counts as two."""
+        """FLOP/s of dense bfloat16 matrix products, two per multiply-add."""
         return peak_flops(self.kind) or math.nan
 
     @property
     def device(self) -> Device:
-        """What `dispatch.targeting` is told."""
+        """The device for `dispatch.targeting`."""
         return Device("cuda", self.kind, self.capability)
 
     @property
     def arch(self) -> str:
-        """The architecture as ptxas names it, with what only that one has."""
+        """The architecture by its name in ptxas, with its own extensions."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + "a" * (major >= 9)
 
     def roofline(self, matmul_flops: float, moved: float) -> float:
-        """Seconds that so many operations on tensor cores and so many bytes of memory traffic take
-        at least, side by side.
-        """
+        """The least seconds for so many FLOPs on tensor cores beside so many bytes of traffic."""
         return max(matmul_flops / self.matmul_rate, moved / self.bandwidth)
 
     def config(self) -> str:
-        """The device as XLA's GpuTargetConfigProto, in text form."""
+        """The device as a GpuTargetConfigProto of XLA, in text form."""
         major, minor = self.capability
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
         return f"""
@@ -95,8 +89,9 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
   core_count: {self.sms} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock / 1e9}
   memory_bandwidth: {self.bandwidth:.0f} device_memory_size: {self.memory} l2_cache_size: {self.l2}
-  shared_memory_per_core: {self.shared_memory} shared_memory_per_block_optin: {self.shared_memory_per_block}
-  shared_memory_per_block: 49152 threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  shared_memory_per_core: {self.shared_memory}
+  shared_memory_per_block_optin: {self.shared_memory - 2**10} shared_memory_per_block: 49152
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
@@ -107,6 +102,20 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{self.kind}"
 """
 
+
+_H100 = Target(
+    name="h100",
+    kind="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    bandwidth=3.35232e12,
+    link=450e9,
+    memory=84_942_979_072,
+    clock=1.98e9,
+    sms=132,
+    lanes=128,
+    l2=50 * 2**20,
+    shared_memory=228 * 2**10,
+)
 
 TARGETS = (
     Target(
@@ -121,37 +130,11 @@ TARGETS = (
         lanes=64,
         l2=40 * 2**20,
         shared_memory=164 * 2**10,
-        shared_memory_per_block=163 * 2**10,
     ),
-    Target(
-        name="h100",
-        kind="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        bandwidth=3.35232e12,
-        link=450e9,
-        memory=84_942_979_072,
-        clock=1.98e9,
-        sms=132,
-        lanes=128,
-        l2=50 * 2**20,
-        shared_memory=228 * 2**10,
-        shared_memory_per_block=227 * 2**10,
-    ),
-    Target(
-        name="h200",
-        kind="NVIDIA H200",
-        capability=(9, 0),
-        bandwidth=4.8e12,
-        link=450e9,
-        memory=151_397_597_184,
-        clock=1.98e9,
-        sms=132,
-        lanes=128,
-        l2=50 * 2**20,
-        shared_memory=228 * 2**10,
-        shared_memory_per_block=227 * 2**10,
-    ),
-    Target(
+    _H100,
+    replace(_H100, name="h200", kind="NVIDIA H200", bandwidth=4.8e12, memory=151_397_597_184),
+    replace(
+        _H100,
         name="b200",
         kind="NVIDIA B200",
         capability=(10, 0),
@@ -160,72 +143,59 @@ TARGETS = (
         memory=191_514_411_008,
         clock=1.965e9,
         sms=148,
-        lanes=128,
         l2=132_644_864,
-        shared_memory=228 * 2**10,
-        shared_memory_per_block=227 * 2**10,
     ),
 )
+_BY_NAME = {target.name: target for target in TARGETS}
+_NAMES = ", ".join(_BY_NAME)
 
 
 def find(name: str) -> Target:
-    """The target of that name, such as h100. Raises ValueError where there is none."""
-    for target in TARGETS:
-        if target.name == name:
-            return target
-    raise ValueError(
-        f"target is {name!r}; expected one of: {', '.join(target.name for target in TARGETS)}"
-    )
+    """The target of that name, such as h100. Raises ValueError if there is none."""
+    if name not in _BY_NAME:
+        raise ValueError(f"target is {name!r}; expected one of: {_NAMES}")
+    return _BY_NAME[name]
 
 
 def of_kind(kind: str) -> Target | None:
-    """The target that jax names `kind`; None where it is not described here (a slice of a GPU is
-    another device).
-    """
+    """The target that jax names `kind`; None for other devices, such as a slice of a GPU."""
     return next((target for target in TARGETS if target.kind == kind), None)
 
 
 def parse_topology(text: str) -> tuple[Target, int]:
-    """(device, how many) of a topology as people write it: h100x8. More than eight devices fill
-    machines of eight.
+    """(device, number) of a topology such as h100x8. More than 8 devices fill machines of 8.
 
-    Raises ValueError in one line: no such form, device or number.
+    Raises ValueError, in one line, for another form, device or number.
     """
     match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", text)
-    if match is None or match[1] not in {target.name for target in TARGETS}:
-        names = ", ".join(target.name for target in TARGETS)
-        raise ValueError(
-            f"{text!r} is none; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: {names}"
-        )
+    if match is None or match[1] not in _BY_NAME:
+        expected = f"DEVICExNUMBER, such as h100x8, with a DEVICE of: {_NAMES}"
+        raise ValueError(f"{text!r} is no topology; expected {expected}")
     count = int(match[2])
     if count > MOST_DEVICES or (count > HOST_DEVICES and count % HOST_DEVICES):
-        allowed = (
-            f"at most {HOST_DEVICES} devices, or a multiple of {HOST_DEVICES} up to {MOST_DEVICES}"
-        )
-        raise ValueError(f"{text!r} has {count}; expected {allowed}")
-    return find(match[1]), count
+        allowed = f"at most {HOST_DEVICES}, or a multiple of {HOST_DEVICES} up to {MOST_DEVICES}"
+        raise ValueError(f"{text!r} has {count} devices; expected {allowed}")
+    return _BY_NAME[match[1]], count
 
 
 def prepare() -> None:
-    """Readies this process to compile for devices that are not here, and to run everything else on
-    the host's processor.
+    """Prepares this process to compile for absent devices and to run on the host's processor.
 
-    To be called before jax has touched a device. Raises MissingToolchain where jax has no CUDA
-    plugin.
+    Call it before jax touches a device. Raises MissingToolchain if jax has no CUDA plugin.
     """
-    if importlib.util.find_spec("jax_plugins") is None or not any(
-        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)
+    plugins = [f"jax_plugins.xla_cuda{version}" for version in (13, 12)]
+    if not importlib.util.find_spec("jax_plugins") or not any(
+        map(importlib.util.find_spec, plugins)
     ):
-        raise MissingToolchain(
-            f"compiling for a GPU takes jax's CUDA plugin, with or without a GPU here: {INSTALL}"
-        )
-    # the plugin would not load without a driver
+        needs = "compiling for a GPU needs jax's CUDA plugin, even without a GPU here"
+        raise MissingToolchain(f"{needs}; run: {INSTALL}")
+    # Without it the plugin would not load where there is no driver.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")
 
 
 def devices(target: Target, count: int = 1) -> list[jax.Device]:
-    """`count` devices of that kind to compile for, after `prepare`; no array can be put on them."""
+    """`count` devices to compile for, after `prepare`. They cannot hold arrays."""
     hosts = max(1, count // HOST_DEVICES)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.config(), topology=f"1x{hosts}x{count // hosts}"
@@ -235,9 +205,7 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def tracing(target: Target) -> Iterator[None]:
-    """Inside, code is traced and lowered for the target: by `dispatch`, and by jax's own lowering
-    of kernels.
-    """
+    """Inside, code is traced and lowered for the target, by `dispatch` and by jax itself."""
     device = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
     with (
         targeting(target.device),

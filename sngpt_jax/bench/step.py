@@ -84,7 +84,7 @@ class Round:
 
 
 class OurStep:
-    """This package's step. As in the training loop, step N starts before the loss of N-1 is read."""
+    """This package's step. As in `train`, step N starts before the loss of N-1 is read."""
 
     def __init__(self, config: Config, mesh: Mesh):
         d, self.config, self.done = config.data, config, 0
@@ -151,7 +151,7 @@ class TheirStep:
 
 
 def check_torch(config: Config) -> None:
-    """Raises `UserError` if `torch_model` lacks the recipe's model or PyTorch lacks jax's device."""
+    """Raises `UserError` if PyTorch lacks the recipe's model or jax's device."""
     problem = ""
     if config.model.family != "compact":
         family = config.model.family

@@ -20,6 +20,7 @@ from sngpt_kernels.case import Cost
 
 from sngpt_jax.ahead import kernels as inspect
 from sngpt_jax.ahead import programs, ptx, targets
+from sngpt_jax.ahead.cases import CaseArguments, select
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from tests.kernels import toy_case
@@ -228,17 +229,17 @@ def test_a_cases_passes() -> None:
 
 def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no operation 'xas'; expected cayley or xsa"):
-        programs.select(["xas"], None)
+        select(CaseArguments(("xas",)))
     monkeypatch.setitem(
         sys.modules, "sngpt_kernels.xsa.specs", type("specs", (), {"CASES": (toy_case.CASE,)})
     )
     assert (
-        programs.select(["xsa"], None)
-        == programs.select(["xsa"], "toy")
+        select(CaseArguments(("xsa",)))
+        == select(CaseArguments(("xsa",), "toy"))
         == [("xsa", toy_case.CASE)]
     )
     with pytest.raises(UserError, match="--case toys: there is none; expected one of: toy"):
-        programs.select(["xsa"], "toys")
+        select(CaseArguments(("xsa",), "toys"))
 
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_without_the_plugin_one_line_says_what_to_install() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "error: compiling for a GPU takes jax's CUDA plugin, with or without a GPU here:"
+        == "error: compiling for a GPU needs jax's CUDA plugin, even without a GPU here; run:"
         f" {targets.INSTALL}\n"
     )
 

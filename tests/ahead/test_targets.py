@@ -44,7 +44,7 @@ def test_topologies(text: str, name: str, count: int) -> None:
 def test_malformed_topologies(text: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"^.* is none; expected DEVICExNUMBER, as in h100x8, with a DEVICE of: a100,",
+        match=r"^.* is no topology; expected DEVICExNUMBER, such as h100x8, with a DEVICE of: a100,",
     ) as error:
         targets.parse_topology(text)
     assert repr(text) in str(error.value) and "\n" not in str(error.value)
@@ -55,8 +55,7 @@ def test_several_machines_are_whole() -> None:
         with pytest.raises(
             ValueError,
             match=(
-                f"'h100x{count}' has {count}; expected at most 8 devices, or a multiple of 8 up to"
-                " 1024"
+                f"'h100x{count}' has {count} devices; expected at most 8, or a multiple of 8 up to 1024"
             ),
         ):
             targets.parse_topology(f"h100x{count}")
@@ -112,7 +111,7 @@ def test_configurations_state_the_device() -> None:
 @pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is installed")
 def test_without_the_plugin_the_error_says_what_to_install() -> None:
     with pytest.raises(
-        targets.MissingToolchain, match=r"CUDA plugin.*: pip install 'sngpt-jax\[cuda13\]'$"
+        targets.MissingToolchain, match=r"CUDA plugin.*; run: pip install 'sngpt-jax\[cuda13\]'$"
     ):
         targets.prepare()
 

@@ -1,4 +1,4 @@
-"""The two measuring commands on the tiny model: their figures hang together."""
+"""The benchmarks of exports on the tiny model: their figures agree with each other."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe):
     )
     assert again["artifact_bytes"] == result["artifact_bytes"], "drawn from the seed"
     done = tiny_run.run("bench", "export", "--config", tiny_recipe, "--repeats", "0")
-    assert done.returncode == 2 and "--repeats is 1 or more" in done.stderr
+    assert done.returncode == 2 and "--repeats must be 1 or more" in done.stderr
 
 
 def test_compare_puts_the_policies_side_by_side(tiny_trained):

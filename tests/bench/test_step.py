@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.bench import __main__ as command
 from sngpt_jax.bench import step as bench
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -36,7 +37,7 @@ def the_heap_as_it_is(monkeypatch):
 
 
 def test_the_step_alone(capsys):
-    assert bench.main(["--config", "quickstart", *TINY, "--json"]) == 0
+    assert command.main(["--config", "quickstart", *TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["devices"] == 8
     assert result["speed"].keys() == {"jax"}
@@ -49,7 +50,7 @@ def test_the_step_alone(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rounds", "0"], "--rounds and --steps are 1 or more"),
+        (["--rounds", "0"], "--rounds and --steps must be 1 or more"),
         (["--train.xla-options", "xla_nonsense=1"], "No such compile option: 'xla_nonsense'"),
         (
             ["--train.xla-options", "xla_cpu_enable_fast_math=maybe"],
@@ -60,18 +61,18 @@ def test_the_step_alone(capsys):
 )
 def test_mistakes_are_one_line(arguments, said):
     with pytest.raises(UserError, match=said):
-        bench.main(["--config", "quickstart", *TINY, *arguments])
+        command.main(["--config", "quickstart", *TINY, *arguments])
 
 
 def test_without_pytorch(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="PyTorch is not installed; run: .* -m pip install torch"):
-        bench.main(["--config", "quickstart", *TINY, "--against", "torch"])
+        command.main(["--config", "quickstart", *TINY, "--against", "torch"])
 
 
 def test_a_model_that_is_not_written_in_pytorch():
     with pytest.raises(UserError, match="model.family = pre_norm is not written in PyTorch"):
-        bench.main(["--config", "quickstart_cayley", "--against", "torch"])
+        command.main(["--config", "quickstart_cayley", "--against", "torch"])
 
 
 SIZE = {
