@@ -21,9 +21,22 @@ OPERATIONS = tuple(
 
 @dataclass(frozen=True)
 class CaseArguments:
-    # operations, as the folders of kernels/sngpt_kernels; default: all
-    operation: tyro.conf.Positional[tuple[str, ...]] = ()
-    case: str = ""  # take only the case of this name, such as golf_11l_xsa4
+    operation: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="[OPERATION ...]",
+            help=f"operations to take: {', '.join(OPERATIONS)}; default: all",
+            help_behavior_hint="",
+        ),
+    ] = ()
+    case: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="NAME",
+            help="take only the case of this name, such as golf_11l_xsa4",
+            help_behavior_hint="",
+        ),
+    ] = ""
     json: Json = ""
 
 

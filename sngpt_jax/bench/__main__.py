@@ -26,7 +26,7 @@ NAMES: dict[str, tuple[type, str]] = {
         " limit beside each time.",
     ),
     "tune": (
-        options.TuneArguments,
+        options.CaseArguments,
         "Finds the kernels' fastest block sizes on this device and writes tuned/<device>.json.",
     ),
     "export": (
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in NAMES else ("step", argv)
     arguments = parse(name, cli.expand_json(rest))
     cli.check_json(arguments.json)
-    cli.log_to_stderr(arguments.quiet)
+    # the kernels would log every implementation that they try
+    cli.log_to_stderr(getattr(arguments, "quiet", True))
     say = cli.progress if arguments.json == "-" else lambda line: print(line, flush=True)
     # jax takes seconds to import, which --help does not need
     result = importlib.import_module(f"sngpt_jax.bench.{name}").measure(arguments, say)

@@ -64,16 +64,11 @@ class PoliciesArguments:
 
 
 @dataclass(frozen=True)
-class TuneArguments(CaseArguments):
-    quiet: Quiet = False
-
-
-@dataclass(frozen=True)
 class KernelsArguments(CaseArguments):
     quick: Flag = False  # measure fewer rounds
     tune: Flag = False  # first try block sizes, and write tuned/<device>.json
-    markdown: str = ""  # also write the table for a document to this path
-    quiet: Quiet = True
+    # also write the table for a document to this path
+    markdown: Annotated[str, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ""
 
 
 @dataclass(frozen=True)

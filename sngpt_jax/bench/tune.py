@@ -19,11 +19,10 @@ from sngpt_kernels import dispatch
 from sngpt_kernels.case import Case
 
 from sngpt_jax.ahead import programs, targets
-from sngpt_jax.ahead.cases import select
+from sngpt_jax.ahead.cases import CaseArguments, select
 from sngpt_jax.base import cli
 from sngpt_jax.base.files import write_text_atomic
 from sngpt_jax.bench import harness, timing
-from sngpt_jax.bench.arguments import TuneArguments
 
 Config = dict[str, Any]  # integers, and dictionaries of integers
 
@@ -170,6 +169,6 @@ def tune_all(cases: Sequence[tuple[str, Case]]) -> dict[str, dict[str, Any]]:
     return done
 
 
-def measure(arguments: TuneArguments, say: harness.Say) -> dict[str, Any]:
+def measure(arguments: CaseArguments, say: harness.Say) -> dict[str, Any]:
     """The tables' new entries."""
     return harness.environment() | {"entries": tune_all(select(arguments))}
