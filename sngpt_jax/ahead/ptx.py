@@ -67,7 +67,7 @@ def assemble(ptxas: str, text: str) -> list[Code]:
     with tempfile.TemporaryDirectory(prefix="ptxas_") as folder:
         source, binary = Path(folder, "module.ptx"), Path(folder, "module.cubin")
         source.write_text(text, encoding="utf-8")
-        command = [ptxas, "-v", f"-arch={arch}", source, "-o", binary]
+        command = [ptxas, "-v", f"-arch={arch}", str(source), "-o", str(binary)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from sngpt_jax.ahead.cases import CaseArguments
 from sngpt_jax.base import cli
 from sngpt_jax.bench import arguments as options
 from sngpt_jax.config.recipe import parse_command
@@ -26,7 +27,7 @@ NAMES: dict[str, tuple[type, str]] = {
         " limit beside each time.",
     ),
     "tune": (
-        options.CaseArguments,
+        CaseArguments,
         "Finds the kernels' fastest block sizes on this device and writes tuned/<device>.json.",
     ),
     "export": (

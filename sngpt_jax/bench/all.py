@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sngpt_jax.base.errors import UserError
@@ -15,14 +16,15 @@ def measure(arguments: options.AllArguments, say: Say) -> dict[str, Any]:
     recipe = arguments.config, arguments.overrides
     compared = importlib.util.find_spec("torch") and arguments.overrides.model.family == "compact"
     against = options.StepArguments(*recipe, against="torch" if compared else "none")
-    works = {
+    works: dict[str, Callable[[], dict[str, Any]]] = {
         "step": lambda: step.measure(against, say),
         "kernels": lambda: kernels.measure(options.KernelsArguments(quick=True), say),
         "export": lambda: export.measure(options.ExportArguments(*recipe), say),
         "scoring": lambda: scoring.measure(options.ScoringArguments(*recipe), say),
     }
-    if run := arguments.run:
-        works["policies"] = lambda: policies.measure(options.PoliciesArguments(run), say)
+    if arguments.run:
+        compare = options.PoliciesArguments(arguments.run)
+        works["policies"] = lambda: policies.measure(compare, say)
     result: dict[str, Any] = environment()
     for name, work in works.items():
         say(f"== {name}")

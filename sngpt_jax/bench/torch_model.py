@@ -1,10 +1,9 @@
-"""The compact GPT in PyTorch, as one writes it for speed: what the package's own step is held
-against.
+"""The compact GPT in PyTorch, written for speed: the package's own step is compared with it.
 
-It computes what `sngpt_jax.model.gpt` does: attention by `scaled_dot_product_attention`,
-parameters float32 and cast where they are used, logits and losses float32. Modules and parameters
-have our names and our layout, matrices [in, out]. Imported by `sngpt_jax.bench` alone: PyTorch is
-an extra.
+It computes what `sngpt_jax.model.gpt` does. Attention is `scaled_dot_product_attention`. Parameters
+are float32 and cast where they are used. Logits and losses are float32. Modules and parameters have
+our names and our layout, matrices [in, out]. Only the benchmarks import it, because PyTorch is an
+extra.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """x over the root mean square of its last axis, times `scale`."""
+    """x divided by the root mean square of its last axis, times `scale`."""
     y = F.rms_norm(x, (x.shape[-1],), eps=eps)
     return y if scale == 1.0 else scale * y
 
@@ -35,20 +34,14 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Attention(nn.Module):
-    """[B, T, D] → the attention's output [B, T, D], and its values [B, T, K, h] for the value
-    residual of later layers.
-    """
+    """[B, T, D] → the output [B, T, D], and the values [B, T, K, h] for later layers."""
 
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
         D, H, K, h = m.d_model, m.num_heads, m.num_kv_heads, m.head_dim
         self.m, self.exclusive = m, layer >= m.num_layers - m.xsa_layers
-        self.query, self.key, self.value, self.out = (
-            parameter(D, H * h),
-            parameter(D, K * h),
-            parameter(D, K * h),
-            parameter(H * h, D),
-        )
+        self.query, self.out = parameter(D, H * h), parameter(H * h, D)
+        self.key, self.value = parameter(D, K * h), parameter(D, K * h)
         self.q_gain = parameter(H)
         if m.attention_gate:
             self.gate_weight, self.gate_bias = parameter(D, H), parameter(H)
@@ -70,7 +63,7 @@ class Attention(nn.Module):
         m, dtype = self.m, x_BTD.dtype
         B, T, _ = x_BTD.shape
         H, K, h = m.num_heads, m.num_kv_heads, m.head_dim
-        # one product for the three: fewer and larger than three
+        # One large product is faster than three.
         qkv = x_BTD @ torch.cat([self.query, self.key, self.value], dim=1).to(dtype)
         q, k, v = (part.unflatten(-1, (-1, h)) for part in qkv.split([H * h, K * h, K * h], dim=-1))
         q, k = (self.rotate(rms_norm(part, m.norm_eps), *rotary) for part in (q, k))
@@ -81,16 +74,12 @@ class Attention(nn.Module):
             first, own = self.value_mix.to(dtype).unbind()
             v = first * first_value + own * v
         q_BHTh, k_BKTh, v_BKTh = (part.transpose(1, 2) for part in (q, k, v))
-        if x_BTD.is_cuda:
-            y = F.scaled_dot_product_attention(
-                q_BHTh, k_BKTh, v_BKTh, is_causal=True, enable_gqa=H != K
-            ).transpose(1, 2)
-        # with enable_gqa a CPU falls back to whole scores: expanded heads reach its flash kernel
-        else:
-            k_BHTh, v_BHTh = (part.repeat_interleave(H // K, dim=1) for part in (k_BKTh, v_BKTh))
-            y = F.scaled_dot_product_attention(q_BHTh, k_BHTh, v_BHTh, is_causal=True).transpose(
-                1, 2
-            )
+        if not x_BTD.is_cuda and H != K:
+            # With enable_gqa a CPU computes whole scores. Expanded heads reach its flash kernel.
+            k_BKTh, v_BKTh = (a.repeat_interleave(H // K, dim=1) for a in (k_BKTh, v_BKTh))
+        y = F.scaled_dot_product_attention(
+            q_BHTh, k_BKTh, v_BKTh, is_causal=True, enable_gqa=k_BKTh.shape[1] != H
+        ).transpose(1, 2)
         if self.exclusive:
             unit = F.normalize(v.float(), dim=-1, eps=1e-12)[:, :, :, None]
             grouped = y.float().unflatten(2, (K, H // K))
@@ -114,9 +103,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The stream and the embedding, both [B, T, D] → the stream after the layer, and its
-    attention's values.
-    """
+    """The stream and the embedding, both [B, T, D] → the next stream, and the attention's values."""
 
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
@@ -142,7 +129,7 @@ class Block(nn.Module):
 
 
 class Parameters(nn.Module):
-    """Parameters under one name, without anything to compute."""
+    """Parameters under one name."""
 
     def __init__(self, **shapes: tuple[int, ...]):
         super().__init__()
@@ -151,14 +138,12 @@ class Parameters(nn.Module):
 
 
 def previous(x: Tensor) -> Tensor:
-    """x [B, T, ...] one position later, after a zero."""
+    """x [B, T, ...] shifted one position later, with zeros first."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
 def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
-    """The row [B, T] of the bigram table for each token and the one before it, by
-    `model.bigram_hash`.
-    """
+    """The row [B, T] of the bigram table per token and its predecessor, by `model.bigram_hash`."""
     if m.bigram_hash == "sum":
         return (2654435761 * tokens_BT + 40503 * previous(tokens_BT)) % m.bigram_buckets
     a, b = (
@@ -170,8 +155,9 @@ def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
 
 
 class TorchGPT(nn.Module):
-    """`model(inputs [B, T], targets [B, T])`, int64 → the mean cross-entropy in nats, float32. Its
-    parameters are empty.
+    """The model: inputs and targets [B, T] int64 → the mean cross-entropy in nats, float32.
+
+    Its parameters are not initialized.
     """
 
     def __init__(self, m: ModelConfig, seq_len: int, dtype: torch.dtype):

@@ -1,10 +1,12 @@
-"""A recipe's training step in PyTorch: gradient accumulation, Muon and Adam, as
-`sngpt_jax.training.step` and `sngpt_jax.optim` do.
+"""A recipe's training step in PyTorch: gradient accumulation, Muon and Adam.
+
+It does the work of `sngpt_jax.training.step` and `sngpt_jax.optim`.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +19,11 @@ from sngpt_jax.optim.groups import group_of, groups
 from sngpt_jax.optim.schedules import muon_momentum
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-A, B, C = 3.4445, -4.7750, 2.0315  # Muon's, as in `sngpt_jax.optim.muon`
+A, B, C = 3.4445, -4.7750, 2.0315  # the coefficients of `sngpt_jax.optim.muon`
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """`sngpt_jax.optim.muon.newton_schulz` of a stack [n, rows, columns]."""
+    """`sngpt_jax.optim.muon.newton_schulz` for a stack [n, rows, columns]."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     x = x.mT if tall else x
@@ -32,8 +34,9 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """`sngpt_jax.optim.muon` with a learning rate and decoupled weight decay; matrices of equal
-    shape are one stack.
+    """`sngpt_jax.optim.muon` with a learning rate and decoupled weight decay.
+
+    Matrices of equal shape form one stack.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], config: OptimConfig):
@@ -68,46 +71,38 @@ class Muon:
 
 
 class TorchStep:
-    """The training step of a recipe that has no averages and no late quantization; call it once
-    for each batch.
-    """
+    """The training step of a recipe without averages and late quantization: one call per batch."""
 
     def __init__(self, config: Config, params: dict[str, np.ndarray], compiled: bool):
-        """`params` are our own by path, float32. `compiled`: model and orthogonalization go
-        through torch.compile.
+        """`params` are our initial parameters by path, float32.
+
+        `compiled` sends the model and the orthogonalization through torch.compile.
         """
         o, d = config.optim, config.data
         self.clip = o.grad_clip
-        self.rows = (
-            d.batch_tokens
-            // d.seq_len
-            // microbatches(d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1)
+        microbatch_count = microbatches(
+            d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1
         )
+        self.rows = d.batch_tokens // d.seq_len // microbatch_count
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = TorchGPT(config.model, d.seq_len, DTYPES[compute_dtype(config.model).name]).to(
-            self.device
-        )
+        dtype = DTYPES[compute_dtype(config.model).name]
+        model = TorchGPT(config.model, d.seq_len, dtype).to(self.device)
+        self.parameters = list(model.parameters())
         by_group: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
         for name, p in model.named_parameters():
             path = name.replace(".", "/")
             p.data.copy_(torch.tensor(params[path]))
             by_group[group_of(path)].append(p)
-        settings = groups(o)
-        self.parameters = list(model.parameters())
-        self.muon = Muon(
-            [p for name, found in by_group.items() if settings[name].rule == "muon" for p in found],
-            o,
-        )
-        adam = [
-            {
-                "params": found,
-                "lr": settings[name].lr,
-                "peak": settings[name].lr,
-                "weight_decay": settings[name].weight_decay,
-            }
-            for name, found in by_group.items()
-            if settings[name].rule == "adam"
-        ]
+        matrices: list[torch.nn.Parameter] = []
+        adam: list[dict[str, Any]] = []
+        for name, group in groups(o).items():
+            found = by_group[name]
+            if group.rule == "muon":
+                matrices += found
+            elif found:
+                rates = {"lr": group.lr, "peak": group.lr, "weight_decay": group.weight_decay}
+                adam.append({"params": found, **rates})
+        self.muon = Muon(matrices, o)
         self.adam = torch.optim.AdamW(
             adam, betas=(o.adam_b1, o.adam_b2), eps=o.adam_eps, fused=True
         )
@@ -127,7 +122,7 @@ class TorchStep:
     def __call__(
         self, batch: tuple[Tensor, Tensor], lr_multiplier: float, adam_lr_multiplier: float
     ) -> Tensor:
-        """One step on a batch that `place` has placed; returns the mean loss, on the device."""
+        """One step on a batch from `place`. Returns the mean loss, on the device."""
         inputs, targets = (rows.split(self.rows) for rows in batch)
         for p in self.parameters:
             p.grad = None

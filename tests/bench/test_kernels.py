@@ -287,7 +287,7 @@ def test_the_command(tmp_path: Path) -> None:
         "forward_backward",
     ]
     assert report["rows"][0]["error"]["rms"] < 1e-5
-    assert len(table.read_text().splitlines()) == 4 + 2 + len(report["rows"])
+    assert len(table.read_text().splitlines()) == 5 + 2 + len(report["rows"])
     wrong = subprocess.run(
         [*command[:4], "xas"], capture_output=True, text=True, cwd=ROOT, env={**os.environ}
     )

@@ -1,6 +1,4 @@
-"""What the tests of the sparse code share: inputs, the calls of the implementations, and what to
-expect of a choice.
-"""
+"""The shared parts of the sparse code's tests: inputs, calls, and the check of a selection."""
 
 import functools
 from collections.abc import Callable
@@ -9,32 +7,34 @@ from typing import Any
 import jax
 import numpy as np
 from sngpt_kernels.cayley import dictionary, pallas_triton, reference, xla
+from sngpt_kernels.cayley.dictionary import Levels, Scheme
 
 D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
 D128 = ((7, 8, 0), (10, 16, 32), (12, 32, 32))
 D1024 = ((10, 16, 0), (15, 32, 256), (17, 64, 256))
+D2048 = ((11, 16, 0), (15, 32, 256), (17, 64, 256))
 SHALLOW = D64[:2]
+S64, RAW64 = Scheme(D64), Scheme(D64, forward_standardized=False)
 KINDS = ("random", "low rank", "constant", "zero", "huge", "tied", "small deviations")
 EPS = np.finfo(np.float32).eps
 
 
-def make_inputs(kind: str, levels: dictionary.Levels, tokens: int) -> dict[str, np.ndarray]:
-    """x, mean, std, bias and a cotangent; statistics and biases are those of a model under way,
-    trivial only for ties.
+def make_inputs(kind: str, levels: Levels, tokens: int) -> dict[str, np.ndarray]:
+    """x, mean, std, bias and a cotangent.
+
+    Statistics and biases are as during training. Only for ties they are trivial.
     """
     rng = np.random.default_rng(len(kind))
     d, features = 2 ** levels[0][0], 2 ** levels[-1][0]
     normal = rng.standard_normal((tokens, d))
     x = {
-        "random": normal,
         "low rank": normal[:, :3] @ rng.standard_normal((3, d)),
         "constant": np.full((tokens, d), 0.7),
         "zero": np.zeros((tokens, d)),
         "huge": 1e4 * normal,
         "tied": rng.integers(-1, 2, (tokens, d)),
-        "small deviations": normal,
-    }[kind]
-    # whole numbers and no statistics: many scores are exactly equal, in float32 as in float64
+    }.get(kind, normal)
+    # Integers without statistics: many scores are exactly equal, in float32 as in float64.
     tied = kind == "tied"
     std = rng.uniform(0.3, 2, features)
     if kind == "small deviations":
@@ -53,120 +53,96 @@ CALLS: dict[str, Callable[..., Any]] = {
     "xla": xla.encode_decode,
     "pallas_triton": functools.partial(pallas_triton.encode_decode, interpret=True),
 }
-# an interpreted kernel is a large program, and runs once or twice
+# An interpreted kernel is a large program that runs once or twice.
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-def call(
-    implementation: str,
-    x: Any,
-    mean: Any,
-    std: Any,
-    bias: Any,
-    levels: dictionary.Levels,
-    **static: Any,
-) -> Any:
-    return CALLS[implementation](x, mean, std, bias, dictionary.Scheme(levels, **static))
-
-
-def value_and_gradients(
-    x: Any,
-    mean: Any,
-    std: Any,
-    bias: Any,
-    cotangent: Any,
-    *,
-    implementation: str = "xla",
-    **static: Any,
-) -> Any:
+def value_and_gradients(implementation: str, scheme: Scheme, inputs: dict[str, Any]) -> Any:
     """(x_hat, ids, the gradients of x, mean, std and bias)."""
+    x, mean, std, bias, cotangent = inputs.values()
     if implementation == "reference":
-        code = reference.encode_decode(x, mean, std, bias, static.pop("levels"), **static)
-        static.pop("generators", None)
-        dx, dbias = reference.gradients(code, std, cotangent, **static)
+        code = reference_code(scheme, inputs)
+        dx, dbias = reference_gradients(scheme, code, inputs)
         return code.x_hat, code.ids, (dx, np.zeros_like(mean), np.zeros_like(std), dbias)
-    return compiled(implementation, tuple(static.items()))(x, mean, std, bias, cotangent)
+    return compiled(implementation, scheme)(x, mean, std, bias, cotangent)
+
+
+def reference_code(scheme: Scheme, inputs: dict[str, Any]) -> reference.Code:
+    arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
+    static = {"forward_standardized": scheme.forward_standardized}
+    return reference.encode_decode(*arrays, scheme.levels, generators=scheme.generators, **static)
+
+
+def reference_gradients(scheme: Scheme, code: reference.Code, inputs: dict[str, Any]) -> Any:
+    static = {"forward_standardized": scheme.forward_standardized}
+    return reference.gradients(code, inputs["std"], inputs["cotangent"], **static)
 
 
 @functools.cache
-def compiled(implementation: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def compiled(implementation: str, scheme: Scheme) -> Callable[..., Any]:
     """`value_and_gradients` of an implementation in jax, as one program."""
 
     def f(x: Any, mean: Any, std: Any, bias: Any, cotangent: Any) -> Any:
-        run = functools.partial(call, implementation, **dict(static))
+        run = functools.partial(CALLS[implementation], scheme=scheme)
         x_hat, vjp, ids = jax.vjp(run, x, mean, std, bias, has_aux=True)
         return x_hat, ids, vjp(cotangent)
 
     return jax.jit(f, compiler_options=QUICKLY if implementation == "pallas_triton" else {})
 
 
-def split(ids: np.ndarray, levels: dictionary.Levels) -> list[np.ndarray]:
+def split(ids: np.ndarray, levels: Levels) -> list[np.ndarray]:
     return np.split(np.asarray(ids), np.cumsum([k for _, k, _ in levels])[:-1], axis=-1)
 
 
 def check_selection(
-    ids: np.ndarray, code: reference.Code, inputs: dict[str, np.ndarray], levels: dictionary.Levels
+    ids: np.ndarray, code: reference.Code, inputs: dict[str, np.ndarray], levels: Levels
 ) -> tuple[np.ndarray, int]:
-    """(which tokens agree on all sets, differing levels); a set may differ only by features that
-    float32 cannot tell apart.
+    """(which tokens agree on all sets, the number of levels that differ).
+
+    Sets may differ only by features that float32 cannot tell apart.
     """
     x, mean, std, bias = (inputs[name].astype(np.float64) for name in ("x", "mean", "std", "bias"))
     d, equal, ties = x.shape[-1], np.ones(len(x), bool), 0
-    for mine, theirs, level in zip(
-        split(ids, levels), split(code.ids, levels), range(len(levels)), strict=True
+    for level, (mine, theirs) in enumerate(
+        zip(split(ids, levels), split(code.ids, levels), strict=True)
     ):
         own = dictionary.level_range(levels, level)
         assert mine.min() >= own.start and mine.max() < own.stop
         for token in range(len(x)):
             a, b = set(mine[token].tolist()), set(theirs[token].tolist())
             assert len(a) == levels[level][1]
-            if not equal[token] or a == b:  # below a level that differs the candidates do too
+            if not equal[token] or a == b:  # after a level that differs, the candidates do too
                 continue
             equal[token], ties = False, ties + 1
             only = np.array(sorted(a ^ b))
-            y = reference.scores(x[token] - mean, only) / np.maximum(std[only], 1e-3) + bias[only]
-            size = (
-                (np.abs(x[token]).sum() + np.abs(mean).sum())
-                / np.sqrt(d)
-                / np.maximum(std[only], 1e-3).min()
-            )
-            assert np.ptp(y) <= EPS * (2 * size + 4 * np.abs(y).max()), (
-                f"token {token}, level {level}"
-            )
+            deviations = np.maximum(std[only], 1e-3)
+            y = reference.scores(x[token] - mean, only) / deviations + bias[only]
+            size = (np.abs(x[token]).sum() + np.abs(mean).sum()) / np.sqrt(d) / deviations.min()
+            place = f"token {token}, level {level}"
+            assert np.ptp(y) <= EPS * (2 * size + 4 * np.abs(y).max()), place
     return equal, ties
 
 
-def check(
-    implementation: str, kind: str, levels: dictionary.Levels, tokens: int, **static: Any
-) -> None:
-    inputs = make_inputs(kind, levels, tokens)
-    arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
-    code = reference.encode_decode(*arrays, levels, **static)
-    run = functools.partial(
-        value_and_gradients, implementation=implementation, levels=levels, **static
-    )
-    ids = run(**inputs)[1]
-    equal, ties = check_selection(ids, code, inputs, levels)
-    print(f"{kind}: {ties} of {tokens * len(levels)} sets differ, by float32 ties")
-    assert ties == 0 if kind in ("tied", "random") else ties <= 0.02 * tokens * len(levels)
-    inputs["cotangent"] *= equal[:, None]  # the others' features are other ones
-    x_hat, _, (dx, dmean, dstd, dbias) = run(**inputs)
-    arguments = (
-        {}
-        if "forward_standardized" not in static
-        else {"forward_standardized": static["forward_standardized"]}
-    )
-    expected_dx, expected_dbias = reference.gradients(
-        code, inputs["std"], inputs["cotangent"], **arguments
-    )
+def check(implementation: str, scheme: Scheme, kind: str, tokens: int) -> None:
+    """The sets, x_hat and the gradients equal those of the reference."""
+    inputs = make_inputs(kind, scheme.levels, tokens)
+    code = reference_code(scheme, inputs)
+    ids = value_and_gradients(implementation, scheme, inputs)[1]
+    equal, ties = check_selection(ids, code, inputs, scheme.levels)
+    sets = tokens * len(scheme.levels)
+    print(f"{kind}: {ties} of {sets} sets differ, by float32 ties")
+    assert ties == 0 if kind in ("tied", "random") else ties <= 0.02 * sets
+    inputs["cotangent"] *= equal[:, None]  # other tokens have other features
+    x_hat, _, (dx, dmean, dstd, dbias) = value_and_gradients(implementation, scheme, inputs)
     assert not dmean.any() and not dstd.any()
-    for mine, theirs in (
-        (x_hat[equal], code.x_hat[equal]),
-        (dx, expected_dx),
-        (dbias, expected_dbias),
-    ):
-        difference, size = np.abs(mine - theirs), np.abs(theirs).max()
-        print(
-            f"  |difference| max {difference.max():.1e}, mean {difference.mean():.1e} of {size:.1e}"
-        )
-        assert difference.max() <= 20 * EPS * size + 1e-30
+    expected_dx, expected_dbias = reference_gradients(scheme, code, inputs)
+    check_close("x_hat", x_hat[equal], code.x_hat[equal])
+    check_close("dx", dx, expected_dx)
+    check_close("dbias", dbias, expected_dbias)
+
+
+def check_close(name: str, mine: Any, theirs: np.ndarray) -> None:
+    """The error is at most 20 roundings of the largest element."""
+    difference, size = np.abs(mine - theirs), np.abs(theirs).max()
+    print(f"  {name}: error max {difference.max():.1e}, mean {difference.mean():.1e} of {size:.1e}")
+    assert difference.max() <= 20 * EPS * size + 1e-30, name

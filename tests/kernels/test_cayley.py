@@ -1,7 +1,7 @@
-"""encode_decode: the same tests for all implementations, the float64 reference among them.
+"""encode_decode: the same tests for all implementations, including the float64 reference.
 
-The Pallas Triton kernels run in interpretation, as few compiled programs as can be: most tests
-take the shapes [37, 64].
+The Pallas Triton kernels run in interpret mode. Most tests take inputs [37, 64], so that they share
+compiled programs.
 """
 
 import functools
@@ -14,135 +14,118 @@ import pytest
 from jax.sharding import PartitionSpec
 from sngpt_kernels.cayley import dictionary, reference
 from sngpt_kernels.cayley.api import encode_decode
+from sngpt_kernels.cayley.dictionary import Scheme
 
 from tests.kernels.cayley_checks import (
+    CALLS,
     D64,
     D128,
     D1024,
-    EPS,
+    D2048,
     KINDS,
     QUICKLY,
+    RAW64,
+    S64,
     SHALLOW,
-    call,
     check,
+    check_close,
     make_inputs,
     split,
     value_and_gradients,
 )
 
-KERNELS = ("xla", "pallas_triton")
-BOTH = pytest.mark.parametrize("implementation", KERNELS)
+BOTH = pytest.mark.parametrize("implementation", CALLS)
+SCHEMES = pytest.mark.parametrize("scheme", [S64, RAW64], ids=["standardized", "raw"])
 
 
-@pytest.mark.parametrize("implementation", ["reference", *KERNELS])
+@pytest.mark.parametrize("implementation", ["reference", *CALLS])
 class TestEveryImplementation:
-    """Against algebra: what must hold whatever the scores are."""
+    """Against algebra that holds for all scores."""
 
     def test_most_tied_inputs_take_the_lowest_ids(self, implementation: str) -> None:
-        """Everything scores 0: the lowest ids of level 0, and of each set of candidates."""
+        """Every score is 0: the lowest ids of level 0 win, and of each set of candidates."""
         inputs = {name: np.zeros_like(a) for name, a in make_inputs("random", D64, 37).items()}
         inputs["std"] += 1
-        x_hat, ids, (dx, *_) = value_and_gradients(
-            **inputs, implementation=implementation, levels=D64
-        )
+        x_hat, ids, (dx, *_) = value_and_gradients(implementation, S64, inputs)
         assert not x_hat.any() and not dx.any()
         selected = set(range(4))
         for level, mine in enumerate(split(ids, D64)):
             if level:
-                candidates = {
-                    f ^ u for f in selected for u in reference.child_steps(D64, level, "spread")
-                }
+                steps = reference.child_steps(D64, level, "spread")
+                candidates = {f ^ u for f in selected for u in steps}
                 selected = set(sorted(candidates)[: D64[level][1]])
             assert all(set(row.tolist()) == selected for row in mine)
 
-    @pytest.mark.parametrize("forward_standardized", [True, False])
-    def test_is_a_sum_of_the_atoms_it_names(
-        self, implementation: str, forward_standardized: bool
-    ) -> None:
-        """x_hat is linear in the scores of the selected features, and the gradient is the
-        transposed map.
-        """
+    @SCHEMES
+    def test_is_a_sum_of_the_atoms_it_names(self, implementation: str, scheme: Scheme) -> None:
+        """x_hat is linear in the scores of the selected features. dx is the transposed map."""
         inputs = make_inputs("random", D64, 37)
-        static = {"levels": D64, "forward_standardized": forward_standardized}
-        x_hat, ids, (dx, _, _, dbias) = value_and_gradients(
-            **inputs, implementation=implementation, **static
-        )
-        x, mean, std, bias, cotangent = (inputs[name].astype(np.float64) for name in inputs)
+        x_hat, ids, (dx, _, _, dbias) = value_and_gradients(implementation, scheme, inputs)
+        x, mean, std, bias, cotangent = (a.astype(np.float64) for a in inputs.values())
         atoms, ids = dictionary.atoms(ids, 64), np.asarray(ids)
-        divisor = std[ids] if forward_standardized else np.ones(ids.shape)
+        divisor = std[ids] if scheme.forward_standardized else np.ones(ids.shape)
         c = np.maximum(np.einsum("nad,nd->na", atoms, x - mean) / divisor + bias[ids], 0)
         g = np.einsum("nad,nd->na", atoms, cotangent) * (c > 0)
-        expected_dbias = np.bincount(ids.reshape(-1), g.reshape(-1), minlength=len(bias))
-        expected = (
-            np.einsum("na,nad->nd", c, atoms),
-            np.einsum("na,nad->nd", g / divisor, atoms),
-            expected_dbias,
-        )
-        for mine, theirs in zip((x_hat, dx, dbias), expected, strict=True):
-            difference = np.abs(mine - theirs)
-            print(
-                f"|difference| max {difference.max():.1e}, mean {difference.mean():.1e} of"
-                f" {np.abs(theirs).max():.1e}"
-            )
-            assert difference.max() <= 20 * EPS * np.abs(theirs).max()
+        check_close("x_hat", x_hat, np.einsum("na,nad->nd", c, atoms))
+        check_close("dx", dx, np.einsum("na,nad->nd", g / divisor, atoms))
+        sums = np.bincount(ids.reshape(-1), g.reshape(-1), minlength=len(bias))
+        check_close("dbias", dbias, sums)
+
+
+PREFIX64 = Scheme(D64, generators="prefix")
 
 
 @BOTH
-class TestAgainstTheReference:
-    """The same sets, the same sums, for inputs of every kind."""
-
-    @pytest.mark.parametrize("forward_standardized", [True, False])
-    def test_matches_the_reference(self, implementation: str, forward_standardized: bool) -> None:
-        for kind in KINDS:
-            check(implementation, kind, D64, 37, forward_standardized=forward_standardized)
-
-    def test_prefix_children_match_the_reference(self, implementation: str) -> None:
-        for kind in KINDS:
-            check(implementation, kind, D64, 37, generators="prefix")
+@pytest.mark.parametrize("scheme", [S64, RAW64, PREFIX64], ids=["standardized", "raw", "prefix"])
+def test_matches_the_reference(implementation: str, scheme: Scheme) -> None:
+    for kind in KINDS:
+        check(implementation, scheme, kind, 37)
 
 
 @BOTH
-@pytest.mark.slow
-def test_matches_reference_at_the_quickstart_size(implementation: str) -> None:
-    check(implementation, "random", D128, 65)
+def test_several_blocks_of_parents_match_the_reference(implementation: str) -> None:
+    """No k is a power of two, and 19 parents take two blocks."""
+    for kind in ("random", "tied"):
+        check(implementation, Scheme(((6, 5, 0), (9, 19, 32), (11, 23, 16))), kind, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("implementation", "generators"),
-    [("xla", "spread"), ("xla", "prefix"), ("pallas_triton", "spread")],
+    ("implementation", "levels", "generators", "tokens"),
+    [
+        ("xla", D128, "spread", 65),
+        ("pallas_triton", D128, "spread", 65),
+        ("xla", D1024, "spread", 5),
+        ("xla", D1024, "prefix", 5),
+        ("pallas_triton", D1024, "spread", 5),
+        ("pallas_triton", D2048, "spread", 2),
+    ],
 )
-def test_matches_reference_at_1024(implementation: str, generators: str) -> None:
-    check(implementation, "random", D1024, 5, generators=generators)
+def test_matches_the_reference_at_the_recipes_sizes(
+    implementation: str, levels: dictionary.Levels, generators: Any, tokens: int
+) -> None:
+    check(implementation, Scheme(levels, generators=generators), "random", tokens)
 
 
 @BOTH
-@pytest.mark.parametrize("forward_standardized", [True, False])
-def test_input_that_is_not_finite(implementation: str, forward_standardized: bool) -> None:
-    """Its output is not finite either, its ids are distinct children of those before, and other
-    tokens are as they were.
-    """
+@SCHEMES
+def test_input_that_is_not_finite(implementation: str, scheme: Scheme) -> None:
+    """Its output is not finite, its ids are distinct children, and other tokens do not change."""
     inputs = make_inputs("random", D64, 37)
-    static = {
-        "implementation": implementation,
-        "levels": D64,
-        "forward_standardized": forward_standardized,
-    }
-    expected_x_hat, expected_ids, _ = value_and_gradients(**inputs, **static)
+    expected_x_hat, expected_ids, _ = value_and_gradients(implementation, scheme, inputs)
     others = np.arange(37) != 2
     for value in (np.nan, np.inf, -np.inf, 3e38):
         for how_many in (1, 64):
             x = inputs["x"].copy()
             x[2, :how_many] = value
-            x_hat, ids, _ = value_and_gradients(**(inputs | {"x": x}), **static)
-            if value != 3e38:  # finite, its scores are not all
+            x_hat, ids, _ = value_and_gradients(implementation, scheme, inputs | {"x": x})
+            if value != 3e38:  # finite, although some of its scores are not
                 assert not np.isfinite(x_hat[2]).any()
             candidates, selected = set(range(64)), set()
             for level, mine in enumerate(split(ids[2], D64)):
                 if level:
-                    candidates = {
-                        f ^ u for f in selected for u in reference.child_steps(D64, level, "spread")
-                    }
+                    steps = reference.child_steps(D64, level, "spread")
+                    candidates = {f ^ u for f in selected for u in steps}
                 selected = set(mine.tolist())
                 assert len(selected) == D64[level][1] and selected <= candidates
             np.testing.assert_array_equal(x_hat[others], expected_x_hat[others])
@@ -150,80 +133,76 @@ def test_input_that_is_not_finite(implementation: str, forward_standardized: boo
 
 
 @BOTH
-@pytest.mark.parametrize("forward_standardized", [True, False])
+@SCHEMES
 def test_not_finite_statistics_and_bias_reach_the_output(
-    implementation: str, forward_standardized: bool
+    implementation: str, scheme: Scheme
 ) -> None:
     inputs = make_inputs("random", D64, 37)
-    static = {
-        "implementation": implementation,
-        "levels": D64,
-        "forward_standardized": forward_standardized,
-    }
     nan = np.float32(np.nan)
     fifth = np.arange(2048) == 5
-    changes = {
-        "mean": inputs["mean"] * nan,
-        **{name: np.where(fifth, nan, inputs[name]) for name in ("std", "bias")},
-    }
-    for name, array in changes.items():
-        x_hat, ids, _ = value_and_gradients(**(inputs | {name: array}), **static)
+    changes = {name: np.where(fifth, nan, inputs[name]) for name in ("std", "bias")}
+    for name, array in (changes | {"mean": inputs["mean"] * nan}).items():
+        x_hat, ids, _ = value_and_gradients(implementation, scheme, inputs | {name: array})
         assert not np.isfinite(x_hat).all(1).any() and ids.min() >= 0 and ids.max() < 2048
 
 
 @BOTH
 def test_bfloat16_is_scored_exactly(implementation: str) -> None:
-    """The same sets as those of the same numbers in float32; outputs are rounded once."""
+    """The sets are those of the same numbers in float32. Outputs are rounded once."""
     inputs = make_inputs("random", D64, 37)
-    static = {"implementation": implementation, "levels": D64, "forward_standardized": True}
-    x, cotangent = (jnp.asarray(inputs.pop(name), jnp.bfloat16) for name in ("x", "cotangent"))
-    x_hat, ids, (dx, _, _, dbias) = value_and_gradients(
-        x=x, cotangent=cotangent, **inputs, **static
-    )
-    x, cotangent = (np.asarray(a, np.float32) for a in (x, cotangent))
-    wide, wide_ids, (wide_dx, _, _, wide_dbias) = value_and_gradients(
-        x=x, cotangent=cotangent, **inputs, **static
+    low = {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in ("x", "cotangent")}
+    wide = {name: np.asarray(a, np.float32) for name, a in low.items()}
+    x_hat, ids, (dx, _, _, dbias) = value_and_gradients(implementation, S64, inputs | low)
+    wide_x_hat, wide_ids, (wide_dx, _, _, wide_dbias) = value_and_gradients(
+        implementation, S64, inputs | wide
     )
     np.testing.assert_array_equal(np.sort(ids), np.sort(wide_ids))
     assert x_hat.dtype == dx.dtype == jnp.bfloat16 and dbias.dtype == jnp.float32
-    np.testing.assert_allclose(x_hat.astype(jnp.float32), wide, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(x_hat.astype(jnp.float32), wide_x_hat, rtol=2**-8, atol=1e-5)
     np.testing.assert_allclose(dx.astype(jnp.float32), wide_dx, rtol=2**-8, atol=1e-5)
     np.testing.assert_allclose(dbias, wide_dbias, atol=1e-5)
 
 
-@BOTH
-@pytest.mark.parametrize("shape", [(), (2, 0), (2, 1, 7)])
+@pytest.mark.parametrize(
+    ("implementation", "shape"),
+    [
+        ("xla", ()),
+        ("xla", (2, 0)),
+        ("xla", (2, 1, 7)),
+        ("pallas_triton", (2, 0)),
+        ("pallas_triton", (2, 1, 7)),
+    ],
+)
 def test_leading_shapes(implementation: str, shape: tuple[int, ...]) -> None:
-    x, mean, std, bias, _ = make_inputs("random", SHALLOW, 21).values()
+    """Of one level, which is a quick program."""
+    scheme = Scheme(D64[:1])
+    x, mean, std, bias, _ = make_inputs("random", scheme.levels, 21).values()
     tokens = int(np.prod(shape))
-    expected = jax.jit(lambda x: call("xla", x, mean, std, bias, SHALLOW))(x)
+    expected = jax.jit(lambda x: CALLS["xla"](x, mean, std, bias, scheme))(x)
 
     def loss(x: jax.Array, bias: jax.Array) -> Any:
-        x_hat, ids = call(implementation, x, mean, std, bias, SHALLOW)
+        x_hat, ids = CALLS[implementation](x, mean, std, bias, scheme)
         return jnp.sum(x_hat), (x_hat, ids)
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICKLY)
     (dx, dbias), (x_hat, ids) = program(x[:tokens].reshape(*shape, 64), bias)
-    assert (
-        x_hat.shape == dx.shape == (*shape, 64)
-        and ids.shape == (*shape, 12)
-        and ids.dtype == jnp.int32
-    )
-    assert dbias.shape == (512,) and dbias.any() == bool(tokens)
+    assert x_hat.shape == dx.shape == (*shape, 64)
+    assert ids.shape == (*shape, 4) and ids.dtype == jnp.int32
+    assert dbias.shape == (64,) and dbias.any() == bool(tokens)
     np.testing.assert_allclose(x_hat.reshape(tokens, 64), expected[0][:tokens], atol=1e-5)
-    np.testing.assert_array_equal(np.sort(ids.reshape(tokens, 12)), np.sort(expected[1][:tokens]))
+    np.testing.assert_array_equal(np.sort(ids.reshape(tokens, 4)), np.sort(expected[1][:tokens]))
 
 
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("pallas_triton", marks=pytest.mark.slow)]
+    "implementation", ["xla", pytest.param("pallas_triton", marks=pytest.mark.full)]
 )
 def test_vmap_checkpoint_and_shard_map(implementation: str) -> None:
-    inputs = make_inputs("random", SHALLOW, 48)
-    x_hat, ids, (dx, _, _, dbias) = value_and_gradients(**inputs, levels=SHALLOW)
+    inputs, scheme = make_inputs("random", SHALLOW, 48), Scheme(SHALLOW)
+    x_hat, ids, (dx, _, _, dbias) = value_and_gradients("xla", scheme, inputs)
     x, mean, std, bias, cotangent = inputs.values()
 
     def loss(x: jax.Array, bias: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, Any]:
-        x_hat, ids = call(implementation, x, mean, std, bias, SHALLOW)
+        x_hat, ids = CALLS[implementation](x, mean, std, bias, scheme)
         return jnp.sum(x_hat * cotangent), (x_hat, ids)
 
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
@@ -263,17 +242,16 @@ def test_vmap_checkpoint_and_shard_map(implementation: str) -> None:
 
 @BOTH
 @pytest.mark.parametrize("forward_standardized", [True, False])
-def test_backward_pass_keeps_four_bytes_a_selected_feature(
+def test_backward_pass_keeps_four_bytes_per_selected_feature(
     implementation: str, forward_standardized: bool
 ) -> None:
-    """448 bytes a token at 16 + 32 + 64; beside them only what is as large as the dictionary."""
+    """448 bytes per token at 16 + 32 + 64, beside arrays of the dictionary's size."""
     tokens, active, features = 7, 112, 2**17
+    scheme = Scheme(D1024, forward_standardized)
 
     def residuals(x: Any, mean: Any, std: Any, bias: Any) -> list[Any]:
         def f(x: Any, bias: Any) -> Any:
-            return call(
-                implementation, x, mean, std, bias, D1024, forward_standardized=forward_standardized
-            )
+            return CALLS[implementation](x, mean, std, bias, scheme)
 
         return jax.tree.leaves(jax.vjp(f, x, bias, has_aux=True)[1])
 

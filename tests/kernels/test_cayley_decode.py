@@ -1,6 +1,4 @@
-"""The kernels that sum signed atoms, in interpretation: signs as words, decoding, both gradients,
-at widths from 64 to 2048.
-"""
+"""The kernels that sum signed atoms, in interpret mode, at widths from 64 to 2048."""
 
 from typing import Any
 
@@ -14,7 +12,7 @@ from jax.experimental import pallas as pl
 from sngpt_kernels.cayley import dictionary, pallas_backward, pallas_decode, sign_words
 from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
-EPS = np.finfo(np.float32).eps
+from tests.kernels.cayley_checks import EPS, check_close
 
 
 @settings(max_examples=20, deadline=None)
@@ -67,14 +65,7 @@ def make_code(
 
 SIZES = pytest.mark.parametrize(
     ("d", "features", "rows", "tokens"),
-    [
-        (64, 2**11, 37, 16),
-        (128, 2**12, 5, 8),
-        (512, 2**17, 7, 4),
-        (1024, 2**17, 5, 4),
-        (2048, 2**17, 3, 2),
-        (1024, 2**10, 1, 1),
-    ],
+    [(64, 2**11, 37, 16), (512, 2**17, 7, 4), (2048, 2**17, 3, 2), (1024, 2**10, 1, 1)],
 )
 
 
@@ -82,9 +73,8 @@ SIZES = pytest.mark.parametrize(
 def test_decodes(d: int, features: int, rows: int, tokens: int) -> None:
     """Σ c v, also where the rows fill no whole number of programs."""
     ids, c, saved = make_code(d, features, rows, 13)
-    difference = np.abs(
-        decode(saved, c, d, features, tokens) - np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
-    )
+    expected = np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
+    difference = np.abs(decode(saved, c, d, features, tokens) - expected)
     print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
     assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
 
@@ -102,13 +92,8 @@ def test_gradients(d: int, features: int, rows: int, tokens: int) -> None:
     atoms = dictionary.atoms(ids, d)
     expected_g = np.einsum("nad,nd->na", atoms, dx_hat.astype(np.float64)) * (c > 0)
     expected_dx = np.einsum("na,nad->nd", expected_g * inverse_std[ids], atoms)
-    for name, mine, theirs in (("g", g, expected_g), ("dx", dx, expected_dx)):
-        difference = np.abs(mine - theirs)
-        print(
-            f"d {d}: |difference| of {name} max {difference.max():.1e}, mean"
-            f" {difference.mean():.1e}"
-        )
-        assert difference.max() <= 20 * EPS * np.abs(theirs).max()
+    check_close("g", g, expected_g)
+    check_close("dx", dx, expected_dx)
 
 
 def test_bfloat16_gradients_are_rounded_once() -> None:

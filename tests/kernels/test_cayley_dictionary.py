@@ -242,7 +242,7 @@ def test_degree_does_not_bind_prefix_children() -> None:
     [(1, 100), (1, 2), (1, 0), (-1, 128), (2**14, 128), (1.5, 128), ([1, 2**20], 1024)],
 )
 def test_atoms_that_are_none(ids, d):
-    with pytest.raises(ValueError, match=r"d is|ids hold"):
+    with pytest.raises(ValueError, match=r"d is|ids must hold"):
         dictionary.atoms(ids, d)
 
 

@@ -20,6 +20,7 @@ from tests.kernels.cayley_checks import (
     check_selection,
     compiled,
     make_inputs,
+    reference_code,
     value_and_gradients,
 )
 
@@ -50,8 +51,8 @@ def test_any_levels_match_reference(
     levels: tuple[dictionary.Levels, str], tokens: int, kind: str
 ) -> None:
     inputs = make_inputs(kind, levels[0], tokens)
+    code = reference_code(dictionary.Scheme(levels[0], generators=levels[1]), inputs)
     arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
-    code = reference.encode_decode(*arrays, levels[0], generators=levels[1])
     x_hat, ids = jax.jit(lambda *a: encode_decode(*a, levels[0], generators=levels[1]))(*arrays)
     equal, _ = check_selection(ids, code, inputs, levels[0])
     np.testing.assert_allclose(
@@ -68,10 +69,10 @@ def test_chunks_cover_all_rows_within_the_budget(rows: int, row_bytes: int, budg
 
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_chunking_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs("random", SHALLOW, tokens)
-    whole = value_and_gradients(**inputs, levels=SHALLOW)
+    inputs, scheme = make_inputs("random", SHALLOW, tokens), dictionary.Scheme(SHALLOW)
+    whole = value_and_gradients("xla", scheme, inputs)
     monkeypatch.setattr(xla, "CPU_CHUNK_BYTES", 5 * 4 * 12 * 64)
-    chunked = compiled.__wrapped__("xla", (("levels", SHALLOW),))(*inputs.values())
+    chunked = compiled.__wrapped__("xla", scheme)(*inputs.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), chunked, whole)
 
 
@@ -91,14 +92,12 @@ def arrays_of(jaxpr: Any) -> list[Any]:
 def test_never_scores_all_features_of_all_tokens() -> None:
     levels, tokens = ((6, 4, 0), (9, 8, 32), (12, 12, 16)), 640
     inputs = make_inputs("random", levels, tokens)
-    arrays = arrays_of(
-        jax.make_jaxpr(functools.partial(value_and_gradients, levels=levels))(**inputs).jaxpr
-    )
+    run = functools.partial(value_and_gradients, "xla", dictionary.Scheme(levels))
+    arrays = arrays_of(jax.make_jaxpr(run)(inputs).jaxpr)
     candidates = max(4 * 28, 8 * 14)
     assert len(arrays) > 200 and any(a.size == tokens * 24 for a in arrays)
-    assert max(a.size for a in arrays) <= tokens * max(
-        24 * 64, candidates
-    )  # the signs of the atoms; 4096 features would be more
+    # the signs of the atoms; 4096 features would be more
+    assert max(a.size for a in arrays) <= tokens * max(24 * 64, candidates)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "forward_standardized"))

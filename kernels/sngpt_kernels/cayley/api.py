@@ -19,8 +19,7 @@ PALLAS_TRITON = "sngpt_kernels.cayley.pallas_triton"
 
 
 def _is_level(level: object) -> bool:
-    shaped = isinstance(level, tuple) and len(level) == 3
-    return shaped and all(type(number) is int for number in level)
+    return isinstance(level, tuple) and [type(number) for number in level] == [int] * 3
 
 
 def encode_decode(

@@ -16,6 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley import dictionary
 
+_Writing = tuple[jax.Array, jax.Array, jax.Array]  # chosen, position, rounds
+
 NEVER = -(2**31)  # the key of a candidate that must not be chosen; below the key of any number
 INFINITY = 0x7F800000  # the key of +inf
 
@@ -127,7 +129,7 @@ def select(
     counts = lax.population_count(chosen)
     position = jnp.cumsum(counts) - counts + start
 
-    def write(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def write(state: _Writing) -> _Writing:
         chosen, position, rounds = state
         lowest = chosen & -chosen
         key, base = tiles[0].keys, tiles[0].base

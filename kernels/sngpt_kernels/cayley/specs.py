@@ -23,8 +23,9 @@ def _run(
     return encode_decode(x, mean, std, bias, levels, implementation=implementation)[0]
 
 
-def _reference(levels: Levels, x: np.ndarray, *statistics: np.ndarray) -> np.ndarray:
-    return reference.encode_decode(x[:REFERENCE_TOKENS], *statistics, levels).x_hat
+def _reference(levels: Levels, *arrays: np.ndarray) -> np.ndarray:
+    x, mean, std, bias = arrays
+    return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, levels).x_hat
 
 
 def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
