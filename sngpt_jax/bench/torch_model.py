@@ -103,7 +103,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The stream and the embedding, both [B, T, D] → the next stream, and the attention's values."""
+    """The stream and the embedding, both [B, T, D] → the next stream and the attention's values."""
 
     def __init__(self, m: ModelConfig, layer: int):
         super().__init__()
