@@ -237,7 +237,7 @@ if "--multiprocessing-fork" in sys.orig_argv:
 
 @pytest.mark.slow
 @needs_datatrove
-@pytest.mark.parametrize("executor", ["processes", "local"])
+@pytest.mark.parametrize("executor", ["processes", pytest.param("local", marks=pytest.mark.full)])
 def test_ctrl_c_while_workers_start_says_one_word(source, tmp_path, executor):
     mark = tmp_path / "mark"
     env = shadowed(tmp_path, SLOW_START.format(mark=str(mark)))
@@ -268,6 +268,7 @@ os.replace = replace
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @needs_datatrove
 def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
@@ -339,6 +340,7 @@ def run_job(script, **env):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @needs_datatrove
 def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_path, cluster, capsys):

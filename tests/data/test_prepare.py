@@ -279,7 +279,7 @@ cli.run(main)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_file, workers):
     source = tmp_path / "text.jsonl"
     write_jsonl(source, 2500)
