@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.terminal import Report
 from sngpt_jax.data.encode import follow_parent, holding_interrupt
 from sngpt_jax.data.parts import Parts, Submitted
 
@@ -60,9 +61,8 @@ def _start_worker(told: Connection) -> None:
     logger.disable("datatrove")  # it shows tracebacks; the parent gets errors as exceptions
 
 
-def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], None]) -> None:
-    """Encodes the parts that are left, `workers` at a time; calls `report` (what, documents,
-    tokens) every few seconds.
+def encode_here(parts: Parts, workers: int, report: Report) -> None:
+    """Encodes the parts that are left, `workers` at a time, and reports progress every few seconds.
 
     Raises `UserError` for the first part that fails and then stops the others, whose whole shards
     are kept. The pool is not datatrove's own, which waits forever for a killed process.
@@ -77,7 +77,7 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
     context = multiprocessing.get_context("spawn")
     # Not an Event: its set() waits for every waiter to wake, and forever if one was killed.
     told, tell = context.Pipe(duplex=False)
-    counts: dict[int, tuple[int, int]] = {}  # part: documents, tokens
+    tokens: dict[int, int] = {}  # by part
     with ProcessPoolExecutor(min(workers, len(left)), context, _start_worker, (told,)) as pool:
         try:
             with holding_interrupt():
@@ -88,17 +88,14 @@ def encode_here(parts: Parts, workers: int, report: Callable[[str, int, int], No
                 for task in done:
                     task.result()
                 for task in (*done, *(task for task in pending if task.running())):
-                    reached = parts.reached(tasks[task])
-                    tokens = sum(entry.tokens for entry in reached.shards)
-                    counts[tasks[task]] = reached.documents, tokens
-                documents, tokens = (
-                    map(sum, zip(*counts.values(), strict=True)) if counts else (0, 0)
-                )
-                report(f"{len(left) - len(pending)} of {len(left)} parts", documents, tokens)
+                    tokens[tasks[task]] = parts.reached(tasks[task]).tokens
+                ended = len(left) - len(pending)
+                total = sum(tokens.values())
+                report(0, 0, f"{ended} of {len(left)} parts, {total:,} tokens")
         except BrokenProcessPool:
             raise UserError(
                 "an encoding process was killed, perhaps for memory; run it again with fewer"
-                " --workers to go on"
+                " --workers to resume"
             ) from None
         except BaseException:
             tell.close()

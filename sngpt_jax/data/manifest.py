@@ -129,6 +129,11 @@ class SplitJournal:
     offset: int = 0  # tokens of the next document in those shards
     finished: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Tokens in the complete shards."""
+        return sum(entry.tokens for entry in self.shards)
+
 
 @dataclass(frozen=True)
 class Journal:

@@ -128,26 +128,16 @@ class _Preparation:
             from sngpt_jax.data import executor as executors  # needs the package datatrove
         parts = None
         if not self.journal.train.finished and (executors or (self.out / PARTS).is_dir()):
-            source = self.spec.source
-            parts = Parts(
-                self.out / PARTS,
-                source,
-                count_parts(source),
-                self.origin,
-                self.tokenizer,
-                self.entry,
-            )
+            folder, source = self.out / PARTS, self.spec.source
+            count = count_parts(source)
+            parts = Parts(folder, source, count, self.origin, self.tokenizer, self.entry)
             if executor == "slurm":
                 here = ("--executor", "local", "--workers", "1")  # finds every part encoded
                 merge = [sys.executable, "-m", COMMAND, *command_line(self.spec), *here]
                 return executors.submit(parts, self.workers, merge)
             if executors:
                 report = progress_reporter(f"{self.out}: encoding")
-                executors.encode_here(
-                    parts,
-                    self.workers,
-                    lambda what, documents, tokens: report(0, 0, f"{what}, {tokens:,} tokens"),
-                )
+                executors.encode_here(parts, self.workers, report)
             elif parts.left():  # incomplete parts are ignored
                 parts = None
         with encoder(self.tokenizer, self.workers) as encode:

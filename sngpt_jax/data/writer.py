@@ -40,7 +40,7 @@ class SplitWriter:
     ) -> None:
         self.reached = reached
         self.documents = reached.documents  # appended whole
-        self.tokens = sum(entry.tokens for entry in reached.shards)  # appended
+        self.tokens = reached.tokens  # appended
         self._directory, self._split, self._token_bytes = directory, split, token_bytes
         self._on_shard, self._limit, self._offset = on_shard, limit, reached.offset
         written = open_entries(directory, reached.shards)

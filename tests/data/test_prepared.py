@@ -21,34 +21,31 @@ from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, DataConfig, ModelConfig
 from sngpt_jax.data.preparation import prepare
-from sngpt_jax.data.prepared import prepared_data
+from sngpt_jax.data.prepared import prepared_data, spec_of
 from sngpt_jax.data.shards import write_shard
-from sngpt_jax.data.spec import COMMAND, PrepareSpec
+from sngpt_jax.data.spec import COMMAND
 
 VOCAB = 280
+WORDS = ["river", "stone", "snow", "of", "the"]
 
 
 @pytest.fixture
 def config(tmp_path):
     """A recipe whose text is there and whose data are not."""
-    rng = random.Random(0)
-    texts = [
-        " ".join(rng.choices(["river", "stone", "snow", "of", "the"], k=30)) for _ in range(40)
-    ]
+    texts = [" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(40)]
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
-    data = DataConfig(
-        dir=str(tmp_path / "data"),
-        source=str(tmp_path / "text.txt"),
-        val_docs=5,
-        normalization="identity",
-    )
-    return Config(model=ModelConfig(vocab_size=VOCAB), data=data)
+    folder, source = str(tmp_path / "data"), str(tmp_path / "text.txt")
+    data = DataConfig(dir=folder, source=source, val_docs=5, normalization="identity")
+    return with_vocab(Config(data=data), VOCAB)
+
+
+def with_vocab(config, size):
+    return replace(config, model=ModelConfig(vocab_size=size))
 
 
 @pytest.fixture
 def prepared(config):
-    d = config.data
-    prepare(PrepareSpec(d.source, d.dir, val_docs=5, vocab_size=VOCAB, normalization="identity"))
+    prepare(spec_of(config))
     return config
 
 
@@ -71,7 +68,7 @@ def test_a_half_fetched_folder_is_not_trained_on(config, tmp_path):
     for split in ("val", "train"):
         write_shard(tmp_path / "data" / f"fineweb_{split}_000000.bin", np.ones(9, np.uint16))
     for source, vocab_size in (("golf", 2048), ("golf:sp1024", 1024)):
-        asked = replace(changed(config, source=source), model=ModelConfig(vocab_size=vocab_size))
+        asked = with_vocab(changed(config, source=source), vocab_size)
         message = refusal(asked)
         assert str(tmp_path / "data") in message and "--data.dir DIR" in message
         command = cli.command(COMMAND, "--source", source, "--out", str(tmp_path / "data"))
@@ -128,44 +125,38 @@ def test_other_settings_are_refused_without_the_text_too(prepared, tmp_path):
 
 
 def test_a_learnt_vocabulary_has_the_models_size(prepared):
-    larger, smaller = (replace(prepared, model=ModelConfig(vocab_size=size)) for size in (300, 270))
-    assert "vocab_size: 280 there, 300 asked for" in refusal(larger)
-    assert "expected at most model.vocab_size = 270 tokens, found 280" in refusal(smaller)
+    assert "vocab_size: 280 there, 300 asked for" in refusal(with_vocab(prepared, 300))
+    message = refusal(with_vocab(prepared, 270))
+    assert "expected at most model.vocab_size = 270 tokens, found 280" in message
+
+
+def given_tokenizer(config, tmp_path):
+    path = str(tmp_path / "data" / "tokenizer.model")
+    return changed(config, dir=str(tmp_path / "given"), tokenizer=path)
 
 
 def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
-    given = changed(
-        prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model")
-    )
-    data = prepared_data(replace(given, model=ModelConfig(vocab_size=300)))
+    given = given_tokenizer(prepared, tmp_path)
+    data = prepared_data(with_vocab(given, 300))
     assert data.tokenizer.vocab_size == data.train.vocab_size == VOCAB
     assert data.train.take(0, len(data.train)).max() < VOCAB
     # as it is
-    assert (
-        prepared_data(replace(given, model=ModelConfig(vocab_size=VOCAB))).manifest == data.manifest
-    )
-    assert "expected at most model.vocab_size = 270" in refusal(
-        replace(given, model=ModelConfig(vocab_size=270))
-    )
+    assert prepared_data(with_vocab(given, VOCAB)).manifest == data.manifest
+    assert "expected at most model.vocab_size = 270" in refusal(with_vocab(given, 270))
     # without a manifest there is no telling who learnt it
     bare = changed(prepared, source="")
     (tmp_path / "data" / "manifest.json").unlink()
     (tmp_path / "data" / "train_000000.bin").rename(tmp_path / "data" / "a_train_0.bin")
     (tmp_path / "data" / "val_000000.bin").rename(tmp_path / "data" / "a_val_0.bin")
-    assert (
-        prepared_data(replace(bare, model=ModelConfig(vocab_size=300))).tokenizer.vocab_size
-        == VOCAB
-    )
+    assert prepared_data(with_vocab(bare, 300)).tokenizer.vocab_size == VOCAB
 
 
 def test_a_given_vocabulary_that_is_too_large_is_refused_before_anything_is_prepared(
     prepared, tmp_path, capfd
 ):
-    given = changed(
-        prepared, dir=str(tmp_path / "given"), tokenizer=str(tmp_path / "data" / "tokenizer.model")
-    )
+    given = given_tokenizer(prepared, tmp_path)
     with pytest.raises(SystemExit):
-        prepared_data(replace(given, model=ModelConfig(vocab_size=270)))
+        prepared_data(with_vocab(given, 270))
     assert (
         "tokenizer.model: expected at most --vocab-size 270 tokens, found 280"
         in capfd.readouterr().err
