@@ -29,9 +29,8 @@ class Browser:
         self._buffer, self._number, self._session = b"", 0, ""
         self.problems: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -52,13 +51,8 @@ class Browser:
         """The answer to a DevTools command."""
         self._number += 1
         session = {"sessionId": self._session} if self._session else {}
-        os.write(
-            self._commands,
-            json.dumps(
-                {"id": self._number, "method": method, "params": parameters, **session}
-            ).encode()
-            + b"\0",
-        )
+        command = {"id": self._number, "method": method, "params": parameters, **session}
+        os.write(self._commands, json.dumps(command).encode() + b"\0")
         while True:
             message = self._message()
             if message.get("id") == self._number:
@@ -67,17 +61,11 @@ class Browser:
 
     def open(self, url: str, size: tuple[int, int] = DESKTOP, theme: str = "light") -> None:
         """Loads a page in a window of so many pixels, under a system that is set to light or dark."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=size[0],
-            height=size[1],
-            deviceScaleFactor=1,
-            mobile=size == PHONE,
-        )
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": theme}],
-        )
+        width, height = size
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", mobile=size == PHONE, **screen)
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=url)
         self.wait(
             f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})"
@@ -113,11 +101,8 @@ class Browser:
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = (
-            {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
-            if whole
-            else {}
-        )
+        place = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        clip = {"clip": place} if whole else {}
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -127,13 +112,8 @@ def opened(profile: Path) -> Iterator[Browser]:
     """A browser with its files in `profile`, closed at the end."""
     assert CHROMIUM
     (commands_out, commands), (answers, answers_in) = os.pipe(), os.pipe()
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--remote-debugging-pipe",
-        f"--user-data-dir={profile}",
-    ]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    flags.append(f"--user-data-dir={profile}")
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$@" 3<&{commands_out} 4>&{answers_in}', "bash", CHROMIUM, *flags],
         pass_fds=(commands_out, answers_in),

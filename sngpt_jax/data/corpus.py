@@ -133,7 +133,7 @@ def _files(source: str) -> list[Path]:
     return _stdlib_files() if source == "stdlib" else _text_files(source)
 
 
-# ------------------------------------------------------------ the standard library
+# ---------------------------------------- the standard library
 
 
 def _stdlib_root() -> Path:
@@ -167,7 +167,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
         return
 
 
-# ------------------------------------------------------------ files
+# ---------------------------------------- files
 
 
 def _text_files(source: str) -> list[Path]:
@@ -264,7 +264,7 @@ def _parquet_texts(path: Path) -> Iterator[str]:
                 yield _text_of({"text": value.as_py()}, f"{path}: row {row}")
 
 
-# ------------------------------------------------------------ Hugging Face
+# ---------------------------------------- Hugging Face
 
 
 def _hub_parts(source: str) -> tuple[str, str | None, str]:

@@ -48,7 +48,7 @@ class EncodePart(PipelineStep):
         return data
 
 
-# ------------------------------------------------------------ on this machine
+# ---------------------------------------- on this machine
 
 
 def _start_worker(told: Connection) -> None:
@@ -103,7 +103,7 @@ def encode_here(parts: Parts, workers: int, report: Report) -> None:
             raise
 
 
-# ------------------------------------------------------------ on a cluster
+# ---------------------------------------- on a cluster
 
 
 class _Array(SlurmPipelineExecutor):

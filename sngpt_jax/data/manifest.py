@@ -146,7 +146,7 @@ class Journal:
     val: SplitJournal = SplitJournal()
 
 
-# ------------------------------------------------------------------------------ strict reading
+# ---------------------------------------- strict reading
 
 
 def _check(name: str, value: Any, where: str) -> None:
@@ -193,7 +193,7 @@ def save(value: Manifest | Journal, directory: Path) -> None:
     write_text_atomic(directory / name, json.dumps(dataclasses.asdict(value), indent=1) + "\n")
 
 
-# ------------------------------------------------------------------------------ checksums
+# ---------------------------------------- checksums
 
 
 def verify(directory: str | Path) -> Manifest:

@@ -43,7 +43,7 @@ _COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: counting takes
 _VERIFIED_BYTES = 64 * 2**20
 
 
-# ------------------------------------------------------------ one file
+# ---------------------------------------- one file
 
 
 def write_hashed(path: Path, content: bytes) -> str:
@@ -118,7 +118,7 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
     raise DataError(f"{path}: expected {problem}")
 
 
-# ------------------------------------------------------------ a split as a stream
+# ---------------------------------------- a split as a stream
 
 NO_EXTRA = np.zeros((0, 2), np.int64)
 
@@ -213,7 +213,7 @@ class TokenStream:
         )
 
 
-# ------------------------------------------------------------ a folder
+# ---------------------------------------- a folder
 
 
 @dataclass(frozen=True)

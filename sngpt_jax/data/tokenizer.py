@@ -129,7 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return kind(path, untrusted.read_bytes(path, MAX_BYTES, UserError))
 
 
-# ------------------------------------------------------------ SentencePiece
+# ---------------------------------------- SentencePiece
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -237,7 +237,7 @@ def _piece_bytes(piece: str) -> int:
     return len(piece.replace(_SPACE, " ").encode())
 
 
-# ------------------------------------------------------------ byte-level BPE
+# ---------------------------------------- byte-level BPE
 
 
 def _byte_alphabet() -> dict[str, int]:

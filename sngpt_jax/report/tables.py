@@ -44,7 +44,7 @@ def _words(*texts: str) -> list[Cell]:
     return [[found, ""] for found in texts]
 
 
-# ------------------------------------------------------------ scores
+# ---------------------------------------- scores
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def runs_table(
     return {"columns": [*columns, "parameters"], "rows": rows}
 
 
-# ------------------------------------------------------------ side by side
+# ---------------------------------------- side by side
 
 
 def side_by_side(
@@ -199,7 +199,7 @@ def environment_table(runs: Sequence[RunData], names: Sequence[str]) -> Table:
     return table
 
 
-# ------------------------------------------------------------ export and evaluate
+# ---------------------------------------- export and evaluate
 
 
 EXPORTED = (  # (name in the exporter's JSON, title, format)

@@ -36,7 +36,7 @@ def fails(source, *expected, kind=DataError):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- the standard library
+# ---------------------------------------- the standard library
 
 
 def test_stdlib_is_the_librarys_own_text_in_hash_order():
@@ -74,7 +74,7 @@ def test_stdlib_skips_tests_and_what_cannot_be_decoded(tmp_path, monkeypatch):
     fails("stdlib", "no .py files", kind=UserError)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @pytest.mark.parametrize("ending", WRAP)
@@ -230,7 +230,7 @@ def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, mon
     assert fingerprint(str(tmp_path)) != first
 
 
-# ---------------------------------------------------------------------------------------------- in parts
+# ---------------------------------------- in parts
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
@@ -281,7 +281,7 @@ def test_a_data_sets_files_are_its_parts(monkeypatch):
         count_parts("hub:some/set")
 
 
-# ---------------------------------------------------------------------------------------------- Hugging Face
+# ---------------------------------------- Hugging Face
 
 
 def stand_in(monkeypatch, name, **functions):
@@ -322,7 +322,7 @@ def test_hub_failures_are_one_line(monkeypatch):
         fails(bad, "expected hub:NAME", kind=UserError)
 
 
-# ---------------------------------------------------------------------------------------------- published shards
+# ---------------------------------------- published shards
 
 
 SHARDS = "datasets/datasets/fineweb10B_sp280/fineweb"

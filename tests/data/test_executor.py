@@ -108,7 +108,7 @@ def children_of(group):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- two workers here
+# ---------------------------------------- two workers here
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
     assert contents(tmp_path / "out") == contents(plain)
 
 
-# ---------------------------------------------------------------------------------------------- Slurm
+# ---------------------------------------- Slurm
 
 # Each does just what the submission needs: sbatch writes the script down and gives a number, srun
 # runs the command after its own options, scontrol names the node.
@@ -409,7 +409,7 @@ def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(
     assert not list(cluster.iterdir()) and not (tmp_path / name / "tokenizer.model").exists()
 
 
-# ---------------------------------------------------------------------------------------------- what it refuses
+# ---------------------------------------- what it refuses
 
 
 @needs_datatrove

@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         GlobalBatches(stream_of(np.zeros(9, np.uint16)), batch_tokens=100, seq_len=8, slices=8)
 
 
-# ---------------------------------------------------------------------------------------------- the background loader
+# ---------------------------------------- the background loader
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------- what is written
 
 
 def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(text, tmp_path, tokenizer_file):
@@ -129,7 +129,7 @@ def test_a_learnt_tokenizer_has_not_seen_the_validation_text(tmp_path):
     assert prepare(spec) == manifest
 
 
-# ---------------------------------------------------------------------------------------------- the same bytes, always
+# ---------------------------------------- the same bytes, always
 
 
 class BytesOfPair:
@@ -314,7 +314,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole"), errors
 
 
-# ---------------------------------------------------------------------------------------------- again, and otherwise
+# ---------------------------------------- again, and otherwise
 
 
 def test_a_finished_folder_is_left_as_it_is(text, tmp_path, tokenizer_file, monkeypatch):
@@ -449,7 +449,7 @@ def test_impossible_options_are_refused(text, tmp_path, tokenizer_file, changes,
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------- the command
+# ---------------------------------------- the command
 
 
 def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer_file, capsys):

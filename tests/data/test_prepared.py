@@ -60,7 +60,7 @@ def refusal(config):
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------- ready or not
+# ---------------------------------------- ready or not
 
 
 def test_a_half_fetched_folder_is_not_trained_on(config, tmp_path):
@@ -92,7 +92,7 @@ def test_data_are_prepared_once(config):
     assert again.manifest == data.manifest
 
 
-# ---------------------------------------------------------------------------------------------- prepared otherwise
+# ---------------------------------------- prepared otherwise
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
     assert "stdlib 3.9.0, 3 files" in line and "stdlib 3.9.0, 2 files" in line
 
 
-# ---------------------------------------------------------------------------------------------- stopped on the way
+# ---------------------------------------- stopped on the way
 
 STOPPED = """
 import sys

@@ -44,7 +44,7 @@ VOCAB = 300
 ORIGIN = Origin("source", "", 1, "train", VOCAB, "identity", 4, 0)
 
 
-# ---------------------------------------------------------------------------------------------- one file
+# ---------------------------------------- one file
 
 
 def test_byte_corrections_are_what_their_header_says(tmp_path):
@@ -120,7 +120,7 @@ def test_nanogpts_files_are_tokens_alone(tmp_path):
         open_headerless(path)
 
 
-# ---------------------------------------------------------------------------------------------- the stream
+# ---------------------------------------- the stream
 
 
 def stream_of(pieces, vocab_size=2**16, extras=None):
@@ -201,7 +201,7 @@ def test_target_bytes_needs_a_token_before():
             stream_of([[1, 2, 3]]).target_bytes(BytesOfPair(), start, stop)
 
 
-# ---------------------------------------------------------------------------------------------- a folder
+# ---------------------------------------- a folder
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def counted(tokenizer, document):
     )
 
 
-# ---------------------------------------------------------------------------------------------- bytes
+# ---------------------------------------- bytes
 
 
 @pytest.mark.parametrize("name", [*MODELS, *BYTE_LEVEL])
@@ -228,7 +228,7 @@ def test_count_by_hand():
     assert bytes_.tolist() == [2, 3, 3, 0] and bytes_.dtype == np.int64
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------- training
 
 
 def test_training_settings_and_determinism(loaded, texts, tmp_path):
@@ -285,7 +285,7 @@ def test_text_that_cannot_make_the_vocabulary_is_one_line(tmp_path, texts, vocab
     assert not path.exists()
 
 
-# ---------------------------------------------------------------------------------------------- byte-level BPE
+# ---------------------------------------- byte-level BPE
 
 
 def test_byte_level_agrees_with_its_library(loaded, texts):
@@ -321,7 +321,7 @@ def test_bytes_that_are_not_utf8_decode(loaded):
         assert loaded[name].decode([loaded[name].bos_id, *tokens]) == "é"
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 def refused(path, match):

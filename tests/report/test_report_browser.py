@@ -26,17 +26,14 @@ def browser(tmp_path_factory):
 def url(tmp_path_factory):
     """A page of two seeds and one other run with a sparse code and hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
-    directories = [
-        fake_run.make(folder / f"a_seed{seed}", seed=seed, steps=400, every=100) for seed in (1, 2)
-    ]
-    evil = fake_run.make(folder / "evil", seed=5, steps=400, every=100, levels=2)
+    longer = {"steps": 400, "every": 100}
+    runs = [fake_run.make(folder / f"a_seed{seed}", seed=seed, **longer) for seed in (1, 2)]
+    evil = fake_run.make(folder / "evil", seed=5, levels=2, **longer)
     config = json.loads((evil / "config.json").read_text())
     config["eval"]["sample_prompt"] = HOSTILE
     (evil / "config.json").write_text(json.dumps(config))
-    directories.append(evil.rename(folder / "<b>&amp;<img src=x onerror=document.title='taken'>"))
-    (folder / "page.html").write_text(
-        page(report([read_run(directory) for directory in directories], "now"))
-    )
+    runs.append(evil.rename(folder / "<b>&amp;<img src=x onerror=document.title='taken'>"))
+    (folder / "page.html").write_text(page(report([read_run(run) for run in runs], "now")))
     return f"file://{folder}/page.html"
 
 
@@ -48,6 +45,14 @@ def drawn(browser, name, what="path.curve"):
     return browser.ask(f"{chart(name)}.querySelectorAll('{what}').length")
 
 
+def box_of(browser, name):
+    """Left edge of the curves, their width, and a height within the chart, in the window."""
+    browser.ask(f"{chart(name)}.scrollIntoView({{block: 'center'}})")
+    place = f"{chart(name)}.querySelector('svg').getBoundingClientRect()"
+    box = browser.ask(f"JSON.parse(JSON.stringify({place}))")
+    return box["x"] + 54, box["width"] - 54 - 10, box["y"] + 60
+
+
 def choose(browser, menu, value):
     found = f"document.getElementById('{menu}')"
     browser.ask(f"{found}.value = '{value}', {found}.dispatchEvent(new Event('input'))")
@@ -57,9 +62,8 @@ def test_curves_are_drawn(browser, url):
     browser.open(url)
     assert browser.ask("document.title") == "Report of 3 runs"
     # three runs as measured, their running means, and the mean of the group
-    assert (
-        drawn(browser, "train_loss") == 3 + 3 + 1 and drawn(browser, "train_loss", "path.band") == 1
-    )
+    assert drawn(browser, "train_loss") == 3 + 3 + 1
+    assert drawn(browser, "train_loss", "path.band") == 1
     # three runs with a dot a validation, and the mean of the group
     assert drawn(browser, "val_bpb") == 3 + 1 and drawn(browser, "val_bpb", "circle") == 3 * 5
     assert drawn(browser, "lr") == 3 + 1
@@ -73,38 +77,24 @@ def test_curves_are_drawn(browser, url):
 
 def test_the_mouse_shows_the_values_of_all_runs(browser, url):
     browser.open(url)
-    box = browser.ask(
-        f"JSON.parse(JSON.stringify({chart('val_loss')}.querySelector('svg').getBoundingClientRect()))"
-    )
-    inner = box["width"] - 54 - 10
-    browser.mouse("mouseMoved", box["x"] + 54 + 0.51 * inner, box["y"] + 60)
+    left, inner, y = box_of(browser, "val_loss")
+    browser.mouse("mouseMoved", left + 0.51 * inner, y)
     tip = browser.ask(f"{chart('val_loss')}.querySelector('.tip').innerText")
     assert tip.startswith("step 200\n")
     for seed in (1, 2, 5):
         assert f"{fake_run.loss(200, seed):.5g}" in tip
     mean = (fake_run.loss(200, 1) + fake_run.loss(200, 2)) / 2
     assert f"{mean:.5g}" in tip and "a, mean" in tip
-    assert (
-        browser.ask("[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).length")
-        == 1
-    )
+    visible = "[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).length"
+    assert browser.ask(visible) == 1
     assert drawn(browser, "lr", "line.cursor") == 1  # the crosshair is in all charts
     browser.mouse("mouseMoved", 5, 5)
-    assert browser.ask("[...document.querySelectorAll('.tip')].every((tip) => tip.hidden)")
+    assert browser.ask(visible) == 0
 
 
 def test_dragging_zooms_all_charts(browser, url):
     browser.open(url)
-    box = browser.ask(
-        f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))"
-    )
-    browser.call(
-        "Runtime.evaluate", expression=f"{chart('lr')}.scrollIntoView({{block: 'center'}})"
-    )
-    box = browser.ask(
-        f"JSON.parse(JSON.stringify({chart('lr')}.querySelector('svg').getBoundingClientRect()))"
-    )
-    left, inner, y = box["x"] + 54, box["width"] - 54 - 10, box["y"] + 60
+    left, inner, y = box_of(browser, "lr")
     browser.mouse("mouseMoved", left + 0.5 * inner, y)
     browser.mouse("mousePressed", left + 0.5 * inner, y, button="left", clickCount=1)
     browser.mouse("mouseMoved", left + 0.75 * inner, y, button="left")
@@ -138,15 +128,12 @@ def test_the_axis_leaves_outliers_out_until_asked(browser, url):
     assert browser.ask(highest) > 1
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_can_read_it(browser, url, theme):
-    browser.open(url, PHONE, theme)
+def test_a_phone_can_read_it(browser, url):
+    browser.open(url, PHONE, "dark")
     assert browser.ask("document.documentElement.clientWidth") == 390
     assert browser.overflow() <= 0
-    assert browser.ask(
-        "[...document.querySelectorAll('.chart svg')].every((svg) =>"
-        " svg.getBoundingClientRect().right <= 390)"
-    )
+    fits = "(svg) => svg.getBoundingClientRect().right <= 390"
+    assert browser.ask(f"[...document.querySelectorAll('.chart svg')].every({fits})")
     browser.ask("document.querySelector('#config details').open = true")
     assert browser.overflow() <= 0
 
@@ -175,15 +162,8 @@ def test_texts_are_shown_as_they_are(browser, url):
 
 def test_numbers_that_no_run_has_are_drawn(browser, tmp_path):
     directory = fake_run.make(tmp_path / "run")
-    values = [
-        (0, 3.0, 0),
-        (0.5, 1e-320, -1),
-        (3, -1e308, 1e300),
-        (4, 1e308, 5),
-        (5, 1e38, 4),
-        (6, -1e38, 1e38),
-        (1e300, 2, 9),
-    ]
+    values = [(0, 3.0, 0), (0.5, 1e-320, -1), (3, -1e308, 1e300), (4, 1e308, 5), (5, 1e38, 4)]
+    values += [(6, -1e38, 1e38), (1e300, 2, 9)]
     found = [
         {"step": s, "train_loss": x, "elapsed_seconds": t, "lr": -x, "constructor": 1, "x" * 900: x}
         for s, x, t in values
@@ -200,9 +180,8 @@ def test_numbers_that_no_run_has_are_drawn(browser, tmp_path):
 
 def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
     directory = fake_run.make(tmp_path / "run", finished=False, levels=1)
-    with make_server(
-        LiveRuns([directory, fake_run.make(tmp_path / "other", seed=2, steps=60)]), 0
-    ) as server:
+    other = fake_run.make(tmp_path / "other", seed=2, steps=60)
+    with make_server(LiveRuns([directory, other]), 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             browser.open(f"http://localhost:{server.server_address[1]}/")

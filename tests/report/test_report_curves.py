@@ -68,9 +68,8 @@ def test_statistics_are_those_of_the_library(values):
     found = grouping.statistic([*values, None, "x", float("nan")])
     assert found.n == len(values)
     assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-15)
-    assert found.sd == (
-        pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None
-    )
+    sd = pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None
+    assert found.sd == sd
     assert grouping.statistic([None]) is None
 
 
@@ -101,9 +100,5 @@ def test_bands_are_the_statistics_of_each_step():
         assert band.mean[i] == pytest.approx(statistics.fmean(column))
         assert band.sd[i] == pytest.approx(statistics.stdev(column))
     assert grouping.band([Series(steps[0], values[0])]) is None
-    assert (
-        grouping.band(
-            [Series(np.array([1.0]), np.array([1.0])), Series(np.array([2.0]), np.array([1.0]))]
-        )
-        is None
-    )
+    apart = [Series(np.array([step]), np.array([1.0])) for step in (1.0, 2.0)]
+    assert grouping.band(apart) is None

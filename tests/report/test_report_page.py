@@ -2,30 +2,23 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sngpt_jax.report import tables
 from sngpt_jax.report.page import page, report
-from sngpt_jax.report.reading import read_run
+from sngpt_jax.report.reading import Series, read_run
 from tests import fake_run
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
-def runs_of(tmp_path, **options):
-    return [
-        read_run(
-            fake_run.make(
-                tmp_path / "wide", model=fake_run.with_model(d_model=256), seed=9, **options
-            )
-        ),
-        *(
-            read_run(fake_run.make(tmp_path / f"small_seed{seed}", seed=seed, **options))
-            for seed in (1, 2, 3)
-        ),
-    ]
+def runs_of(tmp_path):
+    wide = fake_run.make(tmp_path / "wide", model=fake_run.with_model(d_model=256), seed=9)
+    small = [fake_run.make(tmp_path / f"small_seed{seed}", seed=seed) for seed in (1, 2, 3)]
+    return [read_run(directory) for directory in (wide, *small)]
 
 
 def cells(row):
@@ -38,20 +31,10 @@ def marks(row, kind):
 
 def test_a_group_has_a_row_of_its_statistics(tmp_path):
     table = report(runs_of(tmp_path), "now")["scores"]
-    assert [row["cells"][0][0] for row in table["rows"]] == [
-        "wide",
-        "small",
-        "small_seed1",
-        "small_seed2",
-        "small_seed3",
-    ]
-    assert [(row["group"], row.get("run")) for row in table["rows"]] == [
-        (0, 0),
-        (1, None),
-        (1, 1),
-        (1, 2),
-        (1, 3),
-    ]
+    names = ["wide", "small", "small_seed1", "small_seed2", "small_seed3"]
+    assert [row["cells"][0][0] for row in table["rows"]] == names
+    places = [(0, 0), (1, None), (1, 1), (1, 2), (1, 3)]
+    assert [(row["group"], row.get("run")) for row in table["rows"]] == places
     column = table["columns"].index("val BPB")
     scores = [fake_run.loss(40, seed) / 2 for seed in (1, 2, 3)]
     mean, sd = statistics.fmean(scores), statistics.stdev(scores)
@@ -65,11 +48,10 @@ def test_a_group_has_a_row_of_its_statistics(tmp_path):
 
 
 def test_statistics_are_of_finished_runs_only(tmp_path):
+    made = [("a1", 1, True), ("a2", 2, True), ("a3", 3, False), ("a4", 2, True)]
     runs = [
-        read_run(fake_run.make(tmp_path / "a1", seed=1)),
-        read_run(fake_run.make(tmp_path / "a2", seed=2)),
-        read_run(fake_run.make(tmp_path / "a3", seed=3, finished=False)),
-        read_run(fake_run.make(tmp_path / "a4", seed=2)),
+        read_run(fake_run.make(tmp_path / name, seed=seed, finished=finished))
+        for name, seed, finished in made
     ]
     rows = report(runs, "now")["scores"]["rows"]
     # one did not finish, one repeats another
@@ -78,14 +60,10 @@ def test_statistics_are_of_finished_runs_only(tmp_path):
     columns = report(runs, "now")["scores"]["columns"]
     so_far = dict(zip(columns, cells(rows[3]), strict=True))
     assert so_far["val loss"] == f"{fake_run.loss(40, 3):.4f}"
-    assert (
-        so_far["best val loss"] == f"{min(fake_run.loss(step, 3) for step in range(0, 41, 10)):.4f}"
-    )
-    assert (so_far["tok/s"], so_far["tokens"], so_far["training"]) == (
-        "20,480",
-        f"{40 * 2048:,}",
-        "4.0s",
-    )
+    best = min(fake_run.loss(step, 3) for step in range(0, 41, 10))
+    assert so_far["best val loss"] == f"{best:.4f}"
+    expected = ("20,480", f"{40 * 2048:,}", "4.0s")
+    assert (so_far["tok/s"], so_far["tokens"], so_far["training"]) == expected
 
 
 def test_a_run_that_diverged_says_so(tmp_path):
@@ -104,9 +82,8 @@ def test_differing_fields_are_marked(tmp_path):
     data = report(runs, "now")
     found = {row["cells"][0][0]: row for row in data["differences"]["rows"]}
     assert found.keys() == {"model.d_model", "train.seed"}
-    assert cells(found["model.d_model"])[1:] == ["256", "512"] and marks(
-        found["model.d_model"], "mark"
-    ) == ["512"]
+    assert cells(found["model.d_model"])[1:] == ["256", "512"]
+    assert marks(found["model.d_model"], "mark") == ["512"]
     assert cells(found["train.seed"])[1:] == ["9", "1, 2, 3"]
     assert len(data["configuration"]["rows"]) == len(runs[0].config)
     assert report(runs[1:], "now")["differences"]["rows"] == []
@@ -124,9 +101,8 @@ def test_environments_tell_what_changed_between_starts(tmp_path):
             '{"step": 20, "time": "later", "jax": "0.12.0", "commit":'
             ' "0123456789abcdef0123+changes"}\n'
         )
-    found = dict(
-        cells(row) for row in tables.environment_table([read_run(directory)], ["run"])["rows"]
-    )
+    rows = tables.environment_table([read_run(directory)], ["run"])["rows"]
+    found = dict(cells(row) for row in rows)
     assert found["starts"] == "2" and found["jax"] == "0.10.2 → 0.12.0"
     assert found["started after step"] == "20" and found["started at"] == "later"
     assert found["commit"] == "0123456789ab+changes"
@@ -134,88 +110,43 @@ def test_environments_tell_what_changed_between_starts(tmp_path):
 
 def test_exports_and_evaluations_are_tables(tmp_path):
     directory = fake_run.make(tmp_path / "run")
-    group = {
-        "group": "mlp",
-        "width": "int8",
-        "tensors": 4,
-        "weights": 1000,
-        "bytes": 990.0,
-        "entropy": None,
-        "coded": 7.92,
-    }
-    export = {
-        "artifact_bytes": 1000,
-        "code_bytes": 234,
-        "total_bytes": 1234,
-        "limit": 1200,
-        "fits": False,
-    }
-    export |= {
-        "bits_per_weight": {"mlp": group},
-        "score": {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1},
-    }
-    ngram = {
-        "cache": "hashed5",
-        "loss": 2.0,
-        "bpb": 1.25,
-        "mass": {"mean": 1.2},
-        "is_distribution": False,
-    }
-    score = {
-        "loss": 3.0,
-        "bpb": 1.5,
-        "mode": "sliding",
-        "stride": 64,
-        "tokens": 2048,
-        "weights": "ema",
-        "step": 40,
-        "ngram": ngram,
-    }
+    group = {"group": "mlp", "width": "int8", "tensors": 4, "weights": 1000, "bytes": 990.0}
+    group |= {"entropy": None, "coded": 7.92}
+    export = {"artifact_bytes": 1000, "code_bytes": 234, "total_bytes": 1234, "limit": 1200}
+    export |= {"fits": False, "bits_per_weight": {"mlp": group}}
+    export["score"] = {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1}
+    ngram = {"cache": "hashed5", "loss": 2.0, "bpb": 1.25, "mass": {"mean": 1.2}}
+    score = {"loss": 3.0, "bpb": 1.5, "mode": "sliding", "stride": 64, "tokens": 2048}
+    score |= {"weights": "ema", "step": 40, "ngram": ngram | {"is_distribution": False}}
     score["tasks"] = {"lambada": {"acc": 0.5}, "odd": 3}
     (directory / "export.json").write_text(json.dumps(export))
     (directory / "evaluate.json").write_text(json.dumps(score))
     data = report([read_run(directory)], "now")
     (exported,) = data["exports"]
-    for part in (
-        "run · export.json",
-        "1,234 bytes",
-        "does not fit the limit of 1,200",
-        "1.60000 after",
-        "gap +0.10000",
-    ):
+    said = ["run · export.json", "1,234 bytes", "does not fit the limit of 1,200"]
+    for part in (*said, "1.60000 after", "gap +0.10000"):
         assert part in exported["title"]
     row = dict(zip(exported["columns"], cells(exported["rows"][0]), strict=True))
-    assert (row["group"], row["kept as"], row["bytes"], row["entropy, bits"]) == (
-        "mlp",
-        "int8",
-        "990",
-        "–",
-    )
+    found = [row[name] for name in ("group", "kept as", "bytes", "entropy, bits")]
+    assert found == ["mlp", "int8", "990", "–"]
     found = [cells(row) for row in data["evaluations"]["rows"]]
     assert found[0][3:] == ["ema", "sliding, stride 64", "2,048", "3.0000", "1.5000", ""]
-    assert found[1][4:] == [
-        "sliding, stride 64, hashed5 cache",
-        "2,048",
-        "2.0000",
-        "1.2500",
-        "mass 1.2: not a distribution",
-    ]
+    note = "mass 1.2: not a distribution"
+    what = "sliding, stride 64, hashed5 cache"
+    assert found[1][4:] == [what, "2,048", "2.0000", "1.2500", note]
     assert found[2][4] == "lambada" and found[2][-1] == "acc 0.5"
     assert len(found) == 3
 
 
 def test_results_of_any_shape_are_no_bug(tmp_path):
     directory = fake_run.make(tmp_path / "run")
-    (directory / "a.json").write_text(
-        '{"artifact_bytes": "x", "bits_per_weight": [1], "score": 3, "limit": null}'
-    )
-    (directory / "b.json").write_text(
-        '{"artifact_bytes": null, "bits_per_weight": {"mlp": 3}, "total_bytes": "y"}'
-    )
-    (directory / "c.json").write_text('{"bpb": null, "mode": {}, "ngram": 3, "tasks": [1]}')
-    (directory / "summary.json").write_text(
-        '{"val_bpb": "x", "train_seconds": [], "val_loss": 1e308}'
-    )
+    for name, content in {
+        "a": '{"artifact_bytes": "x", "bits_per_weight": [1], "score": 3, "limit": null}',
+        "b": '{"artifact_bytes": null, "bits_per_weight": {"mlp": 3}, "total_bytes": "y"}',
+        "c": '{"bpb": null, "mode": {}, "ngram": 3, "tasks": [1]}',
+        "summary": '{"val_bpb": "x", "train_seconds": [], "val_loss": 1e308}',
+    }.items():
+        (directory / f"{name}.json").write_text(content)
     data = report([read_run(directory)], "now")
     assert [len(table["rows"]) for table in data["exports"]] == [0, 1]
     json.dumps(data, allow_nan=False)
@@ -225,22 +156,15 @@ def test_long_runs_make_a_bounded_page(tmp_path):
     directory = fake_run.make(tmp_path / "run", steps=10, levels=3)
     run, rng = read_run(directory), np.random.default_rng(0)
     steps = np.arange(20_000.0)
-    long = {
-        name: type(series)(steps, rng.normal(size=20_000)) for name, series in run.series.items()
-    }
+    long = {name: Series(steps, rng.normal(size=20_000)) for name in run.series}
     long["code/layer00/cos"].values[777] = 100.0
-    runs = [type(run)(**{**vars(run), "series": long}) for _ in range(3)]
-    data = report(runs, "now")
-    curves = data["runs"][0]["curves"]
-    assert all(
-        len(data["numbers"][i]) <= 600
-        for run in data["runs"]
-        for curve in run["curves"].values()
-        for i in curve["raw"]
-    )
-    assert {len(data["numbers"][curves["train_loss"][kind][0]]) for kind in ("raw", "mean")} <= set(
-        range(200, 601)
-    )
+    data = report([replace(run, series=long)] * 3, "now")
+    for curves in (run["curves"] for run in data["runs"]):
+        assert all(
+            len(data["numbers"][i]) <= 600 for curve in curves.values() for i in curve["raw"]
+        )
+    lengths = [len(data["numbers"][curves["train_loss"][kind][0]]) for kind in ("raw", "mean")]
+    assert all(200 <= length <= 600 for length in lengths)
     values = data["numbers"][curves["code/layer00/cos"]["raw"][1]]
     assert len(values) <= 60 and 100 in values
     assert len(page(data)) < 2_000_000
