@@ -2,10 +2,15 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.data.manifest import DataError
 
 WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of"]
 WORDS += ["the", "▁", "🙂", "é" * 30]
@@ -17,6 +22,16 @@ def write_jsonl(path: Path, count: int, seed: int = 0, longest: int = 60) -> lis
     texts = [" ".join(rng.choices(WORDS, k=rng.randrange(1, longest))) for _ in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return texts
+
+
+def refuses(pattern: str, call: Any, *arguments: Any, kind: type[UserError] = UserError) -> None:
+    """Asserts that the call raises a `kind` whose message is one line that matches `pattern`."""
+    with pytest.raises(kind, match=pattern) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+damaged = partial(refuses, kind=DataError)
 
 
 @pytest.fixture(scope="session")

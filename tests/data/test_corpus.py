@@ -24,6 +24,7 @@ from sngpt_jax.data.corpus import count_parts, documents, fingerprint
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import unfinished
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
+from tests.data.conftest import damaged
 
 WRAP = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
@@ -277,8 +278,7 @@ def test_a_data_sets_files_are_its_parts(monkeypatch):
     assert list(documents("hub:some/set", 3, 5)) == ["d 0", "d 1", "d 2"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
     message = "source hub:some/set: the data set's files cannot be listed: ZeroDivisionError"
-    with pytest.raises(DataError, match=message):
-        count_parts("hub:some/set")
+    damaged(message, count_parts, "hub:some/set")
 
 
 # ---------------------------------------- Hugging Face
@@ -420,8 +420,7 @@ def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, na
     monkeypatch.setattr("sngpt_jax.data.corpus.MAX_DOCUMENT", 1000)
     compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)
     (tmp_path / name).write_bytes(compress(text.encode()))
-    with pytest.raises(DataError, match=rf"{name}:\d+: a document that is longer"):
-        list(documents(str(tmp_path / name)))
+    damaged(rf"{name}:\d+: a document that is longer", list, documents(str(tmp_path / name)))
     if name == "a.txt":
         (tmp_path / name).write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
         assert len(list(documents(str(tmp_path / name)))) == 3

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import encode
 from sngpt_jax.data import parts as parts_module
 from sngpt_jax.data import preparation as prepare_module
@@ -29,7 +28,7 @@ from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import prepare, prepare_on
 from sngpt_jax.data.spec import PrepareSpec, command_line, origin_of
 from sngpt_jax.prepare import main
-from tests.data.conftest import write_jsonl
+from tests.data.conftest import refuses, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +110,7 @@ def children_of(group):
 # ---------------------------------------- two workers here
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @needs_datatrove
 def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
@@ -132,13 +132,12 @@ def test_what_a_failed_task_leaves_is_resumed_to_the_files_of_one_process(
     held.mkdir(parents=True)
     with open(held / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another preparation is writing there"):
-            main(arguments)
+        refuses("another preparation is writing there", main, arguments)
     assert (out / "progress.json").exists() and not (out / "manifest.json").exists()
     parts = {path.parent.name[:5] for path in out.glob(".parts/*/train_*")}
     assert parts >= {"00000", "00001"}
-    with pytest.raises(UserError, match="shard_tokens: 4000 there, 5000 asked for"):
-        prepare(spec_for(source, out, shard_tokens=5000))
+    other = spec_for(source, out, shard_tokens=5000)
+    refuses("shard_tokens: 4000 there, 5000 asked for", prepare, other)
     capfd.readouterr()
     assert main([*arguments, "--json"]) == 0
     said = capfd.readouterr()
@@ -395,8 +394,7 @@ def test_refusals_of_a_cluster_are_one_line(source, tmp_path, cluster):
         (None, "no sbatch here; run it on a machine that submits to the cluster"),
     ):
         sbatch.write_text(script) if script else sbatch.unlink()
-        with pytest.raises(UserError, match=message):
-            prepare_on(spec_for(source, tmp_path / "out"), 2, "slurm")
+        refuses(message, prepare_on, spec_for(source, tmp_path / "out"), 2, "slurm")
 
 
 @needs_datatrove
@@ -404,8 +402,8 @@ def test_refusals_of_a_cluster_are_one_line(source, tmp_path, cluster):
 def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(
     source, tmp_path, cluster, name
 ):
-    with pytest.raises(UserError, match="with --executor slurm its path may not hold"):
-        prepare_on(spec_for(source, tmp_path / name), 2, "slurm")
+    spec = spec_for(source, tmp_path / name)
+    refuses("with --executor slurm its path may not hold", prepare_on, spec, 2, "slurm")
     assert not list(cluster.iterdir()) and not (tmp_path / name / "tokenizer.model").exists()
 
 
@@ -414,16 +412,15 @@ def test_a_path_that_a_job_cannot_name_is_refused_before_anything_is_done(
 
 @needs_datatrove
 def test_too_few_documents_are_known_before_anything_is_encoded(source, tmp_path):
-    with pytest.raises(UserError, match="--val-docs 500 leaves none to train on"):
-        prepare_on(spec_for(source, tmp_path / "out", val_docs=500), 2, "local")
+    spec = spec_for(source, tmp_path / "out", val_docs=500)
+    refuses("--val-docs 500 leaves none to train on", prepare_on, spec, 2, "local")
     assert not (tmp_path / "out" / ".parts").exists()
 
 
 def test_published_tokens_and_a_missing_package_are_refused(source, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="golf is already tokens; it takes no --executor"):
-        main(["--source", "golf", "--out", str(tmp_path / "golf"), "--executor", "local"])
+    arguments = ["--source", "golf", "--out", str(tmp_path), "--executor", "local"]
+    refuses("golf is already tokens; it takes no --executor", main, arguments)
     monkeypatch.setitem(sys.modules, "datatrove", None)  # makes the import fail
     needed = "--executor needs the package datatrove; install it: .* -m pip install datatrove"
-    with pytest.raises(UserError, match=needed):
-        prepare_on(spec_for(source, tmp_path / "out"), 2, "local")
+    refuses(needed, prepare_on, spec_for(source, tmp_path / "out"), 2, "local")
     assert not (tmp_path / "out" / "tokenizer.model").exists()

@@ -13,17 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sngpt_jax.data.loader import GlobalBatches, make_loader
-from sngpt_jax.data.manifest import DataError
-from sngpt_jax.data.shards import Shard, TokenStream
-
-NO_EXTRA = np.zeros((0, 2), np.int64)
+from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from tests.data.conftest import damaged
 
 
 def stream_of(*shards: np.ndarray, vocab_size: int = 2**16) -> TokenStream:
-    return TokenStream(
-        tuple(Shard(Path(f"{i}.bin"), tokens, NO_EXTRA) for i, tokens in enumerate(shards)),
-        vocab_size,
-    )
+    made = (Shard(Path(f"{i}.bin"), tokens, NO_EXTRA) for i, tokens in enumerate(shards))
+    return TokenStream(tuple(made), vocab_size)
 
 
 class PublishedStream:
@@ -67,10 +63,8 @@ def published_batch(stream, world, batch_tokens, seq_len):
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_order_is_the_published_loaders_on_any_number_of_devices(world):
     shards = [np.arange(a, b, dtype=np.uint16) for a, b in ((0, 700), (700, 701), (701, 1500))]
-    published, batches = (
-        PublishedStream(shards),
-        GlobalBatches(stream_of(*shards), batch_tokens=192, seq_len=8, slices=8),
-    )
+    published = PublishedStream(shards)
+    batches = GlobalBatches(stream_of(*shards), batch_tokens=192, seq_len=8, slices=8)
     for step in range(30):  # 30 x 200 tokens: wraps four times
         inputs, targets = published_batch(published, world, 192, 8)
         np.testing.assert_array_equal(batches[step]["inputs"], inputs)
@@ -78,28 +72,19 @@ def test_order_is_the_published_loaders_on_any_number_of_devices(world):
         assert batches[step]["inputs"].dtype == np.uint16
 
 
-@given(
-    st.integers(1, 40),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(1, 6),
-    st.integers(0, 10**12),
-)
+@given(st.integers(1, 40), *[st.integers(1, n) for n in (4, 4, 6, 10**12)])
 def test_a_batch_of_a_stream_shorter_than_itself_wraps(length, slices, rows, seq_len, step):
     tokens = np.arange(length, dtype=np.uint16)
     batch = GlobalBatches(stream_of(tokens), slices * rows * seq_len, seq_len, slices)[step]
     span = rows * seq_len + 1
-    positions = (step * slices + np.arange(slices))[:, None] * span + np.arange(span)
-    np.testing.assert_array_equal(
-        batch["inputs"], (positions[:, :-1] % length).reshape(-1, seq_len)
-    )
-    np.testing.assert_array_equal(
-        batch["targets"], (positions[:, 1:] % length).reshape(-1, seq_len)
-    )
+    starts = (step * slices + np.arange(slices))[:, None] * span
+    for name, shift in (("inputs", 0), ("targets", 1)):
+        positions = starts + np.arange(span - 1) + shift
+        np.testing.assert_array_equal(batch[name], (positions % length).reshape(-1, seq_len))
 
 
 def starts_of(batches, steps):
-    """Where in the stream each slice of so many steps begins; the stream holds its own positions."""
+    """The positions in the stream where the slices of `steps` begin, which the stream holds."""
     rows = batches.batch_tokens // batches.slices // batches.seq_len
     return np.concatenate([batches[step]["inputs"][::rows, 0] for step in steps])
 
@@ -121,8 +106,8 @@ def test_a_shuffled_epoch_takes_every_slice_once_in_an_order_of_its_own():
 
 
 def test_a_stream_shorter_than_a_slice_cannot_be_shuffled():
-    with pytest.raises(DataError, match="16 tokens, less than one slice .* = 17"):
-        GlobalBatches(stream_of(np.arange(16, dtype=np.uint16)), 64, 8, 4, shuffle_seed=0)
+    stream = stream_of(np.arange(16, dtype=np.uint16))
+    damaged("16 tokens, less than one slice .* = 17", GlobalBatches, stream, 64, 8, 4, 0)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -140,7 +125,7 @@ def batches():
 
 
 def sums(loader):
-    return [int(batch["inputs"].astype(np.int64).sum()) for batch in loader]
+    return [int(batch["inputs"].sum(dtype=int)) for batch in loader]
 
 
 def wait_until(condition):
@@ -150,13 +135,7 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
-def test_gives_the_steps_asked_for(batches):
-    expected = [int(batches[step]["inputs"].astype(np.int64).sum()) for step in range(12)]
-    with make_loader(batches, lambda b: b, num_steps=12) as loader:
-        assert sums(loader) == expected
-
-
-@pytest.mark.parametrize("taken", [0, 1, 2, 5, 11, 12])
+@pytest.mark.parametrize("taken", [0, 2, 11, 12])
 def test_saved_position_counts_what_was_taken_and_not_what_was_prefetched(batches, taken):
     placed = []
 
@@ -174,9 +153,7 @@ def test_saved_position_counts_what_was_taken_and_not_what_was_prefetched(batche
     with make_loader(batches, lambda batch: batch, num_steps=12, state=state) as fresh:
         assert fresh.get_state() == state
         assert sums(fresh) == rest
-    assert rest == [
-        int(batches[step]["inputs"].astype(np.int64).sum()) for step in range(taken, 12)
-    ]
+    assert rest == sums(batches[step] for step in range(taken, 12))
 
 
 def test_a_loader_at_a_position_reads_nothing_before_it(batches):
@@ -187,7 +164,7 @@ def test_a_loader_at_a_position_reads_nothing_before_it(batches):
     seen = []
 
     def place(batch):
-        seen.append(int(batch["inputs"].astype(np.int64).sum()))
+        seen.append(int(batch["inputs"].sum(dtype=int)))
         return batch
 
     with make_loader(batches, place, num_steps=12, state=state) as loader:
@@ -222,10 +199,7 @@ def test_an_error_in_the_background_reaches_the_caller_and_closes_the_loader():
     loader = make_loader(batches, lambda b: b, num_steps=20)
     for _ in range(7):
         next(loader)
-    with pytest.raises(
-        DataError,
-        match=r"0\.bin: expected tokens below the vocabulary size 50, found 50 at token 700",
-    ):
-        next(loader)
+    message = r"0\.bin: expected tokens below the vocabulary size 50, found 50 at token 700"
+    damaged(message, next, loader)
     with pytest.raises(ValueError, match="closed"):
         next(loader)

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import parts as module
-from sngpt_jax.data.manifest import DataError, Origin, ShardEntry, SplitJournal, load_journal, save
+from sngpt_jax.data.manifest import Origin, ShardEntry, SplitJournal, load_journal, save
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import tokenizer_entry
 from sngpt_jax.data.tokenizer import load_tokenizer
-from tests.data.conftest import write_jsonl
+from tests.data.conftest import damaged, refuses, write_jsonl
 
 SIZES = [40, 1, 25, 0, 33]  # documents in each file
 
@@ -90,8 +89,7 @@ def test_a_part_that_was_stopped_is_gone_on_with_where_it_was(parts, texts, monk
     kept = {path: path.stat().st_mtime_ns for path in parts.folder(0).glob("train_*")}
     assert len(kept) >= 2 and parts.left() == [0, 1, 2, 3, 4]
     unfinished = "00000-of-00005: not encoded to its end; run the same command again"
-    with pytest.raises(DataError, match=unfinished):
-        next(parts.read(0))
+    damaged(unfinished, next, parts.read(0))
     encode_all(parts)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     check_read(parts, texts)
@@ -160,18 +158,15 @@ def test_damaged_parts_are_named(parts):
     path = parts.folder(2) / "train_000001.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    damaged = r"00002-of-00005/train_000001\.bin: expected SHA-256 .*; delete .*00002-of-00005 and"
-    with pytest.raises(DataError, match=damaged):
-        list(parts.read(0))
+    pattern = r"00002-of-00005/train_000001\.bin: expected SHA-256 .*; delete .*00002-of-00005 and"
+    damaged(pattern, list, parts.read(0))
     path.write_bytes(whole)
     sidecar = parts.folder(2) / parts.reached(2).shards[0].extra.name
     sidecar.write_bytes(sidecar.read_bytes()[:-1] + b"x")
-    with pytest.raises(DataError, match=r"extra\.npy: expected SHA-256"):
-        list(parts.read(0))
+    damaged(r"extra\.npy: expected SHA-256", list, parts.read(0))
     sidecar.unlink()
     missing = r"00002-of-00005/.*extra\.npy: expected .* found no file; delete .*00002-of-00005 and"
-    with pytest.raises(DataError, match=missing):
-        list(parts.read(0))
+    damaged(missing, list, parts.read(0))
 
 
 @pytest.mark.parametrize("there", [24, 26])
@@ -179,17 +174,14 @@ def test_a_journal_that_miscounts_the_documents_is_refused(parts, there):
     encode_all(parts)
     journal = load_journal(parts.folder(2))
     save(replace(journal, train=replace(journal.train, documents=there)), parts.folder(2))
-    with pytest.raises(DataError, match=f"00005: expected {there} documents, found 25; delete"):
-        list(parts.read(0))
+    damaged(f"00005: expected {there} documents, found 25; delete", list, parts.read(0))
 
 
 def test_parts_of_another_preparation_are_refused(parts, tmp_path):
     parts.encode(0)
     other = replace(parts, origin=replace(parts.origin, normalization="identity"))
     for attempt in (lambda: other.encode(0), other.left, lambda: next(other.read(0))):
-        with pytest.raises(UserError, match="normalization: '' there, 'identity' asked for"):
-            attempt()
+        refuses("normalization: '' there, 'identity' asked for", attempt)
     changed = tmp_path / "changed.model"
     changed.write_bytes(parts.tokenizer.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=r"changed\.model"):
-        replace(parts, tokenizer=changed).encode(1)
+    refuses(r"changed\.model", replace(parts, tokenizer=changed).encode, 1)

@@ -38,6 +38,7 @@ from sngpt_jax.data.shards import (
 )
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
+from tests.data.conftest import damaged
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
 VOCAB = 300
@@ -59,16 +60,13 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
         (b"PK", "magic string"),
     ):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"extra\.npy: cannot be read: .*{said}"):
-            open_extra(path, 10)
+        damaged(rf"extra\.npy: cannot be read: .*{said}", open_extra, path, 10)
     with open(path, "wb") as file:
         np.savez(file, x=np.zeros((1, 2), np.int64))
-    with pytest.raises(DataError, match="extra"):
-        open_extra(path, 10)
+    damaged("extra", open_extra, path, 10)
     # each difference wraps to above 0
     np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))
-    with pytest.raises(DataError, match="expected ascending token positions below 10"):
-        open_extra(path, 10)
+    damaged("expected ascending token positions below 10", open_extra, path, 10)
 
 
 def test_a_shard_has_the_published_bytes(tmp_path):
@@ -113,11 +111,9 @@ def test_nanogpts_files_are_tokens_alone(tmp_path):
     for content in (b"\0\0\0", b""):
         path.write_bytes(content)
         message = f"train.bin: expected uint16 tokens.*found {len(content)} bytes"
-        with pytest.raises(DataError, match=message):
-            open_headerless(path)
+        damaged(message, open_headerless, path)
     path.write_bytes(GOLDEN)
-    with pytest.raises(DataError, match="found a shard header"):
-        open_headerless(path)
+    damaged("found a shard header", open_headerless, path)
 
 
 # ---------------------------------------- the stream
@@ -149,13 +145,11 @@ def test_a_token_outside_the_vocabulary_names_its_file():
     stream = stream_of([[1, 2, 9], [3, 4, 10, 11]], vocab_size=10)
     assert list(stream.take(0, 5)) == [1, 2, 9, 3, 4]
     message = r"1\.bin: expected tokens below the vocabulary size 10, found 10 at token 2"
-    with pytest.raises(DataError, match=message):
-        stream.take(2, 5)
+    damaged(message, stream.take, 2, 5)
 
 
 def test_an_empty_stream_is_refused():
-    with pytest.raises(DataError, match="at least one"):
-        TokenStream((), 10)
+    damaged("at least one", TokenStream, (), 10)
 
 
 class BytesOfPair:
@@ -183,16 +177,6 @@ def test_bytes_are_of_each_token_after_the_one_before_plus_corrections(pieces, b
     assert found.dtype == np.int64 and found.tolist() == expected[start:stop]
     with mock.patch.object(shards, "_COUNT_BLOCK", block):
         assert stream.count_bytes(BytesOfPair(), start, stop) == sum(expected[start:stop])
-
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    def no_space(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        write_shard(tmp_path / "a.bin", np.ones(3, np.uint16))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_target_bytes_needs_a_token_before():
@@ -290,8 +274,7 @@ def test_a_wrong_manifest_is_one_line(folder, path, value, message):
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", '{"format": 1}', "[]", "1"])
 def test_a_manifest_that_is_not_one_is_a_data_error(folder, text):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"manifest\.json"):
-        open_dataset(folder, VOCAB)
+    damaged(r"manifest\.json", open_dataset, folder, VOCAB)
 
 
 def flip_last_byte(path):
@@ -339,8 +322,7 @@ def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
     monkeypatch.setattr(shards, "_VERIFIED_BYTES", 0)
     flip_last_byte(folder / "train_000001.bin")
     open_dataset(folder, VOCAB)
-    with pytest.raises(DataError, match=r"train_000001\.bin: expected SHA-256"):
-        manifests.verify(folder)
+    damaged(r"train_000001\.bin: expected SHA-256", manifests.verify, folder)
 
 
 def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
@@ -357,21 +339,18 @@ def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
     assert data.manifest is None
     (tmp_path / "fineweb_val_000000.bin").unlink()
     os.mkfifo(tmp_path / "fineweb_val_000000.bin")
-    with pytest.raises(DataError, match=r"val_000000\.bin: cannot be read: not a plain file"):
-        open_dataset(tmp_path, VOCAB)
+    damaged(r"val_000000\.bin: cannot be read: not a plain file", open_dataset, tmp_path, VOCAB)
     shutil.copy(tokenizer_file, tmp_path / "other.model")
     (tmp_path / "fineweb_val_000000.bin").unlink()
     write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 9], np.uint16))
     message = r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"
-    with pytest.raises(DataError, match=message):
-        open_dataset(tmp_path, VOCAB)
+    damaged(message, open_dataset, tmp_path, VOCAB)
 
 
 def test_nanogpts_folder(tmp_path, tokenizer_file):
     np.array([1, 2, 3], np.uint16).tofile(tmp_path / "train.bin")
     np.array([7], np.uint16).tofile(tmp_path / "val.bin")
-    with pytest.raises(DataError, match="expected one tokenizer"):
-        open_dataset(tmp_path, VOCAB)
+    damaged("expected one tokenizer", open_dataset, tmp_path, VOCAB)
     shutil.copy(tokenizer_file, tmp_path / "small.model")
     data = open_dataset(tmp_path, VOCAB)
     assert data.train.take(0, 3).tolist() == [1, 2, 3] and len(data.val) == 1
@@ -385,11 +364,9 @@ def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, 
     assert message.startswith(f"{tmp_path / 'no where'}: no such folder; ")
     assert "--data.dir DIR" in message and "--data DIR" in message
     assert f"{cli.command('sngpt_jax.prepare')} --out 'no where' --source" in message
-    with pytest.raises(DataError, match=r"expected manifest\.json, shards named"):
-        open_dataset(tmp_path, VOCAB)
+    damaged(r"expected manifest\.json, shards named", open_dataset, tmp_path, VOCAB)
     manifests.save(manifests.Journal(1, ORIGIN), tmp_path)
-    with pytest.raises(DataError, match="run the same prepare command again"):
-        open_dataset(tmp_path, VOCAB)
+    damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
 
 
 def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tokenizer_file):
@@ -397,8 +374,7 @@ def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tok
     for split in ("train", "val"):
         write_shard(tmp_path / f"fineweb_{split}_000000.bin", np.array([1, 2], np.uint16))
     (tmp_path / ".download").mkdir()
-    with pytest.raises(DataError, match="run the same prepare command again"):
-        open_dataset(tmp_path, VOCAB)
+    damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
     (tmp_path / ".download").rmdir()
     open_dataset(tmp_path, VOCAB)
 

@@ -168,12 +168,6 @@ def test_a_byte_level_normalizer_is_applied(loaded):
     assert loaded["byte level"].encode_document("e\u0301").bytes == 3
 
 
-def test_stdlib_round_trip(loaded, texts):
-    for name in ("identity", "byte level"):
-        for text in texts:
-            assert loaded[name].decode(loaded[name].encode(text)) == text
-
-
 @pytest.mark.parametrize("name", ["nmt_nfkc", "challenge without bytes", "t5"])
 def test_table_is_the_challenges_rule(loaded, name):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(loaded[name].path))
