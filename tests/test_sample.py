@@ -1,5 +1,5 @@
-"""Texts: what is asked of the generation and made of its tokens, that a trained model's greedy
-text is the recomputed one.
+"""Texts: the request to the generation, the text of its tokens, and the greedy text of a trained
+model against a recomputation.
 """
 
 import dataclasses
@@ -16,13 +16,16 @@ from sngpt_jax.config.recipe import load
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.model.forward import abstract_variables, forward
 from sngpt_jax.model.generation import generate
-from sngpt_jax.run.directory import tokenizer_path
 from sngpt_jax.sample import main
 from sngpt_jax.weights.source import load_model
 
 
-def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
-    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+@pytest.fixture
+def tokenizer(tiny_recipe):
+    return load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+
+
+def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, tokenizer, monkeypatch):
     a, b = (int(tokenizer.encode(letter)[0]) for letter in "ab")
     asked = []
 
@@ -33,52 +36,36 @@ def test_a_text_is_the_prompt_and_what_was_generated(tiny_recipe, monkeypatch):
     monkeypatch.setattr("sngpt_jax.model.generation.generate_tokens", generate_tokens)
     config = load(str(tiny_recipe)).model
     options = {"seq_len": 24, "max_tokens": 3, "temperature": 0.5, "top_k": 9, "seed": 2}
-    assert generate(config, {}, make_mesh(), tokenizer, "a", **options) == tokenizer.decode(
-        [*tokenizer.encode("a"), b, a]
-    )
+    text = generate(config, {}, make_mesh(), tokenizer, "a", **options)
+    assert text == tokenizer.decode([*tokenizer.encode("a"), b, a])
     (((prompt,), given),) = asked
     assert prompt.tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]
     assert given == {**options, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.bos_id}
 
 
-def test_a_text_of_a_model_with_more_rows_than_tokens_can_be_read(tiny_recipe):
-    """Rows of the table that no text has trained may be the likeliest."""
-    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
-    config = dataclasses.replace(
-        load(str(tiny_recipe)).model, vocab_size=tokenizer.vocab_size + 7, num_layers=1
-    )
-    params = jax.tree.map(
-        lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), abstract_variables(config)
-    )
+def test_a_text_of_a_model_with_more_rows_than_tokens_can_be_read(tiny_recipe, tokenizer):
+    """Rows of the table that no text has trained may be the most probable."""
+    rows = tokenizer.vocab_size + 7
+    config = dataclasses.replace(load(str(tiny_recipe)).model, vocab_size=rows, num_layers=1)
+    shapes = abstract_variables(config)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
     params["embed"]["table"][tokenizer.vocab_size :] = 100.0
     options = {"seq_len": 8, "max_tokens": 3, "temperature": 1.0, "top_k": config.vocab_size}
     assert generate(config, params, make_mesh(jax.devices()[:1]), tokenizer, "", **options)
 
 
 @pytest.mark.slow
-def test_greedy_text_equals_recomputation(tiny_trained):
-    model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
-    tokenizer = load_tokenizer(tokenizer_path(tiny_trained))
+def test_greedy_text_equals_recomputation(tiny_trained, tokenizer):
+    mesh = make_mesh(jax.devices()[:1])
+    model = load_model(tiny_trained, mesh)
     ids = [tokenizer.bos_id, *tokenizer.encode("abc")]
     prompt_length, apply = len(ids), jax.jit(forward(model.config.model))
     for _ in range(12):
         padded = jnp.asarray([ids + [0] * (32 - len(ids))])  # one shape, one program
         ids.append(int(np.argmax(apply(model.variables, padded)[0, len(ids) - 1])))
-    stop = (
-        ids.index(tokenizer.bos_id, prompt_length)
-        if tokenizer.bos_id in ids[prompt_length:]
-        else len(ids)
-    )
-    text = generate(
-        model.config.model,
-        model.variables,
-        make_mesh(jax.devices()[:1]),
-        tokenizer,
-        "abc",
-        seq_len=32,
-        max_tokens=12,
-        temperature=0.0,
-    )
+    stop = [*ids, tokenizer.bos_id].index(tokenizer.bos_id, prompt_length)
+    options = {"seq_len": 32, "max_tokens": 12, "temperature": 0.0}
+    text = generate(model.config.model, model.variables, mesh, tokenizer, "abc", **options)
     assert text == tokenizer.decode(ids[1:stop])
 
 
@@ -86,18 +73,8 @@ def test_greedy_text_equals_recomputation(tiny_trained):
 def test_the_command_repeats_itself_and_says_so_in_json(tiny_trained, capsys):
     printed = []
     for seed in ("1", "1", "2"):
-        arguments = [
-            "--run",
-            str(tiny_trained),
-            "--prompt",
-            "abc",
-            "--max-tokens",
-            "20",
-            "--seed",
-            seed,
-            "--json",
-        ]
-        assert main(arguments) == 0
+        arguments = ["--run", str(tiny_trained), "--prompt", "abc", "--max-tokens", "20"]
+        assert main([*arguments, "--seed", seed, "--json"]) == 0
         printed.append(capsys.readouterr().out)
     first, again, other = printed
     assert first == again != other
@@ -113,15 +90,7 @@ def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypat
     assert json.loads(capsys.readouterr().out)["text"] == said
 
 
-def test_a_text_that_does_not_fit_is_refused(tiny_recipe):
-    tokenizer = load_tokenizer(tiny_recipe.parent / "data" / "tokenizer.model")
+def test_a_text_that_does_not_fit_is_refused(tiny_recipe, tokenizer):
+    config = load(str(tiny_recipe)).model
     with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
-        generate(
-            load(str(tiny_recipe)).model,
-            {},
-            make_mesh(),
-            tokenizer,
-            "abc",
-            seq_len=32,
-            max_tokens=32,
-        )
+        generate(config, {}, make_mesh(), tokenizer, "abc", seq_len=32, max_tokens=32)

@@ -1,8 +1,8 @@
-"""Which tensor of a model is exported how: its group, the bits of its grid, its range. Late
-quantization-aware training and the exporter both ask here, so that one imitates the other.
+"""The policy of a tensor: its group, the bits of its grid, and its range. The exporter and late
+quantization-aware training both ask here, so training imitates the export.
 
-A grid is a row's scale times whole numbers. In a matrix [in, out] a row is an output channel, so
-the last axis; in a table [entries, width] it is an entry.
+A grid is a row's scale times integers. A row of a matrix [in, out] is an output channel, along the
+last axis. A row of a table [entries, width] is an entry.
 """
 
 import math
@@ -16,10 +16,9 @@ from sngpt_jax.config import Clip, Config
 from sngpt_jax.config.parameters import ExportGroup, parameter
 
 MATRICES: tuple[ExportGroup, ...] = ("mlp", "attention", "projection")
-FLOAT16, FLOAT32 = 16, 32  # bits of tensors that have no grid
+FLOAT16, FLOAT32 = 16, 32  # bits of tensors without a grid
 
-# The smallest normal float16, about 6.1e-5. Scales are float16, and below it they lose bits and
-# vanish.
+# The smallest normal float16, about 6.1e-5. Smaller float16 scales would lose bits and vanish.
 SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -28,10 +27,10 @@ class Policy:
     """How one tensor is exported."""
 
     group: ExportGroup
-    bits: int  # of its grid, 2 to 8; FLOAT16 or FLOAT32: as it is
-    clip: Clip  # how a row's range is chosen
-    clip_sd: float  # the range of a row in its standard deviations, for clip = sd
-    transposed: bool  # whether a row is an entry of the tensor's last axis
+    bits: int  # of its grid, 2 to 8; FLOAT16 or FLOAT32 without a grid
+    clip: Clip  # the rule for the range of a row
+    clip_sd: float  # the range of a row in standard deviations, for clip = sd
+    transposed: bool  # whether rows lie along the tensor's last axis
 
     @property
     def has_grid(self) -> bool:
@@ -39,8 +38,8 @@ class Policy:
 
 
 def is_exported(dtype: np.dtype) -> bool:
-    """Whether tensors of this dtype are part of an artifact: floats are; the step counts of sparse
-    codes are training's.
+    """Whether tensors of this dtype are part of an artifact. Floats are. The step counts of sparse
+    codes serve training only.
     """
     return bool(np.issubdtype(dtype, np.floating))
 
@@ -51,7 +50,7 @@ def largest_code(bits: int) -> int:
 
 
 def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:
-    """How the tensor of this path (as `blocks/0/attn/key`) and shape is exported."""
+    """The policy of the tensor of this path, such as `blocks/0/attn/key`, and this shape."""
     x = config.export
     group = parameter(path).export
     of_matrix = group in MATRICES
@@ -67,6 +66,5 @@ def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:
 
 def _is_late_key(path: str, config: Config) -> bool:
     key = re.fullmatch(r"blocks/(\d+)/attn/key", path)
-    return (
-        key is not None and int(key[1]) >= config.model.num_layers - config.export.late_key_layers
-    )
+    first = config.model.num_layers - config.export.late_key_layers
+    return key is not None and int(key[1]) >= first

@@ -21,14 +21,19 @@ def case(seed, rows, columns, tokens=None, correlation=0.7):
     rng = np.random.default_rng(seed)
     weights = np.float32(rng.normal(size=(rows, columns)))
     common = correlation * rng.normal(size=(tokens or 4 * columns, 1))
-    inputs = (rng.normal(size=(tokens or 4 * columns, columns)) + common) * 2.0 ** rng.uniform(
-        -2, 2, size=columns
-    )
+    inputs = rng.normal(size=(tokens or 4 * columns, columns)) + common
+    inputs *= 2.0 ** rng.uniform(-2, 2, size=columns)
     return weights, inputs.T @ inputs
 
 
 def scales_of(weights, q_max):
     return np.float16(np.abs(weights).max(1) / q_max)
+
+
+def gptq_codes(weights, scales, second_moment, q=(-15, 15), damping=0.01, block=8):
+    return gptq(
+        weights, scales, second_moment, q_min=q[0], q_max=q[1], damping=damping, block=block
+    )
 
 
 def paper(weights, scales, second_moment, q_min, q_max, damping):
@@ -63,9 +68,7 @@ def objective(weights, scales, codes, second_moment):
 def test_is_the_algorithm_of_the_paper(seed, rows, columns, q, damping, block):
     weights, second_moment = case(seed, rows, columns)
     scales = scales_of(weights, q[1])
-    codes = gptq(
-        weights, scales, second_moment, q_min=q[0], q_max=q[1], damping=damping, block=block
-    )
+    codes = gptq_codes(weights, scales, second_moment, q, damping, block)
     assert codes.dtype == np.int8 and codes.flags.c_contiguous
     np.testing.assert_array_equal(codes, paper(weights, scales, second_moment, *q, damping))
 
@@ -76,11 +79,9 @@ def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_codes(seed, q)
     weights = np.float32(rng.normal(size=(5, 40)))
     scales = scales_of(weights, q[1])
     ties = np.float32(scales)[:, None] * np.float32(rng.integers(*q, size=(5, 20)) + 0.5)
-    weights[:, 20:] = np.nextafter(
-        ties, rng.choice(np.float32([-np.inf, 0, np.inf]), size=ties.shape)
-    )
-    second_moment = np.diag(rng.uniform(0.1, 10, size=40))
-    codes = gptq(weights, scales, second_moment, q_min=q[0], q_max=q[1], damping=0.01, block=7)
+    sides = rng.choice(np.float32([-np.inf, 0, np.inf]), size=ties.shape)
+    weights[:, 20:] = np.nextafter(ties, sides)
+    codes = gptq_codes(weights, scales, np.diag(rng.uniform(0.1, 10, size=40)), q, block=7)
     np.testing.assert_array_equal(codes, nearest_codes(weights, scales, *q))
 
 
@@ -91,13 +92,12 @@ def test_the_error_is_within_the_bound_of_the_nearest_plane(seed, columns):
     """
     weights, second_moment = case(seed, 6, columns)
     scales = np.full(6, np.float16(2**-3))  # 127 of them reach 15.9, far beyond the weights
-    codes = gptq(weights, scales, second_moment, q_min=-128, q_max=127, damping=0.0, block=8)
+    codes = gptq_codes(weights, scales, second_moment, (-128, 127), 0.0)
     assert np.abs(codes).max() < 127
     last_first = np.argsort(np.diag(second_moment), kind="stable")
     pivots = np.diag(np.linalg.cholesky(second_moment[np.ix_(last_first, last_first)])) ** 2
-    assert (
-        objective(weights, scales, codes, second_moment) <= 2.0**-8 * pivots.sum() * (1 + 1e-9)
-    ).all()
+    errors = objective(weights, scales, codes, second_moment)
+    assert (errors <= 2.0**-8 * pivots.sum() * (1 + 1e-9)).all()
 
 
 def test_mostly_as_good_as_the_best_codes_and_never_better():
@@ -107,18 +107,12 @@ def test_mostly_as_good_as_the_best_codes_and_never_better():
     for seed in range(60):
         weights, second_moment = case(seed, 1, 4, correlation=2.0)
         scales = scales_of(weights, 3)
-        all_errors = objective(
-            np.repeat(weights, len(choices), 0),
-            np.repeat(scales, len(choices)),
-            choices,
-            second_moment,
-        )
-        codes = gptq(weights, scales, second_moment, q_min=-3, q_max=3, damping=0.0, block=4)
+        repeated = np.repeat(weights, len(choices), 0), np.repeat(scales, len(choices))
+        least[seed] = objective(*repeated, choices, second_moment).min()
+        codes = gptq_codes(weights, scales, second_moment, (-3, 3), 0.0, block=4)
         found[seed] = objective(weights, scales, codes, second_moment)[0]
-        nearest[seed] = objective(
-            weights, scales, nearest_codes(weights, scales, -3, 3), second_moment
-        )[0]
-        least[seed] = all_errors.min()
+        codes = nearest_codes(weights, scales, -3, 3)
+        nearest[seed] = objective(weights, scales, codes, second_moment)[0]
     assert (found >= least * (1 - 1e-9)).all()
     assert np.isclose(found, least).mean() > 0.75 > 0.5 > np.isclose(nearest, least).mean()
     assert found.sum() < 1.1 * least.sum() < 0.5 * nearest.sum()
@@ -128,11 +122,10 @@ def test_mostly_as_good_as_the_best_codes_and_never_better():
 def test_outputs_of_correlated_inputs_are_strictly_closer(q_max):
     weights, second_moment = case(0, 32, 96)
     scales = scales_of(weights, q_max)
-    codes = gptq(weights, scales, second_moment, q_min=-q_max, q_max=q_max, damping=0.01, block=32)
+    codes = gptq_codes(weights, scales, second_moment, (-q_max, q_max), block=32)
     nearest = nearest_codes(weights, scales, -q_max, q_max)
-    ratio = objective(weights, scales, codes, second_moment) / objective(
-        weights, scales, nearest, second_moment
-    )
+    ratio = objective(weights, scales, codes, second_moment)
+    ratio /= objective(weights, scales, nearest, second_moment)
     assert ratio.max() < 1 and ratio.mean() < 0.7
 
 
@@ -141,29 +134,19 @@ def test_inputs_that_are_always_equal_share_one_sum():
     makes none.
     """
     weights, scales = np.full((1, 10), 0.5, np.float32), np.ones(1, np.float16)
-    codes = gptq(weights, scales, np.ones((10, 10)), q_min=-3, q_max=3, damping=1e-4, block=3)
+    codes = gptq_codes(weights, scales, np.ones((10, 10)), (-3, 3), 1e-4, block=3)
     assert codes.sum() == 5 and nearest_codes(weights, scales, -3, 3).sum() == 0
 
 
-def test_the_block_and_the_unit_of_the_inputs_change_nothing():
+def test_the_block_the_unit_of_the_inputs_and_the_memory_order_change_nothing():
     weights, second_moment = case(1, 48, 200)
-    scales = scales_of(weights, 15)
-    expected = gptq(weights, scales, second_moment, q_min=-16, q_max=15, damping=0.01, block=1)
+    scales, before = scales_of(weights, 15), (weights.copy(), second_moment.copy())
+    expected = gptq_codes(weights, scales, second_moment, (-16, 15), block=1)
     for block, unit in [(2, 1.0), (32, 2.0**-40), (128, 2.0**20), (200, 1.0), (1000, 1.0)]:
-        codes = gptq(
-            weights, scales, second_moment * unit, q_min=-16, q_max=15, damping=0.01, block=block
-        )
+        codes = gptq_codes(weights, scales, second_moment * unit, (-16, 15), block=block)
         np.testing.assert_array_equal(codes, expected)
-
-
-def test_the_memory_order_of_the_weights_changes_nothing():
-    weights, second_moment = case(2, 20, 30)
-    scales, rest = scales_of(weights, 15), {"q_min": -15, "q_max": 15, "damping": 0.01, "block": 8}
-    before = weights.copy(), second_moment.copy()
-    expected = gptq(weights, scales, second_moment, **rest)
-    np.testing.assert_array_equal(
-        gptq(np.asfortranarray(weights), scales, second_moment, **rest), expected
-    )
+    codes = gptq_codes(np.asfortranarray(weights), scales, second_moment, (-16, 15))
+    np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(weights, before[0])
     np.testing.assert_array_equal(second_moment, before[1])
 
@@ -172,29 +155,24 @@ def test_the_memory_order_of_the_weights_changes_nothing():
 def test_inputs_that_were_always_zero_keep_their_nearest_codes(damping):
     weights, second_moment = case(3, 10, 30)
     scales = scales_of(weights, 15)
-    rest = {"q_min": -15, "q_max": 15, "damping": damping, "block": 8}
+    nearest = nearest_codes(weights, scales, -15, 15)
     alive = np.arange(30) % 3 != 0
     second_moment[~alive] = second_moment[:, ~alive] = 0
-    codes = gptq(weights, scales, second_moment, **rest)
-    np.testing.assert_array_equal(
-        codes[:, ~alive], nearest_codes(weights, scales, -15, 15)[:, ~alive]
-    )
-    # the mean of the diagonal, which damping is a share of, counts all 30
-    rest["damping"] *= alive.mean()
-    np.testing.assert_array_equal(
-        codes[:, alive],
-        gptq(weights[:, alive], scales, second_moment[np.ix_(alive, alive)], **rest),
-    )
-
-    none = gptq(weights, scales, np.zeros((30, 30)), **rest)
-    np.testing.assert_array_equal(none, nearest_codes(weights, scales, -15, 15))
+    codes = gptq_codes(weights, scales, second_moment, damping=damping)
+    np.testing.assert_array_equal(codes[:, ~alive], nearest[:, ~alive])
+    # damping is a share of the mean of the diagonal, which counts all 30
+    damping *= alive.mean()
+    moment = second_moment[np.ix_(alive, alive)]
+    expected = gptq_codes(weights[:, alive], scales, moment, damping=damping)
+    np.testing.assert_array_equal(codes[:, alive], expected)
+    none = gptq_codes(weights, scales, np.zeros((30, 30)), damping=damping)
+    np.testing.assert_array_equal(none, nearest)
 
 
 def test_what_cannot_calibrate_is_one_error():
     weights, second_moment = case(4, 3, 5)
-    rest = {"q_min": -15, "q_max": 15, "damping": 0.0, "block": 8}
     second_moment[1, 2] = np.nan
     with pytest.raises(UserError, match="not finite"):
-        gptq(weights, scales_of(weights, 15), second_moment, **rest)
+        gptq_codes(weights, scales_of(weights, 15), second_moment)
     with pytest.raises(UserError, match=r"singular; raise export\.gptq_damping"):
-        gptq(weights, scales_of(weights, 15), np.ones((5, 5)), **rest)
+        gptq_codes(weights, scales_of(weights, 15), np.ones((5, 5)), damping=0.0)

@@ -1,14 +1,12 @@
-"""Which tensor is exported how: the published policies, tensor by tensor, and what the fields say."""
+"""The policy of each tensor: the published policies tensor by tensor, and the recipe's fields."""
 
 from collections import Counter
-from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from sngpt_jax.artifact.policy import is_exported, largest_code, policy_of
-from sngpt_jax.cluster.mesh import path_name
+from sngpt_jax.cluster.mesh import leaves_by_path
 from sngpt_jax.config import Config, ExportConfig, ModelConfig, parse_levels
 from sngpt_jax.config.recipe import load
 from sngpt_jax.model.forward import abstract_variables
@@ -17,8 +15,8 @@ from sngpt_jax.model.forward import abstract_variables
 def kept_as(config):
     """By group, how many tensors have how many bits."""
     found = Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config.model)):
-        policy = policy_of(path_name(path), leaf.shape, config)
+    for name, leaf in leaves_by_path(abstract_variables(config.model)).items():
+        policy = policy_of(name, leaf.shape, config)
         found[policy.group, policy.bits] += 1
     return dict(found)
 
@@ -27,21 +25,25 @@ def kept_as(config):
 # a layer.
 PUBLISHED = {
     "golf_11l_xsa4": {
-        ("mlp", 5): 22, ("attention", 6): 42, ("attention", 16): 2, ("embed", 16): 1, ("table", 6): 1, ("projection", 16): 1,
+        ("mlp", 5): 22, ("attention", 6): 42, ("attention", 16): 2,
+        ("embed", 16): 1, ("table", 6): 1, ("projection", 16): 1,
         # a block's gains, resid_mix and two scales; skips, smear, bigram scale
         ("control", 32): 11 * 4 + 3,
     },
     "golf_10l_int5mlp": {
-        ("mlp", 5): 20, ("attention", 6): 39, ("attention", 16): 1, ("embed", 16): 1, ("table", 8): 1, ("projection", 16): 1,
+        ("mlp", 5): 20, ("attention", 6): 39, ("attention", 16): 1,
+        ("embed", 16): 1, ("table", 8): 1, ("projection", 16): 1,
         ("control", 16): 10 * 4 + 3,
     },
     "golf_12l_recycled": {
-        ("mlp", 5): 24, ("attention", 5): 48, ("embed", 8): 1, ("table", 8): 2, ("projection", 16): 2,
+        ("mlp", 5): 24, ("attention", 5): 48,
+        ("embed", 8): 1, ("table", 8): 2, ("projection", 16): 2,
         # gates' weight and bias, value mix; value scales; recycle
         ("control", 16): 12 * 7 + 3 + 2 + 2,
     },
     "golf_9l_xsa_ngram": {
-        ("mlp", 8): 18, ("attention", 8): 36, ("embed", 8): 1, ("table", 8): 1, ("projection", 16): 1,
+        ("mlp", 8): 18, ("attention", 8): 36,
+        ("embed", 8): 1, ("table", 8): 1, ("projection", 16): 1,
         ("control", 32): 9 * 4 + 2,
     },
 }  # fmt: skip
@@ -54,21 +56,16 @@ def test_the_published_policies(recipe):
 
 def test_the_last_layers_keys_are_the_ones_in_half_precision():
     config = load("golf_11l_xsa4")
-    halves = [
-        i for i in range(11) if policy_of(f"blocks/{i}/attn/key", (512, 256), config).bits == 16
-    ]
-    assert halves == [9, 10]
+    bits = [policy_of(f"blocks/{i}/attn/key", (512, 256), config).bits for i in range(11)]
+    assert bits == [6] * 9 + [16] * 2
     assert policy_of("blocks/10/attn/value", (512, 256), config).bits == 6
 
 
 def test_tables_have_their_own_clip_and_rows():
-    config = Config(
-        export=ExportConfig(clip="sd", clip_sd=9.0, table_clip="percentile", table_clip_sd=11.0)
-    )
-    matrix, table = (
-        policy_of("blocks/0/mlp/up", (4, 8), config),
-        policy_of("embed/table", (8, 4), config),
-    )
+    export = ExportConfig(clip="sd", clip_sd=9.0, table_clip="percentile", table_clip_sd=11.0)
+    config = Config(export=export)
+    matrix = policy_of("blocks/0/mlp/up", (4, 8), config)
+    table = policy_of("embed/table", (8, 4), config)
     assert (matrix.clip, matrix.clip_sd, matrix.transposed) == ("sd", 9.0, True)
     assert (table.clip, table.clip_sd, table.transposed) == ("percentile", 11.0, False)
 
@@ -78,24 +75,17 @@ def test_small_tensors_pass_and_gains_do_so_in_their_own_precision():
     assert policy_of("blocks/0/mlp/up", (4, 8), config).bits == 16
     assert policy_of("blocks/0/mlp/up", (4, 9), config).bits == 8
     assert policy_of("final_norm", (4,), config).bits == 32
-    assert (
-        policy_of(
-            "final_norm", (4,), replace(config, export=ExportConfig(control_dtype="float16"))
-        ).bits
-        == 16
-    )
+    half = Config(export=ExportConfig(control_dtype="float16"))
+    assert policy_of("final_norm", (4,), half).bits == 16
 
 
 def test_sparse_codes_keep_their_statistics_and_not_their_step_counts():
-    config = Config(
-        model=ModelConfig(
-            family="pre_norm", d_model=16, num_layers=1, levels=parse_levels("4,2,0;5,2,4")
-        )
-    )
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(config.model))
-    kept = {path_name(path) for path, leaf in leaves if is_exported(leaf.dtype)}
+    levels = parse_levels("4,2,0;5,2,4")
+    model = ModelConfig(family="pre_norm", d_model=16, num_layers=1, levels=levels)
+    leaves = leaves_by_path(abstract_variables(model))
+    kept = {name for name, leaf in leaves.items() if is_exported(leaf.dtype)}
     assert {"blocks/0/code/mean", "blocks/0/code/std", "blocks/0/code/bias"} <= kept
-    assert {path_name(path) for path, _ in leaves} - kept == {"blocks/0/code/last_fired"}
+    assert leaves.keys() - kept == {"blocks/0/code/last_fired"}
 
 
 @pytest.mark.parametrize(("bits", "q"), [(2, 1), (4, 7), (5, 15), (6, 31), (8, 127)])
