@@ -1,11 +1,8 @@
-"""Loss and bits per byte over a validation stream.
-
-Bits per byte divide by the UTF-8 bytes of the scored text, so models with different tokenizers
-compare:
+"""Loss and bits per byte over a validation stream:
 
     bpb = (Σ nll / ln 2) / Σ bytes(target)
 
-`evaluation.windows` defines the context of each target.
+The bytes are UTF-8 bytes of the text, so models with different tokenizers compare.
 """
 
 import math
@@ -26,11 +23,10 @@ from sngpt_jax.evaluation.windows import (
     OnProgress,
     WindowBatch,
     Windows,
-    one_behind,
+    read_windows,
     rows_at_a_time,
     sliding_windows,
     standard_windows,
-    window_batches,
 )
 from sngpt_jax.model.forward import Batch, Variables
 
@@ -54,9 +50,7 @@ class Score:
 
 
 class Sum:
-    """A sum in float64, one number after the other. It does not depend on how the numbers are cut
-    into pieces.
-    """
+    """A sum in float64 that does not depend on how the numbers are cut into pieces."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -68,9 +62,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a model over a stream in windows. `progress` counts rows; an exception that it
-    raises ends the pass.
-    """
+    """One pass of a model over a stream in windows. `progress` counts rows."""
 
     variables: Variables
     eval_step: EvalStep
@@ -82,31 +74,23 @@ class Pass:
     progress: OnProgress | None = None
 
     def readings(self, hints: Hints | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """The readings of `eval_step` for the scored targets of one batch of windows after the
-        other, [n] by name in stream order.
-
-        "targets" are among them, and the "hints" that `hints(targets)` gives for them (-1: none).
+        """The readings of `eval_step` for the scored targets of each batch, [n] by name in stream
+        order, with "targets" and the "hints" of `hints(targets)` (-1: none).
         """
         place = batch_placer(self.mesh)
         rows = rows_at_a_time(self.windows, self.device_batch_tokens, self.mesh.devices.size)
 
-        def dispatched() -> Iterator[
-            tuple[dict[str, jax.Array], dict[str, np.ndarray], WindowBatch]
-        ]:
-            for batch in window_batches(self.stream, self.windows, rows):
-                arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
-                if hints:
-                    on_host["hints"] = hints(on_host["targets"])
-                    arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
-                    arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
-                yield self.eval_step(self.variables, place(arrays)), on_host, batch
+        def dispatch(batch: WindowBatch) -> tuple[dict[str, jax.Array], dict[str, np.ndarray]]:
+            arrays, on_host = batch.arrays, {"targets": batch.arrays["targets"][batch.scored]}
+            if hints:
+                on_host["hints"] = hints(on_host["targets"])
+                arrays["hints"] = np.zeros(arrays["targets"].shape, np.int32)
+                arrays["hints"][batch.scored] = np.maximum(on_host["hints"], 0)
+            return self.eval_step(self.variables, place(arrays)), on_host
 
-        done = 0
-        for on_device, on_host, batch in one_behind(dispatched()):
+        batches = read_windows(self.stream, self.windows, rows, dispatch, self.progress)
+        for (on_device, on_host), batch in batches:
             found = {name: np.asarray(values)[batch.scored] for name, values in on_device.items()}
-            done += batch.count
-            if self.progress:
-                self.progress(done, self.windows.num_rows)
             yield found | on_host
 
     def score_of(self, nll: float) -> Score:
@@ -141,10 +125,8 @@ def score_validation(
     progress: OnProgress | None = None,
     stride: int = 0,
 ) -> Score:
-    """The score of a data set's validation tokens by a whole model, in windows as long as in
-    training.
-
-    The windows are sliding windows of `stride`, or standard windows if it is 0.
+    """A model's score of a data set's validation tokens, in sliding windows of `stride` or, if it
+    is 0, in standard windows.
     """
     num_tokens, seq_len = len(dataset.val), config.data.seq_len
     windows = (

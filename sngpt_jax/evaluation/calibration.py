@@ -6,28 +6,28 @@ forward pass is traced, so the programs of training and scoring do not change. A
 forward pass without the head, and 2 n² operations per input of width n.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.artifact.policy import MATRICES, policy_of
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs, path_name
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, path_name
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
+from sngpt_jax.evaluation.step import on_each_device
 from sngpt_jax.evaluation.windows import (
     OnProgress,
+    WindowBatch,
     Windows,
-    one_behind,
+    read_windows,
     rows_at_a_time,
-    window_batches,
 )
-from sngpt_jax.model.forward import Batch, Variables, abstract_variables, forward
+from sngpt_jax.model.forward import Batch, Variables, forward
 from sngpt_jax.model.layers import Observed
 
 # shards that share their first 1024 tokens, or all of the shorter shard, hold the same text
@@ -80,7 +80,6 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that enter the sums. A matrix
     that is applied more than once, as in recycled layers, gets the mean over its applications.
     """
-    layout, rows = partition_specs(mesh, abstract_variables(config.model)), P(BATCH_AXES)
 
     def moments(variables: Variables, batch: Batch) -> Moments:
         seen: dict[str, list[jax.Array]] = {}  # by path, the input of each application
@@ -91,7 +90,7 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
                 return leaf
             return Observed(leaf, seen.setdefault(name, []))
 
-        observed = jax.tree_util.tree_map_with_path(observe, gather(variables, layout))
+        observed = jax.tree_util.tree_map_with_path(observe, variables)
         # the logits are unused, so the compiler removes the last product and the head
         forward(config.model)(observed, batch["inputs"].astype(jnp.int32))
 
@@ -106,9 +105,7 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
         return {tuple(names): mean(seen[names[0]]) for names in sharing.values()}
 
-    return jax.jit(
-        jax.shard_map(moments, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False)
-    )
+    return on_each_device(config.model, mesh, moments)
 
 
 # -------------------------------------------------------------------------------------- on the host
@@ -124,13 +121,10 @@ def second_moments(
 ) -> dict[str, np.ndarray]:
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
-    The mean is over the inputs at all positions of the first ⌊tokens / T⌋ windows of T =
-    `data.seq_len` tokens of `stream` (of `training_stream`), and over all applications of a
-    recycled layer. Matrices with equal inputs share one array. `variables` lie on the mesh as a
-    training step's do. Sums are float32 on a device over `eval.device_batch_tokens`, and float64
-    on the host over batches. `progress` counts windows.
-
-    Raises `UserError` if `tokens` are less than a window, or more than the stream holds.
+    The mean is over the positions of the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens,
+    and over the applications of a recycled layer. Matrices with equal inputs share one array. Sums
+    are float32 on a device and float64 over batches. Raises `UserError` if `tokens` are less than
+    a window, or more than the stream holds.
     """
     seq_len = config.data.seq_len
     if not seq_len <= tokens <= len(stream):
@@ -142,19 +136,14 @@ def second_moments(
     rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
     step, place = make_moments_step(config, mesh), batch_placer(mesh)
 
-    def dispatched() -> Iterator[tuple[Moments, int]]:
-        for batch in window_batches(stream, windows, rows):
-            arrays = {"inputs": batch.arrays["inputs"], "counted": np.arange(rows) < batch.count}
-            yield step(variables, place(arrays)), batch.count
+    def dispatch(batch: WindowBatch) -> Moments:
+        arrays = {"inputs": batch.arrays["inputs"], "counted": batch.counted}
+        return step(variables, place(arrays))
 
     total: dict[tuple[str, ...], np.ndarray] = {}
-    done = 0
-    for sums, count in one_behind(dispatched()):
+    for sums, _ in read_windows(stream, windows, rows, dispatch, progress):
         for paths, sum_nn in sums.items():
             total[paths] = np.asarray(sum_nn, np.float64) + total.get(paths, 0)
-        done += count
-        if progress:
-            progress(done, windows.count)
     return {
         # the rounding of a product need not be symmetric
         path: moment

@@ -25,7 +25,7 @@ reconstruction. This was 0.37 of a training token's time with four layers of wid
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -36,18 +36,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sngpt_kernels.cayley import dictionary, xla
 
-from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import TokenStream
+from sngpt_jax.evaluation.step import on_each_device
 from sngpt_jax.evaluation.windows import (
     OnProgress,
-    one_behind,
+    WindowBatch,
+    read_windows,
     rows_at_a_time,
     standard_windows,
-    window_batches,
 )
 from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
-from sngpt_jax.model.forward import Batch, Variables, abstract_variables, tapped_losses
+from sngpt_jax.model.forward import Batch, Variables, tapped_losses
 
 # dead: fewer firings than a tenth of an even spread; zombie: weaker than a tenth of the median
 RARE = 10
@@ -134,10 +135,8 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     sums. The inputs and selections of all layers' codes are held at once: L · (D + 2 A) numbers of
     2 bytes per token in bfloat16.
     """
-    layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def sums(variables: Variables, batch: Batch) -> Sums:
-        variables = gather(variables, layout)
         everywhere = jnp.arange(batch["inputs"].shape[1])
         # the losses are unused, so the compiler removes the last MLP and the head
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
@@ -148,9 +147,7 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
         )
         return jax.lax.psum(local, BATCH_AXES)._replace(min_z=jax.lax.pmin(local.min_z, BATCH_AXES))
 
-    return jax.jit(
-        jax.shard_map(sums, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False)
-    )
+    return on_each_device(config, mesh, sums)
 
 
 # -------------------------------------------------------------------------------------- on the host
@@ -291,18 +288,12 @@ def score_health(
     rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
     place = batch_placer(mesh)
 
-    def dispatched() -> Iterator[tuple[Sums, int]]:
-        for batch in window_batches(stream, windows, rows):
-            counted = np.arange(rows) < batch.count
-            yield health_step(variables, place({**batch.arrays, "counted": counted})), batch.count
+    def dispatch(batch: WindowBatch) -> Sums:
+        return health_step(variables, place({**batch.arrays, "counted": batch.counted}))
 
     total: Sums | None = None
-    done = 0
-    for sums, count in one_behind(dispatched()):
+    for sums, _ in read_windows(stream, windows, rows, dispatch, progress):
         total = accumulate(total, sums)
-        done += count
-        if progress:
-            progress(done, windows.count)
     assert total is not None  # there is at least one window
     code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
     return summarize(config.model, code, total, step)

@@ -53,8 +53,8 @@ class _Row:
 def _rows(pair: int, tokens: np.ndarray, first: int, seq_len: int) -> Iterator[_Row]:
     """Rows of at most `seq_len` inputs that score every target from index `first` on once.
 
-    As lm-eval's rolling windows (`get_rolling_token_windows`): each row takes up to `seq_len` new
-    targets, with as many inputs before its last target as fit.
+    As lm-eval's `get_rolling_token_windows`: each row takes up to `seq_len` new targets, with as
+    many inputs before its last target as fit.
     """
     targets = len(tokens) - 1
     for start in range(first, targets, seq_len):
@@ -113,10 +113,8 @@ class LanguageModel:
         """The likelihood of the continuation in each (context, continuation).
 
         The two are encoded together. The scored tokens begin where the encoding differs from that
-        of the context alone, so no part of the continuation is lost where a token spans the border
-        or the tokenizer drops a space. `_rows` splits a continuation of more than T tokens. A
-        pair's result depends on other pairs only by rounding. Raises `UserError` if the model's
-        losses are not finite.
+        of the context alone, so a token that spans the border is scored. `_rows` splits a
+        continuation of more than T tokens. Raises `UserError` if losses are not finite.
         """
         contexts = {context: self._document(context) for context, _ in pairs}
         rows: list[_Row] = []
@@ -148,10 +146,8 @@ class LanguageModel:
         return [one.logprob for one in found]
 
     def _score(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, np.ndarray, np.ndarray]]:
-        """Each row with, for its scored targets, the nll and whether each is the likeliest token.
-
-        The longest rows come first. A batch of rows padded to T inputs computes logits at S
-        positions, enough for the row that scores most.
+        """Each row with the nll of its scored targets and whether each is the likeliest token; the
+        longest rows come first.
         """
         step = _eval_step(self.config.model, self.mesh, self.seq_len)
         place, devices = batch_placer(self.mesh), self.mesh.devices.size
@@ -206,10 +202,8 @@ class LanguageModel:
         """The text that the model adds to each prompt: at most `max_tokens` tokens, up to the first
         of `until` or a new document.
 
-        A prompt that leaves no room for `max_tokens` within T tokens loses its first tokens. At
-        `temperature` 0 decoding is greedy, and a text depends on its prompt alone. Other draws
-        repeat with the `seed` and also depend on the batches. Raises `UserError` if `max_tokens`
-        leaves no room for a prompt.
+        A long prompt loses its first tokens. `temperature` 0 is greedy. Raises `UserError` if
+        `max_tokens` leaves no room for a prompt within T tokens.
         """
         room = self.seq_len - max_tokens
         if max_tokens < 1 or room < 1:

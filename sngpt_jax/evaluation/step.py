@@ -1,5 +1,8 @@
 """One batch of a stream, scored: a pure function of the model's variables."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +13,28 @@ from sngpt_jax.cluster.mesh import BATCH_AXES, gather, partition_specs
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import loss
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, graph
+
+_EVERYWHERE = P()
+
+
+def on_each_device(
+    config: ModelConfig,
+    mesh: Mesh,
+    function: Callable[[Variables, Batch], Any],
+    out_specs: P = _EVERYWHERE,
+) -> jax.stages.Wrapped:
+    """The jitted form of `function`, which runs on each device with the whole variables and the
+    device's rows of the batch.
+    """
+    layout = partition_specs(mesh, abstract_variables(config))
+
+    def local(variables: Variables, batch: Batch) -> Any:
+        return function(gather(variables, layout), batch)
+
+    specs = layout, P(BATCH_AXES)
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+    )
 
 
 def make_eval_step(
@@ -22,10 +47,9 @@ def make_eval_step(
     "offsets" [B] give the first scored position of each row, and logits are computed for the
     scored positions only. "hints" [B, S] serve the reading hint_nll.
     """
-    layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def local(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graph(config), gather(variables, layout))
+        model = nnx.merge(graph(config), variables)
         targets_BS = batch["targets"].astype(jnp.int32)
         x_BTD = model.hidden(batch["inputs"].astype(jnp.int32))
         if "offsets" in batch:
@@ -47,6 +71,4 @@ def make_eval_step(
             name: jax.lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in found.items()
         }
 
-    return jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(layout, rows), out_specs=P(), check_vma=False)
-    )
+    return on_each_device(config, mesh, local)

@@ -117,9 +117,7 @@ def run_tasks(
 ) -> dict[str, Metrics]:
     """The results of each task in `spec` by name, over its first `limit` samples (0: all).
 
-    A task gives {"error": "one line"} in all processes if its file is missing or not as published
-    in one of them, or if lm-eval or the model cannot run it. `progress` maps a task's name to a
-    callback of (done, total).
+    A task that cannot be run in one process gives {"error": "one line"} in all processes.
     """
     results: dict[str, Metrics] = {}
     for name, path in spec.items():

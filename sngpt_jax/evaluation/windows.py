@@ -1,13 +1,11 @@
 """How a stream of tokens is cut into windows of T inputs for scoring.
 
-Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Standard* windows lie side
-by side. A target sees the inputs of its own window, and a last partial window is dropped.
-*Sliding* windows advance by `stride` targets. The first window scores all of its T targets. Each
-later window scores its last `stride` targets, which see T - stride + 1 to T inputs. Standard
-windows are sliding windows of stride T.
+Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Sliding* windows advance by
+`stride` targets. The first window scores all of its T targets, each later one its last `stride`
+targets. *Standard* windows have a stride of T and drop a last partial window.
 
-The devices take rows of one shape: T inputs and `stride` scored positions. The first window becomes
-as many rows as its targets need.
+The devices take rows of T inputs and `stride` scored positions. The first window becomes as many
+rows as its targets need.
 """
 
 import math
@@ -29,10 +27,8 @@ Item = TypeVar("Item")
 
 
 def one_behind(items: Iterable[Item]) -> Iterator[Item]:
-    """Each item, once the next item has been made.
-
-    With items that are dispatched to the devices, the host reads one while the devices compute the
-    next.
+    """Each item, once the next one has been made: the host reads one while the devices compute
+    the next.
     """
     return (item for item, _ in pairwise(chain(items, [None])) if item is not None)
 
@@ -85,9 +81,7 @@ class Windows:
         return start, begin, upto
 
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges of targets (start, stop) that the rows score together. Only a published tail
-        scores some targets again.
-        """
+        """Ranges of targets (start, stop) that the rows score; they overlap in a published tail."""
         if self.tail == "full":
             return [(0, self.targets)]
         start, begin, upto = self.rows(self.num_rows - (self.count - self.whole), self.num_rows)
@@ -96,9 +90,7 @@ class Windows:
 
 
 def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """Targets of a stream of `num_tokens`, at most `max_tokens` (0: no limit). Raises `UserError`
-    for less than one window.
-    """
+    """Targets of a stream, at most `max_tokens` (0: all). Raises `UserError` below one window."""
     if max_tokens and max_tokens < seq_len:
         raise UserError(
             f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len}"
@@ -114,22 +106,18 @@ def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
 
 
 def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
-    """As many windows side by side as fit into a stream of `num_tokens` and into `max_tokens`
-    targets (0: no limit).
-    """
+    """Windows side by side over a stream of `num_tokens`, at most `max_tokens` targets (0: all)."""
     return Windows(_limited(num_tokens, seq_len, max_tokens) // seq_len * seq_len, seq_len, seq_len)
 
 
 def sliding_windows(
     num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full"
 ) -> Windows:
-    """Windows that advance by `stride` and score each target once, over all targets or the first
-    `max_tokens`.
+    """Windows that advance by `stride` and score each target once, at most `max_tokens` (0: all).
 
     With the published tail the targets end where standard windows end. Windows that overrun this
-    end are kept. Each of them scores the last `stride` targets again with less context, as
-    parameter-golf submissions 333, 465 and 1573 do. Raises `UserError` for a stride that is not
-    between 1 and `seq_len`.
+    end are kept and score the last `stride` targets again with less context, as parameter-golf
+    submissions 333, 465 and 1573 do.
     """
     if not 1 <= stride <= seq_len:
         raise UserError(
@@ -142,8 +130,8 @@ def sliding_windows(
 
 
 def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
-    """Number of rows in one batch over all devices: as many as fit into `device_batch_tokens` per
-    device, no more than there are, a multiple of the devices.
+    """Rows of one batch over all devices: as many as fit, no more than there are, a multiple of the
+    devices.
     """
     most = max(1, device_batch_tokens // windows.seq_len)
     return min(most, math.ceil(windows.num_rows / num_devices)) * num_devices
@@ -156,6 +144,7 @@ class WindowBatch:
     # "inputs" [B, T], "targets" [B, S]; where S < T "offsets" int32 [B] of the scored positions
     arrays: dict[str, np.ndarray]
     count: int  # rows without the padding
+    counted: np.ndarray  # bool [B]: rows that are no padding
     # rows [n] and positions [n] in [B, S] of the targets that count, in order
     scored: tuple[np.ndarray, np.ndarray]
 
@@ -178,4 +167,23 @@ def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterat
             arrays["offsets"] = shift.astype(np.int32)
         within = positions[None] + offset[:, None]
         row, position = np.nonzero((begin[:, None] <= within) & (within < upto[:, None]))
-        yield WindowBatch(arrays, len(start), (row, position))
+        yield WindowBatch(arrays, len(start), np.arange(rows) < len(start), (row, position))
+
+
+def read_windows(
+    stream: "TokenStream",
+    windows: Windows,
+    rows: int,
+    dispatch: Callable[[WindowBatch], Item],
+    progress: OnProgress | None = None,
+) -> Iterator[tuple[Item, WindowBatch]]:
+    """`dispatch(batch)` and the batch, for all batches of `rows`, each once the next one has been
+    dispatched. `progress` counts rows that have been read.
+    """
+    done = 0
+    batches = window_batches(stream, windows, rows)
+    for found, batch in one_behind((dispatch(batch), batch) for batch in batches):
+        yield found, batch
+        done += batch.count
+        if progress:
+            progress(done, windows.num_rows)

@@ -16,15 +16,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from sngpt_kernels.cayley import dictionary
 
-from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.evaluation.health import is_dead
-from sngpt_jax.evaluation.windows import OnProgress, Windows, window_batches
+from sngpt_jax.evaluation.step import on_each_device
+from sngpt_jax.evaluation.windows import OnProgress, WindowBatch, Windows, read_windows
 from sngpt_jax.features.counts import Examples, FiringCounts, choose
 from sngpt_jax.model.cayley import activations, code_state
-from sngpt_jax.model.forward import Batch, Variables, abstract_variables, tapped_losses
+from sngpt_jax.model.forward import Batch, Variables, tapped_losses
 
 BEFORE, AFTER = 16, 8  # tokens of a context around the token that fired
 TOKENS, RELATIVES = 12, 16  # most tokens, parents and children listed per feature
@@ -35,10 +36,8 @@ def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> j
     """The jitted function (variables, batch [B, T]) → (ids, activations) of the `layers` at every
     token, [L, B, T, A] each.
     """
-    layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def local(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        variables = gather(variables, layout)
         everywhere = jnp.arange(batch["inputs"].shape[1])
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
@@ -47,12 +46,7 @@ def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> j
         )
         return taps.ids, jax.lax.map(lambda layer: activations(config, *layer)[1], (taps, code))
 
-    split = P(None, BATCH_AXES)
-    return jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(layout, rows), out_specs=(split, split), check_vma=False
-        )
-    )
+    return on_each_device(config, mesh, local, P(None, BATCH_AXES))
 
 
 Selection = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -73,18 +67,22 @@ class Slice:
         """(index of the layer, ids [N, A], activations [N, A], tokens [N], positions [N]) for
         batches of N tokens.
         """
-        place, T = batch_placer(self.mesh), self.windows.seq_len
-        done = 0
-        for batch in window_batches(self.stream, self.windows, self.rows):
-            count = batch.count
-            tokens = batch.arrays["inputs"][:count].reshape(-1)
-            positions = done * T + np.arange(count * T)
-            selected = self.select(self.variables, place(batch.arrays))
+        place = batch_placer(self.mesh)
+
+        def dispatch(batch: WindowBatch) -> tuple[jax.Array, jax.Array]:
+            return self.select(self.variables, place(batch.arrays))
+
+        first = 0
+        batches = read_windows(self.stream, self.windows, self.rows, dispatch, progress)
+        for selected, batch in batches:
+            tokens = batch.arrays["inputs"][: batch.count].reshape(-1)
+            positions = first + np.arange(len(tokens))
             for layer, arrays in enumerate(zip(*selected, strict=True)):
-                ids, strengths = (np.asarray(a)[:count].reshape(count * T, -1) for a in arrays)
+                ids, strengths = (
+                    np.asarray(array)[: batch.count].reshape(len(tokens), -1) for array in arrays
+                )
                 yield layer, ids, strengths, tokens, positions
-            done += count
-            progress(done, self.windows.count)
+            first += len(tokens)
 
 
 # --------------------------------------------------------------------------------------- the result

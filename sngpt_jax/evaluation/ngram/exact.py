@@ -1,18 +1,16 @@
 """Exact n-gram counts of the scored tokens, mixed into the model's probabilities. The result is a
 probability distribution.
 
-The n-grams of orders 1 to 7 form a trie: x_1 … x_n is a child of x_1 … x_{n-1}. One open-addressed
-table holds the trie. A node's key is its parent's slot and its last token. Both are stored and
-compared, so no two n-grams share a count. Let c(s, v) be the count of v after the context s, C(s)
-the sum over v, N(s) the number of different v, and s' the context s without its oldest token.
-Witten-Bell interpolates from short to long contexts, with 1/V below the empty context:
+The n-grams of orders 1 to 7 form a trie in one open-addressed table. A node's key is its parent's
+slot and its last token, so no two n-grams share a count. Let c(s, v) be the count of v after the
+context s, C(s) the sum over v, N(s) the number of different v, and s' the context s without its
+oldest token. Witten-Bell interpolates, with 1/V below the empty context:
 
     p_s(v) = (c(s, v) + N(s) p_{s'}(v)) / (C(s) + N(s))
 
 (Witten and Bell 1991; Chen and Goodman 1998, section 2.6.) The target's probability becomes
 (1 - w) p + w p_s, where s is the longest context that was ever continued. Each length of s has its
-own w, which does not depend on the target. It is learned online by the EM step of a mixture on
-the targets that it scored so far. Every target is counted right after it is scored.
+own w, learned online by the EM step of a mixture. Every target is counted once it is scored.
 """
 
 import math
@@ -60,9 +58,8 @@ class ExactCache:
     """Counts of orders 1 to 7 over a stream of `targets` targets after `first_token`, in at most
     `memory` bytes.
 
-    A third of the slots stay empty, so that searches are short. If memory is too small for all
-    n-grams of the stream, a full table stores no new ones. Those do not enter their contexts'
-    totals, so p_s stays a distribution.
+    A third of the slots stay empty, so that searches are short. A full table stores no new
+    n-grams. Those do not enter their contexts' totals, so p_s stays a distribution.
     """
 
     readings: tuple[str, ...] = ()
@@ -139,10 +136,8 @@ def _find(nodes: np.ndarray, parent: int, token: int) -> int:
 
 @compiled
 def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
-    """Reads the slots where all searches for `token` begin, so that they wait for memory once
-    instead of seven times.
-
-    The sum has no meaning. Without a result the compiler would remove the reads.
+    """Reads the slots where all searches for `token` begin, so that they wait for memory once. The
+    sum keeps the compiler from removing the reads.
     """
     total = 0
     for k in range(len(contexts)):
@@ -155,10 +150,7 @@ def _probability(
     nodes: np.ndarray, contexts: np.ndarray, token: int, vocab_size: int, children: np.ndarray
 ) -> tuple[float, int]:
     """p_s(token), and the number of contexts that it has followed; writes the slots of those
-    n-grams to `children`.
-
-    A token that followed a context also followed every shorter one, so the search ends at the
-    first context that it did not follow.
+    n-grams to `children`. A token that followed a context also followed every shorter one.
     """
     p, known, searching = 1 / vocab_size, 0, True
     for k in range(len(contexts)):

@@ -41,10 +41,8 @@ class HashedCache:
     """The first of `orders` whose context was counted twice gives p_ng, and p ← (1 - α) p + α p_ng.
 
     α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats. Targets
-    are counted at every order once their segment is scored: the first `first_segment` targets, then
-    `segment` at a time. With `undercount`, as published, a target that was mixed at some order is
-    not counted at lower orders. A target with fewer than n - 1 tokens before it is not counted at
-    order n.
+    are counted at every order once their segment is scored. With `undercount`, as published, a
+    target that was mixed at some order is not counted at lower orders.
     """
 
     hints = None

@@ -1,8 +1,7 @@
 """A stream scored by a model with an n-gram cache, and the total probability that the cache gives.
 
 A score is a code length only if the probabilities behind it sum to 1 over the vocabulary. `mass`
-measures the sum. It repeats the pass with a new cache. At evenly spaced positions it sums the
-probabilities that the cache would have given to each token of the vocabulary at that moment.
+repeats the pass with a new cache and measures the sum at evenly spaced positions.
 """
 
 import math
@@ -28,8 +27,7 @@ class Mass:
     mean: float
     min: float
     max: float
-    # mean ln of the mass: about the nats per token that dividing every distribution by its mass
-    # adds to the loss
+    # mean ln of the mass: the nats per token that dividing by the mass adds to the loss
     mean_log: float
     positions: int
 
@@ -66,9 +64,8 @@ def warm_up(cache: Cache) -> None:
 def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
     """The scores of a pass by the model and by the model with a new `cache`.
 
-    One cache on the host sees the targets in order, whatever the number of devices. It works on a
-    batch while the devices work on the next. `scoring.eval_step` gives `readings_for(cache)`. The
-    windows have no published tail, because a cache counts each target once.
+    `scoring.eval_step` gives `readings_for(cache)`. The windows have no published tail, because a
+    cache counts each target once.
     """
     by_model, mixed = Sum(), Sum()
     chunks: list[Chunk] = []

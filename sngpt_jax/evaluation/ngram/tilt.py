@@ -5,9 +5,7 @@ If the token h followed the last 15 tokens in at least four of five cases (param
 
     p'(v) = p(v) e^{β [v = h]} / (1 + q (e^β - 1)),  q = p(h),  β = 2.625.
 
-The hint is chosen before the target is known, so the p' of the whole vocabulary sum to 1 as the p
-do. Any function of earlier tokens may hint. Here a bucket holds one context and one candidate for
-the token that follows it.
+The hint is chosen before the target is known, so the p' of the whole vocabulary sum to 1.
 """
 
 import math
