@@ -1,5 +1,5 @@
-"""lm-eval's tasks on a model here: tiny tasks from local files against the model's own answers,
-names of tasks, and tasks that cannot be run.
+"""lm-eval's tasks: tiny ones from local files against the model's own answers, names of tasks, and
+tasks that cannot be run.
 """
 
 import json
@@ -7,63 +7,33 @@ import math
 import textwrap
 import zlib
 
-import jax
 import pytest
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.data.tokenizer_training import train_sentencepiece
 from sngpt_jax.evaluation import tasks
-from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
+from sngpt_jax.evaluation.likelihood import Continuation
 from sngpt_jax.evaluation.tasks import parse_tasks, run_tasks
-from sngpt_jax.model.forward import init_params
 
-TASKS = {
-    "tiny_choice": (
-        """
-        output_type: multiple_choice
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{answer}}"
-        doc_to_choice: "{{choices}}"
-        metric_list: [{metric: acc}, {metric: acc_norm}]
-        """
-    ),
-    "tiny_rolling": (
-        """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
-        """
-    ),
-    "tiny_generate": (
-        """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{choices[answer]}}"
-        generation_kwargs: {until: ["s"], max_gen_toks: 5, do_sample: false}
-        metric_list: [{metric: exact_match}]
-        """
-    ),
-    "tiny_beams": (
-        """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{choices[answer]}}"
-        generation_kwargs: {until: ["s"], num_beams: 4}
-        metric_list: [{metric: exact_match}]
-        """
-    ),
-    "tiny_absent": (
-        """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: bits_per_byte}]
-        """
-    ),
-}
+ROLLING = """
+    output_type: loglikelihood_rolling
+    doc_to_text: ""
+    doc_to_target: "{{question}}"
+    metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+    """
+GENERATE = """
+    output_type: generate_until
+    doc_to_text: "{{question}}"
+    doc_to_target: "{{choices[answer]}}"
+    generation_kwargs: {until: ["s"], OPTIONS}
+    metric_list: [{metric: exact_match}]
+    """
+CHOICE = """
+    output_type: multiple_choice
+    doc_to_text: "{{question}}"
+    doc_to_target: "{{answer}}"
+    doc_to_choice: "{{choices}}"
+    metric_list: [{metric: acc}, {metric: acc_norm}]
+    """
 GROUP = "group: tiny_group\ntask: [tiny_choice, tiny_rolling]\n"
 HELLASWAG = """
     output_type: multiple_choice
@@ -104,8 +74,12 @@ def write_task(folder, name, body, rows):
 def include(tmp_path_factory):
     """A folder of lm-eval task files and their data."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, body in TASKS.items():
-        write_task(folder, name, body, None if name == "tiny_absent" else DOCS)
+    greedy, beams = "max_gen_toks: 5, do_sample: false", "num_beams: 4"
+    write_task(folder, "tiny_choice", CHOICE, DOCS)
+    write_task(folder, "tiny_rolling", ROLLING, DOCS)
+    write_task(folder, "tiny_generate", GENERATE.replace("OPTIONS", greedy), DOCS)
+    write_task(folder, "tiny_beams", GENERATE.replace("OPTIONS", beams), DOCS)
+    write_task(folder, "tiny_absent", ROLLING, None)
     (folder / "group.yaml").write_text(GROUP)
     return folder
 
@@ -116,46 +90,32 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    text = ["the cat sat on the mat and the dog sat on the log " * 5]
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    tokenizer = train_sentencepiece(text, path, vocab_size=300, normalization="nmt_nfkc")
-    config = ModelConfig(
-        vocab_size=300,
-        num_layers=1,
-        d_model=16,
-        num_heads=2,
-        num_kv_heads=1,
-        mlp_dim=16,
-        max_seq_len=16,
-        embed_init_std=1.0,
-    )
-    return LanguageModel(
-        Config(model=config, data=DataConfig(seq_len=16), eval=EvalConfig(device_batch_tokens=64)),
-        init_params(config, jax.random.key(0)),
-        tokenizer,
-        make_mesh(),
-    )
-
-
 class Invented:
-    """Answers that follow from the words alone."""
+    """Answers that follow from the words alone, and the requests for texts."""
 
     seq_len = 16
 
+    def __init__(self):
+        self.asked = []
+
     def loglikelihood(self, pairs, progress=None):
-        found = [
-            zlib.crc32(f"{context}|{continuation}".encode()) for context, continuation in pairs
-        ]
+        found = [zlib.crc32(f"{context}|{text}".encode()) for context, text in pairs]
         return [Continuation(-(n % 997) / 50, n % 3 == 0, 1 + n % 5) for n in found]
+
+    def rolling(self, texts, progress=None):
+        return [one.logprob for one in self.loglikelihood([("", text) for text in texts])]
+
+    def generate(self, prompts, **options):
+        self.asked.append((prompts, options))
+        return ["log"] * len(prompts)
 
 
 def run(model, name, include, **options):
     return run_tasks(model, {name: None}, include=include, **options)[name]
 
 
-def test_multiple_choice(model, include):
+def test_multiple_choice(include):
+    model = Invented()
     got = run(model, "tiny_choice", include)
     right = norm_right = 0
     for doc in DOCS:
@@ -164,44 +124,30 @@ def test_multiple_choice(model, include):
         norms = [score / len(choice) for score, choice in zip(scores, doc["choices"], strict=True)]
         right += scores.index(max(scores)) == doc["answer"]
         norm_right += norms.index(max(norms)) == doc["answer"]
-    assert (got["acc"], got["acc_norm"], got["samples"]) == (
-        pytest.approx(right / 3),
-        pytest.approx(norm_right / 3),
-        3,
-    )
+    expected = {"acc": right / 3, "acc_norm": norm_right / 3, "samples": 3}
+    assert got == pytest.approx(expected)
     assert all(type(value) in (float, int) for value in got.values())
-    assert set(got) == {"acc", "acc_norm", "samples"}
 
 
-def test_rolling(model, include):
-    got = run(model, "tiny_rolling", include, limit=2)
-    total = sum(model.rolling([doc["question"] for doc in DOCS[:2]]))
-    assert got["bits_per_byte"] == pytest.approx(-total / math.log(2) / 14)
-    assert (got["word_perplexity"], got["samples"]) == (pytest.approx(math.exp(-total / 4)), 2)
+def test_rolling(include):
+    got = run(Invented(), "tiny_rolling", include, limit=2)
+    total = sum(Invented().rolling([doc["question"] for doc in DOCS[:2]]))
+    bits, perplexity = -total / math.log(2) / 14, math.exp(-total / 4)
+    expected = {"bits_per_byte": bits, "word_perplexity": perplexity, "samples": 2}
+    assert got == pytest.approx(expected)
 
 
-def test_generate_until(model, include, monkeypatch):
+def test_generate_until(include):
+    model = Invented()
     got = run(model, "tiny_generate", include)
-    texts = model.generate([doc["question"] for doc in DOCS], ["s"], 5)
-    right = sum(
-        text == doc["choices"][doc["answer"]] for text, doc in zip(texts, DOCS, strict=True)
-    )
-    assert (got["exact_match"], got["samples"]) == (pytest.approx(right / 3), 3)
-    asked = []
-
-    def generate(self, prompts, **options):
-        asked.append((prompts, options))
-        return ["log"] * len(prompts)
-
-    monkeypatch.setattr(LanguageModel, "generate", generate)
-    assert run(model, "tiny_generate", include)["exact_match"] == pytest.approx(1 / 3)
+    assert got == {"exact_match": pytest.approx(1 / 3), "samples": 3}
     options = {"until": ["s"], "max_tokens": 5, "temperature": 0.0, "top_k": 0, "progress": None}
-    assert asked == [([doc["question"] for doc in DOCS], options)]
+    assert model.asked == [([doc["question"] for doc in DOCS], options)]
 
 
-def test_one_that_fails_leaves_the_others(model, include):
+def test_one_that_fails_leaves_the_others(include):
     spec = parse_tasks("tiny_absent,tiny_beams,tiny_rolling", include)
-    got = run_tasks(model, spec, include=include)
+    got = run_tasks(Invented(), spec, include=include)
     assert (
         "cannot load its task tiny_absent" in got["tiny_absent"]["error"]
         and "\n" not in got["tiny_absent"]["error"]
@@ -210,11 +156,9 @@ def test_one_that_fails_leaves_the_others(model, include):
     assert got["tiny_rolling"]["samples"] == 3
 
 
-def test_a_group_is_given_by_task(model, include):
-    got = run(model, "tiny_group", include)
-    assert got["tiny_choice"] == run(model, "tiny_choice", include)
-    assert got["tiny_rolling"] == run(model, "tiny_rolling", include)
-    assert set(got) == {"tiny_choice", "tiny_rolling"}
+def test_a_group_is_given_by_task(include):
+    got = run(Invented(), "tiny_group", include)
+    assert got == {name: run(Invented(), name, include) for name in ("tiny_choice", "tiny_rolling")}
 
 
 def test_an_unknown_task_is_one_line(include, monkeypatch):
@@ -232,7 +176,7 @@ def test_an_unknown_task_is_one_line(include, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hellaswag", "lambada"])
 def test_one_that_cannot_be_loaded_but_is_here_too_names_its_file(tmp_path, name):
-    write_task(tmp_path, name, TASKS["tiny_absent"], None)
+    write_task(tmp_path, name, ROLLING, None)
     got = run_tasks(Invented(), parse_tasks(name, tmp_path), include=tmp_path)[name]["error"]
     assert "cannot load" in got and got.endswith(f"; or give the published file: {name}=PATH")
 
