@@ -88,7 +88,7 @@ def parse_tasks(arguments: EvaluateArguments) -> "Spec":
     try:
         from sngpt_jax.evaluation import tasks
     except ImportError as missing:
-        if (missing.name or "").partition(".")[0] != "lm_eval":
+        if (missing.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
             raise
         install = cli.command("pip", "install", LM_EVAL)
         raise UserError(f"--tasks needs the package {LM_EVAL}; install it: {install}") from missing

@@ -179,9 +179,12 @@ def test_a_task_that_cannot_run_leaves_the_others(capsys, tiny_trained, tmp_path
     assert "none.jsonl: cannot be read" in found["hellaswag"]["error"]
 
 
-@pytest.mark.parametrize("found", [None, types.ModuleType("lm_eval")], ids=["missing", "too old"])
-def test_tasks_without_lm_eval_say_what_to_install(monkeypatch, tiny_trained, found):
-    monkeypatch.setitem(sys.modules, "lm_eval", found)
+@pytest.mark.parametrize(
+    ("package", "found"),
+    [("datasets", None), ("lm_eval", None), ("lm_eval", types.ModuleType("lm_eval"))],
+)
+def test_tasks_without_lm_eval_say_what_to_install(monkeypatch, tiny_trained, package, found):
+    monkeypatch.setitem(sys.modules, package, found)
     for name in ("tasks", "task_files", "lm_eval_model"):
         monkeypatch.delitem(sys.modules, f"sngpt_jax.evaluation.{name}", raising=False)
         monkeypatch.delattr(sngpt_jax.evaluation, name, raising=False)
