@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,11 +22,9 @@ from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, Wei
 from sngpt_jax.config.recipe import peek
 from sngpt_jax.evaluation.options import StreamOptions
 
-if TYPE_CHECKING:
-    from sngpt_jax.evaluation.tasks import Spec
-
 logger = logging.getLogger("sngpt_jax")
 
+Spec = dict[str, Path | None]  # a published file by task; None: the task is lm-eval's own
 LM_EVAL = "lm-eval>=0.4.12"  # tasks load differently in earlier versions
 
 
@@ -81,7 +79,7 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
     cli.check_json(arguments.json)
 
 
-def parse_tasks(arguments: EvaluateArguments) -> "Spec":
+def parse_tasks(arguments: EvaluateArguments) -> Spec:
     """The tasks that `--tasks` names. Raises `UserError` for a wrong name, or without lm-eval."""
     if not arguments.tasks:
         return {}
@@ -130,7 +128,7 @@ def following(arguments: EvaluateArguments) -> list[str]:
     return [cli.command("sngpt_jax.export", "--run", run, *chosen, "--out", f"{run}/model.sngpt")]
 
 
-def evaluate(arguments: EvaluateArguments, spec: "Spec") -> int:
+def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     """Scores the model of `arguments`, prints or writes the result, and returns the exit status."""
     import jax
 

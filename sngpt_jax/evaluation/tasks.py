@@ -9,7 +9,7 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from sngpt_jax.evaluation.windows import OnProgress
 logger = logging.getLogger("sngpt_jax")
 
 Metrics = dict[str, Any]
-Spec = dict[str, Path | None]  # a published file by task; None: the task is lm-eval's own
 
 # -------------------------------------------------------------------------------------------- which
 
 
-def parse_tasks(text: str, include: Path | None = None) -> Spec:
+def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None]:
     """`hellaswag=PATH,lambada=PATH,piqa` as a file per task, None for tasks that lm-eval defines.
 
     `include` is a folder with more task files for lm-eval. Raises `UserError` for an unknown task,
@@ -48,7 +47,7 @@ def parse_tasks(text: str, include: Path | None = None) -> Spec:
             f"--task-definitions {include}: not a folder; give a folder with lm-eval's task files"
             " (*.yaml)"
         )
-    spec: Spec = {}
+    spec: dict[str, Path | None] = {}
     known = ", ".join(FILE_TASKS)
     for part in text.split(","):
         name, given, path = (piece.strip() for piece in part.partition("="))
@@ -109,7 +108,7 @@ def _manager_of(name: str, include: Path | None) -> TaskManager:
 
 def run_tasks(
     model: LanguageModel,
-    spec: Spec,
+    spec: Mapping[str, Path | None],
     *,
     limit: int = 0,
     include: Path | None = None,
