@@ -93,4 +93,6 @@ fi
 # ------------------------------------------------------------------------------------------------ the command
 
 case "$command" in test | docs) cd "$here" ;; esac
+# a process per core, and a file's tests in one process, so that they share what they make
+[ "$command" != test ] || [ $# -gt 0 ] || set -- -n auto --dist loadfile
 exec "$venv/bin/python" -m "$module" "$@"

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from tests import tiny_run
 
+tiny_run.heed_signals()
 jax.config.update("jax_num_cpu_devices", 8)
 inherited = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{inherited} --xla_backend_optimization_level=0"

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,16 @@ def make(folder: Path) -> Path:
     recipe = folder / "tiny.py"
     recipe.write_text(RECIPE.format(data=str(folder / "data"), cache=str(folder / "cache")))
     return recipe
+
+
+def heed_signals() -> None:
+    """Lets the processes that tests start heed signals which this one was started to ignore.
+
+    A shell ignores SIGINT for a command in the background, and `nohup` ignores SIGHUP. Children
+    inherit that, unless a handler is set.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def command(name: str, *arguments: object) -> list[str]:

@@ -13,8 +13,6 @@ from tests.tiny_run import ROOT
 
 # Modules of a command, in a package that is imported first as `sngpt_jax` is.
 PACKAGE = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 from sngpt_jax.base.interrupts import expect_interrupts
 expect_interrupts()
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from sngpt_jax.base.files import write_text_atomic
+from tests import tiny_run
 from tests.faults import damage, disks, kills, numbers, signals
 from tests.faults.lab import Lab, Row, Scenario, described
 
@@ -92,6 +93,7 @@ def main() -> int:
         "--markdown", type=Path, help="page in whose table to put what came of them"
     )
     arguments = parser.parse_args()
+    tiny_run.heed_signals()
     wanted = tuple(arguments.only.split(","))
     if strangers := [
         start
