@@ -1,3 +1,1 @@
-"""What everything stands on: errors, files, strict JSON, the terminal, the edge of a command.
-Nothing here imports jax.
-"""
+"""What all rooms share: errors, files, strict JSON, the terminal. Nothing here imports jax."""

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from sngpt_jax.base import untrusted
 from sngpt_jax.base.errors import UserError
@@ -106,8 +106,7 @@ def parse(
     check: Check | None = None,
     defaulted: list[str] | None = None,
 ) -> T:
-    """The `kind` (a dataclass) that a JSON object spells out field by field; every field must be
-    there.
+    """The `kind`, a dataclass, from a JSON object of its fields. Every field must be there.
 
     Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`,
     `tuple[X, ...]` or a NamedTuple from a list or tuple, `dict[str, X]`, or Any. Only an integer is
@@ -116,79 +115,62 @@ def parse(
     that begins with the path of the field; `where` is the path of the whole.
     """
 
+    def refuse(where: str, expected: str, value: Any) -> NoReturn:
+        kind = type(value).__name__
+        holds = isinstance(value, dict | list | tuple) or value is None
+        found = kind if holds else f"{shown(value)} of type {kind}"
+        raise error(f"{where}: expected {expected}, found {found}")
+
     def parse_object(kind: type, values: Any, where: str) -> Any:
         if not isinstance(values, dict):
-            raise error(f"{where}: expected an object, found {type(values).__name__}")
+            refuse(where, "an object", values)
         hints = typing.get_type_hints(kind)
         for name in values:
             if name not in hints:
                 close = difflib.get_close_matches(name[:100], hints, n=1)
-                raise error(
-                    f"{where}: unknown key {shown(name)}"
-                    + (f"; did you mean {close[0]!r}?" if close else "")
-                )
+                advice = f"; did you mean {close[0]!r}?" if close else ""
+                raise error(f"{where}: unknown key {shown(name)}{advice}")
         missing = [name for name in hints if name not in values]
         if defaulted is not None:
-            plain = {
-                x.name for x in dataclasses.fields(kind) if x.default is not dataclasses.MISSING
-            }
+            fields = dataclasses.fields(kind)
+            plain = {x.name for x in fields if x.default is not dataclasses.MISSING}
             defaulted.extend(f"{where}.{name}" for name in missing if name in plain)
             missing = [name for name in missing if name not in plain]
         if missing:
             raise error(f"{where}: missing {', '.join(missing)}")
-        return kind(
-            **{
-                name: parse_value(hints[name], value, f"{where}.{name}")
-                for name, value in values.items()
-            }
-        )
+        return kind(**{k: parse_value(hints[k], x, f"{where}.{k}") for k, x in values.items()})
 
     def parse_value(kind: Any, value: Any, where: str) -> Any:
+        of, inner = typing.get_origin(kind), typing.get_args(kind)
         if kind is Any:
             return value
         if dataclasses.is_dataclass(kind):
             return parse_object(typing.cast(type, kind), value, where)
         if isinstance(kind, types.UnionType):  # the only unions are `X | None`
-            return None if value is None else parse_value(typing.get_args(kind)[0], value, where)
+            return None if value is None else parse_value(inner[0], value, where)
         if isinstance(kind, type) and hasattr(kind, "_fields"):  # a NamedTuple
-            fields = typing.get_type_hints(kind)
-            if not isinstance(value, list | tuple) or len(value) != len(fields):
-                raise error(
-                    f"{where}: expected a list of {', '.join(fields)}, found {shown(value)}"
-                )
-            return kind(*map(parse_value, fields.values(), value, [where] * len(fields)))
-        if typing.get_origin(kind) is tuple:
+            hints = typing.get_type_hints(kind)
+            if not isinstance(value, list | tuple) or len(value) != len(hints):
+                refuse(where, f"a list of {', '.join(hints)}", value)
+            return kind(*map(parse_value, hints.values(), value, [where] * len(hints)))
+        if of is tuple:
             if not isinstance(value, list | tuple):
-                raise error(f"{where}: expected a list, found {type(value).__name__}")
-            return tuple(
-                parse_value(typing.get_args(kind)[0], item, f"{where}[{i}]")
-                for i, item in enumerate(value)
-            )
-        if typing.get_origin(kind) is dict:
+                refuse(where, "a list", value)
+            return tuple(parse_value(inner[0], x, f"{where}[{i}]") for i, x in enumerate(value))
+        if of is dict:
             if not isinstance(value, dict):
-                raise error(f"{where}: expected an object, found {type(value).__name__}")
-            return {
-                name: parse_value(typing.get_args(kind)[1], x, f"{where}[{shown(name)}]")
-                for name, x in value.items()
-            }
-        if typing.get_origin(kind) is Literal:
-            if not isinstance(value, str) or value not in typing.get_args(kind):
-                raise error(
-                    f"{where}: expected one of {', '.join(typing.get_args(kind))}, found"
-                    f" {shown(value)}"
-                )
+                refuse(where, "an object", value)
+            return {k: parse_value(inner[1], x, f"{where}[{shown(k)}]") for k, x in value.items()}
+        if of is Literal:
+            if not isinstance(value, str) or value not in inner:
+                refuse(where, f"one of {', '.join(inner)}", value)
         elif kind is float and type(value) is int:
             try:
                 value = float(value)
             except OverflowError:
-                raise error(
-                    f"{where}: expected float, found an integer that is too large for one"
-                ) from None
+                raise error(f"{where}: expected float, found a larger integer") from None
         elif type(value) is not kind:
-            raise error(
-                f"{where}: expected {kind.__name__}, found {shown(value)} of type"
-                f" {type(value).__name__}"
-            )
+            refuse(where, kind.__name__, value)
         if check:
             check(where.rpartition(".")[2], value, where)
         return value

@@ -1,1 +1,1 @@
-"""Devices and processes: which there are, and how arrays lie over them."""
+"""Devices and processes, and how arrays lie over them."""

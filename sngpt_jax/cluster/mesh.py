@@ -1,12 +1,11 @@
-"""The device mesh, and which array is laid out how over it.
+"""The device mesh, and how arrays are laid out over it.
 
-The mesh has two axes. The batch is split over both. Along `fsdp` the devices share out the
-parameters, and all that is kept beside them in their shapes: optimizer state, averages. A step
-gathers the weights once, computes with whole ones, adds up the whole gradient of its rows, and
-scatters that once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). With `train.shard_optimizer`
-what is kept beside the parameters is shared out over both axes instead, whatever becomes of the
-parameters. `gather` and `reduce_mean` do so inside `jax.shard_map`, so that neither depends on
-what a partitioner makes of a loop.
+The mesh has two axes. The batch is split over both. Along `fsdp` the devices share the parameters,
+and with them optimizer state and averages. A step gathers the weights once, computes with whole
+ones, sums the whole gradient of its rows, and scatters the sum once (ZeRO, Rajbhandari et al. 2020,
+arXiv:1910.02054). With `train.shard_optimizer` the optimizer state and averages are split over both
+axes, whatever the layout of the parameters. `gather` and `reduce_mean` run inside `jax.shard_map`,
+so that no partitioner can move them into a loop.
 """
 
 import math
@@ -22,17 +21,17 @@ from sngpt_jax.base.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 PARAMETER_AXES = ("fsdp",)
-# fsdp first: along one axis, a piece of what is split over both is part of the parameter's piece
+# fsdp first, so that a piece of an array split over both axes is part of the parameter's piece
 ALL_AXES = ("fsdp", "data")
 
-_LEAST_ELEMENTS = 2**12  # of an array that is worth a collective operation of its own
+_LEAST_ELEMENTS = 2**12  # a smaller array is not worth a collective operation
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh ("data", "fsdp") over `devices` (default: all of them), with `fsdp` neighbours on the
-    second axis.
+    """A mesh ("data", "fsdp") over `devices` (default: all), with `fsdp` neighbours on the second
+    axis.
 
-    Raises `UserError` where `fsdp` does not divide their number.
+    Raises `UserError` if `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
@@ -41,9 +40,8 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mes
             f"train.fsdp = {fsdp} does not divide the {len(devices)} devices; set it to one of:"
             f" {fitting}"
         )
-    return Mesh(
-        np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto)
-    )
+    grid = np.asarray(devices).reshape(-1, fsdp)
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -60,16 +58,14 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = PARAMETER_AXES) -> P:
-    """How an array of this shape is laid out: along which of its axes, if any, it is split over
-    the mesh's axes `over`.
+    """The layout of an array of this shape, split over the mesh's axes `over` or not at all.
 
-    Split is the largest axis that the devices divide. Of equal ones it is the first: pieces of
-    that are contiguous in memory, so that gathering them moves nothing twice. Vectors, scalars and
-    arrays of fewer than 4,096 elements stay whole.
+    The largest axis that the devices divide is split. Of equal ones it is the first, whose pieces
+    are contiguous in memory, so that gathering copies nothing twice. Vectors, scalars and arrays of
+    fewer than 4,096 elements stay whole.
 
-    The shape alone decides, so that a parameter's moments and averages lie where it lies, and that
-    matrices of equal shape, which Muon stacks, lie alike. Rules by path would say the same of
-    every path.
+    Only the shape decides. So a parameter's moments and averages lie where it lies, and so do
+    matrices of equal shape, which Muon stacks.
     """
     size = math.prod(mesh.shape[name] for name in over)
     if size == 1 or len(shape) < 2 or math.prod(shape) < _LEAST_ELEMENTS:
@@ -82,23 +78,18 @@ def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = P
 
 
 def partition_specs(mesh: Mesh, tree: Any, over: tuple[str, ...] = PARAMETER_AXES) -> Any:
-    """The `partition_spec` of every leaf of `tree`, arrays or their abstract forms."""
+    """The `partition_spec` of every leaf of `tree`, of arrays or abstract arrays."""
     return jax.tree.map(lambda leaf: partition_spec(mesh, np.shape(leaf), over), tree)
 
 
 def state_shardings(mesh: Mesh, tree: Any, over: tuple[str, ...] = PARAMETER_AXES) -> Any:
-    """A `NamedSharding` for every leaf of `tree` (parameters, or what is kept beside them), by
-    `partition_spec`.
-    """
-    return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, partition_spec(mesh, np.shape(leaf), over)), tree
-    )
+    """The `NamedSharding` of every leaf of `tree`, by `partition_spec`."""
+    specs = partition_specs(mesh, tree, over)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def split_of(spec: P) -> tuple[int, tuple[str, ...]] | None:
-    """Which axis of an array a `partition_spec` splits, and over which axes of the mesh; None
-    where it splits none.
-    """
+    """The axis of an array that a `partition_spec` splits, and the mesh's axes; None if none is."""
     for axis, names in enumerate(spec):
         if names is not None:
             return axis, (names,) if isinstance(names, str) else tuple(names)
@@ -106,24 +97,22 @@ def split_of(spec: P) -> tuple[int, tuple[str, ...]] | None:
 
 
 def gather(tree: Any, specs: Any) -> Any:
-    """Each device's pieces of arrays laid out by `specs` → the whole arrays. Inside `shard_map`
-    with `check_vma=False`.
+    """Each device's pieces of arrays, laid out by `specs` → the whole arrays.
+
+    Inside `shard_map` with `check_vma=False`.
     """
 
     def whole(piece: jax.Array, spec: P) -> jax.Array:
         split = split_of(spec)
-        return (
-            piece
-            if split is None
-            else jax.lax.all_gather(piece, split[1], axis=split[0], tiled=True)
-        )
+        if split is None:
+            return piece
+        return jax.lax.all_gather(piece, split[1], axis=split[0], tiled=True)
 
     return jax.tree.map(whole, tree, specs)
 
 
 def reduce_mean(tree: Any, specs: Any) -> Any:
-    """Whole arrays that differ from device to device → each device's pieces, by `specs`, of their
-    mean over all devices.
+    """Whole arrays, which differ per device → each device's pieces of their mean, by `specs`.
 
     Inside `shard_map` with `check_vma=False`.
     """
@@ -135,10 +124,8 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
         axis, over = split
         # pieces first, so that the devices along `data` exchange 1/fsdp of the bytes
         piece = jax.lax.psum_scatter(x, over, scatter_dimension=axis, tiled=True)
-        rest = tuple(
-            name for name in BATCH_AXES if name not in over and jax.lax.axis_size(name) > 1
-        )
-        return jax.lax.psum(piece, rest) / jax.lax.axis_size(BATCH_AXES)
+        rest = [name for name in BATCH_AXES if name not in over and jax.lax.axis_size(name) > 1]
+        return jax.lax.psum(piece, tuple(rest)) / jax.lax.axis_size(BATCH_AXES)
 
     return jax.tree.map(mean, tree, specs)
 
@@ -152,8 +139,8 @@ def batch_placer(
     """A function that puts a host batch of [B, ...] arrays on the mesh, rows split over all
     devices.
 
-    With `num_microbatches` = A the arrays become [A, B/A, ...] first, for accumulation. Every
-    process passes the whole global batch; each device receives its rows alone.
+    With `num_microbatches` = A, for accumulation, the arrays become [A, B/A, ...]. Every process
+    passes the whole global batch. Each device receives only its rows.
     """
     spec = P(BATCH_AXES) if num_microbatches is None else P(None, BATCH_AXES)
     sharding = NamedSharding(mesh, spec)

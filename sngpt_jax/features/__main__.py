@@ -14,7 +14,7 @@ import tyro
 
 from sngpt_jax.base import cli, terminal, webpage
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.files import check_writable
+from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
 
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         features_per_level=arguments.features,
         contexts=arguments.contexts,
     )
-    webpage.write(arguments.out, page(found))
+    write_text_atomic(arguments.out, page(found))
     if arguments.json != "-":
         rows = [("page", str(arguments.out))]
         for row in found["losses"]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sngpt_jax.base import webpage
+from sngpt_jax.base.files import write_text_atomic
 from sngpt_jax.report import grouping, tables
 from sngpt_jax.report.curves import smooth, thin
 from sngpt_jax.report.reading import RunData, number
@@ -211,6 +212,6 @@ def page(data: dict[str, Any]) -> str:
 
 def write(out: Path, data: dict[str, Any]) -> None:
     """Writes the page of `report`'s data to the file of `--out`. Raises `UserError`."""
-    webpage.write(out, page(data))
+    write_text_atomic(out, page(data))
     count = len(data["runs"])
     print(f"{count} run{'s' * (count != 1)}: {out}")

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from types import FrameType, TracebackType
+from types import FrameType
 
 from sngpt_jax.base.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM
 
@@ -50,10 +50,5 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()

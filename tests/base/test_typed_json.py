@@ -113,9 +113,7 @@ def test_missing_fields_take_plain_defaults_where_asked():
         parse(Defaults, {}, "here", Broken, defaulted=[])
     with pytest.raises(Broken, match=r"here.counts\['a'\]: expected int, found '1'"):
         parse(Defaults, {"inner": inner, "counts": {"a": "1"}}, "here", Broken, defaulted=[])
-    with pytest.raises(
-        Broken, match=r"here.rate: expected float, found an integer that is too large"
-    ):
+    with pytest.raises(Broken, match=r"here.rate: expected float, found a larger integer"):
         parse(
             Defaults, {"inner": inner, "counts": {}, "rate": 10**400}, "here", Broken, defaulted=[]
         )

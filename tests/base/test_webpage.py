@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from sngpt_jax.base import webpage
-from sngpt_jax.base.errors import UserError
 
 HOSTILE = (
     "</script><script>document.title='taken'</script><!-- <![CDATA[ ]]> {{data}} & \u2028 \ud800 😀"
@@ -66,13 +65,3 @@ def test_the_policy_names_the_script_by_its_hash(package):
     assert "connect-src" not in policy
     assert "connect-src 'self'" in webpage.render(package, "small", "title", {}, connect=True)
     assert not re.search(r"(src|href)=|@import|url\(", page)
-
-
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"--out .*page.html: cannot be written: .*; give the path of a file"
-    ):
-        webpage.write(tmp_path / "file" / "page.html", "page")
-    webpage.write(tmp_path / "deep" / "page.html", "page")
-    assert (tmp_path / "deep" / "page.html").read_text() == "page"
