@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from sngpt_jax.base import cli, terminal, webpage
+from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
