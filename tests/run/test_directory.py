@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.errors import UserError, one_line
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config
@@ -145,8 +145,7 @@ def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
 def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     (tmp_path / ".shared").mkdir()  # what a file cannot replace
-    refused = pytest.raises(
-        UserError, match="cannot be written: .*; mend that or choose another --run-dir"
-    )
-    with refused, run_directory.claim(tmp_path, Config()):
+    with pytest.raises(OSError) as error, run_directory.claim(tmp_path, Config()):
         pass
+    said = f"{tmp_path}/.shared: Is a directory; check the path and its permissions"
+    assert one_line(error.value) == said
