@@ -29,9 +29,9 @@ class Arguments(PrepareSpec):
     folder.
     """
 
-    workers: int = _cpus()  # processes that tokenize, or a Slurm job's tasks at a time
-    # processes: one process reads for all; local: each process reads files of its own; slurm: a
-    # cluster's jobs do so
+    workers: int = _cpus()  # processes that tokenize, or tasks of a Slurm job at a time
+    # processes: one process reads for all workers; local: each reads files of its own; slurm: jobs
+    # of a cluster do so
     executor: Executor = "processes"
     train_shards: int = 80  # number of training shards to download from a golf source
     json: Json = ""

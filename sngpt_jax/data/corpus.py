@@ -64,7 +64,7 @@ def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
     exist; the iterator raises `DataError` for damaged text.
     """
     if source.startswith("hub:"):
-        texts = _hub_texts(source, part, parts)
+        texts = _hub_texts(source, _hub_parts(source), part, parts)
     else:
         files = _files(source)
         files = files[len(files) * part // parts : len(files) * (part + 1) // parts]
@@ -266,8 +266,10 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
 # ---------------------------------------- Hugging Face
 
+Hub = tuple[str, str | None, str]  # name, configuration and split of a data set
 
-def _hub_parts(source: str) -> tuple[str, str | None, str]:
+
+def _hub_parts(source: str) -> Hub:
     match = _HUB.fullmatch(source)
     if not match:
         raise UserError(
@@ -287,10 +289,10 @@ def _hub_files(source: str) -> int:
         return _load_hub(*_hub_parts(source)).num_shards
 
 
-def _hub_texts(source: str, part: int, parts: int) -> Iterator[str]:
+def _hub_texts(source: str, hub: Hub, part: int, parts: int) -> Iterator[str]:
     row = 0
     with explained(lambda: f"source {source}: the data set fails after row {row}"):
-        data = _load_hub(*_hub_parts(source))
+        data = _load_hub(*hub)
         for values in data.shard(parts, part) if parts > 1 else data:  # a run of whole files
             row += 1
             yield _text_of(values, f"{source}: row {row}")

@@ -39,7 +39,7 @@ def explained(where: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

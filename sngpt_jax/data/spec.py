@@ -28,7 +28,7 @@ class PrepareSpec:
     tokenizer: str = "train"
     val_source: str = ""  # separate validation text; empty: the source's first val_docs documents
     val_docs: int = 50_000  # documents held out for validation if there is no val_source
-    # tokens of the tokenizer to learn or of golf (0: 1024), or the most of a given one (0: any)
+    # vocabulary size of a tokenizer to learn or of golf (0: 1024); limit for a given one (0: none)
     vocab_size: int = 0
     # how the learned tokenizer changes text; identity keeps all whitespace
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"

@@ -266,8 +266,8 @@ class ByteLevelTokenizer(Tokenizer):
         tok.no_truncation()
         tok.no_padding()
         spec = json.loads(tok.to_str())
-        names = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        bos = next((tok.token_to_id(name) for name in _BOS_NAMES if name in names), -1)
+        special = {x["content"]: x["id"] for x in spec["added_tokens"] if x["special"]}
+        bos = next((special[name] for name in _BOS_NAMES if name in special), -1)
         if problem := _byte_level_problem(tok, spec):
             problem = f"not a byte-level BPE that spells every text exactly: {problem}"
         elif bos < 0:

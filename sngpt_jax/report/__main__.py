@@ -26,7 +26,7 @@ class ReportArguments:
     out: OptionalPath = None  # the HTML page to write; opens in any browser
     # serve a page on this machine that follows the runs until Ctrl-C; --out is written at the end
     live: bool = False
-    port: int = 8631  # of the served page; 0: any free port
+    port: int = 8631  # port of the served page; 0: any free port
     quiet: Quiet = False
 
 

@@ -21,9 +21,10 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
         finite = np.isfinite(part)
         chosen = [0, len(part) - 1]
         if finite.any():
-            chosen += [np.nanargmin(part), np.nanargmax(part)]
+            known = np.where(finite, part, np.nan)
+            chosen += [int(np.nanargmin(known)), int(np.nanargmax(known))]
         if not finite.all():
-            chosen.append(np.argmin(finite))
+            chosen.append(int(np.argmin(finite)))
         kept.append(stretch[np.unique(chosen)])
     return np.concatenate(kept)
 

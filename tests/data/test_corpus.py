@@ -144,7 +144,7 @@ def test_bad_lines_name_file_and_line(tmp_path, line, expected):
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
     fails(path, f"{path}:3", expected)
     read = documents(str(path))
-    assert next(read) == "fine"  # what comes before is given
+    assert next(read) == "fine"  # lines before the bad one are read
 
 
 def test_txt_that_is_not_utf8(tmp_path):
@@ -395,7 +395,7 @@ def test_download_golf(tmp_path, published):
         if (out / Path(name).name).exists():
             assert (out / Path(name).name).read_bytes() == content
 
-    fetched.clear()  # what is whole is kept; what is not is fetched again
+    fetched.clear()  # whole files stay; others are fetched again
     whole = out / "fineweb_train_000001.bin"
     whole.write_bytes(whole.read_bytes()[:-1])
     golf.download(out, vocab_size=280, train_shards=3)

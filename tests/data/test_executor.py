@@ -288,8 +288,8 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
 
 # ---------------------------------------- Slurm
 
-# Each does just what the submission needs: sbatch writes the script down and gives a number, srun
-# runs the command after its own options, scontrol names the node.
+# Stand-ins: sbatch stores the script and prints a number, srun runs the command after its own
+# options, scontrol names the node.
 SBATCH = """#!/bin/sh
 number=$(ls "{jobs}" | grep -c script)
 for script; do :; done
@@ -368,7 +368,7 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
         done = run_job(cluster / "0.script", SLURM_ARRAY_TASK_ID="3")
         assert done.returncode == 1 and "UserError" in done.stderr
         assert "another preparation is writing" in done.stderr
-    assert main(arguments) == 0  # once more: only what is left
+    assert main(arguments) == 0  # the second submission has only the last part
     assert "job 19 encodes 1 parts, then job 20 writes the shards" in capsys.readouterr().out
     assert directives(cluster / "2.script")["array"] == "0-0%3"
     assert run_job(cluster / "2.script", SLURM_ARRAY_TASK_ID="0").returncode == 0

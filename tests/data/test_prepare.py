@@ -54,7 +54,7 @@ def spec_for(source, out, tokenizer_file, **changes):
 
 @pytest.fixture
 def spec_in(text, tmp_path, tokenizer_file):
-    """A function of a folder's name and options: what prepares the text there."""
+    """A function from a folder's name and options to the spec that prepares the text there."""
     return lambda out, **changes: spec_for(text[0], tmp_path / out, tokenizer_file, **changes)
 
 

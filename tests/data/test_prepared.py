@@ -143,7 +143,7 @@ def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
     # as it is
     assert prepared_data(with_vocab(given, VOCAB)).manifest == data.manifest
     assert "expected at most model.vocab_size = 270" in refusal(with_vocab(given, 270))
-    # without a manifest there is no telling who learnt it
+    # without a manifest nobody knows who learned it
     bare = changed(prepared, source="")
     (tmp_path / "data" / "manifest.json").unlink()
     (tmp_path / "data" / "train_000000.bin").rename(tmp_path / "data" / "a_train_0.bin")
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_both(preparing):
     process, child = preparing
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=10)
-    # what the child says of it depends on how far it was
+    # the child's words depend on its progress
     assert process.returncode == 130 and "prepared.py" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)

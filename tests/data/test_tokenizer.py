@@ -192,7 +192,7 @@ def test_every_space_is_its_own_byte_where_whitespace_is_kept(loaded):
     for i in range(4 + 256, sp.vocab_size()):
         piece = sp.id_to_piece(i)
         assert table.base[i] == piece.count("▁") + len(piece.replace("▁", "").encode())
-    assert any(sp.id_to_piece(i) == "▁" * 4 for i in range(512))  # indentation is learnt
+    assert any(sp.id_to_piece(i) == "▁" * 4 for i in range(512))  # indentation is learned
 
 
 def test_corrections_for_unknown_text(loaded):

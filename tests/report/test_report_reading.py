@@ -1,4 +1,4 @@
-"""Run directories read for a report: what is there, in whatever state it is."""
+"""Run directories in any state, read for a report."""
 
 import dataclasses
 import json
