@@ -265,7 +265,7 @@ OUT = ["--run", "{run}", "--out", "{tmp}/m.sngpt"]
         ([*OUT, "--limit", "-1"], "--limit and --tokens are 0 or more"),
         ([*OUT, "--json", "{tmp}/m.sngpt"], "is written by --out"),
         ([*OUT, "--json", "{tmp}"], "--json {tmp}: cannot be written"),
-        ([*OUT, "--export.packed", "True"], "leaves export.codec = rans no codes"),
+        ([*OUT, "--export.packed", "True"], "export.packed = True leaves no codes"),
         ([*OUT, "--data", "{tmp}"], "{tmp}"),
         ([*OUT, "--limit", "1000", "--tune-to-fit", "--no-score"], "less than the program alone"),
     ],

@@ -9,7 +9,7 @@ step, so no weight need be clipped.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,23 +26,6 @@ LADDER = ((8, 8), (7, 7), (6, 6), (5, 6), (5, 5), (4, 5), (4, 4), (3, 4), (3, 3)
 # ranges of an int8 grid in standard deviations: steps of 1/16 and of 4 deviations
 FINEST, COARSEST = 8.0, 512.0
 BISECTIONS = 8  # determine the range within 1.6 %
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A policy, the size of its artifact, and its error."""
-
-    export: ExportConfig
-    bytes: int
-    error: float  # mean over the weights of their tensor's Σ (w - ŵ)² / Σ w²
-
-    def describe(self, limit: int) -> str:
-        """One line for a person."""
-        x = self.export
-        rule = f"sd {x.clip_sd:.2f}" if x.clip == "sd" else x.clip
-        kept = f"{x.mlp_bits} bits mlp, {x.attention_bits} attention, {rule}, {x.codec}"
-        fits = "fits" if self.bytes <= limit else f"{self.bytes - limit:,} too many"
-        return f"{kept:<40} {self.bytes:>12,} bytes  rel. MSE {self.error:.3e}  {fits}"
 
 
 def search(
@@ -82,15 +65,20 @@ def search(
         table_bits=16,
         clip="row_max",
     )
-    trials: list[Trial] = []
+    trials: list[tuple[float, int, ExportConfig]] = []  # error and bytes of each policy
 
     def fits(export: ExportConfig) -> bool:
         candidate = replace(config, export=export)
         stored = quantize_tensors(tensors, candidate, moments)
-        encoded = sngpt_file.encode(metadata(candidate), stored, storage_of(export))
-        trials.append(Trial(export, len(encoded.data), relative_error(tensors, stored)))
-        tell(trials[-1].describe(limit))
-        return trials[-1].bytes <= limit
+        size = len(sngpt_file.encode(metadata(candidate), stored, storage_of(export)).data)
+        error = relative_error(tensors, stored)
+        trials.append((error, size, export))
+        rule = f"sd {export.clip_sd:.2f}" if export.clip == "sd" else export.clip
+        bits = f"{export.mlp_bits} bits mlp, {export.attention_bits} attention"
+        verdict = "fits" if size <= limit else f"{size - limit:,} too many"
+        policy = f"{bits}, {rule}, {export.codec}"
+        tell(f"{policy:<40} {size:>12,} bytes  rel. MSE {error:.3e}  {verdict}")
+        return size <= limit
 
     fits(config.export)
     fits(halves)
@@ -102,14 +90,14 @@ def search(
         middle = (fine * coarse) ** 0.5
         sd = replace(wide, mlp_bits=8, attention_bits=8, clip="sd", clip_sd=round(middle, 3))
         fine, coarse = (fine, middle) if fits(sd) else (middle, coarse)
-    fitting = [trial for trial in trials if trial.bytes <= limit]
+    fitting = [(error, export) for error, size, export in trials if size <= limit]
     if not fitting:
-        least = min(trial.bytes for trial in trials)
+        least = min(size for _, size, _ in trials)
         raise UserError(
             f"no policy fits into {limit:,} bytes of artifact: the smallest artifact of the trials"
             f" takes {least:,} bytes; raise --limit"
         )
-    return replace(config, export=min(fitting, key=lambda trial: trial.error).export)
+    return replace(config, export=min(fitting, key=lambda trial: trial[0])[1])
 
 
 def storage_of(export: ExportConfig) -> Storage:

@@ -85,7 +85,7 @@ class Tensor:
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Rows and columns of the codes. The rows of a transposed matrix lie along its last axis."""
+        """Rows and columns of the codes. Rows of a transposed matrix lie along its last axis."""
         return self.shape[::-1] if self.grid and self.grid.transposed else self.shape
 
 

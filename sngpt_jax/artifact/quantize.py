@@ -152,7 +152,7 @@ def _reach(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarray
 
 
 def _percentiles(rows: np.ndarray, percentiles: Sequence[float]) -> np.ndarray:
-    """Percentiles of each row's magnitudes, float32 [percentiles, rows], by linear interpolation."""
+    """Percentiles of each row's magnitudes, float32 [percentiles, rows], linearly interpolated."""
     positions = [percentile / 100 * (rows.shape[1] - 1) for percentile in percentiles]
     lowest = int(min(positions))
     # a partition and a sort of the few largest magnitudes are several times faster than np.quantile
@@ -194,10 +194,6 @@ def _least_error(
     for block in _blocks(rows):
         weights = np.ascontiguousarray(rows[block])
         for i, scales in enumerate(candidates[:, block]):
-            # equal where clip_floor decides
-            if i and np.array_equal(scales, candidates[i - 1, block]):
-                errors[i, block] = errors[i - 1, block]
-                continue
             quotients = weights * inverse(scales)[:, None]
             rest = quotients - _rounded(quotients.copy(), q_min, q_max)
             errors[i, block] = np.float64(scales) ** 2 * np.vecdot(rest, rest)

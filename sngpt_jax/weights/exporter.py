@@ -169,7 +169,7 @@ def publish(
             verify(hidden / out.name, stored)
             progress = progress_reporter("score by the program")
             said = bundle.run(hidden / program.name, hidden / out.name, data, tokens, progress)
-            for path in reversed(files):  # the artifact last: where it is, the others are
+            for path in reversed(list(files)):  # the artifact last: where it is, the others are
                 os.replace(hidden / path.name, path)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)

@@ -42,8 +42,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
-class Correspondence:
-    """A part of one parameter here, and the scripts' tensor, or entry of a bank, that holds it."""
+class Part:
+    """A part of a parameter here, and the scripts' tensor, or entry of a bank, that holds it."""
 
     path: str  # of the parameter here
     name: str  # of the scripts' tensor
@@ -71,51 +71,51 @@ _MATRICES = (
 )
 
 
-def tensors_of(config: ModelConfig, banked: bool) -> Iterator[Correspondence]:
+def tensors_of(config: ModelConfig, banked: bool) -> Iterator[Part]:
     """Every part of the parameters of `config` with its tensor in the scripts. `banked`: 1573's
     layout.
     """
-    yield Correspondence("embed/table", "tok_emb.weight")
+    yield Part("embed/table", "tok_emb.weight")
     if config.num_skips:
-        yield Correspondence("skip_weights", "skip_weights")
+        yield Part("skip_weights", "skip_weights")
     if config.smear == "after_norm":
-        yield Correspondence("smear/gate", "smear.gate")
+        yield Part("smear/gate", "smear.gate")
     # 740's gate is the share of the current position, this project's the share of the previous one
     if config.smear == "before_norm":
-        yield Correspondence("smear/gate", "smear_gate", negated=True)
+        yield Part("smear/gate", "smear_gate", negated=True)
     if config.bigram_buckets:
         bigram = {"xor": "bigram", "sum": "bigram_hash"}[config.bigram_hash]
-        yield Correspondence("bigram/table", f"{bigram}.embed.weight")
-        yield Correspondence("bigram/proj", f"{bigram}.proj.weight", transposed=True)
+        yield Part("bigram/table", f"{bigram}.embed.weight")
+        yield Part("bigram/proj", f"{bigram}.proj.weight", transposed=True)
         if config.bigram_scale_init:
-            yield Correspondence("bigram/scale", f"{bigram}.scale")
+            yield Part("bigram/scale", f"{bigram}.scale")
     if config.value_embed_layers:
-        yield Correspondence("value_embed/table", "ve_shared.embed.weight")
-        yield Correspondence("value_embed/proj", "ve_shared.proj.weight", transposed=True)
-        yield Correspondence("value_embed/scale", "ve_shared.scale")
+        yield Part("value_embed/table", "ve_shared.embed.weight")
+        yield Part("value_embed/proj", "ve_shared.proj.weight", transposed=True)
+        yield Part("value_embed/scale", "ve_shared.scale")
     for j in range(len(config.value_embed_layers)):
         part = slice(j, j + 1)
-        yield Correspondence("value_embed/layer_scale", f"ve_layer_scales.{j}", index=part)
+        yield Part("value_embed/layer_scale", f"ve_layer_scales.{j}", index=part)
     for j in range(len(config.recycle_layers)):
         for name in ("scale", "bias"):
-            yield Correspondence(f"recycle/{name}", f"recycle_mods.{j}.{name}", index=j)
+            yield Part(f"recycle/{name}", f"recycle_mods.{j}.{name}", index=j)
     for i in range(config.num_layers):
         ours, theirs = f"blocks/{i}", f"blocks.{i}"
         for name in ("attn_scale", "mlp_scale", "resid_mix"):
-            yield Correspondence(f"{ours}/{name}", f"{theirs}.{name}")
-        yield Correspondence(f"{ours}/attn/q_gain", f"{theirs}.attn.q_gain")
+            yield Part(f"{ours}/{name}", f"{theirs}.{name}")
+        yield Part(f"{ours}/attn/q_gain", f"{theirs}.attn.q_gain")
         if config.attention_gate:
             gate = f"{theirs}.attn.attn_gate"
-            yield Correspondence(f"{ours}/attn/gate_weight", f"{gate}.weight", transposed=True)
-            yield Correspondence(f"{ours}/attn/gate_bias", f"{gate}.bias")
+            yield Part(f"{ours}/attn/gate_weight", f"{gate}.weight", transposed=True)
+            yield Part(f"{ours}/attn/gate_bias", f"{gate}.bias")
         if config.value_residual:
-            yield Correspondence(f"{ours}/attn/value_mix", f"{theirs}.attn.vr_lambda")
+            yield Part(f"{ours}/attn/value_mix", f"{theirs}.attn.vr_lambda")
         for matrix, tensor, bank, second_half in _MATRICES:
             if banked:
                 entry = i + config.num_layers * second_half
-                yield Correspondence(f"{ours}/{matrix}", bank, entry=entry, transposed=True)
+                yield Part(f"{ours}/{matrix}", bank, entry=entry, transposed=True)
             else:
-                yield Correspondence(f"{ours}/{matrix}", f"{theirs}.{tensor}", transposed=True)
+                yield Part(f"{ours}/{matrix}", f"{theirs}.{tensor}", transposed=True)
 
 
 # ---------------------------------------------------------------------------------- conversion

@@ -141,7 +141,7 @@ def test_the_decoder_imports_no_jax(tmp_path):
     assert done.stdout.split() == [str(len(tensors())), "False"]
 
 
-# ---------------------------------------------------------------------------------- files that are none
+# ---------------------------------------------------------------------------- files that are none
 
 
 def edited(data, **changes):

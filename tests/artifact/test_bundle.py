@@ -157,7 +157,7 @@ def test_minified_source_behaves_alike():
 @pytest.mark.parametrize(
     "text",
     [
-        """f"{', '.join(['a', 'b'])!r:>{w}} {{braces}} {n:,} {n + 1:0{w}.{p}f} {'x'}\\n{f'{n}'}" """,
+        """f"{', '.join(['a'])!r:>{w}} {{braces}} {n:,} {n + 1:0{w}.{p}f} {'x'}\\n{f'{n}'}" """,
         """f'{d["key"]}' f"{w=}" "{}" """,
         """f"{f'{w!s:^{p + 3}}'}" """,
         """f"{n:,} {w!r}" """,
@@ -184,7 +184,7 @@ def test_a_failure_is_one_line(tree, tmp_path):
     assert "\n" not in line
 
 
-# ---------------------------------------------------------------------------------- the project's own
+# ------------------------------------------------------------------------------ the project's own
 
 
 @pytest.fixture(scope="module")
