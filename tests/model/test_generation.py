@@ -234,12 +234,12 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([[1, 2], []], {}, "a prompt without tokens; begin it"),
-        ([[1]], {"max_tokens": 0}, "max_tokens = 0: "),
-        ([[1]], {"temperature": -0.1}, "temperature = -0.1: "),
-        ([[1]], {"temperature": float("nan")}, "temperature = nan: "),
-        ([[1]], {"temperature": float("inf")}, "temperature = inf: "),
-        ([[1]], {"top_k": -1}, "top_k = -1: "),
+        ([[1, 2], []], {}, "a prompt has no tokens"),
+        ([[1]], {"max_tokens": 0}, "max_tokens = 0 must be"),
+        ([[1]], {"temperature": -0.1}, "temperature = -0.1 must be"),
+        ([[1]], {"temperature": float("nan")}, "temperature = nan must be"),
+        ([[1]], {"temperature": float("inf")}, "temperature = inf must be"),
+        ([[1]], {"top_k": -1}, "top_k = -1 must be"),
         (
             [[1], [2] * 10],
             {},

@@ -1,6 +1,5 @@
 """The whole model: size, causality, the loss it starts from, and a literal numpy forward pass."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,55 +10,29 @@ import pytest
 from flax import nnx
 from sngpt_kernels.dispatch import Device, targeting
 
-from sngpt_jax.config import ModelConfig
-from sngpt_jax.config.recipe import load
 from sngpt_jax.model import layers
 from sngpt_jax.model.forward import forward, init_params, losses
 from sngpt_jax.model.gpt import GPT
 from tests import oracles
+from tests.model.test_techniques import TINY, changed, compiled, double, random_params
 
-TINY = ModelConfig(
-    vocab_size=61,
-    num_layers=5,
-    d_model=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=48,
-    max_seq_len=16,
-    compute_dtype="float32",
-)
+TOKENS = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 16))
 
 
-def changed(**fields):
-    return dataclasses.replace(TINY, **fields)
-
-
-def random_params(config, seed=0):
-    """Parameters without the zeros and ones of the start, so that every part takes part."""
-    shapes = init_params(config, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves]
-    )
-
-
-@pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_logits_equal_the_oracle(num_layers):
     config = changed(num_layers=num_layers)
     params = random_params(config)
-    tokens = np.random.default_rng(1).integers(0, 61, (2, 16))
-    got = jax.jit(forward(config))(params, jnp.asarray(tokens))
+    got = compiled(config)(params, TOKENS)
     assert got.dtype == jnp.float32
-    wanted = oracles.gpt(config, jax.tree.map(lambda a: np.asarray(a, np.float64), params), tokens)
+    wanted = oracles.gpt(config, double(params), TOKENS)
     np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=2e-4)
 
 
 def test_bfloat16_stays_near_float32():
     params = random_params(TINY)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 16)))
-    half = forward(changed(compute_dtype="bfloat16"))(params, tokens)
-    full = forward(TINY)(params, tokens)
+    half = compiled(changed(compute_dtype="bfloat16"))(params, TOKENS)
+    full = compiled(TINY)(params, TOKENS)
     assert half.dtype == jnp.float32
     assert np.linalg.norm(half - full) < 0.05 * np.linalg.norm(full)
     assert np.any(half != full)
@@ -110,7 +83,9 @@ def test_no_output_depends_on_a_later_token():
     graph, _ = nnx.split(model, nnx.Param)
     params = random_params(TINY)
     tokens = jnp.arange(16)[None]  # each token once: row s of the table is position s's input
-    untied = jnp.asarray(np.random.default_rng(2).normal(size=(61, 32)), jnp.float32)
+    untied = jnp.asarray(
+        np.random.default_rng(2).normal(size=(TINY.vocab_size, TINY.d_model)), jnp.float32
+    )
 
     def output(table):
         model = nnx.merge(graph, {**params, "embed": {"table": table}})
@@ -133,11 +108,6 @@ def test_loss_at_the_start_is_ln_v():
     assert loss == pytest.approx(math.log(1024), abs=0.02)
 
 
-def test_baseline_has_the_published_size():
-    shapes = jax.eval_shape(lambda: init_params(load("golf_baseline").model, jax.random.key(0)))
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 17_059_912
-
-
 def test_a_sequence_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="17 tokens.*max_seq_len = 16"):
         forward(TINY)(random_params(TINY), jnp.zeros((1, 17), jnp.int32))
@@ -158,5 +128,5 @@ def test_blocks_are_named_in_the_program():
         .lower(random_params(TINY), jnp.zeros((1, 8), jnp.int32))
         .as_text(debug_info=True)
     )
-    for scope in ("embed", "block_0/attention", "block_4/mlp", "head"):
+    for scope in ("embed", "block_0/attention", "block_3/mlp", "head"):
         assert scope in text

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.config.recipe import load
 from sngpt_jax.model.mlp import ACTIVATIONS, MLP
 from tests import oracles
 from tests.model.test_techniques import TINY, changed, functional
@@ -52,7 +51,3 @@ def test_width_is_any(multiple, width):
     config = ModelConfig(mlp_dim=max(int(multiple * 512), 1), compute_dtype="float32")
     shapes = nnx.eval_shape(lambda: MLP(config, rngs=nnx.Rngs(params=jax.random.key(0))))
     assert shapes.up.shape == (512, width) and shapes.down.shape == (width, 512)
-
-
-def test_recipes_may_have_a_fractional_multiple():
-    assert load("golf_11l_xsa4").model.mlp_dim == int(2.75 * 512)

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.attention import apply_rotary, ntk_base, rotary_tables
 from tests import oracles
 from tests.model.test_techniques import TINY, TOKENS, changed, logits
@@ -91,8 +90,3 @@ def test_ntk_of_the_model_follows_the_length_of_its_input():
     scaled = logits(changed(rope_ntk_len=T - 4))
     np.testing.assert_allclose(scaled, logits(changed(rope_base=raised)), rtol=0, atol=1e-5)
     assert np.abs(scaled - logits(TINY)).max() > 1e-2
-
-
-def test_config_names_the_width():
-    assert ModelConfig(d_model=512, num_heads=8).rotary_dims == 64
-    assert ModelConfig(d_model=512, num_heads=8, rope_dims=16).rotary_dims == 16

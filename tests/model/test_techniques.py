@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model.forward import forward, init_params
+from sngpt_jax.model.forward import abstract_parts, forward, init_params
 from tests import oracles
 
 TINY = ModelConfig(
@@ -87,11 +87,6 @@ def changed(**fields):
     return dataclasses.replace(TINY, **fields)
 
 
-@functools.cache
-def _shapes(config):
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
 def random_params(config, seed=0):
     """Parameters without the zeros and ones of the start; one of the same name and shape is the
     same in every model.
@@ -101,7 +96,7 @@ def random_params(config, seed=0):
         rng = np.random.default_rng([seed, *jax.tree_util.keystr(path).encode()])
         return jnp.asarray(rng.normal(size=leaf.shape) * 0.4, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, _shapes(config))
+    return jax.tree_util.tree_map_with_path(draw, abstract_parts(config)[0])
 
 
 @functools.cache

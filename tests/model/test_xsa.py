@@ -31,7 +31,7 @@ def test_the_last_layers_use_it():
         assert differs == [layer >= 4 - xsa_layers for layer in range(4)]
 
 
-@pytest.mark.parametrize("xsa_layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("xsa_layers", [1, 3])
 def test_earlier_layers_of_the_model_are_unaffected(xsa_layers):
     """With the outputs of the last layers silenced nothing of XSA is left; with that of the first
     of them not, it shows.

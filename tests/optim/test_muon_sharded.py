@@ -2,7 +2,6 @@
 collectives that it takes.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -10,13 +9,13 @@ import numpy as np
 import pytest
 
 from sngpt_jax.ahead import hlo
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh, path_name
-from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from sngpt_jax.cluster.mesh import batch_placer, path_name
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, changed
 from sngpt_jax.optim.averaging import averaged_weights
-from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
-from sngpt_jax.training.state import Shapes, init_state
+from sngpt_jax.training.state import init_state
 from sngpt_jax.training.step import make_train_step
+from tests.training.steps import controls, host_batch, shapes
 
 CONFIG = Config(
     model=ModelConfig(
@@ -43,7 +42,7 @@ CONFIG = Config(
     data=DataConfig(batch_tokens=256, seq_len=16, slices=4),
     train=TrainConfig(steps=4, device_batch_tokens=16, seed=3),
 )
-CONTROLS = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(False))
+CONTROLS = controls(swa=True)
 # distinct shapes of the matrices: 64×64 (query, out), 64×32 (key, value: too small to be split),
 # 64×128 (up, and down)
 LAYOUTS = {  # devices, fsdp, shard_optimizer: the update's collectives
@@ -52,59 +51,40 @@ LAYOUTS = {  # devices, fsdp, shard_optimizer: the update's collectives
     (8, 1, True): {"all-gather": 3, "all-to-all": 2},
     (8, 2, True): {"all-gather": 1, "all-to-all": 4},
 }
-slow = pytest.mark.slow
-EACH = [
-    layout if layout == (8, 1, False) else pytest.param(layout, marks=slow) for layout in LAYOUTS
-]
-
-
-def host_batch(seed):
-    tokens = np.random.default_rng(seed).integers(0, 128, (16, 17)).astype(np.uint16)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+full = pytest.mark.full
+EVERYDAY = ((8, 1, False), (8, 2, True))
+EACH = [layout if layout in EVERYDAY else pytest.param(layout, marks=full) for layout in LAYOUTS]
 
 
 def laid_out(layout, **optim):
     devices, fsdp, shard_optimizer = layout
-    train = dataclasses.replace(CONFIG.train, fsdp=fsdp, shard_optimizer=shard_optimizer)
-    config = dataclasses.replace(
-        CONFIG, train=train, optim=dataclasses.replace(CONFIG.optim, **optim)
-    )
-    return config, make_mesh(jax.devices()[:devices], fsdp)
+    train = {"fsdp": fsdp, "shard_optimizer": shard_optimizer}
+    return shapes(changed(CONFIG, train=train, optim=optim), devices, fsdp)
 
 
 @functools.cache
 def program(layout, **optim):
     """The compiled step with two microbatches, and what it does."""
-    config, mesh = laid_out(layout, **optim)
-    step = make_train_step(Shapes.of(config, mesh))
-    compiled = step.lower(
-        Shapes.of(config, mesh).state, batch_placer(mesh, 2)(host_batch(0)), CONTROLS
-    ).compile()
+    found = laid_out(layout, **optim)
+    batch = batch_placer(found.mesh, 2)(host_batch(0, vocab=128))
+    compiled = make_train_step(found).lower(found.state, batch, CONTROLS).compile()
     return compiled, hlo.analyse(compiled.as_text())
 
 
 def train(layout, steps=2, state=None, first=0, **optim):
-    config, mesh = laid_out(layout, **optim)
-    state, losses = state or init_state(Shapes.of(config, mesh)), []
+    found, losses = laid_out(layout, **optim), []
+    state, place = state or init_state(found), batch_placer(found.mesh, 2)
     for i in range(first, first + steps):
-        state, metrics = program(layout, **optim)[0](
-            state, batch_placer(mesh, 2)(host_batch(i)), CONTROLS
-        )
+        batch = place(host_batch(i, vocab=128))
+        state, metrics = program(layout, **optim)[0](state, batch, CONTROLS)
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
 def on_host(state):
-    kept = {
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "ema": state.ema,
-        "swa": state.swa,
-    }
-    return {
-        path_name(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(kept)
-    }
+    kept = {name: getattr(state, name) for name in ("params", "opt_state", "ema", "swa")}
+    leaves = jax.tree_util.tree_leaves_with_path(kept)
+    return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def assert_close(a, b):
@@ -118,7 +98,7 @@ def assert_close(a, b):
 
 @pytest.mark.parametrize(
     "layout",
-    [*EACH, pytest.param((2, 1, True), marks=slow), pytest.param((8, 4, False), marks=slow)],
+    [*EACH, pytest.param((2, 1, True), marks=full), pytest.param((8, 4, False), marks=full)],
 )
 def test_layouts_leave_losses_weights_and_moments_alone(layout):
     (one, losses), (other, found) = train((1, 1, False)), train(layout)
@@ -145,9 +125,8 @@ def test_collectives_of_the_update(layout):
 @pytest.mark.parametrize("layout", EACH)
 def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
     _, fsdp, shard_optimizer = layout
-    config, mesh = laid_out(layout)
     moved = program(layout)[1].collective_counts()
-    state = Shapes.of(config, mesh).state
+    state = laid_out(layout).state
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2]
     split = sum(size for size in sizes if size >= 2**14)
     if fsdp > 1 or shard_optimizer:
@@ -165,19 +144,19 @@ def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
             assert share * (over if leaf.ndim == 2 and leaf.size >= 2**12 else 1) == leaf.size
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_averages_that_are_split_come_back_as_the_weights_lie():
-    config, mesh = laid_out((8, 1, True))
+    found = laid_out((8, 1, True))
     state, _ = train((8, 1, True))
-    whole = jax.tree.map(lambda leaf: leaf.sharding, Shapes.of(config, mesh).state.params)
+    whole = jax.tree.map(lambda leaf: leaf.sharding, found.state.params)
     for average in (state.ema, state.swa):
-        weights = averaged_weights(average, mesh)
+        weights = averaged_weights(average, found.mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, weights) == whole
         mean = average if average is state.ema else average.mean
         jax.tree.map(np.testing.assert_array_equal, weights, mean)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_goes_on_with_another_layout(tmp_path):
     """What is on the disk does not know of the layout: two steps with one and two with another are
     four on one device.
@@ -187,11 +166,11 @@ def test_a_run_goes_on_with_another_layout(tmp_path):
         checkpoints.save(2, state, {})
     straight = on_host(train((1, 1, False), steps=4)[0])
     for layout in ((1, 1, False), (8, 8, False)):
-        restored = checkpoint.restore(tmp_path, Shapes.of(*laid_out(layout)).state).state
+        restored = checkpoint.restore(tmp_path, laid_out(layout).state).state
         assert_close(on_host(train(layout, state=restored, first=2)[0]), straight)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_normuon_and_polar_express_over_many_devices():
     """What the neurons' mean squares add are vectors."""
     options = {"normuon_beta2": 0.9, "muon_coefficients": "polar_express", "newton_schulz_steps": 5}

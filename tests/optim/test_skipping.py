@@ -12,32 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import TrainConfig
+from sngpt_jax.cluster.mesh import batch_placer
+from sngpt_jax.config import TrainConfig, changed
 from sngpt_jax.optim import skipping
-from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
 from sngpt_jax.training import step
-from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 from tests.training import test_step_code
+from tests.training.steps import begin, controls, host_batch, shapes
 
 # a microbatch whose first target is this token has a NaN in its gradient, or an infinite loss
 BAD_GRADIENT, BAD_LOSS = 95, 96
 
-CONFIG = dataclasses.replace(
+CONFIG = changed(
     test_step_code.CONFIG,
-    optim=dataclasses.replace(
-        test_step_code.CONFIG.optim,
-        schedule="linear_warmdown",
-        warmdown_steps=4,
-        ema_decay=0.9,
-        swa_every=1,
-        swa_below=0.9,
-    ),
-    train=dataclasses.replace(test_step_code.CONFIG.train, nonfinite="skip", spike_sigma=6.0),
+    optim={
+        "schedule": "linear_warmdown",
+        "warmdown_steps": 4,
+        "ema_decay": 0.9,
+        "swa_every": 1,
+        "swa_below": 0.9,
+    },
+    train={"nonfinite": "skip", "spike_sigma": 6.0},
 )
-CONTROLS = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(False))
+CONTROLS = controls(swa=True)
 
 
 def expected_skips(config, losses, norms):
@@ -118,9 +116,8 @@ def poisoned(mean_loss):
     return loss
 
 
-def host_batch(seed, first_target=0):
-    tokens = np.random.default_rng(seed).integers(0, 94, (16, 17)).astype(np.uint16)
-    batch = {"inputs": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}
+def bad_batch(seed, first_target=0):
+    batch = host_batch(seed, vocab=94)
     if first_target:
         batch["targets"][10, 0] = first_target  # one microbatch of one of eight devices
     return batch
@@ -128,26 +125,20 @@ def host_batch(seed, first_target=0):
 
 @functools.cache
 def program(devices):
-    mesh = make_mesh(jax.devices()[:devices])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.loss, "mean_loss", poisoned(step.loss.mean_loss))
-        batch = batch_placer(mesh, 16 // devices)(host_batch(0))
-        return (
-            mesh,
-            make_train_step(Shapes.of(CONFIG, mesh))
-            .lower(Shapes.of(CONFIG, mesh).state, batch, CONTROLS)
-            .compile(),
-        )
+        found = shapes(CONFIG, devices)
+        batch = batch_placer(found.mesh, 16 // devices)(bad_batch(0))
+        return make_train_step(found).lower(found.state, batch, CONTROLS).compile()
 
 
 def take(devices, state, *batches):
-    """The state after these batches, and what each step said."""
-    mesh, train_step = program(devices)
-    said = []
+    """The state after these batches, and the metrics of each step."""
+    place, seen = batch_placer(shapes(CONFIG, devices).mesh, 16 // devices), []
     for batch in batches:
-        state, metrics = train_step(state, batch_placer(mesh, 16 // devices)(batch), CONTROLS)
-        said.append({name: value.item() for name, value in metrics.items()})
-    return state, said
+        state, metrics = program(devices)(state, place(batch), CONTROLS)
+        seen.append({name: value.item() for name, value in metrics.items()})
+    return state, seen
 
 
 def assert_equal(a, b):
@@ -156,46 +147,35 @@ def assert_equal(a, b):
     ):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(
-            np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path)
-        )
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("bad", [BAD_GRADIENT, BAD_LOSS])
 def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
-    mesh, _ = program(devices)
-    state, said = take(
-        devices, init_state(Shapes.of(CONFIG, mesh)), host_batch(0), host_batch(1, bad)
-    )
+    state, said = take(devices, begin(CONFIG, devices), bad_batch(0), bad_batch(1, bad))
     assert [math.isfinite(s["loss"]) for s in said] == [True, bad == BAD_GRADIENT]
     assert [math.isfinite(s["grad_norm"]) for s in said] == [True, bad == BAD_LOSS]
     assert [(s["skipped"], s["skipped_in_a_row"]) for s in said] == [(0, 0), (1, 1)]
-    without, _ = take(devices, init_state(Shapes.of(CONFIG, mesh)), host_batch(0))
+    without, _ = take(devices, begin(CONFIG, devices), bad_batch(0))
     without = dataclasses.replace(without, step=without.step + 1)
     assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
     assert_equal(state.skips.window, without.skips.window)
 
     # and the step after it is that of a run that never saw the batch
-    state, said = take(devices, state, host_batch(2))
-    without, _ = take(devices, without, host_batch(2))
+    state, said = take(devices, state, bad_batch(2))
+    without, _ = take(devices, without, bad_batch(2))
     assert (said[0]["skipped"], said[0]["skipped_in_a_row"]) == (1, 0)
     assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
 
 
 def test_what_was_skipped_is_known_to_a_resumed_run(tmp_path):
-    mesh, _ = program(1)
-    state, _ = take(
-        1,
-        init_state(Shapes.of(CONFIG, mesh)),
-        host_batch(0),
-        host_batch(1, BAD_LOSS),
-        host_batch(1, BAD_LOSS),
-    )
+    bad = bad_batch(1, BAD_LOSS)
+    state, _ = take(1, begin(CONFIG), bad_batch(0), bad, bad)
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
-    resumed = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
+    resumed = checkpoint.restore(tmp_path, shapes(CONFIG).state).state
     assert_equal(resumed, state)
     assert int(resumed.skips.window.count) == 1
-    _, (said,) = take(1, resumed, host_batch(2, BAD_LOSS))
+    _, (said,) = take(1, resumed, bad_batch(2, BAD_LOSS))
     assert (said["skipped"], said["skipped_in_a_row"]) == (3, 3)

@@ -62,6 +62,7 @@ def logged(directory: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, trained, tmp_path):
     process = tiny_run.start("train", "--config", tiny_recipe, "--run-dir", tmp_path, *CODED)
     tiny_run.wait_for(process, tmp_path / "checkpoints" / "00000010.json")

@@ -3,7 +3,6 @@ what a checkpoint keeps.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,22 @@ import numpy as np
 import pytest
 from sngpt_kernels.cayley import dictionary, reference
 
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, parse_levels
+from sngpt_jax.cluster.mesh import batch_placer
+from sngpt_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    changed,
+    parse_levels,
+)
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.cayley import code_state, sample_positions
 from sngpt_jax.model.forward import losses, tapped_losses
-from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.run import checkpoint
-from sngpt_jax.training.state import Shapes, TrainState, init_state
-from sngpt_jax.training.step import SAMPLE, make_train_step
+from sngpt_jax.training.step import SAMPLE
+from tests.training.steps import as_int32, begin, host_batch, in_float64, run, shapes, take
 
 CONFIG = Config(
     model=ModelConfig(
@@ -54,40 +60,19 @@ CONFIG = Config(
     data=DataConfig(batch_tokens=256, seq_len=16, slices=4),
     train=TrainConfig(steps=4, device_batch_tokens=64, seed=3),
 )
-CONTROLS = StepControls(np.float32(1), np.float32(1), np.bool_(False), np.bool_(False))
 
 
-def host_batch(seed=0):
-    tokens = np.random.default_rng(seed).integers(0, 97, (16, 17)).astype(np.uint16)
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+def losses_of(metrics):
+    return [found["loss"] for found in metrics]
 
 
-@functools.cache
-def program(devices, fsdp=1):
-    mesh = make_mesh(jax.devices()[:devices], fsdp)
-    return mesh, make_train_step(Shapes.of(CONFIG, mesh))
-
-
-def run(steps, devices=1, microbatches=1, fsdp=1):
-    """The state and the losses after so many steps."""
-    mesh, step = program(devices, fsdp)
-    state, place, seen = init_state(Shapes.of(CONFIG, mesh)), batch_placer(mesh, microbatches), []
-    for i in range(steps):
-        state, metrics = step(state, place(host_batch(i)), CONTROLS)
-        seen.append(float(metrics["loss"]))
-    return state, seen
-
-
-def on_host(state: TrainState):
-    return jax.tree.map(
-        lambda leaf: np.asarray(jax.device_get(leaf), np.float64), (state.params, state.statistics)
-    )
+def on_host(state):
+    return in_float64((state.params, state.statistics))
 
 
 def test_statistics_of_a_step_are_those_of_its_tokens():
     """Every token is in the sample here: 1024 / 16 sequences exceed the 16 positions of each."""
-    start = init_state(Shapes.of(CONFIG, program(1)[0]))
-    batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch().items()}
+    start, batch = begin(CONFIG), as_int32(host_batch())
     _, taps = tapped_losses(CONFIG.model)(
         start.variables(), batch["inputs"], batch["targets"], jnp.arange(16)
     )
@@ -95,7 +80,7 @@ def test_statistics_of_a_step_are_those_of_its_tokens():
     np.testing.assert_array_equal(before.std, np.ones((2, 1024)))
     assert not before.mean.any() and not before.last_fired.any() and not before.bias.any()
 
-    state, _ = run(1)
+    state, _ = run(CONFIG, 1)
     after = code_state(state.variables())
     atoms = dictionary.atoms(np.arange(1024), 64)
     for layer in range(2):
@@ -112,32 +97,26 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
     """32 of 64 positions of each sequence, others at every step; from statistics that are no
     longer those of the start.
     """
-    config = dataclasses.replace(
+    config = changed(
         CONFIG,
-        model=dataclasses.replace(CONFIG.model, num_layers=1, max_seq_len=64, compute_dtype=dtype),
-        data=dataclasses.replace(CONFIG.data, batch_tokens=32 * 64, seq_len=64),
+        model={"num_layers": 1, "max_seq_len": 64, "compute_dtype": dtype},
+        data={"batch_tokens": 32 * 64, "seq_len": 64},
     )
-    mesh, rng = make_mesh(jax.devices()[:devices]), np.random.default_rng(0)
-    tokens = rng.integers(0, 97, (32, 65)).astype(np.uint16)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    state = init_state(Shapes.of(config, mesh))
+    batch, rng = host_batch(shape=(32, 64)), np.random.default_rng(0)
+    state = begin(config, devices)
     code = state.statistics["blocks"][0]["code"]
     code["mean"] = jnp.asarray(rng.normal(size=64) * 0.1, jnp.float32)
     code["std"] = jnp.asarray(rng.uniform(0.5, 2.0, 1024), jnp.float32)
-    step, probe = make_train_step(Shapes.of(config, mesh)), jax.jit(tapped_losses(config.model))
+    probe = jax.jit(tapped_losses(config.model))
     seen = []
     for number in (1, 2):
-        before, variables = (
-            on_host(state)[1]["blocks"][0]["code"],
-            jax.device_get(state.variables()),
-        )
+        before = on_host(state)[1]["blocks"][0]["code"]
+        variables = jax.device_get(state.variables())
         positions = sample_positions(
             jax.random.fold_in(jax.random.key(3), SAMPLE), jnp.int32(number - 1), 64, 32
         )
-        _, taps = probe(
-            variables, *(jnp.asarray(rows, jnp.int32) for rows in batch.values()), positions
-        )
-        state, _ = step(state, batch_placer(mesh, 1)(batch), CONTROLS)
+        _, taps = probe(variables, *as_int32(batch).values(), positions)
+        state, _ = take(config, state, batch, devices=devices)
         after = on_host(state)[1]["blocks"][0]["code"]
         mean, std = reference.update_statistics(
             before["mean"], before["std"], np.asarray(taps.x[0], np.float64).reshape(-1, 64)
@@ -156,46 +135,37 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
 
 
 def test_each_rule_has_its_own_rate():
-    mesh, step = program(1)
     for muon, adam in ((1.0, 0.0), (0.0, 1.0)):
-        state = init_state(Shapes.of(CONFIG, mesh))
+        state = begin(CONFIG)
         before = on_host(state)[0]
-        controls = CONTROLS._replace(
-            lr_multiplier=np.float32(muon), adam_lr_multiplier=np.float32(adam)
-        )
-        after = on_host(step(state, batch_placer(mesh, 1)(host_batch()), controls)[0])[0]
+        after = on_host(take(CONFIG, state, host_batch(), rate=muon, adam=adam)[0])[0]
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
         assert moved["blocks"][0]["mlp"] == {"up": muon > 0, "down": muon > 0}
-        assert (
-            moved["blocks"][0]["code"]["bias"]
-            == moved["embed"]["table"]
-            == moved["final_norm"]
-            == (adam > 0)
-        )
+        bias = moved["blocks"][0]["code"]["bias"]
+        assert bias == moved["embed"]["table"] == moved["final_norm"] == (adam > 0)
 
 
 def test_a_step_sees_the_statistics_of_the_step_before():
-    state, seen = run(2)
-    mesh, _ = program(1)
-    first, _ = run(1)
-    batch = {name: jnp.asarray(rows, jnp.int32) for name, rows in host_batch(1).items()}
-    variables = first.variables()
-    assert seen[1] == pytest.approx(
-        float(losses(CONFIG.model)(variables, batch["inputs"], batch["targets"]).mean()), rel=1e-6
-    )
-    fresh = first.__class__(
-        **{**vars(first), "statistics": init_state(Shapes.of(CONFIG, mesh)).statistics}
-    ).variables()
-    stale = float(losses(CONFIG.model)(fresh, batch["inputs"], batch["targets"]).mean())
-    assert seen[1] != pytest.approx(stale, rel=1e-6)
+    first, _ = run(CONFIG, 1)
+    batch = as_int32(host_batch(1))
+
+    def loss(variables):
+        return float(losses(CONFIG.model)(variables, batch["inputs"], batch["targets"]).mean())
+
+    own = loss(first.variables())
+    fresh = begin(CONFIG).statistics
+    stale = loss(dataclasses.replace(first, statistics=fresh).variables())
+    state, found = take(CONFIG, first, host_batch(1))
+    assert found["loss"] == pytest.approx(own, rel=1e-6)
+    assert found["loss"] != pytest.approx(stale, rel=1e-6)
     assert int(code_state(state.variables()).last_fired.max()) == 2
 
 
 def test_statistics_do_not_depend_on_devices_or_microbatches():
     """Updated once a step, whatever the microbatches, and from all devices' tokens."""
-    one = on_host(run(1)[0])[1]
-    for devices, microbatches, fsdp in ((1, 4, 1), (8, 1, 1), (8, 2, 4)):
-        other = on_host(run(1, devices, microbatches, fsdp)[0])[1]
+    one = on_host(run(CONFIG, 1)[0])[1]
+    for devices, fsdp, microbatches in ((1, 1, 4), (8, 1, 1), (8, 8, 2)):
+        other = on_host(run(CONFIG, 1, devices, fsdp, microbatches)[0])[1]
         for block in other["blocks"]:
             for name in ("mean", "std"):
                 a, b = (tree["blocks"][block]["code"][name] for tree in (one, other))
@@ -211,18 +181,19 @@ def test_statistics_do_not_depend_on_devices_or_microbatches():
             assert np.mean(fired != fired_there) < 0.002, "but for a feature at a tie"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_twenty_steps_on_one_and_eight_devices():
-    one = run(20)[1]
-    for devices, microbatches, fsdp in ((8, 1, 1), (8, 1, 8)):
-        np.testing.assert_allclose(run(20, devices, microbatches, fsdp)[1], one, atol=1e-3)
+    one = losses_of(run(CONFIG, 20)[1])
+    for devices, fsdp in ((8, 1), (8, 8)):
+        other = losses_of(run(CONFIG, 20, devices, fsdp)[1])
+        np.testing.assert_allclose(other, one, atol=1e-3)
 
 
 def test_spread_weights_train_as_whole_ones():
     """The same step where weights and moments live in eighths; each device holds one eighth of a
     matrix.
     """
-    whole, spread = run(2)[0], run(2, devices=8, fsdp=8)[0]
+    whole, spread = run(CONFIG, 2)[0], run(CONFIG, 2, devices=8, fsdp=8)[0]
     for a, b in zip(
         jax.tree.leaves(on_host(whole)[0]), jax.tree.leaves(on_host(spread)[0]), strict=True
     ):
@@ -236,8 +207,8 @@ def test_spread_weights_train_as_whole_ones():
 def test_evaluation_takes_spread_weights_and_leaves_the_statistics_alone():
     rows = {}
     for devices, fsdp in ((1, 1), (8, 8)):
-        mesh, _ = program(devices, fsdp)
-        state = run(2, devices, fsdp=fsdp)[0]
+        mesh = shapes(CONFIG, devices, fsdp).mesh
+        state = run(CONFIG, 2, devices, fsdp)[0]
         before = on_host(state)[1]
         found = make_eval_step(CONFIG.model, mesh)(
             state.variables(), batch_placer(mesh)(host_batch(9))
@@ -248,50 +219,41 @@ def test_evaluation_takes_spread_weights_and_leaves_the_statistics_alone():
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path):
-    mesh, step = program(1)
-    place = batch_placer(mesh, 1)
-    state, _ = run(3)
+    state, _ = run(CONFIG, 3)
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
-    restored = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
+    restored = checkpoint.restore(tmp_path, shapes(CONFIG).state).state
     jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(state))
     ends = []
     for start in (state, restored):
         for i in (3, 4):
-            start, metrics = step(start, place(host_batch(i)), CONTROLS)
-        ends.append((on_host(start), float(metrics["loss"])))
+            start, metrics = take(CONFIG, start, host_batch(i))
+        ends.append((on_host(start), metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert ends[0][0][1]["blocks"][0]["code"]["last_fired"].max() == 5
 
 
 def test_a_checkpoint_of_spread_weights_serves_any_layout(tmp_path):
-    spread, _ = run(2, devices=8, fsdp=8)
+    spread, _ = run(CONFIG, 2, devices=8, fsdp=8)
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, spread, {})
     for devices, fsdp in ((1, 1), (8, 4)):
-        mesh = make_mesh(jax.devices()[:devices], fsdp)
-        restored = checkpoint.restore(tmp_path, Shapes.of(CONFIG, mesh).state).state
+        restored = checkpoint.restore(tmp_path, shapes(CONFIG, devices, fsdp).state).state
         jax.tree.map(np.testing.assert_array_equal, on_host(restored), on_host(spread))
         up = restored.params["blocks"][0]["mlp"]["up"]
         assert up.addressable_shards[0].data.size * fsdp == up.size
 
 
 def test_biases_learn_and_do_not_decay():
-    decaying = dataclasses.replace(
-        CONFIG, optim=dataclasses.replace(CONFIG.optim, adam_weight_decay=0.5)
-    )
-    mesh = make_mesh(jax.devices()[:1])
-    place = batch_placer(mesh, 1)
-    ends = {}
-    for config in (CONFIG, decaying):
-        state = init_state(Shapes.of(config, mesh))
-        step = program(1)[1] if config is CONFIG else make_train_step(Shapes.of(config, mesh))
+    ends = []
+    for config in (CONFIG, changed(CONFIG, optim={"adam_weight_decay": 0.5})):
+        state = begin(config)
         params = state.params
         params["blocks"][1]["code"]["bias"] = jnp.full((1024,), 0.5)
-        state, _ = step(dataclasses.replace(state, params=params), place(host_batch()), CONTROLS)
-        ends[config.optim.adam_weight_decay] = on_host(state)[0]
-    biases = [end["blocks"][1]["code"]["bias"] for end in ends.values()]
+        state, _ = take(config, dataclasses.replace(state, params=params), host_batch())
+        ends.append(on_host(state)[0])
+    biases = [end["blocks"][1]["code"]["bias"] for end in ends]
     np.testing.assert_allclose(*biases, atol=1e-7)
     assert np.any(biases[0] != 0.5), "no bias has learnt"
     assert np.any(biases[0] == 0.5), "a feature that nothing selected has moved"
-    assert np.any(ends[0.0]["final_norm"] != ends[0.5]["final_norm"]), "gains do decay"
+    assert np.any(ends[0]["final_norm"] != ends[1]["final_norm"]), "gains do decay"
