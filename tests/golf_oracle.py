@@ -24,7 +24,9 @@ def logits(state: Mapping[str, np.ndarray], config: ModelConfig, tokens: np.ndar
 
 
 def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """What the tensors mean, written out: nested under the model's own names, matrices [in, out]."""
+    """What the tensors mean, written out: nested under the model's own names, matrices
+    [in, out].
+    """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in state.items()}
     params: dict[str, Any] = {
         "embed": {"table": w["tok_emb.weight"]},
@@ -93,7 +95,7 @@ def block_of(w: State, config: ModelConfig, i: int) -> dict[str, Any]:
     return {"attn": gains, "mlp": {"up": up.T, "down": down.T}, **scales}
 
 
-# ---------------------------------------------------------------------------------------------- invented checkpoints
+# ------------------------------------------------------------ invented checkpoints
 
 
 def random_state(config: ModelConfig, dialect: Dialect, seed: int) -> State:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# ------------------------------------------------------------------------------------------------ the comparison
+# ------------------------------------------------------------------------------ the comparison
 
 
 def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
@@ -57,7 +57,7 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
             )
 
 
-# ------------------------------------------------------------------------------------------------ attention
+# ------------------------------------------------------------------------------ attention
 
 
 def rms_norm(x, eps=1.1920929e-7):
@@ -117,7 +117,9 @@ def sigmoid(x):
 
 
 def gate_heads(y, u, weight, bias):
-    """y [B, T, H, h] times σ(u W + b) of its head, from the layer's normalized input u [B, T, D]."""
+    """y [B, T, H, h] times σ(u W + b) of its head, from the layer's normalized input u
+    [B, T, D].
+    """
     return y * sigmoid(u @ weight + bias)[..., None]
 
 
@@ -154,7 +156,7 @@ def attention(config, layer, p, u, *, added_v=None, first_v=None):
     return y.reshape(B, T, -1) @ p["out"], raw_v
 
 
-# ------------------------------------------------------------------------------------------------ MLP, embeddings
+# ------------------------------------------------------------------------------ MLP, embeddings
 
 
 def relu2(x):
@@ -226,7 +228,7 @@ def value_embedding(config, p, tokens):
     }
 
 
-# ------------------------------------------------------------------------------------------------ initial values
+# ------------------------------------------------------------------------------ initial values
 
 
 def overtone(table):
@@ -241,7 +243,7 @@ def phase_mix(layer, num_layers):
     return np.array([p, 1 - p])
 
 
-# ------------------------------------------------------------------------------------------------ the whole model
+# ------------------------------------------------------------------------------ the whole model
 
 
 def block(config, layer, p, x, x0, *, added_v=None, first_v=None):

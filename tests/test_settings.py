@@ -84,7 +84,7 @@ def own_fields(config: Config) -> Iterator[tuple[str, str, Config]]:
             yield section, name, changed(config, section, **{name: default})
 
 
-# ---------------------------------------------------------------------------------------------- every field is read
+# ------------------------------------------------------------------------------ every field is read
 
 
 def read_names(path: Path) -> Iterator[str]:
@@ -119,7 +119,7 @@ def test_every_field_is_read():
     ] == []
 
 
-# ---------------------------------------------------------------------------------------------- what can be observed
+# ------------------------------------------------------------ what can be observed
 
 
 def digest(value: Any) -> str:
@@ -409,7 +409,7 @@ def differ(section: str, config: Config, other: Config) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------- every field changes something
+# ------------------------------------------------------------ every field changes something
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,4 +1,6 @@
-"""A run small enough to train inside a test: its text, its recipe, and how to start its commands."""
+"""A run small enough to train inside a test: its text, its recipe, and how to start its
+commands.
+"""
 
 import os
 import random
@@ -25,7 +27,15 @@ RECIPE = """
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(vocab_size=320, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, mlp_dim=64, max_seq_len=32),
+    model=ModelConfig(
+        vocab_size=320,
+        num_layers=2,
+        d_model=32,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=64,
+        max_seq_len=32,
+    ),
     optim=OptimConfig(
         warmdown_fraction=0.75,
         muon_momentum_warmup_steps=10,
@@ -35,7 +45,12 @@ config = Config(
         swa_below=0.8,  # from step 10, that of the first checkpoint
     ),
     data=DataConfig(dir={data!r}, batch_tokens=2048, seq_len=32),
-    train=TrainConfig(steps=20, device_batch_tokens=64, checkpoint_every=10, compilation_cache={cache!r}),
+    train=TrainConfig(
+        steps=20,
+        device_batch_tokens=64,
+        checkpoint_every=10,
+        compilation_cache={cache!r},
+    ),
     eval=EvalConfig(every=10, tokens=2048, device_batch_tokens=1024),
 )
 """
@@ -124,7 +139,7 @@ def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -
         raise
 
 
-# ---------------------------------------------------------------------------------------------- what runs have come to
+# ------------------------------------------------------------ what runs have come to
 
 
 def final_state(directory: Path) -> TrainState:

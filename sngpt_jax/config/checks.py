@@ -3,9 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-
-from sngpt_kernels.cayley import dictionary
+from collections.abc import Callable, Iterator
 
 from sngpt_jax.config import Config, ConfigError, ModelConfig, format_levels, profile_window
 
@@ -44,7 +42,10 @@ _BOUNDS = {
     "eval.device_batch_tokens": (1, 2**53),
     "export.clip_percentile": (50, 100),
 }
-_OTHER_BOUNDS = (0, 2**53)  # a float64 holds whole numbers up to 2^53 exactly
+_OTHER_BOUNDS = (
+    0,
+    2**53,
+)  # of whole numbers, which a float64 holds up to 2^53; floats have no limit
 _LONGEST = 2**16  # characters of a text, entries of a list
 # control characters except tabs and line ends: a terminal would obey them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -95,7 +96,7 @@ def _out_of_bounds(config: Config) -> Iterator[str]:
                 yield f"{name} = {value} is not a finite number"
             elif value < lowest:
                 yield f"{name} = {value} is less than {lowest}"
-            elif value > highest:
+            elif value > highest and (name in _BOUNDS or isinstance(value, int)):
                 yield f"{name} = {value} exceeds {highest}"
 
 
@@ -103,34 +104,35 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     """Pairs of whether a combination is impossible, and the reason that its message gives."""
     m, o, d, t, e, x = (getattr(config, section.name) for section in dataclasses.fields(config))
 
-    def of(*names: str) -> str:
-        """The fields with their values: `model.d_model = 512, model.num_heads = 8`."""
-        pairs = (name.split(".") for name in names)
-        return ", ".join(
-            f"{section}.{name} = {getattr(getattr(config, section), name)}"
-            for section, name in pairs
-        )
+    def of(name: str) -> str:
+        """The field with its value: `model.d_model = 512`."""
+        section, field = name.split(".")
+        return f"{name} = {getattr(getattr(config, section), field)}"
 
-    ragged = m.d_model % m.num_heads
-    yield ragged, f"{of('model.d_model')} is not divisible by {of('model.num_heads')}"
-    yield (
-        not ragged and m.head_dim % 2 and m.positions == "rotary",
-        f"model.d_model / model.num_heads = {m.head_dim} is odd; rotary positions need an even"
-        " head size",
-    )
-    yield (
-        m.num_heads % m.num_kv_heads,
-        f"{of('model.num_heads')} is not divisible by {of('model.num_kv_heads')}",
-    )
-    yield m.rope_base <= 0, f"{of('model.rope_base')} must be greater than 0"
-    yield from _model_relations(m)
-
-    yield d.seq_len > m.max_seq_len, f"{of('data.seq_len')} exceeds {of('model.max_seq_len')}"
+    for larger, smaller in (
+        ("model.d_model", "model.num_heads"),
+        ("model.num_heads", "model.num_kv_heads"),
+    ):
+        ragged = getattr(m, larger[6:]) % getattr(m, smaller[6:])
+        yield ragged, f"{of(larger)} is not divisible by {of(smaller)}"
     yield (
         d.batch_tokens % (d.slices * d.seq_len),
         f"{of('data.batch_tokens')} is not divisible by data.slices x data.seq_len ="
         f" {d.slices} x {d.seq_len} = {d.slices * d.seq_len}",
     )
+    for value, name, limit, most in (
+        (d.seq_len, "data.seq_len", m.max_seq_len, "model.max_seq_len"),
+        (m.xsa_layers, "model.xsa_layers", m.num_layers, "model.num_layers"),
+        (x.late_key_layers, "export.late_key_layers", m.num_layers, "model.num_layers"),
+        (o.swa_every, "optim.swa_every", t.steps, "train.steps"),
+    ):
+        yield value > limit, f"{of(name)} exceeds {of(most)}"
+    for name, value in (
+        ("model.rope_base", m.rope_base),
+        ("export.clip_sd", x.clip_sd),
+        ("export.table_clip_sd", x.table_clip_sd),
+    ):
+        yield value <= 0, f"{of(name)} must be greater than 0"
     for name, tokens in (
         ("train.device_batch_tokens", t.device_batch_tokens),
         ("eval.device_batch_tokens", e.device_batch_tokens),
@@ -139,6 +141,7 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     ):
         too_few = tokens < d.seq_len
         yield too_few, f"{name} = {tokens} is less than one sequence, {of('data.seq_len')}"
+    yield from _model_relations(m, of)
 
     falls, by_steps = o.schedule == "linear_warmdown", o.warmdown_clock == "steps"
     yield (
@@ -146,16 +149,10 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         f"{of('optim.schedule')} needs exactly one of optim.warmdown_steps and"
         " optim.warmdown_fraction",
     )
-    yield (
-        not falls and (o.warmdown_steps or o.warmdown_fraction),
-        f"{of('optim.schedule')} has no warmdown; set optim.warmdown_steps and"
-        " optim.warmdown_fraction to 0",
-    )
-    yield (
-        not falls and (o.swa_every or o.qat_below or o.adam_final_lr_fraction is not None),
-        "optim.swa_every, optim.qat_below and optim.adam_final_lr_fraction need a warmdown, which"
-        f" {of('optim.schedule')} does not have",
-    )
+    late = ("warmdown_steps", "warmdown_fraction", "swa_every", "qat_below")
+    for name in (*late, "adam_final_lr_fraction"):
+        used = getattr(o, name) if name in late else getattr(o, name) is not None
+        yield not falls and used, f"{of(f'optim.{name}')} needs a warmdown; {of('optim.schedule')}"
     for name in (
         "muon_momentum",
         "muon_momentum_start",
@@ -174,21 +171,18 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         f"optim.warmup_steps + optim.warmdown_steps = {o.warmup_steps + o.warmdown_steps} exceeds"
         f" {of('train.steps')}",
     )
-    yield o.swa_every > t.steps, f"{of('optim.swa_every')} exceeds {of('train.steps')}"
     yield (
         o.grad_clip_scope == "device" and not o.grad_clip,
         f"{of('optim.grad_clip_scope')} clips nothing with {of('optim.grad_clip')}",
     )
     for name, used in (("swa_below", o.swa_every), ("qat_below", o.qat_below)):
-        yield (
-            used and getattr(o, name) <= o.final_lr_fraction,
-            f"{of(f'optim.{name}')} is never reached with {of('optim.final_lr_fraction')}",
-        )
-    for weights, kept, field in (
-        ("swa", o.swa_every, "optim.swa_every"),
-        ("ema", o.ema_decay, "optim.ema_decay"),
+        never = used and getattr(o, name) <= o.final_lr_fraction
+        yield never, f"{of(f'optim.{name}')} is never reached with {of('optim.final_lr_fraction')}"
+    for average, kept, field in (
+        ("swa", o.swa_every, "swa_every"),
+        ("ema", o.ema_decay, "ema_decay"),
     ):
-        yield e.weights == weights and not kept, f"{of('eval.weights')} needs {field}"
+        yield e.weights == average and not kept, f"{of('eval.weights')} needs optim.{field}"
     yield (
         e.sample_tokens >= m.max_seq_len,
         f"{of('eval.sample_tokens')} leaves no room for a prompt in {of('model.max_seq_len')}",
@@ -212,13 +206,7 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     for name in ("mlp_bits", "attention_bits", "projection_bits", "embed_bits", "table_bits"):
         bits = getattr(x, name)
         yield not (2 <= bits <= 8 or bits == 16), f"export.{name} = {bits} is neither 2 to 8 nor 16"
-    for name in ("clip_sd", "table_clip_sd"):
-        yield getattr(x, name) <= 0, f"{of(f'export.{name}')} must be greater than 0"
     yield x.prune_fraction >= 1, f"{of('export.prune_fraction')} leaves no weights"
-    yield (
-        x.late_key_layers > m.num_layers,
-        f"{of('export.late_key_layers')} exceeds {of('model.num_layers')}",
-    )
     yield (
         x.clip_scope == "matrix" and "search" not in (x.clip, x.table_clip),
         f"{of('export.clip_scope')} needs export.clip or export.table_clip = search",
@@ -244,10 +232,10 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     )
 
 
-def _model_relations(m: ModelConfig) -> Iterator[tuple[object, str]]:
+def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple[object, str]]:
     defaults = ModelConfig()
     others = _PRE_NORM_ONLY if m.family == "compact" else _COMPACT_ONLY
-    unread = [(name, f"model.family = {m.family}") for name in others]
+    unread = [(name, of("model.family")) for name in others]
     if m.family == "pre_norm" and not m.levels:
         unread += [(name, "no model.levels") for name in ("generators", "forward_standardized")]
     for name, why in unread:
@@ -255,17 +243,22 @@ def _model_relations(m: ModelConfig) -> Iterator[tuple[object, str]]:
         shown = repr(format_levels(value) if name == "levels" else value)
         yield value != getattr(defaults, name), f"model.{name} = {shown} does nothing with {why}"
     yield (
+        not m.d_model % m.num_heads and m.head_dim % 2 and m.positions == "rotary",
+        f"model.d_model / model.num_heads = {m.head_dim} is odd; rotary positions need an even"
+        " head size",
+    )
+    yield (
         m.attention == "cudnn" and m.compute_dtype == "float32",
-        "model.attention = cudnn does not support model.compute_dtype = float32; use bfloat16 or"
+        f"{of('model.attention')} does not support {of('model.compute_dtype')}; use bfloat16 or"
         " attention xla",
     )
     yield (
         m.positions == "learned" and (m.rope_dims or m.rope_ntk_len),
-        "model.rope_dims and model.rope_ntk_len do nothing with model.positions = learned",
+        f"model.rope_dims and model.rope_ntk_len do nothing with {of('model.positions')}",
     )
     yield (
         m.rope_dims % 2 or m.rope_dims > m.head_dim,
-        f"model.rope_dims = {m.rope_dims} is not an even number up to the head size, {m.head_dim}",
+        f"{of('model.rope_dims')} is not an even number up to the head size, {m.head_dim}",
     )
     yield (
         m.rope_ntk_len and m.rotary_dims <= 2,
@@ -273,39 +266,37 @@ def _model_relations(m: ModelConfig) -> Iterator[tuple[object, str]]:
     )
     yield (
         m.rope_ntk_len >= m.max_seq_len,
-        f"model.rope_ntk_len = {m.rope_ntk_len} is never exceeded with model.max_seq_len ="
-        f" {m.max_seq_len}",
-    )
-    yield (
-        m.xsa_layers > m.num_layers,
-        f"model.xsa_layers = {m.xsa_layers} exceeds model.num_layers = {m.num_layers}",
+        f"{of('model.rope_ntk_len')} is never exceeded with {of('model.max_seq_len')}",
     )
     layers = m.value_embed_layers
     yield (
         len(set(layers)) < len(layers) or max(layers, default=0) >= m.num_layers,
-        f"model.value_embed_layers = {layers} are not distinct layers from 0 to {m.num_layers - 1}",
+        f"{of('model.value_embed_layers')} are not distinct layers from 0 to {m.num_layers - 1}",
     )
     yield (
         max(m.recycle_layers, default=-1) >= m.num_skips,
-        f"model.recycle_layers = {m.recycle_layers} are not all in the first half, layers 0 to"
+        f"{of('model.recycle_layers')} are not all in the first half, layers 0 to"
         f" {m.num_skips - 1}",
     )
     yield (
         m.smear_mask_bos and m.smear == "none",
-        "model.smear_mask_bos does nothing with model.smear = none",
+        f"model.smear_mask_bos does nothing with {of('model.smear')}",
     )
     yield (
         m.smear_mask_bos and m.bos_id >= m.vocab_size,
-        f"model.bos_id = {m.bos_id} is not below model.vocab_size = {m.vocab_size}",
+        f"{of('model.bos_id')} is not below {of('model.vocab_size')}",
     )
     yield m.bigram_buckets == 1, "model.bigram_buckets = 1 is neither 0 nor 2 to 65536"
 
 
 def _levels_problem(m: ModelConfig) -> list[str]:
-    if m.family == "pre_norm" and m.levels:
-        try:
-            dictionary.check_levels(m.levels, m.d_model, m.generators)
-        except ValueError as error:
-            levels = format_levels(m.levels)
-            return [f"model.levels = {levels!r} with model.d_model = {m.d_model}: {error}"]
+    if m.family != "pre_norm" or not m.levels:
+        return []
+    from sngpt_kernels.cayley import dictionary  # imports jax, which other recipes do not need
+
+    try:
+        dictionary.check_levels(m.levels, m.d_model, m.generators)
+    except ValueError as error:
+        levels = format_levels(m.levels)
+        return [f"model.levels = {levels!r} with model.d_model = {m.d_model}: {error}"]
     return []

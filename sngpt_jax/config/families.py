@@ -28,7 +28,9 @@ GPT2_LIKE: Fields = {
 
 
 def cayley(size: Literal["small", "large"], levels: str, **sections: Fields) -> Config:
-    """The published sparse models: 202.5 M (small) or 1.3 B parameters, with these levels of code."""
+    """The published sparse models: 202.5 M (small) or 1.3 B parameters, with these levels
+    of code.
+    """
     small = size == "small"
     width, layers, heads = (1024, 12, 8) if small else (2048, 24, 16)
     model = GPT2_LIKE | {

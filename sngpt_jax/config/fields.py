@@ -78,7 +78,8 @@ class ModelConfig:
     # rows of the table that embeds hashed pairs of tokens; 0: no table (compact)
     bigram_buckets: int = 0
     bigram_dim: int = 128  # width of the bigram table
-    # hash of a pair: xor or sum of the two multiplied ids; xor reserves a row for a sequence's start
+    # hash of a pair: xor or sum of the two multiplied ids; xor reserves a row for a sequence's
+    # start
     bigram_hash: Literal["xor", "sum"] = "xor"
     bigram_init_std: float = 0.0  # initial standard deviation of the bigram table
     # initial singular values of the bigram projection, with matrix_init = orthogonal
@@ -302,7 +303,9 @@ class Config:
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """`config` with other values: `changed(config, model={"num_layers": 6}, train={"steps": 7})`."""
+    """`config` with other values: `changed(config, model={"num_layers": 6},
+    train={"steps": 7})`.
+    """
     parts = {
         name: dataclasses.replace(getattr(config, name), **fields)
         for name, fields in sections.items()

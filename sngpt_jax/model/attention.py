@@ -68,7 +68,7 @@ class Positions(NamedTuple):
 
 
 def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
-    """The rotary base for sequences of `length`, raised if `length` exceeds `trained_len` (0: never).
+    """The rotary base for `length` positions, raised if they exceed `trained_len` (0: never).
 
     base · (length / trained_len)^(width / (width - 2)) rotates the slowest pair over `length`
     positions by the angle that it had over `trained_len`. Source: "NTK-aware scaled RoPE",
@@ -132,9 +132,9 @@ def _announce_single_positions() -> None:
 class Attention(nnx.Module):
     """The attention half of a block, on normalized input [B, T, D]; no biases.
 
-    Gated attention: each head's output times sigmoid(W x + b), with W = 0 and b = 4 at the start, so
-    nearly 1; arXiv:2505.06708. Value residual: λ₀ · the first layer's values + λ₁ · this layer's,
-    from (1/2, 1/2); arXiv:2410.17897.
+    Gated attention: each head's output times sigmoid(W x + b), nearly 1 at the start (W = 0, b =
+    4); arXiv:2505.06708. Value residual: λ₀ · the first layer's values + λ₁ · this layer's, from
+    (1/2, 1/2); arXiv:2410.17897.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):

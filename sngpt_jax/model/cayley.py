@@ -1,4 +1,4 @@
-"""The CayleySAE layer, a sparse code of an MLP's input over an algebraic dictionary, and its running
+"""The CayleySAE layer: a sparse code of an MLP's input over an algebraic dictionary, with running
 statistics.
 
 The code is `sngpt_kernels.cayley.api.encode_decode`. A layer learns one bias per feature. It also has
@@ -44,7 +44,7 @@ class CodeState(NamedTuple):
 
 
 class CayleySAE(nnx.Module):
-    """x [..., D] → the reconstruction by its sparse code, and the ids of the active features [..., A].
+    """x [..., D] → its reconstruction by a sparse code, and the active features' ids [..., A].
 
     The bias starts at 0, the mean at 0 and the standard deviation at 1. Source: arXiv:2607.20652.
     """
@@ -85,7 +85,7 @@ def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.A
     return z, jnp.maximum((z if config.forward_standardized else score) + code.bias[taps.ids], 0)
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------ statistics
 
 
 def code_state(variables: dict[str, Any]) -> CodeState:
@@ -95,8 +95,8 @@ def code_state(variables: dict[str, Any]) -> CodeState:
 
 
 def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: int) -> jax.Array:
-    """The positions in the sample of `step`: ⌈1024 / sequences⌉ distinct ones of `seq_len`, drawn at
-    random, equal in every sequence. int32 [P].
+    """The positions in the sample of `step`, equal in every sequence: ⌈1024 / sequences⌉ of
+    `seq_len`, drawn at random without repetition. int32 [P].
 
     With 1024 sequences or more a step samples one position; the averages cover about 100 steps.
     """

@@ -74,7 +74,7 @@ def pick(x_BT: jax.Array, at_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BT, at_B.reshape(-1, *(1,) * (x_BT.ndim - 1)), axis=1)
 
 
-# ---------------------------------------------------------------------------------------------- on the devices
+# ------------------------------------------------------------------------------ on the devices
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "size", "top_k", "vocab_size"))
@@ -184,7 +184,7 @@ def _continued(
     return program(variables, batch, tables, key, temperature, max_tokens, end_id)
 
 
-# ---------------------------------------------------------------------------------------------- on the host
+# ------------------------------------------------------------------------------ on the host
 
 
 def next_power_of_two(number: int) -> int:
@@ -240,8 +240,7 @@ def generate_tokens(
       config: of the model.
       variables: laid out over `mesh` as a training step's are.
       mesh: the devices, which share the prompts.
-      prompts: token ids [n], n ≥ 1, of any lengths. They must begin with the tokenizer's first token
-        if the model expects it.
+      prompts: token ids [n], n ≥ 1, of any lengths. The caller adds the token that starts a text.
       seq_len: of the training. With `rope_ntk_len` the rotary base follows from the larger of
         `seq_len` and prompt + `max_tokens`.
       max_tokens: the most new tokens per text, at least 1.

@@ -16,7 +16,9 @@ def fan_in_uniform(key: jax.Array, shape: Shape) -> jax.Array:
 
 
 def orthogonal(key: jax.Array, shape: Shape, gain: float = 1.0) -> jax.Array:
-    """A matrix [in, out] whose singular values are all `gain`. Saxe et al. 2013, arXiv:1312.6120."""
+    """A matrix [in, out] whose singular values are all `gain`. Saxe et al. 2013,
+    arXiv:1312.6120.
+    """
     return jax.nn.initializers.orthogonal(gain)(key, shape, jnp.float32)
 
 

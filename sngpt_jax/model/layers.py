@@ -33,7 +33,9 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 class Observed:
-    """A matrix [n, m] in the place of a parameter. `linear` appends each of its inputs to `seen`."""
+    """A matrix [n, m] in the place of a parameter. `linear` appends each of its inputs to
+    `seen`.
+    """
 
     def __init__(self, matrix: jax.Array, seen: list[jax.Array]):
         self.matrix, self.seen = matrix, seen
@@ -43,7 +45,9 @@ class Observed:
 
 
 def linear(x_BTn: jax.Array, *matrices: jax.Array | Observed) -> jax.Array:
-    """x times the matrices [n, m_i] side by side, rounded to x's dtype: [B, T, Σ m_i], one product."""
+    """x times the matrices [n, m_i] side by side, rounded to x's dtype: [B, T, Σ m_i], one
+    product.
+    """
     rounded = []
     for matrix in matrices:
         if isinstance(matrix, Observed):

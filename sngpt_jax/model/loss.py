@@ -42,8 +42,9 @@ def logits(x_BTD: jax.Array, table_VD: jax.Array, cap: float) -> jax.Array:
 def token_losses(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int
 ) -> jax.Array:
-    """Cross-entropy per token in nats, float32 [B, T], from the logits of at most `chunk` tokens at a
-    time (0: all).
+    """Cross-entropy per token in nats, float32 [B, T].
+
+    At most `chunk` tokens' logits exist at a time (0: all).
 
     Differentiable. With a chunk the backward pass recomputes the logits; `mean_loss` does not.
     """
@@ -121,7 +122,9 @@ def mean_loss(
 
 
 def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] as [n, 1, C, ...]: the fewest chunks of equal size C ≤ `chunk`, padded with zeros."""
+    """[B, T, ...] as [n, 1, C, ...]: the fewest chunks of equal size C ≤ `chunk`, padded with
+    zeros.
+    """
     tokens = values_BT.shape[0] * values_BT.shape[1]
     count = -(-tokens // chunk)
     size = -(-tokens // count)

@@ -21,7 +21,9 @@ from sngpt_jax.model.mlp import MLP
 
 
 class PreNormBlock(nnx.Module):
-    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))); no code if `levels` is empty."""
+    """u = x + attention(g₁ ⊙ norm(x));  u + mlp(code(g₂ ⊙ norm(u))); no code if `levels`
+    is empty.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         self.norm_eps = config.norm_eps

@@ -24,8 +24,10 @@ Coefficients = Literal["quintic", "polar_express"]
 # the odd quintic that is steepest at 0 and keeps singular values near 1, though not exactly 1
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Amsel et al., "The Polar Express" (arXiv:2505.16932), for singular values above 1e-3 of the largest
-# possible. Each polynomial is the best odd quintic for the interval that the earlier ones leave; the
+# Amsel et al., "The Polar Express" (arXiv:2505.16932), for singular values above 1e-3 of the
+# largest
+# possible. Each polynomial is the best odd quintic for the interval that the earlier ones leave;
+# the
 # first three take a narrower interval, so that small values grow faster.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

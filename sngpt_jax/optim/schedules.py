@@ -103,7 +103,9 @@ def step_controls(
 
 
 def muon_momentum(optim: OptimConfig) -> optax.Schedule:
-    """Muon's momentum as a traceable function of the updates taken: a linear rise, then constant."""
+    """Muon's momentum as a traceable function of the updates taken: a linear rise, then
+    constant.
+    """
     if not optim.muon_momentum_warmup_steps:
         return optax.constant_schedule(optim.muon_momentum)
     return optax.linear_schedule(

@@ -126,7 +126,8 @@ def format_plan(shapes: Shapes, plan: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan["bytes"].items())
     return f"""\
 parameters   {p["total"]:,} ({counted}){backbone}
-FLOPs        {f["forward"] / 1e6:,.1f} M per token forward, {f["train"] / 1e6:,.1f} M in training{code}
+FLOPs        {f["forward"] / 1e6:,.1f} M per token forward, {f["train"] / 1e6:,.1f} M in \
+training{code}
 step         {t["step"]:,} tokens, {step["model"] / 1e12:,.3f} TFLOP for the model and \
 {step["optimizer"] / 1e12:,.3f} TFLOP to orthogonalize ({share:.2%} of the sum)
 run          {run:,} steps, {t["run"] / 1e9:,.3f} G tokens, {step["model"] * run / 1e18:,.4f} EFLOP

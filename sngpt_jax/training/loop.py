@@ -124,7 +124,8 @@ class Run:
         """
         train, every = self.config.train, self.config.eval.every
         if every and self.done % every == 0 and not self.current_score():
-            # at the start, or after a signal ended this validation, whose score the checkpoint lacks
+            # at the start, or after a signal ended this validation, whose score the checkpoint
+            # lacks
             self.aside(validating=True, saving=self.done > 0)
         self.meter.start(self.done)
         seconds = self.agree_on_time()
@@ -332,7 +333,9 @@ class Run:
         return found
 
     def finish(self, directory: Path) -> Summary:
-        """Validates and saves the trained model, validates its averages, and returns the summary."""
+        """Validates and saves the trained model, validates its averages, and returns the
+        summary.
+        """
         self.aside(validating=True, saving=True)
         averages = {name: found for name, found in self.weights().items() if name != "final"}
         if averages and self.position.averages is None:  # not scored before an interruption

@@ -94,7 +94,8 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
     ) -> tuple[TrainState, Metrics]:
         params = state.params
         if o.qat_below:
-            # outside of the differentiated function, so once per step: the gradient ignores rounding
+            # outside of the differentiated function, so once per step: the gradient ignores
+            # rounding
             params = qat.straight_through(params, config, controls.qat)
         tapped_P = jnp.arange(0)
         if config.model.levels:

@@ -38,14 +38,29 @@ LARGE = {
     "vocab_size": 50_257,
 }
 BACKBONE = {
-    "family": "pre_norm", "positions": "learned", "qk_norm": False, "mlp_activation": "gelu", "max_seq_len": 1024,
-    "norm_eps": 1e-5, "logit_soft_cap": 0.0, "matrix_init": "normal", "matrix_init_std": 0.02, "embed_init_std": 0.02,
-    "forward_standardized": True, "generators": "spread",
-}  # fmt: skip
+    "family": "pre_norm",
+    "positions": "learned",
+    "qk_norm": False,
+    "mlp_activation": "gelu",
+    "max_seq_len": 1024,
+    "norm_eps": 1e-5,
+    "logit_soft_cap": 0.0,
+    "matrix_init": "normal",
+    "matrix_init_std": 0.02,
+    "embed_init_std": 0.02,
+    "forward_standardized": True,
+    "generators": "spread",
+}
 OPTIM = {
-    "grad_clip": 1.0, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 0, "muon_weight_decay": 0.0,
-    "adam_weight_decay": 0.0, "adam_b1": 0.9, "adam_b2": 0.95, "warmup_steps": 200,
-}  # fmt: skip
+    "grad_clip": 1.0,
+    "muon_momentum": 0.95,
+    "muon_momentum_warmup_steps": 0,
+    "muon_weight_decay": 0.0,
+    "adam_weight_decay": 0.0,
+    "adam_b1": 0.9,
+    "adam_b2": 0.95,
+    "warmup_steps": 200,
+}
 RECIPES = {
     "cayley_small_3l": (SMALL, "10,16,0;15,32,256;17,64,256", 0.9, 12_716),
     "cayley_small_2l": (SMALL, "10,16,0;15,32,256", 0.9, 12_716),
@@ -126,7 +141,9 @@ def cut(config: Config) -> Config:
 
 @pytest.mark.slow
 def test_one_step_of_the_large_model_at_full_width():
-    """A model that knows nothing gives every token about the same chance, and every weight moves."""
+    """A model that knows nothing gives every token about the same chance, and every
+    weight moves.
+    """
     config = cut(load("cayley_large_3l"))
     mesh = make_mesh(fsdp=config.train.fsdp)
     tokens = np.random.default_rng(0).integers(0, 2048, (8, 17)).astype(np.uint16)

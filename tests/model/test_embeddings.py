@@ -32,7 +32,7 @@ RNGS = {"rngs": nnx.Rngs(params=jax.random.key(0))}
 X = np.random.default_rng(0).normal(size=(*TOKENS.shape, TINY.d_model))
 
 
-# ---------------------------------------------------------------------------------------------- smear
+# ------------------------------------------------------------------------------ smear
 
 
 def smear_of(masked):
@@ -90,7 +90,7 @@ def test_model_with_a_closed_smear_is_the_plain_one(order):
     )
 
 
-# ---------------------------------------------------------------------------------------------- bigram
+# ------------------------------------------------------------------------------ bigram
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,7 +178,7 @@ def test_bigram_is_silent_at_the_start_and_learns():
     assert np.any(jax.jit(jax.grad(loss))(params["bigram"]["table"]))
 
 
-# ---------------------------------------------------------------------------------------------- value embedding
+# ------------------------------------------------------------------------------ value embedding
 
 
 def test_value_embedding_equals_the_formula():

@@ -186,7 +186,7 @@ def test_half_precision_stays_near_its_own_recomputation(seen):
     assert np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
-# ---------------------------------------------------------------------------------------------- draws
+# ------------------------------------------------------------------------------ draws
 
 LOGITS = jnp.asarray([0.0, 1.0, 2.0, 3.0, -1.0])
 
@@ -228,7 +228,7 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_
     assert np.all(got[3:] == 0)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(

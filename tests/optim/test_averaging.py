@@ -134,7 +134,7 @@ def test_taking_or_not_is_one_program_without_a_branch():
     assert "conditional" not in update.lower(swa, params, np.bool_(True)).compile().as_text()
 
 
-# ---------------------------------------------------------------------------------------------- dtypes of the tables
+# ------------------------------------------------------------ dtypes of the tables
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -173,7 +173,9 @@ def test_bfloat16_tables_round_only_what_is_kept():
 
 
 def test_bfloat16_tables_do_not_see_small_changes_and_float32_does():
-    """Why float32 is the default: at 0.997 a step, a change of 1 % moves a bfloat16 average never."""
+    """Why float32 is the default: at 0.997 a step, a change of 1 % moves a bfloat16
+    average never.
+    """
     start = jax.tree.map(jnp.ones_like, weights(0))
     moved = jax.tree.map(lambda p: 1.01 * p, start)
     for config, expected in ((IN_BFLOAT16, 1.0), (OptimConfig(), 1 + 0.01 * (1 - 0.997**100))):

@@ -108,7 +108,7 @@ def test_leading_axes_are_a_stack_and_zero_stays_zero():
     assert not result.any()
 
 
-# ---------------------------------------------------------------------------------------------- Polar Express
+# ------------------------------------------------------------------------------ Polar Express
 
 
 def iterated(s, polynomials):
@@ -146,7 +146,9 @@ def test_polar_express_is_the_best_quintic_of_each_interval():
     [(3, 0.13, 1.87), (5, 0.84, 1.13), (6, 0.99, 1.01), (8, 0.9999, 1.0001)],
 )
 def test_range_of_polar_express(steps, low, high):
-    """Of a matrix with singular values from 0.001 to 1 of its norm, in numpy and in the products."""
+    """Of a matrix with singular values from 0.001 to 1 of its norm, in numpy and in the
+    products.
+    """
     reached = iterated(np.geomspace(1e-3, 1.0, 100_001), muon.polynomials("polar_express", steps))
     assert low < reached.min() and reached.max() < high
     matrix, polar = conditioned((96, 32), smallest=0.01)  # 0.0025 of the norm
@@ -204,7 +206,7 @@ def test_flops_are_the_compilers(shape, dtype):
     assert counted == pytest.approx(muon.newton_schulz_flops(shape, 5), rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------- the transformation
+# ------------------------------------------------------------------------------ the transformation
 
 TREE_SHAPES = {"a": (16, 24), "b": {"c": (24, 16), "d": (16, 24)}, "e": (16, 16), "f": (16, 24)}
 

@@ -20,7 +20,9 @@ fake_quantize = jax.jit(qat.fake_quantize, static_argnums=(1, 2))
 
 
 def numpy_scale(matrix, bits, floor):
-    """The stored scales [..., 1, out] by the documented formula, as float64 of what float16 holds."""
+    """The stored scales [..., 1, out] by the documented formula, as float64 of what
+    float16 holds.
+    """
     q_max = 2 ** (bits - 1) - 1
     absmax = np.abs(np.asarray(matrix)).max(-2, keepdims=True)
     reach = np.maximum(absmax, np.float32(floor))
@@ -118,7 +120,7 @@ def test_the_scale_is_half_precision():
     assert float(result[0, 0]) == 15 * float(np.float16(1 / 15)) != 1.0
 
 
-# ---------------------------------------------------------------------------------------------- a tree of parameters
+# ------------------------------------------------------------ a tree of parameters
 
 BLOCK = {
     "attn": {

@@ -121,9 +121,10 @@ def runs(draw):
     """A valid pair of configurations, any clock and length."""
     steps = draw(st.integers(1, 5000))
     optim = OptimConfig(
-        warmup_steps=draw(st.integers(0, 50)), warmdown_clock=draw(st.sampled_from(["steps", "wall_clock"])),
+        warmup_steps=draw(st.integers(0, 50)),
+        warmdown_clock=draw(st.sampled_from(["steps", "wall_clock"])),
         final_lr_fraction=draw(st.floats(0, 1)),
-    )  # fmt: skip
+    )
     if draw(st.booleans()):
         optim = dataclasses.replace(optim, warmdown_steps=draw(st.integers(1, steps)))
     else:
@@ -168,7 +169,7 @@ def test_is_continuous_in_the_clock(elapsed, step):
     assert 0.0 <= here - next_to_it < 1e-3 * max(1.0, step / elapsed / 3000)
 
 
-# ---------------------------------------------------------------------------------------------- snapshots and the grid
+# ------------------------------------------------------------ snapshots and the grid
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,9 @@ def test_controls_are_numpy_scalars():
 
 
 def test_a_warmup_is_no_warmdown():
-    """The learning rate is low at the start as well, and nothing is averaged or quantized for it."""
+    """The learning rate is low at the start as well, and nothing is averaged or quantized
+    for it.
+    """
     optim = OptimConfig(
         warmup_steps=500, warmdown_steps=100, swa_every=1, swa_below=1.0, qat_below=1.0
     )

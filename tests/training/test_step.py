@@ -198,7 +198,7 @@ def test_all_finite():
     assert not all_finite({"a": jnp.asarray([1.0, jnp.inf])})
 
 
-# ------------------------------------------------------------------------------ averages and quantization
+# ------------------------------------------------------------ averages and quantization
 
 LATE = dataclasses.replace(
     changed(
