@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,8 @@ def numbers(width: int, size: int) -> Mutate:
             return binary(rng, content)
         at = rng.randrange(size // width) * width
         value = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**16, rng.randrange(2**31), 299, 301])
-        return (
-            content[:at]
-            + (value % 2 ** (8 * width)).to_bytes(width, "little")
-            + content[at + width :]
-        )
+        changed = (value % 2 ** (8 * width)).to_bytes(width, "little")
+        return content[:at] + changed + content[at + width :]
 
     return mutate
 
@@ -132,17 +129,13 @@ def of_data(folder: Path, data: Path) -> list[Format]:
 
     def read_extra() -> None:
         rows = shards.open_extra(extra, 300)
-        assert (
-            rows.dtype == np.int64
-            and (np.diff(rows[:, 0].astype(object)) > 0).all()
-            and rows.shape[1] == 2
-        )
+        assert rows.dtype == np.int64 and rows.shape[1] == 2
+        assert (np.diff(rows[:, 0].astype(object)) > 0).all()
 
     def read_manifest() -> None:
         found = shards.open_dataset(data, 320)
-        assert found.manifest and sum(entry.tokens for entry in found.manifest.train) == len(
-            found.train
-        )
+        assert found.manifest
+        assert sum(entry.tokens for entry in found.manifest.train) == len(found.train)
 
     whole = manifest.load_manifest(data)
     journal = manifest.Journal(
@@ -159,19 +152,10 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         again = typed_json.loads(json.dumps(dataclasses.asdict(found)).encode())
         assert typed_json.parse(manifest.Journal, again, "", UserError) == found
 
-    entry = {
-        "name": "fineweb10B_sp1024",
-        "tokenizer_name": "sp",
-        "stats": {"files_train": 3, "files_val": 1},
-    }
-    golf.write_text(
-        json.dumps(
-            {
-                "datasets": [entry],
-                "tokenizers": [{"name": "sp", "model_path": "tokenizers/a.model"}],
-            }
-        )
-    )
+    counts = {"files_train": 3, "files_val": 1}
+    entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp", "stats": counts}
+    named = {"name": "sp", "model_path": "tokenizers/a.model"}
+    golf.write_text(json.dumps({"datasets": [entry], "tokenizers": [named]}))
     return [
         Format("shard", shard, read_shard, numbers(4, 24)),
         Format("byte corrections (npy)", extra, read_extra, binary),
@@ -252,13 +236,7 @@ def of_record(rng: random.Random, content: bytes) -> bytes:
     body = mutations.of_json(rng, json.dumps(json.loads(content)["record"]).encode())
     with contextlib.suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
-    return (
-        b'{"record": '
-        + body
-        + b', "sha256": "'
-        + hashlib.sha256(body).hexdigest().encode()
-        + b'"}\n'
-    )
+    return b'{"record": %b, "sha256": "%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
 
 
 def of_tokenizers(folder: Path, data: Path) -> list[Format]:
@@ -284,10 +262,8 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
             found = tokenizer.load_tokenizer(path)
             document = found.encode_document("to be, é ▁ x\n" * 3)
             table = found.token_bytes()
-            assert (
-                len(table.base) == found.vocab_size <= 65_536
-                and document.tokens.max() < found.vocab_size
-            )
+            assert len(table.base) == found.vocab_size <= 65_536
+            assert document.tokens.max() < found.vocab_size
 
         return read
 
@@ -317,18 +293,11 @@ def of_artifact(folder: Path) -> Format:
     tensors = {
         path_name(p): np.zeros(x.shape, np.float32) for p, x in leaves if is_exported(x.dtype)
     }
-    storage, mesh = (
-        artifact.Storage(packed=False, codec="zstd", level=1),
-        make_mesh(jax.devices()[:1]),
-    )
+    storage = artifact.Storage(packed=False, codec="zstd", level=1)
+    mesh = make_mesh(jax.devices()[:1])
     kept = {"sha256": "0" * 64, "suffix": ".model"}
-    about = {
-        "config": json.loads(to_json(config)),
-        "tokenizer": kept,
-        "step": 3,
-        "weights": "ema",
-        "version": "0",
-    }
+    about = {"config": json.loads(to_json(config)), "tokenizer": kept}
+    about |= {"step": 3, "weights": "ema", "version": "0"}
     path.write_bytes(artifact.encode(about, tensors, storage).data)
 
     def mutate(rng: random.Random, _: bytes) -> bytes:
@@ -401,63 +370,49 @@ def fuzz(kind: Format, examples: int, seed: int) -> Tally:
     return tally
 
 
+HEADS = (
+    "format",
+    "examples",
+    "accepted",
+    "refused",
+    "seconds",
+    "slowest, ms",
+    "memory, MiB",
+    "other",
+)
+WIDTHS = (24, 9, 9, 9, 8, 12, 12, 6)
+
+
+def show(bar: str, row: Iterable[object]) -> None:
+    """Prints a row of the table."""
+    cells = (f" {x!s:<{width}}" for x, width in zip(row, WIDTHS, strict=True))
+    print(bar + bar.join(cells) + bar, flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--examples",
-        type=int,
-        default=1000,
-        help="of each format; those that cost more have a part of it",
+        "--examples", type=int, default=1000, help="per format; fewer for slow ones"
     )
-    parser.add_argument(
-        "--formats", default="", help="names, with commas between them; default: all"
-    )
+    parser.add_argument("--formats", default="", help="names, separated by commas; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--markdown", action="store_true", help="print a table for docs/security.md"
-    )
+    parser.add_argument("--markdown", action="store_true", help="a table for docs/security.md")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     wanted, failed = arguments.formats.split(",") if arguments.formats else None, 0
     bar = "|" if arguments.markdown else " "
-    heads = (
-        "format",
-        "examples",
-        "accepted",
-        "refused",
-        "seconds",
-        "slowest, ms",
-        "memory, MiB",
-        "other",
-    )
-    widths = (24, 9, 9, 9, 8, 12, 12, 6)
-    print(
-        bar + bar.join(f" {head:<{width}}" for head, width in zip(heads, widths, strict=True)) + bar
-    )
+    show(bar, HEADS)
     if arguments.markdown:
-        print("|---" * len(heads) + "|")
+        print("|---" * len(HEADS) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for kind in make_formats(Path(folder)):
             if wanted and kind.name not in wanted:
                 continue
             t = fuzz(kind, max(1, arguments.examples // kind.per), arguments.seed)
-            row = (
-                kind.name,
-                t.examples,
-                t.accepted,
-                t.refused,
-                f"{t.seconds:.1f}",
-                f"{1e3 * t.slowest:.0f}",
-            )
-            row += (f"{t.memory / 2**20:.1f}", len(t.others))
-            print(
-                bar
-                + bar.join(f" {x!s:<{width}}" for x, width in zip(row, widths, strict=True))
-                + bar,
-                flush=True,
-            )
+            times = f"{t.seconds:.1f}", f"{1e3 * t.slowest:.0f}", f"{t.memory / 2**20:.1f}"
+            show(bar, (kind.name, t.examples, t.accepted, t.refused, *times, len(t.others)))
             for other in t.others[:5]:
                 print(f"  {other}", file=sys.stderr)
             failed += len(t.others)

@@ -5,63 +5,13 @@ import json
 import random
 import re
 
-EXTREMES = [
-    *(
-        0,
-        1,
-        -1,
-        2,
-        3,
-        9,
-        255,
-        256,
-        1000,
-        65_536,
-        2**31 - 1,
-        2**31,
-        2**32,
-        2**53 + 1,
-        2**62,
-        2**63,
-        2**64,
-        10**30,
-        -(2**63),
-    ),
-    *(
-        10**4000,
-        0.5,
-        1.0,
-        -0.0,
-        1e308,
-        float("nan"),
-        float("inf"),
-        True,
-        False,
-        None,
-        "",
-        "x",
-        "..",
-        "a/b",
-        "\0",
-        "\ud800",
-    ),
-    *(
-        "é",
-        "rans",
-        "zstd",
-        "lzma",
-        "grid",
-        "float16",
-        "float32",
-        "x" * 10_000,
-        [],
-        {},
-        [[]],
-        [1],
-        [2, 3],
-        [2**40] * 16,
-    ),
-]
+INTEGERS = (0, 1, -1, 2, 3, 9, 255, 256, 1000, 65_536, 2**53 + 1, 10**30, -(2**63), 10**4000)
+POWERS = (2**31 - 1, 2**31, 2**32, 2**62, 2**63, 2**64)
+FLOATS = (0.5, 1.0, -0.0, 1e308, float("nan"), float("inf"))
+TEXTS_OF_NOTE = ("", "x", "..", "a/b", "\0", "\ud800", "é", "x" * 10_000)
+WORDS = ("rans", "zstd", "lzma", "grid", "float16", "float32")
+HOLDERS = ([], {}, [[]], [1], [2, 3], [2**40] * 16)
+EXTREMES = [*INTEGERS, *POWERS, *FLOATS, *TEXTS_OF_NOTE, *WORDS, *HOLDERS, True, False, None]
 
 
 def flipped(rng, data):
@@ -78,11 +28,8 @@ def truncated(rng, data):
 
 def inserted(rng, data):
     at = rng.randrange(len(data) + 1)
-    return (
-        data[:at]
-        + rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))])
-        + data[at:]
-    )
+    piece = rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))])
+    return data[:at] + piece + data[at:]
 
 
 def deleted(rng, data):
@@ -92,20 +39,15 @@ def deleted(rng, data):
 
 def spliced(rng, data):
     """A piece of it copied over another place."""
-    start, at, length = (
-        rng.randrange(len(data) + 1),
-        rng.randrange(len(data) + 1),
-        rng.randrange(1, 200),
-    )
-    piece = data[start : start + length]
+    start, at = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    piece = data[start : start + rng.randrange(1, 200)]
     return data[:at] + piece + data[at + len(piece) :]
 
 
 def overwritten(rng, data):
     at, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8])
-    return (data[:at] + rng.choice([b"\xff", b"\0", b"\x7f"]) * length + data[at + length :])[
-        : len(data)
-    ]
+    piece = rng.choice([b"\xff", b"\0", b"\x7f"]) * length
+    return (data[:at] + piece + data[at + length :])[: len(data)]
 
 
 BYTES = [flipped, truncated, inserted, deleted, spliced, overwritten]
@@ -113,13 +55,8 @@ BYTES = [flipped, truncated, inserted, deleted, spliced, overwritten]
 
 def places(value):
     """(container, key) of everything inside a JSON value."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
     for key, inner in items:
         yield value, key
         yield from places(inner)
@@ -167,19 +104,8 @@ def number_replaced(rng: random.Random, text: bytes) -> bytes:
     if not numbers:
         return text
     found = rng.choice(numbers)
-    other = rng.choice(
-        [
-            b"1e999",
-            b"-1e999",
-            b"9" * 5000,
-            b"NaN",
-            b"-Infinity",
-            b"0x10",
-            b"01",
-            b"1_0",
-            "٣".encode(),
-        ]
-    )
+    others = b"1e999 -1e999 NaN -Infinity 0x10 01 1_0".split()
+    other = rng.choice([*others, b"9" * 5000, "٣".encode()])
     return text[: found.start()] + other + text[found.end() :]
 
 
@@ -193,21 +119,13 @@ def key_doubled(rng: random.Random, text: bytes) -> bytes:
 
 def nested(rng: random.Random, text: bytes) -> bytes:
     depth = rng.choice([10, 63, 64, 65, 900, 2_000, 200_000])
-    return rng.choice(
-        [b"[" * depth + text + b"]" * depth, b'{"x":' * depth + text + b"}" * depth, b"[" * depth]
-    )
+    lists, objects = b"[" * depth, b'{"x":' * depth
+    return rng.choice([lists + text + b"]" * depth, objects + text + b"}" * depth, lists])
 
 
 def recoded(rng: random.Random, text: bytes) -> bytes:
-    return rng.choice(
-        [
-            b"\xef\xbb\xbf" + text,
-            text.decode().encode("utf-16"),
-            text.decode().encode("utf-32"),
-            text.replace(b"a", b"\xe9"),
-            b"",
-        ]
-    )
+    others = [text.decode().encode(name) for name in ("utf-16", "utf-32", "utf-8-sig")]
+    return rng.choice([*others, text.replace(b"a", b"\xe9"), b""])
 
 
 TEXTS = [number_replaced, key_doubled, nested, recoded]

@@ -20,27 +20,10 @@ from sngpt_jax.data.shards import HEADER_BYTES, MAGIC, VERSION, open_shard
 from sngpt_jax.run.metrics import read_metrics
 from tests import fuzz
 
-FORMATS = [
-    *(
-        "shard",
-        "byte corrections (npy)",
-        "manifest.json",
-        "progress.json",
-        "published manifest",
-        "config.json",
-        "summary.json",
-    ),
-    *(
-        "metrics.jsonl",
-        "environment.jsonl",
-        "checkpoint record",
-        "tokenizer.json",
-        "tokenizer .model",
-        "artifact's metadata",
-        "npz",
-        "safetensors",
-    ),
-]
+NAMES = """shard|byte corrections (npy)|manifest.json|progress.json|published manifest|config.json
+|summary.json|metrics.jsonl|environment.jsonl|checkpoint record|tokenizer.json|tokenizer .model
+|artifact's metadata|npz|safetensors"""
+FORMATS = NAMES.replace("\n", "").split("|")
 SHORT = 150
 
 

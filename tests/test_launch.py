@@ -92,56 +92,30 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "needed"),
+    ("line", "extra"),
     [
-        ([], False),
-        (["--executor", "processes"], False),
-        (["--executor", "local", "--workers", "2"], True),
-        (["--executor=slurm"], True),
+        ("prepare --source stdlib", ""),
+        ("prepare --source stdlib --executor processes", ""),
+        ("prepare --source stdlib --executor local --workers 2", "datatrove"),
+        ("prepare --source stdlib --executor=slurm", "datatrove"),
+        ("evaluate --run x", ""),
+        ("evaluate --run x --ngram exact", "eval"),
+        ("evaluate --run x --ngram=tilt", "eval"),
+        ("evaluate --run x --ngram none", ""),
+        ("evaluate --run x --ngram-memory 2", ""),
+        ("evaluate --run x --tasks lambada=ab.txt,hellaswag=c=d.jsonl", "eval"),
+        ("evaluate --run x --tasks=squad=dev-v2.0.json --task-limit 5", "eval"),
+        ("evaluate --run x --tasks piqa --json", "eval"),
+        ("evaluate --run x --data exact --json", ""),
+        ("bench --config quickstart --against none", ""),
+        ("bench --config quickstart --against torch", "torch"),
+        ("bench --config quickstart --against=torch", "torch"),
     ],
 )
-def test_prepare_needs_more_for_datatroves_executors(checkout, arguments, needed):
-    launch(checkout, "train")
-    done, calls = launch(checkout, "prepare", "--source", "stdlib", *arguments)
+def test_options_bring_the_extras_that_they_need(checkout, line, extra):
+    done, calls = launch(checkout, *line.split())
     assert done.returncode == 0, done.stderr
-    assert installed(calls) == ([f"{checkout}[datatrove]"] if needed else [])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "needed"),
-    [
-        ([], False),
-        (["--ngram", "exact"], True),
-        (["--ngram=tilt"], True),
-        (["--ngram", "none"], False),
-        (["--ngram-memory", "2"], False),
-        (["--tasks", "lambada=a b.txt,hellaswag=c=d.jsonl"], True),
-        (["--tasks=squad=dev-v2.0.json", "--task-limit", "5"], True),
-        (["--tasks", "piqa", "--json"], True),
-        (["--data", "exact", "--json"], False),
-    ],
-)
-def test_evaluate_needs_more_for_caches_and_tasks(checkout, arguments, needed):
-    launch(checkout, "train")
-    done, calls = launch(checkout, "evaluate", "--run", "x", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert installed(calls) == ([f"{checkout}[eval]"] if needed else [])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "needed"),
-    [
-        ([], False),
-        (["--against", "none"], False),
-        (["--against", "torch"], True),
-        (["--against=torch"], True),
-    ],
-)
-def test_bench_needs_torch_where_it_is_held_against_it(checkout, arguments, needed):
-    launch(checkout, "train")
-    done, calls = launch(checkout, "bench", "--config", "quickstart", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert installed(calls) == ([f"{checkout}[torch]"] if needed else [])
+    assert installed(calls) == [f"{checkout}[{extra}]" if extra else str(checkout)]
 
 
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):

@@ -29,50 +29,15 @@ SOURCES = sorted(
     path for package in ("sngpt_jax", "kernels") for path in (ROOT / package).rglob("*.py")
 )
 
-# Modules that make code or objects of data, or run text as a command.
-MODULES = {
-    "pickle",
-    "_pickle",
-    "cPickle",
-    "pickletools",
-    "marshal",
-    "shelve",
-    "dbm",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "copyreg",
-}
-MODULES |= {
-    "yaml",
-    "ruamel",
-    "runpy",
-    "imp",
-    "code",
-    "codeop",
-    "pty",
-    "commands",
-    "jsonpickle",
-    "xmlrpc",
-    "builtins",
-}
+# Modules that make code or objects from data, or run text as a command.
+RUNNING = """pickle _pickle cPickle pickletools marshal shelve dbm dill cloudpickle joblib copyreg
+yaml ruamel runpy imp code codeop pty commands jsonpickle xmlrpc builtins"""
+MODULES = set(RUNNING.split())
 BUILTINS = {"eval", "exec", "compile", "__import__", "input", "execfile"}
-CALLS = {
-    *(
-        "importlib.import_module",
-        "importlib.__import__",
-        "importlib.reload",
-        "importlib.util.spec_from_file_location",
-    ),
-    *(
-        "os.system",
-        "os.popen",
-        "subprocess.getoutput",
-        "subprocess.getstatusoutput",
-        "tempfile.mktemp",
-    ),
-    *("asyncio.create_subprocess_shell", "pandas.read_pickle"),
-}
+CALLING = """importlib.import_module importlib.__import__ importlib.reload os.system os.popen
+importlib.util.spec_from_file_location subprocess.getoutput subprocess.getstatusoutput
+tempfile.mktemp asyncio.create_subprocess_shell pandas.read_pickle"""
+CALLS = set(CALLING.split())
 # Functions of libraries that unpickle unless an option says otherwise.
 OPTIONS = {
     "numpy.load": ("allow_pickle", False),

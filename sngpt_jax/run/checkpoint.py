@@ -82,7 +82,7 @@ def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str])
     problems = [
         f"{name[:200] or 'the state'}: saved {saved.get(name, 'nothing')[:100]}, expected"
         f" {asked.get(name, 'nothing')}"
-        for name in (asked | saved)
+        for name in {**asked, **saved}
         if saved.get(name) != asked.get(name)
     ]
     if problems:

@@ -10,34 +10,16 @@ from sngpt_jax.base import untrusted
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import inside, problem_of_name, read_bytes
 
-OUTSIDE = [
-    *(
-        "",
-        ".",
-        "..",
-        "/etc/passwd",
-        "../x",
-        "a/../../x",
-        "a/./b",
-        "a//b",
-        "a/",
-        "/",
-        "\\x",
-        "a\\..\\x",
-        "C:x",
-        "c:/x",
-    ),
-    *("a\0b", "a\nb", "\x7f", "x" * 1001, "//host/x"),
-]
+ABOVE = ("", ".", "..", "/etc/passwd", "../x", "a/../../x", "a/./b", "a//b", "a/", "/", "//host/x")
+ODD = ("\\x", "a\\..\\x", "C:x", "c:/x", "a\0b", "a\nb", "\x7f", "x" * 1001)
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", [*ABOVE, *ODD])
 def test_names_that_lead_elsewhere_are_refused_in_one_line(name, tmp_path):
     with pytest.raises(UserError) as caught:
         inside(tmp_path, name, UserError)
-    assert str(caught.value).startswith(f"{tmp_path}: names the file ") and "\n" not in str(
-        caught.value
-    )
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path}: names the file ") and "\n" not in line
 
 
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "a", "", "\\", "C:"])).map("/".join))

@@ -93,13 +93,12 @@ def finish(started: list[subprocess.Popen[str]], within: float = 300) -> list[tu
     finally:
         for process in started:
             process.kill()
+    errors = (
+        "".join(line for line in err.splitlines(True) if "[Gloo]" not in line) for _, err in outputs
+    )
     return [
-        (
-            process.returncode,
-            out,
-            "".join(line for line in err.splitlines(True) if "[Gloo]" not in line),
-        )
-        for process, (out, err) in zip(started, outputs, strict=True)
+        (process.returncode, out, err)
+        for process, (out, _), err in zip(started, outputs, errors, strict=True)
     ]
 
 
@@ -220,7 +219,9 @@ def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
 def test_a_process_that_is_killed_or_frozen_ends_the_others_with_a_line(tiny_recipe, tmp_path):
     """jax's guard aborts (SIGABRT) where no collective operation fails before."""
     trained = train(tiny_recipe, tmp_path / "run", "--train.steps", 10**6)
-    without_0, frozen = (start(*program("    work()")) for _ in range(2))
+    assert processes.HEARTBEAT + 20 <= STATED
+    soon = program("    work()", before="processes.HEARTBEAT = 10")
+    without_0, frozen = start(*soon), start(*soon)
     done_to = {}
     lost = "error: another process is gone, and its own output may say why: "
     try:

@@ -1,16 +1,11 @@
-"""Checkpoints come back bit for bit or not at all: roundtrips, retention, damage, kills, other
-device counts, full disks.
+"""Checkpoints come back bit for bit or not at all: roundtrips, retention, damage, failures and
+shardings.
 """
 
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -72,6 +67,11 @@ def assert_bit_equal(found, expected) -> None:
         assert bits(a) == bits(b), path
 
 
+def read(directory: Path, step: int | None = None):
+    """What `restore` gives for the whole state."""
+    return restore(directory, abstract(make_state(0)), step)
+
+
 def save_steps(directory: Path, *values: tuple[int, float | None], keep: int = 10) -> None:
     with Checkpointer(directory, keep=keep) as checkpointer:
         for step, value in values:
@@ -83,15 +83,11 @@ def recorded_value(directory: Path, step: int) -> float | None:
 
 
 def test_roundtrip_is_bit_equal_with_extra_and_value(tmp_path):
-    extra = {
-        "position": [3, 2**53 + 1],
-        "elapsed": 0.1 + 0.2,
-        "config": "é\n",
-        "nested": {"none": None, "yes": True},
-    }
+    extra = {"position": [3, 2**53 + 1], "elapsed": 0.1 + 0.2, "config": "é\n"}
+    extra["nested"] = {"none": None, "yes": True}
     with Checkpointer(tmp_path / "new" / "checkpoints", keep=1) as checkpointer:
         checkpointer.save(7, make_state(7), extra, value=1.25)
-    restored = restore(tmp_path / "new" / "checkpoints", abstract(make_state(0)))
+    restored = read(tmp_path / "new" / "checkpoints")
     assert_bit_equal(restored.state, make_state(7))
     assert (restored.step, restored.extra) == (7, extra)
     assert recorded_value(tmp_path / "new" / "checkpoints", 7) == 1.25
@@ -101,7 +97,7 @@ def test_roundtrip_is_bit_equal_with_extra_and_value(tmp_path):
 
 
 def test_an_empty_folder_holds_nothing(tmp_path):
-    assert restore(tmp_path / "absent", abstract(make_state(0))) is None
+    assert read(tmp_path / "absent") is None
     assert steps(tmp_path / "absent") == []
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         restore_parts(tmp_path, {})
@@ -147,8 +143,8 @@ def test_a_state_that_does_not_fit_is_one_line_naming_leaves(tmp_path):
 def test_a_missing_step_lists_those_there(tmp_path):
     save_steps(tmp_path, (10, None), (20, None))
     with pytest.raises(CheckpointError, match="no checkpoint of step 15; available: 10, 20"):
-        restore(tmp_path, abstract(make_state(0)), 15)
-    assert_bit_equal(restore(tmp_path, abstract(make_state(0)), 10).state, make_state(10))
+        read(tmp_path, 15)
+    assert_bit_equal(read(tmp_path, 10).state, make_state(10))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +173,7 @@ def test_the_old_step_stays_until_the_new_one_has_its_record(tmp_path, monkeypat
     write = checkpoint.write_text_atomic
 
     def watching(path, text):
-        seen.append(restore(tmp_path, abstract(make_state(0))).step)
+        seen.append(read(tmp_path).step)
         write(path, text)
 
     monkeypatch.setattr(checkpoint, "write_text_atomic", watching)
@@ -238,30 +234,25 @@ def test_a_flipped_byte_in_any_file_falls_back_and_is_said(two_steps, caplog):
         flip(path, len(whole) // 2)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="sngpt_jax"):
-            restored = restore(two_steps, abstract(make_state(0)))
+            restored = read(two_steps)
         assert restored.step == 1, path
         assert_bit_equal(restored.state, make_state(1))
         (warning,) = caplog.messages
-        assert (
-            path.name in warning
-            and "00000002" in warning
-            and "taking" in warning
-            and "00000001 instead" in warning
-        )
+        assert all(x in warning for x in (path.name, "00000002", "taking", "00000001 instead"))
         with pytest.raises(CheckpointError, match="damaged"):
-            restore(two_steps, abstract(make_state(0)), 2)  # asked for, so nothing takes its place
+            read(two_steps, 2)  # asked for, so nothing takes its place
         path.write_bytes(whole)
-    assert restore(two_steps, abstract(make_state(0))).step == 2
+    assert read(two_steps).step == 2
 
 
 def test_a_missing_file_falls_back(two_steps, tmp_path, caplog):
     for i, path in enumerate(files_of(two_steps, 2)):
         directory = shutil.copytree(two_steps, tmp_path / str(i))
         (directory / path.relative_to(two_steps)).unlink()
-        assert restore(directory, abstract(make_state(0))).step == 1
+        assert read(directory).step == 1
         assert path.name in caplog.messages[-1]
     shutil.rmtree(directory / "00000002")
-    assert restore(directory, abstract(make_state(0))).step == 1
+    assert read(directory).step == 1
 
 
 @given(data=st.data())
@@ -288,7 +279,7 @@ def test_all_broken_lists_them_all(two_steps, tmp_path):
     flip(directory / "00000002" / "_CHECKPOINT_METADATA", 3)
     (directory / "00000001.json").unlink()
     with pytest.raises(CheckpointError) as error:
-        restore(directory, abstract(make_state(0)))
+        read(directory)
     message = str(error.value)
     assert "\n" not in message and "00000002: _CHECKPOINT_METADATA is damaged" in message
     assert "00000001: unfinished" in message
@@ -297,7 +288,7 @@ def test_all_broken_lists_them_all(two_steps, tmp_path):
         CheckpointError,
         match="00000001: unfinished, it has no record 00000001.json; choose another step",
     ):
-        restore(directory, abstract(make_state(0)), 1)
+        read(directory, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"a": 1}', b"\0" * 10])
@@ -311,7 +302,7 @@ def test_files_that_orbax_cannot_make_out_are_one_line(two_steps, tmp_path, cont
     )
     (directory / "00000002.json").write_text(checkpoint.record_text(record))
     with pytest.raises(CheckpointError, match="00000002: cannot be read: ") as error:
-        restore(directory, abstract(make_state(0)), 2)
+        read(directory, 2)
     assert "\n" not in str(error.value)
 
 
@@ -325,17 +316,15 @@ def test_a_first_save_that_was_never_finished_is_no_checkpoint(two_steps, tmp_pa
         for record in directory.glob("*.json"):
             record.unlink()
         caplog.clear()
-        assert restore(directory, abstract(make_state(0))) is None
+        assert read(directory) is None
         (warning,) = caplog.messages
         assert f"{directory}/00000002: unfinished" in warning and "no other" in warning
         with pytest.raises(CheckpointError, match="holds no checkpoint"):
             restore_parts(directory, {"params": abstract(make_state(0)["params"])})
         save_steps(directory, (next_step, None), keep=2)
-        assert sorted(p.name for p in directory.iterdir()) == [
-            f"{next_step:08d}",
-            f"{next_step:08d}.json",
-        ]
-        assert_bit_equal(restore(directory, abstract(make_state(0))).state, make_state(next_step))
+        names = sorted(p.name for p in directory.iterdir())
+        assert names == [f"{next_step:08d}", f"{next_step:08d}.json"]
+        assert_bit_equal(read(directory).state, make_state(next_step))
 
 
 def test_a_run_goes_on_over_a_broken_step(two_steps, tmp_path):
@@ -347,7 +336,7 @@ def test_a_run_goes_on_over_a_broken_step(two_steps, tmp_path):
         flip(directory / "00000002" / "state" / "_METADATA", 3)
         save_steps(directory, (next_step, None), keep=1)
         assert steps(directory) == [next_step]
-        assert_bit_equal(restore(directory, abstract(make_state(0))).state, make_state(next_step))
+        assert_bit_equal(read(directory).state, make_state(next_step))
     directory = shutil.copytree(two_steps, tmp_path / "given_up")
     shutil.copytree(directory / "00000002", directory / "00000009")
     save_steps(directory, (3, None), keep=1)
@@ -360,12 +349,9 @@ def test_a_whole_step_gets_a_new_record_and_keeps_its_arrays(two_steps, tmp_path
     with Checkpointer(directory, keep=1) as checkpointer:
         checkpointer.save(2, make_state(2), {"elapsed": 1.5}, value=0.5)
         checkpointer.save(2, make_state(2), {"elapsed": 2.5})  # without a value of its own
-    restored = restore(directory, abstract(make_state(0)))
-    assert (restored.step, restored.extra, recorded_value(directory, 2)) == (
-        2,
-        {"elapsed": 2.5},
-        0.5,
-    )
+    restored = read(directory)
+    assert (restored.step, restored.extra) == (2, {"elapsed": 2.5})
+    assert recorded_value(directory, 2) == 0.5
     assert_bit_equal(restored.state, make_state(2))
     assert [path.stat().st_mtime_ns for path in files_of(directory, 2)[:-1]] == written
     assert steps(directory) == [2]
@@ -447,8 +433,7 @@ def test_check_says_that_a_save_has_failed_and_never_waits_for_one(tmp_path, mon
 
 
 def check_for_a_minute(checkpointer: Checkpointer) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    for _ in range(6000):
         checkpointer.check()
         time.sleep(0.01)
 
@@ -484,146 +469,5 @@ def test_another_sharding(tmp_path):
     }
     restored = restore_parts(tmp_path, {"params": targets}).state["params"]
     assert_bit_equal(restored, state)
-    assert (
-        restored["w"].sharding == NamedSharding(two, P("fsdp"))
-        and len(restored["w"].addressable_shards) == 2
-    )
-
-
-CHILD = """
-    import os, signal, sys, threading, time
-    from pathlib import Path
-    import jax, jax.numpy as jnp
-    import numpy as np
-    from sngpt_jax.run import checkpoint
-    from sngpt_jax.run.checkpoint import Checkpointer, restore_parts
-    directory, mode = Path(sys.argv[1]), sys.argv[2]
-    def params(step):
-        return {"w": jnp.arange(1 << 20, dtype=jnp.float32).reshape(1024, 1024) + step}
-"""
-
-
-def start(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # one device
-    source = textwrap.dedent(CHILD) + textwrap.dedent(code)
-    return subprocess.run(
-        [sys.executable, "-c", source, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def expected_params(step: int) -> np.ndarray:
-    return np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024) + step
-
-
-@pytest.mark.slow
-def test_another_process_with_another_number_of_devices(tmp_path):
-    """Eight devices save what one loads, and the other way round."""
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
-    target = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding)}
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(
-            3,
-            {
-                "params": {"w": jax.device_put(expected_params(3), sharding)},
-                "key": jax.random.key(1),
-            },
-            {},
-        )
-    other = """
-        assert len(jax.devices()) == 1
-        target = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
-        np.testing.assert_array_equal(restore_parts(directory, {"params": target}).state["params"]["w"], params(3)["w"])
-        with Checkpointer(directory, keep=1) as c:
-            c.save(4, {"params": params(4)}, {})
-    """
-    done = start(other, str(tmp_path), "")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    restored = restore(tmp_path, {"params": target})
-    assert (
-        restored.step == 4
-        and len(restored.state["params"]["w"].sharding.device_set) == len(jax.devices()) == 8
-    )
-    np.testing.assert_array_equal(restored.state["params"]["w"], expected_params(4))
-
-
-KILLED = """
-    def kill(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
-    def kill_once_there():
-        while not list(directory.glob("00000002.orbax-checkpoint-tmp")):
-            pass
-        kill()
-    with Checkpointer(directory, keep=1) as c:
-        if mode == "before the first record":
-            checkpoint.write_text_atomic = kill
-        c.save(1, {"params": params(1)}, {})
-        c.wait()
-        if mode == "writing":
-            threading.Thread(target=kill_once_there).start()
-        elif mode == "in the record":
-            os.fsync = kill
-        elif mode == "deleting":
-            checkpoint.shutil.rmtree = kill
-        c.save(2, {"params": params(2)}, {})
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("moment", "step", "warned"),
-    [
-        ("before the first record", None, True),
-        ("writing", 1, False),
-        ("in the record", 1, True),
-        ("deleting", 2, False),
-    ],
-)
-def test_sigkill_at_any_moment_leaves_what_was_finished(tmp_path, moment, step, warned, caplog):
-    done = start(KILLED, str(tmp_path), moment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    restored = restore(tmp_path, {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}})
-    assert (restored and restored.step) == step and len(caplog.messages) == warned
-    if restored is not None:
-        np.testing.assert_array_equal(restored.state["params"]["w"], expected_params(step))
-
-    # the next process of the run clears up and goes on
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
-        checkpointer.save(3, {"params": {"w": jnp.asarray(expected_params(3))}}, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000003.json"]
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line(tmp_path):
-    full = """
-        import resource
-        with Checkpointer(directory, keep=1) as c:
-            c.save(1, {"params": params(1)}, {})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        try:
-            with Checkpointer(directory, keep=1) as c:
-                c.save(2, {"params": params(2)}, {})
-                for _ in range(6000):  # training goes on
-                    time.sleep(0.01)
-                    c.check()
-                print("check() said nothing")
-        except checkpoint.CheckpointError as error:
-            print(error)
-    """
-    done = start(full, str(tmp_path), "")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert (
-        len(done.stdout.splitlines()) == 1
-        and "00000002: the checkpoint could not be saved: " in done.stdout
-    )
-    assert "File too large" in done.stdout
-    assert json.loads((tmp_path / "00000001.json").read_text())["record"]["step"] == 1
-    assert (
-        restore(tmp_path, {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}}).step
-        == 1
-    )
+    assert restored["w"].sharding == NamedSharding(two, P("fsdp"))
+    assert len(restored["w"].addressable_shards) == 2

@@ -14,44 +14,35 @@ import pytest
 from sngpt_jax.run.console import Console, format_step
 from tests.screen import Clock, Screen, as_terminal, plain
 
-RECORD = {
-    "step": 120,
-    "train_loss": 3.21454,
-    "lr": 0.04,
-    "grad_norm": 0.53219,
-    "tokens": 983040,
-    "step_ms": 123.44,
-    "tok_per_s": 66400.4,
-    "mfu": 0.41234,
-    "eta": 192.0,
-}
+RECORD = {"step": 120, "train_loss": 3.21454, "lr": 0.04, "grad_norm": 0.53219, "tokens": 983040}
+RECORD |= {"step_ms": 123.44, "tok_per_s": 66400.4, "mfu": 0.41234, "eta": 192.0}
 VAL = {"step": 120, "val_loss": 3.2, "val_bpb": 1.9, "val_seconds": 2.51}
 
 
-def test_the_console_line_to_the_letter():
-    assert (
-        format_step(RECORD, 2000)
-        == "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s"
-        " │ mfu 41.2% │ eta 3m12s"
-    )
-    assert format_step(VAL, 2000) == "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ 2.5 s"
-    assert (
-        format_step({"step": 2000, "train_loss": math.nan, "eta": None}, 2000)
-        == "step 02000/02000 (100.0%) │ loss nan"
-    )
-    assert (
-        format_step({"step": 7, "step_ms": 12345.6}, 1_000_000)
-        == "step 0000007/1000000 ( 0.0%) │ 12.35 s"
-    )
+@pytest.mark.parametrize(
+    ("record", "steps", "line"),
+    [
+        (
+            RECORD,
+            2000,
+            "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s"
+            " │ mfu 41.2% │ eta 3m12s",
+        ),
+        (VAL, 2000, "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ 2.5 s"),
+        (
+            {"step": 2000, "train_loss": math.nan, "eta": None},
+            2000,
+            "step 02000/02000 (100.0%) │ loss nan",
+        ),
+        ({"step": 7, "step_ms": 12345.6}, 10**6, "step 0000007/1000000 ( 0.0%) │ 12.35 s"),
+    ],
+)
+def test_the_console_line_to_the_letter(record, steps, line):
+    assert format_step(record, steps) == line
 
 
-LARGE = RECORD | {
-    "step": 99_999,
-    "train_loss": 10.8258,
-    "grad_norm": 0.0123,
-    "step_ms": 9999.9,
-    "tok_per_s": 1_234_567.0,
-}
+LARGE = RECORD | {"step": 99_999, "train_loss": 10.8258, "grad_norm": 0.0123, "step_ms": 9999.9}
+LARGE |= {"tok_per_s": 1_234_567.0}
 
 
 def test_the_line_fits_with_every_number_large():

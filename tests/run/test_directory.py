@@ -45,10 +45,7 @@ def run(tiny_recipe, tmp_path_factory):
 def test_the_weights_asked_for_are_given(run):
     run_dir, params = run
     mesh = make_mesh(jax.devices()[:1])
-    final, mean = (
-        load_model(run_dir, mesh, weights="final"),
-        load_model(run_dir, mesh, weights="swa"),
-    )
+    final, mean = (load_model(run_dir, mesh, weights=name) for name in ("final", "swa"))
     assert (final.weights, final.step, mean.weights, mean.step) == ("final", 1, "swa", 1)
     for given, average, p in zip(
         *map(jax.tree.leaves, (final.variables, mean.variables, params)), strict=True
@@ -65,10 +62,7 @@ def test_the_weights_asked_for_are_given(run):
         (
             None,
             "ema",
-            (
-                "--weights ema: the run .* keeps no such average .optim.ema_decay = 0.; take"
-                " --weights final"
-            ),
+            "the run .* keeps no such average .optim.ema_decay = 0.; take --weights final",
         ),
         (0, "swa", "--weights swa: no snapshot was taken up to step 0"),
         (0, None, "--weights swa: no snapshot was taken up to step 0"),
@@ -136,10 +130,8 @@ def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (tmp_path / "somebodys.tmp-notes").write_text("kept")
     (tmp_path / "somebodys.tmp-1").mkdir()
     with run_directory.claim(tmp_path, Config()):
-        assert {path.name for path in tmp_path.glob("*.tmp-*")} == {
-            "somebodys.tmp-notes",
-            "somebodys.tmp-1",
-        }
+        left = {path.name for path in tmp_path.glob("*.tmp-*")}
+    assert left == {"somebodys.tmp-notes", "somebodys.tmp-1"}
 
 
 def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path, monkeypatch):
