@@ -24,7 +24,7 @@ NAMES = """shard|byte corrections (npy)|manifest.json|progress.json|published ma
 |summary.json|metrics.jsonl|environment.jsonl|checkpoint record|tokenizer.json|tokenizer .model
 |artifact's metadata|npz|safetensors"""
 FORMATS = NAMES.replace("\n", "").split("|")
-SHORT = 150
+SHORT = 100
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_any_metrics_are_records_or_refused(tmp_path_factory, values, torn):
 ints = st.integers(-(2**31), 2**31 - 1)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     st.just(MAGIC) | ints,
     st.just(VERSION) | ints,
