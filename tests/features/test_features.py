@@ -85,12 +85,12 @@ def test_levels_left_out_are_features_without_activation(variables, dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("standardized", "devices"), [(True, 1), (False, 8)])
+@pytest.mark.parametrize(("standardized", "devices"), [(True, 8), (False, 1)])
 def test_selections_carry_the_activations_of_the_definition(
     variables, dataset, standardized, devices
 ):
     config = dataclasses.replace(CONFIG, forward_standardized=standardized)
-    inputs, layers = tokens_BT(dataset, 8), (1,)
+    inputs, layers = tokens_BT(dataset, 8), (0, 1)
     batch = {"inputs": inputs, "targets": inputs}
     ids, found = make_selections(config, make_mesh(jax.devices()[:devices]), layers)(
         variables, batch
