@@ -1,11 +1,11 @@
-"""Reading compiled kernels: PTX, the assembler's words and XLA's dump from small samples; real
-compilation where it can be.
+"""Compiled kernels, read from small samples of PTX, the assembler's log and XLA's dump.
+
+With jax's CUDA plugin a test compiles real kernels.
 """
 
 import dataclasses
 import importlib.util
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from sngpt_kernels.case import Cost
 
+from sngpt_jax import plan
 from sngpt_jax.ahead import kernels as inspect
 from sngpt_jax.ahead import programs, ptx, targets
 from sngpt_jax.ahead.cases import CaseArguments, select
-from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from tests.kernels import toy_case
 
@@ -84,7 +84,7 @@ THUNKS = """\
   body:
     008: kCustomKernel [source       | next=009 (1)] my_kernel__1 grid: [128, 1, 1] threads: [64, 1, 1]  shared_memory: 0 bytes
 011: kCustomKernel [prev=006 (1) | sink] my_kernel grid: [256, 2, 1] threads: [128, 1, 1]  shared_memory: 16384 bytes
-"""
+"""  # noqa: E501 (as XLA writes it)
 
 
 def test_tensor_core_instructions_are_told_apart() -> None:
@@ -143,49 +143,35 @@ def test_blocks_that_fit_a_multiprocessor(
     assert inspect.blocks_per_sm(targets.find("h100"), registers, threads, shared) == blocks
 
 
-def _report(**kernel: Any) -> dict[str, Any]:
-    values = {
-        "name": "k",
-        "pallas": True,
-        "spill_bytes": 0,
-        "wgmma": 4,
-        "mma": 0,
-        "tcgen05": 0,
-        **kernel,
-    }
-    row = {
-        "implementation": "pallas_triton",
-        "pass": "forward",
-        "target": "h100",
-        "kernels": [values],
-    }
-    limit = {"forward": {"matmul_flops": 1}, "forward_backward": {"matmul_flops": 3}}
-    return {"cases": [{"operation": "xsa", "case": "golf", "limits": limit, "programs": [row]}]}
+def _report(row: dict[str, Any] | None = None, **kernel: Any) -> dict[str, Any]:
+    products = {"wgmma": 4, "mma": 0, "tcgen05": 0}
+    values = {"name": "k", "pallas": True, "spill_bytes": 0, **products, **kernel}
+    ours = {"implementation": "pallas_triton", "pass": "forward", "target": "h100"}
+    program = ours | {"kernels": [values]} | (row or {})
+    return {"cases": [{"operation": "xsa", "case": "golf", "programs": [program]}]}
 
 
-def test_problems() -> None:
-    title = "xsa golf, pallas_triton forward for h100"
-    assert inspect.problems(_report()) == []
-    assert inspect.problems(_report(spill_bytes=8)) == [f"{title}: k spills 8 bytes"]
-    assert inspect.problems(_report(wgmma=0)) == [f"{title}: k uses no tensor cores"]
-    assert inspect.problems(_report(wgmma=0, name="cayley_backward__1")) == []  # it has no product
-    assert inspect.problems(_report(spill_bytes=8, pallas=False)) == [
-        f"{title}: runs no kernel of its own"
-    ]
-    report = _report(spill_bytes=8)
-    report["cases"][0]["programs"][0]["pass"] = "forward_backward"
-    assert inspect.problems(report) == []
-    report = _report(spill_bytes=8, wgmma=0)
-    report["cases"][0]["programs"][0]["target"] = "a100"
-    assert inspect.problems(report) == []
-    report["cases"][0]["programs"] = [
-        {"implementation": "cudnn", "pass": "forward", "target": "h100", "error": "E: no"}
-    ]
-    assert inspect.problems(report) == ["xsa golf, cudnn forward for h100: E: no"]
-    report["cases"][0]["programs"] = [
-        {"implementation": "cudnn", "pass": "forward", "target": "h100", "cannot_serve": "f32"}
-    ]
-    assert inspect.problems(report) == []
+SPILL, NO_PRODUCT = {"spill_bytes": 8}, {"wgmma": 0}
+CUDNN = {"implementation": "cudnn", "kernels": []}
+
+
+@pytest.mark.parametrize(
+    ("report", "found"),
+    [
+        (_report(), ""),
+        (_report(**SPILL), "k spills 8 bytes"),
+        (_report(**NO_PRODUCT), "k uses no tensor cores"),
+        (_report(**NO_PRODUCT, name="cayley_backward__1"), ""),  # it has no product
+        (_report(**SPILL, pallas=False), "runs no kernel of its own"),
+        (_report({"pass": "forward_backward"}, **SPILL), ""),
+        (_report({"target": "a100"}, **SPILL, **NO_PRODUCT), ""),
+        (_report(CUDNN | {"error": "E: no"}), "E: no"),
+        (_report(CUDNN | {"cannot_serve": "f32"}), ""),
+    ],
+)
+def test_problems(report: dict[str, Any], found: str) -> None:
+    title = f"xsa golf, {report['cases'][0]['programs'][0]['implementation']} forward for h100"
+    assert inspect.problems(report) == ([f"{title}: {found}"] if found else [])
 
 
 def test_limits() -> None:
@@ -215,9 +201,8 @@ def test_a_cases_passes() -> None:
     x, w = case.make(jax.random.key(1))
     dy = case.make(jax.random.key(2))[0]
     cotangent, *shapes = programs.abstract_arguments(case, "forward_backward")
-    assert (cotangent.shape, cotangent.dtype) == (dy.shape, dy.dtype) and [
-        s.shape for s in shapes
-    ] == [x.shape, w.shape]
+    assert (cotangent.shape, cotangent.dtype) == (dy.shape, dy.dtype)
+    assert [s.shape for s in shapes] == [x.shape, w.shape]
     y, (dx, dw) = programs.function(case, "xla", "forward_backward")(dy, x, w)
     for name, mine, left, right in (("y", y, x, w), ("dx", dx, dy, w.T), ("dw", dw, x.T, dy)):
         expected = np.asarray(left, np.float64) @ np.asarray(right, np.float64)
@@ -230,44 +215,20 @@ def test_a_cases_passes() -> None:
 def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no operation 'xas'; expected cayley or xsa"):
         select(CaseArguments(("xas",)))
-    monkeypatch.setitem(
-        sys.modules, "sngpt_kernels.xsa.specs", type("specs", (), {"CASES": (toy_case.CASE,)})
-    )
-    assert (
-        select(CaseArguments(("xsa",)))
-        == select(CaseArguments(("xsa",), "toy"))
-        == [("xsa", toy_case.CASE)]
-    )
+    specs = type("specs", (), {"CASES": (toy_case.CASE,)})
+    monkeypatch.setitem(sys.modules, "sngpt_kernels.xsa.specs", specs)
+    for chosen in (CaseArguments(("xsa",)), CaseArguments(("xsa",), "toy")):
+        assert select(chosen) == [("xsa", toy_case.CASE)]
     with pytest.raises(UserError, match="--case toys: there is none; expected one of: toy"):
         select(CaseArguments(("xsa",), "toys"))
 
 
-def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
-    cli.check_json("-")
-    cli.check_json(str(tmp_path / "new.json"))
-    with pytest.raises(
-        UserError,
-        match=f"--json {tmp_path}: cannot be written: it is a folder; give the path of a file",
-    ):
-        cli.check_json(str(tmp_path))
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sngpt_jax.plan", "--kernels", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": ""}
-    )
-
-
 @pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is installed")
 def test_without_the_plugin_one_line_says_what_to_install() -> None:
-    done = _run("--json")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "error: compiling for a GPU needs jax's CUDA plugin, even without a GPU here; run:"
-        f" {targets.INSTALL}\n"
-    )
+    with pytest.raises(UserError) as caught:
+        plan.main(["--kernels", "--json"])
+    needs = "compiling for a GPU needs jax's CUDA plugin, even without a GPU here"
+    assert str(caught.value) == f"{needs}; run: {targets.INSTALL}"
 
 
 COMPILE = """
@@ -298,16 +259,12 @@ def test_compiles_for_every_target() -> None:
         ours = [kernel for kernel in row["kernels"] if kernel["pallas"]]
         backward = row["pass"] == "forward_backward"
         assert row["calls"] == {"toy_kernel": 1 + backward} and len(ours) == 1 + backward
-        for kernel in ours:
-            print(row["target"], kernel)
-            assert [name for name in ("mma", "wgmma", "tcgen05") if kernel[name]] == [
+        for k in ours:
+            print(row["target"], k)
+            assert [name for name in ("mma", "wgmma", "tcgen05") if k[name]] == [
                 used[row["target"]]
             ]
-            assert (kernel["blocks"], kernel["threads"], kernel["launches"]) == (1024 // 64, 128, 1)
-            assert (
-                kernel["spill_bytes"] == 0
-                and 16 < kernel["registers"] < 255
-                and kernel["instructions"] > 100
-            )
-            assert 0 < kernel["blocks_per_sm"] <= 16 and kernel["shared_bytes"] >= 2 * 64 * 64 * 2
+            assert (k["blocks"], k["threads"], k["launches"]) == (1024 // 64, 128, 1)
+            assert k["spill_bytes"] == 0 and 16 < k["registers"] < 255 and k["instructions"] > 100
+            assert 0 < k["blocks_per_sm"] <= 16 and k["shared_bytes"] >= 2 * 64 * 64 * 2
         assert (len(row["kernels"]) > len(ours)) == backward  # the product for dw is XLA's

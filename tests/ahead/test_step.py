@@ -1,6 +1,4 @@
-"""What the figures of a compiled step leave out and put together; the compiling itself is tested
-in tests/deviceless.
-"""
+"""The figures of a compiled step. tests/deviceless compiles real steps."""
 
 import pytest
 

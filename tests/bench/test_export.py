@@ -4,62 +4,55 @@ import json
 
 import pytest
 
-from tests import tiny_run
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.bench import __main__ as command
 
 pytestmark = pytest.mark.slow
 
 
-def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe):
+@pytest.fixture
+def bench(capsys):
+    """A benchmark's JSON result."""
+
+    def run(arguments):
+        assert command.main(arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe, bench):
     options = ["--repeats", "2", "--sigma", "0.1", "--limit", "1000000"]
-    done = tiny_run.run("bench", "export", "--config", tiny_recipe, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    arguments = ["export", "--config", str(tiny_recipe), *options, "--json"]
+    result = bench(arguments)
     assert result["seconds"].keys() == {"quantize", "encode", "codec_alone", "decode", "dequantize"}
-    assert (
-        all(seconds > 0 for seconds in result["seconds"].values()) and result["ratio_to_codec"] > 0
-    )
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert result["ratio_to_codec"] > 0
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
-    assert (
-        sum(group["weights"] for group in result["bits_per_weight"].values())
-        == result["parameters"]
-    )
-    again = json.loads(
-        tiny_run.run("bench", "export", "--config", tiny_recipe, *options, "--json").stdout
-    )
-    assert again["artifact_bytes"] == result["artifact_bytes"], "drawn from the seed"
-    done = tiny_run.run("bench", "export", "--config", tiny_recipe, "--repeats", "0")
-    assert done.returncode == 2 and "--repeats must be 1 or more" in done.stderr
+    weights = sum(group["weights"] for group in result["bits_per_weight"].values())
+    assert weights == result["parameters"]
+    assert bench(arguments)["artifact_bytes"] == result["artifact_bytes"], "drawn from the seed"
+    with pytest.raises(UserError, match="--repeats must be 1 or more"):
+        bench([*arguments[:3], "--repeats", "0"])
 
 
-def test_compare_puts_the_policies_side_by_side(tiny_trained):
+def test_policies_stand_side_by_side(tiny_trained, bench):
     options = ["--passthrough-size", "0", "--gptq-tokens", "4096", "--tokens", "2048"]
-    done = tiny_run.run("bench", "policies", "--run", tiny_trained, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = bench(["policies", "--run", str(tiny_trained), *options, "--json"])
     rows = {row["policy"]: row for row in result["rows"]}
-    assert {
-        "#333",
-        "#465",
-        "#1573",
-        "#740",
-        "int6 SDClip k=12.85, rANS",
-        "int6 SDClip k=12.85, GPTQ, rANS",
-    } <= rows.keys()
+    sd = "int6 SDClip k=12.85"
+    published = {"#333", "#465", "#1573", "#740"}
+    assert published | {f"{sd}, rANS", f"{sd}, GPTQ, rANS"} <= rows.keys()
     for row in rows.values():
         assert row["gap"] == pytest.approx(row["bpb"] - result["before"]["bpb"])
         assert 0 < row["entropy"] * 0.95 < row["coded"] and 0 < row["error"] < 0.2
     by_bits = [rows[f"int{bits} row max, rANS"] for bits in (8, 6, 5)]
     assert by_bits[0]["error"] < by_bits[1]["error"] < by_bits[2]["error"]
     assert by_bits[0]["bytes"] > by_bits[1]["bytes"] > by_bits[2]["bytes"]
-    assert rows["#1573, rANS"]["bpb"] == rows["#1573"]["bpb"], (
-        "how codes are stored changes no weight"
+    plain, bytewise, packed = (
+        rows[f"#1573{kind}"] for kind in (", rANS", ", one byte per code", "")
     )
-    assert (
-        rows["#1573, rANS"]["bytes"]
-        < rows["#1573, one byte per code"]["bytes"]
-        < rows["#1573"]["bytes"]
-    )
-    near, better = rows["int6 SDClip k=12.85, rANS"], rows["int6 SDClip k=12.85, GPTQ, rANS"]
-    assert better["error"] > near["error"], (
-        "GPTQ gives up nearness to the weights for nearness of the outputs"
-    )
+    assert plain["bpb"] == packed["bpb"]  # the storage of codes changes no weight
+    assert plain["bytes"] < bytewise["bytes"] < packed["bytes"]
+    # GPTQ gives up nearness to the weights for nearness of the outputs
+    assert rows[f"{sd}, GPTQ, rANS"]["error"] > rows[f"{sd}, rANS"]["error"]

@@ -1,6 +1,4 @@
-"""The benchmark's command: what it measures, what it refuses; and that the model in PyTorch is the
-same one.
-"""
+"""The step's benchmark: its figures, its refusals, and the equality of the model in PyTorch."""
 
 import dataclasses
 import json
@@ -14,25 +12,17 @@ from sngpt_jax.bench import step as bench
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
-TINY = (
-    *(
-        "--model.vocab-size",
-        "64",
-        "--model.num-layers",
-        "2",
-        "--model.d-model",
-        "16",
-        "--model.mlp-dim",
-        "32",
-    ),
-    *("--data.batch-tokens", "128", "--data.seq-len", "16", "--train.device-batch-tokens", "16"),
-    *("--train.compilation-cache", "", "--rounds", "3", "--steps", "2"),
-)
+TINY = [
+    *["--model.vocab-size", "64", "--model.num-layers", "2", "--model.d-model", "16"],
+    *["--model.mlp-dim", "32", "--data.batch-tokens", "128", "--data.seq-len", "16"],
+    *["--train.device-batch-tokens", "16", "--train.compilation-cache", ""],
+    *["--rounds", "3", "--steps", "2"],
+]
 
 
 @pytest.fixture(autouse=True)
 def the_heap_as_it_is(monkeypatch):
-    """What the command does to its process would be done to that of all tests."""
+    """The command would change the process of all tests."""
     monkeypatch.setattr(bench, "keep_working_memory", lambda: None)
 
 
@@ -121,7 +111,7 @@ MODELS = {
 
 
 def recipe(model: ModelConfig) -> Config:
-    """High rates, so that four steps show every parameter; two microbatches."""
+    """Two microbatches, and rates so high that four steps show every parameter."""
     return Config(
         model=model,
         optim=OptimConfig(

@@ -1,6 +1,4 @@
-"""Which implementation of encode_decode runs, why, and with which kernels a program is lowered for
-an NVIDIA GPU.
-"""
+"""The choice of an implementation of encode_decode, and the kernels of a program for a GPU."""
 
 import dataclasses
 import functools
@@ -23,17 +21,14 @@ from sngpt_kernels.dispatch import CannotServe, Device
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+ONLY_NVIDIA = "xla: pallas_triton serves NVIDIA GPUs; the device is"
 
 
 @pytest.mark.parametrize(
     ("device", "d", "said"),
     [
-        (Device("cpu", "cpu"), 64, "xla: pallas_triton serves NVIDIA GPUs; the device is cpu"),
-        (
-            Device("rocm", "AMD Instinct MI300X"),
-            64,
-            "xla: pallas_triton serves NVIDIA GPUs; the device is rocm",
-        ),
+        (Device("cpu", "cpu"), 64, f"{ONLY_NVIDIA} cpu"),
+        (Device("rocm", "AMD Instinct MI300X"), 64, f"{ONLY_NVIDIA} rocm"),
         (H100, 64, "pallas_triton: on an NVIDIA GPU, where no measurement says another"),
         (H100, 32, "xla: pallas_triton serves widths from 64 to 2048; x has 32"),
         (H100, 4096, "xla: pallas_triton serves widths from 64 to 2048; x has 4096"),
@@ -60,12 +55,9 @@ def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW, "spread")[0] == "xla"
     assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread")[0] == "pallas_triton"
     with dispatch.targeting(H100):
-        assert pallas_triton.Config.of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(
-            **config
-        )
-        assert pallas_triton.Config.of(
-            jnp.dtype(jnp.float32), SHALLOW
-        ) == pallas_triton.Config.heuristic(64)
+        of = pallas_triton.Config.of
+        assert of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(**config)
+        assert of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
 
 
 def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,18 +71,9 @@ def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("levels", "reason"),
     [
-        (
-            ((10, 64, 0), (15, 32, 256)),
-            "keeps candidates in registers; level 1 has 64 x 256, too many",
-        ),
-        (
-            ((10, 16, 0), (15, 64, 256), (17, 64, 256)),
-            "keeps candidates in registers; level 2 has 64 x 256, too many",
-        ),
-        (
-            ((10, 4, 0), (15, 32, 4096)),
-            "keeps candidates in registers; level 1 has 4 x 4096, too many",
-        ),
+        (((10, 64, 0), (15, 32, 256)), "level 1 has 64 x 256"),
+        (((10, 16, 0), (15, 64, 256), (17, 64, 256)), "level 2 has 64 x 256"),
+        (((10, 4, 0), (15, 32, 4096)), "level 1 has 4 x 4096"),
     ],
 )
 def test_levels_that_the_kernels_cannot_hold_run_in_xla(
@@ -100,7 +83,7 @@ def test_levels_that_the_kernels_cannot_hold_run_in_xla(
         monkeypatch.setattr(dispatch, "tuned", lambda package, kind, table=table: table)
         assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == (
             "xla",
-            f"pallas_triton {reason}",
+            f"pallas_triton keeps candidates in registers; {reason}, too many",
         )
 
 
@@ -113,9 +96,7 @@ def test_the_kernels_refuse_a_cpu() -> None:
 def kernels_of_gradients(
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> dict[str, int]:
-    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is
-    lowered for them.
-    """
+    """The kernels by name in the program of a value and its gradients, lowered for 8 GPUs."""
     gpu = AbstractDevice(device_kind=H100.kind, num_cores=132, platform="gpu")
     mesh = AbstractMesh(
         (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu
@@ -136,14 +117,10 @@ def kernels_of_gradients(
         out_specs=(same, data, same),
         check_vma=False,
     )
-    shapes = (
-        ((8 * 37, 64), jnp.bfloat16),
-        ((64,), jnp.float32),
-        ((512,), jnp.float32),
-        ((512,), jnp.float32),
-    )
+    x = jax.ShapeDtypeStruct((8 * 37, 64), jnp.bfloat16)
+    vectors = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (64, 512, 512))
     with dispatch.targeting(H100):
-        traced = jax.jit(sharded).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        traced = jax.jit(sharded).trace(x, *vectors)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return Counter(re.findall(r'name = "(cayley_\w+)"', text))
 

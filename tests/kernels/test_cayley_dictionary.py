@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sngpt_kernels.cayley import dictionary, reference
 
-SMALL = ((10, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 1024
-LARGE = ((11, 16, 0), (15, 32, 256), (17, 64, 256))  # d = 2048
-TINY = ((7, 8, 0), (10, 16, 32), (12, 32, 32))  # d = 128
+from tests.kernels.cayley_checks import D128 as TINY
+from tests.kernels.cayley_checks import D1024 as SMALL
+from tests.kernels.cayley_checks import D2048 as LARGE
 
 
 @functools.cache

@@ -1,6 +1,4 @@
-"""The implementation in plain jax: what it holds in memory, how a CPU selects, and the helpers
-that serve the statistics.
-"""
+"""The implementation in plain jax: its memory, its selection on a CPU, and its helpers."""
 
 import functools
 from typing import Any
@@ -109,9 +107,7 @@ def run64(x: jax.Array, dtype: Any = jnp.float32, forward_standardized: bool = T
 
 
 def test_a_cpu_selects_by_its_own_top_k() -> None:
-    """Not by sorting, to which the compiler falls back where it does not recognize a top_k: ten
-    times slower in all.
-    """
+    """If the compiler does not recognize a top_k, it sorts, which is ten times slower overall."""
     program = run64.lower(jnp.zeros((37, 64))).compile().as_text()
     assert program.count('custom_call_target="TopK"') >= len(SHALLOW)
     assert "f32[37,112]{1,0}, s32[37,112]{1,0}) sort(" not in program

@@ -1,4 +1,4 @@
-"""Which device code is traced for, and derivatives that are refused."""
+"""The device that code is traced for, and derivatives that are refused."""
 
 import functools
 
@@ -27,7 +27,7 @@ def test_the_device_is_the_one_aimed_at_else_jaxs_default() -> None:
 
 
 def test_the_default_device_decides_before_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a machine with a GPU, inside of jax.default_device(cpu)."""
+    """On a machine with a GPU, inside jax.default_device(cpu)."""
 
     class Gpu:
         platform, device_kind, compute_capability = "gpu", "NVIDIA H100 80GB HBM3", "9.0"

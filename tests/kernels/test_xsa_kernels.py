@@ -1,6 +1,4 @@
-"""The Pallas Triton kernels of attention as parts of a program: how often they stand in it, where
-they get their blocks.
-"""
+"""The Pallas Triton kernels of attention in a program: their number and their blocks."""
 
 import re
 from collections import Counter
@@ -24,20 +22,17 @@ H100 = targets.find("h100").device
 
 
 def kernels_of_gradients(exclusive: bool, wrap: Callable) -> Counter[str]:
-    """The kernels by name in the program of a value and its gradients on each of 8 GPUs, as it is
-    lowered for them.
-    """
+    """The kernels by name in the program of a value and its gradients, lowered for 8 GPUs."""
     target = targets.find("h100")
     gpu = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
     mesh = AbstractMesh(
         (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu
     )
 
+    static = {"exclusive": exclusive, "scale": 0.125, "implementation": "pallas_triton"}
+
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(
-            xsa.attention(q, k, v, exclusive=exclusive, scale=0.125, implementation="pallas_triton")
-            ** 2
-        )
+        return jnp.sum(xsa.attention(q, k, v, **static) ** 2)
 
     def step(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         value, gradients = jax.value_and_grad(wrap(loss), argnums=(0, 1, 2))(*arrays)
@@ -76,12 +71,10 @@ def test_blocks_are_those_of_the_devices_table(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("blocks", "length"),
-    [((16, 32), 1), ((32, 16), 16), ((16, 32), 31), ((32, 16), 64), ((16, 32), 65), ((64, 16), 65)],
+    [((16, 32), 1), ((32, 16), 16), ((16, 32), 31), ((32, 16), 64), ((64, 16), 65)],
 )
 def test_any_tiles_and_lengths(blocks: tuple[int, int], length: int) -> None:
-    """Tiles longer than the text, as long as it, and that divide it or do not; forward and
-    backward.
-    """
+    """Tiles that are longer than the text, as long, that divide it, and that do not."""
     rng = np.random.default_rng(length)
     q, k, v, cotangent = (
         rng.normal(size=(1, length, heads, 16)).astype(np.float32) for heads in (2, 1, 1, 2)
@@ -103,18 +96,16 @@ def test_any_tiles_and_lengths(blocks: tuple[int, int], length: int) -> None:
         *reference.gradients(q, k, v, cotangent, exclusive=True, scale=0.3),
     )
     for mine, theirs in zip(run(q, k, v, cotangent), want, strict=True):
-        print(
-            f"|difference| at most {np.abs(mine - theirs).max():.1e} of {np.abs(theirs).max():.1e}"
-        )
+        print(f"error max {np.abs(mine - theirs).max():.1e} of {np.abs(theirs).max():.1e}")
         np.testing.assert_allclose(mine, theirs, atol=4e-6 * max(1, np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("case", specs.CASES, ids=lambda case: case.name)
 def test_cases_are_real_shapes(case: Case) -> None:
-    """Every implementation takes them, and gives the shapes that the costs count."""
+    """Every implementation takes them and returns the shapes that the costs count."""
     arguments = case.abstract()
     with dispatch.targeting(H100):
-        # which asks for a GPU while it is traced
+        # cudnn asks for a GPU while it is traced
         for implementation in set(case.implementations) - {"cudnn"}:
             out = jax.eval_shape(
                 lambda *a, name=implementation: case.run(*a, implementation=name), *arguments
@@ -130,5 +121,5 @@ def test_a_small_case_equals_its_reference() -> None:
     (case,) = (case for case in specs.CASES if case.name == "quickstart")
     arguments = case.make(jax.random.key(0))
     error = np.abs(case.run(*arguments, implementation="xla") - case.reference(*arguments))
-    print(f"|difference| at most {error.max():.1e}, {error.mean():.1e} in the mean")
+    print(f"error max {error.max():.1e}, mean {error.mean():.1e}")
     assert error.max() < 1e-5
