@@ -299,6 +299,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 @slow
+@pytest.mark.full
 def test_processes_of_unlike_options_end(tiny_recipe, tiny_trained, tmp_path):
     evaluate = tiny_run.command("evaluate", "--run", tiny_trained, "--mode")
     seeded = tiny_run.command(

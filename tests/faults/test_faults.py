@@ -18,17 +18,13 @@ def lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("faults"), kills=1, rng=random.Random(0), thorough=False)
 
 
+EVERY_DAY = (kills.of_trainings, disks.full_in_training, damage.other_data)
+AT_TIMES = (kills.of_preparations, disks.full_for_output, numbers.nan_is_skipped, numbers.clock)
+
+
 @pytest.mark.parametrize(
     "scenario",
-    [
-        kills.of_trainings,
-        kills.of_preparations,
-        disks.full_in_training,
-        disks.full_for_output,
-        damage.other_data,
-        numbers.nan_is_skipped,
-        numbers.clock,
-    ],
+    [*EVERY_DAY, *(pytest.param(scenario, marks=pytest.mark.full) for scenario in AT_TIMES)],
     ids=lambda scenario: scenario.__name__,
 )
 def test_nothing_is_lost(scenario, lab):
