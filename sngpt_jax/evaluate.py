@@ -140,13 +140,14 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax.weights.quantized_model import quantize_variables
     from sngpt_jax.weights.source import open_model
 
+    stream = arguments.stream
     options = {
         name: repr(value)
-        for name, value in vars(arguments).items()
-        if name not in ("processes", "json", "quiet")
+        for name, value in (vars(arguments) | vars(stream)).items()
+        if name not in ("stream", "processes", "json", "quiet")
     }
     processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | options)
-    mesh, stream = make_mesh(), arguments.stream
+    mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config, variables = model.config, model.variables
     if arguments.run:
