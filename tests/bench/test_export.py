@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sngpt_jax.artifact import bundle
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import __main__ as command
 
@@ -11,8 +12,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def bench(capsys):
-    """A benchmark's JSON result."""
+def bench(capsys, monkeypatch):
+    """A benchmark's JSON result, with a stand-in for the program, which takes long to pack."""
+    monkeypatch.setattr(bundle, "build", lambda: bundle.Bundle(bytes(1000), (), ()))
 
     def run(arguments):
         assert command.main(arguments) == 0
@@ -36,6 +38,7 @@ def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe, bench):
         bench([*arguments[:3], "--repeats", "0"])
 
 
+@pytest.mark.full
 def test_policies_stand_side_by_side(tiny_trained, bench):
     options = ["--passthrough-size", "0", "--gptq-tokens", "4096", "--tokens", "2048"]
     result = bench(["policies", "--run", str(tiny_trained), *options, "--json"])

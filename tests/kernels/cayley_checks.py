@@ -59,7 +59,8 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 def value_and_gradients(implementation: str, scheme: Scheme, inputs: dict[str, Any]) -> Any:
     """(x_hat, ids, the gradients of x, mean, std and bias)."""
-    x, mean, std, bias, cotangent = inputs.values()
+    names = ("x", "mean", "std", "bias", "cotangent")
+    x, mean, std, bias, cotangent = (inputs[name] for name in names)
     if implementation == "reference":
         code = reference_code(scheme, inputs)
         dx, dbias = reference_gradients(scheme, code, inputs)
