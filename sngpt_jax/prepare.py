@@ -1,7 +1,6 @@
 """Text to token shards: `python -m sngpt_jax.prepare --source … --tokenizer … --out DIR`."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,16 +10,12 @@ import tyro
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config.options import Json, Quiet
+from sngpt_jax.data.encode import usable_cpus
 from sngpt_jax.data.manifest import Manifest, ShardEntry, verify
 from sngpt_jax.data.preparation import Executor, fetch_golf, prepare_on, tokenizer_entry
 from sngpt_jax.data.spec import COMMAND, PrepareSpec
 
 logger = logging.getLogger("sngpt_jax")
-
-
-def _cpus() -> int:
-    """The processors that this process may use, which a batch scheduler limits."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Arguments(PrepareSpec):
     folder.
     """
 
-    workers: int = _cpus()  # processes that tokenize, or tasks of a Slurm job at a time
+    workers: int = usable_cpus()  # processes that tokenize, or tasks of a Slurm job at a time
     # processes: one process reads for all workers; local: each reads files of its own; slurm: jobs
     # of a cluster do so
     executor: Executor = "processes"

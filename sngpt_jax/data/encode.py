@@ -29,6 +29,11 @@ Encoded = list[tuple[np.ndarray, np.ndarray]]
 _worker_tokenizer: Tokenizer  # in a worker process
 
 
+def usable_cpus() -> int:
+    """The processors that this process may use, which a batch scheduler limits."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def follow_parent() -> None:
     """Ends this process when its parent ends, and not before: only the parent acts on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
@@ -104,7 +109,7 @@ def _in_order(
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a tokenizing process was killed, perhaps for memory; run it again with fewer --workers"
+            "a tokenizing process was killed, perhaps for memory; prepare with fewer --workers"
         ) from None
 
 

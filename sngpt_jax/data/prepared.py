@@ -1,23 +1,20 @@
 """The data that a recipe names: opened, and prepared first if that needs no network."""
 
-import contextlib
 import logging
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from sngpt_jax.base import cli
-from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_SIGTERM, UserError
+from sngpt_jax.base.errors import EXIT_SIGTERM, UserError
 from sngpt_jax.config import Config
+from sngpt_jax.data.encode import usable_cpus
 from sngpt_jax.data.manifest import MANIFEST
+from sngpt_jax.data.preparation import prepare
 from sngpt_jax.data.shards import Dataset, open_dataset, unfinished
 from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, differing
 
 logger = logging.getLogger("sngpt_jax")
-
-_GRACE = 5.0  # seconds in which a preparation may end by itself after Ctrl-C
 
 
 def spec_of(config: Config) -> PrepareSpec:
@@ -38,9 +35,8 @@ def spec_of(config: Config) -> PrepareSpec:
 def prepared_data(config: Config) -> Dataset:
     """The recipe's data, prepared first if they are not complete and their source is here.
 
-    Raises `UserError` if the source is on the network, if the preparation was killed, or if the
-    folder was prepared with other settings than the recipe's; `SystemExit` if the preparation
-    failed or was told to stop.
+    SIGTERM ends a preparation with `SystemExit`. Raises `UserError` if the source is on the network
+    or unusable, or if the folder was prepared with other settings than the recipe's.
     """
     d, directory, spec = config.data, Path(config.data.dir), spec_of(config)
     if d.source and not _ready(directory):
@@ -50,7 +46,11 @@ def prepared_data(config: Config) -> Dataset:
                 f" network; run: {cli.command(COMMAND, *command_line(spec))}, or say where the data"
                 " are with --data.dir DIR"
             )
-        _prepare(spec)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
+        try:
+            prepare(spec, usable_cpus())
+        finally:
+            signal.signal(signal.SIGTERM, before)
     data = open_dataset(directory, config.model.vocab_size)
     if data.manifest and d.source:
         other, machine = differing(spec, data.manifest)
@@ -74,48 +74,3 @@ def _ready(directory: Path) -> bool:
     return (directory / MANIFEST).is_file() or (
         any(directory.glob("*.bin")) and not unfinished(directory)
     )
-
-
-def _prepare(spec: PrepareSpec) -> None:
-    """Prepares in a process without jax, whose workers start fast. The process ends before this
-    function does.
-
-    SIGTERM also ends that process, and then this one, quietly. Ctrl-C reaches both.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    terminated = False
-
-    def terminate(number: int, frame: Any) -> None:
-        nonlocal terminated
-        terminated = True
-        if process:
-            process.terminate()
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        quiet = [] if logger.isEnabledFor(logging.INFO) else ["--quiet"]
-        # --json: no result and no next command on the terminal
-        command = [sys.executable, "-m", COMMAND, *command_line(spec), "--json", *quiet]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        if terminated:  # while it was being started
-            process.terminate()
-        status = process.wait()
-    except KeyboardInterrupt:
-        if process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE)
-        raise SystemExit(EXIT_SIGINT) from None
-    finally:
-        if process:
-            process.terminate()  # nothing where it has ended
-            process.wait()
-        signal.signal(signal.SIGTERM, before)
-    if terminated:
-        raise SystemExit(EXIT_SIGTERM)
-    if status < 0:
-        raise UserError(
-            f"the preparation of {spec.out} was killed by {signal.Signals(-status).name}; to resume"
-            f" it: {cli.command(COMMAND, *command_line(spec))}"
-        )
-    if status:
-        raise SystemExit(status)

@@ -4,15 +4,12 @@ progress is stopped.
 
 import json
 import logging
-import os
 import random
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,15 +149,10 @@ def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
 
 
 def test_a_given_vocabulary_that_is_too_large_is_refused_before_anything_is_prepared(
-    prepared, tmp_path, capfd
+    prepared, tmp_path
 ):
-    given = given_tokenizer(prepared, tmp_path)
-    with pytest.raises(SystemExit):
-        prepared_data(with_vocab(given, 270))
-    assert (
-        "tokenizer.model: expected at most --vocab-size 270 tokens, found 280"
-        in capfd.readouterr().err
-    )
+    message = refusal(with_vocab(given_tokenizer(prepared, tmp_path), 270))
+    assert "tokenizer.model: expected at most --vocab-size 270 tokens, found 280" in message
     assert not (tmp_path / "given").exists()
 
 
@@ -194,81 +186,29 @@ def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
 # ---------------------------------------- stopped on the way
 
 STOPPED = """
-import sys
+import sys, time
 from sngpt_jax.base import cli
 from sngpt_jax.config import Config, DataConfig
-from sngpt_jax.data.prepared import prepared_data
-cli.run(lambda argv: prepared_data(Config(data=DataConfig(dir=argv[0], source=argv[1]))) and 0)
+from sngpt_jax.data import prepared
+prepared.prepare = lambda *_: (print("preparing", flush=True), time.sleep(60))
+cli.run(lambda argv: prepared.prepared_data(Config(data=DataConfig(dir=argv[0], source="stdlib"))))
 """
 
 
-@pytest.fixture
-def preparing(tmp_path):
-    """A process whose preparation sleeps, and that preparation's process id."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("text")
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(
-        "import sys, time\nif 'sngpt_jax.prepare' in sys.orig_argv: time.sleep(60)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, tmp_path / "data", tmp_path / "text"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'slow'}:{os.getcwd()}"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 20
-    while not (pids := children.read_text().split()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    child = int(pids[0])
-    # until it is no longer a fork
-    while b"sngpt_jax.prepare" not in Path(f"/proc/{child}/cmdline").read_bytes():
-        time.sleep(0.01)
-    time.sleep(0.3)  # until it sleeps
-    yield process, child
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "interrupted\n")]
+)
+def test_a_signal_ends_a_preparation_quietly(tmp_path, number, status, said):
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "data")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "preparing\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == said
+    assert process.returncode == status
 
 
-def test_sigterm_ends_the_preparation_too(preparing):
-    process, child = preparing
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
-    assert (process.returncode, errors) == (143, "")
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-
-
-def test_ctrl_c_ends_both(preparing):
-    process, child = preparing
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
-    # the child's words depend on its progress
-    assert process.returncode == 130 and "prepared.py" not in errors
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-
-
-def test_a_killed_preparation_is_one_line_with_the_command(preparing, tmp_path):
-    process, child = preparing
-    os.kill(child, signal.SIGKILL)
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 2 and errors.count("\n") == 1
-    assert (
-        errors.startswith("error: the preparation of ")
-        and "killed by SIGKILL" in errors
-        and COMMAND in errors
-    )
-
-
-def test_a_failed_preparation_ends_the_run_with_its_status(config, capfd):
+def test_a_failed_preparation_leaves_the_signals_as_they_were(config):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught:
-        prepared_data(changed(config, val_docs=40))
-    assert caught.value.code == 2
-    assert capfd.readouterr().err.count("error: ") == 1  # the preparation's own
+    assert "--val-docs 40 leaves none to train on" in refusal(changed(config, val_docs=40))
     assert signal.getsignal(signal.SIGTERM) is before
