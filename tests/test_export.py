@@ -283,7 +283,11 @@ def test_mistakes_are_refused(tiny_trained, tmp_path, arguments, said):
         (evaluate.main, ["--artifact", "{out}", "--run", "{run}"], "give either --run"),
         (evaluate.main, [], "give either --run"),
         (evaluate.main, ["--artifact", "{out}", "--step", "3"], "holds one set of weights"),
-        (evaluate.main, ["--artifact", "{out}", "--fake-quantize"], "an artifact is quantized"),
+        (
+            evaluate.main,
+            ["--artifact", "{out}", "--fake-quantize"],
+            "an artifact is already quantized",
+        ),
         (evaluate.main, ["--artifact", "{tmp}/none.sngpt"], "none.sngpt: cannot be read"),
         (evaluate.main, ["--artifact", "{tmp}/half.sngpt"], "half.sngpt: truncated"),
         (sample.main, ["--artifact", "{tmp}/half.sngpt"], "half.sngpt: truncated"),
