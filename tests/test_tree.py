@@ -84,7 +84,7 @@ LIGHT = (
     "sngpt_jax.config.file",
     "sngpt_jax.prepare",
     "sngpt_jax.data.prepared",
-    "sngpt_jax.artifact.file",
+    "sngpt_jax.artifact.sngpt_file",
     "sngpt_jax.artifact.bundle",
     "sngpt_kernels.cayley.dictionary",
 )
