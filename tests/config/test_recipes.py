@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh
+from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.model.forward import abstract_parts, losses
-from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.training.cost import make_plan
-from sngpt_jax.training.state import Shapes, init_state
-from sngpt_jax.training.step import make_train_step
+from sngpt_jax.training.state import Shapes
+from sngpt_jax.training.step import all_finite
+from tests.training.steps import begin, host_batch, take
 
 # parameters; M FLOPs per token: the rate estimated for the submission's GPU over its speed
 SIZES = {
@@ -168,33 +168,20 @@ def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
 
 def few_steps(config: Config, steps: int) -> list[float]:
     """The losses of the first steps on random tokens that repeat, one device."""
-    mesh = make_mesh(jax.devices()[:1])
-    state, place, d = init_state(Shapes.of(config, mesh)), batch_placer(mesh, 1), config.data
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(
-        0, config.model.vocab_size, (d.batch_tokens // d.seq_len, d.seq_len + 1)
-    ).astype(np.uint16)
-    batch = place({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
-    seen = []
-
-    def controls(late: bool) -> StepControls:
-        return StepControls(np.float32(1), np.float32(1), np.bool_(late), np.bool_(late))
-
-    step = make_train_step(Shapes.of(config, mesh)).lower(state, batch, controls(False)).compile()
+    d, state, seen = config.data, begin(config), []
+    batch = host_batch(0, config.model.vocab_size, (d.batch_tokens // d.seq_len, d.seq_len))
     for i in range(steps):
-        state, metrics = step(state, batch, controls(i >= steps - 2))
-        seen.append(float(metrics["loss"]))
+        late = i >= steps - 2
+        state, metrics = take(config, state, batch, swa=late, qat=late)
+        seen.append(metrics["loss"])
     assert (state.swa is not None) == bool(config.optim.swa_every)
     assert state.swa is None or int(state.swa.count) == 2
     assert (state.ema is not None) == bool(config.optim.ema_decay)
-    assert all(
-        bool(jnp.all(jnp.isfinite(leaf)))
-        for leaf in jax.tree.leaves((state.params, state.ema, state.swa))
-    )
+    assert all_finite((state.params, state.ema, state.swa))
     return seen
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["golf_11l_xsa4", "golf_12l_recycled", "golf_9l_xsa_ngram"])
 def test_a_shrunk_recipe_learns(name):
     """At half of its depth, 1/16 of its width."""
     recipe = load(name)
@@ -225,11 +212,9 @@ def test_a_shrunk_recipe_learns(name):
     assert seen[-1] < 0.8 * seen[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_largest_recipe_takes_its_first_steps_at_full_width():
-    """With two of the five Newton–Schulz steps, in float32: at this batch they are nearly all of a
-    CPU's work.
-    """
+    """With two of the five Newton–Schulz steps, which are nearly all of the work at this batch."""
     optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}
     seen = few_steps(
         changed(load("golf_12l_recycled"), optim=optim, data={"batch_tokens": 512, "seq_len": 64}),

@@ -2,7 +2,6 @@
 devices, the small twin.
 """
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -12,13 +11,12 @@ import pytest
 import tyro
 from sngpt_kernels.cayley import dictionary
 
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config
+from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.spec import PrepareSpec
-from sngpt_jax.optim.schedules import StepControls
-from sngpt_jax.training.state import Shapes, init_state
-from sngpt_jax.training.step import make_train_step
+from sngpt_jax.training.state import Shapes
+from tests.training.steps import begin, host_batch, take
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -128,33 +126,28 @@ def cut(config: Config) -> Config:
     """Two layers of full width, few tokens and rows, and one Newton–Schulz iteration: what a CPU
     does in a minute or two.
     """
-    return dataclasses.replace(
+    return changed(
         config,
-        model=dataclasses.replace(config.model, num_layers=2, vocab_size=2048, logit_chunk=8),
-        optim=dataclasses.replace(
-            config.optim, newton_schulz_steps=1, newton_schulz_dtype="float32", warmup_steps=0
-        ),
-        data=dataclasses.replace(config.data, batch_tokens=8 * 16, seq_len=16, slices=1),
-        train=dataclasses.replace(config.train, device_batch_tokens=16),
+        model={"num_layers": 2, "vocab_size": 2048, "logit_chunk": 8},
+        optim={"newton_schulz_steps": 1, "newton_schulz_dtype": "float32", "warmup_steps": 0},
+        data={"batch_tokens": 8 * 16, "seq_len": 16, "slices": 1},
+        train={"device_batch_tokens": 16},
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_step_of_the_large_model_at_full_width():
     """A model that knows nothing gives every token about the same chance, and every
     weight moves.
     """
     config = cut(load("cayley_large_3l"))
-    mesh = make_mesh(fsdp=config.train.fsdp)
-    tokens = np.random.default_rng(0).integers(0, 2048, (8, 17)).astype(np.uint16)
-    batch = batch_placer(mesh, 1)({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
-    controls = StepControls(np.float32(1), np.float32(1), np.bool_(False), np.bool_(False))
-    state = init_state(Shapes.of(config, mesh))
+    state = begin(config, 8, config.train.fsdp)
     before = [float(leaf.sum()) for leaf in jax.tree.leaves(state.params)]
-    state, metrics = make_train_step(Shapes.of(config, mesh))(state, batch, controls)
+    batch = host_batch(0, 2048, (8, 16))
+    state, metrics = take(config, state, batch, devices=8, fsdp=config.train.fsdp)
     # logits are normal with variance 2048 · 0.02², independent of the target
-    assert float(metrics["loss"]) == pytest.approx(np.log(2048) + 2048 * 0.02**2 / 2, rel=0.02)
-    assert 0 < float(metrics["grad_norm"]) < 100
+    assert metrics["loss"] == pytest.approx(np.log(2048) + 2048 * 0.02**2 / 2, rel=0.02)
+    assert 0 < metrics["grad_norm"] < 100
     leaves = jax.tree.leaves(state.params)
     assert all(
         np.isfinite(float(leaf.sum())) and float(leaf.sum()) != old
