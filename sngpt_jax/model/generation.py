@@ -13,7 +13,7 @@ Rows are texts, split over the mesh. The devices exchange nothing until all thei
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,15 +77,21 @@ def pick(x_BT: jax.Array, at_B: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------ on the devices
 
 
+class _Draws(NamedTuple):
+    """How new tokens are drawn, and when a text ends."""
+
+    key: jax.Array
+    temperature: np.float32
+    max_tokens: np.int32
+    end_id: np.int32
+
+
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "size", "top_k", "vocab_size"))
 def _continued(
     variables: Variables,
     batch: Batch,
     tables: jax.Array | None,
-    key: jax.Array,
-    temperature: jax.Array,
-    max_tokens: jax.Array,
-    end_id: jax.Array,
+    draws: _Draws,
     *,
     config: ModelConfig,
     mesh: Mesh,
@@ -103,17 +109,11 @@ def _continued(
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
     def local(
-        variables: Variables,
-        batch: Batch,
-        tables: jax.Array | None,
-        key: jax.Array,
-        temperature: jax.Array,
-        max_tokens: jax.Array,
-        end_id: jax.Array,
+        variables: Variables, batch: Batch, tables: jax.Array | None, draws: _Draws
     ) -> jax.Array:
         model = nnx.merge(graph(config), gather(variables, layout))
         length_B = batch["length"]
-        keys_B = jax.vmap(row_key, in_axes=(None, 0))(key, batch["row"])
+        keys_B = jax.vmap(row_key, in_axes=(None, 0))(draws.key, batch["row"])
         draw_rows = jax.vmap(
             functools.partial(draw, top_k=top_k, vocab_size=vocab_size), in_axes=(0, 0, 0, None)
         )
@@ -123,9 +123,10 @@ def _continued(
         ) -> tuple[jax.Array, jax.Array]:
             """Draws the token at `position_B` from the head's input at the previous position."""
             with jax.named_scope("draw"):
-                new_B = draw_rows(model.embed.decode(x_B1D)[:, 0], keys_B, position_B, temperature)
+                logits_BV = model.embed.decode(x_B1D)[:, 0]
+                new_B = draw_rows(logits_BV, keys_B, position_B, draws.temperature)
             tokens_BS = tokens_BS.at[jnp.arange(len(new_B)), position_B].set(new_B)
-            return tokens_BS, ended_B | (new_B == end_id)
+            return tokens_BS, ended_B | (new_B == draws.end_id)
 
         def read_prompts(tokens_BT: jax.Array) -> tuple[jax.Array, Sequence[KeysValues]]:
             """The head's input at each prompt's last position [B, 1, D], and the keys and values
@@ -165,7 +166,7 @@ def _continued(
 
         def unfinished(carry: tuple[Any, ...]) -> jax.Array:
             count, _, ended_B, _ = carry
-            return (count < max_tokens) & ~jnp.all(ended_B)
+            return (count < draws.max_tokens) & ~jnp.all(ended_B)
 
         def add_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             count, tokens_BS, ended_B, past = carry
@@ -179,9 +180,9 @@ def _continued(
         return jax.lax.all_gather(tokens_BS, BATCH_AXES, tiled=True)
 
     # check_vma cannot express that each device runs its own number of iterations
-    specs = (layout, rows, P(), P(), P(), P(), P())
+    specs = (layout, rows, P(), P())
     program = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    return program(variables, batch, tables, key, temperature, max_tokens, end_id)
+    return program(variables, batch, tables, draws)
 
 
 # ------------------------------------------------------------------------------ on the host
@@ -286,14 +287,14 @@ def generate_tokens(
         "row": np.arange(len(prompts), dtype=np.int32),
     }
     batch = {name: array[row] for name, array in {**batch, "table": which}.items()}
+    draws = _Draws(
+        jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
+    )
     texts = _continued(
         variables,
         batch_placer(mesh)(batch),
         tables,
-        jax.random.key(seed),
-        np.float32(temperature),
-        np.int32(max_tokens),
-        np.int32(end_id),
+        draws,
         config=config,
         mesh=mesh,
         size=size,
