@@ -1,5 +1,6 @@
-"""Trains a recipe's model: `python -m sngpt_jax.train --config configs/quickstart.py`. The run
-itself is `training.trainer`'s.
+"""Trains a recipe's model: `python -m sngpt_jax.train --config configs/quickstart.py`.
+
+`training.trainer` holds the run.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from sngpt_jax.config.recipe import Overrides, parse_command, recipe_name
 class TrainArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
-    run_dir: str = ""  # where the run is kept, and resumed from; default: runs/NAME
+    run_dir: str = ""  # folder in which the run is kept and resumed; default: runs/NAME
     quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(
         default_factory=ProcessArguments
@@ -32,15 +33,13 @@ def main(argv: Sequence[str]) -> int:
         argv,
         program="python -m sngpt_jax.train",
         description=(
-            "Trains the model of a recipe. The same command again resumes from the last checkpoint."
+            "Trains the model of a recipe. The same command resumes from the last checkpoint."
         ),
     )
     directory = Path(arguments.run_dir or Path("runs") / recipe_name(arguments.config))
     again = cli.command("sngpt_jax.train", *argv)
     cli.log_to_stderr(arguments.quiet)
-    from sngpt_jax.training import (
-        trainer,  # jax takes seconds to import, which --help does not need
-    )
+    from sngpt_jax.training import trainer  # jax takes seconds to import; --help needs none
 
     return trainer.run(
         arguments.overrides, directory, arguments.processes, quiet=arguments.quiet, again=again

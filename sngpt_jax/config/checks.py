@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from sngpt_kernels.cayley import dictionary
+
 from sngpt_jax.config import Config, ConfigError, ModelConfig, format_levels, profile_window
 
 # Smallest and largest value of a number in a field, and the most entries of a list. A file that
@@ -292,8 +294,6 @@ def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple
 def _levels_problem(m: ModelConfig) -> list[str]:
     if m.family != "pre_norm" or not m.levels:
         return []
-    from sngpt_kernels.cayley import dictionary  # imports jax, which other recipes do not need
-
     try:
         dictionary.check_levels(m.levels, m.d_model, m.generators)
     except ValueError as error:

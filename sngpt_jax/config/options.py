@@ -1,4 +1,4 @@
-"""Options that several commands share: one description, one way of writing them in `--help`."""
+"""Options that several commands share, so that `--help` describes each of them alike."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,6 @@ from typing import Annotated
 import tyro
 
 from sngpt_jax.config import Weights
-
-_NO_DEFAULT = ""  # the description says what holds where the option is left out
 
 Json = Annotated[
     str,
@@ -18,7 +16,7 @@ Json = Annotated[
 Quiet = Annotated[
     bool,
     tyro.conf.FlagCreatePairsOff,
-    tyro.conf.arg(help="only warnings, errors and the result", help_behavior_hint=""),
+    tyro.conf.arg(help="show only warnings, errors and the result", help_behavior_hint=""),
 ]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
@@ -26,7 +24,7 @@ WeightsOption = Annotated[
     Weights | None,
     tyro.conf.arg(
         metavar="{final,swa,ema}",
-        help="of the last step, or an average; default: what the run's eval.weights says",
+        help="weights of the last step, or an average; default: the run's eval.weights",
         help_behavior_hint="",
     ),
 ]

@@ -1,1 +1,1 @@
-"""The network in flax.nnx: `gpt.py` puts the parts of the other files together."""
+"""The network in flax.nnx: `gpt` and `pre_norm` assemble the parts of the other files."""

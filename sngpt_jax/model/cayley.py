@@ -1,9 +1,9 @@
 """The CayleySAE layer: a sparse code of an MLP's input over an algebraic dictionary, with running
 statistics.
 
-The code is `sngpt_kernels.cayley.api.encode_decode`. A layer learns one bias per feature. It also has
-statistics that no gradient reaches: each optimizer step updates them from a sample of its tokens,
-the `Taps` of the layers' inputs and features.
+The code is `sngpt_kernels.cayley.api.encode_decode`. A layer learns one bias per feature. Its
+statistics receive no gradient: each optimizer step updates them from a sample of its tokens, the
+`Taps` of the layers' inputs and features.
 """
 
 import math

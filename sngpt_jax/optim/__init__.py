@@ -1,3 +1,1 @@
-"""The optimizers as optax transformations, what each parameter takes, and the schedules and
-averages beside them.
-"""
+"""Optimizers as optax transformations, the rule of each parameter, schedules and averages."""

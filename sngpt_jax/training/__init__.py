@@ -1,1 +1,1 @@
-"""One optimizer step, the loop around it, and what it costs."""
+"""One optimizer step, the loop around it, and its cost."""
