@@ -45,8 +45,8 @@ class PublishedStream:
 
 
 def published_batch(stream, world, batch_tokens, seq_len):
-    """One step of the published loader on `world` devices. In each of its 8 / world micro-steps each
-    device takes its share in order.
+    """One step of the published loader on `world` devices. In each of its 8 / world micro-steps
+    each device takes its share in order.
     """
     accumulation = 8 // world
     local = batch_tokens // (world * accumulation)

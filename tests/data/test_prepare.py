@@ -15,27 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sngpt_jax.base.errors import UserError, one_line
 from sngpt_jax.data import golf
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import preparation as module
 from sngpt_jax.data.encode import cut_chunks, encoder
-from sngpt_jax.data.manifest import SplitJournal
 from sngpt_jax.data.preparation import prepare
-from sngpt_jax.data.shards import (
-    Shard,
-    TokenStream,
-    open_dataset,
-    open_extra,
-    open_shard,
-    write_shard,
-)
+from sngpt_jax.data.shards import open_dataset, open_shard, write_shard
 from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.data.tokenizer import load_tokenizer
-from sngpt_jax.data.writer import SplitWriter
 from sngpt_jax.prepare import main
 from tests.data.conftest import refuses, write_jsonl
 
@@ -140,81 +129,8 @@ def test_a_learnt_tokenizer_has_not_seen_the_validation_text(tmp_path):
 # ---------------------------------------- the same bytes, always
 
 
-class BytesOfPair:
-    def count(self, previous, tokens):
-        return previous.astype(np.int64) * 7 + tokens
-
-
 class Killed(Exception):
     pass
-
-
-@settings(max_examples=40)
-@given(st.data())
-def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data):
-    lengths = data.draw(
-        st.lists(st.integers(1, 9), min_size=1, max_size=7), label="document lengths"
-    )
-    shard_tokens = data.draw(st.integers(1, 9), label="shard tokens")
-    limit = data.draw(st.none() | st.integers(1, sum(lengths) + 3), label="limit")
-    stops = data.draw(
-        st.sets(st.integers(0, sum(lengths))), label="shards after which it is killed"
-    )
-    rng = np.random.default_rng(len(lengths))
-    documents = [
-        (rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2])
-        for n in lengths
-    ]
-    folder = tmp_path_factory.mktemp("writer")
-    progress, stops = SplitJournal(), sorted(stops)
-
-    def on_shard(reached):
-        nonlocal progress
-        progress = reached
-        if stops and len(reached.shards) >= stops[0]:
-            stops.pop(0)
-            raise Killed
-
-    while not progress.finished:
-        with contextlib.suppress(Killed):
-            writer = SplitWriter(
-                folder,
-                "train",
-                shard_tokens,
-                limit=limit,
-                token_bytes=BytesOfPair(),
-                reached=progress,
-                on_shard=on_shard,
-            )
-            for tokens, extra in documents[progress.documents :]:
-                writer.append(tokens, extra)
-            writer.finish()
-
-    total = sum(lengths) if limit is None else min(limit, sum(lengths))
-    whole = np.concatenate([tokens for tokens, _ in documents])
-    starts = np.cumsum([0, *lengths])
-    assert [e.tokens for e in progress.shards] == [
-        min(shard_tokens, total - at) for at in range(0, total, shard_tokens)
-    ]
-    shards = [
-        Shard(folder / e.name, open_shard(folder / e.name), np.zeros((0, 2), np.int64))
-        for e in progress.shards
-    ]
-    np.testing.assert_array_equal(TokenStream(tuple(shards), 1000).take(0, total), whole[:total])
-    begun = starts[:-1][starts[:-1] < total]
-    per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 7 + whole
-    rows = [
-        (start + row, count)
-        for start, (_, extra) in zip(starts, documents, strict=False)
-        for row, count in extra.tolist()
-    ]
-    for at, entry in zip(range(0, total, shard_tokens), progress.shards, strict=True):
-        end = min(at + shard_tokens, total)
-        here = [[position - at, count] for position, count in rows if at <= position < end]
-        found = open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []
-        assert found == here
-        assert entry.documents == ((begun >= at) & (begun < end)).sum()
-        assert entry.bytes == per_token[at:end].sum() + sum(count for _, count in here)
 
 
 def test_chunks_keep_every_document_and_its_number(monkeypatch):
