@@ -1,7 +1,7 @@
 """Files of every format, damaged at random: each is read to something whole, or refused in one
 line that names the file.
 
-    python -m tests.fuzz --examples 20000 [--formats config.json,manifest.json] [--seed 0] [--markdown]
+    python -m tests.fuzz --examples 20000 [--formats config.json,npz] [--seed 0] [--markdown]
 
 Prints a line a format: examples, accepted, refused, seconds, the slowest, the most memory that one
 took, and other exceptions, of which there are to be none. `tests/test_fuzz.py` does the same with
@@ -100,7 +100,7 @@ def numbers(width: int, size: int) -> Mutate:
     return mutate
 
 
-# ---------------------------------------------------------------------------------------------- formats
+# ---------------------------------------- formats
 
 
 def make_formats(folder: Path) -> list[Format]:
@@ -328,7 +328,7 @@ def of_state_dicts(folder: Path) -> list[Format]:
     return [Format(path.suffix[1:], path, reader(path), binary) for path in (npz, tensors)]
 
 
-# ---------------------------------------------------------------------------------------------- running
+# ---------------------------------------- running
 
 
 def fuzz(kind: Format, examples: int, seed: int) -> Tally:

@@ -81,7 +81,7 @@ def edit(rng, header):
         container["more"] = 0
 
 
-# ---------------------------------------------------------------------------------------------- JSON
+# ---------------------------------------- JSON
 
 
 def of_json(rng: random.Random, text: bytes) -> bytes:

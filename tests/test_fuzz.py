@@ -71,7 +71,7 @@ def test_the_harness_sees_what_it_looks_for(formats):
     ).others
 
 
-# ---------------------------------------------------------------------------------------------- any content
+# ---------------------------------------- any content
 
 SECTIONS = {field.name for field in dataclasses.fields(Config)} | {
     field.name for field in dataclasses.fields(Manifest)

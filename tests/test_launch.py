@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 FAKE_PYTHON = """#!/bin/sh
 echo "$0 $*" >> "{log}"
 case "$*" in
-*"-m venv"*) for last; do :; done; rm -rf "$last"; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+*"-m venv"*)
+  for last; do :; done
+  rm -rf "$last"; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
 esac
 """
 

@@ -210,7 +210,7 @@ def test_what_the_search_leaves(source):
     assert not list(dangers(ast.parse(source)))
 
 
-# ---------------------------------------------------------------------------------------------- seen while files are read
+# ---------------------------------------- seen while files are read
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,8 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 target, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = target
-getattr(runpy, "run_path" if target.endswith(("pyz", "py")) else "run_module")(target, run_name="__main__")
+run = runpy.run_path if target.endswith(("pyz", "py")) else runpy.run_module
+run(target, run_name="__main__")
 """
 
 
@@ -291,7 +292,7 @@ def test_no_command_unpickles(tiny_trained, tmp_path):
         assert done.returncode == 0, (target, done.stderr)
 
 
-# ---------------------------------------------------------------------------------------------- names in files
+# ---------------------------------------- names in files
 
 
 OUTSIDE = [

@@ -56,7 +56,7 @@ def processes_of_options(num: int) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def processes_of_slurm() -> list[tuple[list[str], dict[str, str]]]:
-    """The same by Slurm, for two tasks on this node, on a cluster with a proxy that leads nowhere."""
+    """The same by Slurm, for two tasks on this node, with a proxy that leads nowhere."""
     step = {
         "SLURM_JOB_ID": str(slurm_port() - (2**16 - 2**12)),
         "SLURM_STEP_NODELIST": "localhost",
@@ -71,7 +71,7 @@ def processes_of_slurm() -> list[tuple[list[str], dict[str, str]]]:
 def start(
     *command: object, differing: tuple[list[str], list[str]] = ([], []), by: Any = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts two processes of one job, on a CPU device each; their programs are quick to compile."""
+    """Starts two processes of one job on a CPU device each. Their programs compile quickly."""
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     return [
         subprocess.Popen(
@@ -126,7 +126,7 @@ def assert_same_losses(a: Path, b: Path) -> None:
     np.testing.assert_allclose([ours[key] for key in theirs], [*theirs.values()], rtol=0, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---------------------------------------- training
 
 
 @slow
@@ -178,7 +178,7 @@ def test_two_processes_evaluate_as_one_does(tiny_trained):
     assert done[1][1] == ""
 
 
-# ---------------------------------------------------------------------------------------------- the end of one
+# ---------------------------------------- the end of one
 
 TOGETHER = """
 import itertools, os, pathlib, sys, time

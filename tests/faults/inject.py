@@ -2,7 +2,8 @@
 
     python -m tests.faults.inject [--nan STEP,STEP] [--clock SEED] sngpt_jax.train --config …
 
---nan: the gradients of these steps are NaN, their losses finite. --clock: the wall clock jumps by up to a day, back and forth.
+--nan: the gradients of these steps are NaN, their losses finite.
+--clock: the wall clock jumps by up to a day, back and forth.
 """
 
 import random
@@ -14,7 +15,7 @@ MARK = 3  # a token that no text here has: the byte 0
 
 
 def make_nan(steps: list[int]) -> None:
-    """Marks the batches of these steps and has the loss's gradient be NaN where it meets the mark."""
+    """Marks the batches of these steps. The loss's gradient is NaN where it meets the mark."""
     import jax.numpy as jnp
 
     from sngpt_jax.data.loader import GlobalBatches

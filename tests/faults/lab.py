@@ -93,13 +93,13 @@ class Lab:
         return path
 
     def copy_of_reference(self, name: str) -> Path:
-        """The reference run as it was before its end was noted: the same command goes on with it."""
+        """The reference run before its end was noted: the same command resumes it."""
         path = self.fresh(name)
         shutil.copytree(self.reference, path)
         (path / "summary.json").unlink()
         return path
 
-    # ------------------------------------------------------------------------------------------ processes
+    # ---------------------------------------- processes
 
     def training(self, directory: Path, *more: object) -> list[str]:
         """The command that trains into `directory`."""
@@ -161,7 +161,7 @@ class Lab:
         """
         tiny_run.assert_same_run(self.reference, self.finished(directory))
 
-    # ------------------------------------------------------------------------------------------ moments
+    # ---------------------------------------- moments
 
     def until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         """Returns once `condition` holds or the process has ended."""
@@ -181,7 +181,7 @@ class Lab:
         deadline = time.monotonic() + seconds
         return lambda: time.monotonic() >= deadline
 
-    # ------------------------------------------------------------------------------------------ what is told
+    # ---------------------------------------- what is told
 
     def shown(self, message: str) -> str:
         """`message` as the table has it: no paths of this machine, no addresses."""

@@ -205,7 +205,7 @@ def test_saving_returns_before_the_write_ends_and_donation_does_not_reach_it(tmp
     np.testing.assert_array_equal(restored.state["params"], np.arange(size, dtype=np.float32))
 
 
-# ---------------------------------------------------------------------------------------------- damage
+# ---------------------------------------- damage
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_a_whole_step_gets_a_new_record_and_keeps_its_arrays(two_steps, tmp_path
     assert steps(directory) == [2]
 
 
-# ---------------------------------------------------------------------------------------------- failures
+# ---------------------------------------- failures
 
 
 def test_an_unusable_folder_is_one_line(tmp_path):
@@ -449,7 +449,7 @@ def test_values_that_json_cannot_hold_are_refused_at_once(tmp_path, bad):
         Checkpointer(tmp_path, keep=0)
 
 
-# ---------------------------------------------------------------------------------------------- other processes and devices
+# ---------------------------------------- other processes and devices
 
 
 def test_another_sharding(tmp_path):

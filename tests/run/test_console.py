@@ -25,8 +25,8 @@ VAL = {"step": 120, "val_loss": 3.2, "val_bpb": 1.9, "val_seconds": 2.51}
         (
             RECORD,
             2000,
-            "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │ 66,400 tok/s"
-            " │ mfu 41.2% │ eta 3m12s",
+            "step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ grad 0.532 │ 123.4 ms │"
+            " 66,400 tok/s │ mfu 41.2% │ eta 3m12s",
         ),
         (VAL, 2000, "val  00120/02000 ( 6.0%) │ loss 3.2000 │ bpb 1.9000 │ 2.5 s"),
         (

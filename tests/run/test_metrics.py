@@ -21,7 +21,7 @@ from sngpt_jax.run.metrics import MetricsWriter, read_metrics
 from tests.screen import Clock
 from tests.tiny_run import ROOT
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 def test_a_line_is_json_that_begins_with_its_step(tmp_path):
@@ -156,7 +156,7 @@ def test_tensorboard_has_the_same_numbers_grouped(tmp_path):
     assert [e.step for e in events if e.HasField("session_log")] == [9]
 
 
-# ---------------------------------------------------------------------------------------------- speed
+# ---------------------------------------- speed
 
 
 def test_the_meter_against_arithmetic():
