@@ -124,7 +124,7 @@ def _continued(
             """Draws the token at `position_B` from the head's input at the previous position."""
             with jax.named_scope("draw"):
                 logits_BV = model.embed.decode(x_B1D)[:, 0]
-                new_B = draw_rows(logits_BV, keys_B, position_B, draws.temperature)
+                new_B = draw_rows(logits_BV, keys_B, position_B, jnp.asarray(draws.temperature))
             tokens_BS = tokens_BS.at[jnp.arange(len(new_B)), position_B].set(new_B)
             return tokens_BS, ended_B | (new_B == draws.end_id)
 

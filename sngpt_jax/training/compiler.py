@@ -46,8 +46,9 @@ def compile_step(
 
     Raises `ConfigError` if XLA does not know an option or a value.
     """
+    added: dict[str, Any] = dict(more or {})
     try:
-        return lowered.compile(compiler_options=dict(more or {}))
+        return lowered.compile(compiler_options=added)
     except jax.errors.JaxRuntimeError as error:
         if "compile option" in str(error) or "While setting option" in str(error):
             raise ConfigError(
