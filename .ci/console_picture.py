@@ -1,8 +1,8 @@
-"""Draws the log of a training as a terminal shows it: `python .ci/console_picture.py LOG PICTURE.svg`.
+"""Draws the log of a training as a terminal shows it.
 
-The log was written to a pipe, so it has no colours and no panel. They are added here as
-`sngpt_jax.run.console` and `sngpt_jax.base.terminal` draw them. Nothing else is added, and `…` stands
-for lines left out.
+Run it as `python .ci/console_picture.py LOG PICTURE.svg`. The log was written to a pipe, so it has
+no colours and no panel. They are added here as `sngpt_jax.run.console` and
+`sngpt_jax.base.terminal` draw them. Nothing else is added, and `…` stands for lines left out.
 """
 
 import io

@@ -60,7 +60,7 @@ class Browser:
                 return message["result"]
 
     def open(self, url: str, size: tuple[int, int] = DESKTOP, theme: str = "light") -> None:
-        """Loads a page in a window of `size` pixels under a system set to a light or dark `theme`."""
+        """Loads a page in a window of `size` pixels for a light or dark `theme`."""
         width, height = size
         screen = {"width": width, "height": height, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", mobile=size == PHONE, **screen)
