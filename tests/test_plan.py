@@ -136,9 +136,9 @@ def test_the_command_prints_text_or_json(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("h100", "expected DEVICExNUMBER, as in h100x8"),
+        ("h100", "expected DEVICExNUMBER, such as h100x8"),
         ("v100x8", "of: a100, h100, h200, b200"),
-        ("h100x12", "at most 8 devices, or a multiple of 8 up to 1024"),
+        ("h100x12", "has 12 devices; expected at most 8, or a multiple of 8 up to 1024"),
         ("h100x3", "which do not divide over 3 devices"),
     ],
 )

@@ -12,7 +12,7 @@ import tyro
 from sngpt_kernels.cayley import dictionary
 
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, changed
+from sngpt_jax.config import Config, changed, parse_levels
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.training.state import Shapes
@@ -74,7 +74,7 @@ def test_settings_are_those_of_the_cards(name):
     sizes, levels, warmdown, steps = RECIPES[name]
     config = load(name)
     for section, wanted in (
-        (config.model, {**sizes, **BACKBONE, "levels": levels}),
+        (config.model, {**sizes, **BACKBONE, "levels": parse_levels(levels)}),
         (config.optim, {**OPTIM, "warmdown_fraction": warmdown}),
         (config.data, {"batch_tokens": 1_572_864, "seq_len": 1024}),
         (config.train, {"steps": steps, "fsdp": 8 if sizes is LARGE else 1}),
