@@ -11,6 +11,7 @@ Here       Batch and steps are those of the small recipe.
            Speed, memory and score: not measured on a GPU.
 """
 
+from sngpt_jax.config import Level
 from sngpt_jax.config.families import cayley
 
-config = cayley("large", levels="11,16,0;15,32,256;17,64,256")
+config = cayley("large", levels=(Level(11, 16, 0), Level(15, 32, 256), Level(17, 64, 256)))

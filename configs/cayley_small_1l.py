@@ -15,6 +15,7 @@ Here       The schedule is that of the successors, with half as many steps.
            Speed, memory and score: not measured on a GPU.
 """
 
+from sngpt_jax.config import Level
 from sngpt_jax.config.families import cayley
 
-config = cayley("small", levels="10,16,0", train={"steps": 6_358})
+config = cayley("small", levels=(Level(10, 16, 0),), train={"steps": 6_358})

@@ -14,6 +14,7 @@ Here       The token table has 50,304 rows for GPT-2's 50,257 tokens.
            Speed, memory and score: not measured on a GPU.
 """
 
+from sngpt_jax.config import Level
 from sngpt_jax.config.families import cayley
 
-config = cayley("small", levels="10,16,0;15,32,256;17,64,256")
+config = cayley("small", levels=(Level(10, 16, 0), Level(15, 32, 256), Level(17, 64, 256)))

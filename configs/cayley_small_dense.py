@@ -13,4 +13,4 @@ Here       The token table has 50,304 rows for GPT-2's 50,257 tokens.
 
 from sngpt_jax.config.families import cayley
 
-config = cayley("small", levels="")
+config = cayley("small", levels=())

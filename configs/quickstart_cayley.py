@@ -8,12 +8,16 @@ The second command trains its dense twin. 28 of 4,096 features are active per to
 tokenizer are those of quickstart. A training takes under 5 minutes on 2 CPU cores.
 """
 
-from sngpt_jax.config import parse_levels
+from sngpt_jax.config import Level
 from sngpt_jax.config.families import GPT2_LIKE, quickstart
 
 config = quickstart(
     model=GPT2_LIKE
-    | {"num_kv_heads": 2, "mlp_dim": 512, "levels": parse_levels("7,4,0;10,8,32;12,16,32")},
+    | {
+        "num_kv_heads": 2,
+        "mlp_dim": 512,
+        "levels": (Level(7, 4, 0), Level(10, 8, 32), Level(12, 16, 32)),
+    },
     optim={
         "muon_lr": 1e-2,
         "embed_lr": 1e-2,

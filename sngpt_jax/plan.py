@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         program="python -m sngpt_jax.plan",
         description=(
             "Parameters, FLOPs and bytes of a recipe, the optimizer of each tensor, and the cost of"
-            " a step on given GPUs."
+            " a step on given GPUs. With --kernels it compiles the kernels instead of a step; plan"
+            " --kernels --help explains the options of that."
         ),
     )
     config = arguments.overrides

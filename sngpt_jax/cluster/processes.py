@@ -32,6 +32,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sngpt_jax.base import terminal
 from sngpt_jax.base.errors import EXIT_LOST, EXIT_SIGINT, EXIT_USER_ERROR, UserError, one_line
 from sngpt_jax.cluster.layout import Layout, ProcessArguments, find_layout
 
@@ -208,7 +209,7 @@ def _meet(layout: Layout) -> None:
     host, _, port = layout.coordinator.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
-    except (socket.gaierror, OverflowError) as error:
+    except socket.gaierror as error:
         raise UserError(
             f"{layout.coordinator}, where processes meet: {error}; --coordinator must name the node"
             " of process 0"
@@ -261,6 +262,8 @@ def _meet(layout: Layout) -> None:
 
 def _end(error: BaseException) -> NoReturn:
     """Ends this process for `error`. The interpreter's own end would wait for the others."""
+    with contextlib.suppress(OSError, ValueError):
+        terminal.clear()
     match error:
         case KeyboardInterrupt():
             _leave(EXIT_SIGINT, "interrupted")

@@ -44,10 +44,8 @@ _BOUNDS = {
     "eval.device_batch_tokens": (1, 2**53),
     "export.clip_percentile": (50, 100),
 }
-_OTHER_BOUNDS = (
-    0,
-    2**53,
-)  # of whole numbers, which a float64 holds up to 2^53; floats have no limit
+# a float64 holds whole numbers up to 2^53 exactly; other floats have no upper limit
+_OTHER_BOUNDS = (0, 2**53)
 _LONGEST = 2**16  # characters of a text, entries of a list
 # control characters except tabs and line ends: a terminal would obey them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -6,10 +6,10 @@ from sngpt_jax.config import (
     Config,
     DataConfig,
     EvalConfig,
+    Level,
     OptimConfig,
     TrainConfig,
     changed,
-    parse_levels,
 )
 
 Fields = dict[str, Any]  # values by field name
@@ -27,7 +27,9 @@ GPT2_LIKE: Fields = {
 }
 
 
-def cayley(size: Literal["small", "large"], levels: str, **sections: Fields) -> Config:
+def cayley(
+    size: Literal["small", "large"], levels: tuple[Level, ...], **sections: Fields
+) -> Config:
     """The published sparse models: 202.5 M (small) or 1.3 B parameters, with these levels
     of code.
     """
@@ -40,7 +42,7 @@ def cayley(size: Literal["small", "large"], levels: str, **sections: Fields) -> 
         "num_heads": heads,
         "num_kv_heads": heads,
         "mlp_dim": 4 * width,
-        "levels": parse_levels(levels),
+        "levels": levels,
         "logit_chunk": 4096,
     }
     if small:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from sngpt_jax import __version__
+import sngpt_jax
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import write_bytes_atomic
@@ -55,8 +55,8 @@ def environment(step: int) -> dict[str, Any]:
     return {
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sngpt_jax": __version__,
-        "commit": git_commit(Path(__file__).parent),
+        "sngpt_jax": sngpt_jax.__version__,
+        "commit": git_commit(Path(sngpt_jax.__file__).parent),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},
         "system": f"{platform.system()} {platform.machine()}",

@@ -53,6 +53,7 @@ def test_options_say_who_is_who(slurm):
         (ProcessArguments("node1:1234", 1, 1), "--process-id 1"),
         (ProcessArguments("node1", 0, 2), "not HOST:PORT"),
         (ProcessArguments("node1:http", 0, 2), "not HOST:PORT"),
+        (ProcessArguments("node1:65536", 0, 2), "not HOST:PORT"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(slurm, arguments, said):

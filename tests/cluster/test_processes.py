@@ -353,6 +353,15 @@ def test_what_process_0_says_goes(tmp_path):
     assert [out for _, out, _ in done] == ["7 15\n"] * 2, "all hear of a signal in the same turn"
 
 
+def test_an_end_takes_progress_off_the_terminal(monkeypatch):
+    """Also where no interpreter's end would show the cursor again."""
+    ended = []
+    monkeypatch.setattr(processes.terminal, "clear", lambda: ended.append("cleared"))
+    monkeypatch.setattr(processes.os, "_exit", lambda status: ended.append(status))
+    processes._end(SystemExit(3))
+    assert ended[:2] == ["cleared", 3]
+
+
 def test_alone_a_process_decides_by_itself():
     with processes.joined(processes.ProcessArguments()), processes.first():
         assert (processes.index(), processes.count()) == (0, 1)

@@ -44,6 +44,15 @@ def test_the_machine_is_not_named(tmp_path, monkeypatch):
     environment.record(tmp_path, 0)
 
 
+def test_the_program_is_the_whole_package(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(environment, "git_commit", lambda folder: asked.append(folder))
+    environment.record(tmp_path, 0)
+    (package,) = asked
+    assert (package / "training" / "step.py").is_file()
+    assert (package / "../kernels" / "sngpt_kernels").is_dir()
+
+
 def git(folder, *arguments):
     name = ["-c", "user.name=a", "-c", "user.email=a@b"]
     return subprocess.run(
