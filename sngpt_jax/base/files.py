@@ -11,7 +11,9 @@ from sngpt_jax.base.errors import UserError
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill."""
+    """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
+    `OSError` names a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -20,6 +22,10 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a write or fsync, on a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -59,7 +59,10 @@ def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
 
 
 def file_sha256(path: Path, error: type[UserError]) -> str:
-    """The SHA-256 of the file in hexadecimal. Raises `error` in one line if it is unreadable."""
+    """The SHA-256 of the file in hexadecimal. Raises `error` in one line if it is unreadable, or
+    not a plain file.
+    """
+    plain_size(path, error)
     with _reading(path, error), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -22,7 +22,11 @@ from sngpt_jax.config.options import OptionalPath, Quiet
 @dataclass(frozen=True)
 class ReportArguments:
     # run directories
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")]
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN …]", help_behavior_hint=""),
+    ]
     out: OptionalPath = None  # the HTML page to write; opens in any browser
     # serve a page on this machine that follows the runs until Ctrl-C; --out is written at the end
     live: bool = False

@@ -3,12 +3,14 @@ are still at work.
 """
 
 import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
 from sngpt_jax.base.errors import UserError, one_line
+from sngpt_jax.base.files import write_text_atomic
 from tests.tiny_run import ROOT
 
 # Modules of a command, in a package that is imported first as `sngpt_jax` is.
@@ -102,6 +104,19 @@ def test_output_onto_a_full_disk_is_one_line(tmp_path):
         == "error: stdout, or a file, cannot be written: No space left on device; free space and"
         " start again\n"
     )
+
+
+def test_a_file_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    """The system's error of a write names no file."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No room")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        write_text_atomic(tmp_path / "a", "text")
+    expected = f"{tmp_path}/a cannot be written: No room; free space and start again"
+    assert one_line(caught.value) == expected and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sngpt_jax.base import untrusted
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.untrusted import inside, problem_of_name, read_bytes
+from sngpt_jax.base.untrusted import file_sha256, inside, problem_of_name, read_bytes
 
 ABOVE = ("", ".", "..", "/etc/passwd", "../x", "a/../../x", "a/./b", "a//b", "a/", "/", "//host/x")
 ODD = ("\\x", "a\\..\\x", "C:x", "c:/x", "a\0b", "a\nb", "\x7f", "x" * 1001)
@@ -54,8 +54,9 @@ def test_pipes_and_folders_are_no_files(tmp_path):
     for name, path in (("pipe", tmp_path), (tmp_path.name, tmp_path.parent)):
         with pytest.raises(UserError, match="not a plain file"):
             inside(path, name, UserError)
-    with pytest.raises(UserError, match="not a plain file"):
-        read_bytes(tmp_path / "pipe", 10, UserError)
+    for read in (lambda path: read_bytes(path, 10, UserError), lambda p: file_sha256(p, UserError)):
+        with pytest.raises(UserError, match="not a plain file"):
+            read(tmp_path / "pipe")
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path):
