@@ -110,7 +110,7 @@ def _lambada_json_row(line: str) -> Row:
 
 
 def _lambada_text_row(line: str) -> Row:
-    if line.startswith('{"'):
+    if re.match(r'\{\s*"', line):
         raise ValueError("a JSON object where a passage is expected; name the file .jsonl")
     return _lambada_row(line)
 

@@ -203,7 +203,7 @@ def test_lambada(tmp_path, suffix, start):
         ("l.txt", b"one two\nthr\xe9e four\n", "l.txt, line 2: 'utf-8' codec can't decode"),
         (
             "l.json",
-            b'{"text": "one two"}',
+            b'{ "text": "one two"}',
             "l.json, line 1: a JSON object where a passage is expected; name the file .jsonl",
         ),
         ("l.txt", b'{one} two\n{"text": "one two"}', "l.txt, line 2: a JSON object"),
