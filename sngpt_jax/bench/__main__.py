@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     # jax takes seconds to import, which --help does not need
     result = importlib.import_module(f"sngpt_jax.bench.{name}").measure(arguments, say)
     cli.write_json(result, arguments.json)
-    return 1 if any("failed" in row for row in result.get("rows", ())) else 0
+    parts = [result, *(part for part in result.values() if isinstance(part, dict))]  # of `all`
+    return int(any("failed" in row for part in parts for row in part.get("rows", ())))
 
 
 if __name__ == "__main__":
