@@ -49,8 +49,8 @@ def find_layout(arguments: ProcessArguments) -> Layout | None:
                 f"--process-id {index} is not one of --num-processes {count}, which are counted"
                 " from 0"
             )
-        address = re.fullmatch(r".+:(\d{1,5})", arguments.coordinator)
-        if not address or int(address[1]) >= 2**16:
+        given = re.fullmatch(r".+:(\d{1,5})", arguments.coordinator)
+        if not given or int(given[1]) >= 2**16:
             raise UserError(
                 f"--coordinator {arguments.coordinator} is not HOST:PORT, such as node1:12345"
             )
