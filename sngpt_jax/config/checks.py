@@ -1,13 +1,13 @@
 """The limits of a configuration: `validate` names the fields of every impossible combination."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from sngpt_kernels.cayley import dictionary
 
-from sngpt_jax.config import Config, ConfigError, ModelConfig, format_levels, profile_window
+from sngpt_jax.config import Config, ConfigError, ModelConfig, flat, format_levels, profile_window
 
 # Smallest and largest value of a number in a field, and the most entries of a list. A file that
 # asks for more than any machine trains is refused before anything is computed from it.
@@ -43,6 +43,7 @@ _BOUNDS = {
     "train.keep_checkpoints": (1, 2**53),
     "eval.device_batch_tokens": (1, 2**53),
     "export.clip_percentile": (50, 100),
+    "export.gptq_block": (1, 2**53),
 }
 # a float64 holds whole numbers up to 2^53 exactly; other floats have no upper limit
 _OTHER_BOUNDS = (0, 2**53)
@@ -50,7 +51,7 @@ _LONGEST = 2**16  # characters of a text, entries of a list
 # control characters except tabs and line ends: a terminal would obey them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# Fields that one family alone reads. The other family must leave them at their defaults.
+# Fields that one family alone reads
 _COMPACT_ONLY = (
     "value_residual",
     "value_embed_layers",
@@ -68,79 +69,69 @@ def validate(config: Config) -> Config:
     problems = list(_out_of_bounds(config))
     if not problems:  # the divisions in the relations need bounded values
         problems = [reason for impossible, reason in _relations(config) if impossible]
-        problems += _levels_problem(config.model)
     if problems:
         raise ConfigError("configuration: " + "; ".join(problems))
     return config
 
 
 def _out_of_bounds(config: Config) -> Iterator[str]:
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for f in dataclasses.fields(values):
-            name, value = f"{section.name}.{f.name}", getattr(values, f.name)
-            lowest, highest = _BOUNDS.get(name, _OTHER_BOUNDS)
-            if isinstance(value, str | tuple):
-                most = highest if name in _BOUNDS else _LONGEST
-                unit = "characters" if isinstance(value, str) else "entries"
-                text = value if isinstance(value, str) else "".join(map(str, value))
-                if len(value) > most:
-                    yield f"{name} has {len(value)} {unit}; at most {most} are allowed"
-                elif _CONTROL.search(text):
-                    yield f"{name} = {value!r} holds a control character"
-                elif any(isinstance(item, int) and item < 0 for item in value):
-                    yield f"{name} = {value} holds a negative number"
-            elif value is None or isinstance(value, bool):
-                continue
-            elif not math.isfinite(value):
-                yield f"{name} = {value} is not a finite number"
-            elif value < lowest:
-                yield f"{name} = {value} is less than {lowest}"
-            elif value > highest and (name in _BOUNDS or isinstance(value, int)):
-                yield f"{name} = {value} exceeds {highest}"
+    for name, value in flat(config).items():
+        lowest, highest = _BOUNDS.get(name, _OTHER_BOUNDS)
+        if isinstance(value, str | tuple):
+            most = highest if name in _BOUNDS else _LONGEST
+            unit = "characters" if isinstance(value, str) else "entries"
+            if len(value) > most:
+                yield f"{name} has {len(value)} {unit}; at most {most} are allowed"
+            elif _CONTROL.search("".join(map(str, value))):
+                yield f"{name} = {value!r} holds a control character"
+            elif any(isinstance(item, int) and item < 0 for item in value):
+                yield f"{name} = {value} holds a negative number"
+        elif value is None or isinstance(value, bool):
+            continue
+        elif not math.isfinite(value):
+            yield f"{name} = {value} is not a finite number"
+        elif value < lowest:
+            yield f"{name} = {value} is less than {lowest}"
+        elif value > highest and (name in _BOUNDS or isinstance(value, int)):
+            yield f"{name} = {value} exceeds {highest}"
 
 
 def _relations(config: Config) -> Iterator[tuple[object, str]]:
     """Pairs of whether a combination is impossible, and the reason that its message gives."""
-    m, o, d, t, e, x = (getattr(config, section.name) for section in dataclasses.fields(config))
+    m, o, d, t = config.model, config.optim, config.data, config.train
+    e, x, values = config.eval, config.export, flat(config)
 
     def of(name: str) -> str:
         """The field with its value: `model.d_model = 512`."""
-        section, field = name.split(".")
-        return f"{name} = {getattr(getattr(config, section), field)}"
+        return f"{name} = {values[name]}"
 
-    for larger, smaller in (
-        ("model.d_model", "model.num_heads"),
-        ("model.num_heads", "model.num_kv_heads"),
-    ):
-        ragged = getattr(m, larger[6:]) % getattr(m, smaller[6:])
+    for larger, smaller in pairwise(("model.d_model", "model.num_heads", "model.num_kv_heads")):
+        ragged = values[larger] % values[smaller]
         yield ragged, f"{of(larger)} is not divisible by {of(smaller)}"
+    unit = d.slices * d.seq_len
     yield (
-        d.batch_tokens % (d.slices * d.seq_len),
-        f"{of('data.batch_tokens')} is not divisible by data.slices x data.seq_len ="
-        f" {d.slices} x {d.seq_len} = {d.slices * d.seq_len}",
+        d.batch_tokens % unit,
+        f"{of('data.batch_tokens')} is not divisible by data.slices x data.seq_len = {d.slices} x"
+        f" {d.seq_len} = {unit}",
     )
-    for value, name, limit, most in (
-        (d.seq_len, "data.seq_len", m.max_seq_len, "model.max_seq_len"),
-        (m.xsa_layers, "model.xsa_layers", m.num_layers, "model.num_layers"),
-        (x.late_key_layers, "export.late_key_layers", m.num_layers, "model.num_layers"),
-        (o.swa_every, "optim.swa_every", t.steps, "train.steps"),
+    for smaller, larger in (
+        ("data.seq_len", "model.max_seq_len"),
+        ("model.xsa_layers", "model.num_layers"),
+        ("export.late_key_layers", "model.num_layers"),
+        ("optim.swa_every", "train.steps"),
     ):
-        yield value > limit, f"{of(name)} exceeds {of(most)}"
-    for name, value in (
-        ("model.rope_base", m.rope_base),
-        ("export.clip_sd", x.clip_sd),
-        ("export.table_clip_sd", x.table_clip_sd),
+        yield values[smaller] > values[larger], f"{of(smaller)} exceeds {of(larger)}"
+    for name in ("model.rope_base", "export.clip_sd", "export.table_clip_sd"):
+        yield values[name] <= 0, f"{of(name)} must be greater than 0"
+    for name, used in (
+        ("train.device_batch_tokens", True),
+        ("eval.device_batch_tokens", True),
+        ("eval.tokens", e.tokens),
+        ("eval.health_tokens", m.levels and e.health_tokens),
+        ("export.gptq_tokens", x.gptq),
     ):
-        yield value <= 0, f"{of(name)} must be greater than 0"
-    for name, tokens in (
-        ("train.device_batch_tokens", t.device_batch_tokens),
-        ("eval.device_batch_tokens", e.device_batch_tokens),
-        ("eval.tokens", e.tokens or d.seq_len),
-        ("eval.health_tokens", (m.levels and e.health_tokens) or d.seq_len),
-    ):
-        too_few = tokens < d.seq_len
-        yield too_few, f"{name} = {tokens} is less than one sequence, {of('data.seq_len')}"
+        too_few = used and values[name] < d.seq_len
+        yield too_few, f"{of(name)} is less than one sequence, {of('data.seq_len')}"
     yield from _model_relations(m, of)
 
     falls, by_steps = o.schedule == "linear_warmdown", o.warmdown_clock == "steps"
@@ -149,40 +140,34 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         f"{of('optim.schedule')} needs exactly one of optim.warmdown_steps and"
         " optim.warmdown_fraction",
     )
-    late = ("warmdown_steps", "warmdown_fraction", "swa_every", "qat_below")
-    for name in (*late, "adam_final_lr_fraction"):
-        used = getattr(o, name) if name in late else getattr(o, name) is not None
-        yield not falls and used, f"{of(f'optim.{name}')} needs a warmdown; {of('optim.schedule')}"
-    for name in (
-        "muon_momentum",
-        "muon_momentum_start",
-        "normuon_beta2",
-        "adam_b1",
-        "adam_b2",
-        "ema_decay",
-    ):
+    for name in ("warmdown_steps", "warmdown_fraction", "swa_every", "qat_below"):
+        unused = not falls and getattr(o, name)
+        yield unused, f"{of(f'optim.{name}')} needs a warmdown; {of('optim.schedule')}"
+    yield (
+        not falls and o.adam_final_lr_fraction is not None,
+        f"{of('optim.adam_final_lr_fraction')} needs a warmdown; {of('optim.schedule')}",
+    )
+    momenta = "muon_momentum muon_momentum_start normuon_beta2 adam_b1 adam_b2 ema_decay"
+    for name in momenta.split():
         yield getattr(o, name) >= 1, f"{of(f'optim.{name}')} must be less than 1"
     yield (
         not by_steps and not t.max_seconds,
         f"{of('optim.warmdown_clock')} needs train.max_seconds",
     )
+    ramps = o.warmup_steps + o.warmdown_steps
     yield (
-        falls and by_steps and o.warmup_steps + o.warmdown_steps > t.steps,
-        f"optim.warmup_steps + optim.warmdown_steps = {o.warmup_steps + o.warmdown_steps} exceeds"
-        f" {of('train.steps')}",
+        falls and by_steps and ramps > t.steps,
+        f"optim.warmup_steps + optim.warmdown_steps = {ramps} exceeds {of('train.steps')}",
     )
     yield (
         o.grad_clip_scope == "device" and not o.grad_clip,
         f"{of('optim.grad_clip_scope')} clips nothing with {of('optim.grad_clip')}",
     )
-    for name, used in (("swa_below", o.swa_every), ("qat_below", o.qat_below)):
-        never = used and getattr(o, name) <= o.final_lr_fraction
-        yield never, f"{of(f'optim.{name}')} is never reached with {of('optim.final_lr_fraction')}"
-    for average, kept, field in (
-        ("swa", o.swa_every, "swa_every"),
-        ("ema", o.ema_decay, "ema_decay"),
-    ):
-        yield e.weights == average and not kept, f"{of('eval.weights')} needs optim.{field}"
+    for name, used in (("optim.swa_below", o.swa_every), ("optim.qat_below", o.qat_below)):
+        never = used and values[name] <= o.final_lr_fraction
+        yield never, f"{of(name)} is never reached with {of('optim.final_lr_fraction')}"
+    for average, name in (("swa", "optim.swa_every"), ("ema", "optim.ema_decay")):
+        yield e.weights == average and not values[name], f"{of('eval.weights')} needs {name}"
     yield (
         e.sample_tokens >= m.max_seq_len,
         f"{of('eval.sample_tokens')} leaves no room for a prompt in {of('model.max_seq_len')}",
@@ -199,13 +184,12 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         yield not named, f"train.xla_options: {option!r} is not of the form xla_NAME=VALUE"
         yield (
             named and file,
-            f"train.xla_options: {option!r} names files for XLA; set it in the environment"
-            " variable XLA_FLAGS instead",
+            f"train.xla_options: {option!r} names files; set it in XLA_FLAGS instead",
         )
 
     for name in ("mlp_bits", "attention_bits", "projection_bits", "embed_bits", "table_bits"):
         bits = getattr(x, name)
-        yield not (2 <= bits <= 8 or bits == 16), f"export.{name} = {bits} is neither 2 to 8 nor 16"
+        yield bits not in {*range(2, 9), 16}, f"export.{name} = {bits} is neither 2 to 8 nor 16"
     yield x.prune_fraction >= 1, f"{of('export.prune_fraction')} leaves no weights"
     yield (
         x.clip_scope == "matrix" and "search" not in (x.clip, x.table_clip),
@@ -213,18 +197,12 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     )
     yield (
         x.packed and x.codec == "rans",
-        f"{of('export.packed')} leaves no codes for {of('export.codec')} to count; use zstd or"
-        " lzma, or do not pack",
+        f"{of('export.packed')} leaves no codes for {of('export.codec')} to count",
     )
     lowest, highest = {"zstd": (1, 22), "lzma": (0, 9), "rans": (1, 22)}[x.codec]
     yield (
         not lowest <= x.codec_level <= highest,
         f"{of('export.codec_level')} is not a level of {of('export.codec')}: {lowest} to {highest}",
-    )
-    yield (
-        x.gptq and (x.gptq_block < 1 or x.gptq_tokens < d.seq_len),
-        f"export.gptq needs {of('export.gptq_block')} of at least 1, and"
-        f" {of('export.gptq_tokens')} of at least one sequence, {of('data.seq_len')}",
     )
     yield (
         x.gptq and x.prune_fraction,
@@ -233,15 +211,16 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
 
 
 def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple[object, str]]:
-    defaults = ModelConfig()
     others = _PRE_NORM_ONLY if m.family == "compact" else _COMPACT_ONLY
     unread = [(name, of("model.family")) for name in others]
     if m.family == "pre_norm" and not m.levels:
         unread += [(name, "no model.levels") for name in ("generators", "forward_standardized")]
+    levels = repr(format_levels(m.levels))
     for name, why in unread:
         value = getattr(m, name)
-        shown = repr(format_levels(value) if name == "levels" else value)
-        yield value != getattr(defaults, name), f"model.{name} = {shown} does nothing with {why}"
+        shown = levels if name == "levels" else repr(value)
+        unlike = value != getattr(ModelConfig, name)
+        yield unlike, f"model.{name} = {shown} does nothing with {why}"
     yield (
         not m.d_model % m.num_heads and m.head_dim % 2 and m.positions == "rotary",
         f"model.d_model / model.num_heads = {m.head_dim} is odd; rotary positions need an even"
@@ -249,8 +228,7 @@ def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple
     )
     yield (
         m.attention == "cudnn" and m.compute_dtype == "float32",
-        f"{of('model.attention')} does not support {of('model.compute_dtype')}; use bfloat16 or"
-        " attention xla",
+        f"{of('model.attention')} does not support {of('model.compute_dtype')}",
     )
     yield (
         m.positions == "learned" and (m.rope_dims or m.rope_ntk_len),
@@ -278,23 +256,15 @@ def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple
         f"{of('model.recycle_layers')} are not all in the first half, layers 0 to"
         f" {m.num_skips - 1}",
     )
-    yield (
-        m.smear_mask_bos and m.smear == "none",
-        f"model.smear_mask_bos does nothing with {of('model.smear')}",
-    )
+    unread_mask = f"model.smear_mask_bos does nothing with {of('model.smear')}"
+    yield m.smear_mask_bos and m.smear == "none", unread_mask
     yield (
         m.smear_mask_bos and m.bos_id >= m.vocab_size,
         f"{of('model.bos_id')} is not below {of('model.vocab_size')}",
     )
     yield m.bigram_buckets == 1, "model.bigram_buckets = 1 is neither 0 nor 2 to 65536"
-
-
-def _levels_problem(m: ModelConfig) -> list[str]:
-    if m.family != "pre_norm" or not m.levels:
-        return []
-    try:
-        dictionary.check_levels(m.levels, m.d_model, m.generators)
-    except ValueError as error:
-        levels = format_levels(m.levels)
-        return [f"model.levels = {levels!r} with model.d_model = {m.d_model}: {error}"]
-    return []
+    if m.family == "pre_norm" and m.levels:
+        try:
+            dictionary.check_levels(m.levels, m.d_model, m.generators)
+        except ValueError as error:
+            yield True, f"model.levels = {levels} with {of('model.d_model')}: {error}"

@@ -1,12 +1,11 @@
 """The configuration of a run: frozen dataclasses.
 
-The comment beside or above a field is its `--help` text. `recipe.py` reads configurations from
-files and from the command line. `checks.py` refuses impossible combinations.
+The comment beside or above a field is its `--help` text.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from sngpt_jax.base.errors import UserError
@@ -35,39 +34,33 @@ class ModelConfig:
 
     # compact: with U-Net skips and residual mixing; pre_norm: plain, with gains
     family: Literal["compact", "pre_norm"] = "compact"
-    vocab_size: int = 1024  # V, rows of the token table; at least the tokenizer's vocabulary
-    # L, transformer blocks; a compact model's first half saves skips for the second
-    num_layers: int = 9
+    vocab_size: int = 1024  # V, rows of the token table, at least one per token
+    num_layers: int = 9  # L, transformer blocks; a compact model's first half saves skips
     d_model: int = 512  # D, width of the residual stream
     num_heads: int = 8  # H, query heads
     num_kv_heads: int = 4  # K, key/value heads; each serves H / K query heads
     mlp_dim: int = 1024  # F, hidden width of the MLP
     # relu(h)^2, leaky_relu(h, slope 0.5)^2, or exact GELU
     mlp_activation: Literal["relu2", "leaky_relu2", "gelu"] = "relu2"
-    # sparse code before each MLP, "n,k,degree" per level joined by ";"; empty: no code (pre_norm)
+    # sparse code before each MLP, as "n,k,degree;n,k,degree;..."; empty: no code (pre_norm)
     levels: tuple[Level, ...] = ()
-    # children of a feature: spread over all ids, or a prefix tree
-    generators: Literal["spread", "prefix"] = "spread"
-    # True: the code carries standardized scores; False: they only select, raw scores are carried
+    generators: Literal["spread", "prefix"] = "spread"  # children: over all ids, or a prefix tree
+    # the code carries standardized scores; False: they only select, raw scores are carried
     forward_standardized: bool = True
     max_seq_len: int = 1024  # longest sequence that the model takes
     # rotary: positions rotate queries and keys; learned: a table is added (pre_norm)
     positions: Literal["rotary", "learned"] = "rotary"
-    # normalize queries and keys, with a gain per query head; False: use them raw (pre_norm)
-    qk_norm: bool = True
-    rope_dims: int = 0  # leading dimensions of a head that rotary positions rotate; 0: all of them
+    qk_norm: bool = True  # normalize queries and keys, with a gain per query head
+    rope_dims: int = 0  # leading dimensions of a head that rotary positions rotate; 0: all
     rope_base: float = 10_000.0  # rotary base; a larger base rotates slower
-    # raise the rotary base for sequences longer than this (NTK scaling); 0: never
-    rope_ntk_len: int = 0
+    rope_ntk_len: int = 0  # raise the rotary base for longer sequences (NTK scaling); 0: never
     q_gain_init: float = 1.5  # initial gain per head on the normalized queries
-    # number of last layers that remove a position's own value from its attention output (XSA)
-    xsa_layers: int = 0
+    xsa_layers: int = 0  # last layers that remove a position's own value from its output (XSA)
     attention_gate: bool = False  # each head's output times a sigmoid of the layer's input
-    # layers after the first mix the first layer's values into theirs (compact)
-    value_residual: bool = False
+    value_residual: bool = False  # mix the first layer's values into all others' (compact)
     # layers, counted from 0, that add an embedding of the token to their values (compact)
     value_embed_layers: tuple[int, ...] = ()
-    value_embed_dim: int = 128  # width of the table of value embeddings, which the layers share
+    value_embed_dim: int = 128  # width of the table of value embeddings
     # layers of the first half that run once more between the halves, in this order (compact)
     recycle_layers: tuple[int, ...] = ()
     ln_scale: bool = False  # normalized inputs of layer i times 1 / sqrt(i + 1) (compact)
@@ -75,29 +68,25 @@ class ModelConfig:
     smear: Literal["none", "after_norm", "before_norm"] = "none"
     smear_mask_bos: bool = False  # smear does not blend across the start of a document
     bos_id: int = 1  # id of the token that starts a document, read by smear_mask_bos
-    # rows of the table that embeds hashed pairs of tokens; 0: no table (compact)
-    bigram_buckets: int = 0
+    bigram_buckets: int = 0  # rows of the table of hashed token pairs; 0: no table (compact)
     bigram_dim: int = 128  # width of the bigram table
-    # hash of a pair: xor or sum of the two multiplied ids; xor reserves a row for a sequence's
-    # start
+    # hash of a pair: of its multiplied ids; xor reserves a row for a sequence's start
     bigram_hash: Literal["xor", "sum"] = "xor"
     bigram_init_std: float = 0.0  # initial standard deviation of the bigram table
     # initial singular values of the bigram projection, with matrix_init = orthogonal
     bigram_proj_gain: float = 1.0
     bigram_scale_init: float = 0.05  # initial learned factor on the bigram vectors; 0: no factor
-    # initial matrices; matrices that write to the stream start at 0, except with normal
+    # initial matrices; except with normal, those that write to the stream start at 0
     matrix_init: Literal["fan_in_uniform", "orthogonal", "normal"] = "fan_in_uniform"
-    # standard deviation with normal; matrices that write to the stream: divided by sqrt(2 L)
+    # standard deviation with normal, divided by sqrt(2 L) if a matrix writes to the stream
     matrix_init_std: float = 0.02
-    # initial standard deviation of the token embedding and of learned positions
-    embed_init_std: float = 0.005
+    embed_init_std: float = 0.005  # initial standard deviation of token and position tables
     # overtone: the singular values of the token embedding then fall as 1 / sqrt(rank)
     embed_init: Literal["normal", "overtone"] = "normal"
     # phase: early layers start from the embedding, late layers from the stream (compact)
     resid_mix_init: Literal["identity", "phase"] = "identity"
     logit_soft_cap: float = 30.0  # logits become cap * tanh(logits / cap); 0: no cap
-    # tokens whose logits the loss holds at a time, for large vocabularies; 0: all tokens
-    logit_chunk: int = 0
+    logit_chunk: int = 0  # tokens whose logits the loss holds at a time; 0: all tokens
     norm_eps: float = 1.1920929e-7  # added to the mean square in every RMSNorm
     # dtype of activations; auto: bfloat16 on an accelerator, float32 on a CPU
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -130,22 +119,20 @@ class OptimConfig:
     embed_lr: float = 0.05  # peak learning rate of the token embedding (Adam)
     table_lr: float = 0.05  # peak learning rate of the bigram and value tables (Adam)
     scalar_lr: float = 0.04  # peak learning rate of gains, scales and mixing weights (Adam)
-    # rule of the projections behind the bigram and value tables: as matrices, or as scalars
+    # rule of the projections behind the bigram and value tables: that of matrices or scalars
     projection_rule: Literal["muon", "adam"] = "muon"
-    muon_weight_decay: float = 0.0  # decoupled decay of Muon's matrices, times the scheduled rate
-    adam_weight_decay: float = 0.0  # decoupled decay of Adam's parameters, times the scheduled rate
+    muon_weight_decay: float = 0.0  # decoupled decay of Muon's matrices, times the learning rate
+    adam_weight_decay: float = 0.0  # decoupled decay of Adam's parameters, times the learning rate
     muon_momentum: float = 0.95  # Nesterov momentum after its warmup
-    muon_momentum_start: float = 0.85  # Nesterov momentum at step 0; it rises linearly
-    muon_momentum_warmup_steps: int = 500  # steps of that rise; 0: none
-    # dtype in which Muon's momentum is kept
-    muon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum_start: float = 0.85  # Nesterov momentum at step 0
+    muon_momentum_warmup_steps: int = 500  # steps in which the momentum rises; 0: none
+    muon_momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of Muon's momentum
     newton_schulz_steps: int = 5  # iterations of Muon's orthogonalization
-    # dtype of the matrix products in the orthogonalization
+    # dtype of the orthogonalization's products
     newton_schulz_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # quintic: one polynomial for all iterations; polar_express: the best one for each
     muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
-    # decay of each neuron's mean squared update, which divides the update (NorMuon); 0: off
-    normuon_beta2: float = 0.0
+    normuon_beta2: float = 0.0  # decay of each neuron's mean squared update (NorMuon); 0: off
     adam_b1: float = 0.9  # decay of Adam's mean gradient
     adam_b2: float = 0.95  # decay of Adam's mean squared gradient
     adam_eps: float = 1e-8  # added to Adam's divisor
@@ -155,19 +142,17 @@ class OptimConfig:
     # learning rates after the warmup
     schedule: Literal["constant", "linear_warmdown"] = "linear_warmdown"
     warmup_steps: int = 0  # steps in which the learning rates rise linearly from 0
-    # last steps in which the rates fall to final_lr_fraction; or set warmdown_fraction
-    warmdown_steps: int = 0
+    warmdown_steps: int = 0  # last steps in which the rates fall; or set warmdown_fraction
     warmdown_fraction: float = 0.0  # length of the warmdown as a share of the run, 0 to 1
     # wall_clock: the warmdown ends at train.max_seconds instead of train.steps
     warmdown_clock: Literal["steps", "wall_clock"] = "steps"
     final_lr_fraction: float = 0.0  # share of the peak rates at the end of the warmdown
     # share of Adam's peak rates at the end of the warmdown; None: final_lr_fraction
     adam_final_lr_fraction: float | None = None
-    ema_decay: float = 0.0  # decay per step of the moving average of the weights; 0: no average
+    ema_decay: float = 0.0  # decay per step of the weights' moving average; 0: no average
     swa_every: int = 0  # steps between snapshots for the mean of the weights (SWA); 0: no mean
-    # take snapshots once the warmdown has lowered the learning rates below this fraction
-    swa_below: float = 0.5
-    # dtype in which averages of embedding tables are kept
+    swa_below: float = 0.5  # snapshots begin once the warmdown is below this fraction
+    # dtype of the averages of embedding tables
     average_table_dtype: Literal["float32", "bfloat16"] = "float32"
     # train on the exported grid once the warmdown is below this fraction (QAT); 0: never
     qat_below: float = 0.0
@@ -177,23 +162,20 @@ class OptimConfig:
 class DataConfig:
     """Where the tokens come from, and how a step takes them."""
 
-    # folder with shards and tokenizer, made by `sngpt_jax.prepare`
-    dir: str = "data/fineweb_sp1024"
-    # text to prepare if dir is empty: stdlib, a file or folder of text, golf:…, or hub:DATASET
+    dir: str = "data/fineweb_sp1024"  # folder with shards and tokenizer, made by `prepare`
+    # text to prepare if dir is empty: stdlib, a file, a folder, golf:…, or hub:DATASET
     source: str = ""
     val_source: str = ""  # text for validation; empty: the first val_docs documents of source
-    val_docs: int = 50_000  # documents held out for validation if there is no val_source
-    max_tokens: int = 0  # training tokens after which a preparation stops; 0: the whole source
-    # a SentencePiece .model, a tokenizer.json, or train: learn a tokenizer on the source
+    val_docs: int = 50_000  # documents held out for validation without a val_source
+    max_tokens: int = 0  # training tokens to prepare at most; 0: the whole source
+    # a SentencePiece .model, a tokenizer.json, or train: learn one on the source
     tokenizer: str = "train"
     # normalization of a learned tokenizer; identity keeps all whitespace
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
     batch_tokens: int = 524_288  # tokens of one optimizer step, over all devices
     seq_len: int = 1024  # T, tokens of one training sequence
-    # runs of consecutive tokens in a batch; they set the order of the data, devices never do
-    slices: int = 8
-    # take the slices of the stream in a random order, a new one per epoch, instead of in sequence
-    shuffle: bool = False
+    slices: int = 8  # runs of consecutive tokens in a batch, whatever the devices
+    shuffle: bool = False  # take the stream's slices in a random order, a new one per epoch
 
 
 @dataclass(frozen=True)
@@ -201,33 +183,24 @@ class TrainConfig:
     """The loop: its length, its intervals, and what it writes."""
 
     steps: int = 20_000  # optimizer steps
-    # training time that ends the run, without compilation and validation; 0: no limit
-    max_seconds: float = 0.0
-    # most tokens in one device's microbatch; larger batches accumulate gradients
-    device_batch_tokens: int = 65_536
-    # devices that share one copy of weights and optimizer state; 1: every device has a copy
-    fsdp: int = 1
-    # split optimizer state and averages over all devices, whatever fsdp is (ZeRO)
-    shard_optimizer: bool = False
+    max_seconds: float = 0.0  # seconds without compilation and validation; 0: no limit
+    device_batch_tokens: int = 65_536  # most tokens in one device's microbatch
+    fsdp: int = 1  # devices that share one copy of weights and optimizer state
+    shard_optimizer: bool = False  # split optimizer state and averages over all devices (ZeRO)
     seed: int = 1337  # seed of the initial weights and of data.shuffle
     # if a loss or gradient is not finite: end the run, or skip the step
     nonfinite: Literal["stop", "skip"] = "stop"
-    # skip steps whose loss or gradient norm exceeds the mean of the last 128 steps by this many
-    # standard deviations; 0: never
+    # skip steps whose loss or gradient norm exceeds the last 128 steps' mean by this many standard
+    # deviations; 0: never
     spike_sigma: float = 0.0
-    max_skipped_steps: int = 10  # skipped steps in a row that are allowed; one more ends the run
+    max_skipped_steps: int = 10  # more skipped steps in a row end the run
     log_every: int = 1  # steps between lines of metrics
     checkpoint_every: int = 1000  # steps between checkpoints; 0: only at the end
-    # newest checkpoints to keep, besides the one with the best validation loss
-    keep_checkpoints: int = 2
-    # FIRST:LAST steps, counted from 1, to trace into the run's profile/ folder
-    profile_steps: str = ""
-    # use no GPU operation whose bits may differ from run to run; its cost is not measured
-    deterministic: bool = False
-    # NAME=VALUE options of XLA for the step, which override those of sngpt_jax.training.compiler
-    xla_options: tuple[str, ...] = ()
-    # folder of compiled programs that runs share; empty: none
-    compilation_cache: str = "~/.cache/sngpt_jax/xla"
+    keep_checkpoints: int = 2  # newest checkpoints to keep, beside the one with the best loss
+    profile_steps: str = ""  # FIRST:LAST steps, counted from 1, to trace into the run's profile/
+    deterministic: bool = False  # use no GPU operation whose bits may differ from run to run
+    xla_options: tuple[str, ...] = ()  # NAME=VALUE options of XLA for the step
+    compilation_cache: str = "~/.cache/sngpt_jax/xla"  # folder of compiled programs; empty: none
 
 
 @dataclass(frozen=True)
@@ -235,24 +208,19 @@ class EvalConfig:
     """Validation during training, and the sample at its end."""
 
     every: int = 1000  # steps between validations; 0: only at the end
-    # validation tokens to score while training, from the start of the stream; 0: all
-    tokens: int = 0
-    # most tokens that one device scores at a time, in training and in `evaluate`
-    device_batch_tokens: int = 65_536
-    # tokens of each validation that measure the health of the sparse codes; 0: none
-    health_tokens: int = 65_536
-    # weights that the other commands take: the last step's, or an average
-    weights: Weights = "final"
+    tokens: int = 0  # first validation tokens to score while training; 0: all
+    device_batch_tokens: int = 65_536  # most tokens that one device scores at a time
+    health_tokens: int = 65_536  # tokens that measure the health of the sparse codes; 0: none
+    weights: Weights = "final"  # weights that other commands take: of the last step, or averaged
     sample_prompt: str = ""  # prompt of the sample that a finished training prints
-    sample_tokens: int = 0  # tokens of that sample; 0: no sample
+    sample_tokens: int = 0  # tokens of the sample; 0: no sample
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """How the artifact stores each group of tensors.
 
-    A grid has one scale per row. A row is an output channel of a matrix or an entry of a table.
-    Late quantization-aware training imitates the matrices' grid.
+    A grid has one scale per row: an output channel of a matrix, or an entry of a table.
     """
 
     mlp_bits: int = 8  # bits of the MLPs' matrices, 2 to 8; 16: half precision, no grid
@@ -260,7 +228,7 @@ class ExportConfig:
     projection_bits: int = 16  # bits of the projections behind the bigram and value tables
     embed_bits: int = 8  # bits of the token embedding and of learned positions
     table_bits: int = 8  # bits of the bigram and value tables
-    late_key_layers: int = 0  # number of last layers whose key matrix stays in half precision
+    late_key_layers: int = 0  # last layers whose key matrix stays in half precision
     passthrough_size: int = 0  # tensors of at most this many weights stay in half precision
     # dtype of gains, scales, gates, mixing weights and statistics
     control_dtype: Literal["float16", "float32"] = "float32"
@@ -270,22 +238,19 @@ class ExportConfig:
     clip: Clip = "row_max"
     table_clip: Clip = "row_max"  # range of a row of an embedding or table
     clip_percentile: float = 99.99984  # percentile of a row's magnitudes, for percentile
-    # search minimizes the squared error per row, or per matrix
+    # scope of search, which minimizes the squared error
     clip_scope: Literal["row", "matrix"] = "row"
     clip_sd: float = 12.85  # range of a matrix row in its standard deviations, for sd (SDClip)
     table_clip_sd: float = 20.0  # range of a table row in its standard deviations, for sd
-    clip_floor: float = 0.0  # smallest range of a row; its scale is then at least this / q
-    # share of the weights of each matrix and table, the smallest ones, that become 0 first
-    prune_fraction: float = 0.0
-    # round matrices by their effect on training text (GPTQ) instead of weight by weight
-    gptq: bool = False
-    # added to the diagonal of the inputs' second moments, as a share of its mean
+    clip_floor: float = 0.0  # smallest range of a row
+    prune_fraction: float = 0.0  # share of smallest weights of each tensor that become 0 first
+    gptq: bool = False  # round matrices by their effect on training text (GPTQ)
+    # GPTQ adds this share of their mean to the diagonal of the inputs' second moments
     gptq_damping: float = 0.01
     gptq_block: int = 128  # columns that GPTQ rounds before it updates the later columns
     gptq_tokens: int = 131_072  # training tokens that measure the second moments for GPTQ
-    # pack codes of fewer than 8 bits bit by bit before the codec; False: a byte per code
-    packed: bool = False
-    # compression; rans codes by measured frequencies and leaves all other bytes to zstd
+    packed: bool = False  # pack codes of fewer than 8 bits; False: a byte per code
+    # compression; rans codes by measured frequencies and leaves other bytes to zstd
     codec: Literal["rans", "zstd", "lzma"] = "rans"
     codec_level: int = 22  # effort: 1 to 22 for zstd, 0 to 9 for lzma
 
@@ -303,14 +268,18 @@ class Config:
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """`config` with other values: `changed(config, model={"num_layers": 6},
-    train={"steps": 7})`.
-    """
-    parts = {
-        name: dataclasses.replace(getattr(config, name), **fields)
-        for name, fields in sections.items()
+    """`config` with other values, such as `model={"num_layers": 6}, train={"steps": 7}`."""
+    parts = {name: replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return replace(config, **parts)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The values by `section.field`."""
+    return {
+        f"{section}.{name}": value
+        for section, values in vars(config).items()
+        for name, value in vars(values).items()
     }
-    return dataclasses.replace(config, **parts)
 
 
 def parse_levels(text: str) -> tuple[Level, ...]:
@@ -333,18 +302,14 @@ def profile_window(train: TrainConfig) -> tuple[int, int] | None:
     """First and last step to trace, from `train.profile_steps` ("5:8"); None if it is empty."""
     if not train.profile_steps:
         return None
-    first, colon, last = train.profile_steps.partition(":")
-    if not (
-        colon
-        and first.isdecimal()
-        and last.isdecimal()
-        and 1 <= int(first) <= int(last) <= train.steps
-    ):
+    found = re.fullmatch(r"(\d{1,18}):(\d{1,18})", train.profile_steps)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last <= train.steps:
         raise ConfigError(
             f"train.profile_steps = {train.profile_steps!r} is not FIRST:LAST"
             f" with 1 <= FIRST <= LAST <= train.steps = {train.steps}"
         )
-    return int(first), int(last)
+    return first, last
 
 
 def microbatches(tokens: int, device_tokens: int, seq_len: int, num_devices: int) -> int:
@@ -352,31 +317,26 @@ def microbatches(tokens: int, device_tokens: int, seq_len: int, num_devices: int
 
     Raises `ConfigError` if the devices cannot share the sequences equally.
     """
-    sequences = tokens // seq_len
-    if sequences % num_devices:
+    per_device, rest = divmod(tokens // seq_len, num_devices)
+    if rest:
         raise ConfigError(
-            f"data.batch_tokens = {tokens} is {sequences} sequences of data.seq_len = {seq_len},"
-            f" which do not divide over {num_devices} devices"
+            f"data.batch_tokens = {tokens} is {tokens // seq_len} sequences of data.seq_len ="
+            f" {seq_len}, which do not divide over {num_devices} devices"
         )
-    per_device = sequences // num_devices
-    return next(
-        n
-        for n in range(1, per_device + 1)
-        if per_device % n == 0 and per_device // n * seq_len <= device_tokens
-    )
+    counts = (n for n in range(1, per_device + 1) if per_device % n == 0)
+    return next(n for n in counts if per_device // n * seq_len <= device_tokens)
 
 
 def to_json(config: Config) -> str:
     """The text of `config.json`. It holds every field, so a replay survives changed defaults."""
-    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """A line `section.field: old -> new` per field in which two configurations differ."""
+    after = flat(new)
     return [
-        f"{section.name}.{f.name}: {a!r} -> {b!r}"
-        for section in dataclasses.fields(old)
-        for f in dataclasses.fields(getattr(old, section.name))
-        if (a := getattr(getattr(old, section.name), f.name))
-        != (b := getattr(getattr(new, section.name), f.name))
+        f"{name}: {value!r} -> {after[name]!r}"
+        for name, value in flat(old).items()
+        if value != after[name]
     ]

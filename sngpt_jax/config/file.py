@@ -1,7 +1,7 @@
 """A configuration as data: `config.json`, and the copy in an artifact's header. Nothing in it runs.
 
-`FORMAT` is raised when a field changes its meaning or disappears. A new field does not raise it,
-because its default is what earlier runs did; a file without the field takes the default.
+`FORMAT` rises when a field changes its meaning or disappears. A file that lacks a field takes the
+default, which is what earlier versions did.
 """
 
 import logging
@@ -17,7 +17,7 @@ from sngpt_jax.config.checks import validate
 logger = logging.getLogger("sngpt_jax")
 
 # A configuration without these is not ours: every run has had them.
-_SIZES = (
+_SIZES = {
     "vocab_size",
     "num_layers",
     "d_model",
@@ -25,7 +25,7 @@ _SIZES = (
     "num_kv_heads",
     "mlp_dim",
     "max_seq_len",
-)
+}
 
 
 def read(path: Path) -> Config:
@@ -34,8 +34,7 @@ def read(path: Path) -> Config:
 
 
 def parse(values: Any, where: str, error: type[UserError]) -> Config:
-    """The configuration that a JSON object holds. Missing fields take their defaults, which are
-    logged once.
+    """The configuration that a JSON object holds. Defaults of missing fields are logged.
 
     Raises `error` for another format, for what `typed_json` refuses, and for what cannot run.
     """
@@ -49,7 +48,9 @@ def parse(values: Any, where: str, error: type[UserError]) -> Config:
                     f"{where}: expected a configuration of format {FORMAT}, found {shown(found)};"
                     " use the program that made it"
                 )
-            values = with_levels(values)
+            model = values.get("model")
+            if isinstance(model, dict) and isinstance(text := model.get("levels"), str):
+                values["model"] = model | {"levels": parse_levels(text)}  # from an earlier version
         config = typed_json.parse(Config, values, where, ConfigError, defaulted=defaulted)
         names = [name.removeprefix(f"{where}.") for name in defaulted]
         if missing := [name for name in names if name.removeprefix("model.") in _SIZES]:
@@ -63,21 +64,11 @@ def parse(values: Any, where: str, error: type[UserError]) -> Config:
     return config
 
 
-def with_levels(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration's JSON with `model.levels` as a list, if it is a text.
-
-    Earlier versions wrote the text "n,k,degree;…".
-    """
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(text := model.get("levels"), str):
-        return {**values, "model": {**model, "levels": parse_levels(text)}}
-    return values
-
-
 def with_own_cache(config: Config) -> Config:
-    """`config` with this machine's folder of compiled programs, if it names one. XLA runs the
-    programs in that folder, so a file from elsewhere must not choose it.
+    """`config` with this machine's folder of compiled programs, if it names one.
+
+    XLA runs the programs in that folder, so a file from elsewhere must not choose it.
     """
     if not config.train.compilation_cache:
         return config
-    return changed(config, train={"compilation_cache": TrainConfig().compilation_cache})
+    return changed(config, train={"compilation_cache": TrainConfig.compilation_cache})

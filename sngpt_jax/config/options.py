@@ -1,5 +1,6 @@
 """Options that several commands share, so that `--help` describes each of them alike."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -7,24 +8,18 @@ import tyro
 
 from sngpt_jax.config import Weights
 
-Json = Annotated[
-    str,
-    tyro.conf.arg(
-        metavar="[PATH]", help="print one JSON object, or write it to PATH", help_behavior_hint=""
-    ),
-]
+_arg = partial(tyro.conf.arg, help_behavior_hint="")
+
+Json = Annotated[str, _arg(metavar="[PATH]", help="print one JSON object, or write it to PATH")]
 Quiet = Annotated[
-    bool,
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.arg(help="show only warnings, errors and the result", help_behavior_hint=""),
+    bool, tyro.conf.FlagCreatePairsOff, _arg(help="show only warnings, errors and the result")
 ]
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, _arg(metavar="PATH")]
+OptionalInt = Annotated[int | None, _arg(metavar="INT")]
 WeightsOption = Annotated[
     Weights | None,
-    tyro.conf.arg(
+    _arg(
         metavar="{final,swa,ema}",
         help="weights of the last step, or an average; default: the run's eval.weights",
-        help_behavior_hint="",
     ),
 ]

@@ -1,7 +1,6 @@
 """Every parameter and statistic of the models in one table: how each is updated, exported, counted.
 
-`optim.groups`, `artifact.policy` and `training.cost` look a tensor up here by its path, such as
-`blocks/0/attn/key`. A new tensor needs one row.
+`optim.groups`, `artifact.policy` and `training.cost` look a tensor up by its path.
 """
 
 import functools
@@ -25,8 +24,8 @@ class Parameter(NamedTuple):
     multiplied: bool = False  # whether a forward pass multiplies each token's vector with it
 
 
-# Muon orthogonalizes the matrices of the blocks and the projections behind the tables: they are
-# linear maps. Tables and sets of per-channel weights have two axes too, but are no linear maps.
+# Muon orthogonalizes linear maps. Tables and sets of per-channel weights have two axes too, but are
+# no linear maps.
 PARAMETERS = (
     Parameter(r"embed/table", "embed", "embed", "embed", multiplied=True),
     Parameter(r"positions/table", "embed", "embed", "positions"),

@@ -1,14 +1,12 @@
 """Reads a configuration from a recipe, from a run's config.json, and from the command line.
 
-A recipe is a Python file that binds one `Config` to the name `config`. The `config.json` in a
-run's directory is the same configuration as data, and replays the run exactly.
+A recipe is a Python file that binds one `Config` to the name `config`.
 """
 
 import argparse
 import dataclasses
 import difflib
 import runpy
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -39,10 +37,9 @@ def _recipe_path(name: str) -> Path:
 
 
 def load(name: str) -> Config:
-    """The configuration of a recipe file, a bare recipe name, or a `config.json`.
+    """The configuration of a recipe file, which is run, a bare recipe name, or a `config.json`.
 
-    A recipe is code and is run. A `config.json` is data; its folder of compiled programs is
-    replaced by this machine's. Raises `ConfigError` in one line.
+    Raises `ConfigError` in one line.
     """
     path = _recipe_path(name)
     if path.suffix == ".json":
@@ -55,22 +52,17 @@ def load(name: str) -> Config:
         ) from None
     if not isinstance(config, Config):
         raise ConfigError(
-            f"{path}: a recipe binds a sngpt_jax.config.Config to the name `config`; found"
-            f" {type(config).__name__}"
+            f"{path}: `config` is not a sngpt_jax.config.Config; found {type(config).__name__}"
         )
     # Python checks no types, so a recipe is read by the rules of a config.json
     return config_file.parse(dataclasses.asdict(config), str(path), ConfigError)
 
 
 def recipe_name(name: str) -> str:
-    """The name of a run of `--config name`: the recipe's name, or NAME-replay for the config.json
-    of a run NAME.
-    """
+    """The name of a run of `--config name`: the recipe's, or RUN-replay for RUN/config.json."""
     path = Path(name)
     return f"{path.resolve().parent.name}-replay" if path.suffix == ".json" else path.stem
 
-
-# ------------------------------------------------------------------------------ the command line
 
 # A command's field of this type becomes `--section.field value` options.
 Overrides = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
@@ -102,23 +94,20 @@ def peek(argv: Sequence[str], option: str) -> str:
 
 
 def parse_command(kind: type[T], argv: Sequence[str], *, program: str, description: str) -> T:
-    """Parses `argv` into the dataclass `kind`, whose fields include `config: str` and `overrides:
-    Overrides`.
+    """Parses `argv` into the dataclass `kind` with `config: str` and `overrides: Overrides`.
 
-    `--config` is loaded first, so that `--help` shows the recipe's values as defaults. tyro prints
-    a box for an unknown or mistyped option and exits with status 2. The result's `overrides` is
-    the validated configuration.
+    `--config` is loaded first, so that `--help` shows the recipe's values as defaults. The result's
+    `overrides` is the validated configuration. tyro exits with status 2 for an unknown option.
     """
     name = peek(argv, "--config")
-    base = load(name) if name else Config()
-    default: Any = typing.cast(Any, kind)(config=name or tyro.MISSING, overrides=base)
+    make: Any = kind
     arguments: Any = tyro.cli(
         kind,
         args=list(argv),
         prog=program,
         description=description,
         config=(tyro.conf.OmitSubcommandPrefixes,),
-        default=default,
+        default=make(config=name or tyro.MISSING, overrides=load(name) if name else Config()),
         registry=_REGISTRY,
     )
     validate(arguments.overrides)
