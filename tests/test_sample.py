@@ -92,5 +92,5 @@ def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypat
 
 def test_a_text_that_does_not_fit_is_refused(tiny_recipe, tokenizer):
     config = load(str(tiny_recipe)).model
-    with pytest.raises(UserError, match="--max-tokens 32 exceed model.max_seq_len = 32"):
+    with pytest.raises(UserError, match="32 new ones exceed model.max_seq_len = 32"):
         generate(config, {}, make_mesh(), tokenizer, "abc", seq_len=32, max_tokens=32)

@@ -42,7 +42,7 @@ from sngpt_jax.data.loader import batches_of
 from sngpt_jax.data.prepared import spec_of
 from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
 from sngpt_jax.evaluation import health
-from sngpt_jax.model.forward import init_params, init_statistics, join, losses
+from sngpt_jax.model.forward import init_variables, join, losses
 from sngpt_jax.model.generation import generate
 from sngpt_jax.optim.groups import groups, make_optimizer
 from sngpt_jax.optim.schedules import StepControls, step_controls
@@ -138,9 +138,7 @@ def model_program(model: ModelConfig, B: int, T: int) -> str:
     """A model's start and the losses [B, T] of it."""
 
     def start_and_losses(key: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return losses(model)(
-            join(init_params(model, key), init_statistics(model)), tokens_BT, tokens_BT
-        )
+        return losses(model)(join(*init_variables(model, key)), tokens_BT, tokens_BT)
 
     return as_text(
         jax.make_jaxpr(start_and_losses)(jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32))
@@ -346,7 +344,7 @@ def exported(export: ExportConfig) -> dict[str, str]:
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(
-        lambda: init_params(dataclasses.replace(model, levels=()), jax.random.key(0))
+        lambda: init_variables(dataclasses.replace(model, levels=()), jax.random.key(0))
     )
     return {
         "/".join(str(k.key) for k in path): leaf.shape

@@ -31,48 +31,40 @@ KeysValues = tuple[jax.Array, jax.Array]  # [B, S, K, h] each, of one applicatio
 class Memory:
     """The keys and values of a growing text, per application of an attention in order of execution.
 
-    It serves one forward pass while that is traced. The first pass covers the positions 0 … T-1,
-    has no `past`, and collects the keys and values of its applications in `kept`. A later pass
-    covers one position per row, which may differ between rows. Each application then writes its key
-    and value into those of the earlier passes and attends to the S positions of the result.
+    It serves one forward pass while that is traced, and collects the result in `kept`. The first
+    pass covers the positions 0 … T-1. A later pass covers one position per row: each application
+    writes its key and value into the `past` ones and attends to all S positions.
     """
 
-    past: Sequence[KeysValues] = ()
+    past: Sequence[KeysValues] = ()  # of the earlier passes; empty in the first
     position_B: jax.Array | None = None  # where a later pass writes, below S
     kept: list[KeysValues] = field(default_factory=list)
 
     def extend(self, k_BTKh: jax.Array, v_BTKh: jax.Array) -> KeysValues:
         """The keys and values that the next application attends to."""
-        known = (k_BTKh, v_BTKh)
         if self.past:
             rows = jnp.arange(k_BTKh.shape[0])
             k_BSKh, v_BSKh = self.past[len(self.kept)]
-            known = (
-                k_BSKh.at[rows, self.position_B].set(k_BTKh[:, 0]),
-                v_BSKh.at[rows, self.position_B].set(v_BTKh[:, 0]),
-            )
-        self.kept.append(known)
-        return known
+            k_BTKh = k_BSKh.at[rows, self.position_B].set(k_BTKh[:, 0])
+            v_BTKh = v_BSKh.at[rows, self.position_B].set(v_BTKh[:, 0])
+        self.kept.append((k_BTKh, v_BTKh))
+        return k_BTKh, v_BTKh
 
 
 class Positions(NamedTuple):
-    """The T positions, as the attention of every layer needs them.
-
-    The leading axis is 1 if all sequences of a batch have equal positions, else B.
-    """
+    """The T positions, as the attention of every layer needs them."""
 
     # cosines and sines [1 or B, T, r/2]; None: positions are already in the stream
     rotary: tuple[jax.Array, jax.Array] | None
-    causal: jax.Array  # [1 or B, T, S], whether a position sees another; S = T in whole sequences
-    memory: Memory | None = None  # of a growing text; None: the sequence is whole
+    causal: jax.Array  # [1 or B, T, S], whether a position sees another; S = T without a past
+    memory: Memory | None = None  # None: the sequence is whole
 
 
 def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
-    """The rotary base for `length` positions, raised if they exceed `trained_len` (0: never).
+    """The rotary base, raised if `length` exceeds `trained_len` (0: never), so that the slowest
+    pair turns over `length` positions as far as it did over `trained_len`.
 
-    base · (length / trained_len)^(width / (width - 2)) rotates the slowest pair over `length`
-    positions by the angle that it had over `trained_len`. Source: "NTK-aware scaled RoPE",
-    https://github.com/jquesnelle/yarn.
+    Source: "NTK-aware scaled RoPE", https://github.com/jquesnelle/yarn.
     """
     if not trained_len or length <= trained_len:
         return base
@@ -82,14 +74,14 @@ def ntk_base(base: float, width: int, length: int, trained_len: int) -> float:
 def rotary_tables(num_positions: int, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [T, width/2] of the angles position · base^(-2j/width), float32.
 
-    The host computes them in float64 while tracing. Su et al. 2021, arXiv:2104.09864.
+    The host computes them in float64. Su et al. 2021, arXiv:2104.09864.
     """
     angles = np.arange(num_positions)[:, None] * base ** (-2.0 * np.arange(width // 2) / width)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def causal_mask(num_positions: int) -> jax.Array:
-    """[1, T, T], true if column ≤ row. It is no constant, which would add T² bytes to a program."""
+    """[1, T, T], true if column ≤ row. A constant would add T² bytes to a program."""
     position = jnp.arange(num_positions)
     return position[None, :, None] >= position[None, None, :]
 
@@ -105,16 +97,16 @@ def make_positions(config: ModelConfig, num_positions: int) -> Positions:
         return Positions(None, causal)
     width = config.rotary_dims
     base = ntk_base(config.rope_base, width, num_positions, config.rope_ntk_len)
-    cos, sin = rotary_tables(num_positions, width, base)
-    return Positions((jnp.asarray(cos[None]), jnp.asarray(sin[None])), causal)
+    cos, sin = (jnp.asarray(table[None]) for table in rotary_tables(num_positions, width, base))
+    return Positions((cos, sin), causal)
 
 
 def apply_rotary(
     x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 ) -> jax.Array:
-    """Rotates each pair (j, j + r/2) of a head's leading r dimensions by its position's angle.
+    """Rotates each pair (j, j + r/2) of a head's leading r dimensions; `tables` [1 or B, T, r/2].
 
-    The `tables` are [1 or B, T, r/2]. Computed in float32; returns x's dtype.
+    Computed in float32; returns x's dtype.
     """
     cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
     half = cos.shape[-1]
@@ -150,29 +142,29 @@ class Attention(nnx.Module):
         self.value = nnx.Param(init.matrix(config, rngs.params(), (D, K * h)))
         self.out = nnx.Param(init.residual_output(config, rngs, (H * h, D)))
         if self.qk_norm:
-            self.q_gain = nnx.Param(config.q_gain_init * init.ones((H,)))
+            self.q_gain = nnx.Param(config.q_gain_init * jnp.ones((H,)))
         if self.gated:
-            self.gate_weight = nnx.Param(init.zeros((D, H)))
-            self.gate_bias = nnx.Param(4.0 * init.ones((H,)))
+            self.gate_weight = nnx.Param(jnp.zeros((D, H)))
+            self.gate_bias = nnx.Param(4.0 * jnp.ones((H,)))
         if self.mixes_values:
-            self.value_mix = nnx.Param(0.5 * init.ones((2,)))
+            self.value_mix = nnx.Param(0.5 * jnp.ones((2,)))
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
 
-        If a norm follows, one product computes all three, which reads the input once. Otherwise,
-        and if XSA uses the values twice, splitting the product would be an extra pass over it.
+        One product computes all three if a norm follows. Otherwise, and if XSA uses the values
+        twice, splitting the product would be an extra pass over it.
         """
-        H, K = self.num_heads, self.num_kv_heads
         matrices = [self.query[...], self.key[...], self.value[...]]
 
         def heads(*matrices: jax.Array) -> jax.Array:
             return linear(x_BTD, *matrices).reshape(*x_BTD.shape[:2], -1, self.head_dim)
 
-        if self.qk_norm and not self.exclusive:
-            q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(*matrices), (H, H + K), axis=2)
-        else:
+        if self.exclusive or not self.qk_norm:
             q_BTHh, k_BTKh, v_BTKh = map(heads, matrices)
+        else:
+            ends = (self.num_heads, self.num_heads + self.num_kv_heads)
+            q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(*matrices), ends, axis=2)
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
@@ -185,10 +177,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The output [B, T, D] and the values [B, T, K, h] at these positions.
 
-        `added_value` is added to the layer's values. `first_value` are the first layer's values,
-        for the value residual.
+        `added_value` is added to the values; `first_value` are the first layer's values.
         """
-        B, T, _ = x_BTD.shape
         q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD)
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
@@ -205,7 +195,7 @@ class Attention(nnx.Module):
         k_BSKh, v_BSKh = k_BTKh, v_BTKh
         if positions.memory:
             k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh)
-        chex.assert_shape(positions.causal, (None, T, k_BSKh.shape[1]))
+        chex.assert_shape(positions.causal, (None, x_BTD.shape[1], k_BSKh.shape[1]))
         if k_BSKh is k_BTKh:
             with chosen_by("attention"):
                 y_BTHh = xsa.attention(
@@ -228,4 +218,4 @@ class Attention(nnx.Module):
             logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
-        return linear(y_BTHh.reshape(B, T, -1), self.out[...]), v_BTKh
+        return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...]), v_BTKh

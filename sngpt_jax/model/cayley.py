@@ -1,9 +1,7 @@
-"""The CayleySAE layer: a sparse code of an MLP's input over an algebraic dictionary, with running
-statistics.
+"""The CayleySAE layer: a sparse code of an MLP's input over an algebraic dictionary.
 
-The code is `sngpt_kernels.cayley.api.encode_decode`. A layer learns one bias per feature. Its
-statistics receive no gradient: each optimizer step updates them from a sample of its tokens, the
-`Taps` of the layers' inputs and features.
+A layer learns one bias per feature. Its statistics receive no gradient: each optimizer step updates
+them from a sample of its tokens, the `Taps`.
 """
 
 import math
@@ -16,7 +14,6 @@ from sngpt_kernels.cayley import api, xla
 from sngpt_kernels.cayley.reference import STD_FLOOR
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model import init
 from sngpt_jax.model.layers import chosen_by
 
 DECAY = 0.99  # of the running mean and standard deviation, per step
@@ -28,7 +25,7 @@ class Statistic(nnx.Variable[jax.Array]):
 
 
 class Taps(NamedTuple):
-    """The inputs and features of every layer's code, at P positions of each sequence."""
+    """What every layer's code saw, at P positions of each sequence."""
 
     x: jax.Array  # [L, B, P, D], in the compute dtype
     ids: jax.Array  # int32 [L, B, P, A], the active features, level by level
@@ -54,9 +51,9 @@ class CayleySAE(nnx.Module):
         self.generators, self.forward_standardized = config.generators, config.forward_standardized
         self.implementation = None if config.code == "auto" else config.code
         F = 2 ** self.levels[-1][0]
-        self.bias = nnx.Param(init.zeros((F,)))
-        self.mean = Statistic(init.zeros((config.d_model,)))
-        self.std = Statistic(init.ones((F,)))
+        self.bias = nnx.Param(jnp.zeros((F,)))
+        self.mean = Statistic(jnp.zeros((config.d_model,)))
+        self.std = Statistic(jnp.ones((F,)))
         self.last_fired = Statistic(jnp.zeros((F,), jnp.int32))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,8 +73,7 @@ class CayleySAE(nnx.Module):
 def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.Array, jax.Array]:
     """Standardized scores z and coefficients c of one layer's active features, float32 [..., A].
 
-    z = ⟨x - mean, v⟩ / max(std, 10⁻³), without the bias. `taps` and `code` are the layer's, without
-    the dimension L.
+    z = ⟨x - mean, v⟩ / max(std, 10⁻³), without the bias. `taps` and `code` have no dimension L.
     """
     mu_F = xla.all_scores(code.mean, config.levels[-1][0])
     score = xla.scores_at(taps.x, taps.ids) - mu_F[taps.ids]
@@ -90,15 +86,17 @@ def activations(config: ModelConfig, taps: Taps, code: CodeState) -> tuple[jax.A
 
 def code_state(variables: dict[str, Any]) -> CodeState:
     """The codes of all layers in a model's variables, stacked."""
-    codes = [block["code"] for block in variables["blocks"].values()]
-    return CodeState(*(jnp.stack([code[name] for code in codes]) for name in CodeState._fields))
+    return CodeState(*(_stacked(variables, name) for name in CodeState._fields))
+
+
+def _stacked(variables: dict[str, Any], name: str) -> jax.Array:
+    return jnp.stack([block["code"][name] for block in variables["blocks"].values()])
 
 
 def sample_positions(key: jax.Array, step: jax.Array, seq_len: int, sequences: int) -> jax.Array:
-    """The positions in the sample of `step`, equal in every sequence: ⌈1024 / sequences⌉ of
-    `seq_len`, drawn at random without repetition. int32 [P].
+    """The positions in the sample of `step`, int32 [P], equal in every sequence.
 
-    With 1024 sequences or more a step samples one position; the averages cover about 100 steps.
+    They are ⌈1024 / sequences⌉ of `seq_len`, drawn at random without repetition.
     """
     count = min(seq_len, math.ceil(SAMPLE_TOKENS / sequences))
     return jax.random.choice(jax.random.fold_in(key, step), seq_len, (count,), replace=False)
@@ -112,17 +110,10 @@ def update_statistics(
 
     mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s; m is the sample's mean input, and s the
     standard deviation of each feature's score around the sample's mean score.
-
-    This needs all scores of the sample: 2^n / D transforms of size D per token, each as two matrix
-    products. At D = 1024 and 2^17 features that is 16.8 MFLOP per token and layer, two thirds of a
-    block's forward pass, for 1,536 of a step's 1.57 M tokens.
     """
-    blocks = statistics["blocks"]
-    names = ("mean", "std", "last_fired")
-    old = {name: jnp.stack([block["code"][name] for block in blocks.values()]) for name in names}
-    features = old["std"].shape[-1]
-    layers, width = taps.x.shape[0], taps.x.shape[-1]
-    x_LND = taps.x.reshape(layers, -1, width).astype(jnp.float32)
+    old = {name: _stacked(statistics, name) for name in ("mean", "std", "last_fired")}
+    layers, features = old["std"].shape
+    x_LND = taps.x.reshape(layers, -1, taps.x.shape[-1]).astype(jnp.float32)
     mean_LD = jax.lax.pmean(jnp.mean(x_LND, axis=1), axis_names)
     centred_LND = x_LND - mean_LD[:, None]
 
@@ -138,8 +129,5 @@ def update_statistics(
         "std": DECAY * old["std"] + (1 - DECAY) * jnp.sqrt(variance_LF),
         "last_fired": jnp.where(fired_LF > 0, step, old["last_fired"]),
     }
-    return {
-        "blocks": {
-            key: {"code": {name: new[name][i] for name in new}} for i, key in enumerate(blocks)
-        }
-    }
+    codes = [{"code": {name: new[name][i] for name in new}} for i in range(layers)]
+    return {"blocks": dict(zip(statistics["blocks"], codes, strict=True))}

@@ -1,5 +1,5 @@
 """From tokens to vectors: the tied embedding, which is also the output head, learned positions, and
-the embeddings that compact models add.
+what compact models add.
 """
 
 import jax
@@ -10,8 +10,7 @@ from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
 from sngpt_jax.model.layers import compute_dtype, linear, per_channel
 
-# A position's vector depends on so many earlier tokens: smear adds the previous position, whose
-# bigram depends on the token before it.
+# The earlier tokens that a position's vector depends on: smear adds the previous position's bigram.
 LOOK_BACK = 2
 
 
@@ -34,10 +33,7 @@ class LearnedPositions(nnx.Module):
 
 
 class TiedEmbedding(nnx.Module):
-    """One table [V, D] for the vectors of tokens and for the logits.
-
-    Press & Wolf 2017, arXiv:1608.05859.
-    """
+    """One table [V, D] for vectors and logits. Press & Wolf 2017, arXiv:1608.05859."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.dtype = compute_dtype(config)
@@ -63,13 +59,13 @@ def _previous(x: jax.Array) -> jax.Array:
 class SmearGate(nnx.Module):
     """(1 - g) ⊙ x_t + g ⊙ x_{t-1} with g = sigmoid(gate) per channel, which starts at 1/2.
 
-    x_{-1} = 0. With `smear_mask_bos` a document's first position takes 0 for the previous one.
-    Source: parameter-golf submission 162; later submissions add the mask.
+    x_{-1} = 0; with `smear_mask_bos` also before each document. Source: parameter-golf submission
+    162; later submissions add the mask.
     """
 
     def __init__(self, config: ModelConfig):
         self.bos_id = config.bos_id if config.smear_mask_bos else None
-        self.gate = nnx.Param(init.zeros((config.d_model,)))
+        self.gate = nnx.Param(jnp.zeros((config.d_model,)))
 
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         g_D = jax.nn.sigmoid(self.gate[...])
@@ -105,8 +101,7 @@ HASHES = {"xor": hash_xor, "sum": hash_sum}
 
 
 class BigramHash(nnx.Module):
-    """A learned vector per hashed pair of neighbouring tokens, [B, T, D]:
-    scale · table[hash(x_t, x_{t-1})] · proj.
+    """scale · table[hash(x_t, x_{t-1})] · proj, [B, T, D].
 
     Sources: parameter-golf submissions 162 (xor) and 740 (sum, without the scale).
     """
@@ -120,7 +115,7 @@ class BigramHash(nnx.Module):
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape, config.bigram_proj_gain))
         self.scaled = config.bigram_scale_init > 0
         if self.scaled:
-            self.scale = nnx.Param(config.bigram_scale_init * init.ones(()))
+            self.scale = nnx.Param(config.bigram_scale_init * jnp.ones(()))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         rows = self.table[...].astype(self.dtype)[self.hash(tokens_BT, self.buckets)]
@@ -129,10 +124,9 @@ class BigramHash(nnx.Module):
 
 
 class ValueEmbedding(nnx.Module):
-    """Embeddings of the token that some layers add to their values, with one shared table.
+    """{layer: layer_scale · scale · table[x] · proj}, [B, T, K, h], which the layers add to values.
 
-    `__call__` → {layer: layer_scale · scale · table[x] · proj}, each [B, T, K, h]. Source:
-    modded-nanogpt's value embeddings, shared as in parameter-golf submission 1573.
+    Source: modded-nanogpt's value embeddings, shared as in parameter-golf submission 1573.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -142,8 +136,8 @@ class ValueEmbedding(nnx.Module):
         self.table = nnx.Param(init.normal(rngs.params(), shape, 0.01))
         shape = (config.value_embed_dim, config.num_kv_heads * config.head_dim)
         self.proj = nnx.Param(init.matrix(config, rngs.params(), shape))
-        self.scale = nnx.Param(0.1 * init.ones(()))
-        self.layer_scale = nnx.Param(init.ones((len(self.layers),)))
+        self.scale = nnx.Param(0.1 * jnp.ones(()))
+        self.layer_scale = nnx.Param(jnp.ones((len(self.layers),)))
 
     def __call__(self, tokens_BT: jax.Array) -> dict[int, jax.Array]:
         rows = self.table[...].astype(self.dtype)[tokens_BT]

@@ -13,7 +13,7 @@ from sngpt_kernels.dispatch import Device, current_device, targeting
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import loss
 from sngpt_jax.model.cayley import Statistic, Taps
-from sngpt_jax.model.gpt import GPT
+from sngpt_jax.model.gpt import GPT, LanguageModel
 from sngpt_jax.model.pre_norm import PreNormGPT
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, named as the model's attributes
@@ -32,19 +32,21 @@ def join(params: Params, statistics: Params) -> Variables:
     }
 
 
-def _model(config: ModelConfig, key: jax.Array) -> GPT | PreNormGPT:
-    rngs = nnx.Rngs(params=key)
-    return GPT(config, rngs=rngs) if config.family == "compact" else PreNormGPT(config, rngs=rngs)
+def _model(config: ModelConfig, key: jax.Array) -> LanguageModel:
+    family = GPT if config.family == "compact" else PreNormGPT
+    return family(config, rngs=nnx.Rngs(params=key))
+
+
+def _parts(model: LanguageModel) -> tuple[Any, Params, Params]:
+    """The graph of the model, its parameters, and its statistics."""
+    graphdef, params, statistics = nnx.split(model, nnx.Param, Statistic)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
 @functools.cache
 def _abstract(config: ModelConfig, device: Device) -> tuple[Any, Params, Params]:
-    """The graph of the model for `device`, and the shapes of its parameters and statistics."""
     with targeting(device):
-        model = nnx.eval_shape(lambda: _model(config, jax.random.key(0)))
-    graphdef, *states = nnx.split(model, nnx.Param, Statistic)
-    params, statistics = map(nnx.to_pure_dict, states)
-    return graphdef, params, statistics
+        return _parts(nnx.eval_shape(lambda: _model(config, jax.random.key(0))))
 
 
 def graph(config: ModelConfig) -> Any:
@@ -64,19 +66,7 @@ def abstract_variables(config: ModelConfig) -> Variables:
 
 def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
     """The initial parameters, drawn from `key`, and the initial statistics of the sparse codes."""
-    _, *states = nnx.split(_model(config, key), nnx.Param, Statistic)
-    params, statistics = map(nnx.to_pure_dict, states)
-    return params, statistics
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """The initial parameters, drawn from `key`."""
-    return init_variables(config, key)[0]
-
-
-def init_statistics(config: ModelConfig) -> Params:
-    """The initial statistics of the sparse codes; an empty tree if the model has no code."""
-    return init_variables(config, jax.random.key(0))[1] if config.levels else {}
+    return _parts(_model(config, key))[1:]
 
 
 @functools.cache
@@ -97,9 +87,7 @@ def losses(config: ModelConfig) -> Callable[[Variables, jax.Array, jax.Array], j
     float32.
     """
     apply = tapped_losses(config)
-    return lambda variables, inputs_BT, targets_BT: apply(
-        variables, inputs_BT, targets_BT, jnp.arange(0)
-    )[0]
+    return lambda *arguments: apply(*arguments, jnp.arange(0))[0]
 
 
 Tapped = Callable[[Variables, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Taps | None]]
@@ -107,8 +95,8 @@ Tapped = Callable[[Variables, jax.Array, jax.Array, jax.Array], tuple[jax.Array,
 
 @functools.cache
 def tapped_losses(config: ModelConfig) -> Tapped:
-    """As `losses`, with positions [P] as a further argument and the codes' `Taps` there as a
-    further result (None if the model has no code).
+    """As `losses`, with positions [P] as a further argument and the codes' `Taps` there (None if
+    the model has no code) as a further result.
     """
     return with_taps(config, loss.token_losses)
 
@@ -122,11 +110,7 @@ def with_taps(config: ModelConfig, cross_entropy: Callable[..., jax.Array]) -> T
         chex.assert_equal_shape((inputs_BT, targets_BT))
         model = nnx.merge(graph(config), variables)
         inputs_BT, targets_BT = inputs_BT.astype(jnp.int32), targets_BT.astype(jnp.int32)
-        taps = None
-        if config.levels:
-            x_BTD, taps = model.tapped_hidden(inputs_BT, tapped_P)
-        else:
-            x_BTD = model.hidden(inputs_BT)
+        x_BTD, taps = model.tapped_hidden(inputs_BT, *(tapped_P,) * bool(config.levels))
         with jax.named_scope("head"):
             cap, chunk = config.logit_soft_cap, config.logit_chunk
             table_VD = model.embed.table[...]

@@ -1,11 +1,9 @@
 """Continues many texts at once: one pass over the prompts, then one token at a time from the kept
 keys and values.
 
-Without them every new token would need a forward pass over the whole text. With them it needs the
-products with one position's vectors and an attention to the kept keys and values. These take
-2 · applications · S · K · h numbers per row. S is the length of prompt and new tokens, rounded up
-to a power of two. An application is one use of a block, so a recycled block counts twice. For
-example, a row of 2,048 tokens takes 19 MB in 9 layers with 4 heads of 64 in bfloat16.
+These take 2 · applications · S · K · h numbers per row, S positions of a text. An application is
+one use of a block, so a recycled block counts twice. For example, a row of 2,048 tokens takes 19 MB
+in 9 layers with 4 heads of 64 in bfloat16.
 
 Rows are texts, split over the mesh. The devices exchange nothing until all their rows have ended.
 """
@@ -26,14 +24,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
-from sngpt_jax.model.attention import (
-    KeysValues,
-    Memory,
-    Positions,
-    causal_mask,
-    ntk_base,
-    rotary_tables,
-)
+from sngpt_jax.model.attention import Memory, Positions, causal_mask, ntk_base, rotary_tables
 from sngpt_jax.model.embeddings import LOOK_BACK
 from sngpt_jax.model.forward import Batch, Variables, abstract_variables, graph
 
@@ -50,10 +41,10 @@ def draw(
     vocab_size: int,
 ) -> jax.Array:
     """The token at `position`, int32, drawn from softmax(logits / temperature) of the `top_k`
-    likeliest tokens (0: all).
+    likeliest tokens (0: all); `temperature` 0 takes the likeliest.
 
-    `temperature` 0 takes the likeliest. Only tokens below `vocab_size`, the tokenizer's, are drawn:
-    the model's table may have more rows, which are untrained.
+    Only tokens below `vocab_size`, the tokenizer's, are drawn: further rows of the model's table
+    are untrained.
     """
     logits_V = logits_V[:vocab_size]
     if top_k:
@@ -103,8 +94,7 @@ def _continued(
 
     The batch holds "tokens" [B, T], the padded prompts; "length" [B]; "row" [B], the number of each
     text; and "table" [B], the row's index into the rotary `tables` [2, U, size, r/2] of cosines and
-    sines, which are None with learned positions. A row that has ended still runs until all rows of
-    its device have ended.
+    sines, which are None with learned positions.
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
@@ -112,7 +102,8 @@ def _continued(
         variables: Variables, batch: Batch, tables: jax.Array | None, draws: _Draws
     ) -> jax.Array:
         model = nnx.merge(graph(config), gather(variables, layout))
-        length_B = batch["length"]
+        tokens_BT, length_B, table_B = batch["tokens"], batch["length"], batch["table"]
+        T = tokens_BT.shape[1]
         keys_B = jax.vmap(row_key, in_axes=(None, 0))(draws.key, batch["row"])
         draw_rows = jax.vmap(
             functools.partial(draw, top_k=top_k, vocab_size=vocab_size), in_axes=(0, 0, 0, None)
@@ -128,55 +119,41 @@ def _continued(
             tokens_BS = tokens_BS.at[jnp.arange(len(new_B)), position_B].set(new_B)
             return tokens_BS, ended_B | (new_B == draws.end_id)
 
-        def read_prompts(tokens_BT: jax.Array) -> tuple[jax.Array, Sequence[KeysValues]]:
-            """The head's input at each prompt's last position [B, 1, D], and the keys and values
-            [B, S, K, h].
+        def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+            count, _, ended_B, _ = carry
+            return (count < draws.max_tokens) & ~jnp.all(ended_B)
 
-            Keys and values behind a shorter prompt's end are meaningless. A position sees its own
-            only after it has overwritten them.
-            """
-            T, rotary, memory = tokens_BT.shape[1], None, Memory()
-            if tables is not None:
-                rotary = (tables[0, batch["table"], :T], tables[1, batch["table"], :T])
-            x_BTD = model.run(model.encode(tokens_BT), Positions(rotary, causal_mask(T), memory))
-            padding = [(0, 0), (0, size - T), (0, 0), (0, 0)]
-            past = jax.tree.map(lambda x_BTKh: jnp.pad(x_BTKh, padding), memory.kept)
-            return pick(x_BTD, length_B - 1), past
-
-        def read_token(
-            tokens_BS: jax.Array, position_B: jax.Array, past: Sequence[KeysValues]
-        ) -> tuple[jax.Array, Sequence[KeysValues]]:
-            """As `read_prompts` for the token at `position_B`, with the `past` keys and values."""
+        def add_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Reads the newest token and draws the next one."""
+            count, tokens_BS, ended_B, past = carry
+            next_B = length_B + count
+            position_B = next_B - 1
             window = jnp.arange(min(LOOK_BACK + 1, size))
             first_B = jnp.maximum(position_B - LOOK_BACK, 0)
             tokens_BW = jnp.take_along_axis(tokens_BS, first_B[:, None] + window[None], axis=1)
             encoded = jax.tree.map(
                 lambda x_BW: pick(x_BW, position_B - first_B), model.encode(tokens_BW, first_B)
             )
-            rotary, at = None, (batch["table"], position_B)
+            rotary, at = None, (table_B, position_B)
             if tables is not None:
                 rotary = (tables[0][at][:, None], tables[1][at][:, None])
             seen_B1S = jnp.arange(size)[None, None] <= position_B[:, None, None]
             memory = Memory(past, position_B)
-            return model.run(encoded, Positions(rotary, seen_B1S, memory)), memory.kept
+            x_B1D, _ = model.run(encoded, Positions(rotary, seen_B1S, memory))
+            return count + 1, *append(x_B1D, next_B, tokens_BS, ended_B), memory.kept
 
-        x_B1D, past = read_prompts(batch["tokens"])
-        tokens_BS = jnp.pad(batch["tokens"], [(0, 0), (0, size - batch["tokens"].shape[1])])
-        tokens_BS, ended_B = append(x_B1D, length_B, tokens_BS, jnp.zeros(len(length_B), bool))
-
-        def unfinished(carry: tuple[Any, ...]) -> jax.Array:
-            count, _, ended_B, _ = carry
-            return (count < draws.max_tokens) & ~jnp.all(ended_B)
-
-        def add_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            count, tokens_BS, ended_B, past = carry
-            position_B = length_B + count
-            x_B1D, past = read_token(tokens_BS, position_B - 1, past)
-            return count + 1, *append(x_B1D, position_B, tokens_BS, ended_B), past
-
-        _, tokens_BS, _, _ = jax.lax.while_loop(
-            unfinished, add_token, (jnp.int32(1), tokens_BS, ended_B, past)
-        )
+        rotary, memory = None, Memory()
+        if tables is not None:
+            rotary = (tables[0, table_B, :T], tables[1, table_B, :T])
+        x_BTD, _ = model.run(model.encode(tokens_BT), Positions(rotary, causal_mask(T), memory))
+        # Behind a shorter prompt's end they are meaningless. A position sees its own key and value
+        # only after it has overwritten them.
+        padding = [(0, 0), (0, size - T), (0, 0), (0, 0)]
+        past = jax.tree.map(lambda x_BTKh: jnp.pad(x_BTKh, padding), memory.kept)
+        x_B1D = pick(x_BTD, length_B - 1)
+        tokens_BS = jnp.pad(tokens_BT, [(0, 0), (0, size - T)])
+        begun = append(x_B1D, length_B, tokens_BS, jnp.zeros(len(length_B), bool))
+        _, tokens_BS, _, _ = jax.lax.while_loop(unfinished, add_token, (jnp.int32(1), *begun, past))
         return jax.lax.all_gather(tokens_BS, BATCH_AXES, tiled=True)
 
     # check_vma cannot express that each device runs its own number of iterations
@@ -200,10 +177,7 @@ def _padded(length: int, config: ModelConfig) -> int:
 def _rotary(
     config: ModelConfig, totals: Sequence[int], seq_len: int, size: int
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The rotary tables of texts with `totals` tokens each, and the index of each text's table.
-
-    With NTK scaling the base follows from the length.
-    """
+    """The rotary tables of texts with `totals` tokens each, and the index of each text's table."""
     if config.positions == "learned":
         return None, np.zeros(len(totals), np.int32)
     width = config.rotary_dims
@@ -233,78 +207,58 @@ def generate_tokens(
     """The continuation of each prompt, int32: at most `max_tokens` tokens, cut before `end_id`.
 
     A text equals, up to rounding, the result of forward passes over the whole text, whatever other
-    prompts run beside it. Its draws follow from `seed`, its place in `prompts` and the position.
-    All prompts run at once, so the caller limits their number to what the devices hold. Programs
-    are compiled for powers of two of rows per device, prompt length and total length.
+    prompts run beside it. Its draws follow from `seed` < 2^32, its place in `prompts` and the
+    position. All prompts run at once, so the caller limits their number to what the devices hold.
+    Programs are compiled for powers of two of rows per device, prompt length and total length.
 
-    Args:
-      config: of the model.
-      variables: laid out over `mesh` as a training step's are.
-      mesh: the devices, which share the prompts.
-      prompts: token ids [n], n ≥ 1, of any lengths. The caller adds the token that starts a text.
-      seq_len: of the training. With `rope_ntk_len` the rotary base follows from the larger of
-        `seq_len` and prompt + `max_tokens`.
-      max_tokens: the most new tokens per text, at least 1.
-      vocab_size: of the tokenizer; only its tokens are drawn.
-      end_id: the token that ends a text.
-      temperature: of the draws; 0 takes the likeliest token.
-      top_k: draw from so many likeliest tokens; 0: from all.
-      seed: of the draws, 0 ≤ seed < 2^32.
-
-    Raises:
-      UserError: a prompt is empty, `max_tokens` is less than 1, a text exceeds model.max_seq_len,
-        or `temperature` or `top_k` is negative or infinite.
+    The `variables` lie over `mesh` as a training step's do. The caller begins each prompt [n ≥ 1]
+    with the token that starts a text. With `rope_ntk_len` the rotary base follows from the larger
+    of the training's `seq_len` and prompt + `max_tokens`. `vocab_size`, `temperature` and `top_k`
+    are those of `draw`. Raises `UserError` for a value out of range or a text beyond
+    model.max_seq_len.
     """
     if not prompts:
         return []
-    lengths = [len(prompt) for prompt in prompts]
-    if min(lengths) < 1:
-        raise UserError("a prompt has no tokens; begin it with the token that starts a document")
-    if max_tokens < 1:
-        raise UserError(f"max_tokens = {max_tokens} must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature = {temperature} must be a finite number of at least 0")
-    if top_k < 0:
-        raise UserError(f"top_k = {top_k} must be at least 0; 0 draws from all tokens")
-    if max(lengths) + max_tokens > config.max_seq_len:
-        raise UserError(
-            f"a prompt of {max(lengths)} tokens and {max_tokens} new ones exceed model.max_seq_len"
-            f" = {config.max_seq_len}; shorten one of them"
-        )
-    size = _padded(max(lengths) + max_tokens, config)
-    tables, which = _rotary(config, [length + max_tokens for length in lengths], seq_len, size)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    refusals = {
+        "a prompt has no tokens; begin it with the token that starts a document": not all(lengths),
+        f"max_tokens = {max_tokens} must be at least 1": max_tokens < 1,
+        f"temperature = {temperature} must be a finite number of at least 0": (
+            not 0 <= temperature < math.inf
+        ),
+        f"top_k = {top_k} must be at least 0; 0 draws from all tokens": top_k < 0,
+        f"a prompt of {longest} tokens and {max_tokens} new ones exceed model.max_seq_len"
+        f" = {config.max_seq_len}; shorten one of them": longest + max_tokens > config.max_seq_len,
+    }
+    for message, applies in refusals.items():
+        if applies:
+            raise UserError(message)
+    size = _padded(longest + max_tokens, config)
+    tables, which = _rotary(config, [int(n) + max_tokens for n in lengths], seq_len, size)
 
     devices = mesh.devices.size
     rows = devices * next_power_of_two(-(-len(prompts) // devices))
     # the first text fills up the rows, so that these end together with it
-    row = np.arange(rows) * (np.arange(rows) < len(prompts))
-    tokens = np.zeros((len(prompts), _padded(max(lengths), config)), np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : lengths[i]] = prompt
-    batch = {
-        "tokens": tokens,
-        "length": np.asarray(lengths, np.int32),
-        "row": np.arange(len(prompts), dtype=np.int32),
-    }
-    batch = {name: array[row] for name, array in {**batch, "table": which}.items()}
-    draws = _Draws(
-        jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
-    )
+    row = np.arange(rows, dtype=np.int32) * (np.arange(rows) < len(prompts))
+    tokens = np.zeros((len(prompts), _padded(longest, config)), np.int32)
+    for prompt_tokens, prompt in zip(tokens, prompts, strict=True):
+        prompt_tokens[: len(prompt)] = prompt
+    batch = {"tokens": tokens[row], "length": lengths[row], "row": row, "table": which[row]}
     texts = _continued(
         variables,
         batch_placer(mesh)(batch),
         tables,
-        draws,
+        _Draws(
+            jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
+        ),
         config=config,
         mesh=mesh,
         size=size,
         top_k=min(top_k, vocab_size),
         vocab_size=vocab_size,
     )
-    added = [
-        text[length : length + max_tokens]
-        for text, length in zip(np.asarray(texts), lengths, strict=False)
-    ]
+    added = [text[n : n + max_tokens] for text, n in zip(np.asarray(texts), lengths, strict=False)]
     return [new[: np.argmax(new == end_id)] if end_id in new else new for new in added]
 
 
@@ -321,16 +275,8 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> str:
-    """The text of the prompt and its continuation; arguments as for `generate_tokens`.
-
-    Raises `UserError` if the text exceeds model.max_seq_len positions.
-    """
-    prompt_ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
-    if len(prompt_ids) + max_tokens > config.max_seq_len:
-        raise UserError(
-            f"--prompt of {len(prompt_ids)} tokens and --max-tokens {max_tokens} exceed"
-            f" model.max_seq_len = {config.max_seq_len}; shorten one of them"
-        )
+    """The text of the prompt and its continuation; arguments as for `generate_tokens`."""
+    prompt_ids = np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32)
     (new,) = generate_tokens(
         config,
         variables,

@@ -8,6 +8,8 @@ logits = softcap(norm(x) Eᵀ)
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -17,18 +19,53 @@ from flax import nnx
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
 from sngpt_jax.model.attention import Attention, Positions, make_positions
+from sngpt_jax.model.cayley import Taps
 from sngpt_jax.model.embeddings import BigramHash, SmearGate, TiedEmbedding, ValueEmbedding
 from sngpt_jax.model.layers import per_channel, rms_norm
 from sngpt_jax.model.mlp import MLP
 
 
+class LanguageModel(nnx.Module):
+    """`model(tokens_BT)` → float32 logits [B, T, V]; position t sees tokens 0 … t only.
+
+    Each family defines `encode` and `run`.
+    """
+
+    # token ids, and the rows' first positions [B] if they are not 0 → what the blocks take
+    encode: Callable[..., Any]
+    # the result of `encode`, its positions, and those to tap → the head's input and the taps
+    run: Callable[..., tuple[jax.Array, Taps | None]]
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = TiedEmbedding(config, rngs=rngs)
+
+    def tapped_hidden(
+        self, tokens_BT: jax.Array, *tapped_P: jax.Array
+    ) -> tuple[jax.Array, Taps | None]:
+        """The result of `run` for whole sequences. Raises ValueError if T exceeds `max_seq_len`."""
+        chex.assert_rank(tokens_BT, 2)
+        positions = make_positions(self.config, tokens_BT.shape[1])
+        with jax.named_scope("embed"):
+            encoded = self.encode(tokens_BT)
+        return self.run(encoded, positions, *tapped_P)
+
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """The head's input [B, T, D] for whole sequences."""
+        return self.tapped_hidden(tokens_BT)[0]
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = self.hidden(tokens_BT)
+        with jax.named_scope("head"):
+            return self.embed.decode(x_BTD)
+
+
 class Block(nnx.Module):
     """u = a ⊙ x + b ⊙ x0;  u += α ⊙ attention(c norm(u));  u += β ⊙ mlp(c norm(u)).
 
-    The vectors a, b, α, β are learned; α = β = 1 at the start. So is a = 1, b = 0, unless
-    `resid_mix_init` hands over from x0 to x along the depth. c = 1, or 1/√(layer + 1) with
-    `ln_scale` (Sun et al. 2025, arXiv:2502.05795). Mixing the embedding into every block is
-    modded-nanogpt's x0 lambda.
+    The vectors a, b, α, β are learned; α = β = a = 1, b = 0 at the start, unless `resid_mix_init`
+    hands over from x0 to x along the depth. c = 1, or 1/√(layer + 1) with `ln_scale` (Sun et al.
+    2025, arXiv:2502.05795). Mixing x0 into every block is modded-nanogpt's x0 lambda.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
@@ -37,30 +74,22 @@ class Block(nnx.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
         self.attn = Attention(config, layer, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
-        mix = jnp.stack([init.ones((D,)), init.zeros((D,))])
+        mix = jnp.stack([jnp.ones((D,)), jnp.zeros((D,))])
         if config.resid_mix_init == "phase":
             mix = init.phase_mix(layer, config.num_layers, D)
         self.resid_mix = nnx.Param(mix)
-        self.attn_scale = nnx.Param(init.ones((D,)))
-        self.mlp_scale = nnx.Param(init.ones((D,)))
+        self.attn_scale = nnx.Param(jnp.ones((D,)))
+        self.mlp_scale = nnx.Param(jnp.ones((D,)))
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        x0_BTD: jax.Array,
-        positions: Positions,
-        *,
-        added_value: jax.Array | None = None,
-        first_value: jax.Array | None = None,
+        self, x_BTD: jax.Array, x0_BTD: jax.Array, positions: Positions, **values: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The block's output [B, T, D] and its attention's values; arguments as for `Attention`."""
+        """The block's output [B, T, D] and its attention's values; `values` as for `Attention`."""
         normed = functools.partial(rms_norm, eps=self.norm_eps, scale=self.norm_scale)
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
-            y_BTD, v_BTKh = self.attn(
-                normed(u_BTD), positions, added_value=added_value, first_value=first_value
-            )
+            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, **values)
             u_BTD += per_channel(self.attn_scale[...], y_BTD)
         with jax.named_scope("mlp"):
             u_BTD += per_channel(self.mlp_scale[...], self.mlp(normed(u_BTD)))
@@ -75,25 +104,22 @@ class RecycledCore(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         shape = (len(config.recycle_layers), config.d_model)
-        self.scale = nnx.Param(init.ones(shape))
-        self.bias = nnx.Param(init.zeros(shape))
+        self.scale = nnx.Param(jnp.ones(shape))
+        self.bias = nnx.Param(jnp.zeros(shape))
 
     def __call__(self, application: int, x_BTD: jax.Array) -> jax.Array:
         bias_D = self.bias[...][application].astype(x_BTD.dtype)
         return per_channel(self.scale[...][application], x_BTD) + bias_D[None, None]
 
 
-class GPT(nnx.Module):
-    """`model(tokens_BT)` → capped float32 logits [B, T, V]; position t sees tokens 0 … t only."""
+class GPT(LanguageModel):
+    """The compact family, with only the parts that `config` asks for."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = TiedEmbedding(config, rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
-        )
+        super().__init__(config, rngs=rngs)
+        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.num_layers)])
         if config.num_skips:
-            self.skip_weights = nnx.Param(init.ones((config.num_skips, config.d_model)))
+            self.skip_weights = nnx.Param(jnp.ones((config.num_skips, config.d_model)))
         if config.bigram_buckets:
             self.bigram = BigramHash(config, rngs=rngs)
         if config.smear != "none":
@@ -108,10 +134,10 @@ class GPT(nnx.Module):
     ) -> tuple[jax.Array, dict[int, jax.Array]]:
         """The stream x0 [B, T, D], and the embeddings that layers add to their values.
 
-        A position's vectors depend on its token and on the `LOOK_BACK` tokens before it. They
-        depend on its place only within `LOOK_BACK` of the start. `first_B` is not used.
+        A position's vectors depend on its token and on the `LOOK_BACK` tokens before it, and on its
+        place only within `LOOK_BACK` of the start. Rotary positions enter in the attention.
         """
-        del first_B  # rotary positions enter in the attention
+        del first_B
         config = self.config
         x_BTD = self.embed.encode(tokens_BT)
         if config.bigram_buckets:
@@ -119,24 +145,14 @@ class GPT(nnx.Module):
         if config.smear == "before_norm":
             x_BTD = self.smear(x_BTD, tokens_BT)
         x_BTD = rms_norm(x_BTD, config.norm_eps)
-        x_BTD = self.smear(x_BTD, tokens_BT) if config.smear == "after_norm" else x_BTD
+        if config.smear == "after_norm":
+            x_BTD = self.smear(x_BTD, tokens_BT)
         return x_BTD, self.value_embed(tokens_BT) if config.value_embed_layers else {}
-
-    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """The head's input [B, T, D] for whole sequences.
-
-        Raises ValueError if T exceeds `max_seq_len`.
-        """
-        chex.assert_rank(tokens_BT, 2)
-        positions = make_positions(self.config, tokens_BT.shape[1])
-        with jax.named_scope("embed"):
-            encoded = self.encode(tokens_BT)
-        return self.run(encoded, positions)
 
     def run(
         self, encoded: tuple[jax.Array, dict[int, jax.Array]], positions: Positions
-    ) -> jax.Array:
-        """The head's input [B, T, D], from the result of `encode` at these positions."""
+    ) -> tuple[jax.Array, None]:
+        """The head's input [B, T, D]; no code is there to tap."""
         config = self.config
         x0_BTD, added_values = encoded
         x_BTD, first_value = x0_BTD, None
@@ -151,20 +167,10 @@ class GPT(nnx.Module):
                         )
             if i >= config.num_skips and skips:
                 x_BTD += per_channel(self.skip_weights[...][i - config.num_skips], skips.pop())
+            values = {"added_value": added_values.get(i), "first_value": first_value}
             with jax.named_scope(f"block_{i}"):
-                x_BTD, value = block(
-                    x_BTD,
-                    x0_BTD,
-                    positions,
-                    added_value=added_values.get(i),
-                    first_value=first_value,
-                )
+                x_BTD, value = block(x_BTD, x0_BTD, positions, **values)
             first_value = value if i == 0 else first_value
             if i < config.num_skips:
                 skips.append(x_BTD)
-        return rms_norm(x_BTD, config.norm_eps)
-
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = self.hidden(tokens_BT)
-        with jax.named_scope("head"):
-            return self.embed.decode(x_BTD)
+        return rms_norm(x_BTD, config.norm_eps), None

@@ -14,9 +14,7 @@ from sngpt_jax.config import ModelConfig
 
 @contextlib.contextmanager
 def chosen_by(field: str) -> Iterator[None]:
-    """Turns `CannotServe` into a `UserError` that names the `field` of the model that chose the
-    implementation.
-    """
+    """Turns `CannotServe` into a `UserError` that names the model's `field`, which chose."""
     try:
         yield
     except CannotServe as reason:
@@ -27,15 +25,12 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The dtype of activations and of weights in matrix products; auto: float32 on a CPU, bfloat16
     elsewhere.
     """
-    if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if current_device().platform == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.compute_dtype)
+    automatic = "float32" if current_device().platform == "cpu" else "bfloat16"
+    return jnp.dtype(automatic if config.compute_dtype == "auto" else config.compute_dtype)
 
 
 class Observed:
-    """A matrix [n, m] in the place of a parameter. `linear` appends each of its inputs to
-    `seen`.
-    """
+    """A matrix [n, m] in the place of a parameter; `linear` appends its inputs to `seen`."""
 
     def __init__(self, matrix: jax.Array, seen: list[jax.Array]):
         self.matrix, self.seen = matrix, seen
@@ -45,9 +40,7 @@ class Observed:
 
 
 def linear(x_BTn: jax.Array, *matrices: jax.Array | Observed) -> jax.Array:
-    """x times the matrices [n, m_i] side by side, rounded to x's dtype: [B, T, Σ m_i], one
-    product.
-    """
+    """x times the matrices [n, m_i] side by side, in x's dtype: one product, [B, T, Σ m_i]."""
     rounded = []
     for matrix in matrices:
         if isinstance(matrix, Observed):
@@ -87,11 +80,6 @@ def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * (scale * inverse)).astype(x.dtype)
-
-
-def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap · tanh(logits / cap), elementwise: within ±cap. Gemma 2, arXiv:2408.00118."""
-    return cap * jnp.tanh(logits / cap)
 
 
 def per_channel(weights_D: jax.Array, x_BTD: jax.Array) -> jax.Array:

@@ -1,20 +1,16 @@
 """Cross-entropy of the tied head, from all logits at once or in chunks of tokens.
 
 All float32 logits of N tokens take 4NV bytes, and their gradient as many: 6.6 GB each at V = 50,304
-and 32,768 tokens per microbatch. In chunks of 4,096 tokens the logits take 824 MB, and the bfloat16
-gradient of a chunk 412 MB. (Compiled for an H100 at D = 1,024, loss and gradients need 13.2 GB of
-temporary memory whole and 1.35 GB in these chunks.)
+and 32,768 tokens per microbatch. In chunks of 4,096 tokens the logits take 824 MB.
 
-The three products (logits, gradient of x, gradient of the table) are 2NVD FLOPs each, 309 MFLOP per
-token at D = 1,024. A backward pass that recomputes the logits would add a fourth, 103 MFLOP per
-token. But the loss ends the forward pass, so its gradient is known there up to one scalar.
-`mean_loss` therefore computes both gradients of a chunk while its logits exist, and keeps them (dx
-is as large as x, dtable as the table) until that scalar arrives. This is the method of
+A backward pass that recomputes the logits would add a fourth product to the logits' and those of
+the two gradients. But the loss ends the forward pass, so its gradient is known there up to one
+scalar. `mean_loss` therefore computes both gradients of a chunk while its logits exist, and keeps
+them (dx is as large as x, dtable as the table) until that scalar arrives. This is the method of
 Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989.
 
-Each chunk also reads and writes dtable in float32, 412 MB at that size, beside about 0.9 MB per
-token for the logits and their gradient: about 10 % of the traffic with 4,096 tokens per chunk, and
-30 % with 1,024.
+Each chunk also reads and writes dtable in float32: at D = 1,024 about 10 % of the traffic with
+4,096 tokens per chunk, and 30 % with 1,024.
 """
 
 import functools
@@ -25,28 +21,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sngpt_jax.model.layers import soft_cap
-
 
 def logits(x_BTD: jax.Array, table_VD: jax.Array, cap: float) -> jax.Array:
-    """Logits [B, T, V], float32, soft-capped to ±`cap` (0: no cap).
+    """Logits [B, T, V], float32, and with a cap > 0: cap · tanh(logits / cap).
 
-    The table is cast to x's dtype; the product accumulates in float32 and stays in it.
+    The table is cast to x's dtype. The soft cap is Gemma 2's, arXiv:2408.00118.
     """
     logits_BTV = jnp.einsum(
         "btd,vd->btv", x_BTD, table_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
     )
-    return soft_cap(logits_BTV, cap) if cap else logits_BTV
+    return cap * jnp.tanh(logits_BTV / cap) if cap else logits_BTV
 
 
 def token_losses(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, cap: float, chunk: int
 ) -> jax.Array:
-    """Cross-entropy per token in nats, float32 [B, T].
+    """Cross-entropy per token in nats, float32 [B, T], differentiable.
 
-    At most `chunk` tokens' logits exist at a time (0: all).
-
-    Differentiable. With a chunk the backward pass recomputes the logits; `mean_loss` does not.
+    At most `chunk` tokens' logits exist at a time (0: all); a backward pass recomputes them.
     """
     chex.assert_shape(targets_BT, x_BTD.shape[:2])
     if not chunk:
@@ -63,9 +55,6 @@ def token_losses(
     return _together(losses_n1C, targets_BT.shape)
 
 
-READINGS = ("nll", "greedy", "entropy", "mass", "hint_nll")
-
-
 def token_readings(
     x_BTD: jax.Array,
     table_VD: jax.Array,
@@ -79,7 +68,7 @@ def token_readings(
     """The named readings of each token's distribution p, [B, T]; logits as in `token_losses`.
 
     nll: -ln p(target); greedy: whether the target is the likeliest token; entropy: of p in nats;
-    mass: Σ p; hint_nll: -ln p(hint). All are float32, except greedy. Not for differentiation.
+    mass: Σ p; hint_nll: -ln p(hint). All are float32, except greedy.
     """
     weights_VD = table_VD.astype(x_BTD.dtype)
 
@@ -113,18 +102,15 @@ def mean_loss(
 ) -> jax.Array:
     """The mean of `token_losses`, a float32 scalar, differentiable in reverse mode.
 
-    If it is differentiated, the gradients are computed together with the loss. Their products have
-    x's dtype and accumulate in float32; dx is rounded once to x's dtype, and dtable is summed over
-    the chunks in float32.
+    The gradients' products have x's dtype and accumulate in float32, over the chunks too; dx is
+    rounded once.
     """
     chex.assert_shape(targets_BT, x_BTD.shape[:2])
     return _mean(cap, chunk or targets_BT.size, x_BTD, table_VD, targets_BT)
 
 
 def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] as [n, 1, C, ...]: the fewest chunks of equal size C ≤ `chunk`, padded with
-    zeros.
-    """
+    """[B, T, ...] as [n, 1, C, ...]: the fewest chunks of equal size C ≤ `chunk`, zero-padded."""
     tokens = values_BT.shape[0] * values_BT.shape[1]
     count = -(-tokens // chunk)
     size = -(-tokens // count)

@@ -15,18 +15,12 @@ def relu2(h: jax.Array) -> jax.Array:
 
 
 def leaky_relu2(h: jax.Array) -> jax.Array:
-    """leaky_relu(h, slope 0.5)², elementwise: h² above zero, h²/4 below, so never negative.
-
-    Source: parameter-golf submission 740.
-    """
+    """h² above zero, h²/4 below, elementwise. Source: parameter-golf submission 740."""
     return jnp.square(jax.nn.leaky_relu(h, 0.5))
 
 
 def gelu(h: jax.Array) -> jax.Array:
-    """h Φ(h) with the exact normal distribution function Φ, elementwise.
-
-    Hendrycks & Gimpel 2016, arXiv:1606.08415.
-    """
+    """h Φ(h) with the normal distribution function Φ, exact. arXiv:1606.08415."""
     return jax.nn.gelu(h, approximate=False)
 
 

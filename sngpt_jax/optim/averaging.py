@@ -4,10 +4,9 @@ Sources: EMA, Polyak and Juditsky, "Acceleration of stochastic approximation by 
 SWA, Izmailov et al., "Averaging weights leads to wider optima and better generalization"
 (https://arxiv.org/abs/1803.05407).
 
-An average has the tree of the parameters. It is float32, except that embedding tables (groups embed
-and table) are kept in `average_table_dtype`. Some published runs kept them in bfloat16. That costs
-accuracy: an entry moves only if an update exceeds its last bit, about 1/256 of the entry. All
-arithmetic is float32; only the stored value is rounded.
+An average has the tree of the parameters and is float32, except that embedding tables (groups embed
+and table) are kept in `average_table_dtype`. In bfloat16, as some published runs had it, an entry
+moves only if an update exceeds about 1/256 of it. All arithmetic is float32.
 """
 
 import functools
@@ -24,12 +23,8 @@ from sngpt_jax.optim.groups import label
 
 
 def _dtypes(config: OptimConfig, params: optax.Params) -> optax.Params:
-    """The dtype of each leaf of an average of `params`."""
-    tables = ("embed", "table")
-    return jax.tree.map(
-        lambda group: jnp.dtype(config.average_table_dtype if group in tables else "float32"),
-        label(params),
-    )
+    dtypes = {"embed": config.average_table_dtype, "table": config.average_table_dtype}
+    return jax.tree.map(lambda group: jnp.dtype(dtypes.get(group, "float32")), label(params))
 
 
 def init_ema(config: OptimConfig, params: optax.Params) -> optax.Params:
@@ -38,7 +33,7 @@ def init_ema(config: OptimConfig, params: optax.Params) -> optax.Params:
 
 
 def update_ema(ema: optax.Params, params: optax.Params, decay: float) -> optax.Params:
-    """decay · ema + (1 - decay) · params; `params` are the weights after the step."""
+    """decay · ema + (1 - decay) · params, of the `params` after the step."""
 
     def update(e: jax.Array, p: jax.Array) -> jax.Array:
         return (decay * e.astype(jnp.float32) + (1.0 - decay) * p).astype(e.dtype)
@@ -62,11 +57,10 @@ def init_swa(config: OptimConfig, params: optax.Params) -> SWA:
 
 
 def update_swa(swa: SWA, params: optax.Params, take: jax.typing.ArrayLike) -> SWA:
-    """`swa` with the snapshot `params` added if the boolean scalar `take` is true; otherwise
-    unchanged, bit for bit.
+    """`swa` with the snapshot `params` added if the boolean scalar `take` is true.
 
-    `take` may be traced. Both results are computed and one is selected, because a GPU would wait
-    for the predicate of a `lax.cond`.
+    Both results are computed and one is selected, because a GPU would wait for the predicate of a
+    `lax.cond`.
     """
     count = swa.count + jnp.asarray(take, jnp.int32)
 

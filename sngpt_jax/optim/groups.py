@@ -1,4 +1,4 @@
-"""Which rule updates which parameter: the optimizer, built by group, and the table that shows it.
+"""The rule that updates each group of parameters, and the table that shows it.
 
 `config.parameters` assigns each parameter to a group.
 """
@@ -24,29 +24,27 @@ Rule = Literal["muon", "adam"]
 
 
 @dataclass(frozen=True)
-class Group:
-    """How a group's parameters change: W ← (1 - η · weight_decay) W - η · u. The learning rate η is
-    lr times the run's multiplier.
-    """
+class UpdateRule:
+    """W ← (1 - η · weight_decay) W - η · u, with η = lr times the run's multiplier."""
 
     rule: Rule  # computes u from the gradients
     lr: float  # peak learning rate
     weight_decay: float
 
 
-def groups(config: OptimConfig) -> dict[OptimizerGroup, Group]:
-    """The groups by name, in the order of the table."""
+def groups(config: OptimConfig) -> dict[OptimizerGroup, UpdateRule]:
+    """How each group changes, in the order of the table."""
     decay = config.adam_weight_decay
-    matrix = Group("muon", config.muon_lr, config.muon_weight_decay)
-    scalar = Group("adam", config.scalar_lr, decay)
+    matrix = UpdateRule("muon", config.muon_lr, config.muon_weight_decay)
+    scalar = UpdateRule("adam", config.scalar_lr, decay)
     return {
-        "embed": Group("adam", config.embed_lr, decay),
-        "table": Group("adam", config.table_lr, decay),
+        "embed": UpdateRule("adam", config.embed_lr, decay),
+        "table": UpdateRule("adam", config.table_lr, decay),
         "matrix": matrix,
         "projection": matrix if config.projection_rule == "muon" else scalar,
         "scalar": scalar,
         # most biases are rarely selected, so that a decay would be all that changes them
-        "code_bias": Group("adam", config.scalar_lr, 0.0),
+        "code_bias": UpdateRule("adam", config.scalar_lr, 0.0),
     }
 
 
@@ -65,9 +63,8 @@ def label(params: optax.Params) -> optax.Params:
 def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
     """`grads` scaled down to the global L2 norm `max_norm` if theirs is larger; 0: unchanged.
 
-    With `grad_clip_scope` = global, `make_optimizer` applies it to the mean gradient. With device,
-    the training step applies it to each device's gradient before the mean. Source: Pascanu et al.,
-    "On the difficulty of training recurrent neural networks" (https://arxiv.org/abs/1211.5063).
+    Source: Pascanu et al., "On the difficulty of training recurrent neural networks"
+    (https://arxiv.org/abs/1211.5063).
     """
     if not max_norm:
         return grads
@@ -82,12 +79,11 @@ def _scale_by_lr_multiplier(rule: Rule) -> optax.GradientTransformationExtraArgs
         params: optax.Params | None = None,
         *,
         lr_multiplier: jax.typing.ArrayLike,
-        adam_lr_multiplier: jax.typing.ArrayLike | None = None,
-        **extra_args: object,
+        adam_lr_multiplier: jax.typing.ArrayLike,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        has_own = rule == "adam" and adam_lr_multiplier is not None
-        return optax.tree.scale(adam_lr_multiplier if has_own else lr_multiplier, updates), state
+        del params
+        multiplier = adam_lr_multiplier if rule == "adam" else lr_multiplier
+        return optax.tree.scale(multiplier, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -100,15 +96,14 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run with the tree of `params`, real or abstract.
 
-    `update(grads, state, params, lr_multiplier=…)` clips the gradients' global norm (unless
-    `grad_clip_scope` = device), applies each group's rule, and returns what `optax.apply_updates`
-    adds. The scalars `lr_multiplier` and, for Adam's groups, `adam_lr_multiplier` may be traced:
-    the host computes them per step (`schedules.step_controls`), so that a schedule by the clock
-    compiles once. With `mesh` the devices share Muon's work; gradients and moments then lie as
-    `partition_specs(mesh, …, kept_over)` says.
+    `update(grads, state, params, lr_multiplier=…, adam_lr_multiplier=…)` clips the gradients'
+    global norm (unless `grad_clip_scope` = device), applies each group's rule, and returns what
+    `optax.apply_updates` adds. The multipliers of `schedules.step_controls` may be traced. With
+    `mesh` the devices share Muon's work; gradients and moments then lie as `partition_specs(mesh,
+    …, kept_over)` says.
     """
 
-    def transformation(group: Group) -> optax.GradientTransformation:
+    def transformation(group: UpdateRule) -> optax.GradientTransformation:
         if group.rule == "muon":
             direction = muon.scale_by_muon(
                 schedules.muon_momentum(config),
@@ -151,7 +146,6 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors of the row."""
         return self.count * math.prod(self.shape)
 
 
@@ -180,27 +174,14 @@ def describe(config: OptimConfig, params: optax.Params) -> list[Row]:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned text with a heading and the total number of parameters."""
-    lines = [
-        (
-            row.path,
-            "×".join(map(str, row.shape)),
-            f"{row.count:,}",
-            f"{row.parameters:,}",
-            row.group,
-            row.rule,
-            f"{row.lr:g}",
-            f"{row.weight_decay:g}",
-        )
-        for row in rows
-    ]
-    heading = ("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")
-    total = f"{sum(r.count for r in rows):,}", f"{sum(r.parameters for r in rows):,}"
-    cells = [heading, *lines, ("total", "", *total, "", "", "", "")]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{cell:{side}{width}}"
-            for cell, side, width in zip(line, "<<>><<>>", widths, strict=True)
-        ).rstrip()
-        for line in cells
-    )
+    cells = [("parameter", "shape", "tensors", "parameters", "group", "rule", "lr", "decay")]
+    for row in rows:
+        shape, rates = "×".join(map(str, row.shape)), (f"{row.lr:g}", f"{row.weight_decay:g}")
+        sizes = f"{row.count:,}", f"{row.parameters:,}"
+        cells.append((row.path, shape, *sizes, row.group, row.rule, *rates))
+    total = f"{sum(row.count for row in rows):,}", f"{sum(row.parameters for row in rows):,}"
+    cells.append(("total", "", *total, "", "", "", ""))
+    columns = zip("<<>><<>>", *cells, strict=True)
+    formats = [f"{side}{max(map(len, texts))}" for side, *texts in columns]
+    lines = ("  ".join(map(format, line, formats)).rstrip() for line in cells)
+    return "\n".join(lines)

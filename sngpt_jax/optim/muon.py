@@ -25,10 +25,8 @@ Coefficients = Literal["quintic", "polar_express"]
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 # Amsel et al., "The Polar Express" (arXiv:2505.16932), for singular values above 1e-3 of the
-# largest
-# possible. Each polynomial is the best odd quintic for the interval that the earlier ones leave;
-# the
-# first three take a narrower interval, so that small values grow faster.
+# largest possible. Each polynomial is the best odd quintic for the interval that the earlier ones
+# leave; the first three take a narrower interval, so that small values grow faster.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -64,21 +62,14 @@ def newton_schulz(
     began above 0.001 of the norm lie in [0.84, 1.13]. A zero matrix stays zero.
 
     `matrices` [..., m, n] and the result are float32; another dtype raises TypeError. `dtype` is
-    that of the products' operands and results. In bfloat16 each product runs on a GPU's tensor
-    cores, which add up in float32. Its result is stored as bfloat16 (no preferred_element_type): a
-    product of 512 x 512 matrices does about 170 operations per byte, too few to keep the tensor
-    cores busy, so a float32 result would cost time, and the next product would round it anyway.
-    With float32 the products are full float32, not TF32.
+    that of the products' operands and results. In bfloat16 a GPU's tensor cores add up in float32.
+    A float32 result would cost time, and the next product would round it anyway. With float32 the
+    products are full float32, not TF32.
     """
     if matrices.dtype != jnp.float32:
         raise TypeError(f"newton_schulz takes float32 matrices; found {matrices.dtype}")
-    precision = (
-        jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
-    )
-
-    def product(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.matmul(left, right, precision=precision)
-
+    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else "default"
+    product = functools.partial(jnp.matmul, precision=precision)
     tall = matrices.shape[-2] > matrices.shape[-1]
     norms = jnp.linalg.norm(matrices, axis=(-2, -1), keepdims=True)
     x = (matrices / (norms + 1e-7)).astype(dtype)
@@ -95,9 +86,8 @@ def newton_schulz(
 
 
 def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> int:
-    """Floating-point operations of the products in `newton_schulz` of an array [..., m, n].
-
-    They are 4 m² n + 2 m³ per step and matrix, with m ≤ n; a multiply-add counts as two.
+    """Floating-point operations of the products in `newton_schulz`, a multiply-add as two: per
+    step and matrix 4 m² n + 2 m³, m ≤ n.
     """
     *stack, m, n = *shape[:-2], *sorted(shape[-2:])
     return math.prod(stack) * steps * (4 * m * m * n + 2 * m**3)
@@ -114,9 +104,8 @@ class MuonState(NamedTuple):
 
 
 def _evening(squares: jax.Array, running: jax.Array) -> jax.Array:
-    """The factors [fan_out] on an update's columns: 1 / √running, scaled to keep the update's norm.
-
-    `squares` and `running` are the current and the running mean squares of the columns.
+    """The factors [fan_out] on an update's columns: 1 / √running, scaled to keep the update's norm,
+    from the current and the running mean squares of the columns.
     """
     factors = jax.lax.rsqrt(running + 1e-10)
     return factors * jnp.sqrt(jnp.sum(squares) / (jnp.sum(squares * factors**2) + 1e-20))
@@ -133,23 +122,19 @@ def scale_by_muon(
     mesh: Mesh | None = None,
     kept_over: tuple[str, ...] = PARAMETER_AXES,
 ) -> optax.GradientTransformation:
-    """Replaces the gradient G of a matrix W [fan_in, fan_out] by orthogonalized Nesterov momentum,
-    a direction of descent.
+    """Replaces the gradient G of a matrix W [fan_in, fan_out] by orthogonalized Nesterov momentum.
 
     With μ = `momentum`, a number or a function of the updates taken: M ← μ M + G, and the result is
-    √max(1, fan_out / fan_in) · O with O = newton_schulz(G + μ M). Both are computed in float32; M
-    is rounded to `momentum_dtype` when it is kept.
+    √max(1, fan_out / fan_in) · O with O = newton_schulz(G + μ M). M is kept in `momentum_dtype`.
 
     A `neuron_beta2` β₂ > 0 evens out the neurons' updates: v ← β₂ v + (1 - β₂) · (mean of O² over
     fan_in) per neuron, and O / √v, scaled to the norm of O, replaces O. Source: NorMuon (Li et al.,
     arXiv:2510.05491). The paper sets another norm; keeping the norm follows the public
     modded-nanogpt speedrun.
 
-    Matrices of equal or transposed shape are orthogonalized as one stack, in a few large batched
-    products. With `mesh` each device takes a share of the stack: gradients and momentum lie as
-    `partition_spec(mesh, shape, kept_over)` says, and the result lies as the parameters do.
-    `stacks` states the cost. `init` raises ValueError with the name of the first parameter that is
-    not a matrix.
+    Matrices of equal or transposed shape are orthogonalized as one stack (`stacks.map_stacks`),
+    over the devices of `mesh` if it is given. `init` raises ValueError with the name of the first
+    parameter that is not a matrix.
     """
 
     def init(params: optax.Params) -> MuonState:

@@ -1,8 +1,7 @@
 """Late quantization-aware training: in the last steps of a run the model uses its matrices as the
 exported artifact will hold them.
 
-The grid is symmetric with one scale per output channel: `scale · {-q_max, …, q_max}` with q_max =
-2^(bits - 1) - 1. The gradient ignores the rounding (straight-through estimator: Bengio et al.,
+The gradient ignores the rounding (straight-through estimator: Bengio et al.,
 https://arxiv.org/abs/1308.3432). The public Parameter Golf scripts do this late in a run, with a
 row's largest magnitude as its range.
 """
@@ -18,10 +17,10 @@ from sngpt_jax.config import Config, ConfigError
 
 
 def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
-    """The nearest matrix to `matrix` [..., in, out], float32, on the grid of `bits`.
+    """The nearest matrix to `matrix` [..., in, out], float32, on the grid scale · {-q, …, q}.
 
-    Per output channel, scale = float16(max(max(absmax over in, clip_floor) / q, SMALLEST_SCALE)).
-    The result is scale · round(matrix · float32(1 / scale)), with halves rounded to even.
+    Per output channel, scale = float16(max(max(absmax over in, clip_floor) / q, SMALLEST_SCALE))
+    with q = 2^(bits - 1) - 1. Halves are rounded to even.
     """
     reach = jnp.maximum(jnp.max(jnp.abs(matrix), axis=-2, keepdims=True), clip_floor)
     # XLA turns a division by a constant into a product. As a product, it is equal everywhere.
@@ -34,20 +33,17 @@ def fake_quantize(matrix: jax.Array, bits: int, clip_floor: float) -> jax.Array:
 
 
 def _policy(path: tuple[object, ...], leaf: jax.Array, config: Config) -> Policy | None:
-    """How the exporter stores a matrix on a grid; None for any other tensor."""
+    """How the exporter stores a matrix on a grid; None for another tensor."""
     policy = policy_of(path_name(path), leaf.shape, config)
     return policy if policy.group in MATRICES and policy.has_grid else None
 
 
 def check(params: optax.Params, config: Config) -> None:
-    """Raises `ConfigError` if late quantization-aware training would imitate nothing that the
-    exporter does.
-
-    `params` may be abstract.
+    """Raises `ConfigError` if the training would imitate nothing that the exporter does to
+    `params`, real or abstract.
     """
-    if not any(
-        _policy(path, leaf, config) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not any(_policy(path, leaf, config) for path, leaf in leaves):
         raise ConfigError(
             "optim.qat_below has no grid to train for: export.mlp_bits, attention_bits,"
             " projection_bits and passthrough_size leave every matrix as it is"
@@ -60,9 +56,7 @@ def check(params: optax.Params, config: Config) -> None:
 
 
 def on_grid(params: optax.Params, config: Config) -> optax.Params:
-    """`params` with each matrix that `config` exports on a grid moved to its nearest grid points;
-    tables stay unchanged.
-    """
+    """`params` with each matrix that the exporter stores on a grid moved to the nearest points."""
 
     def replace(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         if policy := _policy(path, leaf, config):
@@ -75,11 +69,10 @@ def on_grid(params: optax.Params, config: Config) -> optax.Params:
 def straight_through(
     params: optax.Params, config: Config, switch: jax.typing.ArrayLike
 ) -> optax.Params:
-    """`on_grid(params)` if the boolean scalar `switch` is true, otherwise `params`; the gradient is
-    that of `params` in both cases.
+    """`on_grid(params)` if the boolean scalar `switch` is true, otherwise `params`.
 
     `switch` must be traced: one compiled step then serves both cases, and the rounding is not
-    folded away. The gradient with respect to the result equals the one with respect to `params`, so
+    folded away. The gradient with respect to `params` equals the one with respect to the result, so
     a step with several microbatches calls this function once.
     """
 

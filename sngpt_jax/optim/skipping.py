@@ -1,9 +1,8 @@
 """Skipped steps: a step whose loss or gradient is not finite, or stands out, changes only its
 number.
 
-The compiled program judges a step by two scalars that all devices have: its loss and the norm of
-its gradient. Then it selects, element by element, the old or the new state, so a NaN goes nowhere.
-A GPU would wait for the predicate of a `lax.cond`.
+The compiled program selects, element by element, the old or the new state, so a NaN goes nowhere. A
+GPU would wait for the predicate of a `lax.cond`.
 
 Spikes follow the rule of OLMo-core's SkipStepOptimizer (https://github.com/allenai/OLMo-core). A
 step is a spike if its loss or its gradient norm exceeds the mean of the last 128 steps by more than
@@ -11,7 +10,7 @@ step is a spike if its loss or its gradient norm exceeds the mean of the last 12
 skipped steps enter the window too, so that a lasting change of level is normal after a while.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ _FEWEST = WINDOW // 2  # steps in the window before any step can be a spike
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Window:
+class RecentSteps:
     """The measurements of the last W = 128 finite steps, in a ring."""
 
     count: jax.Array  # int32 scalar: values written so far
@@ -40,7 +39,7 @@ class Skips:
 
     total: jax.Array  # int32 scalar
     in_a_row: jax.Array  # int32 scalar: up to the last step; 0 if that step was not skipped
-    window: Window | None = None  # None: spikes are not skipped
+    window: RecentSteps | None = None  # None: spikes are not skipped
 
 
 def init_skips(config: TrainConfig) -> Skips | None:
@@ -48,16 +47,14 @@ def init_skips(config: TrainConfig) -> Skips | None:
     if config.nonfinite != "skip" and not config.spike_sigma:
         return None
     zero, empty = jnp.zeros((), jnp.int32), jnp.zeros(WINDOW, jnp.float32)
-    window = Window(zero, empty, empty) if config.spike_sigma else None
+    window = RecentSteps(zero, empty, empty) if config.spike_sigma else None
     return Skips(total=zero, in_a_row=zero, window=window)
 
 
 def judge(
     config: TrainConfig, skips: Skips, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, Skips]:
-    """Whether to skip a step with this `loss` and `grad_norm` (float32 scalars), and `skips` after
-    it.
-    """
+    """Whether to skip a step with these float32 scalars, and `skips` after it."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     skip = ~finite if config.nonfinite == "skip" else jnp.zeros((), bool)
     window = skips.window
@@ -65,23 +62,18 @@ def judge(
         for value, values_W in ((loss, window.loss_W), (grad_norm, window.grad_norm_W)):
             skip |= finite & _stands_out(value, values_W, window.count, config.spike_sigma)
         place = window.count % WINDOW
-        written = replace(
-            window,
-            count=window.count + 1,
-            loss_W=window.loss_W.at[place].set(loss),
-            grad_norm_W=window.grad_norm_W.at[place].set(grad_norm),
+        written = RecentSteps(
+            window.count + 1,
+            window.loss_W.at[place].set(loss),
+            window.grad_norm_W.at[place].set(grad_norm),
         )
         window = select(finite, written, window)
     counted = jnp.asarray(skip, jnp.int32)
-    return skip, Skips(
-        total=skips.total + counted, in_a_row=(skips.in_a_row + 1) * counted, window=window
-    )
+    return skip, Skips(skips.total + counted, (skips.in_a_row + 1) * counted, window)
 
 
 def _stands_out(value: jax.Array, values_W: jax.Array, count: jax.Array, sigma: float) -> jax.Array:
-    """Whether `value` exceeds the mean of the last values by more than `sigma` standard deviations
-    (n - 1).
-    """
+    """Whether `value` exceeds the mean by more than `sigma` standard deviations (n - 1)."""
     n = jnp.minimum(count, WINDOW)
     held_W = jnp.arange(WINDOW) < n
     mean = jnp.sum(values_W, where=held_W) / jnp.maximum(n, 1)

@@ -1,18 +1,16 @@
 """Matrices of equal shape as one stack; each device of a mesh works on its share of the stack.
 
-A function of whole matrices, such as an orthogonalization, needs each matrix on one device only. So
-the devices redistribute the stack, each maps its share, and they exchange the results. That takes
-at most two collective operations per shape, for any number of matrices:
+The devices redistribute the stack, each maps its share of whole matrices, and they exchange the
+results. That takes at most two collective operations per shape, for any number of matrices:
 
   matrices            before the function        after it, if parameters are
                                                  replicated    split over fsdp
   replicated          none: take the own share   all-gather    all-to-all
   split               all-to-all                 all-gather    all-to-all
 
-Bytes sent per device and step, as a share of all matrices' bytes with n devices: before the
-function 1/n if matrices are split; after it 1 for an all-gather or 1/fsdp for an all-to-all, in
-bfloat16 if the function computes in bfloat16. Each device does about 1/n of the work. A stack that
-n does not divide is padded with zeros, which are sent too. `is_dealt_out` is the rule.
+With n devices, each does about 1/n of the work. Before the function it sends 1/n of all matrices'
+bytes if they are split; after it all of them (all-gather) or 1/fsdp (all-to-all), in bfloat16 if
+the function computes in it. A stack that n does not divide is padded with zeros, which are sent.
 """
 
 import math
@@ -30,9 +28,8 @@ Shape = tuple[int, ...]
 
 
 def by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """The indices of the `shapes` that share a stack, by the stack's matrix shape (m, n), m ≤ n.
-
-    Tall matrices are transposed, so that an MLP's up and down matrices share a stack.
+    """The indices of the `shapes` that share a stack, by the stack's matrix shape (m, n), m ≤ n:
+    tall matrices are transposed.
     """
     members: dict[Shape, list[int]] = defaultdict(list)
     for index, shape in enumerate(shapes):
@@ -41,10 +38,8 @@ def by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
 
 
 def is_dealt_out(count: int, shape: Shape, mesh: Mesh, kept_over: tuple[str, ...]) -> bool:
-    """Whether the devices share a stack of `count` matrices of this shape.
-
-    They do, unless there is a single device, or one matrix that every device has whole; then all
-    devices map it and send nothing.
+    """Whether the devices share a stack of `count` matrices of this shape: not if there is a
+    single device, or one matrix that every device has whole.
     """
     is_split = split_of(partition_spec(mesh, shape, kept_over)) is not None
     return mesh.size > 1 and (count > 1 or is_split)
@@ -66,9 +61,8 @@ def map_stacks(
     """
     results = list(matrices)
     for shape, members in by_shape([matrix.shape for matrix in matrices]).items():
-        stack = jnp.stack(
-            [matrices[i] if matrices[i].shape == shape else matrices[i].mT for i in members]
-        )
+        found = [matrices[i] for i in members]
+        stack = jnp.stack([matrix if matrix.shape == shape else matrix.mT for matrix in found])
         if mesh is not None and is_dealt_out(len(members), shape, mesh, kept_over):
             stack = _dealt_out(function, stack, dtype, mesh, kept_over)
         else:
@@ -90,7 +84,6 @@ def _dealt_out(
     rows = math.ceil(count / mesh.size)
 
     def local(pieces: jax.Array) -> jax.Array:
-        """Maps a device's pieces of the whole stack to its pieces of the results."""
         pieces = jnp.pad(pieces, ((0, rows * mesh.size - count), (0, 0), (0, 0)))
         split = split_of(given)
         over = split[1] if split else ()
@@ -111,16 +104,11 @@ def _dealt_out(
             results = jax.lax.all_gather(results, order, tiled=True)
         else:  # one piece per device along fsdp, equal for all devices along data
             parts = jnp.stack(jnp.split(results, mesh.shape["fsdp"], axis=1 + split[0]))
+            sizes = (mesh.shape[name] for name in order)
             for_all = jnp.expand_dims(parts, order.index("data"))
-            for_all = jnp.broadcast_to(
-                for_all, (*(mesh.shape[name] for name in order), *parts.shape[1:])
-            )
+            for_all = jnp.broadcast_to(for_all, (*sizes, *parts.shape[1:]))
             results = jax.lax.all_to_all(
-                for_all.reshape(-1, *parts.shape[2:]),
-                order,
-                split_axis=0,
-                concat_axis=0,
-                tiled=True,
+                for_all.reshape(-1, *parts.shape[2:]), order, 0, 0, tiled=True
             )
         return results[:count].astype(jnp.float32)
 

@@ -14,7 +14,7 @@ from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.bpb import Pass, Sum
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
-from sngpt_jax.model.forward import forward, init_params
+from sngpt_jax.model.forward import forward, init_variables
 from tests.evaluation.test_windows import literal
 
 V = 11
@@ -174,7 +174,7 @@ TINY = ModelConfig(
 
 def model_score(config, windows, devices, device_batch_tokens):
     mesh = make_mesh(jax.devices()[:devices])
-    params = init_params(config, jax.random.key(0))
+    params = init_variables(config, jax.random.key(0))[0]
     table = TokenBytes(np.ones(29, np.int32), np.zeros(29, bool), np.zeros(29, bool))
     step = make_eval_step(config, mesh)
     stream = Stream(400, 29)
@@ -185,7 +185,7 @@ def model_score(config, windows, devices, device_batch_tokens):
 def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
     """One forward pass for each target, on exactly the inputs that its window shows it."""
     windows, tokens = sliding_windows(400, T, stride, 150), Stream(400, 29).tokens.astype(int)
-    params, apply = init_params(TINY, jax.random.key(0)), jax.jit(forward(TINY))
+    params, apply = init_variables(TINY, jax.random.key(0))[0], jax.jit(forward(TINY))
     nll = []
     for target in range(150):
         start = 0 if target < T else min(math.ceil((target - T + 1) / stride) * stride, 150 - T)

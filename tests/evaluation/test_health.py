@@ -28,7 +28,7 @@ from sngpt_jax.evaluation.health import (
     summarize,
 )
 from sngpt_jax.model.cayley import CodeState, Taps, code_state
-from sngpt_jax.model.forward import init_params, init_statistics, join, tapped_losses
+from sngpt_jax.model.forward import init_variables, join, tapped_losses
 from sngpt_jax.run.metrics import MetricsWriter
 
 MODEL = ModelConfig(
@@ -156,9 +156,7 @@ def test_one_layers_sums_are_those_of_a_loop_over_tokens(standardized, generator
 def random_model():
     """Variables of a model whose codes are no longer those of the start."""
     rng = np.random.default_rng(2)
-    variables = jax.jit(lambda key: join(init_params(MODEL, key), init_statistics(MODEL)))(
-        jax.random.key(3)
-    )
+    variables = jax.jit(lambda key: join(*init_variables(MODEL, key)))(jax.random.key(3))
     code = random_code(rng, MODEL.num_layers)
     for i, block in enumerate(variables["blocks"].values()):
         block["code"] = {

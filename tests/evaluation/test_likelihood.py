@@ -16,7 +16,7 @@ from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
 from sngpt_jax.evaluation import likelihood
 from sngpt_jax.evaluation.likelihood import LanguageModel, cut_at
-from sngpt_jax.model.forward import init_params
+from sngpt_jax.model.forward import init_variables
 from tests import oracles
 
 ALPHABET = "\x00\x01abcdefghijklmnopqrstuvwxyz .\n"
@@ -56,7 +56,7 @@ class Letters:
 
 
 def random_params(config, seed=0):
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0))[0])
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(

@@ -21,7 +21,7 @@ from sngpt_jax.evaluation.windows import Windows
 from sngpt_jax.features.__main__ import main, parse_layers
 from sngpt_jax.features.page import page, truncated
 from sngpt_jax.features.study import BOS_MARK, Slice, make_selections, study_slice, text_reader
-from sngpt_jax.model.forward import init_params, init_statistics, join, losses, tapped_losses
+from sngpt_jax.model.forward import init_variables, join, losses, tapped_losses
 from sngpt_jax.weights.trained_model import TrainedModel
 from tests.browser import DESKTOP, PHONE, needs_browser, opened
 
@@ -50,7 +50,7 @@ T = 32
 def variables():
     """Those of an untrained model, with statistics and biases as training could leave them."""
     rng = np.random.default_rng(0)
-    tree = join(init_params(CONFIG, jax.random.key(0)), init_statistics(CONFIG))
+    tree = join(*init_variables(CONFIG, jax.random.key(0)))
     for block in tree["blocks"].values():
         block["code"]["mean"] = jnp.asarray(rng.normal(0, 0.1, 16), jnp.float32)
         block["code"]["std"] = jnp.asarray(rng.uniform(0.5, 1.5, 256), jnp.float32)

@@ -11,7 +11,7 @@ from flax import nnx
 from sngpt_kernels.dispatch import Device, targeting
 
 from sngpt_jax.model import layers
-from sngpt_jax.model.forward import forward, init_params, losses
+from sngpt_jax.model.forward import forward, init_variables, losses
 from sngpt_jax.model.gpt import GPT
 from tests import oracles
 from tests.model.test_techniques import TINY, changed, compiled, double, random_params
@@ -102,7 +102,7 @@ def test_no_output_depends_on_a_later_token():
 
 def test_loss_at_the_start_is_ln_v():
     config = changed(vocab_size=1024, d_model=64)
-    params = init_params(config, jax.random.key(0))
+    params = init_variables(config, jax.random.key(0))[0]
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 1024)
     loss = jax.jit(losses(config))(params, tokens[:, :-1], tokens[:, 1:]).mean()
     assert loss == pytest.approx(math.log(1024), abs=0.02)

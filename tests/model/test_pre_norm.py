@@ -14,7 +14,13 @@ from sngpt_kernels.cayley import reference
 
 from sngpt_jax.config import ModelConfig, parse_levels
 from sngpt_jax.model.cayley import sample_positions
-from sngpt_jax.model.forward import abstract_variables, forward, init_params, losses, tapped_losses
+from sngpt_jax.model.forward import (
+    abstract_variables,
+    forward,
+    init_variables,
+    losses,
+    tapped_losses,
+)
 from tests import oracles
 
 DENSE = ModelConfig(
@@ -182,7 +188,7 @@ def test_initial_values():
     config = dataclasses.replace(
         CODED, d_model=64, mlp_dim=256, num_layers=8, levels=parse_levels("6,4,0")
     )
-    params = init_params(config, jax.random.key(0))
+    params = init_variables(config, jax.random.key(0))[0]
     for block in params["blocks"].values():
         for name in ("query", "key", "value"):
             assert np.std(block["attn"][name]) == pytest.approx(0.02, rel=0.05)

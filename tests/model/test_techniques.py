@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.model.forward import abstract_parts, forward, init_params
+from sngpt_jax.model.forward import abstract_parts, forward, init_variables
 from tests import oracles
 
 TINY = ModelConfig(
@@ -101,7 +101,7 @@ def random_params(config, seed=0):
 
 @functools.cache
 def initial_params(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(3)))()
+    return jax.jit(lambda: init_variables(config, jax.random.key(3))[0])()
 
 
 @functools.cache

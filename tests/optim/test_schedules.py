@@ -1,6 +1,7 @@
 """Schedules: worked examples of the published formulas, and what holds for every run."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,20 +11,23 @@ from hypothesis import strategies as st
 
 from sngpt_jax.config import OptimConfig, TrainConfig
 from sngpt_jax.config.recipe import load
-from sngpt_jax.optim.schedules import lr_multiplier, muon_momentum, step_controls
+from sngpt_jax.optim.schedules import muon_momentum, step_controls
+
+
+def multiplier(*now):
+    return float(step_controls(*now).lr_multiplier)
+
+
+def near(expected):
+    """Equal in float32."""
+    return pytest.approx(expected, rel=2e-7, abs=1e-9)
 
 
 def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
     """The schedule of the challenge's training script, as written there."""
-    if warmdown_iters <= 0:
-        return 1.0
     if max_wallclock_seconds <= 0:
         start = max(iterations - warmdown_iters, 0)
-        return (
-            max((iterations - step) / max(warmdown_iters, 1), 0.0)
-            if start <= step < iterations
-            else 1.0
-        )
+        return (iterations - step) / warmdown_iters if start <= step < iterations else 1.0
     max_wallclock_ms = 1000.0 * max_wallclock_seconds
     step_ms = elapsed_ms / max(step, 1)
     warmdown_ms = warmdown_iters * step_ms
@@ -52,9 +56,7 @@ CAP = TrainConfig(steps=20_000, max_seconds=600.0)
     ],
 )
 def test_wall_clock_by_steps(step, elapsed, expected):
-    assert lr_multiplier(wall_clock(warmdown_steps=1200), CAP, step, elapsed) == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert multiplier(wall_clock(warmdown_steps=1200), CAP, step, elapsed) == near(expected)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,7 @@ def test_wall_clock_by_steps(step, elapsed, expected):
 )
 @pytest.mark.parametrize("step", [0, 7, 19_999])
 def test_wall_clock_by_fraction_ignores_the_steps(step, elapsed, expected):
-    assert lr_multiplier(wall_clock(warmdown_fraction=0.5), CAP, step, elapsed) == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert multiplier(wall_clock(warmdown_fraction=0.5), CAP, step, elapsed) == near(expected)
 
 
 @pytest.mark.parametrize(
@@ -74,29 +74,20 @@ def test_wall_clock_by_fraction_ignores_the_steps(step, elapsed, expected):
 @pytest.mark.parametrize("length", [{"warmdown_steps": 200}, {"warmdown_fraction": 0.2}])
 def test_steps(step, expected, length):
     train = TrainConfig(steps=1000, max_seconds=600.0)  # the cap ends the run and shapes nothing
-    assert lr_multiplier(OptimConfig(**length), train, step, 599.0) == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert multiplier(OptimConfig(**length), train, step, 599.0) == near(expected)
 
 
 def test_floor_and_warmup():
     optim = OptimConfig(warmup_steps=10, warmdown_steps=100, final_lr_fraction=0.1)
     train = TrainConfig(steps=1000)
-    values = {
-        step: lr_multiplier(optim, train, step, 0.0) for step in (0, 1, 5, 10, 900, 950, 1000)
-    }
     expected = {0: 0.0, 1: 0.1, 5: 0.5, 10: 1.0, 900: 1.0, 950: 0.55, 1000: 0.1}
-    assert values == pytest.approx(expected, abs=1e-12)
+    assert {step: multiplier(optim, train, step, 0.0) for step in expected} == near(expected)
 
 
 def test_constant():
     optim = OptimConfig(schedule="constant", warmup_steps=4)
-    assert [lr_multiplier(optim, CAP, step, 0.0) for step in (0, 1, 4, 20_000)] == [
-        0.0,
-        0.25,
-        1.0,
-        1.0,
-    ]
+    values = [multiplier(optim, CAP, step, 0.0) for step in (0, 1, 4, 20_000)]
+    assert values == [0.0, 0.25, 1.0, 1.0]
 
 
 @given(
@@ -113,7 +104,7 @@ def test_equals_the_published_script(step, elapsed, warmdown_iters, seconds):
     if not seconds and step >= train.steps:
         step %= train.steps  # the script never asks beyond its last step, and answers 1 there
     expected = published_wall_clock(step, 1000 * elapsed, train.steps, warmdown_iters, seconds)
-    assert lr_multiplier(optim, train, step, elapsed) == pytest.approx(expected, abs=1e-9)
+    assert multiplier(optim, train, step, elapsed) == near(expected)
 
 
 @st.composite
@@ -135,10 +126,10 @@ def runs(draw):
 @given(run=runs(), step=st.integers(0, 10_000), elapsed=st.floats(0, 1e6))
 def test_bounds(run, step, elapsed):
     optim, train = run
-    value = lr_multiplier(optim, train, step, elapsed)
-    assert type(value) is float and 0.0 <= value <= 1.0
+    value = multiplier(optim, train, step, elapsed)
+    assert 0.0 <= value <= 1.0
     if step >= optim.warmup_steps:
-        assert value >= optim.final_lr_fraction
+        assert value >= np.float32(optim.final_lr_fraction)
 
 
 @given(run=runs(), seconds_a_step=st.floats(1e-3, 10))
@@ -150,22 +141,22 @@ def test_rises_then_falls_to_the_floor_without_jumps(run, seconds_a_step):
     # only a finished step tells how long warmdown_steps last
     first = 0 if by_steps or optim.warmdown_fraction else 1
     steps = sorted({max(int(last * part / 200), first) for part in range(201)})
-    values = np.array([lr_multiplier(optim, train, step, step * seconds_a_step) for step in steps])
+    values = np.array([multiplier(optim, train, step, step * seconds_a_step) for step in steps])
     peak = int(values.argmax())
     assert (np.diff(values[: peak + 1]) >= -1e-12).all() and (np.diff(values[peak:]) <= 1e-12).all()
 
-    end = lr_multiplier(optim, train, int(last) if by_steps else int(last) + 1, train.max_seconds)
+    end = multiplier(optim, train, int(last) if by_steps else int(last) + 1, train.max_seconds)
     if int(last) >= optim.warmup_steps:
-        assert end == optim.final_lr_fraction
+        assert end == np.float32(optim.final_lr_fraction)
     warmdown = optim.warmdown_steps or optim.warmdown_fraction * last
     steepest = 1 / warmdown + (1 / optim.warmup_steps if optim.warmup_steps else 0)
-    assert (np.abs(np.diff(values)) <= np.diff(steps) * steepest * (1 + 1e-9) + 1e-9).all()
+    assert (np.abs(np.diff(values)) <= np.diff(steps) * steepest * (1 + 1e-9) + 1e-7).all()
 
 
 @given(elapsed=st.floats(1.0, 599.0), step=st.integers(100, 20_000))
 def test_is_continuous_in_the_clock(elapsed, step):
     optim = wall_clock(warmdown_steps=3000)
-    here, next_to_it = (lr_multiplier(optim, CAP, step, elapsed + e) for e in (0.0, 1e-6))
+    here, next_to_it = (multiplier(optim, CAP, step, elapsed + e) for e in (0.0, 1e-6))
     assert 0.0 <= here - next_to_it < 1e-3 * max(1.0, step / elapsed / 3000)
 
 
@@ -181,27 +172,20 @@ def test_is_continuous_in_the_clock(elapsed, step):
     ],
 )
 def test_snapshots_of_the_published_runs(recipe, seconds_a_step, steps, first, count):
-    """Number and first of each run's snapshots, every 50 steps. The pace is that before the first,
-    a little above the mean.
+    """Number and first of each run's snapshots. The pace is that before the first, a little above
+    the mean.
     """
-    optim = load(recipe).optim
-    taken = [
-        step + 1
-        for step in range(steps)
-        if step_controls(optim, CAP, step, step * seconds_a_step).swa
-    ]
-    assert (taken[0], len(taken)) == (first, count)
+    controls = functools.partial(step_controls, load(recipe).optim, CAP)
+    taken = [step + 1 for step in range(steps) if controls(step, step * seconds_a_step).swa]
+    assert len(taken) == count
     assert taken == list(range(first, steps + 1, 50))
 
 
 def test_quantization_of_the_published_run_begins_with_its_step():
-    """The same pace as above: that run logged 4,929 finished steps when its multiplier first was
-    below 0.15.
-    """
+    """That run logged 4,929 finished steps when its multiplier first was below 0.15."""
     optim = dataclasses.replace(load("golf_12l_recycled").optim, qat_below=0.15)
-    assert [
-        bool(step_controls(optim, CAP, step, step * 0.11002).qat) for step in (0, 4928, 4929, 5448)
-    ] == [False, False, True, True]
+    controls = [step_controls(optim, CAP, i, i * 0.11002) for i in (0, 4928, 4929, 5448)]
+    assert [bool(c.qat) for c in controls] == [False, False, True, True]
 
 
 def test_controls_by_steps():
@@ -215,8 +199,6 @@ def test_controls_by_steps():
         assert controls.lr_multiplier == np.float32(fraction)
         assert controls.swa == (fraction < 0.5 and (step + 1) % 10 == 0)
         assert controls.qat == (fraction < 0.25)
-    # 960, 970, …, 1000
-    assert sum(step_controls(optim, train, step, 0.0).swa for step in range(1000)) == 5
 
 
 def test_controls_are_numpy_scalars():
@@ -225,25 +207,19 @@ def test_controls_are_numpy_scalars():
 
 
 def test_a_warmup_is_no_warmdown():
-    """The learning rate is low at the start as well, and nothing is averaged or quantized
-    for it.
-    """
+    """The low learning rate of the start averages and quantizes nothing."""
     optim = OptimConfig(
         warmup_steps=500, warmdown_steps=100, swa_every=1, swa_below=1.0, qat_below=1.0
     )
-    controls = [step_controls(optim, TrainConfig(steps=1000), step, 0.0) for step in range(1000)]
-    assert (
-        [i for i, c in enumerate(controls) if c.swa]
-        == [i for i, c in enumerate(controls) if c.qat]
-        == list(range(901, 1000))
-    )
+    for step in range(1000):
+        controls = step_controls(optim, TrainConfig(steps=1000), step, 0.0)
+        assert controls.swa == controls.qat == (step > 900)
 
 
 @given(run=runs(), step=st.integers(0, 10_000), elapsed=st.floats(0, 1e6))
 def test_nothing_is_averaged_or_quantized_unless_asked(run, step, elapsed):
-    optim, train = run
-    rate = np.float32(lr_multiplier(optim, train, step, elapsed))
-    assert step_controls(optim, train, step, elapsed) == (rate, rate, False, False)
+    rate, *others = step_controls(*run, step, elapsed)
+    assert others == [rate, False, False]
 
 
 def test_the_rates_of_the_sparse_models():
@@ -253,12 +229,9 @@ def test_the_rates_of_the_sparse_models():
     small, large = load("cayley_small_3l"), load("cayley_large_2l")
 
     def rates(config, step):
-        c = step_controls(config.optim, config.train, step, 0.0)
+        muon, adam, _, _ = step_controls(config.optim, config.train, step, 0.0)
         o = config.optim
-        return [
-            c.lr_multiplier * o.muon_lr,
-            *(c.adam_lr_multiplier * lr for lr in (o.embed_lr, o.scalar_lr)),
-        ]
+        return [muon * o.muon_lr, adam * o.embed_lr, adam * o.scalar_lr]
 
     last, middle = small.train.steps, (1271.6 + 12_716) / 2
     for step, expected in ((0, 0.0), (100, 6e-3), (200, 1.2e-2), (1271, 1.2e-2), (last, 1.5e-4)):

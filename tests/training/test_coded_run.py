@@ -12,7 +12,7 @@ import pytest
 from sngpt_jax import evaluate, sample
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config.recipe import load
-from sngpt_jax.model.forward import init_statistics, join, losses
+from sngpt_jax.model.forward import init_variables, join, losses
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.metrics import read_metrics
 from sngpt_jax.training.state import Shapes
@@ -127,7 +127,7 @@ def test_the_scores_are_with_the_statistics_of_the_run(trained):
     model = load_model(trained, make_mesh(jax.devices()[:1]))
     config = model.config.model
     tokens = np.random.default_rng(0).integers(0, 300, (4, 33))
-    fresh = join(last_state(trained).params, init_statistics(config))
+    fresh = join(last_state(trained).params, init_variables(config, jax.random.key(0))[1])
     score = jax.jit(losses(config))
     own, other = (
         np.asarray(score(v, tokens[:, :-1], tokens[:, 1:])) for v in (model.variables, fresh)
