@@ -1,8 +1,6 @@
 """Compares runs on one HTML page: `python -m sngpt_jax.report runs/a runs/b --out page.html`.
 
-The page needs no other file: curves, health of sparse codes, differing settings, exports,
-evaluations and environments. Runs that differ only in `train.seed` are also shown as one, with mean
-and standard deviation.
+Runs that differ only in `train.seed` are also shown as one, with mean and standard deviation.
 """
 
 from collections.abc import Sequence
@@ -49,19 +47,18 @@ def main(argv: Sequence[str]) -> int:
     out = arguments.out
     if not arguments.runs:
         raise UserError("no run to report on; give one run directory or more")
-    if not (out or arguments.live):
+    if out:
+        check_writable(out, "--out")
+    elif not arguments.live:
         raise UserError("--out names no page; give --out page.html, or --live")
     named: dict[Path, Path] = {}  # each directory once, by the first path given for it
     for path in arguments.runs:
         named.setdefault(path.resolve(), path)
-    directories = list(named.values())
-    if out:
-        check_writable(out, "--out")
     cli.log_to_stderr(arguments.quiet)
     from sngpt_jax.report import live, page, reading  # take seconds to import
 
     if arguments.live:
-        runs = live.LiveRuns(directories)
+        runs = live.LiveRuns(list(named.values()))
         runs.data()  # raises for a directory that is no run
         with live.make_server(runs, arguments.port) as server:
             try:
@@ -70,13 +67,12 @@ def main(argv: Sequence[str]) -> int:
             finally:
                 if out:
                     page.write(out, runs.data() | {"live": "", "written": live.now()})
-        return 0
-    found, progress = [], progress_reporter("read")
-    for directory in directories:
-        found.append(reading.read_run(directory))
-        progress(len(found), len(directories))
-    assert out
-    page.write(out, page.report(found, live.now()))
+    elif out:
+        found, progress = [], progress_reporter("read")
+        for directory in named.values():
+            found.append(reading.read_run(directory))
+            progress(len(found), len(named))
+        page.write(out, page.report(found, live.now()))
     return 0
 
 

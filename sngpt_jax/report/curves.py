@@ -8,9 +8,8 @@ from sngpt_jax.report.reading import Series
 def thin(values: np.ndarray, limit: int) -> np.ndarray:
     """The ascending indices of at most `limit` (at least 10) of `values` [N]; all if N ≤ `limit`.
 
-    They include the first and the last value. They also include from each of equally long stretches
-    the first, the last, the smallest and the largest value, and the first that is not finite. So a
-    spike of one step keeps its height, and a gap stays a gap.
+    Equally long stretches each keep their first, last, smallest and largest value, and the first
+    that is not finite. So a spike of one step keeps its height, and a gap stays a gap.
     """
     n = len(values)
     if n <= limit:
@@ -30,8 +29,9 @@ def thin(values: np.ndarray, limit: int) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values among the `window` (odd) around each of `values` [N], which are
-    fewer at the ends; NaN if there are none.
+    """The mean of the finite values among the `window` (odd) around each of `values` [N].
+
+    There are fewer at the ends. The mean of none is NaN.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])

@@ -1,8 +1,5 @@
-"""The report of running runs: a small server for this machine's browsers. It reads changed files
-when a browser asks.
-"""
+"""A small server for this machine's browsers: it reads changed files when a browser asks."""
 
-import contextlib
 import datetime
 import sys
 import time
@@ -17,9 +14,7 @@ from sngpt_jax.base import webpage
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.report.page import page, report
 from sngpt_jax.report.reading import RunData, read_run
-from sngpt_jax.run import environment
 
-ADDRESS = "127.0.0.1"
 # This machine's names in a request's Host. A site whose name resolves to this machine is refused.
 NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -33,12 +28,13 @@ def now() -> str:
 
 def signature(directory: Path) -> Signature:
     """Name, time and size of every file that `read_run` reads."""
-    names = ("metrics.jsonl", environment.path(directory).name)
     found = []
-    for path in sorted([*directory.glob("*.json"), *(directory / name for name in names)]):
-        with contextlib.suppress(OSError):
+    for path in sorted(directory.glob("*.json*")):
+        try:
             about = path.stat()
-            found.append((path.name, about.st_mtime_ns, about.st_size))
+        except OSError:
+            continue
+        found.append((path.name, about.st_mtime_ns, about.st_size))
     return found
 
 
@@ -46,22 +42,20 @@ class LiveRuns:
     """Run directories. Each is read again when one of its files has changed."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
-        self._directories = directories
-        self._read: dict[Path, tuple[Signature, RunData]] = {}
         self._lock = Lock()
+        self._seen: dict[Path, Signature | None] = dict.fromkeys(directories)
+        self._runs: dict[Path, RunData] = {}
         self._data: dict[str, Any] = {}
 
     def data(self) -> dict[str, Any]:
         """The data of the page from the present files. Raises `UserError` for unreadable ones."""
         with self._lock:
-            changed = not self._data
-            for directory in self._directories:
-                seen = signature(directory)
-                if directory not in self._read or self._read[directory][0] != seen:
-                    self._read[directory] = (seen, read_run(directory, may_be_empty=True))
-                    changed = True
-            if changed:
-                runs = [self._read[directory][1] for directory in self._directories]
+            for directory, seen in self._seen.items():
+                if (found := signature(directory)) != seen:
+                    self._runs[directory] = read_run(directory, may_be_empty=True)
+                    self._seen[directory], self._data = found, {}
+            if not self._data:
+                runs = list(self._runs.values())
                 self._data = report(runs, now(), live=str(time.time_ns()))
             return self._data
 
@@ -74,29 +68,31 @@ class _Server(ThreadingHTTPServer):
 
 
 def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
-    """The server, bound to `port` of the loopback address (0: any free port). Raises `UserError` if
-    the port is taken.
+    """The server, bound to `port` of the loopback address (0: any free port).
+
+    Raises `UserError` if the port is taken.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def response(self) -> tuple[int, str, str]:
             path, _, query = self.path.partition("?")
-            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
-            if host not in NAMES:
-                return self.answer(403, "text/plain", "this server answers requests to localhost")
+            host = self.headers.get("Host", "")
+            if host not in NAMES and host.rpartition(":")[0] not in NAMES:
+                return 403, "text/plain", "this server answers requests to localhost"
             if path not in ("/", "/data.json"):
-                return self.answer(404, "text/plain", "there is / and /data.json")
+                return 404, "text/plain", "there is / and /data.json"
             try:
                 data = runs.data()
             except UserError as error:
-                return self.answer(503, "text/plain", str(error))
+                return 503, "text/plain", str(error)
             if path == "/":
-                return self.answer(200, "text/html", page(data))
+                return 200, "text/html", page(data)
             if urllib.parse.parse_qs(query).get("since") == [data["live"]]:
-                return self.answer(204, "text/plain", "")
-            return self.answer(200, "application/json", webpage.to_json(data))
+                return 204, "text/plain", ""
+            return 200, "application/json", webpage.to_json(data)
 
-        def answer(self, status: int, kind: str, text: str) -> None:
+        def do_GET(self) -> None:
+            status, kind, text = self.response()
             content = text.encode("utf-8", "replace")
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -111,7 +107,7 @@ def make_server(runs: LiveRuns, port: int) -> ThreadingHTTPServer:
             """Logs nothing, because a page asks every three seconds."""
 
     try:
-        return _Server((ADDRESS, port), Handler)
+        return _Server(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no such port"
         raise UserError(

@@ -1,6 +1,7 @@
 """Curves made short, and groups of runs: against definitions written out."""
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,25 +25,17 @@ def test_a_thinned_curve_keeps_ends_extremes_and_gaps(values, limit):
     assert len(kept) == len(y) if len(y) <= limit else len(kept) <= limit
     assert (np.diff(kept) > 0).all()
     assert (kept[0], kept[-1]) == (0, len(y) - 1)
-    finite = y[np.isfinite(y)]
+    finite, kept_finite = y[np.isfinite(y)], y[kept][np.isfinite(y[kept])]
     if len(finite):
-        assert y[kept][np.isfinite(y[kept])].min() == finite.min()
-        assert y[kept][np.isfinite(y[kept])].max() == finite.max()
+        assert (kept_finite.min(), kept_finite.max()) == (finite.min(), finite.max())
     assert np.isfinite(y).all() == np.isfinite(y[kept]).all()
 
 
-def test_spikes_of_one_step_are_kept_wherever_they_are():
+def test_spikes_and_gaps_of_one_step_are_kept_wherever_they_are():
     y = np.random.default_rng(0).normal(size=20_000)
     high, low = np.arange(50, 20_000, 400), np.arange(250, 20_000, 400)
-    y[high], y[low] = 10, -10
-    kept = thin(y, 600)
-    assert set(high) | set(low) <= set(kept) and len(kept) <= 600
-
-
-def test_a_gap_of_one_step_is_kept():
-    y = np.sin(np.arange(1000.0))
-    y[[503, 777]] = np.nan, np.inf
-    assert {503, 777} <= set(thin(y, 50))
+    y[high], y[low], y[503], y[777] = 10, -10, np.nan, np.inf
+    assert {*high, *low, 503, 777} <= set(thin(y, 600))
 
 
 @given(VALUES, st.integers(0, 20).map(lambda half: 2 * half + 1))
@@ -63,32 +56,22 @@ def test_short_curves_are_not_smoothed():
     assert mean is not None and mean.values[500] == 500 and mean.values[0] == 5
 
 
-@pytest.mark.parametrize("values", [[1.5], [1.0, 2.5], [3.0, 3.0, 4.25, -1.0]])
-def test_statistics_are_those_of_the_library(values):
-    found = grouping.statistic([*values, None, "x", float("nan")])
-    assert found.n == len(values)
-    assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-15)
-    sd = pytest.approx(statistics.stdev(values), rel=1e-15) if len(values) > 1 else None
-    assert found.sd == sd
-    assert grouping.statistic([None]) is None
-
-
 def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path):
-    wide = fake_run.with_model(d_model=256)
-    made = [
-        fake_run.make(tmp_path / "a_seed1", seed=1),
-        fake_run.make(tmp_path / "wide", seed=1, model=wide),
-        fake_run.make(tmp_path / "a_seed2", seed=2),
-        fake_run.make(tmp_path / "longer", seed=1, steps=50),
-        fake_run.make(tmp_path / "again", seed=1),
+    run = read_run(fake_run.make(tmp_path / "run"))
+    groups = ["a_seed1 a_seed2", "b", "x y", "b1 b2", "cc-1 cc-2 cc-3"]
+    runs = [
+        replace(run, name=name, config=run.config | {"model.d_model": width, "train.seed": seed})
+        for width, names in enumerate(groups)
+        for seed, name in enumerate(names.split())
     ]
-    assert grouping.group([read_run(directory) for directory in made]) == [[0, 2, 4], [1], [3]]
-
-
-def test_groups_have_names_of_their_own():
-    names = ["a_seed1", "a_seed2", "b", "x", "y", "b1", "b2", "cc-1", "cc-2", "cc-3"]
-    groups = [[0, 1], [2], [3, 4], [5, 6], [7, 8, 9]]
-    assert grouping.labels(names, groups) == ["a", "b", "x + 1", "b1 + 1", "cc"]
+    mixed = [*runs[1:], runs[0]]
+    assert grouping.group(mixed) == [
+        ("a", [0, 9]),
+        ("b", [1]),
+        ("x + 1", [2, 3]),
+        ("b1 + 1", [4, 5]),
+        ("cc", [6, 7, 8]),
+    ]
 
 
 def test_bands_are_the_statistics_of_each_step():

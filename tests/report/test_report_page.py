@@ -101,7 +101,7 @@ def test_environments_tell_what_changed_between_starts(tmp_path):
             '{"step": 20, "time": "later", "jax": "0.12.0", "commit":'
             ' "0123456789abcdef0123+changes"}\n'
         )
-    rows = tables.environment_table([read_run(directory)], ["run"])["rows"]
+    rows = tables.environment_table([read_run(directory)])["rows"]
     found = dict(cells(row) for row in rows)
     assert found["starts"] == "2" and found["jax"] == "0.10.2 → 0.12.0"
     assert found["started after step"] == "20" and found["started at"] == "later"
