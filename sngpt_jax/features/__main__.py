@@ -1,9 +1,7 @@
-"""Studies the features of a run's sparse codes: `python -m sngpt_jax.features --run RUN --out
-page.html`.
+"""Studies a sparse model's features: `python -m sngpt_jax.features --run RUN --out page.html`.
 
-Over a slice of the validation text, the study holds the loss with only the first levels kept and
-how often each feature fires. For some features it holds the strongest contexts, the tokens they
-fire on, and the parents and children they fire with. The results are JSON and one HTML page.
+On a slice of the validation text it measures the loss with the first levels alone and how often
+features fire. For some it finds contexts, tokens, parents and children.
 """
 
 from collections.abc import Sequence
@@ -29,8 +27,7 @@ class FeaturesArguments:
     weights: WeightsOption = None
     tokens: int = 65_536  # number of tokens to read from the start of the stream; 0: all
     layers: str = "all"  # layers whose features are studied, such as 0,3,11
-    # number of features to study per level and layer; half of them fire most; their closest
-    # parents and children are added
+    # number of features to study per level and layer, besides their closest parents and children
     features: int = 32
     contexts: int = 8  # number of strongest contexts per feature
 
@@ -41,10 +38,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))
     names = text.split(",")
     if not all(name.isdecimal() and int(name) < num_layers for name in names):
-        raise UserError(
-            f"--layers {text}: expected all, or layers from 0 to {num_layers - 1} separated by"
-            " commas, such as 0,1"
-        )
+        raise UserError(f"--layers {text}: expected all, or layers from 0 to {num_layers - 1}: 0,1")
     return tuple(sorted({int(name) for name in names}))
 
 
@@ -53,21 +47,14 @@ def main(argv: Sequence[str]) -> int:
         FeaturesArguments,
         args=cli.expand_json(argv),
         prog="python -m sngpt_jax.features",
-        description=(
-            "Studies the features of a run's sparse codes and writes a page to browse them."
-        ),
+        description="Studies the features of a run's sparse codes; writes a page to browse them.",
     )
     if arguments.features < 1 or arguments.contexts < 1 or arguments.tokens < 0:
-        raise UserError(
-            "--features and --contexts must be at least 1; --tokens must be at least 0, which"
-            " reads the whole stream"
-        )
+        raise UserError("--features and --contexts must be at least 1; --tokens at least 0")
     check_writable(arguments.out, "--out")
     cli.check_json(arguments.json)
     if Path(arguments.json).resolve() == arguments.out.resolve():
-        raise UserError(
-            f"--json {arguments.json}: is the page itself; give the path of another file"
-        )
+        raise UserError(f"--json {arguments.json}: is the page itself; give another file")
     cli.log_to_stderr(arguments.quiet)
 
     from sngpt_jax.cluster.mesh import make_mesh  # jax takes seconds to import; --help needs none
@@ -78,10 +65,7 @@ def main(argv: Sequence[str]) -> int:
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
     config = model.config.model
     if not config.levels:
-        raise UserError(
-            f"{arguments.run}: has no sparse code to study (model.levels is empty); give a run of a"
-            " recipe with one"
-        )
+        raise UserError(f"{arguments.run}: has no sparse code to study (model.levels is empty)")
     layers = parse_layers(arguments.layers, config.num_layers)
     found = {"run": str(arguments.run)} | study(
         model,

@@ -1,5 +1,4 @@
-"""The counts of the feature study, in numpy: how often features fire, with which parents, and on
-which tokens.
+"""The counts of the feature study, in numpy: how often features fire, with what, and on what.
 
 Arrays come in batches of N tokens of one layer: the features that each token selected, ids [N, A]
 level by level, and their activations [N, A].
@@ -14,9 +13,9 @@ from sngpt_kernels.cayley.dictionary import Generators, Levels, children, level_
 
 @dataclass(frozen=True)
 class Family:
-    """The parents (features of the level above) and children (features of a level).
+    """A level's features (children), and those of the level above (parents).
 
-    Parents form groups. The parents of one group share S children, which no other group has.
+    The parents of one group share S children, which no other group has.
     """
 
     parents: range  # ids of the level above
@@ -32,18 +31,22 @@ class Family:
         ids = table.representatives[:, None] ^ table.steps[None, :]
         last = 2 ** levels[level][0]
         group, slot = np.full(last, -1, np.int32), np.zeros(last, np.int32)
-        group[ids] = np.arange(ids.shape[0])[:, None]
-        slot[ids] = np.arange(ids.shape[1])[None, :]
+        group[ids], slot[ids] = np.indices(ids.shape)
         return cls(level_range(levels, level - 1), table.group_of_parent, group, slot, ids)
 
     def parents_of(self, child: int) -> np.ndarray:
         """The ids [n] of a child's parents, ascending."""
-        groups = self.group_of_parent[self.parents.start : self.parents.stop]
-        return self.parents.start + np.flatnonzero(groups == self.group_of_child[child])
+        ids = np.arange(self.parents.start, self.parents.stop)
+        return ids[self.group_of_parent[ids] == self.group_of_child[child]]
 
     def children_of(self, parent: int) -> np.ndarray:
         """The ids [n] of a parent's children."""
         return self.children_of_group[self.group_of_parent[parent]]
+
+    def pair(self, parents: np.ndarray | int, offspring: np.ndarray | int) -> np.ndarray:
+        """The indices parent · S + slot of child of pairs of relatives."""
+        slots = self.children_of_group.shape[1]
+        return np.asarray(parents, np.int64) * slots + self.slot_of_child[offspring]
 
 
 class FiringCounts:
@@ -62,17 +65,14 @@ class FiringCounts:
         # tokens that selected the feature
         self.counts = np.zeros((num_layers, num_features), np.int64)
         self.sums = np.zeros((num_layers, num_features))  # of its activations on them
-        # by family, tokens that selected both the parent p and its child in slot s: uint32
-        # [layers, …] at p · S + s
+        # by family, tokens that selected both of a pair: uint32 [layers, pairs]
         self._pairs = [
             np.zeros((num_layers, f.parents.stop * f.children_of_group.shape[1]), np.uint32)
             for f in self.families
         ]
 
     def add(self, layer: int, ids: np.ndarray, activations: np.ndarray) -> None:
-        """Counts a batch of N tokens of the layer at index `layer`: features `ids` [N, A] and
-        their `activations` [N, A].
-        """
+        """Counts a batch of the layer at index `layer`."""
         flat, num_features = ids.reshape(-1), self.counts.shape[1]
         self.counts[layer] += np.bincount(flat, minlength=num_features)
         self.sums[layer] += np.bincount(flat, activations.reshape(-1), num_features)
@@ -80,40 +80,29 @@ class FiringCounts:
             parents, offspring = ids[:, self._columns[level - 1]], ids[:, self._columns[level]]
             groups = family.group_of_parent[parents], family.group_of_child[offspring]
             token, p, c = np.nonzero(groups[0][:, :, None] == groups[1][:, None, :])
-            pairs = self._at(family, parents[token, p], offspring[token, c])
+            pairs = family.pair(parents[token, p], offspring[token, c])
             np.add.at(self._pairs[level - 1][layer], pairs, np.uint32(1))
 
-    @staticmethod
-    def _at(family: Family, parents: np.ndarray, offspring: np.ndarray) -> np.ndarray:
-        return (
-            parents.astype(np.int64) * family.children_of_group.shape[1]
-            + family.slot_of_child[offspring]
-        )
-
     def parents(self, layer: int, level: int, child: int) -> tuple[np.ndarray, np.ndarray]:
-        """The parents [n] of a feature of `level` ≥ 1, and the number of tokens [n] on which each
-        fired with it.
-        """
+        """The parents [n] of a feature of `level` ≥ 1, and on how many tokens [n] it fired too."""
         family = self.families[level - 1]
         ids = family.parents_of(child)
-        return ids, self._pairs[level - 1][layer][self._at(family, ids, np.asarray(child))]
+        return ids, self._pairs[level - 1][layer][family.pair(ids, child)]
 
     def children(self, layer: int, level: int, parent: int) -> tuple[np.ndarray, np.ndarray]:
-        """The children [n] of a feature of `level`, not the last, and the number of tokens [n] on
-        which each fired with it.
-        """
+        """The children [n] of a feature, and on how many tokens [n] each fired with it."""
         family = self.families[level]
         ids = family.children_of(parent)
-        return ids, self._pairs[level][layer][self._at(family, np.asarray(parent), ids)]
+        return ids, self._pairs[level][layer][family.pair(parent, ids)]
 
 
 def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
     """The features of a layer to study, ids ascending for each level.
 
     Half of `per_level` are the features of a level that fired most. The other half are spread
-    evenly over the ranks of the other features that fired. Then each chosen feature adds the child
-    that fired most with it, from the first level down, and the parent that fired most with it, from
-    the last level up. Ties go to the lowest id.
+    evenly over the ranks of the others. Then each chosen feature adds the child that fired most
+    with it, from the first level down, and the parent, from the last level up. Ties go to the
+    lowest id.
     """
     levels = range(len(firing.levels))
     chosen: list[set[int]] = []
@@ -134,31 +123,21 @@ def choose(firing: FiringCounts, layer: int, per_level: int) -> list[list[int]]:
 
 
 def _closest(ids: np.ndarray, together: np.ndarray) -> list[int]:
-    """The id that fired most often together with a feature, or none if none fired with it."""
     best = np.lexsort((ids, -together.astype(np.int64)))[0]
     return [int(ids[best])] if together[best] else []
 
 
 class Examples:
-    """For each of M chosen features, the `per_feature` strongest firings, and how often each token
-    fired it.
+    """For each chosen feature the strongest firings, and how often each token fired it.
 
-    A firing is a row (index of the feature in the list of chosen ones, activation, position in the
-    text).
+    A firing is the feature's place in the list of chosen ones, its activation, and the position.
     """
 
-    def __init__(
-        self,
-        chosen: Sequence[tuple[int, int]],
-        num_layers: int,
-        num_features: int,
-        per_feature: int,
-    ):
-        """`chosen`: (layer index, feature) of each."""
+    def __init__(self, chosen: Sequence[tuple[int, int]], shape: tuple[int, ...], per_feature: int):
+        """`chosen`: (layer index, feature) of each; `shape`: (layers, features)."""
         self._per_feature = per_feature
-        self._place = np.full((num_layers, num_features), -1, np.int32)
-        for place, (layer, feature) in enumerate(chosen):
-            self._place[layer, feature] = place
+        self._place = np.full(shape, -1, np.int32)
+        self._place[*np.transpose(chosen)] = np.arange(len(chosen))
         self.place, self.position = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.activation = np.zeros(0)
         # key = place · 2^16 + token
@@ -172,9 +151,7 @@ class Examples:
         tokens: np.ndarray,
         positions: np.ndarray,
     ) -> None:
-        """Adds a batch of the layer at index `layer`, with its `tokens` uint16 [N] at `positions`
-        int [N].
-        """
+        """Adds a batch of the layer at index `layer`: `tokens` uint16 [N] at `positions` [N]."""
         places = self._place[layer][ids]
         token, column = np.nonzero(places >= 0)
         place = places[token, column].astype(np.int64)
@@ -188,24 +165,19 @@ class Examples:
         activation = np.concatenate([self.activation, activations[token, column]])
         position = np.concatenate([self.position, positions[token]])
         order = np.lexsort((position, -activation, place))
-        place = place[order]
+        ordered = place[order]
         # among the firings of one feature
-        rank = np.arange(len(place)) - np.searchsorted(place, place)
+        rank = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
         kept = order[rank < self._per_feature]
-        self.place = place[rank < self._per_feature]
-        self.activation, self.position = activation[kept], position[kept]
+        self.place, self.activation, self.position = place[kept], activation[kept], position[kept]
 
     def strongest(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """Activations [n] and positions [n] of the strongest firings of the chosen feature at index
-        `place`, strongest first.
-        """
+        """Activations [n] and positions [n] of a feature's strongest firings, descending."""
         rows = slice(*np.searchsorted(self.place, [place, place + 1]))
         return self.activation[rows], self.position[rows]
 
     def tokens(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens [n] that fired the chosen feature at index `place`, and how often each did
-        [n], most often first.
-        """
+        """The tokens [n] that fired a feature, and how often each did [n], most often first."""
         rows = slice(*np.searchsorted(self.token_key, [place * 2**16, (place + 1) * 2**16]))
         order = np.argsort(-self.token_count[rows], kind="stable")
         return self.token_key[rows][order] % 2**16, self.token_count[rows][order]

@@ -15,7 +15,7 @@ from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows
-from sngpt_jax.features.study import Slice, make_selections, study_slice
+from sngpt_jax.features.study import Slice, study_slice
 from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter
 from sngpt_jax.weights.trained_model import TrainedModel
@@ -26,32 +26,24 @@ BATCH_TOKENS = 16_384  # most tokens whose selections are on the host at a time
 def truncated(
     config: ModelConfig, variables: Variables, num_levels: int
 ) -> tuple[ModelConfig, Variables]:
-    """The model with only the first `num_levels` levels. No level depends on a later one, so the
-    codes of the result are prefixes.
-    """
+    """The model with only the first `num_levels` levels, which depend on no later one."""
     features = 2 ** config.levels[num_levels - 1].n
-    blocks = {
-        i: block
-        | {
-            "code": {
-                name: value if name == "mean" else value[:features]
-                for name, value in block["code"].items()
-            }
-        }
-        for i, block in variables["blocks"].items()
-    }
+    blocks = {}
+    for i, block in variables["blocks"].items():
+        code = {name: x if name == "mean" else x[:features] for name, x in block["code"].items()}
+        blocks[i] = block | {"code": code}
     return replace(config, levels=config.levels[:num_levels]), variables | {"blocks": blocks}
 
 
 def losses_by_level(
     model: TrainedModel, dataset: Dataset, mesh: Mesh, windows: Windows
 ) -> list[dict[str, Any]]:
-    """Loss in nats per token and bits per byte of the validation text with one level kept, with
-    two, up to all.
+    """Loss in nats per token and bits per byte with one level kept, with two, up to all.
 
     Raises `UserError` if a loss is not finite.
     """
-    losses, count = [], len(model.config.model.levels)
+    losses: list[dict[str, Any]] = []
+    count = len(model.config.model.levels)
     for num_levels in range(1, count + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = Pass(
@@ -69,10 +61,8 @@ def losses_by_level(
                 f"the loss of step {model.step} with {num_levels} levels is {score.loss}; take an"
                 " earlier --step"
             )
-        active = sum(level.k for level in cut.levels)
-        losses.append(
-            {"levels": num_levels, "active_features": active, "loss": score.loss, "bpb": score.bpb}
-        )
+        kept = {"levels": num_levels, "active_features": sum(level.k for level in cut.levels)}
+        losses.append(kept | {"loss": score.loss, "bpb": score.bpb})
     return losses
 
 
@@ -86,15 +76,13 @@ def study(
     features_per_level: int,
     contexts: int,
 ) -> dict[str, Any]:
-    """The study of a model on the first `tokens` tokens of the validation text (0: all), for the
-    command's JSON.
-    """
+    """The study on the first `tokens` tokens of the validation text (0: all), for `--json`."""
     config = model.config.model
     windows = standard_windows(len(dataset.val), model.config.data.seq_len, tokens)
     losses = losses_by_level(model, dataset, mesh, windows)
     most = min(model.config.eval.device_batch_tokens, BATCH_TOKENS // mesh.devices.size)
     rows = rows_at_a_time(windows, most, mesh.devices.size)
-    select = make_selections(config, mesh, layers)
+    piece = Slice(dataset.val, windows, rows, mesh, layers, config, model.variables)
     levels = [
         {"n": n, "k": k, "degree": degree, "features": len(level_range(config.levels, i))}
         for i, (n, k, degree) in enumerate(config.levels)
@@ -107,29 +95,16 @@ def study(
         "levels": levels,
         "losses": losses,
         **study_slice(
-            config,
-            Slice(dataset.val, windows, rows, mesh, select, model.variables),
-            dataset.tokenizer,
-            layers,
-            features_per_level=features_per_level,
-            contexts=contexts,
-            progress=progress_reporter,
+            piece, dataset.tokenizer, features_per_level=features_per_level, contexts=contexts
         ),
     }
 
 
 def page(study: dict[str, Any]) -> str:
-    """The HTML text of a page of `study`, the object of `--json`. The page needs no other file."""
-    layers = [
-        layer
-        | {
-            "levels": [
-                {name: x for name, x in level.items() if name != "counts"}
-                for level in layer["levels"]
-            ]
-        }
-        for layer in study["layers"]
-    ]
-    return webpage.render(
-        __package__, "features", f"Features of {study['run']}", study | {"layers": layers}
-    )
+    """The HTML page of `study`, the object of `--json`."""
+    layers = []
+    for layer in study["layers"]:
+        levels = [level | {"counts": None} for level in layer["levels"]]  # not shown
+        layers.append(layer | {"levels": levels})
+    title = f"Features of {study['run']}"
+    return webpage.render(__package__, "features", title, study | {"layers": layers})

@@ -1,12 +1,13 @@
-"""The text that the features of sparse codes fire on. A feature fires where it is selected.
+"""The text that the features of sparse codes fire on, which means where they are selected.
 
-A slice of validation text is read twice. The first pass counts how often each feature fires, and
-with which parents. The second pass collects, for chosen features, the strongest contexts and the
-tokens that they fire on.
+The first pass over a slice of text counts firings and chooses features; the second collects their
+strongest contexts and their tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from sngpt_jax.evaluation.windows import OnProgress, WindowBatch, Windows, read_
 from sngpt_jax.features.counts import Examples, FiringCounts, choose
 from sngpt_jax.model.cayley import activations, code_state
 from sngpt_jax.model.forward import Batch, Variables, tapped_losses
+from sngpt_jax.run.console import progress_reporter
 
 BEFORE, AFTER = 16, 8  # tokens of a context around the token that fired
 TOKENS, RELATIVES = 12, 16  # most tokens, parents and children listed per feature
@@ -33,18 +35,14 @@ BOS_MARK = "⟨bos⟩"  # stands for the start of a document
 
 
 def make_selections(config: ModelConfig, mesh: Mesh, layers: Sequence[int]) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch [B, T]) → (ids, activations) of the `layers` at every
-    token, [L, B, T, A] each.
-    """
+    """The jitted (variables, batch [B, T]) → (ids, activations) of `layers`, [L, B, T, A] each."""
 
     def local(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array]:
         everywhere = jnp.arange(batch["inputs"].shape[1])
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
-        taps, code = jax.tree.map(
-            lambda array: array[np.array(layers)], (taps, code_state(variables))
-        )
-        return taps.ids, jax.lax.map(lambda layer: activations(config, *layer)[1], (taps, code))
+        chosen = jax.tree.map(lambda x: x[np.array(layers)], (taps, code_state(variables)))
+        return chosen[0].ids, jax.lax.map(lambda layer: activations(config, *layer)[1], chosen)
 
     return on_each_device(config, mesh, local, P(None, BATCH_AXES))
 
@@ -60,21 +58,26 @@ class Slice:
     windows: Windows
     rows: int  # windows per batch
     mesh: Mesh
-    select: Callable[..., tuple[jax.Array, jax.Array]]  # of make_selections
+    layers: Sequence[int]
+    config: ModelConfig
     variables: Variables
 
+    @cached_property
+    def select(self) -> jax.stages.Wrapped:
+        """That of `make_selections`."""
+        return make_selections(self.config, self.mesh, self.layers)
+
     def selections(self, progress: OnProgress) -> Iterator[Selection]:
-        """(index of the layer, ids [N, A], activations [N, A], tokens [N], positions [N]) for
-        batches of N tokens.
-        """
+        """Layer index, ids [N, A], activations [N, A], tokens [N], positions [N] of each batch."""
         place = batch_placer(self.mesh)
 
         def dispatch(batch: WindowBatch) -> tuple[jax.Array, jax.Array]:
             return self.select(self.variables, place(batch.arrays))
 
         first = 0
-        batches = read_windows(self.stream, self.windows, self.rows, dispatch, progress)
-        for selected, batch in batches:
+        for selected, batch in read_windows(
+            self.stream, self.windows, self.rows, dispatch, progress
+        ):
             tokens = batch.arrays["inputs"][: batch.count].reshape(-1)
             positions = first + np.arange(len(tokens))
             for layer, arrays in enumerate(zip(*selected, strict=True)):
@@ -85,9 +88,6 @@ class Slice:
             first += len(tokens)
 
 
-# --------------------------------------------------------------------------------------- the result
-
-
 def text_reader(tokenizer: Tokenizer) -> Callable[[np.ndarray], str]:
     """A function from tokens to their text in the middle of a document, leading space included."""
     anchor = int(tokenizer.encode("a")[-1])
@@ -95,22 +95,20 @@ def text_reader(tokenizer: Tokenizer) -> Callable[[np.ndarray], str]:
 
     def read(ids: np.ndarray) -> str:
         pieces = np.split(ids, np.flatnonzero(ids == tokenizer.bos_id))
-        return BOS_MARK.join(
-            tokenizer.decode([anchor, *piece.tolist()])[skipped:] for piece in pieces
-        )
+        texts = (tokenizer.decode([anchor, *piece.tolist()])[skipped:] for piece in pieces)
+        return BOS_MARK.join(texts)
 
     return read
 
 
-def rounded(x: float) -> float:
-    """`x` to four significant digits."""
+def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
 def overview(
     firing: FiringCounts, generators: dictionary.Generators, layer: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """For each level of the layer at index `layer`: how often its features fire."""
+    """How often the features of each level of the layer at index `layer` fire."""
     levels = []
     for level, (_, k, _) in enumerate(firing.levels):
         owned = dictionary.level_range(firing.levels, level)
@@ -131,18 +129,18 @@ def overview(
 def relatives(
     ids: np.ndarray, together: np.ndarray, parent_counts: np.ndarray, child_counts: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The parents or children `ids` [n] of a feature that fired `together` [n] > 0 times with it,
-    most often first.
+    """The parents or children `ids` [n] of a feature that fired with it, most often first.
+
+    They fired `together` [n] times. The counts are those of the parents and of the children.
     """
-    parent_counts, child_counts = (
-        np.broadcast_to(counts, ids.shape) for counts in (parent_counts, child_counts)
-    )
+    given_parent = together / np.maximum(parent_counts, 1)
+    given_child = together / np.maximum(child_counts, 1)
     return [
         {
             "id": int(ids[i]),
             "count": int(together[i]),
-            "given_parent": rounded(together[i] / parent_counts[i]),
-            "given_child": rounded(together[i] / child_counts[i]),
+            "given_parent": _rounded(given_parent[i]),
+            "given_child": _rounded(given_child[i]),
         }
         for i in np.argsort(-together.astype(np.int64), kind="stable")[:RELATIVES]
         if together[i]
@@ -150,21 +148,13 @@ def relatives(
 
 
 def study_slice(
-    config: ModelConfig,
-    piece: Slice,
-    tokenizer: Tokenizer,
-    layers: Sequence[int],
-    *,
-    features_per_level: int,
-    contexts: int,
-    progress: Callable[[str], OnProgress],
+    piece: Slice, tokenizer: Tokenizer, *, features_per_level: int, contexts: int
 ) -> dict[str, Any]:
-    """`layers` with the counts of all features, and `features` with the examples of the chosen
-    ones. Reads the slice once for each.
-    """
+    """`layers` with the counts of all features, and `features` with examples of the chosen ones."""
+    config, layers = piece.config, piece.layers
     levels, tokens, seq_len = config.levels, piece.windows.targets, piece.windows.seq_len
     firing = FiringCounts(levels, config.generators, len(layers))
-    for layer, ids, strengths, _, _ in piece.selections(progress("counts")):
+    for layer, ids, strengths, _, _ in piece.selections(progress_reporter("counts")):
         firing.add(layer, ids, strengths)
     chosen = [
         (layer, level, feature)
@@ -173,9 +163,8 @@ def study_slice(
         for feature in ids
     ]
     places = [(layer, feature) for layer, _, feature in chosen]
-    num_layers, num_features = firing.counts.shape
-    examples = Examples(places, num_layers, num_features, contexts)
-    for selection in piece.selections(progress("examples")):
+    examples = Examples(places, firing.counts.shape, contexts)
+    for selection in piece.selections(progress_reporter("examples")):
         examples.add(*selection)
 
     read = text_reader(tokenizer)
@@ -192,14 +181,13 @@ def study_slice(
             "after": read(around[at + 1 :]),
             "token_id": int(around[at]),
             "position": position,
-            "activation": rounded(strength),
+            "activation": _rounded(strength),
         }
 
     def describe(place: int, layer: int, level: int, feature: int) -> dict[str, Any]:
         counts = firing.counts[layer]
         total = int(counts[feature])
         strongest, positions = examples.strongest(place)
-        fired_on, times = examples.tokens(place)
         parents: list[dict[str, Any]] = []
         children: list[dict[str, Any]] = []
         if level:
@@ -208,26 +196,25 @@ def study_slice(
         if level + 1 < len(levels):
             ids, together = firing.children(layer, level, feature)
             children = relatives(ids, together, counts[feature], counts[ids])
+        tokens_fired_on = [
+            {
+                "id": int(token),
+                "text": read(np.array([token])),
+                "count": int(count),
+                "share": _rounded(count / total),
+                "lift": _rounded(count / total / frequency[token]),
+            }
+            for token, count in islice(zip(*examples.tokens(place), strict=True), TOKENS)
+        ]
         return {
             "layer": layers[layer],
             "level": level,
             "id": feature,
             "count": total,
-            "mean_activation": rounded(firing.sums[layer, feature] / total),
-            "max_activation": rounded(strongest[0]),
-            "tokens": [
-                {
-                    "id": int(token),
-                    "text": read(fired_on[i : i + 1]),
-                    "count": int(times[i]),
-                    "share": rounded(times[i] / total),
-                    "lift": rounded(times[i] / total / frequency[token]),
-                }
-                for i, token in enumerate(fired_on[:TOKENS])
-            ],
-            "contexts": [
-                context(int(p), float(c)) for p, c in zip(positions, strongest, strict=True)
-            ],
+            "mean_activation": _rounded(firing.sums[layer, feature] / total),
+            "max_activation": _rounded(strongest[0]),
+            "tokens": tokens_fired_on,
+            "contexts": list(map(context, positions.tolist(), strongest.tolist())),
             "parents": parents,
             "children": children,
         }

@@ -168,7 +168,7 @@ def test_examples_equal_loops(drawn):
     chosen = [
         (layer, int(feature)) for layer in range(LAYERS) for feature in np.unique(ids[layer])[::3]
     ]
-    examples = Examples(chosen, LAYERS, 2**8, per_feature=4)
+    examples = Examples(chosen, (LAYERS, 2**8), per_feature=4)
     for rows, layer in itertools.product(
         (slice(0, 20), slice(20, 21), slice(21, TOKENS)), range(LAYERS)
     ):

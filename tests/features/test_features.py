@@ -111,14 +111,7 @@ def test_selections_carry_the_activations_of_the_definition(
 
 def slice_of(dataset, variables, windows, rows, devices=1):
     mesh = make_mesh(jax.devices()[:devices])
-    return Slice(
-        dataset.val,
-        Windows(windows * T, T, T),
-        rows,
-        mesh,
-        make_selections(CONFIG, mesh, (0, 1)),
-        variables,
-    )
+    return Slice(dataset.val, Windows(windows * T, T, T), rows, mesh, (0, 1), CONFIG, variables)
 
 
 @pytest.mark.slow
@@ -149,18 +142,8 @@ def test_a_slice_is_read_in_order_whatever_the_batches(variables, dataset):
 
 @pytest.fixture(scope="module")
 def study(variables, dataset):
-    def nothing(done, total):
-        pass
-
-    return study_slice(
-        CONFIG,
-        slice_of(dataset, variables, 6, 4),
-        dataset.tokenizer,
-        (0, 1),
-        features_per_level=6,
-        contexts=3,
-        progress=lambda label: nothing,
-    )
+    piece = slice_of(dataset, variables, 6, 4)
+    return study_slice(piece, dataset.tokenizer, features_per_level=6, contexts=3)
 
 
 def test_the_study_is_about_the_text(study, dataset):
