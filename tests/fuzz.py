@@ -3,9 +3,8 @@ line that names the file.
 
     python -m tests.fuzz --examples 20000 [--formats config.json,npz] [--seed 0] [--markdown]
 
-Prints a line a format: examples, accepted, refused, seconds, the slowest, the most memory that one
-took, and other exceptions, of which there are to be none. `tests/test_fuzz.py` does the same with
-few examples; `tests/artifact/test_fuzz.py` what follows an artifact's header.
+Prints a row per format. There are to be no other exceptions. `tests/test_fuzz.py` does this with
+few examples; `tests/artifact/test_fuzz.py` damages what follows an artifact's header.
 """
 
 import argparse
@@ -85,9 +84,7 @@ def binary(rng: random.Random, content: bytes) -> bytes:
 
 
 def numbers(width: int, size: int) -> Mutate:
-    """Binary mutations, and extremes in the little-endian integers of `width` bytes of the first
-    `size` bytes.
-    """
+    """Binary mutations, and extremes in the little-endian integers of the first `size` bytes."""
 
     def mutate(rng: random.Random, content: bytes) -> bytes:
         if rng.random() < 0.5:
@@ -104,22 +101,16 @@ def numbers(width: int, size: int) -> Mutate:
 
 
 def make_formats(folder: Path) -> list[Format]:
-    """One of each kind, made anew in `folder`; each has a folder of its own."""
+    """One of each kind, made in `folder`."""
     tiny_run.make(folder)
     data = folder / "data"
-    return [
-        *of_data(folder, data),
-        *of_runs(folder),
-        *of_tokenizers(folder, data),
-        of_artifact(folder),
-        *of_state_dicts(folder),
-    ]
+    of_text = [*of_data(folder, data), *of_runs(folder), *of_tokenizers(folder, data)]
+    return [*of_text, of_artifact(folder), *of_state_dicts(folder)]
 
 
 def of_data(folder: Path, data: Path) -> list[Format]:
-    shard, extra, progress, golf = (
-        folder / name for name in ("a_train_000000.bin", "extra.npy", "journal", "golf.json")
-    )
+    names = ("a_train_000000.bin", "extra.npy", "journal", "golf.json")
+    shard, extra, progress, golf = (folder / name for name in names)
     shards.write_shard(shard, np.random.default_rng(0).integers(0, 320, 300).astype(np.uint16))
     np.save(extra, np.array([[3, 1], [5, -2], [299, 7]], np.int64))
 
@@ -138,9 +129,8 @@ def of_data(folder: Path, data: Path) -> list[Format]:
         assert sum(entry.tokens for entry in found.manifest.train) == len(found.train)
 
     whole = manifest.load_manifest(data)
-    journal = manifest.Journal(
-        1, whole.origin, whole.tokenizer, manifest.SplitJournal(whole.train, 3, 7)
-    )
+    split = manifest.SplitJournal(whole.train, 3, 7)
+    journal = manifest.Journal(1, whole.origin, whole.tokenizer, split)
     progress.mkdir()
     manifest.save(journal, progress)
     for entry in whole.train:
@@ -170,10 +160,8 @@ def of_runs(folder: Path) -> list[Format]:
     run.mkdir()
     config, metrics = run / "config.json", run / "metrics.jsonl"
     config.write_text(to_json(Config(optim=OptimConfig(warmdown_steps=10))))
-    summary = Summary(
-        20, 1000, 2.5, 1.5, 100, 2.25, None, 3.5, 1e4, 5000, "checkpoints/00000020", None, 1.25
-    )
-    write_summary(run, summary)
+    numbers = (20, 1000, 2.5, 1.5, 100, 2.25, None, 3.5, 1e4, 5000)
+    write_summary(run, Summary(*numbers, "checkpoints/00000020", None, 1.25))
     lines = [{"step": i, "train_loss": 3.5 / (i + 1), "lr": 0.01, "note": "x"} for i in range(6)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -189,9 +177,8 @@ def of_runs(folder: Path) -> list[Format]:
     def read_run_metrics() -> None:
         assert all(np.isfinite(record["step"]) for record in read_metrics(metrics))
 
-    environment.path(run).write_text(
-        "".join(json.dumps(environment.environment(step)) + "\n" for step in (0, 10))
-    )
+    starts = (json.dumps(environment.environment(step)) + "\n" for step in (0, 10))
+    environment.path(run).write_text("".join(starts))
 
     def read_starts() -> None:
         assert all(isinstance(start, dict) for start in environment.read(run))
@@ -230,7 +217,7 @@ def of_lines(rng: random.Random, content: bytes) -> bytes:
 
 
 def of_record(rng: random.Random, content: bytes) -> bytes:
-    """Every second one with the right hash of itself, so that what comes after it is tried."""
+    """Every second one with its right hash, so that what follows the hash is tried."""
     if rng.random() < 0.5:
         return mutations.of_json(rng, content)
     body = mutations.of_json(rng, json.dumps(json.loads(content)["record"]).encode())
@@ -260,10 +247,9 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
     def reader(path: Path) -> Callable[[], None]:
         def read() -> None:
             found = tokenizer.load_tokenizer(path)
-            document = found.encode_document("to be, é ▁ x\n" * 3)
-            table = found.token_bytes()
-            assert len(table.base) == found.vocab_size <= 65_536
-            assert document.tokens.max() < found.vocab_size
+            tokens, _ = found.encode_document("to be, é ▁ x\n" * 3)
+            assert len(found.token_bytes().base) == found.vocab_size <= 65_536
+            assert tokens.max() < found.vocab_size
 
         return read
 
@@ -274,29 +260,18 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
 
 
 def of_artifact(folder: Path) -> Format:
-    """The configuration and what else an artifact's header says of its model, in an artifact that
-    is whole otherwise.
-    """
+    """What an artifact's header says of its model, in an artifact that is whole otherwise."""
     path = folder / "model.sngpt"
-    model = ModelConfig(
-        vocab_size=64,
-        num_layers=1,
-        d_model=16,
-        num_heads=2,
-        num_kv_heads=1,
-        mlp_dim=32,
-        max_seq_len=32,
-        family="pre_norm",
-    )
+    sizes = {"vocab_size": 64, "num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1}
+    model = ModelConfig(**sizes, mlp_dim=32, max_seq_len=32, family="pre_norm")
     config = Config(model=model, data=DataConfig(seq_len=32), optim=OptimConfig(warmdown_steps=10))
     leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(model))
-    tensors = {
-        path_name(p): np.zeros(x.shape, np.float32) for p, x in leaves if is_exported(x.dtype)
-    }
+    kept = ((path, leaf.shape) for path, leaf in leaves if is_exported(leaf.dtype))
+    tensors = {path_name(path): np.zeros(shape, np.float32) for path, shape in kept}
     storage = artifact.Storage(packed=False, codec="zstd", level=1)
     mesh = make_mesh(jax.devices()[:1])
-    kept = {"sha256": "0" * 64, "suffix": ".model"}
-    about = {"config": json.loads(to_json(config)), "tokenizer": kept}
+    pieces = {"sha256": "0" * 64, "suffix": ".model"}
+    about = {"config": json.loads(to_json(config)), "tokenizer": pieces}
     about |= {"step": 3, "weights": "ema", "version": "0"}
     path.write_bytes(artifact.encode(about, tensors, storage).data)
 
@@ -345,19 +320,16 @@ def fuzz(kind: Format, examples: int, seed: int) -> Tally:
         except UserError as error:
             line = str(error)
             tally.refused += 1
-            if (
-                "\n" in line
-                or len(line) > 1500
-                or (str(kind.target.parent) not in line and "datasets/manifest.json" not in line)
-            ):
+            named = str(kind.target.parent) in line or "datasets/manifest.json" in line
+            if not named or "\n" in line or len(line) > 1500:
                 tally.others.append(f"example {i}: the line {line[:300]!r}")
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
             tally.others.append(f"example {i}: {type(error).__name__}: {str(error)[:300]}")
         else:
             tally.accepted += 1
-        # the lesser one: what other processes take of a busy machine is no slowness of the reader's
+        # the lesser one: a busy machine makes no reader slow
         seconds = min(time.perf_counter() - start, time.process_time() - worked)
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -370,32 +342,20 @@ def fuzz(kind: Format, examples: int, seed: int) -> Tally:
     return tally
 
 
-HEADS = (
-    "format",
-    "examples",
-    "accepted",
-    "refused",
-    "seconds",
-    "slowest, ms",
-    "memory, MiB",
-    "other",
-)
-WIDTHS = (24, 9, 9, 9, 8, 12, 12, 6)
+HEADS = {"format": 24, "examples": 9, "accepted": 9, "refused": 9, "seconds": 8}
+HEADS |= {"slowest, ms": 12, "memory, MiB": 12, "other": 6}  # width of the column
 
 
 def show(bar: str, row: Iterable[object]) -> None:
     """Prints a row of the table."""
-    cells = (f" {x!s:<{width}}" for x, width in zip(row, WIDTHS, strict=True))
+    cells = (f" {x!s:<{width}}" for x, width in zip(row, HEADS.values(), strict=True))
     print(bar + bar.join(cells) + bar, flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--examples", type=int, default=1000, help="per format; fewer for slow ones"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--examples", type=int, default=1000, help="per format, fewer if slow")
     parser.add_argument("--formats", default="", help="names, separated by commas; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", action="store_true", help="a table for docs/security.md")

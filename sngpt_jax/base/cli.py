@@ -1,7 +1,6 @@
 """What every command shares: one-line errors with exit status 2, the log on stderr, JSON output.
 
-A command's `main(argv)` returns its exit status and raises `UserError` for a mistake that its user
-can correct. `run` prints one line for it. Any other exception is a bug and shows its traceback.
+A command's `main(argv)` returns its exit status, and raises `UserError` for a user's mistake.
 """
 
 import codecs
@@ -15,6 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,15 @@ def drop_output() -> None:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed before Python began
-            stream.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before Python began
+        stream.flush()
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status.
 
-    An error that `one_line` knows is one line on stderr and status 2. Characters that stdout's
-    encoding lacks are replaced.
+    An error that `one_line` knows is one line on stderr. Any other is a bug and shows its
+    traceback. Characters that the terminal's encoding lacks are replaced.
     """
     codecs.register_error("plain", _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -81,7 +80,6 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """For `codecs`: the ASCII that stands for characters which an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
@@ -90,9 +88,7 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
 
 
 def escape_controls(text: str) -> str:
-    """`text` with its control characters escaped, except line ends and tabs: a terminal would obey
-    control characters from a file.
-    """
+    """`text` with escaped control characters, except line ends and tabs: a terminal obeys them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -108,9 +104,7 @@ def check_json(destination: str) -> None:
 
 
 def write_json(value: Any, destination: str | None) -> None:
-    """Prints `value` as JSON on stdout if `destination` is "-", else writes the file that it names,
-    if any. `value` holds no NaN or infinity.
-    """
+    """Prints `value` as JSON for the destination "-", or writes the file that it names, if any."""
     if not destination:
         return
     text = json.dumps(value, indent=2, allow_nan=False)
@@ -121,17 +115,15 @@ def write_json(value: Any, destination: str | None) -> None:
 
 
 def command(module: str, *arguments: str) -> str:
-    """A command line for a person to paste. It runs `module` by this interpreter."""
-    interpreter = Path(sys.executable)
-    if interpreter.is_relative_to(Path.cwd()):
-        interpreter = interpreter.relative_to(Path.cwd())
+    """A command line that runs `module` by this interpreter, for a person to paste."""
+    interpreter, here = Path(sys.executable), Path.cwd()
+    if interpreter.is_relative_to(here):
+        interpreter = interpreter.relative_to(here)
     return shlex.join([str(interpreter), "-m", module, *arguments])
 
 
 def log_to_stderr(quiet: bool = False) -> None:
-    """Sends the packages' log lines to stderr; `quiet` keeps only warnings and errors. Progress is
-    shown if the level INFO is.
-    """
+    """Sends the packages' log to stderr; `quiet` keeps only warnings and errors."""
     handler = terminal.LogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("sngpt_jax", "sngpt_kernels"):
@@ -143,8 +135,7 @@ def log_to_stderr(quiet: bool = False) -> None:
 def expand_json(argv: Sequence[str]) -> list[str]:
     """`argv` with `--json -` for a `--json` without a value."""
     expanded: list[str] = []
-    for i, argument in enumerate(argv):
-        expanded.append(argument)
-        if argument == "--json" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            expanded.append("-")
+    for argument, following in zip_longest(argv, argv[1:], fillvalue="--"):
+        bare = argument == "--json" and following.startswith("--")
+        expanded += [argument, "-"] if bare else [argument]
     return expanded

@@ -1,6 +1,7 @@
-"""Errors that a user can correct, their one line, and the exit statuses of every command."""
+"""Errors that a user can correct, their one line, and exit statuses."""
 
 import errno
+import os
 import re
 
 EXIT_USER_ERROR = 2
@@ -19,16 +20,15 @@ _BROKEN = (errno.EIO, errno.ESTALE)  # a disk or a network file system that fail
 class UserError(Exception):
     """A user's mistake. The message says in one line what was wrong, where, and what to do."""
 
-    # Whether the process ends as soon as the line is printed, without waiting for its threads.
-    at_once = False
+    at_once = False  # whether the process then ends without waiting for its threads
 
 
 def one_line(error: BaseException) -> str | None:
-    """The line that a user reads of `error`; None if `error` is a bug and shows its traceback.
+    """The line that a user reads of `error`; None if `error` is a bug.
 
-    This is the only place that turns an `OSError`, a `MemoryError` or a decoding error into a line.
-    Code below a command lets such errors pass, unless it knows more than the path and the reason.
-    An `OSError` without a path is a bug, unless its number says that the machine failed.
+    Only this function turns an error of the system into a line: other code lets such errors pass,
+    unless it knows more than the path and the reason. An `OSError` without a path is a bug, unless
+    its number says that the machine failed.
     """
     match error:
         case UserError():
@@ -50,7 +50,4 @@ def one_line(error: BaseException) -> str | None:
 def _path(error: OSError) -> str:
     """The file that the user knows, where an atomic write has failed on its temporary file."""
     path = error.filename if error.filename2 is None else error.filename2
-    if path is None:
-        return ""
-    name = path.decode(errors="replace") if isinstance(path, bytes) else str(path)
-    return re.sub(r"\.tmp-\d+$", "", name)
+    return "" if path is None else re.sub(r"\.tmp-\d+$", "", os.fsdecode(path))

@@ -11,9 +11,7 @@ from sngpt_jax.base.errors import UserError
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
-    `OSError` names a file.
-    """
+    """Writes `path`: a reader sees the whole old file or the whole new one, even after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -36,7 +34,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed `write_bytes_atomic`s left in `folder`, which this process has locked."""
+    """Deletes what killed writers left in `folder`, which this process has locked."""
     for path in folder.glob("*.tmp-*"):
         if path.suffix[5:].isdigit() and path.is_file():
             path.unlink()
@@ -44,31 +42,29 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, held: str) -> Iterator[None]:
-    """Makes `folder` if it is missing, and locks its `.lock` inside the context.
-
-    Raises `UserError(held)` if another process has locked it.
+    """Makes `folder` if it is missing, and locks it inside the context. Raises `UserError(held)` if
+    another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # opened to append, so that the target of a link keeps its bytes
-    with (folder / ".lock").open("a") as file:
+    with (folder / ".lock").open("a") as file:  # a link's target keeps its bytes
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(held) from None
-        except OSError as error:  # a file system without locks: flock's error names no file
+        except OSError as error:  # such as a file system without locks
             raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(folder)) from None
         yield
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raises `UserError` before the work if the file that `option` names cannot be written."""
+    """Raises `UserError` if the file that `option` names cannot be written."""
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:  # names the option, which the edge does not know
+    except OSError as error:
         raise UserError(
             f"{option} {path}: cannot be written: {error.strerror}; give the path of a file"
         ) from None

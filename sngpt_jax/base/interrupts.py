@@ -10,7 +10,6 @@ from sngpt_jax.base.errors import EXIT_SIGINT
 
 
 def end_quietly(number: int, frame: FrameType | None) -> None:
-    """A signal handler that prints one word and ends the process."""
     print("interrupted", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # shows the cursor, which a progress bar hides
@@ -19,18 +18,13 @@ def end_quietly(number: int, frame: FrameType | None) -> None:
 
 
 def heed_interrupts(unraisable: Any) -> None:
-    """A `sys.unraisablehook` for Ctrl-C during a callback of the interpreter, which drops the
-    exception.
-    """
+    """A `sys.unraisablehook`: the interpreter drops an exception that a callback of it raises."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         end_quietly(signal.SIGINT, None)
     sys.__unraisablehook__(unraisable)
 
 
 def expect_interrupts() -> None:
-    """Until `cli.run` begins, Ctrl-C ends the process with a word instead of a traceback.
-
-    A package calls this when it is imported. It acts only under `python -m`.
-    """
+    """Makes Ctrl-C end the process so until `cli.run` begins, under `python -m` alone."""
     if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_quietly)

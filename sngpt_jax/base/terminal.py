@@ -1,7 +1,7 @@
 """What a person sees of a command: its log, its progress, its result and the next commands.
 
-The log and progress go to stderr, results go to stdout. `--quiet` raises the log's level above
-INFO, which hides progress too. Only terminals get colours, bars and boxes.
+The log and progress go to stderr, results to stdout. `--quiet` raises the log's level above INFO,
+which hides progress too. Only terminals get colours, bars and boxes.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ def format_duration(seconds: float) -> str:
 class TerminalConsole(rich.console.Console):
     """rich's console on a stream. It breaks no lines, and has colours only on a terminal.
 
-    `has_cursor` is false for a file, a pipe, and a terminal that cannot redraw a line (TERM=dumb).
-    Output is dropped once the reader of a pipe is gone, where rich would end the program.
+    `has_cursor` is whether a line can be redrawn there. Output is dropped once the reader of a pipe
+    is gone, where rich would end the program.
     """
 
     def __init__(self, stream: TextIO | None, *, width: int | None = None) -> None:
@@ -71,28 +71,24 @@ class TerminalConsole(rich.console.Console):
 
 
 class Report(Protocol):
-    """Takes in that `done` of `total` is done; a `total` of 0 is unknown. `note` replaces the two
-    numbers.
-    """
+    """Shows that `done` of `total` (0: unknown) is done; `note` replaces the two numbers."""
 
     def __call__(self, done: float, total: float, note: str = "") -> None: ...
 
 
 def progress_text(task: rich.progress.Task) -> str:
     """`score: 16.0%, 10s left, 16/100 in 2.0s`: a narrow terminal cuts what matters least."""
-    total = f"/{task.total:,}" if task.total else ""
-    share = f"{task.percentage / 100:.1%}" if task.total else ""
-    left = ""
+    parts, count = [], f"{task.completed:,}"
+    if task.total:
+        parts.append(f"{task.percentage / 100:.1%}")
+        count += f"/{task.total:,}"
     if task.remaining and task.speed:
-        left = f"{format_duration(task.remaining / task.speed)} left"
-    count = task.fields["note"] or f"{task.completed:,}{total}"
-    parts = (share, left, f"{count} in {format_duration(task.elapsed or 0.0)}")
-    return f"{task.description}: {', '.join(filter(None, parts))}"
+        parts.append(f"{format_duration(task.remaining / task.speed)} left")
+    parts.append(f"{task.fields['note'] or count} in {format_duration(task.elapsed or 0.0)}")
+    return f"{task.description}: {', '.join(parts)}"
 
 
 class _TextColumn(rich.progress.ProgressColumn):
-    """The text of a task by a function of the task, cut to one line."""
-
     def __init__(self, text: Callable[[rich.progress.Task], str]) -> None:
         super().__init__()
         self._text = text
@@ -110,8 +106,7 @@ def live_lines(
     auto_refresh: bool,
 ) -> rich.progress.Progress:
     """rich's display of tasks: a line per task with `text`, and a bar from `bar_from` columns on.
-
-    Whatever else is written to the terminal meanwhile appears above these lines.
+    Other output appears above these lines.
     """
     bar = rich.progress.BarColumn(BAR_WIDTH, complete_style="cyan")
     return rich.progress.Progress(
@@ -154,11 +149,9 @@ def _draw(progress: rich.progress.Progress) -> None:
 def progress_reporter(
     label: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> Report:
-    """A function of (done, total) that shows progress on stderr once the work takes more than two
-    seconds.
-
-    A terminal has a live line. Elsewhere a line is written every five seconds. `--quiet` hides
-    both. What the first report finds done does not count for the speed.
+    """A function that shows progress once the work takes more than two seconds: on a terminal as a
+    live line, elsewhere by a line every five seconds. What the first report finds done does not
+    count for the speed.
     """
     console = TerminalConsole(stream or sys.stderr)
     progress = live_lines(console, progress_text, clock, bar_from=60, auto_refresh=False)
@@ -186,9 +179,7 @@ def progress_reporter(
 
 
 class LogHandler(logging.Handler):
-    """Writes log lines as they are to the sys.stderr of that moment, which may be rich's: then
-    they appear above the live lines.
-    """
+    """Writes to the sys.stderr of the moment, which may be rich's: above the live lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
@@ -201,7 +192,7 @@ Rows = Sequence[tuple[str, str]]
 
 
 def aligned(rows: Rows) -> Iterator[str]:
-    """A line per (name, value), with the values in one column. Long paths are not cut."""
+    """A line per (name, value), with the values in one column."""
     width = max((len(name) for name, _ in rows), default=0)
     return (f"  {name:<{width}}  {value}" for name, value in rows)
 
@@ -210,9 +201,7 @@ def show_result(
     title: str, rows: Rows, following: Sequence[str] = (), *, console: TerminalConsole | None = None
 ) -> None:
     """Prints a command's result on stdout: a panel on a terminal, plain lines elsewhere and under
-    `--quiet`.
-
-    `following` are commands to type next. Each is a line of the log, so `--quiet` hides them.
+    `--quiet`. Logs the commands to type next, `following`.
     """
     clear()
     console = console or TerminalConsole(sys.stdout)
@@ -222,10 +211,8 @@ def show_result(
         grid.add_column(overflow="fold")
         for row in rows:
             grid.add_row(*row)
-        console.print(
-            rich.panel.Panel.fit(grid, title=title, title_align="left", border_style="green"),
-            soft_wrap=False,
-        )
+        panel = rich.panel.Panel.fit(grid, title=title, title_align="left", border_style="green")
+        console.print(panel, soft_wrap=False)
     else:
         print(title, *aligned(rows), sep="\n", file=console.file)
     console.file.flush()

@@ -1,7 +1,4 @@
-"""JSON read into dataclasses, strictly: an error is one line that names the field.
-
-The text may come from anybody. `loads` is the one place that parses it.
-"""
+"""JSON from anybody read into dataclasses, strictly: an error is one line that names the field."""
 
 import collections
 import dataclasses
@@ -18,28 +15,25 @@ from sngpt_jax.base import untrusted
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import shown
 
-# Of a file, such as the manifest of 40,000 shards. Its values take about 20 times as much memory.
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 16 * 2**20  # of a file; its values take about 20 times as much memory
 MAX_DEPTH = 64  # levels of nested objects and lists
 
 T = TypeVar("T")
-# Takes a field's name, its value and its place, and raises if the value is not allowed.
+# of a field's name, value and place; raises if the value is not allowed
 Check = Callable[[str, Any, str], None]
 
 
 def loads(text: bytes) -> Any:
-    """The value of JSON in UTF-8.
-
-    Raises `ValueError` for what is no JSON, and for JSON that readers understand differently: a
-    repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair, more than
-    `MAX_DEPTH` levels.
+    """The value of JSON in UTF-8. Raises `ValueError`, also for JSON that readers understand
+    differently: a repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair,
+    more than `MAX_DEPTH` levels.
     """
     try:
         value = json.loads(
             text.decode("utf-8"),
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_constant,
+            parse_constant=_float,
             object_pairs_hook=_object,
         )
     except RecursionError:
@@ -57,12 +51,8 @@ def _integer(digits: str) -> int:
 def _float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{shown(digits)} is too large a number")
+        raise ValueError(f"{shown(digits)} is no finite number")
     return value
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,7 +64,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(value: Any, levels: int) -> None:
-    """Raises `ValueError` if `value` has more levels, or text that UTF-8 cannot hold."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
@@ -88,9 +77,7 @@ def _check_text(value: Any, levels: int) -> None:
 
 
 def read(path: Path, error: type[UserError]) -> Any:
-    """The JSON value in the file `path`. Raises `error` in one line if the file has none, or has
-    more than `MAX_BYTES`.
-    """
+    """The JSON value in the file `path` of at most `MAX_BYTES`. Raises `error` in one line."""
     content = untrusted.read_bytes(path, MAX_BYTES, error)
     try:
         return loads(content)
@@ -108,11 +95,11 @@ def parse(
 ) -> T:
     """The `kind`, a dataclass, from a JSON object of its fields. Every field must be there.
 
-    Fields may be bool, int, float, str, Literal of strings, another dataclass, `X | None`,
-    `tuple[X, ...]` or a NamedTuple from a list or tuple, `dict[str, X]`, or Any. Only an integer is
-    converted, to a float. `check` sees every plain value. With a list for `defaulted`, a field that
-    has a plain default may be missing, and its path is appended there. Raises `error` in one line
-    that begins with the path of the field; `where` is the path of the whole.
+    Fields may be bool, int, float, str, Literal of strings, a dataclass, `X | None`, Any,
+    `dict[str, X]`, `tuple[X, ...]`, or a NamedTuple from a list or tuple. An integer may become a
+    float. `check` sees every plain value. With a list for `defaulted`, a field that has a plain
+    default may be missing, and its path is appended there. Raises `error` in one line that begins
+    with the path of the field, from `where` on.
     """
 
     def refuse(where: str, expected: str, value: Any) -> NoReturn:

@@ -1,7 +1,7 @@
 """Checks of files that somebody else may have written, before they are read.
 
 Such a file must be plain and no larger than its kind can be. Files that it names must lie in its
-own folder.
+folder. The parameter `error` is the error to raise, in one line.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ MAX_NAME = 1000  # characters of a path in a folder
 
 
 def shown(value: object) -> str:
-    """`value` as a line can quote it, whatever a file has put there."""
+    """`value`, whatever a file has put there, as a line can quote it."""
     text = repr(value[:100] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= 120 else f"{text[:120]} …"
 
@@ -33,7 +33,7 @@ def _reading(path: Path, error: type[UserError]) -> Iterator[None]:
 
 
 def plain_size(path: Path, error: type[UserError]) -> int:
-    """The file's size in bytes. Raises `error` in one line if it is not a plain file."""
+    """The size in bytes of a plain file."""
     try:
         with _reading(path, error):
             found = path.stat()
@@ -45,9 +45,7 @@ def plain_size(path: Path, error: type[UserError]) -> int:
 
 
 def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
-    """The file's bytes. Raises `error` in one line if it is not a plain file of at most `limit`
-    bytes.
-    """
+    """The bytes of a plain file of at most `limit` bytes."""
     plain_size(path, error)
     with _reading(path, error), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size  # the name may mean another file by now
@@ -59,9 +57,7 @@ def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
 
 
 def file_sha256(path: Path, error: type[UserError]) -> str:
-    """The SHA-256 of the file in hexadecimal. Raises `error` in one line if it is unreadable, or
-    not a plain file.
-    """
+    """The SHA-256 of a plain file in hexadecimal."""
     plain_size(path, error)
     with _reading(path, error), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,10 +75,8 @@ def problem_of_name(name: str) -> str | None:
 
 
 def inside(folder: Path, name: str, error: type[UserError]) -> Path:
-    """`folder / name` for a `name` that a file in `folder` gives. The file need not exist.
-
-    Raises `error` in one line if the name or a link leads out of the folder, or to what is not a
-    plain file.
+    """`folder / name` for a `name` from a file in `folder`. Refuses a name or a link that leads out
+    of the folder, or to what is not a plain file. The path need not exist.
     """
     if problem := problem_of_name(name):
         raise error(f"{folder}: names the file {shown(name)}, which {problem}")

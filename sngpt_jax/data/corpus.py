@@ -1,8 +1,7 @@
 """Sources of text: the interpreter's own library, files, and Hugging Face.
 
-One string names a source (`FORMS`). Its documents come in a fixed order, so that the first n can be
-held out and an interrupted preparation can resume. Several machines can each read a part of a
-source of several files.
+One string names a source (`FORMS`). Its documents have a fixed order, so that the first n can be
+held out and an interrupted preparation can resume.
 """
 
 import hashlib
@@ -31,7 +30,8 @@ from sngpt_jax.data.tokenizer import replace_surrogates
 
 logger = logging.getLogger("sngpt_jax")
 
-ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ENDINGS = (".txt", ".txt.gz", ".txt.zst", *JSONL, ".parquet")
 FORMS = (
     "stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in"
     f" {', '.join(ENDINGS)}"
@@ -41,14 +41,12 @@ SEPARATOR = "<|endoftext|>"  # a line of a text file with only this text ends a 
 # The longest line in bytes and document in characters: a small compressed file may unpack to more.
 MAX_DOCUMENT = 2**30
 _TOO_LONG = (
-    f"a document that is longer than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between"
-    " documents"
+    f"a document of more than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between documents"
 )
 
 MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks by default
 
-# Smaller texts are identified by their content: hashing 256 MiB takes a fifth of a second.
-_HASHED_BYTES = 256 * 2**20
+_HASHED_BYTES = 256 * 2**20  # smaller texts are identified by their content
 _SKIPPED_FOLDERS = re.compile(
     "tests?|idle_test|site-packages|dist-packages|__pycache__|lib-dynload|config-.*"
 )
@@ -56,12 +54,10 @@ _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+
 
 
 def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
-    """Yields the documents of `source` in their fixed order, without empty ones; lone surrogates
-    become U+FFFD.
+    """Yields the documents of `source` without empty ones; lone surrogates become U+FFFD.
 
-    Part `part` of `parts` (at most `count_parts(source)`) is a run of whole files; the parts 0, 1,
-    … together are all documents in order. The call raises `UserError` for a source that does not
-    exist; the iterator raises `DataError` for damaged text.
+    Part `part` of `parts` (at most `count_parts(source)`) is a run of whole files. The call raises
+    `UserError` for a source that does not exist, the iterator `DataError` for damaged text.
     """
     if source.startswith("hub:"):
         texts = _hub_texts(source, _hub_parts(source), part, parts)
@@ -74,26 +70,23 @@ def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
 
 
 def count_parts(source: str) -> int:
-    """How many parts `documents` can cut `source` into: one per file, but at most `MAX_PARTS`.
-    Raises `UserError`.
-    """
-    files = _hub_files(source) if source.startswith("hub:") else len(_files(source))
-    return min(files, MAX_PARTS)
+    """How many parts `documents` can cut `source` into: one per file, but at most `MAX_PARTS`."""
+    if not source.startswith("hub:"):
+        return min(len(_files(source)), MAX_PARTS)
+    with explained(lambda: f"source {source}: the data set's files cannot be listed"):
+        return min(_load_hub(*_hub_parts(source)).num_shards, MAX_PARTS)
 
 
 def text_bytes(source: str) -> int:
-    """The bytes of text in `source`, if its files' sizes tell; else 0. Raises `UserError`."""
+    """The bytes of text in `source`, if its files' sizes tell; else 0."""
     files = [] if source.startswith("hub:") else _files(source)
     known = all(path.suffix in (".py", ".txt") for path in files)
     return sum(path.stat().st_size for path in files) if known else 0
 
 
 def fingerprint(source: str) -> str:
-    """A short name for the content of `source`: its kind, how many files, and a hash of their
-    names and contents. The place of a folder does not matter.
-
-    For 256 MiB of text or more, sizes and modification times stand in for the contents. A Hugging
-    Face data set is identified by its name.
+    """A short name for the content of `source`, wherever it lies: its kind, how many files, and a
+    hash of their names and contents (of large texts, sizes and modification times).
     """
     if source.startswith("hub:"):
         name, config, split = _hub_parts(source)
@@ -107,18 +100,15 @@ def fingerprint(source: str) -> str:
     by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
     for path, stat in zip(files, stats, strict=True):
-        content = f"{stat.st_size} {stat.st_mtime_ns}"
-        if by_content:
-            content = file_sha256(path, DataError)
+        times = f"{stat.st_size} {stat.st_mtime_ns}"
+        content = file_sha256(path, DataError) if by_content else times
         digest.update(f"{path.relative_to(root).as_posix()}\0{content}\0".encode())
     return f"{kind}, {len(files)} files, {digest.hexdigest()[:16]}"
 
 
 def imported(package: str, what: str) -> Any:
-    """The module of an optional package that `what` needs. Raises `UserError` with the command
-    that installs it.
-    """
-    # By default the hub's client logs every retry. The last failure is an exception anyway.
+    """The module of an optional package that `what` needs."""
+    # The hub's client would log every retry. The last failure is an exception anyway.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not logger.isEnabledFor(logging.INFO):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -141,21 +131,19 @@ def _stdlib_root() -> Path:
 
 
 def _stdlib_files() -> list[Path]:
-    """The library's Python files without its tests, ordered by the hashes of their relative paths,
-    so that any prefix is a sample.
-    """
+    """The library's Python files without its tests, ordered by a hash: any prefix is a sample."""
     root = _stdlib_root()
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _SKIPPED_FOLDERS.fullmatch(name)]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
-        raise UserError(
-            f"source stdlib: no .py files under {root}; give a file or folder of text instead"
-        )
-    return sorted(
-        files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-    )
+        raise UserError(f"source stdlib: no .py files under {root}; give a file or folder of text")
+
+    def place(path: Path) -> bytes:
+        return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+
+    return sorted(files, key=place)
 
 
 def _stdlib_texts(path: Path) -> Iterator[str]:
@@ -163,8 +151,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
         with tokenize.open(path) as file:  # decodes as PEP 263 says
             yield file.read()
     except (SyntaxError, UnicodeDecodeError):
-        # A few files of the library are test data in another encoding than they declare.
-        return
+        return  # a few files are test data in another encoding than they declare
 
 
 # ---------------------------------------- files
@@ -182,9 +169,7 @@ def _text_files(source: str) -> list[Path]:
     elif source and path.exists():
         problem = f"{path}: expected a file ending in {endings}"
     elif source.startswith("golf:"):
-        problem = (
-            f"source {source}: published token shards hold no text; a source of text is {FORMS}"
-        )
+        problem = f"source {source}: published shards hold no text; a source of text is {FORMS}"
     else:
         problem = f"source {source!r}: no such file or folder; a source is {FORMS}"
     raise UserError(problem)
@@ -193,20 +178,17 @@ def _text_files(source: str) -> list[Path]:
 def _file_texts(path: Path) -> Iterator[str]:
     if path.suffix == ".parquet":
         return _parquet_texts(path)
-    is_jsonl = path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-    return _jsonl_texts(path) if is_jsonl else _txt_texts(path)
+    return _jsonl_texts(path) if path.name.endswith(JSONL) else _txt_texts(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line with its end) of a plain or compressed file, without a byte
-    order mark.
-    """
+    """Yields (number from 1, line with its end) of a plain or compressed file, without a BOM."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     number = 0
     with explained(lambda: f"{path}:{number}: cannot be read"):
         if codec and not path.stat().st_size:
             raise OSError("the file is empty")
-        # reads on over members and frames
+        # pyarrow reads on over members and frames
         with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT + 1), b""), 1):
                 if len(line) > MAX_DOCUMENT:
@@ -251,13 +233,12 @@ def _text_of(row: Any, where: str) -> str:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
-    from pyarrow import parquet  # loads a large library that only this needs
+    from pyarrow import parquet  # a large library that only this function needs
 
     row = 0
     with explained(lambda: f"{path}: row {row}: cannot be read"), parquet.ParquetFile(path) as file:
         if "text" not in (columns := file.schema_arrow.names):
             raise DataError(f"{path}: no column 'text'; columns: {', '.join(columns)}")
-        # decodes one row group's pages at a time
         for batch in file.iter_batches(batch_size=256, columns=["text"]):
             for value in batch.column(0):
                 row += 1
@@ -272,21 +253,13 @@ Hub = tuple[str, str | None, str]  # name, configuration and split of a data set
 def _hub_parts(source: str) -> Hub:
     match = _HUB.fullmatch(source)
     if not match:
-        raise UserError(
-            f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT], such as"
-            " hub:HuggingFaceFW/fineweb-edu@train"
-        )
+        raise UserError(f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT]")
     return match["name"], match["config"], match["split"] or "train"
 
 
 def _load_hub(name: str, config: str | None, split: str) -> Any:
     datasets = imported("datasets", f"source hub:{name}")
     return datasets.load_dataset(name, config, split=split, streaming=True)
-
-
-def _hub_files(source: str) -> int:
-    with explained(lambda: f"source {source}: the data set's files cannot be listed"):
-        return _load_hub(*_hub_parts(source)).num_shards
 
 
 def _hub_texts(source: str, hub: Hub, part: int, parts: int) -> Iterator[str]:

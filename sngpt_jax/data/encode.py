@@ -18,13 +18,11 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.manifest import explained
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-_CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about a tenth of a second's work
-_CHUNKS_IN_FLIGHT = 3  # per worker: one in work, and two that keep it from waiting for the writer
+_CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about 0.1 s of work
+_CHUNKS_IN_FLIGHT = 3  # per worker: one in work and two that wait for it
 
-# the first document's number, counted from 1 as lines are, and the documents
-Chunk = tuple[int, list[str]]
-# per document: tokens uint16 [n], byte corrections int64 [m, 2]
-Encoded = list[tuple[np.ndarray, np.ndarray]]
+Chunk = tuple[int, list[str]]  # the first document's number, counted from 1, and the documents
+Encoded = list[tuple[np.ndarray, np.ndarray]]  # as `Tokenizer.encode_document`, by document
 
 _worker_tokenizer: Tokenizer  # in a worker process
 
@@ -35,8 +33,8 @@ def usable_cpus() -> int:
 
 
 def follow_parent() -> None:
-    """Ends this process when its parent ends, and not before: only the parent acts on Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+    """Ends this process with its parent, which alone acts on the Ctrl-C that both receive."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -49,10 +47,8 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def holding_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block. No signal is lost, and any thread may do this.
-
-    A process that is started in the block never receives one. `follow_parent` alone would leave
-    the worker exposed during the seconds of its imports.
+    """Holds Ctrl-C back until the end of the block, and from processes that are started in it:
+    `follow_parent` runs only after the seconds of their imports.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -76,8 +72,7 @@ def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
     encoded: Encoded = []
     with explained(lambda: f"{source}: document {first + len(encoded)} cannot be tokenized"):
         for text in texts:
-            document = tokenizer.encode_document(text)
-            encoded.append((np.asarray(document.tokens, np.uint16), document.extra))
+            encoded.append(tokenizer.encode_document(text))
     return encoded
 
 

@@ -1,8 +1,5 @@
 """Encodes the parts of a source with datatrove (https://github.com/huggingface/datatrove), on this
-machine or in jobs of a Slurm cluster.
-
-One task of a datatrove pipeline encodes one part (`sngpt_jax.data.parts`). Needs the extra
-`datatrove`.
+machine or in jobs of a Slurm cluster: one task of a pipeline per part.
 """
 
 import multiprocessing
@@ -33,7 +30,7 @@ _MEMORY_GB = 4  # of a job's one processor: a shard and its copies, a Parquet ro
 
 
 class EncodePart(PipelineStep):
-    """A pipeline's only step: task r of `parts.count` encodes part r, or what is missing of it."""
+    """A pipeline's only step: task r encodes what is missing of part r."""
 
     name = "encode part"
     type = "🔢 - TOKENIZER"
@@ -43,7 +40,7 @@ class EncodePart(PipelineStep):
         self.parts = parts
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        """Encodes part `rank` and passes `data` on unchanged."""
+        """Encodes part `rank` and passes `data` on."""
         self.parts.encode(rank)
         return data
 
@@ -52,20 +49,20 @@ class EncodePart(PipelineStep):
 
 
 def _start_worker(told: Connection) -> None:
-    def exit_when_told() -> None:  # in the middle of any work: files appear whole or not at all
+    def exit_when_told() -> None:  # during any work: files appear whole or not at all
         told.poll(None)  # until the parent closes its end
         os._exit(1)
 
     follow_parent()
     threading.Thread(target=exit_when_told, daemon=True).start()
-    logger.disable("datatrove")  # it shows tracebacks; the parent gets errors as exceptions
+    logger.disable("datatrove")  # it shows tracebacks; the parent gets the exceptions
 
 
 def encode_here(parts: Parts, workers: int, report: Report) -> None:
-    """Encodes the parts that are left, `workers` at a time, and reports progress every few seconds.
+    """Encodes the parts that are left, `workers` at a time, and reports progress.
 
-    Raises `UserError` for the first part that fails and then stops the others, whose whole shards
-    are kept. The pool is not datatrove's own, which waits forever for a killed process.
+    The first part that fails stops the others, whose whole shards are kept. datatrove's own pool
+    would wait forever for a killed process.
     """
     left = parts.left()
     if not left:
@@ -93,10 +90,10 @@ def encode_here(parts: Parts, workers: int, report: Report) -> None:
                 total = sum(tokens.values())
                 report(0, 0, f"{ended} of {len(left)} parts, {total:,} tokens")
         except BrokenProcessPool:
-            raise UserError(
-                "an encoding process was killed, perhaps for memory; run it again with fewer"
-                " --workers to resume"
-            ) from None
+            message = (
+                "an encoding process was killed, perhaps for memory; resume with fewer --workers"
+            )
+            raise UserError(message) from None
         except BaseException:
             tell.close()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -123,11 +120,8 @@ class _Array(SlurmPipelineExecutor):
 
 def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
     """Submits a job array that encodes the parts that are left, `workers` at a time, and a job that
-    then runs the command `merge`.
-
-    The jobs run in this folder with this interpreter. Both, the source and the output must be on a
-    file system that the nodes share. The jobs log into `.slurm` beside the parts. Raises
-    `UserError` if sbatch is missing or refuses.
+    then runs the command `merge`, in this folder with this interpreter. Raises `UserError` if
+    sbatch is missing or refuses.
     """
     logger.disable("datatrove")  # its log of the launch
     logs = parts.directory.parent.absolute() / ".slurm"
@@ -159,12 +153,9 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
     except FileNotFoundError as error:
         if error.filename != "sbatch":
             raise
-        problem = "no sbatch here; run it on a machine that submits to the cluster"
+        problem = "no sbatch here; run it on a machine of the cluster"
     except subprocess.CalledProcessError as error:
         problem = f"sbatch failed with status {error.returncode}; see its message above"
         if array_job:
-            problem += (
-                f"; job {array_job}, which encodes, is in the queue: scancel {array_job}, then run"
-                " the same command again"
-            )
+            problem += f"; job {array_job} is in the queue: scancel {array_job} and run this again"
     raise UserError(f"--executor slurm: {problem}")

@@ -17,13 +17,11 @@ REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the chall
 
 
 def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
-    """Downloads the challenge's FineWeb tokens: all validation shards, the first `train_shards`
-    training shards, and the tokenizer.
+    """Downloads the challenge's FineWeb tokens into `out_dir`: all validation shards, the first
+    `train_shards` training shards, and the tokenizer.
 
-    The files are `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model` in `out_dir`. Whole
-    files that are already there stay, so that the same call resumes. Layout: openai/parameter-golf,
-    data/cached_challenge_fineweb.py. Raises `UserError` if the network fails or the data set lacks
-    what is asked for.
+    Whole files stay, so that the same call resumes. Layout: openai/parameter-golf,
+    data/cached_challenge_fineweb.py.
     """
     hub = imported("huggingface_hub", f"the data set {REPO}")
 
@@ -37,23 +35,17 @@ def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset, model_path, shards = _entry(fetch("manifest.json", Path(folder)), vocab_size)
     if not 1 <= train_shards <= shards["train"]:
-        raise UserError(
-            f"{REPO}: {dataset} has {shards['train']} training shards; asked for {train_shards}"
-        )
+        found = f"{dataset} has {shards['train']} training shards"
+        raise UserError(f"{REPO}: {found}; asked for {train_shards}")
     model = out_dir / PurePosixPath(model_path).name
     if other := sorted(path.name for path in out_dir.glob("*.model") if path != model):
-        raise UserError(
-            f"{out_dir}: holds {other[0]}; tokens of {model.name} go into another folder"
-        )
+        raise UserError(f"{out_dir}: holds {other[0]}; {model.name} goes into another folder")
     staging = out_dir / DOWNLOAD  # until its removal the folder counts as unfinished
     staging.mkdir(parents=True, exist_ok=True)
     if not model.is_file():
         fetched = fetch(model_path, staging)
-        found = load_tokenizer(fetched).vocab_size
-        if found != vocab_size:
-            raise DataError(
-                f"{REPO}: {model_path}: expected a vocabulary of {vocab_size}, found {found}"
-            )
+        if (size := load_tokenizer(fetched).vocab_size) != vocab_size:
+            raise DataError(f"{REPO}: {model_path}: expected {vocab_size} tokens, found {size}")
         os.replace(fetched, model)
     for split, count in (("val", shards["val"]), ("train", train_shards)):
         for n in range(count):
@@ -74,23 +66,16 @@ def _whole(path: Path) -> bool:
 
 
 def _entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:
-    """The data set for `vocab_size`: its name, the path of its tokenizer, and the number of shards
-    per split.
-    """
+    """The data set for `vocab_size`: its name, its tokenizer's path, and the shards per split."""
     where, name = f"{REPO}: datasets/manifest.json", f"fineweb10B_sp{vocab_size}"
     with explained(lambda: f"{where}: not the layout that this program knows"):
         values = typed_json.loads(manifest.read_bytes())
         sets = {entry["name"]: entry for entry in values["datasets"]}
-        models = {
-            x["name"]: str(x["model_path"]) for x in values["tokenizers"] if "model_path" in x
-        }
+        models = {x["name"]: str(x.get("model_path", "")) for x in values["tokenizers"]}
         if name not in sets:
             raise DataError(f"{where}: no {name}; it has {', '.join(sorted(sets))[:500]}")
         tokenizer, stats = sets[name]["tokenizer_name"], sets[name]["stats"]
-        if tokenizer not in models:
-            raise DataError(
-                f"{where}: no SentencePiece tokenizer {shown(tokenizer)} for {name}; it has"
-                f" {', '.join(sorted(models))[:500]}"
-            )
+        if not models.get(tokenizer):
+            raise DataError(f"{where}: no SentencePiece model of {shown(tokenizer)} for {name}")
         files = {split: int(stats[f"files_{split}"]) for split in ("train", "val")}
         return name, models[tokenizer], files

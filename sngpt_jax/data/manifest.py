@@ -1,15 +1,11 @@
-"""The files that describe a folder of tokens: `manifest.json`, or `progress.json` if unfinished.
-
-Both are read strictly: an unknown, missing or ill-typed key is an error, and a file name cannot
-lead out of the folder.
-"""
+"""The files that describe a folder of tokens: `manifest.json`, or `progress.json` if unfinished."""
 
 import contextlib
 import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,19 +20,16 @@ T = TypeVar("T")
 FORMAT = 1
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+CHANGED = "the tokenizer changed since the preparation began"
 
 
 class DataError(UserError):
-    """Token data that is missing, damaged or made otherwise than asked for. The message names the
-    file, and what was expected and found.
-    """
+    """Token data that are missing, damaged or made otherwise than asked for."""
 
 
 @contextlib.contextmanager
 def explained(where: Callable[[], str]) -> Iterator[None]:
-    """Turns whatever another package raises in the block into a `DataError` of one line that begins
-    with `where()`.
-    """
+    """Turns what another package raises in the block into a `DataError` that begins `where()`."""
     try:
         yield
     except (UserError, MemoryError):
@@ -51,15 +44,21 @@ class Origin:
     """What a folder is made from. Two preparations with equal origins write equal bytes."""
 
     source: str  # fingerprint of the text
-    val_source: (
-        str  # fingerprint of the validation text; empty: the source's first val_docs documents
-    )
+    val_source: str  # fingerprint of the validation text; empty: the source's first val_docs
     val_docs: int
     tokenizer: str  # "train", or "sha256:" and the hash of the given tokenizer file
     vocab_size: int
     normalization: str  # of a learned tokenizer; empty for a given one
     shard_tokens: int
     max_tokens: int
+
+    def differences(self, asked: Mapping[str, Any]) -> dict[str, str]:
+        """A phrase for each field in which `asked` differs."""
+        return {
+            name: f"{name}: {old!r} there, {new!r} asked for"
+            for name, new in asked.items()
+            if (old := getattr(self, name)) != new
+        }
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class ExtraEntry:
-    """A shard's file of byte corrections: int64 [n, 2] in npy format, with rows (token position in
-    the shard, bytes).
-    """
+    """A shard's file of byte corrections, npy."""
 
     name: str
     sha256: str
@@ -84,8 +81,6 @@ class ExtraEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard."""
-
     name: str
     tokens: int
     documents: int  # that begin in this shard
@@ -95,13 +90,12 @@ class ShardEntry:
 
     @property
     def files(self) -> list["ShardEntry | ExtraEntry"]:
-        """The entries of the shard's one or two files."""
         return [self, self.extra] if self.extra else [self]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A complete folder. The manifest is written last."""
+    """A complete folder, whose manifest is written last."""
 
     format: int
     origin: Origin
@@ -111,33 +105,28 @@ class Manifest:
 
     def checksums(self) -> list[tuple[str, str]]:
         """(name, SHA-256) of every file in the folder."""
-        files = [file for shard in (*self.val, *self.train) for file in shard.files]
-        return [
-            (self.tokenizer.file, self.tokenizer.sha256),
-            *((file.name, file.sha256) for file in files),
-        ]
+        files = (file for shard in (*self.val, *self.train) for file in shard.files)
+        tokenizer = self.tokenizer.file, self.tokenizer.sha256
+        return [tokenizer, *((file.name, file.sha256) for file in files)]
 
 
 @dataclass(frozen=True)
 class SplitJournal:
-    """How far one split is written. The next token to write is token `offset` of the split's
-    document number `documents`.
-    """
+    """How far one split is written: up to token `offset` of its document number `documents`."""
 
     shards: tuple[ShardEntry, ...] = ()  # complete and in place
-    documents: int = 0  # whole documents in those shards
-    offset: int = 0  # tokens of the next document in those shards
+    documents: int = 0  # whole ones in those shards
+    offset: int = 0
     finished: bool = False
 
     @property
     def tokens(self) -> int:
-        """Tokens in the complete shards."""
         return sum(entry.tokens for entry in self.shards)
 
 
 @dataclass(frozen=True)
 class Journal:
-    """An unfinished folder. A killed preparation resumes from it."""
+    """An unfinished folder."""
 
     format: int
     origin: Origin
@@ -150,7 +139,6 @@ class Journal:
 
 
 def _check(name: str, value: Any, where: str) -> None:
-    """Raises `DataError` for a value that a field `name` of the right type may not have."""
     if type(value) is int and value < 0:
         expected = "a count of at least 0"
     elif name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):
@@ -165,15 +153,13 @@ def _check(name: str, value: Any, where: str) -> None:
 def _load(kind: type[T], path: Path) -> T:
     values = typed_json.read(path, DataError)
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        raise DataError(
-            f"{path}: expected format {FORMAT}, found {shown(values.get('format'))}; prepare the"
-            " data again"
-        )
+        found = shown(values.get("format"))
+        raise DataError(f"{path}: expected format {FORMAT}, found {found}; prepare the data again")
     return typed_json.parse(kind, values, str(path), DataError, _check)
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """Reads `directory`'s manifest. Raises `DataError`."""
+    """`directory`'s manifest, read strictly. Raises `DataError`."""
     path = directory / MANIFEST
     manifest = _load(Manifest, path)
     name, count = Counter(name for name, _ in manifest.checksums()).most_common(1)[0]
@@ -183,12 +169,12 @@ def load_manifest(directory: Path) -> Manifest:
 
 
 def load_journal(directory: Path) -> Journal:
-    """Reads `directory`'s journal. Raises `DataError`."""
+    """`directory`'s journal, read strictly. Raises `DataError`."""
     return _load(Journal, directory / PROGRESS)
 
 
 def save(value: Manifest | Journal, directory: Path) -> None:
-    """Writes a manifest or a journal into `directory`, atomically."""
+    """Writes a manifest or a journal into `directory`."""
     name = MANIFEST if isinstance(value, Manifest) else PROGRESS
     write_text_atomic(directory / name, json.dumps(dataclasses.asdict(value), indent=1) + "\n")
 
@@ -197,9 +183,7 @@ def save(value: Manifest | Journal, directory: Path) -> None:
 
 
 def verify(directory: str | Path) -> Manifest:
-    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError`
-    for the first file that differs.
-    """
+    """Compares the checksum of every file that `directory`'s manifest names. Raises `DataError`."""
     directory = Path(directory)
     manifest = load_manifest(directory)
     for name, expected in manifest.checksums():

@@ -1,8 +1,7 @@
 """A source's documents, encoded part by part by any number of machines, and read again in order.
 
-A part is a run of the source's files (`corpus.count_parts`). One process encodes it into a folder
-of its own with shards and a journal, as for a whole preparation. A part does not know which of its
-documents are held out, so it holds all of them.
+A part is a run of the source's files. One process encodes it into a folder of its own with shards
+and a journal, as for a whole preparation. It holds the held-out documents too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,8 @@ import numpy as np
 from sngpt_jax.base.untrusted import inside
 from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.encode import Encoded, cut_chunks, encoder
-from sngpt_jax.data.folder import begin_or_resume, held, refuse_other
 from sngpt_jax.data.manifest import (
+    CHANGED,
     PROGRESS,
     DataError,
     Origin,
@@ -28,9 +27,9 @@ from sngpt_jax.data.manifest import (
 )
 from sngpt_jax.data.shards import TokenStream, open_entries
 from sngpt_jax.data.tokenizer import load_tokenizer
-from sngpt_jax.data.writer import SplitWriter
+from sngpt_jax.data.writer import SplitWriter, begin_or_resume, held, refuse_other
 
-_SHARD_TOKENS = 10_000_000  # of a part's shard: a killed worker loses the seconds that these take
+_SHARD_TOKENS = 10_000_000  # of a part's shard; a killed worker loses as much
 _CHUNK_DOCUMENTS = 256  # read at a time
 
 
@@ -55,15 +54,11 @@ class Parts:
     tokenizer_entry: TokenizerEntry
 
     def folder(self, part: int) -> Path:
-        """The folder of part `part`. Its name has the number of parts, which may change in a
-        Hugging Face data set.
-        """
+        """The folder of part `part`, named by the number of parts too: a hub's may change."""
         return self.directory / f"{part:05d}-of-{self.count:05d}"
 
     def reached(self, part: int) -> SplitJournal:
-        """How far part `part` is encoded. Raises `UserError` if its journal is damaged or belongs
-        to another preparation.
-        """
+        """How far part `part` is encoded. Raises `UserError` for another preparation's."""
         folder = self.folder(part)
         if not (folder / PROGRESS).is_file():
             return SplitJournal()
@@ -72,9 +67,7 @@ class Parts:
         return journal.train
 
     def left(self) -> list[int]:
-        """The parts that are still to encode, in order. Parts after those that hold `max_tokens`
-        are not needed.
-        """
+        """The parts that are still to encode, up to those that hold `max_tokens`."""
         result: list[int] = []
         before: list[SplitJournal] = []
         for part in range(self.count):
@@ -86,9 +79,7 @@ class Parts:
         return result
 
     def _enough(self, parts: Sequence[SplitJournal]) -> bool:
-        """Whether the first `parts`, or the encoded pieces of them, are certain to hold
-        `max_tokens` training tokens.
-        """
+        """Whether what is encoded of the first parts surely holds `max_tokens` to train on."""
         tokens = begun = 0
         for entry in (entry for part in parts for entry in part.shards):
             if begun > self.origin.val_docs:  # the first training document began before this shard
@@ -97,17 +88,14 @@ class Parts:
         return 0 < self.origin.max_tokens <= tokens
 
     def encode(self, part: int) -> None:
-        """Encodes part `part`, or what is missing of it. Raises `UserError`. Whole shards are kept
-        after an error or a kill.
-        """
+        """Encodes what is missing of part `part`. Whole shards outlast an error or a kill."""
         folder = self.folder(part)
         with held(folder):
             journal = begin_or_resume(folder, self.origin)
             before = self._reread([SplitJournal()] * part if self.origin.max_tokens else [])
             if journal.train.finished or self._enough(before):
                 return
-            remedy = "the tokenizer changed since the preparation began"
-            check_sha256(self.tokenizer, self.tokenizer_entry.sha256, remedy)
+            check_sha256(self.tokenizer, self.tokenizer_entry.sha256, CHANGED)
 
             def on_shard(reached: SplitJournal) -> None:
                 save(replace(journal, train=reached), folder)
@@ -130,21 +118,18 @@ class Parts:
             writer.finish()
 
     def _reread(self, known: Sequence[SplitJournal]) -> list[SplitJournal]:
-        """How far parts 0, 1, … are encoded now, given an earlier state: whole ones are not read
-        again.
-        """
+        """How far parts 0, 1, … are encoded now; whole ones are not read again."""
         return [state if state.finished else self.reached(part) for part, state in enumerate(known)]
 
     def read(self, first: int) -> Iterator[Encoded]:
-        """Yields the source's documents from number `first` on (from 0) in order, in chunks,
-        including held-out ones. Raises `DataError` for a part that is damaged or not whole.
+        """Yields the source's documents from number `first` (of 0, 1, …) on, in chunks. Raises
+        `DataError` for a part that is damaged or not whole.
         """
         for part in range(self.count):
             reached = self.reached(part)
             if not reached.finished:
-                raise DataError(
-                    f"{self.folder(part)}: not encoded to its end; run the same command again"
-                )
+                unfinished = "not encoded to its end; run the same command again"
+                raise DataError(f"{self.folder(part)}: {unfinished}")
             if reached.documents > first:
                 yield from self._read_part(self.folder(part), reached, first)
             first = max(0, first - reached.documents)
@@ -161,9 +146,8 @@ class Parts:
             end += len(shard.tokens)
         begins = np.concatenate(edges).tolist()
         if len(begins) != reached.documents:
-            raise DataError(
-                f"{folder}: expected {reached.documents} documents, found {len(begins)}; {remedy}"
-            )
+            counts = f"expected {reached.documents} documents, found {len(begins)}"
+            raise DataError(f"{folder}: {counts}; {remedy}")
         spans = pairwise([*begins[first:], end])
         while chunk := list(islice(spans, _CHUNK_DOCUMENTS)):
             yield [(stream.take(a, b - a), stream.extra(a, b) - np.array([a, 0])) for a, b in chunk]

@@ -1,10 +1,8 @@
 """Text to token shards.
 
-Documents keep their order. The first `val_docs` documents (or all of `val_source`) are the
-validation split, the rest are the training split. A document is its BOS token and its text's
-tokens, without an end token, and full shards cut the sequence anywhere. So the files depend only on
-the text, the tokenizer and the shard size: the executor, the number of workers and interruptions do
-not matter.
+The first `val_docs` documents (or all of `val_source`) are the validation split, the rest are the
+training split. A document is its BOS token and its text's tokens, and full shards cut the sequence
+anywhere. So the files depend only on the text, the tokenizer and the shard size.
 """
 
 import logging
@@ -23,16 +21,7 @@ from sngpt_jax.base.terminal import format_duration, progress_reporter
 from sngpt_jax.data import golf
 from sngpt_jax.data.corpus import count_parts, documents, imported, text_bytes
 from sngpt_jax.data.encode import Encoder, cut_chunks, encoder
-from sngpt_jax.data.folder import PARTS, begin_or_resume, finished, held
-from sngpt_jax.data.manifest import (
-    FORMAT,
-    PROGRESS,
-    Manifest,
-    Origin,
-    TokenizerEntry,
-    check_sha256,
-    save,
-)
+from sngpt_jax.data.manifest import CHANGED, FORMAT, PROGRESS, Manifest, Origin, check_sha256, save
 from sngpt_jax.data.parts import Parts, Submitted
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, write_hashed
 from sngpt_jax.data.spec import (
@@ -46,7 +35,7 @@ from sngpt_jax.data.spec import (
 )
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
-from sngpt_jax.data.writer import SplitWriter
+from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished, held
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -62,7 +51,7 @@ def _nonempty(texts: Iterator[str], message: str) -> Iterator[str]:
 
 
 def _open_texts(spec: PrepareSpec) -> dict[str, Iterator[str]]:
-    """The documents of each split. Raises `UserError` for an empty split."""
+    """The documents of each split, which may not be empty."""
     source, val_source = spec.source, spec.val_source
     train, empty = documents(source), f"--source {source} holds no documents"
     if val_source:
@@ -77,13 +66,6 @@ def _open_texts(spec: PrepareSpec) -> dict[str, Iterator[str]]:
     return {"val": val, "train": _nonempty(train, empty)}
 
 
-def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
-    """What a manifest says of a tokenizer."""
-    return TokenizerEntry(
-        tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id
-    )
-
-
 class _Preparation:
     """A preparation at work in the folder that it holds."""
 
@@ -91,13 +73,12 @@ class _Preparation:
         self.spec, self.origin, self.workers, self.out = spec, origin, workers, Path(spec.out)
         self.journal = begin_or_resume(self.out, origin)
         if self.journal.tokenizer is None:
-            self._advance(tokenizer=tokenizer_entry(self._place_tokenizer()))
+            self._advance(tokenizer=self._place_tokenizer().entry())
         assert self.journal.tokenizer is not None
         self.entry = self.journal.tokenizer
         self.tokenizer = self.out / self.entry.file
-        remedy = "the tokenizer changed since the preparation began"
-        check_sha256(self.tokenizer, self.entry.sha256, remedy)
-        # Both splits are opened before anything is written, to find a source that is too small.
+        check_sha256(self.tokenizer, self.entry.sha256, CHANGED)
+        # opened before anything is written, to find a source that is too small
         self.texts = _open_texts(spec)
 
     def _advance(self, **changes: Any) -> None:
@@ -112,11 +93,9 @@ class _Preparation:
             return load_tokenizer(path)
         size, start = self.origin.vocab_size, time.monotonic()
         logger.info(f"{out}: learning a tokenizer of {size:,} tokens")
+        texts, path = _open_texts(spec)["train"], out / "tokenizer.model"
         tokenizer = train_sentencepiece(
-            _open_texts(spec)["train"],
-            out / "tokenizer.model",
-            vocab_size=size,
-            normalization=spec.normalization,
+            texts, path, vocab_size=size, normalization=spec.normalization
         )
         logger.info(f"{out}: learned the tokenizer in {format_duration(time.monotonic() - start)}")
         return tokenizer
@@ -128,39 +107,39 @@ class _Preparation:
             from sngpt_jax.data import executor as executors  # needs the package datatrove
         parts = None
         if not self.journal.train.finished and (executors or (self.out / PARTS).is_dir()):
-            folder, source = self.out / PARTS, self.spec.source
-            count = count_parts(source)
-            parts = Parts(folder, source, count, self.origin, self.tokenizer, self.entry)
+            source, which = self.spec.source, (self.origin, self.tokenizer, self.entry)
+            parts = Parts(self.out / PARTS, source, count_parts(source), *which)
             if executor == "slurm":
                 here = ("--executor", "local", "--workers", "1")  # finds every part encoded
                 merge = [sys.executable, "-m", COMMAND, *command_line(self.spec), *here]
                 return executors.submit(parts, self.workers, merge)
             if executors:
-                report = progress_reporter(f"{self.out}: encoding")
-                executors.encode_here(parts, self.workers, report)
+                shown = progress_reporter(f"{self.out}: encoding")
+                executors.encode_here(parts, self.workers, shown)
             elif parts.left():  # incomplete parts are ignored
                 parts = None
         with encoder(self.tokenizer, self.workers) as encode:
             self._write_split("val", encode, None)
             self._write_split("train", encode, parts)
         shutil.rmtree(self.out / PARTS, ignore_errors=True)
-        splits = (self.journal.train.shards, self.journal.val.shards)
-        manifest = Manifest(FORMAT, self.origin, self.entry, *splits)
+        train, val = self.journal.train.shards, self.journal.val.shards
+        manifest = Manifest(FORMAT, self.origin, self.entry, train, val)
         save(manifest, self.out)
         (self.out / PROGRESS).unlink()
         return manifest
 
     def _write_split(self, split: str, encode: Encoder, parts: Parts | None) -> None:
-        """Writes what is missing of a split, from the encoded `parts` if they are given."""
+        """Writes what is missing of a split, from the encoded `parts` if given."""
         spec, done = self.spec, getattr(self.journal, split)
         if done.finished:
             return
         held_out = 0 if spec.val_source else spec.val_docs
-        source = spec.val_source or spec.source if split == "val" else spec.source
-        size, limit, skipped = text_bytes(source), None, 0
+        source, limit, skipped = spec.val_source or spec.source, None, 0
         if split == "train":
-            limit, skipped = spec.max_tokens or None, held_out
-            size -= sum(entry.bytes for entry in self.journal.val.shards) if held_out else 0
+            source, limit, skipped = spec.source, spec.max_tokens or None, held_out
+        size = text_bytes(source)
+        if skipped:
+            size -= sum(entry.bytes for entry in self.journal.val.shards)
         writer = SplitWriter(
             self.out,
             split,
@@ -201,12 +180,9 @@ class _Preparation:
 
 
 def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
-    """Makes or resumes the folder `spec.out`; returns its manifest. Raises `UserError`.
-
-    A finished folder of the same origin stays as it is. An unfinished one resumes after its last
-    whole shard. A folder of another origin is refused with the fields that differ. With more than
-    one worker, `multiprocessing` starts processes that import the caller's main module, which
-    should be cheap to import.
+    """Makes or resumes the folder `spec.out`; returns its manifest. Raises `UserError`, also for a
+    folder of another origin. More than one worker are processes that import the caller's main
+    module, which should be cheap to import.
     """
     manifest = prepare_on(spec, workers, "processes")
     assert isinstance(manifest, Manifest)
@@ -214,7 +190,7 @@ def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
 
 
 def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest | Submitted:
-    """As `prepare`, on any executor; all write the same files. `slurm` only submits jobs."""
+    """As `prepare`, on any executor. `slurm` only submits jobs."""
     for name, value, least in (
         ("--workers", workers, 1),
         ("--shard-tokens", spec.shard_tokens, 1),
@@ -230,10 +206,8 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
     # datatrove writes paths into a job's script as they are.
     strange = re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute()))
     if executor == "slurm" and strange:
-        raise UserError(
-            f"--out {out.absolute()}: with --executor slurm its path may not hold {strange[0]!r};"
-            " give another"
-        )
+        problem = f"with --executor slurm its path may not hold {strange[0]!r}; give another"
+        raise UserError(f"--out {out.absolute()}: {problem}")
     origin = origin_of(spec)
     if manifest := finished(out, origin):  # before the lock: a finished folder may be read-only
         return manifest
@@ -244,16 +218,10 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
-    """Downloads the published shards and tokenizer of `golf[:spV]` into `spec.out` and opens them.
-    Raises `UserError`.
-
-    V is the vocabulary size, at most `spec.vocab_size`. Without V it is `spec.vocab_size` or 1024.
-    """
+    """Downloads the published shards and tokenizer of `golf[:spV]`, and opens them."""
     what, named = f"--source {spec.source}", spec.source.removeprefix("golf").removeprefix(":")
     if named and not (named.startswith("sp") and named[2:].isdecimal()):
-        raise UserError(
-            f"{what}: expected golf or golf:spV with a vocabulary size V, such as golf:sp1024"
-        )
+        raise UserError(f"{what}: expected golf or golf:spV with a vocabulary size V")
     vocab_size = int(named[2:]) if named else spec.vocab_size or DEFAULT_VOCAB_SIZE
     check_size(spec, what, vocab_size)
     plain = asdict(PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size))

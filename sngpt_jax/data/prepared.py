@@ -18,7 +18,7 @@ logger = logging.getLogger("sngpt_jax")
 
 
 def spec_of(config: Config) -> PrepareSpec:
-    """What the recipe has prepared, and where to."""
+    """What the recipe has prepared."""
     d = config.data
     return PrepareSpec(
         source=d.source,
@@ -33,18 +33,16 @@ def spec_of(config: Config) -> PrepareSpec:
 
 
 def prepared_data(config: Config) -> Dataset:
-    """The recipe's data, prepared first if they are not complete and their source is here.
-
-    SIGTERM ends a preparation with `SystemExit`. Raises `UserError` if the source is on the network
-    or unusable, or if the folder was prepared with other settings than the recipe's.
+    """The recipe's data, prepared first if they are not complete and their source is here. SIGTERM
+    ends a preparation with `SystemExit`. Raises `UserError`, also for data of other settings.
     """
     d, directory, spec = config.data, Path(config.data.dir), spec_of(config)
     if d.source and not _ready(directory):
         if d.source.startswith(("hub:", "golf")):
+            run = cli.command(COMMAND, *command_line(spec))
             raise UserError(
                 f"data.dir: {directory.absolute()} has no whole data, and its source is on the"
-                f" network; run: {cli.command(COMMAND, *command_line(spec))}, or say where the data"
-                " are with --data.dir DIR"
+                f" network; run: {run}, or say where the data are with --data.dir DIR"
             )
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
         try:
@@ -57,20 +55,15 @@ def prepared_data(config: Config) -> Dataset:
         if other:
             raise UserError(
                 f"{directory}: prepared with other settings than the recipe's ({'; '.join(other)});"
-                " choose another --data.dir, or set the recipe's data and model.vocab_size to what"
-                " is there"
+                " choose another --data.dir, or change the recipe's data and model.vocab_size"
             )
         if machine:
-            logger.warning(
-                "%s: used as it is, though this machine cannot make it again (%s)",
-                directory,
-                "; ".join(machine),
-            )
+            again = "used as it is, though this machine cannot make it again"
+            logger.warning(f"{directory}: {again} ({'; '.join(machine)})")
     return data
 
 
 def _ready(directory: Path) -> bool:
-    """Whether a folder holds a finished preparation, or shards that are not being downloaded."""
     return (directory / MANIFEST).is_file() or (
         any(directory.glob("*.bin")) and not unfinished(directory)
     )

@@ -1,12 +1,11 @@
 """Token shards on disk, read as one endless stream.
 
 A shard has the challenge's published format: a header of 256 little-endian int32 (magic 20240520,
-version 1, token count, zeros), then the tokens as little-endian uint16. nanoGPT's `train.bin` and
-`val.bin` have no header.
+version 1, token count, zeros), then the tokens as little-endian uint16.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,34 +34,31 @@ HEADER_BYTES = 1024
 TOKEN = np.dtype("<u2")
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
-# This subfolder exists while published shards are being downloaded.
-DOWNLOAD = ".download"
+DOWNLOAD = ".download"  # subfolder while published shards are being downloaded
 
-_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time: counting takes 8 bytes per token
-# Smaller data sets have their checksums verified whenever they are opened.
-_VERIFIED_BYTES = 64 * 2**20
+_COUNT_BLOCK = 2**20  # tokens whose bytes are counted at a time, which takes 8 bytes per token
+_VERIFIED_BYTES = 64 * 2**20  # smaller data sets are verified whenever they are opened
 
 
 # ---------------------------------------- one file
 
 
 def write_hashed(path: Path, content: bytes) -> str:
-    """Writes `content` to `path` atomically; returns its SHA-256 in hexadecimal."""
+    """Writes `content` to `path`; returns its SHA-256 in hexadecimal."""
     write_bytes_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
-    """Writes `tokens` (uint16 [N], 1 ≤ N < 2^31) as a shard, atomically; returns its SHA-256."""
+    """Writes `tokens` (uint16 [N], 1 ≤ N < 2^31) as a shard; returns its SHA-256."""
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    return write_hashed(
-        path, b"".join([header.data, tokens.astype(TOKEN, "C", "safe", copy=False).data])
-    )
+    body = tokens.astype(TOKEN, "C", "safe", copy=False)
+    return write_hashed(path, b"".join([header.data, body.data]))
 
 
 def open_shard(path: Path) -> np.memmap:
-    """Maps a shard's tokens, uint16 [N]. Raises `DataError` unless magic, version and size fit."""
+    """Maps a shard's tokens, uint16 [N]. Raises `DataError`."""
     size = plain_size(path, DataError)
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
@@ -91,17 +87,14 @@ def open_headerless(path: Path) -> np.memmap:
     if tokens is None:
         problem = f"expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
     elif tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
-        problem = "expected tokens alone, found a shard header"
-        problem += f"; name it *_{path.stem}_000000.bin instead"
+        problem = f"found a shard header; name the file *_{path.stem}_000000.bin"
     else:
         return tokens
     raise DataError(f"{path}: {problem}")
 
 
 def open_extra(path: Path, tokens: int) -> np.ndarray:
-    """Reads the byte corrections of a shard of `tokens` tokens: int64 [n, 2], positions ascending.
-    Raises `DataError`.
-    """
+    """Reads the byte corrections of a shard of `tokens` tokens. Raises `DataError`."""
     with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
             # Later versions may state a header of 4 GB, which numpy allocates.
@@ -129,15 +122,12 @@ class Shard:
 
     path: Path
     tokens: np.ndarray  # uint16 [N]
-    # int64 [n, 2]: token position in the shard, bytes that the token's own length does not count
-    extra: np.ndarray
+    extra: np.ndarray  # byte corrections, int64 [n, 2]: ascending positions in the shard, bytes
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The shards of one split in order, as one sequence that starts again at its end. Threads may
-    read it at the same time.
-    """
+    """The shards of a split as one sequence that starts again at its end. Threads may share it."""
 
     shards: tuple[Shard, ...]
     vocab_size: int
@@ -152,20 +142,15 @@ class TokenStream:
 
     @cached_property
     def _extra(self) -> np.ndarray:
-        rows = [
-            shard.extra + np.array([start, 0])
-            for shard, start in zip(self.shards, self._starts[:-1], strict=True)
-        ]
-        return np.concatenate([NO_EXTRA, *rows])
+        placed = zip(self.shards, self._starts[:-1], strict=True)
+        return np.concatenate([shard.extra + np.array([start, 0]) for shard, start in placed])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Tokens start, …, start + count - 1 of the endless stream: uint16 [count].
-
-        Position p is token p mod len(self). Raises `DataError` that names the file of a token
-        outside the vocabulary.
+        """Tokens start, …, start + count - 1 of the endless stream: uint16 [count]. Raises
+        `DataError` that names the file of a token outside the vocabulary.
         """
         result = np.empty(count, np.uint16)
         position, filled = start % len(self), 0
@@ -177,8 +162,7 @@ class TokenStream:
                 at = offset + int(np.argmax(piece >= self.vocab_size))
                 raise DataError(
                     f"{shard.path}: expected tokens below the vocabulary size {self.vocab_size},"
-                    f" found {shard.tokens[at]} at token {at}; the shard was made with another"
-                    " tokenizer or is damaged"
+                    f" found {shard.tokens[at]} at token {at}; it is damaged or another tokenizer's"
                 )
             result[filled : filled + len(piece)] = piece
             filled += len(piece)
@@ -187,30 +171,21 @@ class TokenStream:
         return result
 
     def extra(self, start: int, stop: int) -> np.ndarray:
-        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2] with rows
-        (position in the stream, bytes).
+        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], by position in
+        the stream.
         """
         first, last = np.searchsorted(self._extra[:, 0], [start, stop])
         return self._extra[first:last]
 
-    def target_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> np.ndarray:
-        """UTF-8 bytes of each token in [start, stop) after the token before it, corrections
-        included: int64 [stop - start]. Needs 1 ≤ start ≤ stop ≤ len(self).
-        """
-        if not 1 <= start <= stop <= len(self):
-            raise ValueError(f"target_bytes({start}, {stop}) in a stream of {len(self)} tokens")
-        tokens = self.take(start - 1, stop - start + 1)
-        result = np.array(token_bytes.count(tokens[:-1], tokens[1:]), np.int64)
-        rows = self.extra(start, stop)
-        result[rows[:, 0] - start] += rows[:, 1]
-        return result
-
     def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> int:
-        """The sum of `target_bytes` over [start, stop), counted in blocks to save memory."""
-        return sum(
-            int(self.target_bytes(token_bytes, block, min(block + _COUNT_BLOCK, stop)).sum())
-            for block in range(start, stop, _COUNT_BLOCK)
-        )
+        """UTF-8 bytes of tokens [start, stop), each after the one before, with corrections. Needs
+        1 ≤ start ≤ stop ≤ len(self).
+        """
+        total = int(self.extra(start, stop)[:, 1].sum())
+        for block in range(start, stop, _COUNT_BLOCK):
+            tokens = self.take(block - 1, min(_COUNT_BLOCK, stop - block) + 1)
+            total += int(token_bytes.count(tokens[:-1], tokens[1:]).sum())
+        return total
 
 
 # ---------------------------------------- a folder
@@ -228,22 +203,17 @@ class Dataset:
 
 
 def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
-    """Maps the shards that a manifest or journal names. Raises `DataError` for a missing file, a
-    wrong header or a wrong size.
-    """
+    """Maps the shards that a manifest or journal names. Raises `DataError`."""
     shards = []
     for entry in entries:
         path = inside(directory, entry.name, DataError)
         if not path.is_file():
-            raise DataError(
-                f"{path}: missing, though {MANIFEST} names it; restore it, or prepare the data"
-                " again elsewhere"
-            )
+            remedy = "restore it, or prepare the data again elsewhere"
+            raise DataError(f"{path}: missing, though {MANIFEST} names it; {remedy}")
         tokens, extra = open_shard(path), NO_EXTRA
         if len(tokens) != entry.tokens:
-            raise DataError(
-                f"{path}: expected {entry.tokens} tokens as {MANIFEST} says, found {len(tokens)}"
-            )
+            expected = f"expected {entry.tokens} tokens as {MANIFEST} says"
+            raise DataError(f"{path}: {expected}, found {len(tokens)}")
         if entry.extra:
             extra = open_extra(inside(directory, entry.extra.name, DataError), entry.tokens)
         shards.append(Shard(path, tokens, extra))
@@ -252,66 +222,55 @@ def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
 
 def unfinished(directory: Path) -> bool:
     """Whether a preparation or download into this folder has begun and not ended."""
-    return not (directory / MANIFEST).is_file() and (
-        (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
-    )
+    begun = (directory / PROGRESS).is_file() or (directory / DOWNLOAD).is_dir()
+    return begun and not (directory / MANIFEST).is_file()
 
 
 def _tokenizer_file(directory: Path) -> Path:
     found = sorted([*directory.glob("*.model"), *directory.glob("tokenizer.json")])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(
-            f"{directory}: expected one tokenizer beside the shards (a .model or tokenizer.json),"
-            f" found {names}"
-        )
+        expected = "expected one tokenizer (a .model or tokenizer.json) beside the shards"
+        raise DataError(f"{directory}: {expected}, found {names}")
     return found[0]
 
 
 def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
-    """The train and val shards of a folder of any of the three kinds."""
-
-    def mapped(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> list[Shard]:
-        return [Shard(path, read(path), NO_EXTRA) for path in sorted(paths)]
-
-    train, val = (list(directory.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
-    plain = [directory / "train.bin", directory / "val.bin"]
-    if manifest and manifest.train and manifest.val:
-        return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
     if manifest:
-        problem = f"{MANIFEST} names no shards of {'val' if manifest.train else 'train'}"
-    elif unfinished(directory):
-        problem = (
-            "its preparation has not finished; run the same prepare command again to resume it"
+        if manifest.train and manifest.val:
+            return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
+        missing = "val" if manifest.train else "train"
+        raise DataError(f"{directory}: {MANIFEST} names no shards of {missing}")
+    if unfinished(directory):
+        again = "its preparation has not finished; run the same prepare command again"
+        raise DataError(f"{directory}: {again}")
+    for pattern, read in (("*_{}_*.bin", open_shard), ("{}.bin", open_headerless)):
+        train, val = (
+            [
+                Shard(path, read(path), NO_EXTRA)
+                for path in sorted(directory.glob(pattern.format(split)))
+            ]
+            for split in ("train", "val")
         )
-    elif train and val:
-        return mapped(train, open_shard), mapped(val, open_shard)
-    elif all(path.is_file() for path in plain):
-        return mapped(plain[:1], open_headerless), mapped(plain[1:], open_headerless)
-    else:
-        problem = (
-            f"expected {MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and"
-            " val.bin; found none"
-        )
-    raise DataError(f"{directory}: {problem}")
+        if train and val:
+            return train, val
+    expected = f"{MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and val.bin"
+    raise DataError(f"{directory}: expected {expected}; found none")
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
-    """Opens a folder of tokens for a model whose table has `vocab_size` rows. The folder's
-    tokenizer may have fewer tokens. Raises `DataError` that names the file.
+    """Opens a folder of tokens for a model of `vocab_size` rows. Raises `DataError`.
 
-    A folder of `sngpt_jax.prepare` has a manifest. Without one, shards named `*_train_*.bin` and
-    `*_val_*.bin` are read in the order of their names, else nanoGPT's `train.bin` and `val.bin`;
-    one tokenizer file must lie beside them. The tokenizer's checksum and each shard's header and
-    size are checked. The shards' checksums are checked only below 64 MiB of tokens, because larger
-    sets take minutes; `prepare --verify` checks them all.
+    A folder without a manifest holds shards named `*_train_*.bin` and `*_val_*.bin`, or nanoGPT's
+    headerless `train.bin` and `val.bin`. Checked are the tokenizer's checksum, each shard's header
+    and size, and below 64 MiB of tokens also the shards' checksums: larger sets take minutes.
     """
     directory = Path(directory)
     if not directory.is_dir():
+        make = cli.command("sngpt_jax.prepare", "--out", str(directory))
         raise DataError(
             f"{directory.absolute()}: no such folder; say where the data are (train: --data.dir"
-            " DIR, evaluate: --data DIR), or make it with:"
-            f" {cli.command('sngpt_jax.prepare', '--out', str(directory))} --source … --tokenizer …"
+            f" DIR, evaluate: --data DIR), or make it with: {make} --source … --tokenizer …"
         )
     manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
     train, val = _open_shards(directory, manifest)
@@ -323,13 +282,9 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
         path = _tokenizer_file(directory)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{path}: expected at most model.vocab_size = {vocab_size} tokens, found"
-            f" {tokenizer.vocab_size}"
-        )
+        expected = f"expected at most model.vocab_size = {vocab_size} tokens"
+        raise DataError(f"{path}: {expected}, found {tokenizer.vocab_size}")
     if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
         verify(directory)
-    train_stream, val_stream = (
-        TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val)
-    )
-    return Dataset(directory, train_stream, val_stream, tokenizer, manifest)
+    streams = (TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val))
+    return Dataset(directory, *streams, tokenizer, manifest)

@@ -1,8 +1,7 @@
-"""What to prepare, as a command line or a recipe asks for it, and whether a folder holds it."""
+"""What to prepare, and whether a folder holds it."""
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +36,12 @@ class PrepareSpec:
 
 
 def option(field: str) -> str:
-    """The command line option of a field of `PrepareSpec`."""
+    """The command line option of a field."""
     return f"--{field.replace('_', '-')}"
 
 
 def command_line(spec: PrepareSpec) -> list[str]:
-    """The arguments of `COMMAND` that prepare `spec`, without options at their defaults."""
+    """The arguments of `COMMAND` that prepare `spec`."""
     given = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
     return [word for name in given for word in (option(name), str(getattr(spec, name)))]
 
@@ -80,30 +79,16 @@ def origin_of(spec: PrepareSpec) -> Origin:
     check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
         raise UserError(
-            f"--val-source {spec.val_source} is the same text as --source {spec.source}, which"
-            " would score the model on its training text; give another --val-source, or none to"
-            " hold out --val-docs"
+            f"--val-source {spec.val_source} is the same text as --source {spec.source}; give"
+            " another, or none to hold out --val-docs"
         )
     return Origin(**fields, shard_tokens=spec.shard_tokens, max_tokens=spec.max_tokens)
 
 
-def differing_fields(there: Origin, asked: Mapping[str, Any]) -> dict[str, str]:
-    """A phrase for each field in which `asked` differs from `there`."""
-    old = asdict(there)
-    return {
-        name: f"{name}: {old[name]!r} there, {new!r} asked for"
-        for name, new in asked.items()
-        if old[name] != new
-    }
-
-
 def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """How a finished folder differs from what `spec` would make: phrases about its settings, and
-    phrases about the texts and tokenizers on this machine.
-
-    The second list names texts and tokenizer files that are not here, a source of the same kind
-    with other content, and the library of another Python. The sizes of the shards and of the whole
-    may differ.
+    """How a finished folder differs from what `spec` would make: phrases about its settings (the
+    sizes of the shards and of the whole aside), and about the texts and tokenizers on this machine:
+    missing, of other content, or the library of another Python.
     """
     asked: dict[str, Any] = {}
     machine = []
@@ -112,7 +97,7 @@ def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[st
             asked |= fields(spec)
         except UserError as error:
             machine.append(str(error))
-    lines = differing_fields(manifest.origin, asked)
+    lines = manifest.origin.differences(asked)
     for name in ("source", "val_source"):
         found = (getattr(manifest.origin, name), asked.get(name, ""))
         kinds = {text.partition(" ")[0] for text in found}

@@ -1,9 +1,8 @@
-"""Text to tokens and back, and the number of bytes of text that each token stands for.
+"""Text to tokens and back, and the bytes of normalized text that each token stands for.
 
-There are two kinds: SentencePiece models (`.model`) and byte-level
-BPE in a `tokenizer.json`, such as GPT-2's. Bits per byte divides by the bytes of the normalized
-text, so both kinds count them exactly: a table by token (`TokenBytes`), and corrections by position
-for the few tokens whose text the table cannot know (`EncodedDocument.extra`).
+There are two kinds: SentencePiece models (`.model`) and byte-level BPE in a `tokenizer.json`, such
+as GPT-2's. Both count bytes exactly: by a table, and by corrections for the few tokens whose text
+the table cannot know.
 """
 
 import abc
@@ -22,7 +21,7 @@ import tokenizers
 
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.manifest import explained
+from sngpt_jax.data.manifest import TokenizerEntry, explained
 
 MAX_VOCAB = 65_536  # tokens are stored as uint16
 MAX_BYTES = 64 * 2**20  # of a tokenizer's file; GPT-2's has 2 MB
@@ -43,28 +42,14 @@ class TokenBytes:
     `base[y] + (leading_space[y] and not boundary[x])` bytes.
     """
 
-    base: np.ndarray  # int32 [V], bytes that the token always stands for
-    leading_space: np.ndarray  # bool [V], the token adds a space, except after a boundary
+    base: np.ndarray  # int32 [V]
+    leading_space: np.ndarray  # bool [V]
     boundary: np.ndarray  # bool [V], control, unknown and unused tokens, which stand for no text
 
     def count(self, previous: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Bytes (int64) of each of `tokens` after the token at the same place in `previous`, which
-        has the same shape.
-        """
+        """Bytes of each of `tokens` after the token at the same place in `previous`: int64."""
         space = self.leading_space[tokens] & ~self.boundary[previous]
         return (self.base[tokens] + space).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class EncodedDocument:
-    """A document's tokens and bytes. `bytes` is the sum of `TokenBytes.count` over `tokens` plus
-    the sum of `extra[:, 1]`.
-    """
-
-    tokens: np.ndarray  # int32 [N], BOS first
-    bytes: int  # UTF-8 length of the normalized text
-    # int64 [n, 2], rows (index into tokens, bytes to add to the table's count) by ascending index
-    extra: np.ndarray
 
 
 class Tokenizer(abc.ABC):
@@ -86,21 +71,19 @@ class Tokenizer(abc.ABC):
         """The text of `ids`. Control tokens have none; bytes that are not UTF-8 become U+FFFD."""
 
     @abc.abstractmethod
-    def normalize(self, text: str) -> str:
-        """The text that the tokens of `text` stand for: the normalizer's result without a dummy
-        prefix.
-        """
-
-    @abc.abstractmethod
     def token_bytes(self) -> TokenBytes:
         """The table of bytes by token."""
 
-    def encode_document(self, text: str) -> EncodedDocument:
-        """Encodes a whole document, BOS first, and accounts for its bytes."""
-        tokens = np.concatenate([np.array([self.bos_id], np.int32), self.encode(text)])
-        return EncodedDocument(
-            tokens, len(self.normalize(text).encode()), self._extra(text, tokens)
-        )
+    def encode_document(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A document's tokens, uint16 [N], BOS first, and its corrections, int64 [n, 2]: ascending
+        indices of tokens, and the bytes to add to the table's count there.
+        """
+        tokens = np.concatenate([[self.bos_id], self.encode(text)]).astype(np.uint16)
+        return tokens, self._extra(text, tokens)
+
+    def entry(self) -> TokenizerEntry:
+        """What a manifest says of the tokenizer."""
+        return TokenizerEntry(self.path.name, self.sha256, self.vocab_size, self.bos_id)
 
     def _extra(self, text: str, tokens: np.ndarray) -> np.ndarray:
         return np.zeros((0, 2), np.int64)
@@ -109,23 +92,16 @@ class Tokenizer(abc.ABC):
 def check_vocab(path: Path, vocab_size: int) -> None:
     """Raises `UserError` if the tokens of the tokenizer `path` do not fit into 16 bits."""
     if vocab_size > MAX_VOCAB:
-        raise UserError(
-            f"{path}: a vocabulary of {vocab_size} tokens; shards hold 16-bit tokens, so use one of"
-            f" at most {MAX_VOCAB}"
-        )
+        raise UserError(f"{path}: a vocabulary of {vocab_size} tokens; use at most {MAX_VOCAB}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a SentencePiece `.model` or a byte-level BPE `.json`. Raises `UserError` for another
-    or a damaged file.
-    """
+    """Loads a SentencePiece `.model` or a byte-level BPE `.json`. Raises `UserError`."""
     path = Path(path)
     kind = {".model": SentencePieceTokenizer, ".json": ByteLevelTokenizer}.get(path.suffix)
     if kind is None:
-        raise UserError(
-            f"{path}: not a tokenizer: expected a SentencePiece .model or a byte-level BPE"
-            " tokenizer.json"
-        )
+        expected = "a SentencePiece .model or a byte-level BPE tokenizer.json"
+        raise UserError(f"{path}: not a tokenizer: expected {expected}")
     return kind(path, untrusted.read_bytes(path, MAX_BYTES, UserError))
 
 
@@ -135,11 +111,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
-    A model that keeps whitespace has no dummy prefix and keeps runs of spaces: each ▁ is a real
-    space and counts where it stands. For other models the challenge's rule holds: a leading ▁
-    counts unless the token before is a boundary. SentencePiece reads a literal ▁ in the text as a
-    space. A model that keeps whitespace and has byte tokens spells a literal ▁ in its three bytes
-    here instead, so that encoding under identity normalization loses nothing.
+    A model that keeps whitespace has no dummy prefix and keeps runs of spaces: each ▁ is a space
+    and counts where it stands. Otherwise the challenge's rule holds. A model that
+    keeps whitespace and has byte tokens spells a literal ▁ in its three bytes here, where
+    SentencePiece reads a space: encoding under identity normalization loses nothing.
     """
 
     def __init__(self, path: Path, data: bytes):
@@ -149,18 +124,14 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, data, sp.vocab_size(), sp.bos_id())
         self._sp = sp
         self._dummy_prefix = sp.normalize("a").startswith(_SPACE)
-        self._keeps_whitespace = (
-            not self._dummy_prefix and sp.normalize(" a  a ").count(_SPACE) == 4
-        )
+        spaces = sp.normalize(" a  a ").count(_SPACE)
+        self._keeps_whitespace = not self._dummy_prefix and spaces == 4
         spelled = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._literal = spelled if self._keeps_whitespace and all(map(sp.is_byte, spelled)) else []
 
-    def _parts(self, text: str) -> list[str]:
-        text = replace_surrogates(text)
-        return text.split(_SPACE) if self._literal else [text]
-
     def encode(self, text: str) -> np.ndarray:
-        first, *rest = self._parts(text)
+        text = replace_surrogates(text)
+        first, *rest = text.split(_SPACE) if self._literal else [text]
         ids = self._sp.encode(first)
         for part in rest:
             ids += self._literal + self._sp.encode(part)
@@ -169,49 +140,32 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._sp.decode(np.asarray(ids, np.int64).tolist())
 
-    def normalize(self, text: str) -> str:
-        # Joining with ▁ restores the literal ones that `_parts` took out.
-        normalized = _SPACE.join(
-            self._sp.normalize(part).replace(_SPACE, " ") for part in self._parts(text)
-        )
-        return normalized[1:] if self._dummy_prefix else normalized
-
     def token_bytes(self) -> TokenBytes:
         return self._token_bytes
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:
-        base = np.zeros(self.vocab_size, np.int32)
-        leading_space = np.zeros(self.vocab_size, bool)
-        boundary = np.ones(self.vocab_size, bool)
-        for i in range(self.vocab_size):
-            if self._sp.is_control(i) or self._sp.is_unknown(i) or self._sp.is_unused(i):
-                continue
-            boundary[i] = False
-            if self._sp.is_byte(i):
-                base[i] = 1
-                continue
-            piece = self._sp.id_to_piece(i)
+        sp, size = self._sp, self.vocab_size
+        base, leading_space = np.zeros(size, np.int32), np.zeros(size, bool)
+        boundary = np.array(
+            [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)]
+        )
+        for i in np.flatnonzero(~boundary).tolist():
+            piece = sp.id_to_piece(i)
             leading_space[i] = piece.startswith(_SPACE) and not self._keeps_whitespace
-            base[i] = _piece_bytes(piece) - int(leading_space[i])
+            base[i] = 1 if sp.is_byte(i) else _piece_bytes(piece) - int(leading_space[i])
         return TokenBytes(base, leading_space, boundary)
 
     def _extra(self, text: str, tokens: np.ndarray) -> np.ndarray:
-        """The text of unknown tokens, and the space that leads a token after an unknown token or
-        after BOS: the table does not have their bytes.
-        """
+        """The text of unknown tokens, and the space that leads a token after one or after BOS."""
         table = self._token_bytes
         space_first = len(tokens) > 1 and table.leading_space[tokens[1]] and not self._dummy_prefix
         if not space_first and self._sp.unk_id() not in tokens:
             return super()._extra(text, tokens)
         # an unknown token's piece is its normalized text
         pieces = self._sp.encode(replace_surrogates(text), out_type=str)
-        found = np.array(
-            [
-                1 if self._sp.is_byte(i) else _piece_bytes(piece)
-                for i, piece in zip(tokens[1:].tolist(), pieces, strict=True)
-            ]
-        )
+        placed = zip(tokens[1:].tolist(), pieces, strict=True)
+        found = np.array([1 if self._sp.is_byte(i) else _piece_bytes(piece) for i, piece in placed])
         found[0] -= int(self._dummy_prefix)
         missed = found - table.count(tokens[:-1], tokens[1:])
         at = np.flatnonzero(missed)
@@ -226,7 +180,7 @@ def _sentencepiece_problem(sp: sentencepiece.SentencePieceProcessor, data: bytes
     except (RuntimeError, UnicodeDecodeError):
         return "not a SentencePiece model, or a damaged one"
     if sp.bos_id() < 0:
-        return "the SentencePiece model has no BOS token, which begins each document"
+        return "the SentencePiece model has no BOS token"
     spaced = sp.normalize("a a")
     if _SPACE not in spaced or spaced.endswith(_SPACE):
         return "the SentencePiece model does not write a space as ▁ before the word"
@@ -245,17 +199,12 @@ def _byte_alphabet() -> dict[str, int]:
     from U+0100 on stand for the others, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + n): byte for n, byte in enumerate(others)
-    }
+    others = enumerate(byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in others}
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """A byte-level BPE `tokenizer.json` (such as GPT-2's) through the `tokenizers` package.
-
-    The text of a special token, such as `<|endoftext|>` in a document, is encoded as plain text.
-    """
+    """A byte-level BPE. The text of a special token in a document is encoded as plain text."""
 
     def __init__(self, path: Path, data: bytes):
         with explained(lambda: f"{path}: not a tokenizer.json, or a damaged one"):
@@ -267,13 +216,12 @@ class ByteLevelTokenizer(Tokenizer):
         tok.no_padding()
         spec = json.loads(tok.to_str())
         special = {x["content"]: x["id"] for x in spec["added_tokens"] if x["special"]}
-        bos = next((special[name] for name in _BOS_NAMES if name in special), -1)
-        if problem := _byte_level_problem(tok, spec):
-            problem = f"not a byte-level BPE that spells every text exactly: {problem}"
-        elif bos < 0:
-            problem = f"no special token to begin a document; looked for {', '.join(_BOS_NAMES)}"
-        if problem:
-            raise UserError(f"{path}: {problem}")
+        bos = next((special[name] for name in _BOS_NAMES if name in special), None)
+        problem = _byte_level_problem(tok, spec)
+        if bos is None and not problem:
+            problem = f"it has no token to begin a document; looked for {', '.join(_BOS_NAMES)}"
+        if problem or bos is None:
+            raise UserError(f"{path}: not a byte-level BPE that spells every text: {problem}")
         vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(path, data, vocab_size, bos)
         self._tok = tok
@@ -284,24 +232,18 @@ class ByteLevelTokenizer(Tokenizer):
                 self._text[i] = bytes(alphabet[c] for c in piece)
         for token in spec["added_tokens"]:  # spelled as they are, not in the alphabet
             self._text[token["id"]] = b"" if token["special"] else token["content"].encode()
-        self._special = np.array([not text for text in self._text])
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(
-            self._tok.encode(replace_surrogates(text), add_special_tokens=False).ids, np.int32
-        )
+        encoded = self._tok.encode(replace_surrogates(text), add_special_tokens=False)
+        return np.array(encoded.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = b"".join(self._text[i] for i in np.asarray(ids, np.int64).tolist())
         return text.decode("utf-8", errors="replace")
 
-    def normalize(self, text: str) -> str:
-        text = replace_surrogates(text)
-        return self._tok.normalizer.normalize_str(text) if self._tok.normalizer else text
-
     def token_bytes(self) -> TokenBytes:
         base = np.array([len(text) for text in self._text], np.int32)
-        return TokenBytes(base, np.zeros(self.vocab_size, bool), self._special)
+        return TokenBytes(base, np.zeros(self.vocab_size, bool), base == 0)
 
 
 def _added(spec: dict[str, Any]) -> set[str]:
@@ -311,20 +253,17 @@ def _added(spec: dict[str, Any]) -> set[str]:
 def _largest_id(spec: Any) -> int:
     """The largest token id in an unchecked `tokenizer.json`; -1 if it has none."""
     ids: list[Any] = []
-    if isinstance(spec, dict):
-        match spec.get("model"):
-            case {"vocab": dict(vocab)}:
-                ids += vocab.values()
-        match spec.get("added_tokens"):
-            case [*added]:
-                ids += [token.get("id") for token in added if isinstance(token, dict)]
+    match spec:
+        case {"model": {"vocab": dict(vocab)}}:
+            ids += vocab.values()
+    match spec:
+        case {"added_tokens": [*added]}:
+            ids += [token.get("id") for token in added if isinstance(token, dict)]
     return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
 def _byte_level_problem(tok: tokenizers.Tokenizer, spec: dict[str, Any]) -> str | None:
-    """Why the tokens of a `tokenizer.json` do not stand for exactly the bytes of the normalized
-    text; None if they do.
-    """
+    """Why a `tokenizer.json` does not spell exactly the bytes of normalized text, or None."""
     model, alphabet = spec["model"], _byte_alphabet()
     if model["type"] != "BPE":
         return f"its model is {model['type']}; expected BPE"
@@ -336,9 +275,9 @@ def _byte_level_problem(tok: tokenizers.Tokenizer, spec: dict[str, Any]) -> str 
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return "its last pre-tokenizer is not ByteLevel without add_prefix_space"
     for step in steps[:-1]:
-        known = step["type"] in ("Split", "Digits", "Punctuation")
-        if not known or step.get("behavior") == "Removed":
-            return f"its pre-tokenizer {step['type']} may change the text"
+        kind, known = step["type"], ("Split", "Digits", "Punctuation")
+        if kind not in known or step.get("behavior") == "Removed":
+            return f"its pre-tokenizer {kind} may change the text"
     if missing := [byte for char, byte in alphabet.items() if char not in model["vocab"]]:
         return f"it has no token for byte {min(missing):#04x}"
     added = _added(spec)

@@ -1,12 +1,29 @@
-"""Cuts a split's documents into shards. The cuts depend only on the documents."""
+"""The folder that a preparation writes and holds, and the shards that it cuts a split into."""
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from sngpt_jax.data.manifest import ExtraEntry, ShardEntry, SplitJournal
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import locked, remove_leftovers
+from sngpt_jax.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    PROGRESS,
+    ExtraEntry,
+    Journal,
+    Manifest,
+    Origin,
+    ShardEntry,
+    SplitJournal,
+    load_journal,
+    load_manifest,
+    save,
+)
 from sngpt_jax.data.shards import (
     NO_EXTRA,
     TOKEN,
@@ -18,14 +35,55 @@ from sngpt_jax.data.shards import (
 )
 from sngpt_jax.data.tokenizer import MAX_VOCAB, TokenBytes
 
+PARTS = ".parts"  # subfolder while the source is encoded in parts (`sngpt_jax.data.parts`)
+
+
+def refuse_other(out: Path, old: Origin, new: Origin) -> None:
+    """Raises `UserError` that names the differing fields if `out` holds data of another origin."""
+    if lines := old.differences(asdict(new)).values():
+        other = f"{out}: holds another preparation's data ({'; '.join(lines)})"
+        raise UserError(f"{other}; give another --out, or delete it")
+
+
+def finished(out: Path, origin: Origin) -> Manifest | None:
+    """The manifest of a complete folder of this origin; None if the folder is not complete."""
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(out)
+    refuse_other(out, manifest.origin, origin)
+    open_entries(out, (*manifest.val, *manifest.train))
+    return manifest
+
+
+def held(out: Path) -> AbstractContextManager[None]:
+    """Makes the folder `out` and holds it. Raises `UserError` if another process holds it."""
+    busy = "another preparation is writing there; wait for it, or give another --out"
+    return locked(out, f"{out}: {busy}")
+
+
+def begin_or_resume(out: Path, origin: Origin) -> Journal:
+    """The journal of the held folder `out`. Raises `UserError` if the folder holds other data."""
+    remove_leftovers(out)
+    if (out / PROGRESS).is_file():
+        journal = load_journal(out)
+        if journal.origin == origin:
+            return journal
+        if journal.train.shards or journal.val.shards or (out / PARTS).is_dir():
+            refuse_other(out, journal.origin, origin)
+    elif any(out.glob("*.bin")):
+        raise UserError(f"{out}: holds .bin files of no preparation; give an empty --out")
+    journal = Journal(FORMAT, origin)
+    save(journal, out)
+    return journal
+
 
 class SplitWriter:
-    """Appends documents to one split of a folder. Each shard but the last has exactly
-    `shard_tokens` tokens.
+    """Appends documents to one split of a folder, in shards of exactly `shard_tokens` tokens but
+    for the last.
 
-    `reached` says where to resume. The split ends after `limit` tokens (None: never). After each
-    complete shard is in place, `on_shard` is called with the new state. Appending the documents
-    from number `reached.documents` on gives the same files as one run over all of them.
+    The split ends after `limit` tokens. `on_shard` is called with the new state after each complete
+    shard. Appending the documents from number `reached.documents` on gives the same files as one
+    run over all of them.
     """
 
     def __init__(
@@ -39,8 +97,7 @@ class SplitWriter:
         limit: int | None = None,
     ) -> None:
         self.reached = reached
-        self.documents = reached.documents  # appended whole
-        self.tokens = reached.tokens  # appended
+        self.documents, self.tokens = reached.documents, reached.tokens  # appended
         self._directory, self._split, self._token_bytes = directory, split, token_bytes
         self._on_shard, self._limit, self._offset = on_shard, limit, reached.offset
         written = open_entries(directory, reached.shards)
@@ -51,8 +108,9 @@ class SplitWriter:
     def _begin_shard(self) -> None:
         self._filled = self._begun = 0
         self._extra: list[np.ndarray] = []
-        left = len(self._buffer) if self._limit is None else self._limit - self.tokens
-        self._capacity = min(len(self._buffer), left)
+        self._capacity = len(self._buffer)
+        if self._limit is not None:
+            self._capacity = min(self._capacity, self._limit - self.tokens)
 
     @property
     def full(self) -> bool:
@@ -60,9 +118,7 @@ class SplitWriter:
         return self._capacity == 0
 
     def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
-        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m,
-        2]. A full split takes none.
-        """
+        """Appends the next document, as `Tokenizer.encode_document`. A full split takes none."""
         if self.full:
             return
         while self._offset < len(tokens) and not self.full:
@@ -92,28 +148,21 @@ class SplitWriter:
         self._on_shard(state)
 
     def _end_shard(self, documents: int, offset: int) -> None:
-        tokens = self._buffer[: self._filled]
-        extra = np.concatenate(self._extra)
+        tokens, extra = self._buffer[: self._filled], np.concatenate(self._extra)
         name = f"{self._split}_{len(self.reached.shards):06d}.bin"
-        path = self._directory / name
-        sidecar = None
+        path, sidecar = self._directory / name, None
         if len(extra):
             file, sidecar_name = io.BytesIO(), f"{name}.extra.npy"
             np.save(file, extra, allow_pickle=False)
             digest = write_hashed(self._directory / sidecar_name, file.getvalue())
             sidecar = ExtraEntry(sidecar_name, digest)
-        count = self._count_bytes(Shard(path, tokens, extra))
-        entry = ShardEntry(
-            name, len(tokens), self._begun, count, write_shard(path, tokens), sidecar
-        )
+        # A split begins with BOS, which stands for 0 bytes after any token.
+        previous = tokens[0] if self._previous is None else self._previous
+        before = Shard(path, np.array([previous], TOKEN), NO_EXTRA)
+        stream = TokenStream((before, Shard(path, tokens, extra)), MAX_VOCAB)
+        size = stream.count_bytes(self._token_bytes, 1, len(stream))
+        digest = write_shard(path, tokens)
+        entry = ShardEntry(name, len(tokens), self._begun, size, digest, sidecar)
         self._previous = int(tokens[-1])
         self._reach(SplitJournal((*self.reached.shards, entry), documents, offset))
         self._begin_shard()
-
-    def _count_bytes(self, shard: Shard) -> int:
-        # A split begins with BOS, which stands for 0 bytes after any token.
-        previous = shard.tokens[0] if self._previous is None else self._previous
-        before = Shard(shard.path, np.array([previous], TOKEN), NO_EXTRA)
-        return TokenStream((before, shard), MAX_VOCAB).count_bytes(
-            self._token_bytes, 1, 1 + len(shard.tokens)
-        )

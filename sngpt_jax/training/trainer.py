@@ -9,6 +9,7 @@ checkpoints do not count as training time.
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
             )
         peak = peak_flops(jax.devices()[0].device_kind)
         with (
-            make_loader(batches, place, num_steps=t.steps, state=position.data) as loader,
+            closing(make_loader(batches, place, num_steps=t.steps, state=position.data)) as loader,
             MetricsWriter(directory, resume_step=done if restored else None) as writer,
         ):
             run = Run(

@@ -275,8 +275,8 @@ def test_streams_lie_end_to_end():
     [
         ('"step":7', '"step":7,"step":7', "the key 'step' is given twice"),
         ('"step":7', '"step": 7', "in another spelling than this program writes"),
-        ('"step":7', '"step":NaN', "NaN is no number"),
-        ('"step":7', '"step":1e999', "too large a number"),
+        ('"step":7', '"step":NaN', "no finite number"),
+        ('"step":7', '"step":1e999', "no finite number"),
         ('"step":7', '"step":' + "1" * 5000, "not an integer of 64 bits"),
         ('"step":7', '"step":' + "[" * 100_000 + "]" * 100_000, "levels deep"),
         ("tiny", "tïny", "in another spelling than this program writes"),

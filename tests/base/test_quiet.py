@@ -1,7 +1,6 @@
-"""`--quiet` of every command: nothing on stderr, the result alone on stdout; and what is seen on
-terminals of their width.
-"""
+"""`--quiet` of every command, and a run on terminals of several widths."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -22,13 +21,11 @@ def outputs(tmp_path_factory):
     return tmp_path_factory.mktemp("outputs")
 
 
+TOKENS = ("--tokens", "2048")
 COMMANDS = {
     "train": (["--config", "{recipe}", "--run-dir", "{run}"], "finished\n  run "),
-    "evaluate": (["--run", "{run}", "--tokens", "2048"], "evaluated\n  model "),
-    "export": (
-        ["--run", "{run}", "--tokens", "2048", "--out", "{out}/model.sngpt"],
-        "exported\n  artifact ",
-    ),
+    "evaluate": (["--run", "{run}", *TOKENS], "evaluated\n  model "),
+    "export": (["--run", "{run}", "--out", "{out}/m.sngpt", *TOKENS], "exported\n  artifact "),
     "sample": (["--run", "{run}", "--prompt", "ab", "--max-tokens", "4"], "ab"),
     "plan": (["--config", "{recipe}"], "parameters"),
     "prepare": (["--verify", "{recipe.parent}/data"], "verified\n  data "),
@@ -51,27 +48,15 @@ def on_a_terminal(columns: int, name: str, *arguments: object, **environment: st
     """What a command, which succeeds, writes to a terminal of so many columns."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    env = {k: v for k, v in tiny_run.environment().items() if k not in ("COLUMNS", "NO_COLOR")} | {
-        "TERM": "xterm-256color"
-    }
-    with subprocess.Popen(
-        tiny_run.command(name, *arguments),
-        cwd=tiny_run.ROOT,
-        env=env | environment,
-        stdin=end,
-        stdout=end,
-        stderr=end,
-    ) as process:
+    env = {k: v for k, v in tiny_run.environment().items() if k not in ("COLUMNS", "NO_COLOR")}
+    env |= {"TERM": "xterm-256color"} | environment
+    streams = {"stdin": end, "stdout": end, "stderr": end}
+    command, written = tiny_run.command(name, *arguments), b""
+    with subprocess.Popen(command, cwd=tiny_run.ROOT, env=env, **streams) as process:
         os.close(end)
-        written = b""
-        while True:
-            try:
-                part = os.read(terminal, 65536)
-            except OSError:  # as Linux says that the other side is closed
-                break
-            if not part:
-                break
-            written += part
+        with contextlib.suppress(OSError):  # as Linux says that the other side is closed
+            while part := os.read(terminal, 65536):
+                written += part
         os.close(terminal)
     text = written.decode()
     assert process.returncode == 0, text
@@ -81,32 +66,19 @@ def on_a_terminal(columns: int, name: str, *arguments: object, **environment: st
 def test_a_run_on_a_narrow_terminal(tiny_recipe, tmp_path):
     run = tmp_path / "run"
     text = on_a_terminal(40, "train", "--config", tiny_recipe, "--run-dir", run)
-    assert "\x1b[32m" in text and text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, (
-        "colours; the cursor is given back"
-    )
+    # colours; the cursor is given back
+    assert "\x1b[32m" in text and text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     lines = plain(text).replace("\r\n", "\n").splitlines()
-    steps = [
-        line
-        for line in lines
-        if line.split("\r")[-1].startswith(("step 000", "val  000")) and "│" in line
-    ]
-    assert len(steps) > 5 and all(len(line.split("\r")[-1]) <= 62 for line in steps), (
-        "what must not be left out"
-    )
-    (box,) = [i for i, line in enumerate(lines) if line.split("\r")[-1].startswith("╭─ finished ─")]
+    shown = [line.split("\r")[-1] for line in lines]
+    steps = [line for line in shown if line.startswith(("step 000", "val  000")) and "│" in line]
+    assert len(steps) > 5 and max(map(len, steps)) <= 62
+    (box,) = [i for i, line in enumerate(shown) if line.startswith("╭─ finished ─")]
     assert all(len(line) == 40 for line in lines[box + 1 :] if line.startswith("│"))
     assert f"-m sngpt_jax.export --run {run} --out {run}/model.sngpt" in " ".join(lines)
 
 
 def test_the_same_in_plain_characters(tiny_trained, tiny_recipe):
-    text = on_a_terminal(
-        80,
-        "train",
-        "--config",
-        tiny_recipe,
-        "--run-dir",
-        tiny_trained,
-        PYTHONIOENCODING="ascii",
-        NO_COLOR="1",
-    )
+    arguments = ("--config", tiny_recipe, "--run-dir", tiny_trained)
+    plainly = {"PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
+    text = on_a_terminal(80, "train", *arguments, **plainly)
     assert text.isascii() and "+- finished -" in text and "\x1b[3" not in text

@@ -1,6 +1,4 @@
-"""Progress and results to the letter: on a terminal, in a file, narrow, quiet and in plain
-characters.
-"""
+"""Progress and results to the letter: on terminals, in a file, quiet and in plain characters."""
 
 import io
 import logging
@@ -30,31 +28,18 @@ def log(monkeypatch):
     logger.setLevel(before[2])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0s"),
-        (0.44, "0.4s"),
-        (9.94, "9.9s"),
-        (9.96, "10s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (192, "3m12s"),
-        (3599.6, "1h00m"),
-        (7500, "2h05m"),
-        (86399, "1d00h"),
-        (273_600, "3d04h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
+DURATIONS = {0: "0.0s", 0.44: "0.4s", 9.94: "9.9s", 9.96: "10s", 59.4: "59s", 59.6: "1m00s"}
+DURATIONS |= {192: "3m12s", 3599.6: "1h00m", 7500: "2h05m", 86399: "1d00h", 273_600: "3d04h"}
+
+
+@pytest.mark.parametrize("seconds", DURATIONS)
+def test_durations(seconds):
+    assert format_duration(seconds) == DURATIONS[seconds]
 
 
 def parse_duration(text: str) -> float:
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(
-        float(number) * unit[letter] for number, letter in re.findall(r"([\d.]+)([smhd])", text)
-    )
+    unit, parts = {"s": 1, "m": 60, "h": 3600, "d": 86400}, re.findall(r"([\d.]+)([smhd])", text)
+    return sum(float(number) * unit[letter] for number, letter in parts)
 
 
 @given(st.floats(0, 1e7))
@@ -65,23 +50,26 @@ def test_durations_say_what_they_stand_for(seconds):
     assert len(text) <= 7
 
 
+def reported(out, dones, total, seconds=0.125, label="evaluate"):
+    """What `out` holds after reports, each so many seconds after the one before."""
+    clock = Clock()
+    report = progress_reporter(label, stream=out, clock=clock)
+    for done in dones:
+        clock.now += seconds
+        report(done, total)
+    return out.getvalue()
+
+
 def test_progress_speaks_after_two_seconds_and_ends():
-    clock, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 101):
-        clock.now += 0.125  # exact in binary
-        report(done, 100)
+    out = io.StringIO()
+    reported(out, range(1, 101), 100)
     assert out.getvalue().splitlines() == [
         "evaluate: 16.0%, 10s left, 16/100 in 2.0s",
         "evaluate: 56.0%, 5.5s left, 56/100 in 7.0s",
         "evaluate: 96.0%, 0.5s left, 96/100 in 12s",
         "evaluate: 100.0%, 100/100 in 12s",
     ]
-    quick, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=quick)
-    for done in range(1, 101):
-        report(done, 100)
-    assert out.getvalue() == ""
+    assert reported(io.StringIO(), range(1, 101), 100, seconds=0) == ""
 
 
 def drawn(out: Screen) -> list[str]:
@@ -92,12 +80,9 @@ def drawn(out: Screen) -> list[str]:
 
 def test_a_terminal_has_one_line_with_a_bar(monkeypatch):
     as_terminal(monkeypatch, 80)
-    clock, out = Clock(), Screen()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 41):
-        clock.now += 0.125
-        report(done, 40)
-    lines, text = drawn(out), out.getvalue()
+    out = Screen()
+    text = reported(out, range(1, 41), 40)
+    lines = drawn(out)
     assert lines[0] == "━━━━━━╺━━━━━━━━━ evaluate: 40.0%, 3.0s left, 16/40 in 2.0s"
     assert lines[-1] == "━━━━━━━━━━━━━━━━ evaluate: 100.0%, 40/40 in 5.0s"
     assert len(lines) == 13, "a drawing every fifth of a second, as the reports come by"
@@ -116,11 +101,8 @@ def test_a_terminal_has_one_line_with_a_bar(monkeypatch):
 )
 def test_a_narrow_terminal_is_told_what_matters(monkeypatch, columns, line):
     as_terminal(monkeypatch, columns)
-    clock, out = Clock(), Screen()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 17):
-        clock.now += 0.125
-        report(done, 40)
+    out = Screen()
+    reported(out, range(1, 17), 40)
     assert drawn(out) == [line]
 
 
@@ -137,24 +119,15 @@ def test_work_of_unknown_length_and_notes():
 
 
 def test_what_was_done_before_is_no_part_of_the_speed():
-    clock, out = Clock(), io.StringIO()
-    report = progress_reporter("data", stream=out, clock=clock)
-    for done in (900, 910):  # gone on with at 900
-        clock.now += 1
-        report(done, 1000)
-    assert out.getvalue() == "data: 91.0%, 9.0s left, 910/1,000 in 2.0s\n"
+    text = reported(io.StringIO(), (900, 910), 1000, seconds=1, label="data")
+    assert text == "data: 91.0%, 9.0s left, 910/1,000 in 2.0s\n"
 
 
 def test_quiet_is_silent_but_for_warnings(monkeypatch, capsys):
     cli.log_to_stderr(quiet=True)
-    clock, out = Clock(), io.StringIO()
-    report = progress_reporter("evaluate", stream=out, clock=clock)
-    for done in range(1, 41):
-        clock.now += 5
-        report(done, 40)
+    assert reported(io.StringIO(), range(1, 41), 40, seconds=5) == ""
     terminal.logger.info("hidden")
     terminal.logger.warning("shown")
-    assert out.getvalue() == ""
     assert capsys.readouterr().err == "shown\n"
 
 
@@ -233,15 +206,11 @@ def test_a_result_on_a_terminal_is_a_panel(monkeypatch, capsys, columns):
     out = Screen()
     show_result("evaluated", ROWS, ["python -m next " + "x" * 200], console=TerminalConsole(out))
     first, *middle, last = plain(out.getvalue()).splitlines()
-    assert (
-        first.startswith("╭─ evaluated ─")
-        and last.startswith("╰─")
-        and {line[0] + line[-1] for line in middle} == {"││"}
-    )
+    assert first.startswith("╭─ evaluated ─") and last.startswith("╰─")
+    assert {line[0] + line[-1] for line in middle} == {"││"}
     assert {len(line) for line in (first, *middle, last)} == {columns}
-    assert (
-        "".join(line[9:-2].strip() for line in middle[:-1]).replace(" ", "").startswith(ROWS[0][1])
-    )
+    path = "".join(line[9:-2].strip() for line in middle[:-1]).replace(" ", "")
+    assert path.startswith(ROWS[0][1])
     assert "1.0 [bold]bits[/bold]/byte" in middle[-1] and "\x1b[" in out.getvalue()
     assert capsys.readouterr().err == f"next: python -m next {'x' * 200}\n", "whole, to be pasted"
 
@@ -266,13 +235,8 @@ def test_every_encoding_can_show_what_is_printed(monkeypatch):
     bytes_ = io.BytesIO()
     stream = io.TextIOWrapper(bytes_, encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-
-    def main(argv):
-        print("│ 2 × 3 … ▁é\udc80")
-        return 0
-
     with pytest.raises(SystemExit):
-        cli.run(main)
+        cli.run(lambda argv: print("│ 2 × 3 … ▁é\udc80") or 0)
     assert bytes_.getvalue() == b"| 2 x 3 ... _\\xe9\\udc80\n"
 
 

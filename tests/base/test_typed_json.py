@@ -1,6 +1,4 @@
-"""Strict reading: what is right comes back equal, and anything else is the caller's error in one
-line.
-"""
+"""Strict reading: right values come back equal, and others are the caller's error in one line."""
 
 import dataclasses
 import json
@@ -48,19 +46,17 @@ outers = st.builds(
     st.lists(inners, max_size=3).map(tuple),
     inners | st.none(),
 )
+keys = st.text() | st.sampled_from(["flag", "inner", "name"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda x: (
-        st.lists(x) | st.dictionaries(st.text() | st.sampled_from(["flag", "inner", "name"]), x)
-    ),
+    lambda x: st.lists(x) | st.dictionaries(keys, x),
 )
 
 
 @given(outers)
 def test_what_was_written_is_read(value):
-    assert (
-        parse(Outer, loads(json.dumps(dataclasses.asdict(value)).encode()), "here", Broken) == value
-    )
+    text = json.dumps(dataclasses.asdict(value)).encode()
+    assert parse(Outer, loads(text), "here", Broken) == value
 
 
 @given(outers, st.sampled_from([f.name for f in dataclasses.fields(Outer)]), json_values)
@@ -81,15 +77,8 @@ def test_any_other_shape_is_refused(value):
 
 def test_the_check_sees_every_plain_value_and_its_place():
     seen = []
-    values = {"name": "x", "sizes": [1, 2]}
-    parse(
-        Inner, values, "here", Broken, lambda name, value, where: seen.append((name, value, where))
-    )
-    assert seen == [
-        ("name", "x", "here.name"),
-        ("sizes[0]", 1, "here.sizes[0]"),
-        ("sizes[1]", 2, "here.sizes[1]"),
-    ]
+    parse(Inner, {"name": "x", "sizes": [1]}, "here", Broken, lambda *of: seen.append(of))
+    assert seen == [("name", "x", "here.name"), ("sizes[0]", 1, "here.sizes[0]")]
 
 
 @dataclass(frozen=True)
@@ -101,31 +90,27 @@ class Defaults:
 
 
 def test_missing_fields_take_plain_defaults_where_asked():
-    inner, defaulted = {"name": "x", "sizes": []}, []
-    found = parse(
-        Defaults, {"inner": inner, "counts": {"a": 1}}, "here", Broken, defaulted=defaulted
-    )
+    defaulted, inner = [], {"inner": {"name": "x", "sizes": []}}
+    found = parse(Defaults, inner | {"counts": {"a": 1}}, "here", Broken, defaulted=defaulted)
     assert found == Defaults(Inner("x", ()), counts={"a": 1})
     assert defaulted == ["here.rate", "here.anything"]
-    with pytest.raises(Broken, match="here: missing rate, anything"):
-        parse(Defaults, {"inner": inner, "counts": {}}, "here", Broken)
-    with pytest.raises(Broken, match=r"here: missing inner, counts"):
-        parse(Defaults, {}, "here", Broken, defaulted=[])
-    with pytest.raises(Broken, match=r"here.counts\['a'\]: expected int, found '1'"):
-        parse(Defaults, {"inner": inner, "counts": {"a": "1"}}, "here", Broken, defaulted=[])
-    with pytest.raises(Broken, match=r"here.rate: expected float, found a larger integer"):
-        parse(
-            Defaults, {"inner": inner, "counts": {}, "rate": 10**400}, "here", Broken, defaulted=[]
-        )
+    for values, where, message in (
+        (inner | {"counts": {}}, None, "here: missing rate, anything"),
+        ({}, [], "here: missing inner, counts"),
+        (inner | {"counts": {"a": "1"}}, [], r"here.counts\['a'\]: expected int, found '1'"),
+        (inner | {"counts": {}, "rate": 10**400}, [], "rate: expected float, found a larger int"),
+    ):
+        with pytest.raises(Broken, match=message):
+            parse(Defaults, values, "here", Broken, defaulted=where)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (b'{"a": 1, "b": 2, "a": 3}', "key 'a' is given twice"),
-        (b"[NaN]", "NaN is no number"),
-        (b"[-Infinity]", "-Infinity is no number"),
-        (b"1e999", "'1e999' is too large a number"),
+        (b"[NaN]", "'NaN' is no finite number"),
+        (b"[-Infinity]", "'-Infinity' is no finite number"),
+        (b"1e999", "'1e999' is no finite number"),
         (b"9223372036854775808", "not an integer of 64 bits"),
         (b"-9223372036854775809", "not an integer of 64 bits"),
         (b"1" * 10_000, "not an integer of 64 bits"),
@@ -144,18 +129,15 @@ def test_json_that_readers_differ_on_is_refused(text, said):
 
 def test_the_extremes_that_are_read():
     assert loads(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
-    assert (
-        loads(b'[9223372036854775807, -9223372036854775808, 1e308, "\\ud83d\\ude00"]')[3]
-        == "\U0001f600"
-    )
+    found = loads(b'[9223372036854775807, -9223372036854775808, 1e308, "\\ud83d\\ude00"]')
+    assert found == [2**63 - 1, -(2**63), 1e308, "\U0001f600"]
 
 
 def test_a_file_that_is_too_large_or_no_file_is_not_read(tmp_path):
     with open(tmp_path / "large.json", "wb") as file:
         file.truncate(MAX_BYTES + 1)  # a hole: it takes no room
-    with pytest.raises(
-        Broken, match=r"large\.json: 16,777,217 bytes; no file of its kind has more than 16,777,216"
-    ):
+    message = r"large\.json: 16,777,217 bytes; no file of its kind has more than 16,777,216"
+    with pytest.raises(Broken, match=message):
         read(tmp_path / "large.json", Broken)
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(Broken, match=r"pipe\.json: cannot be read: not a plain file"):

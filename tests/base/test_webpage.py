@@ -21,10 +21,11 @@ def package(tmp_path, monkeypatch):
     """A package with a page of its own."""
     folder = tmp_path / "some_pages"
     folder.mkdir()
-    (folder / "__init__.py").write_text("")
-    (folder / "small.html").write_text("<p id=text></p>\n")
-    (folder / "small.css").write_text("p { color: red }\n")
-    (folder / "small.js").write_text("$('text').textContent = data.text;\n")
+    script = "$('text').textContent = data.text;\n"
+    html, css = "<p id=text></p>\n", "p { color: red }\n"
+    files = {"__init__.py": "", "small.html": html, "small.css": css, "small.js": script}
+    for name, content in files.items():
+        (folder / name).write_text(content)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "some_pages"
     sys.modules.pop("some_pages", None)
@@ -44,14 +45,11 @@ def test_data_are_read_back_and_hold_no_markup():
 
 
 def test_hostile_texts_change_nothing_but_the_data(package):
-    page, tame = (
-        webpage.render(package, "small", text, {"text": text}) for text in (HOSTILE, "tame")
-    )
+    texts = (HOSTILE, "tame")
+    page, tame = (webpage.render(package, "small", text, {"text": text}) for text in texts)
     assert page.count("<script") == tame.count("<script") == 2 and page.count("</script>") == 2
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[
-        1
-    ]
-    assert json.loads(data) == {"text": HOSTILE}
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert json.loads(data[1]) == {"text": HOSTILE}
     assert "&lt;/script&gt;" in re.search("<title>(.*?)</title>", page)[1]
     assert script_of(page) == script_of(tame)
     page.encode("utf-8")  # a lone surrogate, of a file's name that is no text, has been replaced

@@ -226,7 +226,7 @@ def test_all_problems_are_named_at_once():
         ("eval", "sample_prompt", "\x1b[2J", r"eval.sample_prompt = '\x1b[2J' holds a control"),
         ("train", "xla_options", ["a=\x9b"], r"train.xla_options = ('a=\x9b',) holds a control"),
         ("data", "dir", "x" * 70_000, "data.dir has 70000 characters"),
-        ("model", "norm_eps", math.inf, "Infinity is no number"),
+        ("model", "norm_eps", math.inf, "no finite number"),
     ],
 )
 def test_a_broken_json_is_one_line(section, field, value, said, tmp_path):

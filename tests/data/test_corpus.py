@@ -22,17 +22,13 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import corpus
 from sngpt_jax.data.corpus import count_parts, documents, fingerprint
 from sngpt_jax.data.manifest import DataError
-from tests.data.conftest import damaged
+from tests.data.conftest import refuses
 
 WRAP = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
-def fails(source, *expected, kind=DataError):
-    with pytest.raises(kind) as error:
-        list(documents(str(source)))
-    for text in expected:
-        assert text in str(error.value)
-    assert "\n" not in str(error.value)
+def fails(source, expected, kind=DataError):
+    refuses(expected, lambda: list(documents(str(source))), kind=kind)
 
 
 # ---------------------------------------- the standard library
@@ -43,8 +39,6 @@ def test_stdlib_is_the_librarys_own_text_in_hash_order():
     assert found == list(documents("stdlib"))
     assert len(found) > 300 and sum(map(len, found)) > 5_000_000 and all(found)
     root = Path(sysconfig.get_path("stdlib"))
-    for name in ("this.py", "json/decoder.py"):
-        assert (root / name).read_text(encoding="utf-8") in found
     for name in ("test/test_ast.py", "test/support/__init__.py"):
         if (root / name).is_file():
             assert (root / name).read_text(encoding="utf-8") not in found
@@ -79,10 +73,9 @@ def test_stdlib_skips_tests_and_what_cannot_be_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", WRAP)
 def test_txt(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
-    text = (
-        "<|endoftext|>\nfirst\n\n  line\r\n<|endoftext|>\r\n<|endoftext|>\nnot <|endoftext|>\nlast"
-    )
-    path.write_bytes(WRAP[ending](b"\xef\xbb\xbf" + text.encode()))
+    end = b"<|endoftext|>"
+    texts = (b"\xef\xbb\xbf", b"\nfirst\n\n  line\r\n", b"\r\n", b"\nnot <|endoftext|>\nlast")
+    path.write_bytes(WRAP[ending](end.join(texts)))
     assert list(documents(str(path))) == ["first\n\n  line\r\n", "not <|endoftext|>\nlast"]
 
 
@@ -114,7 +107,7 @@ def test_truncated_compression(tmp_path, ending):
     path = tmp_path / f"a.jsonl{ending}"
     for content in (b"", whole[:1], whole[:10], whole[:-1], whole[:-12], whole + whole[:-5]):
         path.write_bytes(content)
-        fails(path, str(path), "cannot be read: ")
+        fails(path, f"{path}.*cannot be read: ")
 
 
 def test_damaged_compression(tmp_path):
@@ -122,7 +115,7 @@ def test_damaged_compression(tmp_path):
     data[len(data) // 2] ^= 255
     path = tmp_path / "a.txt.gz"
     path.write_bytes(data)
-    fails(path, str(path), "cannot be read: ")
+    fails(path, f"{path}.*cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +133,7 @@ def test_damaged_compression(tmp_path):
 def test_bad_lines_name_file_and_line(tmp_path, line, expected):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    fails(path, f"{path}:3", expected)
+    fails(path, f"{path}:3.*{expected}")
     read = documents(str(path))
     assert next(read) == "fine"  # lines before the bad one are read
 
@@ -148,7 +141,7 @@ def test_bad_lines_name_file_and_line(tmp_path, line, expected):
 def test_txt_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"fine\nbad \xe9\n")
-    fails(path, f"{path}:2", "codec can't decode byte 0xe9")
+    fails(path, f"{path}:2.*codec can't decode byte 0xe9")
 
 
 def test_parquet(tmp_path):
@@ -158,20 +151,16 @@ def test_parquet(tmp_path):
         table = pyarrow.table({"id": list(range(1000)), "text": pyarrow.array(texts, kind)})
         parquet.write_table(table, path, row_group_size=300)
         assert list(documents(str(path))) == texts
-    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    fails(path, f"{path}: row 2", "found NoneType")
-    parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
-    fails(path, f"{path}: row 1", "found int")
-    parquet.write_table(pyarrow.table({"content": ["a"], "id": [1]}), path)
-    fails(path, str(path), "no column 'text'; columns: content, id")
-    parquet.write_table(pyarrow.table({"text": ["a", pyarrow.scalar("b").as_py()]}), path)
-    raw = pyarrow.Array.from_buffers(
-        pyarrow.string(),
-        2,
-        [None, pyarrow.py_buffer(np.array([0, 1, 2], "<i4")), pyarrow.py_buffer(b"a\xff")],
-    )
-    parquet.write_table(pyarrow.table({"text": raw}), path)
-    fails(path, f"{path}: row 2", "codec can't decode byte 0xff")
+    content = map(pyarrow.py_buffer, (np.array([0, 1, 2], "<i4"), b"a\xff"))
+    raw = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, *content])
+    for columns, message in (
+        ({"text": ["a", None]}, ": row 2.*found NoneType"),
+        ({"text": [1, 2]}, ": row 1.*found int"),
+        ({"content": ["a"], "id": [1]}, ": no column 'text'; columns: content, id"),
+        ({"text": raw}, ": row 2.*codec can't decode byte 0xff"),
+    ):
+        parquet.write_table(pyarrow.table(columns), path)
+        fails(path, f"{path}{message}")
     parquet.write_table(pyarrow.table({"text": texts}), path)
     path.write_bytes(path.read_bytes()[:-20])
     fails(path, f"{path}: row 0: cannot be read: ArrowInvalid")
@@ -190,13 +179,12 @@ def test_sources_that_are_not_there(tmp_path):
         with pytest.raises(UserError, match="no such file or folder; a source is stdlib, hub:NAME"):
             documents(source)  # at the call, before anything is read
     (tmp_path / "a.md").write_text("x")
-    fails(tmp_path, "no text in this folder", ".jsonl.zst", kind=UserError)
+    fails(tmp_path, r"no text in this folder.*\.jsonl\.zst", kind=UserError)
     fails(tmp_path / "a.md", "expected a file ending in .txt", kind=UserError)
-    fails("golf:sp1024", "published token shards hold no text", kind=UserError)
+    fails("golf:sp1024", "published shards hold no text", kind=UserError)
 
 
 def test_fingerprint_follows_content_not_place_or_time(tmp_path):
-    assert fingerprint("stdlib") == fingerprint("stdlib")
     assert platform.python_version() in fingerprint("stdlib")
     seen = set()
     for folder in ("one", "two"):
@@ -213,8 +201,6 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     seen.add(fingerprint(str(tmp_path / "two")))
     assert len(seen) == 3
     assert fingerprint("hub:a/b") == fingerprint("hub:a/b@train") != fingerprint("hub:a/b:c@train")
-    with pytest.raises(UserError):
-        fingerprint("nonsense")
 
 
 def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, monkeypatch):
@@ -240,7 +226,7 @@ def test_parts_one_after_the_other_are_the_source(tmp_path, parts):
     assert count_parts(str(tmp_path)) == 7
     read = [list(documents(str(tmp_path), part, parts)) for part in range(parts)]
     whole = [f"{number} {line}" for number in range(7) for line in range(number % 3)]
-    assert [text for part in read for text in part] == list(documents(str(tmp_path))) == whole
+    assert list(itertools.chain(*read)) == list(documents(str(tmp_path))) == whole
     files = [{text.split()[0] for text in part} for part in read]
     assert sum(map(len, files)) == len(set().union(*files))  # no file is in two parts
     if parts == 7:
@@ -250,8 +236,6 @@ def test_parts_one_after_the_other_are_the_source(tmp_path, parts):
 def test_the_library_has_as_many_parts_as_a_cluster_takes_tasks(monkeypatch):
     count = count_parts("stdlib")
     assert 100 < count <= corpus.MAX_PARTS
-    few = [text for part in range(5) for text in documents("stdlib", part, 5)]
-    assert few == list(documents("stdlib"))
     monkeypatch.setattr(corpus, "MAX_PARTS", 50)
     assert count_parts("stdlib") == 50
 
@@ -276,14 +260,14 @@ def test_a_data_sets_files_are_its_parts(monkeypatch):
     assert list(documents("hub:some/set", 3, 5)) == ["d 0", "d 1", "d 2"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
     message = "source hub:some/set: the data set's files cannot be listed: ZeroDivisionError"
-    damaged(message, count_parts, "hub:some/set")
+    refuses(message, count_parts, "hub:some/set", kind=DataError)
 
 
 # ---------------------------------------- Hugging Face
 
 
-def stand_in(monkeypatch, name, **functions):
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**functions))
+def stand_in(monkeypatch, **functions):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(**functions))
 
 
 def test_hub_streams_the_text_column(monkeypatch):
@@ -293,7 +277,7 @@ def test_hub_streams_the_text_column(monkeypatch):
         calls.append((args, kwargs))
         return iter([{"text": "one", "url": "u"}, {"text": ""}, {"text": "two\ud800"}])
 
-    stand_in(monkeypatch, "datasets", load_dataset=load_dataset)
+    stand_in(monkeypatch, load_dataset=load_dataset)
     assert list(documents("hub:HuggingFaceFW/fineweb-edu:sample-10BT@test")) == ["one", "two\ufffd"]
     assert list(documents("hub:some/set")) == ["one", "two\ufffd"]
     assert calls == [
@@ -307,13 +291,14 @@ def test_hub_failures_are_one_line(monkeypatch):
         yield {"text": "one"}
         raise ConnectionError("no\nroute")
 
-    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: rows())
-    fails("hub:some/set", "hub:some/set", "after row 1", "ConnectionError: no route")
-    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: 1 / 0)
-    fails("hub:some/set", "after row 0")
     found = [{"text": "a"}, {"content": "b"}]
-    stand_in(monkeypatch, "datasets", load_dataset=lambda *a, **k: found)
-    fails("hub:some/set", "hub:some/set: row 2", "found the keys 'content'")
+    for load, message in (
+        (rows, "hub:some/set.*after row 1.*ConnectionError: no route"),
+        (lambda: 1 / 0, "after row 0"),
+        (lambda: found, "hub:some/set: row 2.*found the keys 'content'"),
+    ):
+        stand_in(monkeypatch, load_dataset=lambda *a, load=load, **k: load())
+        fails("hub:some/set", message)
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
     fails("hub:some/set", f"{sys.executable} -m pip install datasets", kind=UserError)
     for bad in ("hub:", "hub::c", "hub:a:b:c", "hub:a@"):
@@ -321,17 +306,17 @@ def test_hub_failures_are_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("a.txt.zst", "x" * 1001), ("a.jsonl.gz", "x" * 1001), ("a.txt", "xyz\n" * 251)],
+    ("name", "ending", "text"),
+    [("a.txt", ".zst", "x" * 1001), ("a.jsonl", ".gz", "x" * 1001), ("a.txt", "", "xyz\n" * 251)],
 )
-def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, name, text):
-    monkeypatch.setattr("sngpt_jax.data.corpus.MAX_DOCUMENT", 1000)
-    compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)
-    (tmp_path / name).write_bytes(compress(text.encode()))
-    damaged(rf"{name}:\d+: a document that is longer", list, documents(str(tmp_path / name)))
-    if name == "a.txt":
-        (tmp_path / name).write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
-        assert len(list(documents(str(tmp_path / name)))) == 3
+def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, name, ending, text):
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT", 1000)
+    path = tmp_path / f"{name}{ending}"
+    path.write_bytes(WRAP[ending](text.encode()))
+    fails(path, rf"{path}:\d+: a document of more than")
+    if not ending:
+        path.write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
+        assert len(list(documents(str(path)))) == 3
 
 
 def test_the_hubs_retries_are_not_shown():
@@ -342,8 +327,7 @@ from sngpt_jax.data import corpus, golf
 corpus.imported("huggingface_hub", "a test").hf_hub_download
 logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
 """
+    command = [sys.executable, "-c", program]
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,4 @@
-"""`prepare --executor`: the same files as `prepare`, from two workers here and from the jobs of a
-stand-in for Slurm.
-"""
+"""`prepare --executor`: the files of `prepare`, from two workers and from jobs of a fake Slurm."""
 
 import contextlib
 import fcntl
@@ -12,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +19,13 @@ import pytest
 from sngpt_jax.data import encode
 from sngpt_jax.data import parts as parts_module
 from sngpt_jax.data import preparation as prepare_module
-from sngpt_jax.data.folder import PARTS
 from sngpt_jax.data.manifest import load_journal
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import prepare, prepare_on
 from sngpt_jax.data.spec import PrepareSpec, command_line, origin_of
+from sngpt_jax.data.writer import PARTS
 from sngpt_jax.prepare import main
-from tests.data.conftest import refuses, write_jsonl
+from tests.data.conftest import contents, refuses, start, wait_until, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,8 @@ def source(tmp_path_factory):
     return folder
 
 
-needs_datatrove = pytest.mark.skipif(
-    not importlib.util.find_spec("datatrove"), reason="needs the extra datatrove"
-)
+missing = not importlib.util.find_spec("datatrove")
+needs_datatrove = pytest.mark.skipif(missing, reason="needs the extra datatrove")
 
 
 def spec_for(source, out, **changes):
@@ -59,19 +55,9 @@ def plain(source, tmp_path_factory):
     return out
 
 
-def contents(folder):
-    kept = (path for path in Path(folder).iterdir() if path.name not in (".lock", ".slurm"))
-    return {path.name: path.read_bytes() for path in kept}
-
-
 def options(source, out, executor, workers=2):
     more = ["--executor", executor, "--workers", str(workers)]
     return [*command_line(spec_for(source, out)), *more]
-
-
-def start(*arguments, **more):
-    full = [sys.executable, "-m", "sngpt_jax.prepare", *arguments]
-    return subprocess.Popen(full, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
 
 
 def begun(source, out):
@@ -97,7 +83,7 @@ def shadowed(folder, sitecustomize):
 
 
 def children_of(group):
-    """The processes of a group, which a session's first process gives its number."""
+    """The processes of a group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -114,7 +100,7 @@ def children_of(group):
 @pytest.mark.slow
 @needs_datatrove
 def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
-    (tmp_path / "val.jsonl").write_text('{"text": "the river"}\n{"text": "snow of 2024"}\n')
+    write_jsonl(tmp_path / "val.jsonl", 2)
     changes = {"val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
     one = prepare(spec_for(source, tmp_path / "one", **changes))
     assert prepare_on(spec_for(source, tmp_path / "two", **changes), 2, "local") == one
@@ -152,8 +138,7 @@ def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkey
     parts = begun(source, tmp_path / "out")
     for part in range(encoded):
         parts.encode(part)
-    documents = []
-    encode_chunk = encode._encode
+    documents, encode_chunk = [], encode._encode
 
     def counting(tokenizer, name, chunk):
         documents.extend(chunk[1])
@@ -185,8 +170,7 @@ def test_a_stop_is_not_held_up_by_a_worker_that_was_killed(source, tmp_path):
             executor.encode_here(parts, 2, kill_one_and_stop)
         ends.append(True)
 
-    # which a hang leaves behind
-    thread = threading.Thread(target=encode_until_stopped, daemon=True)
+    thread = threading.Thread(target=encode_until_stopped, daemon=True)  # a hang leaves it behind
     thread.start()
     thread.join(60)
     for worker in multiprocessing.active_children():
@@ -212,9 +196,8 @@ def test_a_part_in_work_is_reported(source, tmp_path, monkeypatch):
         if note == "0 of 1 parts, 1,000 tokens":
             seen.set()
 
-    monkeypatch.setattr(
-        executor, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers)
-    )
+    pool = lambda workers, *_: ThreadPoolExecutor(workers)  # noqa: E731
+    monkeypatch.setattr(executor, "ProcessPoolExecutor", pool)
     monkeypatch.setattr(executor, "_REPORT_SECONDS", 0.01)
     monkeypatch.setattr(parts_module, "_SHARD_TOKENS", 1000)
     monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
@@ -240,10 +223,7 @@ def test_ctrl_c_while_workers_start_says_one_word(source, tmp_path, executor):
     env = shadowed(tmp_path, SLOW_START.format(mark=str(mark)))
     arguments = options(source, tmp_path / "out", executor)
     with start(*arguments, env=env) as process:
-        deadline = time.monotonic() + 100
-        while not mark.exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: mark.exists() or process.poll() is not None, 100)
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=100)[1]
     assert process.returncode == 130
@@ -278,23 +258,18 @@ def test_a_killed_worker_ends_the_command_in_one_line(source, plain, tmp_path):
     assert process.returncode == 2 and not mark.exists()
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: an encoding process was killed, perhaps for")
-    deadline = time.monotonic() + 10
-    while children_of(process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not children_of(process.pid))
     assert main(arguments) == 0
     assert contents(tmp_path / "out") == contents(plain)
 
 
 # ---------------------------------------- Slurm
 
-# Stand-ins: sbatch stores the script and prints a number, srun runs the command after its own
-# options, scontrol names the node.
+# sbatch stores the script and prints a number; srun runs the command after its own options.
 SBATCH = """#!/bin/sh
 number=$(ls "{jobs}" | grep -c script)
 for script; do :; done
 cp "$script" "{jobs}/$number.script"
-echo "$@" > "{jobs}/$number.arguments"
 echo "Submitted batch job $((number + 17))"
 """
 SRUN = """#!/bin/sh
@@ -353,7 +328,6 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
     assert "array" not in merge
     for job in (array, merge):
         assert job["mem-per-cpu"] == "4G" and job["cpus-per-task"] == "1"
-        # sbatch's own environment variables, or the cluster, give them
         assert not job.keys() & {"partition", "time", "qos"}
         assert Path(job["output"]).parent.is_dir()
 
@@ -387,11 +361,11 @@ def test_jobs_of_a_cluster_write_the_files_of_one_process(source, plain, tmp_pat
 def test_refusals_of_a_cluster_are_one_line(source, tmp_path, cluster):
     sbatch = cluster.parent / "tools" / "sbatch"
     status = "sbatch failed with status {}; see its message above"
-    queued = "job 17, which encodes, is in the queue: scancel 17, then run the same command again"
+    queued = "job 17 is in the queue: scancel 17 and run this again"
     for script, message in (
         ("#!/bin/sh\nexit 3\n", status.format(3)),
         (FULL_SBATCH.format(jobs=cluster), f"{status.format(1)}; {queued}"),
-        (None, "no sbatch here; run it on a machine that submits to the cluster"),
+        (None, "no sbatch here; run it on a machine of the cluster"),
     ):
         sbatch.write_text(script) if script else sbatch.unlink()
         refuses(message, prepare_on, spec_for(source, tmp_path / "out"), 2, "slurm")

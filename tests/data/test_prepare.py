@@ -1,6 +1,4 @@
-"""Prepared shards against a plain sequential computation, whatever the workers and however often
-the process is killed.
-"""
+"""Prepared shards against a plain computation, with any workers and any number of kills."""
 
 import contextlib
 import fcntl
@@ -16,108 +14,101 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sngpt_jax.base.errors import UserError, one_line
+from sngpt_jax.base.errors import one_line
 from sngpt_jax.data import golf
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import preparation as module
 from sngpt_jax.data.encode import cut_chunks, encoder
 from sngpt_jax.data.preparation import prepare
 from sngpt_jax.data.shards import open_dataset, open_shard, write_shard
-from sngpt_jax.data.spec import PrepareSpec
+from sngpt_jax.data.spec import PrepareSpec, command_line
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.prepare import main
-from tests.data.conftest import refuses, write_jsonl
+from tests.data.conftest import contents, refuses, start, wait_until, write_jsonl
 
 VOCAB = 90  # of the tokenizer that most tests use
 
 
 @pytest.fixture
-def text(tmp_path):
-    return tmp_path / "text.jsonl", write_jsonl(tmp_path / "text.jsonl", 120)
-
-
-def spec_for(source, out, tokenizer_file, **changes):
-    settings = {"tokenizer": str(tokenizer_file), "val_docs": 7, "shard_tokens": 500} | changes
-    return PrepareSpec(source=str(source), out=str(out), **settings)
+def texts(tmp_path):
+    """The documents of the text that most tests prepare."""
+    return write_jsonl(tmp_path / "text.jsonl", 120)
 
 
 @pytest.fixture
-def spec_in(text, tmp_path, tokenizer_file):
-    """A function from a folder's name and options to the spec that prepares the text there."""
-    return lambda out, **changes: spec_for(text[0], tmp_path / out, tokenizer_file, **changes)
+def spec_in(tmp_path, tokenizer_file):
+    """A function from a folder's name and other settings to what prepares the text there."""
+    usual = {"tokenizer": str(tokenizer_file), "val_docs": 7, "shard_tokens": 500}
 
+    def spec(out, source="text.jsonl", **changes):
+        return PrepareSpec(str(tmp_path / source), str(tmp_path / out), **(usual | changes))
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+    return spec
 
 
 # ---------------------------------------- what is written
 
 
 def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(
-    spec_in, text, tmp_path, tokenizer_file
+    spec_in, texts, tmp_path, tokenizer_file
 ):
-    _, texts = text
     manifest = prepare(spec_in("out"))
     tokenizer = load_tokenizer(tokenizer_file)
     table = tokenizer.token_bytes()
     for split, part in (("val", texts[:7]), ("train", texts[7:])):
-        encoded = [tokenizer.encode_document(t) for t in part]
-        expected = np.concatenate([e.tokens for e in encoded])
-        assert sum(len(e.extra) for e in encoded) > 0  # so that the sidecars are tested
+        encoded, extras = zip(*map(tokenizer.encode_document, part), strict=True)
+        expected = np.concatenate(encoded)
+        assert sum(map(len, extras)) > 0  # so that the sidecars are tested
         entries = getattr(manifest, split)
-        assert [e.name for e in entries] == [
-            f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // 500))
-        ]
+        names = [f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // 500))]
+        assert [e.name for e in entries] == names
         assert [e.tokens for e in entries[:-1]] == [500] * (len(entries) - 1)
         raw = [np.fromfile(tmp_path / "out" / e.name, "<u2", offset=1024) for e in entries]
         np.testing.assert_array_equal(np.concatenate(raw), expected)
-        assert sum(e.documents for e in entries) == len(part)
         assert [e.documents for e in entries] == [int((r == tokenizer.bos_id).sum()) for r in raw]
-        assert sum(e.bytes for e in entries) == sum(e.bytes for e in encoded)
+        sizes = [
+            table.count(t[:-1], t[1:]).sum() + extra[:, 1].sum()
+            for t, extra in zip(encoded, extras, strict=True)
+        ]
+        assert sum(e.bytes for e in entries) == sum(sizes)
 
         data = open_dataset(tmp_path / "out", VOCAB)
         stream = getattr(data, split)
-        # the first is BOS
-        counted = np.concatenate([[0], stream.target_bytes(table, 1, len(stream))])
-        for pieces, lengths in (
-            (entries, [e.tokens for e in entries]),
-            (encoded, [len(e.tokens) for e in encoded]),
+        for lengths, bytes_ in (
+            ([e.tokens for e in entries], [e.bytes for e in entries]),
+            ([len(tokens) for tokens in encoded], sizes),
         ):
             edges = itertools.pairwise(np.cumsum([0, *lengths]))
-            assert [counted[a:b].sum() for a, b in edges] == [e.bytes for e in pieces]
+            # the first token is BOS
+            assert [stream.count_bytes(table, max(a, 1), b) for a, b in edges] == bytes_
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
     assert not (tmp_path / "out" / "progress.json").exists()
     manifests.verify(tmp_path / "out")
 
 
-def test_validation_text_of_its_own(text, tmp_path, tokenizer_file):
-    source, texts = text
-    val_texts = write_jsonl(tmp_path / "val.jsonl", 5, seed=1)
-    spec = spec_for(
-        source, tmp_path / "out", tokenizer_file, val_source=str(tmp_path / "val.jsonl")
-    )
-    manifest = prepare(spec)
+def test_validation_text_of_its_own(spec_in, texts, tmp_path):
+    val = tmp_path / "val.jsonl"
+    val_texts = write_jsonl(val, 5, seed=1)
+    manifest = prepare(spec_in("out", val_source=str(val)))
     assert sum(e.documents for e in manifest.val) == len(val_texts)
     assert sum(e.documents for e in manifest.train) == len(texts)
 
 
-def test_max_tokens_is_exact(spec_in, text, tmp_path, tokenizer_file):
+def test_max_tokens_is_exact(spec_in, texts, tmp_path):
     full = prepare(spec_in("full"))
     whole = open_dataset(tmp_path / "full", VOCAB).train
     for most in (1, 499, 500, 501, 1234):
-        out = tmp_path / str(most)
-        manifest = prepare(spec_for(text[0], out, tokenizer_file, max_tokens=most))
+        manifest = prepare(spec_in(str(most), max_tokens=most))
         assert sum(e.tokens for e in manifest.train) == most and manifest.val == full.val
-        cut = open_dataset(out, VOCAB).train
+        cut = open_dataset(tmp_path / str(most), VOCAB).train
         np.testing.assert_array_equal(cut.take(0, most), whole.take(0, most))
 
 
-def test_a_learnt_tokenizer_has_not_seen_the_validation_text(tmp_path):
+def test_a_learnt_tokenizer_has_not_seen_the_validation_text(spec_in, tmp_path):
     texts = ["zzzz qqqq zzzz qqqq"] * 3 + ["the river and the stone"] * 60
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    source, out = str(tmp_path / "text.jsonl"), tmp_path / "out"
-    spec = PrepareSpec(source, str(out), val_docs=3, vocab_size=280, normalization="identity")
+    learnt = {"tokenizer": "train", "vocab_size": 280, "normalization": "identity"}
+    spec, out = spec_in("out", val_docs=3, shard_tokens=10_000, **learnt), tmp_path / "out"
     manifest = prepare(spec)
     tokenizer = open_dataset(out, 280).tokenizer
     assert manifest.tokenizer.sha256 == tokenizer.sha256
@@ -141,27 +132,15 @@ def test_chunks_keep_every_document_and_its_number(monkeypatch):
     assert list(cut_chunks([], 1)) == []
 
 
-def command(*arguments, **more):
-    full = [sys.executable, "-m", "sngpt_jax.prepare", *map(str, arguments)]
-    return subprocess.Popen(full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
-
-
-def options_for(source, out, tokenizer_file, *more):
-    given = ["--source", source, "--tokenizer", tokenizer_file, "--out", out, *more]
-    return [str(word) for word in given]
-
-
 @pytest.mark.slow
-def test_any_number_of_workers_writes_the_same_files_and_imports_no_jax(tmp_path, tokenizer_file):
-    source = tmp_path / "text.jsonl"
-    write_jsonl(source, 2500)  # several chunks
-    one = prepare(spec_for(source, tmp_path / "one", tokenizer_file, shard_tokens=30_000))
+def test_any_number_of_workers_writes_the_same_files_and_imports_no_jax(spec_in, tmp_path):
+    write_jsonl(tmp_path / "text.jsonl", 2500)  # several chunks
+    one, three = (spec_in(name, shard_tokens=30_000) for name in ("one", "three"))
+    one = prepare(one)
     (tmp_path / "jax.py").write_text("raise ImportError('jax was imported')")
-    more = ["--val-docs", 7, "--shard-tokens", 30_000, "--workers", 3, "--json"]
-    process = command(
-        *options_for(source, tmp_path / "three", tokenizer_file, *more),
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
-    )
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    options = [*command_line(three), "--workers", 3, "--json"]
+    process = start(*options, env={**os.environ, "PYTHONPATH": path})
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -177,8 +156,7 @@ def running(pid):
         return False
 
 
-# Runs the command and kills the process at the nth call of a function of `os`: just before it, or
-# just after.
+# Kills the process just before or after the nth call of a function of `os`.
 DRIVER = """
 import os, signal, sys
 name, when, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -204,23 +182,20 @@ cli.run(main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_file, workers):
-    source = tmp_path / "text.jsonl"
-    write_jsonl(source, 2500)
-    sizes = {"val_docs": 350, "shard_tokens": 20_000}
-    manifest = prepare(spec_for(source, tmp_path / "whole", tokenizer_file, **sizes))
+def test_killed_again_and_again_it_ends_with_the_same_files(spec_in, tmp_path, workers):
+    write_jsonl(tmp_path / "text.jsonl", 2500)
+    whole, killed = (spec_in(name, val_docs=350, shard_tokens=20_000) for name in ("whole", "out"))
+    manifest = prepare(whole)
     assert len(manifest.val) >= 2 and len(manifest.train) >= 8
-    more = ["--val-docs", 350, "--shard-tokens", 20_000, "--workers", workers]
-    options = options_for(source, tmp_path / "out", tokenizer_file, *more)
+    options = [*command_line(killed), "--workers", workers]
     seen = set()
     moments = [("replace", "after", 2)]  # the tokenizer is in place, the journal does not know it
     moments += [("replace", "before", 7)]  # between shards of the validation split, or at its end
     # a file that the journal does not know; half a file
     moments += [("replace", "after", 5), ("fsync", "before", 9)]
     for moment in moments:
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *map(str, moment), *options], stderr=subprocess.DEVNULL
-        )
+        command = [sys.executable, "-c", DRIVER, *map(str, (*moment, *options))]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None:
             with contextlib.suppress(OSError):
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -229,27 +204,20 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, tokenizer_
         assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "out" / "manifest.json").exists()
     assert bool(seen) == (workers > 1)
-    deadline = time.monotonic() + 10
-    while any(map(running, seen)):  # no worker outlives its parent
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(running, seen)))  # no worker outlives its parent
     assert list((tmp_path / "out").glob("*.tmp-*"))
-    _, errors = command(*options).communicate(timeout=60)
+    _, errors = start(*options).communicate(timeout=60)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole"), errors
 
 
 # ---------------------------------------- again, and otherwise
 
 
-def test_a_finished_folder_is_left_as_it_is(spec_in, text, tmp_path, monkeypatch):
+def test_a_finished_folder_is_left_as_it_is(spec_in, texts, tmp_path, monkeypatch):
     spec = spec_in("out")
     first = prepare(spec)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-
-    def unexpected(*_):
-        raise AssertionError("read the text again")
-
-    monkeypatch.setattr(module, "documents", unexpected)
+    monkeypatch.setattr(module, "documents", lambda *_: pytest.fail("read the text again"))
     assert prepare(spec, workers=4) == first
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "train_000001.bin").unlink()
@@ -257,23 +225,16 @@ def test_a_finished_folder_is_left_as_it_is(spec_in, text, tmp_path, monkeypatch
 
 
 def test_another_preparation_in_the_same_folder_is_refused_by_the_fields_that_differ(
-    spec_in, tmp_path, tokenizer_file
+    spec_in, texts, tmp_path
 ):
     prepare(spec_in("out"))
-    with pytest.raises(UserError) as caught:
-        prepare(spec_in("out", shard_tokens=400, val_docs=8))
-    message = str(caught.value)
-    assert "val_docs: 7 there, 8 asked for; shard_tokens: 500 there, 400 asked for" in message
-    assert "tokenizer:" not in message
+    message = r"\(val_docs: 7 there, 8 asked for; shard_tokens: 500 there, 400 asked for\)"
+    refuses(message, prepare, spec_in("out", shard_tokens=400, val_docs=8))
     write_jsonl(tmp_path / "other.jsonl", 120, seed=3)
-    refuses(
-        r"\(source: ", prepare, spec_for(tmp_path / "other.jsonl", tmp_path / "out", tokenizer_file)
-    )
+    refuses(r"\(source: ", prepare, spec_in("out", "other.jsonl"))
 
 
-def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(
-    spec_in, tmp_path, monkeypatch
-):
+def test_only_the_same_preparation_resumes_a_folder(spec_in, texts, tmp_path, monkeypatch):
     spec = spec_in("out")
     saved = module.save
 
@@ -286,31 +247,25 @@ def test_an_unfinished_folder_is_only_gone_on_with_by_the_same_preparation(
         patch.setattr(module, "save", killed_at_third_shard)
         prepare(spec)
     refuses("shard_tokens: 500 there, 600 asked for", prepare, spec_in("out", shard_tokens=600))
-    kept = (tmp_path / "out" / "tokenizer.model").read_bytes()
-    (tmp_path / "out" / "tokenizer.model").write_bytes(kept + b"x")
-    refuses(
-        r"tokenizer\.model: expected SHA-256 .* changed since the preparation began", prepare, spec
-    )
-    (tmp_path / "out" / "tokenizer.model").write_bytes(kept)
+    tokenizer = tmp_path / "out" / "tokenizer.model"
+    kept = tokenizer.read_bytes()
+    tokenizer.write_bytes(kept + b"x")
+    refuses("expected SHA-256 .* changed since the preparation began", prepare, spec)
+    tokenizer.write_bytes(kept)
     prepare(spec)
     prepare(spec_in("whole"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_too_few_documents_say_so_and_leave_the_folder_usable(
-    spec_in, text, tmp_path, tokenizer_file
-):
-    message = (
-        r"text\.jsonl holds 120 documents and --val-docs 120 leaves none .* lower --val-docs or"
-        r" give --val-source"
-    )
-    for tokenizer in (tokenizer_file, "train"):
-        refuses(message, prepare, spec_for(text[0], tmp_path / "out", tokenizer, val_docs=120))
+def test_too_few_documents_say_so_and_leave_the_folder_usable(spec_in, texts, tokenizer_file):
+    message = r"text\.jsonl holds 120 documents and --val-docs 120 leaves none .* lower --val-docs"
+    for tokenizer in (str(tokenizer_file), "train"):
+        refuses(message, prepare, spec_in("out", tokenizer=tokenizer, val_docs=120))
     manifest = prepare(spec_in("out", val_docs=119))
     assert sum(e.documents for e in manifest.train) == 1
 
 
-def test_two_preparations_do_not_write_into_one_folder(spec_in, tmp_path):
+def test_two_preparations_do_not_write_into_one_folder(spec_in, texts, tmp_path):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -318,29 +273,26 @@ def test_two_preparations_do_not_write_into_one_folder(spec_in, tmp_path):
     prepare(spec_in("out"))
 
 
-def test_a_folder_of_other_shards_is_not_written_into(spec_in, tmp_path):
+def test_a_folder_of_other_shards_is_not_written_into(spec_in, texts, tmp_path):
     (tmp_path / "out").mkdir()
     write_shard(tmp_path / "out" / "fineweb_train_000000.bin", np.ones(3, np.uint16))
-    refuses(r"holds \.bin files that no preparation here has written", prepare, spec_in("out"))
+    refuses(r"holds \.bin files of no preparation", prepare, spec_in("out"))
 
 
-def test_the_same_text_for_training_and_validation_is_refused(spec_in, text, tmp_path):
-    copy = tmp_path / "copy"
+def test_the_same_text_for_training_and_validation_is_refused(spec_in, texts, tmp_path):
+    text, copy = tmp_path / "text.jsonl", tmp_path / "copy"
     copy.mkdir()
-    (copy / "text.jsonl").write_bytes(text[0].read_bytes())
-    for val_source in (text[0], copy):
-        refuses(
-            "is the same text as --source .*text.jsonl",
-            prepare,
-            spec_in("out", val_source=str(val_source)),
-        )
+    (copy / "text.jsonl").write_bytes(text.read_bytes())
+    for source in (text, copy):
+        spec = spec_in("out", val_source=str(source))
+        refuses("is the same text as --source .*text.jsonl", prepare, spec)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(text, tmp_path, tokenizer_file):
+def test_a_folder_that_cannot_be_made_is_one_line(spec_in, texts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError) as caught:
-        prepare(spec_for(text[0], tmp_path / "file" / "out", tokenizer_file))
+        prepare(spec_in("file/out"))
     assert "file/out: Not a directory" in (one_line(caught.value) or "")
 
 
@@ -349,11 +301,7 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
     with encoder(tokenizer_file, workers) as encode:
         results = encode("text.jsonl", iter([(41, ["fine"]), (42, ["fine", None, "fine"])]))
         assert len(next(results)) == 1
-        with pytest.raises(UserError) as caught:
-            next(results)
-    message = str(caught.value)
-    assert message.startswith("text.jsonl: document 43 cannot be tokenized: ")
-    assert "\n" not in message
+        refuses("^text.jsonl: document 43 cannot be tokenized: ", next, results)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +314,7 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
         ({"vocab_size": 89}, "expected at most --vocab-size 89 tokens, found 90"),
     ],
 )
-def test_impossible_options_are_refused(spec_in, tmp_path, changes, message):
+def test_impossible_options_are_refused(spec_in, texts, tmp_path, changes, message):
     refuses(message, prepare, spec_in("out", **changes))
     assert not (tmp_path / "out").exists()
 
@@ -374,14 +322,13 @@ def test_impossible_options_are_refused(spec_in, tmp_path, changes, message):
 # ---------------------------------------- the command
 
 
-def test_command_prints_a_summary_or_json_and_verifies(text, tmp_path, tokenizer_file, capsys):
-    out = tmp_path / "out"
-    options = options_for(text[0], out, tokenizer_file, "--workers", 1)
-    assert main([*options, "--val-docs", "7", "--json"]) == 0
+def test_command_prints_a_summary_or_json_and_verifies(spec_in, texts, tmp_path, capsys):
+    out, options = tmp_path / "out", [*command_line(spec_in("out")), "--workers", "1"]
+    assert main([*options, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["val"]["documents"] == 7 and summary["train"]["documents"] == 113
     assert summary["tokenizer"]["vocab_size"] == VOCAB
-    assert main([*options, "--json", str(tmp_path / "summary.json"), "--val-docs", "7"]) == 0
+    assert main([*options, "--json", str(tmp_path / "summary.json")]) == 0
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     said = capsys.readouterr()
     assert "  validation  " in said.out and " 7 documents, " in said.out
@@ -432,14 +379,11 @@ def test_golf_alone_means_the_vocabulary_asked_for(tmp_path, monkeypatch, option
     assert caught.value.args == (expected,)
 
 
-def test_progress_tells_the_share_of_the_text(tmp_path, tokenizer_file, monkeypatch):
-    """The share comes from the bytes of plain text, the documents of a held-out split, or the
-    tokens of a limit. Other files have none.
-    """
+def test_progress_tells_the_share_of_the_text(spec_in, tmp_path, monkeypatch):
+    """By bytes of plain text, held-out documents, or the tokens of a limit; else none."""
     texts = ["river stone snow\n" * 40] * 60
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    (tmp_path / "text.jsonl").write_text("".join(lines))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     said: dict[str, list[tuple[float, float]]] = {}
 
     def one_by_one(texts, first):
@@ -451,13 +395,8 @@ def test_progress_tells_the_share_of_the_text(tmp_path, tokenizer_file, monkeypa
 
     monkeypatch.setattr(module, "cut_chunks", one_by_one)
     monkeypatch.setattr(module, "progress_reporter", reporter)
-    for name, ending, more in (
-        ("txt", "txt", {}),
-        ("limited", "txt", {"max_tokens": 300}),
-        ("jsonl", "jsonl", {}),
-    ):
-        source = tmp_path / f"text.{ending}"
-        assert prepare(spec_for(source, tmp_path / name, tokenizer_file, val_docs=10, **more))
+    for name, ending, limit in (("txt", "txt", 0), ("limited", "txt", 300), ("jsonl", "jsonl", 0)):
+        prepare(spec_in(name, f"text.{ending}", val_docs=10, max_tokens=limit))
     assert said["txt: val"] == [(n / 10, 1) for n in range(1, 10)] + [(0.999, 1), (1, 1)]
     *shares, last = [share for share, _ in said["txt: train"]]
     expected = [min(n / 50, 0.999) for n in range(1, 51)]

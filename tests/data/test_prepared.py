@@ -1,6 +1,4 @@
-"""The data a recipe names: when they are prepared, when they are refused, and how a preparation in
-progress is stopped.
-"""
+"""The data a recipe names: prepared, refused, and stopped on the way."""
 
 import json
 import logging
@@ -85,8 +83,7 @@ def test_a_command_to_paste_names_this_interpreter_and_quotes(config, tmp_path, 
 def test_data_are_prepared_once(config):
     data = prepared_data(config)
     assert data.tokenizer.vocab_size == VOCAB and len(data.train) > len(data.val) > 0
-    again = prepared_data(config)
-    assert again.manifest == data.manifest
+    assert prepared_data(config).manifest == data.manifest
 
 
 # ---------------------------------------- prepared otherwise
@@ -94,7 +91,6 @@ def test_data_are_prepared_once(config):
 
 @pytest.fixture
 def warned(monkeypatch, caplog):
-    # a command that ran before has changed it
     monkeypatch.setattr(logging.getLogger("sngpt_jax"), "propagate", True)
     caplog.set_level(logging.INFO, "sngpt_jax")
     return lambda: [record.getMessage() for record in caplog.records]
@@ -116,11 +112,6 @@ def test_data_of_other_settings_are_refused(prepared, tmp_path, monkeypatch, cha
     assert field in message and "choose another --data.dir" in message
 
 
-def test_other_settings_are_refused_without_the_text_too(prepared, tmp_path):
-    (tmp_path / "text.txt").unlink()
-    assert "val_docs: 5 there" in refusal(changed(prepared, val_docs=6))
-
-
 def test_a_learnt_vocabulary_has_the_models_size(prepared):
     assert "vocab_size: 280 there, 300 asked for" in refusal(with_vocab(prepared, 300))
     message = refusal(with_vocab(prepared, 270))
@@ -134,26 +125,19 @@ def given_tokenizer(config, tmp_path):
 
 def test_a_given_vocabulary_may_be_smaller_than_the_models(prepared, tmp_path):
     given = given_tokenizer(prepared, tmp_path)
+    message = refusal(with_vocab(given, 270))
+    assert "tokenizer.model: expected at most --vocab-size 270 tokens, found 280" in message
+    assert not (tmp_path / "given").exists()
     data = prepared_data(with_vocab(given, 300))
     assert data.tokenizer.vocab_size == data.train.vocab_size == VOCAB
-    assert data.train.take(0, len(data.train)).max() < VOCAB
-    # as it is
     assert prepared_data(with_vocab(given, VOCAB)).manifest == data.manifest
     assert "expected at most model.vocab_size = 270" in refusal(with_vocab(given, 270))
     # without a manifest nobody knows who learned it
-    bare = changed(prepared, source="")
-    (tmp_path / "data" / "manifest.json").unlink()
-    (tmp_path / "data" / "train_000000.bin").rename(tmp_path / "data" / "a_train_0.bin")
-    (tmp_path / "data" / "val_000000.bin").rename(tmp_path / "data" / "a_val_0.bin")
+    bare, folder = changed(prepared, source=""), tmp_path / "data"
+    (folder / "manifest.json").unlink()
+    for split in ("train", "val"):
+        (folder / f"{split}_000000.bin").rename(folder / f"a_{split}_0.bin")
     assert prepared_data(with_vocab(bare, 300)).tokenizer.vocab_size == VOCAB
-
-
-def test_a_given_vocabulary_that_is_too_large_is_refused_before_anything_is_prepared(
-    prepared, tmp_path
-):
-    message = refusal(with_vocab(given_tokenizer(prepared, tmp_path), 270))
-    assert "tokenizer.model: expected at most --vocab-size 270 tokens, found 280" in message
-    assert not (tmp_path / "given").exists()
 
 
 def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
@@ -163,6 +147,7 @@ def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
     (tmp_path / "text.txt").write_text(text[:-1] + "!")
     prepared_data(prepared)
     (tmp_path / "text.txt").unlink()
+    assert "val_docs: 5 there" in refusal(changed(prepared, val_docs=6))
     prepared_data(prepared)
     edited, gone = warned()
     assert "used as it is" in edited and "source: 'files, 1 files" in edited
@@ -172,15 +157,12 @@ def test_a_text_that_is_gone_or_edited_is_only_told(prepared, tmp_path, warned):
 def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
     path = tmp_path / "data" / "manifest.json"
     values = json.loads(path.read_text())
-    values["origin"] |= {
-        "source": "stdlib 3.9.0, 3 files, 00",
-        "val_source": "stdlib 3.9.0, 2 files, 00",
-        "val_docs": 0,
-    }
+    source, val_source = "stdlib 3.9.0, 3 files, 00", "stdlib 3.9.0, 2 files, 00"
+    values["origin"] |= {"source": source, "val_source": val_source, "val_docs": 0}
     path.write_text(json.dumps(values))
     prepared_data(changed(prepared, source="stdlib", val_source="stdlib"))
     (line,) = warned()
-    assert "stdlib 3.9.0, 3 files" in line and "stdlib 3.9.0, 2 files" in line
+    assert source in line and val_source in line
 
 
 # ---------------------------------------- stopped on the way

@@ -1,14 +1,12 @@
-"""Shards against golden bytes, the stream against plain indexing, and every way a folder can be
-wrong.
-"""
+"""Shards against golden bytes, the stream against plain indexing, and damaged folders."""
 
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -19,16 +17,8 @@ from hypothesis import strategies as st
 from sngpt_jax.base import cli
 from sngpt_jax.data import manifest as manifests
 from sngpt_jax.data import shards
-from sngpt_jax.data.manifest import (
-    DataError,
-    ExtraEntry,
-    Manifest,
-    Origin,
-    ShardEntry,
-    TokenizerEntry,
-)
+from sngpt_jax.data.manifest import ExtraEntry, Manifest, Origin, ShardEntry, TokenizerEntry
 from sngpt_jax.data.shards import (
-    Shard,
     TokenStream,
     open_dataset,
     open_extra,
@@ -38,7 +28,7 @@ from sngpt_jax.data.shards import (
 )
 from sngpt_jax.data.tokenizer import load_tokenizer
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
-from tests.data.conftest import damaged
+from tests.data.conftest import BytesOfPair, damaged, stream_of
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
 VOCAB = 300
@@ -99,9 +89,7 @@ def header(magic=20240520, version=1, count=3):
 def test_a_damaged_shard_says_what_was_expected_and_found(tmp_path, content, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        open_shard(path)
-    assert str(path) in str(caught.value) and message in str(caught.value)
+    damaged(f"{path}: .*{message}", open_shard, path)
 
 
 def test_nanogpts_files_are_tokens_alone(tmp_path):
@@ -119,15 +107,6 @@ def test_nanogpts_files_are_tokens_alone(tmp_path):
 # ---------------------------------------- the stream
 
 
-def stream_of(pieces, vocab_size=2**16, extras=None):
-    extras = extras or [np.zeros((0, 2), np.int64)] * len(pieces)
-    made = [
-        Shard(Path(f"{i}.bin"), np.array(p, np.uint16), e)
-        for i, (p, e) in enumerate(zip(pieces, extras, strict=True))
-    ]
-    return TokenStream(tuple(made), vocab_size)
-
-
 PIECES = st.lists(
     st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=9), min_size=1, max_size=5
 )
@@ -135,14 +114,14 @@ PIECES = st.lists(
 
 @given(PIECES, st.integers(0, 10**15), st.integers(0, 60))
 def test_take_is_indexing_modulo_the_length(pieces, start, count):
-    stream, whole = stream_of(pieces), np.concatenate([np.array(p, np.uint16) for p in pieces])
+    stream, whole = stream_of(*pieces), np.concatenate([np.array(p, np.uint16) for p in pieces])
     taken = stream.take(start, count)
     assert taken.dtype == np.uint16 and len(stream) == len(whole)
     np.testing.assert_array_equal(taken, whole[[(start + i) % len(whole) for i in range(count)]])
 
 
 def test_a_token_outside_the_vocabulary_names_its_file():
-    stream = stream_of([[1, 2, 9], [3, 4, 10, 11]], vocab_size=10)
+    stream = stream_of([1, 2, 9], [3, 4, 10, 11], vocab_size=10)
     assert list(stream.take(0, 5)) == [1, 2, 9, 3, 4]
     message = r"1\.bin: expected tokens below the vocabulary size 10, found 10 at token 2"
     damaged(message, stream.take, 2, 5)
@@ -150,13 +129,6 @@ def test_a_token_outside_the_vocabulary_names_its_file():
 
 def test_an_empty_stream_is_refused():
     damaged("at least one", TokenStream, (), 10)
-
-
-class BytesOfPair:
-    """A stand-in whose length depends on both tokens, so that a shifted window shows."""
-
-    def count(self, previous, tokens):
-        return previous.astype(np.int64) * 1000 + tokens
 
 
 @given(PIECES, st.integers(1, 7), st.data())
@@ -170,19 +142,11 @@ def test_bytes_are_of_each_token_after_the_one_before_plus_corrections(pieces, b
             own = 0 if previous is None else previous * 1000 + token
             expected.append(own + (10**9 + place) * (place in rows))
             previous = token
-    stream = stream_of(pieces, extras=extras)
+    stream = stream_of(*pieces, extras=extras)
     start = data.draw(st.integers(1, len(expected)))
     stop = data.draw(st.integers(start, len(expected)))
-    found = stream.target_bytes(BytesOfPair(), start, stop)
-    assert found.dtype == np.int64 and found.tolist() == expected[start:stop]
     with mock.patch.object(shards, "_COUNT_BLOCK", block):
         assert stream.count_bytes(BytesOfPair(), start, stop) == sum(expected[start:stop])
-
-
-def test_target_bytes_needs_a_token_before():
-    for start, stop in ((0, 2), (2, 1), (1, 4)):
-        with pytest.raises(ValueError):
-            stream_of([[1, 2, 3]]).target_bytes(BytesOfPair(), start, stop)
 
 
 # ---------------------------------------- a folder
@@ -199,9 +163,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, tokenizer_file):
-    """A folder with a manifest: two training shards, the second with a correction, and one
-    validation shard.
-    """
+    """A folder with a manifest; the second training shard has a correction."""
     directory = tmp_path / "set"
     directory.mkdir()
     shutil.copy(tokenizer_file, directory / "tokenizer.model")
@@ -214,16 +176,9 @@ def folder(tmp_path, tokenizer_file):
         digest = write_shard(directory / name, np.array(tokens, np.uint16))
         return ShardEntry(name, len(tokens), 1, 3, digest, extra)
 
-    manifest = Manifest(
-        format=1,
-        origin=ORIGIN,
-        tokenizer=TokenizerEntry("tokenizer.model", tokenizer.sha256, VOCAB, tokenizer.bos_id),
-        train=(
-            entry("train_000000.bin", [1, 9, 8, 7]),
-            entry("train_000001.bin", [1, 3, 6], extra),
-        ),
-        val=(entry("val_000000.bin", [1, 5]),),
-    )
+    train = (entry("train_000000.bin", [1, 9, 8, 7]), entry("train_000001.bin", [1, 3, 6], extra))
+    about = dataclasses.replace(tokenizer.entry(), file="tokenizer.model")
+    manifest = Manifest(1, ORIGIN, about, train, (entry("val_000000.bin", [1, 5]),))
     manifests.save(manifest, directory)
     return directory
 
@@ -266,15 +221,7 @@ def test_a_wrong_manifest_is_one_line(folder, path, value, message):
         values = values[int(key) if key.isdigit() else key]
     values[last] = value
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError) as caught:
-        open_dataset(folder, VOCAB)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00", '{"format": 1}', "[]", "1"])
-def test_a_manifest_that_is_not_one_is_a_data_error(folder, text):
-    (folder / "manifest.json").write_text(text)
-    damaged(r"manifest\.json", open_dataset, folder, VOCAB)
+    damaged(re.escape(message), open_dataset, folder, VOCAB)
 
 
 def flip_last_byte(path):
@@ -283,39 +230,37 @@ def flip_last_byte(path):
 
 
 def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
-    def message(vocab_size=VOCAB):
-        with pytest.raises(DataError) as caught:
-            open_dataset(folder, vocab_size)
-        return str(caught.value)
+    def refused(message, vocab_size=VOCAB):
+        damaged(message, open_dataset, folder, vocab_size)
 
     too_many = f"expected at most model.vocab_size = {VOCAB - 1} tokens, found {VOCAB}"
-    assert too_many in message(VOCAB - 1)
+    refused(too_many, VOCAB - 1)
 
     shard = folder / "train_000001.bin"
     whole = shard.read_bytes()
     flip_last_byte(shard)  # within the vocabulary and of the right size: only the checksum tells
-    assert "train_000001.bin: expected SHA-256" in message()
+    refused("train_000001.bin: expected SHA-256")
     shard.write_bytes(whole[:-2])
-    assert "train_000001.bin: truncated" in message()
+    refused("train_000001.bin: truncated")
     shard.unlink()
-    assert "train_000001.bin: missing" in message()
+    refused("train_000001.bin: missing")
     shard.write_bytes(whole)
 
     sidecar = folder / "train_000001.bin.extra.npy"
     for rows in ([[3, 1]], [[-1, 1]], [[1, 1], [1, 1]], [[1, 1, 1]]):
         np.save(sidecar, np.array(rows, np.int64))
-        assert "train_000001.bin.extra.npy: expected" in message()
+        refused("train_000001.bin.extra.npy: expected")
     np.save(sidecar, np.array([{}]), allow_pickle=True)
-    assert "train_000001.bin.extra.npy: cannot be read" in message()
+    refused("train_000001.bin.extra.npy: cannot be read")
     np.save(sidecar, np.array([[1, 5]], np.int64))
-    assert "train_000001.bin.extra.npy: expected SHA-256" in message()
+    refused("train_000001.bin.extra.npy: expected SHA-256")
     np.save(sidecar, np.array([[1, 4]], np.int64))
     open_dataset(folder, VOCAB)
 
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes() + b"\n")
-    assert "not the tokenizer that the shards were made with" in message()
+    refused("not the tokenizer that the shards were made with")
     (folder / "tokenizer.model").unlink()
-    assert "tokenizer.model: expected SHA-256" in message()
+    refused("tokenizer.model: expected SHA-256")
 
 
 def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
@@ -327,24 +272,22 @@ def test_checksums_of_a_large_set_are_left_to_verify(folder, monkeypatch):
 
 def test_published_shards_without_a_manifest(tmp_path, tokenizer_file):
     shutil.copy(tokenizer_file, tmp_path / "fineweb_300_bpe.model")
-    for name, tokens in (
-        ("train_000001", [4, 5]),
-        ("train_000000", [1, 2]),
-        ("val_000000", [1, 9]),
-    ):
+    pieces = {"train_000001": [4, 5], "train_000000": [1, 2], "val_000000": [1, 9]}
+    for name, tokens in pieces.items():
         write_shard(tmp_path / f"fineweb_{name}.bin", np.array(tokens, np.uint16))
     data = open_dataset(tmp_path, VOCAB)
     assert data.train.take(0, 4).tolist() == [1, 2, 4, 5]
     assert data.val.take(0, 2).tolist() == [1, 9]
     assert data.manifest is None
+    (tmp_path / ".download").mkdir()
+    damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
+    (tmp_path / ".download").rmdir()
+    shutil.copy(tokenizer_file, tmp_path / "other.model")
+    message = r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"
+    damaged(message, open_dataset, tmp_path, VOCAB)
     (tmp_path / "fineweb_val_000000.bin").unlink()
     os.mkfifo(tmp_path / "fineweb_val_000000.bin")
     damaged(r"val_000000\.bin: cannot be read: not a plain file", open_dataset, tmp_path, VOCAB)
-    shutil.copy(tokenizer_file, tmp_path / "other.model")
-    (tmp_path / "fineweb_val_000000.bin").unlink()
-    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 9], np.uint16))
-    message = r"expected one tokenizer .* found fineweb_300_bpe\.model, other\.model"
-    damaged(message, open_dataset, tmp_path, VOCAB)
 
 
 def test_nanogpts_folder(tmp_path, tokenizer_file):
@@ -358,25 +301,12 @@ def test_nanogpts_folder(tmp_path, tokenizer_file):
 
 def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError) as caught:
-        open_dataset("no where", VOCAB)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'no where'}: no such folder; ")
-    assert "--data.dir DIR" in message and "--data DIR" in message
-    assert f"{cli.command('sngpt_jax.prepare')} --out 'no where' --source" in message
+    make = f"{cli.command('sngpt_jax.prepare')} --out 'no where' --source"
+    message = rf"{tmp_path}/no where: no such folder; .*--data\.dir DIR.*--data DIR.*{make}"
+    damaged(message, open_dataset, "no where", VOCAB)
     damaged(r"expected manifest\.json, shards named", open_dataset, tmp_path, VOCAB)
     manifests.save(manifests.Journal(1, ORIGIN), tmp_path)
     damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
-
-
-def test_a_folder_that_shards_are_being_fetched_into_is_not_opened(tmp_path, tokenizer_file):
-    shutil.copy(tokenizer_file, tmp_path / "fineweb_300_bpe.model")
-    for split in ("train", "val"):
-        write_shard(tmp_path / f"fineweb_{split}_000000.bin", np.array([1, 2], np.uint16))
-    (tmp_path / ".download").mkdir()
-    damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
-    (tmp_path / ".download").rmdir()
-    open_dataset(tmp_path, VOCAB)
 
 
 def test_a_journal_reads_back_as_written(tmp_path):

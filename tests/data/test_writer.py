@@ -7,13 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.data.manifest import SplitJournal
-from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream, open_extra, open_shard
+from sngpt_jax.data.shards import open_extra, open_shard
 from sngpt_jax.data.writer import SplitWriter
-
-
-class BytesOfPair:
-    def count(self, previous, tokens):
-        return previous.astype(np.int64) * 7 + tokens
+from tests.data.conftest import BytesOfPair
 
 
 class Killed(Exception):
@@ -23,14 +19,10 @@ class Killed(Exception):
 @settings(max_examples=40)
 @given(st.data())
 def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data):
-    lengths = data.draw(
-        st.lists(st.integers(1, 9), min_size=1, max_size=7), label="document lengths"
-    )
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=7), label="lengths")
     shard_tokens = data.draw(st.integers(1, 9), label="shard tokens")
     limit = data.draw(st.none() | st.integers(1, sum(lengths) + 3), label="limit")
-    stops = data.draw(
-        st.sets(st.integers(0, sum(lengths))), label="shards after which it is killed"
-    )
+    stops = data.draw(st.sets(st.integers(0, sum(lengths))), label="shards that end it")
     rng = np.random.default_rng(len(lengths))
     documents = [
         (rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2])
@@ -48,15 +40,8 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
 
     while not progress.finished:
         with contextlib.suppress(Killed):
-            writer = SplitWriter(
-                folder,
-                "train",
-                shard_tokens,
-                limit=limit,
-                token_bytes=BytesOfPair(),
-                reached=progress,
-                on_shard=on_shard,
-            )
+            which = (folder, "train", shard_tokens, BytesOfPair(), progress)
+            writer = SplitWriter(*which, on_shard, limit)
             for tokens, extra in documents[progress.documents :]:
                 writer.append(tokens, extra)
             writer.finish()
@@ -64,21 +49,18 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     total = sum(lengths) if limit is None else min(limit, sum(lengths))
     whole = np.concatenate([tokens for tokens, _ in documents])
     starts = np.cumsum([0, *lengths])
-    assert [e.tokens for e in progress.shards] == [
-        min(shard_tokens, total - at) for at in range(0, total, shard_tokens)
-    ]
-    shards = [
-        Shard(folder / e.name, open_shard(folder / e.name), NO_EXTRA) for e in progress.shards
-    ]
-    np.testing.assert_array_equal(TokenStream(tuple(shards), 1000).take(0, total), whole[:total])
+    cuts = range(0, total, shard_tokens)
+    assert [e.tokens for e in progress.shards] == [min(shard_tokens, total - at) for at in cuts]
+    shards = [open_shard(folder / e.name) for e in progress.shards]
+    np.testing.assert_array_equal(np.concatenate(shards), whole[:total])
     begun = starts[:-1][starts[:-1] < total]
-    per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 7 + whole
+    per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 1000 + whole
     rows = [
         (start + row, count)
         for start, (_, extra) in zip(starts, documents, strict=False)
         for row, count in extra.tolist()
     ]
-    for at, entry in zip(range(0, total, shard_tokens), progress.shards, strict=True):
+    for at, entry in zip(cuts, progress.shards, strict=True):
         end = min(at + shard_tokens, total)
         here = [[position - at, count] for position, count in rows if at <= position < end]
         found = open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []

@@ -1,7 +1,6 @@
 """The shell of the project's HTML pages: colours, light and dark, and data that no text can leave.
 
-A page is one self-contained file. Its parts are package data: NAME.html (the body), NAME.css, and
-scripts, which find the data as `data` and the helpers of `shell.js`.
+Scripts find the data as `data`, and the helpers of `shell.js`.
 """
 
 import base64
@@ -18,9 +17,7 @@ def _part(package: str, name: str) -> str:
 
 
 def to_json(data: Any) -> str:
-    """`data` as ASCII JSON without `<`, `>` and `&`, so that its text cannot begin or end an
-    element. Raises `ValueError` for NaN and infinities.
-    """
+    """`data` as ASCII JSON without `<`, `>` and `&`: its text can begin or end no element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -34,20 +31,18 @@ def render(
     scripts: tuple[str, ...] = (),
     connect: bool = False,
 ) -> str:
-    """The HTML page of `package`'s NAME.html, NAME.css and `scripts` (default: NAME.js), with
-    `data`.
+    """The self-contained page of `package`'s NAME.html (the body), NAME.css and `scripts` (default:
+    NAME.js), with `data`.
 
-    The page's policy has the hash of these scripts, so that the browser runs no other script. It
-    loads nothing. With `connect` the scripts may ask the server that the page came from.
+    Its policy names the scripts by their hash, so that the browser runs no other script and loads
+    nothing. With `connect` the scripts may ask the server that the page came from.
     """
     sources = (_part(package, part) for part in scripts or (f"{name}.js",))
     script = "\n".join(['"use strict";', _part(__package__, "shell.js"), *sources])
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; script-src 'sha256-"
     parts = {
-        "policy": (
-            f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri"
-            " 'none'" + ("; connect-src 'self'" if connect else "")
-        ),
+        "policy": f"{policy}{digest}'" + "; connect-src 'self'" * connect,
         # a file's name may not be text
         "title": html.escape(title.encode("utf-8", "replace").decode()),
         "style": _part(__package__, "shell.css") + _part(package, f"{name}.css"),
