@@ -54,26 +54,18 @@ class EvaluateArguments:
 
 def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
     """Raises `UserError` for options that contradict each other or change nothing."""
-    arguments.stream.check()
-    for wrong, message in (
-        (arguments.task_limit < 0, "--task-limit cannot be negative; 0 takes all samples"),
-        (
-            arguments.fake_quantize and arguments.artifact,
-            "--fake-quantize is for a --run; an artifact is already quantized",
-        ),
-        (
-            arguments.export != default.export and not arguments.fake_quantize,
-            "--export options change nothing without --fake-quantize",
-        ),
-        (
-            arguments.stream.mode == "none" and not arguments.tasks,
-            "--mode none scores no stream; name --tasks, or remove --mode none",
-        ),
-        (
-            not arguments.tasks and (arguments.task_limit or arguments.task_definitions),
-            "--task-limit and --task-definitions are for --tasks",
-        ),
-    ):
+    exported = arguments.export != default.export and not arguments.fake_quantize
+    unscored = arguments.stream.mode == "none" and not arguments.tasks
+    of_tasks = bool(arguments.task_limit or arguments.task_definitions)
+    problems = arguments.stream.problems() | {
+        "--task-limit cannot be negative; 0 takes all samples": arguments.task_limit < 0,
+        "--fake-quantize is for a --run; an artifact is already quantized": arguments.fake_quantize
+        and arguments.artifact is not None,
+        "--export options change nothing without --fake-quantize": exported,
+        "--mode none scores no stream; name --tasks, or remove --mode none": unscored,
+        "--task-limit and --task-definitions are for --tasks": of_tasks and not arguments.tasks,
+    }
+    for message, wrong in problems.items():
         if wrong:
             raise UserError(message)
     cli.check_json(arguments.json)
@@ -104,10 +96,7 @@ def main(argv: Sequence[str]) -> int:
         args=cli.expand_json(argv),
         default=default,
         prog="python -m sngpt_jax.evaluate",
-        description=(
-            "Scores a trained model: loss in nats per token and bits per byte, and downstream"
-            " tasks."
-        ),
+        description="Scores a trained model: nats per token, bits per byte and downstream tasks.",
     )
     check(arguments, default)
     spec = parse_tasks(arguments)
@@ -141,12 +130,11 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax.weights.source import open_model
 
     stream = arguments.stream
-    options = {
-        name: repr(value)
-        for name, value in (vars(arguments) | vars(stream)).items()
-        if name not in ("stream", "processes", "json", "quiet")
-    }
-    processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | options)
+    options = vars(arguments) | vars(stream)
+    for own in ("stream", "processes", "json", "quiet"):
+        del options[own]
+    alike = {name: repr(value) for name, value in options.items()}
+    processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | alike)
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config, variables = model.config, model.variables
@@ -155,18 +143,15 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     dataset = None
     if stream.mode != "none" or arguments.fake_quantize:
         dataset = model.open_data(arguments.data)
-        alike = {"validation tokens": len(dataset.val), "tokenizer": dataset.tokenizer.sha256}
-        processes.check_alike(alike)
+        digest = dataset.tokenizer.sha256
+        processes.check_alike({"validation tokens": len(dataset.val), "tokenizer": digest})
     if arguments.fake_quantize:
         assert dataset
         progress = progress_reporter("calibrate")
         variables = quantize_variables(variables, config, dataset, mesh, progress)
 
-    result: dict[str, Any] = {
-        "step": model.step,
-        "weights": model.weights,
-        "fake_quantized": arguments.fake_quantize,
-    }
+    result: dict[str, Any] = {"step": model.step, "weights": model.weights}
+    result["fake_quantized"] = arguments.fake_quantize
     kept = " as export would keep them" if arguments.fake_quantize else ""
     rows = [("model", f"{model.source}, step {model.step}, {model.weights} weights{kept}")]
     if stream.mode != "none":
@@ -194,11 +179,8 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
             progress=progress_reporter,
         )
         for name, metrics in result["tasks"].items():
-            shown = (
-                f"{key} {x:.5g}" if isinstance(x, float) else f"{key} {x}"
-                for key, x in metrics.items()
-            )
-            rows.append((name, ", ".join(shown)))
+            texts = {key: f"{x:.5g}" if isinstance(x, float) else x for key, x in metrics.items()}
+            rows.append((name, ", ".join(f"{key} {text}" for key, text in texts.items())))
             if "error" in metrics:
                 failed.append(f"{name}: {metrics['error']}")
     if processes.index() == 0:

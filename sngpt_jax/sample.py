@@ -34,9 +34,7 @@ def main(argv: Sequence[str]) -> int:
         description="Generates text.",
     )
     if arguments.max_tokens < 1 or not 0 <= arguments.temperature < math.inf or arguments.top_k < 0:
-        raise UserError(
-            "--max-tokens must be at least 1; --temperature and --top-k must be numbers from 0 up"
-        )
+        raise UserError("--max-tokens must be 1 or more, --temperature and --top-k 0 or more")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} is not between 0 and {2**32 - 1}")
     cli.check_json(arguments.json)
@@ -47,13 +45,14 @@ def main(argv: Sequence[str]) -> int:
 
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
+    config, prompt = model.config, arguments.prompt
     text = generation.generate(
-        model.config.model,
+        config.model,
         model.variables,
         mesh,
         model.tokenizer(),
-        arguments.prompt,
-        seq_len=model.config.data.seq_len,
+        prompt,
+        seq_len=config.data.seq_len,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -61,10 +60,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.json != "-":
         print(cli.escape_controls(text))
-    cli.write_json(
-        {"prompt": arguments.prompt, "text": text, "step": model.step, "weights": model.weights},
-        arguments.json,
-    )
+    found = {"prompt": prompt, "text": text, "step": model.step, "weights": model.weights}
+    cli.write_json(found, arguments.json)
     return 0
 
 

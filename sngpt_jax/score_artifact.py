@@ -4,7 +4,6 @@ into one file, `python model.pyz model.sngpt --data DIR`. A byte budget counts t
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,23 +19,13 @@ def main(argv: Sequence[str]) -> int:
         description="Decodes an artifact and scores it in bits per byte."
     )
     parser.add_argument("artifact", type=Path, help="exported model, *.sngpt")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with validation shards and their tokenizer; default: score nothing",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=0,
-        help="number of tokens to score, from the start of the stream; 0 scores all",
-    )
-    parser.add_argument(
-        "--stride",
-        type=int,
-        default=0,
-        help="tokens by which sliding windows advance; 0 scores in standard windows",
-    )
+    data_help = "folder with validation shards and their tokenizer; default: score nothing"
+    parser.add_argument("--data", type=Path, help=data_help)
+    for option, help_text in (
+        ("--tokens", "number of tokens to score, from the start of the stream; 0 scores all"),
+        ("--stride", "tokens by which sliding windows advance; 0 scores in standard windows"),
+    ):
+        parser.add_argument(option, type=int, default=0, help=help_text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     if arguments.tokens < 0:
@@ -69,10 +58,8 @@ def _result(artifact: Path, data: Path | None, tokens: int, stride: int) -> dict
     }
     if data is None:
         return result
-    dataset = model.open_data(data)
-    score = score_validation(
-        model.config, model.variables, dataset, mesh, tokens, _progress(), stride
-    )
+    validation = model.open_data(data), mesh, tokens, _progress(), stride
+    score = score_validation(model.config, model.variables, *validation)
     if not math.isfinite(score.loss):
         raise UserError(f"{artifact}: its loss is {score.loss}; export other weights")
     return result | asdict(score)
@@ -84,7 +71,7 @@ def _progress() -> Callable[[int, int], None]:
     def report(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() > last + 2:
-            print(f"{done} of {total} rows of windows", file=sys.stderr)
+            cli.progress(f"{done} of {total} rows of windows")
             last = time.monotonic()
 
     return report

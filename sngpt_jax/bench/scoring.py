@@ -7,7 +7,6 @@ probabilities. The weights are the initial ones of the recipe.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,8 +24,7 @@ from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream, open_dataset
 from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.ngram import score as ngram_score
-from sngpt_jax.evaluation.ngram.cache import Cache, Mode, make_cache
-from sngpt_jax.evaluation.ngram.chunk import Chunk
+from sngpt_jax.evaluation.ngram.cache import Cache, Chunk, Mode
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, window_batches
 from sngpt_jax.model.forward import Variables, abstract_variables, hidden
@@ -109,13 +107,11 @@ def cache_results(
     ones = np.ones(targets, np.float32)
 
     def new(mode: Mode) -> Cache:
-        return make_cache(
+        return ngram_score.make_cache(
             mode,
             first_token=int(tokens[0]),
             vocab_size=vocab_size,
-            targets=targets,
-            first_segment=seq_len,
-            segment=stride,
+            windows=Windows(targets, seq_len, stride),
             memory=CACHE_MEMORY,
         )
 
@@ -129,15 +125,17 @@ def cache_results(
             for first in range(0, targets, CHUNK_TARGETS):
                 part = slice(first, min(first + CHUNK_TARGETS, targets))
                 following = tokens[1:][part]
-                hints = cache.hints(following) if cache.hints else None
-                model = nll[part], entropy[part], ones[part]
-                chunks.append(Chunk(following, *model, hints, hint_nll[part]))
+                chunk = Chunk(following, nll[part], entropy[part], ones[part])
+                if cache.hints:
+                    hints = cache.hints(following)
+                    chunk = chunk._replace(hints=hints, hint_nll=hint_nll[part])
+                chunks.append(chunk)
                 cache.score(chunks[-1])
 
         seconds = harness.seconds_of(score)()
         del cache, score  # so that there are never two caches in memory
         mass = ngram_score.mass(new(mode), chunks, progress_reporter(f"mass of {mode}"))
-        results[mode] = {"targets_per_s": targets / seconds, "mass": asdict(mass)}
+        results[mode] = {"targets_per_s": targets / seconds, "mass": mass._asdict()}
     return results
 
 

@@ -7,7 +7,7 @@ The bytes are UTF-8 bytes of the text, so models with different tokenizers compa
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -30,34 +30,22 @@ from sngpt_jax.evaluation.windows import (
 )
 from sngpt_jax.model.forward import Batch, Variables
 
-EvalStep = Callable[[Variables, Batch], dict[str, jax.Array]]
-Hints = Callable[[np.ndarray], np.ndarray]
-
 
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats per token and `bpb` in bits per byte, over `tokens` targets that stand for
-    `bytes` bytes of text.
+    """A model's score over a stream."""
+
+    loss: float  # nats per token
+    bpb: float  # bits per byte
+    tokens: int  # number of scored targets
+    bytes: int  # of the text that they stand for
+
+
+def add_in_order(total: float, values: np.ndarray) -> float:
+    """`total` plus the numbers [n] in float64, the first one first. The sum does not depend on how
+    the numbers are cut into pieces.
     """
-
-    loss: float
-    bpb: float
-    tokens: int
-    bytes: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
-
-
-class Sum:
-    """A sum in float64 that does not depend on how the numbers are cut into pieces."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        """Adds the numbers [n], the first one first."""
-        self.total = float(np.cumsum(np.concatenate([[self.total], values]), dtype=np.float64)[-1])
+    return float(np.cumsum(np.concatenate([[total], values]), dtype=np.float64)[-1])
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class Pass:
     """One pass of a model over a stream in windows. `progress` counts rows."""
 
     variables: Variables
-    eval_step: EvalStep
+    eval_step: Callable[[Variables, Batch], dict[str, jax.Array]]
     stream: TokenStream
     token_bytes: TokenBytes
     mesh: Mesh
@@ -73,7 +61,9 @@ class Pass:
     device_batch_tokens: int
     progress: OnProgress | None = None
 
-    def readings(self, hints: Hints | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def readings(
+        self, hints: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The readings of `eval_step` for the scored targets of each batch, [n] by name in stream
         order, with "targets" and the "hints" of `hints(targets)` (-1: none).
         """
@@ -110,10 +100,10 @@ class Pass:
 
     def score(self) -> Score:
         """The score of the pass. The tokens' losses are float32, their sum float64."""
-        nll = Sum()
+        nll = 0.0
         for found in self.readings():
-            nll.add(found["nll"])
-        return self.score_of(nll.total)
+            nll = add_in_order(nll, found["nll"])
+        return self.score_of(nll)
 
 
 def score_validation(
@@ -125,14 +115,14 @@ def score_validation(
     progress: OnProgress | None = None,
     stride: int = 0,
 ) -> Score:
-    """A model's score of a data set's validation tokens, in sliding windows of `stride` or, if it
-    is 0, in standard windows.
+    """The score of a data set's validation tokens, in sliding windows of `stride`, or in standard
+    windows if it is 0.
     """
-    num_tokens, seq_len = len(dataset.val), config.data.seq_len
+    size = len(dataset.val), config.data.seq_len
     windows = (
-        sliding_windows(num_tokens, seq_len, stride, max_tokens)
+        sliding_windows(*size, stride, max_tokens)
         if stride
-        else standard_windows(num_tokens, seq_len, max_tokens)
+        else standard_windows(*size, max_tokens)
     )
     return Pass(
         variables,

@@ -6,7 +6,6 @@ forward pass is traced, so the programs of training and scoring do not change. A
 forward pass without the head, and 2 n² operations per input of width n.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,9 +58,6 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
     return dataset.train
 
 
-# ----------------------------------------------------------------------------------- on the devices
-
-
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
     """Σ x xᵀ, float32 [n, n], over the positions of the counted rows. Products of bfloat16 numbers
     are exact in float32.
@@ -99,16 +95,13 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         for name, inputs in seen.items():
             sharing.setdefault(tuple(map(id, inputs)), []).append(name)
 
-        def mean(inputs: Sequence[jax.Array]) -> jax.Array:
+        def mean(inputs: list[jax.Array]) -> jax.Array:
             sums = [sum_of_products(x_BTn, batch["counted"]) for x_BTn in inputs]
             return jax.lax.psum(jnp.mean(jnp.stack(sums), axis=0), BATCH_AXES)
 
         return {tuple(names): mean(seen[names[0]]) for names in sharing.values()}
 
     return on_each_device(config.model, mesh, moments)
-
-
-# -------------------------------------------------------------------------------------- on the host
 
 
 def second_moments(
@@ -121,10 +114,9 @@ def second_moments(
 ) -> dict[str, np.ndarray]:
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
-    The mean is over the positions of the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens,
-    and over the applications of a recycled layer. Matrices with equal inputs share one array. Sums
-    are float32 on a device and float64 over batches. Raises `UserError` if `tokens` are less than
-    a window, or more than the stream holds.
+    The mean is over the positions of the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens.
+    Matrices with equal inputs share one array. Sums are float32 on a device and float64 over
+    batches. Raises `UserError` if `tokens` are less than a window, or more than the stream holds.
     """
     seq_len = config.data.seq_len
     if not seq_len <= tokens <= len(stream):
@@ -144,10 +136,8 @@ def second_moments(
     for sums, _ in read_windows(stream, windows, rows, dispatch, progress):
         for paths, sum_nn in sums.items():
             total[paths] = np.asarray(sum_nn, np.float64) + total.get(paths, 0)
-    return {
+    found: dict[str, np.ndarray] = {}
+    for paths, sum_nn in total.items():
         # the rounding of a product need not be symmetric
-        path: moment
-        for paths, sum_nn in total.items()
-        for moment in [(sum_nn + sum_nn.T) / (2 * windows.targets)]
-        for path in paths
-    }
+        found |= dict.fromkeys(paths, (sum_nn + sum_nn.T) / (2 * windows.targets))
+    return found

@@ -1,8 +1,7 @@
 """The health of the sparse codes: which features fire, how strongly, and how well they rebuild
 their input.
 
-Measured at validation over N tokens from the start of the stream, for each layer and level. V are
-the level's features:
+Measured at validation over N tokens, for each layer and level. V are the level's features:
 
     dead        share of V selected fewer than C · N · k / |V| times, C = 1/10
     silent      share of V selected in no sample of the last 100 optimizer steps, or of all steps
@@ -10,23 +9,20 @@ the level's features:
     zombies     share of V that is not dead and whose mean activation is below a tenth of the
                 median over V without the dead
     reachable   features that are a child of some parent; at level 0 all
-    mu_mean     mean over V of |<m, v_f>|, where m is the scores' running mean; without the absolute
-                value it would be m[0] / √d at every level
+    mu_mean     mean over V of |<m, v_f>|, where m is the scores' running mean
     sigma_mean  mean over V of the scores' running standard deviation
     min_z       smallest standardized score of any selected feature, without its bias
-    duplicates  candidates per token that an earlier parent of the token had already brought; 0 at
-                level 0
+    duplicates  candidates per token that an earlier parent of the token had already brought
 
 and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and
 `rms`, the root of the mean square of x̂'s coordinates.
 
-A token costs a forward pass without logits, and an eighth of such a pass for the scores and the
-reconstruction. This was 0.37 of a training token's time with four layers of width 128 on a CPU.
+A token costs 9/8 of a forward pass without logits.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -60,38 +56,28 @@ class Sums(NamedTuple):
 
     tokens: Any  # [L], number of tokens N
     counts: Any  # [L, F], tokens that selected the feature
-    activations: Any  # [L, F], sum of its activation over them
-    min_z: Any  # [L, levels], smallest standardized score of a selected feature
-    # [L, levels], selected parents whose children an earlier selected parent had brought
-    repeats: Any
-    cos: Any  # [L], sum of cos(x, x_hat)
-    mean_square: Any  # [L], sum of the mean square of x_hat's coordinates
-
-
-# ----------------------------------------------------------------------------------- on the devices
+    activations: Any  # [L, F]
+    min_z: Any  # [L, levels]
+    repeats: Any  # [L, levels], parents whose children an earlier parent of the token has too
+    cos: Any  # [L]
+    mean_square: Any  # [L]
 
 
 def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
-    """The number of parents, over all P positions, whose children an earlier parent of the
-    position has too: parents of one group have equal children.
-    """
+    # parents of one group have equal children
     group_PK = jnp.sort(jnp.asarray(group_of_parent)[parents_PK], axis=-1)
     return jnp.sum(group_PK[:, 1:] == group_PK[:, :-1], dtype=jnp.int32)
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
     """The sums of one layer over the rows where `counted_B` is true. `taps` and `code` lack their
-    dimension L.
-
-    Rows are processed one at a time, so memory beside the taps is that of one row.
+    dimension L. Rows are processed one at a time, to save memory.
     """
-    levels = config.levels
+    levels, generators = config.levels, config.generators
     # where a level's ids end and the next one's begin
     splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()
-    groups = [
-        dictionary.children(levels, config.generators, level).group_of_parent
-        for level in range(1, len(levels))
-    ]
+    above = range(1, len(levels))
+    groups = [dictionary.children(levels, generators, i).group_of_parent for i in above]
 
     def row(total: Sums, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
@@ -101,30 +87,23 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
         # 0 where either vector is 0
         cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
         ids = ids_PA.reshape(-1)
+        lowest = [jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)]
+        repeats = map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)
         after = Sums(
             tokens=total.tokens + len(ids_PA),
             counts=total.counts.at[ids].add(1),
             activations=total.activations.at[ids].add(c_PA.reshape(-1)),
-            min_z=jnp.minimum(
-                total.min_z, jnp.stack([jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)])
-            ),
-            repeats=total.repeats
-            + jnp.stack([jnp.int32(0), *map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)]),
+            min_z=jnp.minimum(total.min_z, jnp.stack(lowest)),
+            repeats=total.repeats + jnp.stack([jnp.int32(0), *repeats]),
             cos=total.cos + jnp.sum(cos_P),
             mean_square=total.mean_square + jnp.sum(jnp.mean(jnp.square(x_hat_PD), axis=-1)),
         )
         return jax.tree.map(lambda new, old: jnp.where(counted, new, old), after, total), None
 
     zeros = jnp.zeros(code.std.shape)
-    start = Sums(
-        tokens=jnp.int32(0),
-        counts=zeros.astype(jnp.int32),
-        activations=zeros,
-        min_z=jnp.full(len(levels), jnp.inf),
-        repeats=jnp.zeros(len(levels), jnp.int32),
-        cos=jnp.float32(0),
-        mean_square=jnp.float32(0),
-    )
+    zero, no_repeats = jnp.float32(0), jnp.zeros(len(levels), jnp.int32)
+    min_z = jnp.full(len(levels), jnp.inf)
+    start = Sums(jnp.int32(0), zeros.astype(jnp.int32), zeros, min_z, no_repeats, zero, zero)
     return jax.lax.scan(row, start, (*taps, counted_B))[0]
 
 
@@ -132,8 +111,7 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted function (variables, batch) → `Sums` over the batch, in all processes.
 
     The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that enter the
-    sums. The inputs and selections of all layers' codes are held at once: L · (D + 2 A) numbers of
-    2 bytes per token in bfloat16.
+    sums. The inputs and selections of all layers' codes are held at once.
     """
 
     def sums(variables: Variables, batch: Batch) -> Sums:
@@ -150,25 +128,21 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
     return on_each_device(config, mesh, sums)
 
 
-# -------------------------------------------------------------------------------------- on the host
-
 _all_scores = jax.jit(xla.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones fired too rarely, bool [..., |V|]; `counts`
-    int64 [..., |V|] are over `tokens` tokens.
+    """Which features of a level with k active ones fired too rarely, bool [..., |V|], by their
+    int64 `counts` over `tokens` tokens.
     """
     # in integers, so that a feature at the threshold is alive
     return RARE * counts * counts.shape[-1] < tokens * k
 
 
 def accumulate(total: Sums | None, batch: Sums) -> Sums:
-    """`total` plus the sums of a batch, in int64 and float64. `total` is None before the first
-    batch.
-    """
-    arrays = map(np.asarray, batch)
-    host = Sums(*(a.astype(np.int64 if a.dtype.kind == "i" else np.float64) for a in arrays))
+    """`total`, None before the first batch, plus the sums of a batch, in int64 and float64."""
+    wide = {"i": np.int64, "f": np.float64}
+    host = Sums(*(a.astype(wide[a.dtype.kind]) for a in map(np.asarray, batch)))
     if total is None:
         return host
     return Sums(*map(np.add, total, host))._replace(min_z=np.minimum(total.min_z, host.min_z))
@@ -176,11 +150,9 @@ def accumulate(total: Sums | None, batch: Sums) -> Sums:
 
 @dataclass(frozen=True)
 class Health:
-    """The quantities that the module's docstring defines, [L, levels], `cos` and `rms` [L]; shares
-    are fractions.
-    """
+    """The quantities of the module's docstring, [L, levels], but `cos` and `rms` [L]."""
 
-    tokens: int  # number of tokens that were measured
+    tokens: int  # N
     dead: np.ndarray
     silent: np.ndarray  # NaN before the first step
     zombies: np.ndarray
@@ -196,19 +168,16 @@ class Health:
         """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`. Names without a layer
         are means over layers.
         """
-        found: dict[str, float] = {"code/tokens": self.tokens}
-        for field in fields(self):
-            if field.name == "tokens":
-                continue
-            array = getattr(self, field.name)
-            places = {"": array.mean(axis=0)}
-            places |= {f"layer{layer:02d}/": row for layer, row in enumerate(array)}
-            for place, values in places.items():
-                if values.ndim:
-                    for level, value in enumerate(values):
-                        found[f"code/{place}level{level}/{field.name}"] = float(value)
-                else:
-                    found[f"code/{place}{field.name}"] = float(values)
+        arrays = dict(vars(self))
+        found: dict[str, float] = {"code/tokens": arrays.pop("tokens")}
+        for name, array in arrays.items():
+            places = {f"layer{layer:02d}/": row for layer, row in enumerate(array)}
+            for place, values in {"": array.mean(axis=0), **places}.items():
+                if not values.ndim:
+                    found[f"code/{place}{name}"] = float(values)
+                    continue
+                for level, value in enumerate(values):
+                    found[f"code/{place}level{level}/{name}"] = float(value)
         return found
 
     def line(self) -> str:
@@ -231,10 +200,10 @@ class Health:
 
 
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
-    """The health after `step` optimizer steps of codes in the state `code`. `sums` of `accumulate`
-    hold their firings.
+    """The health of codes in the state `code` after `step` optimizer steps, with the `sums` of
+    `accumulate`.
     """
-    levels, tokens = config.levels, int(sums.tokens[0])
+    levels, generators, tokens = config.levels, config.generators, int(sums.tokens[0])
     mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
     std_LF, last_fired_LF = np.asarray(code.std), np.asarray(code.last_fired)
 
@@ -247,8 +216,8 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
         alive = [row[~rare] for row, rare in zip(strength, dead, strict=True)]
         median_L = np.array([np.median(row) if len(row) else np.nan for row in alive])
         silent = (last_fired_LF[:, V] <= max(step - SILENT_STEPS, 0)).mean(axis=1)
-        reachable = float(dictionary.reachable(levels, level, config.generators))
-        members = len(dictionary.children(levels, config.generators, level).steps) if level else 0
+        reachable = float(dictionary.reachable(levels, level, generators))
+        members = len(dictionary.children(levels, generators, level).steps) if level else 0
         return {
             "dead": dead.mean(axis=1),
             "silent": silent if step else np.full(len(counts), np.nan),  # no step yet
@@ -280,8 +249,7 @@ def score_health(
     """The health of a model's codes after `step` optimizer steps, on the start of `stream`.
 
     Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one.
-    The padding rows of the last batch do not count. `progress` counts windows as they are read; an
-    exception that it raises ends the scoring.
+    An exception that `progress` raises ends the scoring.
     """
     seq_len = config.data.seq_len
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,13 +33,11 @@ class Continuation:
     """The model's scores of one continuation of a context."""
 
     logprob: float  # ln p of all scored tokens together
-    # whether each scored token is the likeliest one, among all rows of the model's table
-    greedy: bool
+    greedy: bool  # whether each scored token is the likeliest one of the model's whole table
     tokens: int  # scored tokens; 0 where the tokenizer drops all of the continuation
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
+class _Row(NamedTuple):
     """One row of a batch, which scores the last targets of a piece of text."""
 
     pair: int  # index of the (context, continuation)
@@ -72,8 +71,7 @@ def _eval_step(config: ModelConfig, mesh: Mesh, seq_len: int) -> jax.stages.Wrap
 
 def cut_at(text: str, until: Sequence[str]) -> str:
     """`text` up to the first place where one of `until` begins. Empty strings are ignored."""
-    found = (text.find(stop) for stop in until if stop)
-    return text[: min((at for at in found if at >= 0), default=len(text))]
+    return min((text.partition(stop)[0] for stop in until if stop), key=len, default=text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +103,6 @@ class LanguageModel:
         tokens = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.bos_id], tokens]).astype(np.int32)
 
-    # ---------------------------------------------------------------------------------- likelihoods
-
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: OnProgress | None = None
     ) -> list[Continuation]:
@@ -121,15 +117,14 @@ class LanguageModel:
         for i, (context, continuation) in enumerate(pairs):
             head, whole = contexts[context], self._document(context + continuation)
             same = min(len(head), len(whole))
-            differing = np.flatnonzero(head[:same] != whole[:same])
-            shared = int(differing[0]) if len(differing) else same
+            shared = int(np.argmin(np.append(head[:same] == whole[:same], False)))
             rows.extend(_rows(i, whole, shared - 1, self.seq_len))
 
         logprob, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         tokens = np.zeros(len(pairs), np.int64)
         for done, (row, nll, likeliest) in enumerate(self._score(rows), 1):
             logprob[row.pair] -= np.sum(nll, dtype=np.float64)
-            greedy[row.pair] &= bool(np.all(likeliest))
+            greedy[row.pair] &= np.all(likeliest)
             tokens[row.pair] += row.scored
             if progress:
                 progress(done, len(rows))
@@ -137,13 +132,7 @@ class LanguageModel:
             raise UserError(
                 "the model's losses are not finite; take an earlier --step or other --weights"
             )
-        found = zip(logprob.tolist(), greedy.tolist(), tokens.tolist(), strict=True)
-        return [Continuation(*one) for one in found]
-
-    def rolling(self, texts: Sequence[str], progress: OnProgress | None = None) -> list[float]:
-        """ln p of each whole text after BOS. `_rows` splits texts of more than T tokens."""
-        found = self.loglikelihood([("", text) for text in texts], progress)
-        return [one.logprob for one in found]
+        return list(map(Continuation, logprob.tolist(), greedy.tolist(), tokens.tolist()))
 
     def _score(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, np.ndarray, np.ndarray]]:
         """Each row with the nll of its scored targets and whether each is the likeliest token; the
@@ -172,12 +161,9 @@ class LanguageModel:
                     targets_BS = np.take_along_axis(
                         tokens_BT[:, 1:], offsets_B[:, None] + np.arange(S)[None], axis=1
                     )
-                    batch = {
-                        "inputs": tokens_BT[:, :-1],
-                        "targets": targets_BS,
-                        "offsets": offsets_B,
-                    }
-                    yield step(self.variables, place(batch)), part, offsets_B
+                    batch = {"inputs": tokens_BT[:, :-1], "targets": targets_BS}
+                    placed = place({**batch, "offsets": offsets_B})
+                    yield step(self.variables, placed), part, offsets_B
 
         for found, part, offsets_B in one_behind(dispatched()):
             nll_BS, greedy_BS = np.asarray(found["nll"]), np.asarray(found["greedy"])
@@ -185,8 +171,6 @@ class LanguageModel:
                 end = row.length - int(offsets_B[b])
                 scored = slice(end - row.scored, end)
                 yield row, nll_BS[b, scored], greedy_BS[b, scored]
-
-    # ----------------------------------------------------------------------------------- generation
 
     def generate(
         self,

@@ -1,10 +1,9 @@
 """A model of this project behind the interface of lm-eval, EleutherAI's lm-evaluation-harness.
 
-lm-eval comes with the extra `eval`. Several processes each run the whole task on the model that
-they share, and get equal results. lm-eval sees a single process.
+lm-eval comes with the extra `eval`. It sees a single process: several processes each run the whole
+task on the model that they share, and get equal results.
 """
 
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,23 +12,16 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.evaluation.likelihood import Continuation, LanguageModel
+from sngpt_jax.evaluation.likelihood import LanguageModel
 from sngpt_jax.evaluation.windows import OnProgress
 
-# generated where a task names no length, as lm-eval's own models do
-MAX_TOKENS = 256
+MAX_TOKENS = 256  # generated where a task names no length, as by lm-eval's own models
 
 
 class Answer(tuple[float, bool]):
     """lm-eval's (ln p, greedy) of a continuation, with the number of `tokens` that were scored."""
 
     tokens: int
-
-    @classmethod
-    def of(cls, found: Continuation) -> "Answer":
-        answer = cls((found.logprob, found.greedy))
-        answer.tokens = found.tokens
-        return answer
 
 
 class SngptLM(LM):
@@ -44,13 +36,16 @@ class SngptLM(LM):
         """ln p of each request's (context, continuation), and whether every token is the likeliest
         one.
         """
-        found = self.model.loglikelihood([request.args for request in requests], self.progress)
-        return self._keep("loglikelihood", requests, [Answer.of(one) for one in found])
+        answers = []
+        for found in self.model.loglikelihood([one.args for one in requests], self.progress):
+            answers.append(Answer((found.logprob, found.greedy)))
+            answers[-1].tokens = found.tokens
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """ln p of each request's whole text."""
-        found = self.model.rolling([request.args[0] for request in requests], self.progress)
-        return self._keep("loglikelihood_rolling", requests, found)
+        texts = [("", request.args[0]) for request in requests]
+        return [found.logprob for found in self.model.loglikelihood(texts, self.progress)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text that continues each request's (context, options).
@@ -64,13 +59,12 @@ class SngptLM(LM):
             prompts = [request.args[0] for request in group]
             supported = self._options(options)
             texts += self.model.generate(prompts, **supported, progress=self.progress)
-        return self._keep("generate_until", requests, texts)
+        return texts
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `LanguageModel.generate` for lm-eval's options."""
-        rest: dict[str, Any] = {
-            **normalize_gen_kwargs(options, min(MAX_TOKENS, self.model.seq_len // 2))
-        }
+        length = min(MAX_TOKENS, self.model.seq_len // 2)
+        rest: dict[str, Any] = {**normalize_gen_kwargs(options, length)}
         temperature = float(rest.pop("temperature", 1.0 if rest.pop("do_sample") else 0.0))
         supported = {
             "until": rest.pop("until"),
@@ -78,21 +72,12 @@ class SngptLM(LM):
             "temperature": temperature,
             "top_k": max(0, rest.pop("top_k", 0) or 0),  # None, 0 and -1 all mean off
         }
+        if not temperature:
+            rest.pop("top_p", None)
         # the value 1 changes nothing, for num_beams as for top_p
-        others = [
-            f"{name} = {value}"
-            for name, value in rest.items()
-            if value != 1 and (temperature or name != "top_p")
-        ]
+        others = ", ".join(f"{name} = {value}" for name, value in rest.items() if value != 1)
         if others:
             raise UserError(
-                f"the task generates with {', '.join(others)}, which is not supported; remove it"
-                " from the task"
+                f"the task generates with {others}, which is not supported; remove it from the task"
             )
         return supported
-
-    def _keep(self, kind: str, requests: Sequence[Instance], answers: list[Any]) -> list[Any]:
-        """The answers, written to lm-eval's cache if it keeps one."""
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial(kind, request.args, answer)
-        return answers

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sngpt_jax.base.errors import UserError
 from sngpt_jax.config.options import OptionalInt
 from sngpt_jax.evaluation.windows import Tail, Windows, sliding_windows, standard_windows
 
@@ -29,40 +28,27 @@ class StreamOptions:
     ngram_undercount: bool = False
     ngram_memory: float = 4.0  # most memory for the counts of the exact cache, in GiB
 
-    def check(self) -> None:
-        """Raises `UserError` for options that contradict each other or change nothing."""
+    def problems(self) -> dict[str, bool]:
+        """For each message, whether options contradict each other or change nothing."""
         sliding, cache = self.mode == "sliding", self.ngram != "none"
-        for wrong, message in (
-            (self.tokens < 0, "--tokens cannot be negative; 0 scores all tokens"),
-            (
-                not sliding and (self.stride is not None or self.tail != "full"),
-                "--stride and --tail are for sliding windows; add --mode sliding",
-            ),
-            (
-                self.mode == "none" and (cache or self.tokens),
-                "--ngram and --tokens are for a stream; remove --mode none",
-            ),
-            (
-                cache and self.tail == "published",
-                "--ngram counts each target once, and --tail published scores some targets again;"
-                " remove one of the two",
-            ),
-            (
-                self.ngram_undercount and self.ngram != "backoff",
-                "--ngram-undercount is for --ngram backoff",
-            ),
-            (
-                self.ngram_memory != StreamOptions.ngram_memory and self.ngram != "exact",
-                "--ngram-memory is for --ngram exact",
-            ),
-            (
-                not 0 < self.ngram_memory <= MOST_MEMORY,
-                f"--ngram-memory {self.ngram_memory} is not a number of GiB above 0 and up to"
-                f" {MOST_MEMORY:,}",
-            ),
-        ):
-            if wrong:
-                raise UserError(message)
+        published, memory = self.tail == "published", self.ngram_memory
+        windows = self.stride is not None or published
+        stream = cache or self.tokens != 0
+        default = memory == StreamOptions.ngram_memory
+        return {
+            "--tokens cannot be negative; 0 scores all tokens": self.tokens < 0,
+            "--stride and --tail are for sliding windows; add --mode sliding": windows
+            and not sliding,
+            "--ngram and --tokens are for a stream; remove --mode none": stream
+            and self.mode == "none",
+            "--ngram counts each target once, and --tail published scores some targets again;"
+            " remove one of the two": cache and published,
+            "--ngram-undercount is for --ngram backoff": self.ngram_undercount
+            and self.ngram != "backoff",
+            "--ngram-memory is for --ngram exact": not default and self.ngram != "exact",
+            f"--ngram-memory {memory} is not a number of GiB above 0 and up to"
+            f" {MOST_MEMORY:,}": not 0 < memory <= MOST_MEMORY,
+        }
 
     def windows(self, num_tokens: int, seq_len: int) -> Windows:
         """The windows of these options over a stream of `num_tokens`."""

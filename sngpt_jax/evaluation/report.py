@@ -3,11 +3,12 @@ it.
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax.cluster.mesh import batch_placer
@@ -15,8 +16,7 @@ from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.ngram import score as ngram_score
-from sngpt_jax.evaluation.ngram.cache import Cache, make_cache
-from sngpt_jax.evaluation.ngram.chunk import in_bytes
+from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes
 from sngpt_jax.evaluation.options import StreamOptions
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import rows_at_a_time, window_batches
@@ -33,48 +33,45 @@ def score(
 
     `seconds` are from tokens to losses, without compilation and a cache's mass.
     """
-    stream, token_bytes = dataset.val, dataset.tokenizer.token_bytes()
-    device_batch_tokens = config.eval.device_batch_tokens
+    stream, most = dataset.val, config.eval.device_batch_tokens
     windows = options.windows(len(stream), config.data.seq_len)
 
-    def new_cache() -> Cache:
-        assert options.ngram != "none"
-        return make_cache(
+    def new_cache() -> Cache | None:
+        if options.ngram == "none":
+            return None
+        return ngram_score.make_cache(
             options.ngram,
             first_token=int(stream.take(0, 1)[0]),
             vocab_size=config.model.vocab_size,
-            targets=windows.targets,
-            first_segment=windows.seq_len,
-            segment=windows.stride,
+            windows=windows,
             memory=int(options.ngram_memory * 2**30),
             undercount=options.ngram_undercount,
         )
 
-    cache = new_cache() if options.ngram != "none" else None
-    if cache:
-        kept = in_bytes(ngram_score.memory_of_chunks(cache, windows.targets))
+    readings: tuple[str, ...] = ("nll",)
+    if cache := new_cache():
+        readings = ngram_score.readings_for(cache)
+        # of a chunk, a token takes 2 bytes, a reading and a hint 4 each
+        kept = in_bytes(windows.targets * (2 + 4 * len(readings) + 4 * bool(cache.hints)))
         logger.info(
             f"n-gram cache {options.ngram}: {cache.about}; another {kept} keep the model's readings"
             " for the mass"
         )
         ngram_score.warm_up(cache)
-    readings = ngram_score.readings_for(cache) if cache else ("nll",)
-    eval_step = make_eval_step(config.model, mesh, readings)
-    rows = rows_at_a_time(windows, device_batch_tokens, mesh.devices.size)
+    rows = rows_at_a_time(windows, most, mesh.devices.size)
     first = next(window_batches(stream, windows, rows)).arrays
     if cache and cache.hints:
-        first["hints"] = first["targets"].astype(np.int32)
+        first["hints"] = first["targets"].astype("int32")
+    eval_step = make_eval_step(config.model, mesh, readings)
     compiled = eval_step.lower(variables, batch_placer(mesh)(first)).compile()
-    progress = progress_reporter("evaluate")
-    scoring = Pass(
-        variables, compiled, stream, token_bytes, mesh, windows, device_batch_tokens, progress
-    )
+    token_bytes, progress = dataset.tokenizer.token_bytes(), progress_reporter("evaluate")
+    scoring = Pass(variables, compiled, stream, token_bytes, mesh, windows, most, progress)
     start = time.perf_counter()
     cached = ngram_score.score_with_cache(scoring, cache) if cache else None
     found = cached.model if cached else scoring.score()
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
-        **found.as_dict(),
+        **asdict(found),
         "bytes_per_token": found.bytes / found.tokens,
         "mode": options.mode,
         "stride": windows.stride,
@@ -86,9 +83,18 @@ def score(
     if cached:
         del cache  # frees its tables before the next cache takes as much
         fresh = new_cache()
+        assert fresh
         mass = ngram_score.mass(fresh, cached.chunks, progress_reporter("mass"))
-        with_cache = ngram_score.as_dict(cached.score, mass, fresh)
-        result["ngram"] = {"cache": options.ngram, **with_cache}
+        loss, bpb = cached.mixed.loss, cached.mixed.bpb
+        result["ngram"] = {
+            "cache": options.ngram,
+            "loss": loss,
+            "bpb": bpb,
+            "normalized_bpb": bpb + mass.mean_log * found.tokens / math.log(2) / found.bytes,
+            "mass": mass._asdict(),
+            "is_distribution": fresh.is_distribution,
+            "memory_bytes": fresh.memory_bytes,
+        }
     return result
 
 
@@ -103,13 +109,11 @@ def describe(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("over", f"{size} in {which}; {result['seconds']:.1f} s"),
     ]
     if cached := result.get("ngram"):
-        mass = cached["mass"]
         verdict = "" if cached["is_distribution"] else ": not a probability distribution"
         text = (
-            f"loss {cached['loss']:.4f} nats/token, {cached['bpb']:.4f} bits/byte; mass of the"
-            f" vocabulary {mass['mean']:.6g}, from {mass['min']:.6g} to {mass['max']:.6g}, at"
-            f" {mass['positions']:,} positions{verdict}; {cached['normalized_bpb']:.4f} bits/byte"
-            " if divided by it"
+            "loss {loss:.4f} nats/token, {bpb:.4f} bits/byte; mass of the vocabulary"
+            " {mass[mean]:.6g}, from {mass[min]:.6g} to {mass[max]:.6g}, at {mass[positions]:,}"
+            " positions{verdict}; {normalized_bpb:.4f} bits/byte if divided by it"
         )
-        rows.append((f"with {cached['cache']}", text))
+        rows.append((f"with {cached['cache']}", text.format(**cached, verdict=verdict)))
     return rows

@@ -23,8 +23,8 @@ def on_each_device(
     function: Callable[[Variables, Batch], Any],
     out_specs: P = _EVERYWHERE,
 ) -> jax.stages.Wrapped:
-    """The jitted form of `function`, which runs on each device with the whole variables and the
-    device's rows of the batch.
+    """The jitted `function`. It runs on each device with the whole variables and the device's rows
+    of the batch.
     """
     layout = partition_specs(mesh, abstract_variables(config))
 
@@ -44,8 +44,7 @@ def make_eval_step(
     [B, S], in all processes.
 
     The batch holds "inputs" [B, T] and "targets" [B, S] of S ≤ T consecutive positions. If S < T,
-    "offsets" [B] give the first scored position of each row, and logits are computed for the
-    scored positions only. "hints" [B, S] serve the reading hint_nll.
+    "offsets" [B] give each row's first scored position. "hints" [B, S] serve the reading hint_nll.
     """
 
     def local(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
@@ -67,8 +66,6 @@ def make_eval_step(
                 cap=config.logit_soft_cap,
                 chunk=config.logit_chunk,
             )
-        return {
-            name: jax.lax.all_gather(value, BATCH_AXES, tiled=True) for name, value in found.items()
-        }
+        return {name: jax.lax.all_gather(x, BATCH_AXES, tiled=True) for name, x in found.items()}
 
     return on_each_device(config, mesh, local)

@@ -22,18 +22,11 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.tokenizer import replace_surrogates
 from sngpt_jax.evaluation.lm_eval_model import Answer
 
-# the most tokens generated for an answer; published answers have about 4 words
-SQUAD_ANSWER_TOKENS = 32
-
 Row = dict[str, Any]
-
-# -------------------------------------------------------------------------------------------- files
 
 
 def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row]:
-    """`row_of` of each line. Raises `UserError` that names the line where `row_of` raises
-    ValueError.
-    """
+    """`row_of` of each line. Its ValueError becomes a `UserError` that names the line."""
     rows = []
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -48,7 +41,7 @@ def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row
 
 def _check(value: Any, form: Any, where: str = "") -> None:
     """Raises ValueError that names the place, unless `value` has the `form`: a type, a list with
-    the form of its items, or a dict with the forms of its keys. Other keys are ignored.
+    the form of its items, or a dict with the forms of the keys it must have.
     """
     kind, found = form if isinstance(form, type) else type(form), type(value)
     if found is not kind:
@@ -63,9 +56,6 @@ def _check(value: Any, form: Any, where: str = "") -> None:
             if name not in value:
                 raise ValueError(f"{place} is missing")
             _check(value[name], inner, place)
-
-
-# ---------------------------------------------------------------------------------------- HellaSwag
 
 
 def _hellaswag_row(line: str) -> Row:
@@ -93,35 +83,24 @@ class _HellaSwag(ConfigurableTask):
         return {**super().process_results(doc, results), "acc_token_norm": right}
 
 
-# ------------------------------------------------------------------------------------------ LAMBADA
-
-
-def _lambada_row(line: str) -> Row:
-    context, space, word = line.rpartition(" ")
-    if not context:
-        raise ValueError("expected a passage of several words")
-    return {"context": context, "word": space + word}
-
-
-def _lambada_json_row(line: str) -> Row:
-    row = json.loads(line)
-    _check(row, {"text": str})
-    return _lambada_row(row["text"].rstrip())
-
-
-def _lambada_text_row(line: str) -> Row:
-    if re.match(r'\{\s*"', line):
-        raise ValueError("a JSON object where a passage is expected; name the file .jsonl")
-    return _lambada_row(line)
-
-
 def _read_lambada(path: Path) -> list[Row]:
-    published = "LAMBADA's lambada_test_plain_text.txt, or a .jsonl with the key text"
     is_json = path.suffix.lower() == ".jsonl"
-    return _lines(path, _lambada_json_row if is_json else _lambada_text_row, published)
 
+    def row_of(line: str) -> Row:
+        if is_json:
+            row = json.loads(line)
+            _check(row, {"text": str})
+            line = row["text"].rstrip()
+        elif re.match(r'\{\s*"', line):
+            raise ValueError("a JSON object where a passage is expected; name the file .jsonl")
+        context, space, word = line.rpartition(" ")
+        if not context:
+            raise ValueError("expected a passage of several words")
+        return {"context": context, "word": space + word}
 
-# -------------------------------------------------------------------------------------------- SQuAD
+    published = "LAMBADA's lambada_test_plain_text.txt, or a .jsonl with the key text"
+    return _lines(path, row_of, published)
+
 
 _QUESTION = {"question": str, "answers": [{"text": str}]}
 _SQUAD = {"data": [{"title": str, "paragraphs": [{"context": str, "qas": [_QUESTION]}]}]}
@@ -133,14 +112,10 @@ def _squad_rows(whole: Any) -> Iterator[Row]:
             for q, qa in enumerate(paragraph["qas"]):
                 answers = [answer["text"] for answer in qa["answers"]]
                 if bool(answers) == bool(qa.get("is_impossible", False)):
-                    raise ValueError(
-                        f"data[{a}].paragraphs[{p}].qas[{q}].is_impossible contradicts"
-                        f" {len(answers)} answers"
-                    )
-                prompt = (
-                    f"Title: {article['title']}\n\nBackground: {paragraph['context']}\n\n"
-                    f"Question: {qa['question']}\n\nAnswer:"
-                )
+                    place = f"data[{a}].paragraphs[{p}].qas[{q}].is_impossible"
+                    raise ValueError(f"{place} contradicts {len(answers)} answers")
+                background = f"Title: {article['title']}\n\nBackground: {paragraph['context']}"
+                prompt = f"{background}\n\nQuestion: {qa['question']}\n\nAnswer:"
                 # only version 2 has questions without an answer
                 yield {"prompt": prompt, "answers": answers, "version_2": "is_impossible" in qa}
 
@@ -160,13 +135,13 @@ def normalize_answer(text: str) -> str:
     """Lower case without punctuation, articles and surplus space, as SQuAD's evaluation script
     compares answers.
     """
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def answer_f1(answer: str, right: str) -> float:
-    """The F1 of an answer's normalized words against a right answer's words. Where one of them has
-    no words, 1 if both have none, else 0.
+    """The F1 of an answer's normalized words against a right answer's. Where one of them has no
+    words, 1 if both have none, else 0.
     """
     got, want = normalize_answer(answer).split(), normalize_answer(right).split()
     if not got or not want:
@@ -178,10 +153,9 @@ def answer_f1(answer: str, right: str) -> float:
 def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
     """`exact_match` and `f1` in percent: the best over a question's right answers.
 
-    The rules are those of the script for version 2. It ignores right answers that have no words
-    once normalized. A question without an answer wants an empty one. `has_ans_*` are over the
-    other questions of a version 2 file. Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018,
-    arXiv:1806.03822.
+    As in the script for version 2, right answers without words are ignored, and a question without
+    an answer wants an empty one. `has_ans_*` are over the other questions of a version 2 file.
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018, arXiv:1806.03822.
     """
     rights = [right for right in doc["answers"] if normalize_answer(right)] or [""]
     exact = max(normalize_answer(results[0]) == normalize_answer(right) for right in rights)
@@ -192,8 +166,6 @@ def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
         metrics["has_ans_samples"] = 1
     return metrics
 
-
-# -------------------------------------------------------------------------------------------- tasks
 
 _Task = tuple[Callable[[Path], list[Row]], type[ConfigurableTask], dict[str, Any], dict[str, Any]]
 
@@ -224,7 +196,8 @@ FILE_TASKS: dict[str, _Task] = {
             "output_type": "generate_until",
             "doc_to_text": "prompt",
             "doc_to_target": "",  # compared by `_squad_metrics`
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": SQUAD_ANSWER_TOKENS},
+            # published answers have about 4 words
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32},
             "process_results": _squad_metrics,
         },
     ),
@@ -232,10 +205,8 @@ FILE_TASKS: dict[str, _Task] = {
 
 
 def load(name: str, path: Path) -> ConfigurableTask:
-    """The task `name` of `FILE_TASKS` over the published file `path`.
-
-    Raises `UserError` that names the file and the line, or the place in SQuAD's JSON, where the
-    file is not as published.
+    """The task `name` of `FILE_TASKS` over the published file `path`. Raises `UserError` that names
+    the place where the file is not as published.
     """
     read, kind, metrics, settings = FILE_TASKS[name]
     # the tokenizers read half of a surrogate pair as U+FFFD too

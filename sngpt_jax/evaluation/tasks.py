@@ -31,16 +31,12 @@ from sngpt_jax.evaluation.windows import OnProgress
 
 logger = logging.getLogger("sngpt_jax")
 
-Metrics = dict[str, Any]
-
-# -------------------------------------------------------------------------------------------- which
-
 
 def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None]:
     """`hellaswag=PATH,lambada=PATH,piqa` as a file per task, None for tasks that lm-eval defines.
 
     `include` is a folder with more task files for lm-eval. Raises `UserError` for an unknown task,
-    and for an `include` that is no folder or that no task needs.
+    and for an `include` that no task needs.
     """
     if include and not include.is_dir():
         raise UserError(
@@ -82,8 +78,8 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
 
 @functools.cache
 def _manager(include: Path | None, own: bool) -> TaskManager:
-    """The tasks in the folder `include`, and with `own` lm-eval's tasks. Listing lm-eval's tasks
-    takes about 15 s.
+    """The tasks in the folder `include`, and with `own` lm-eval's tasks, whose listing takes about
+    15 s.
     """
     return TaskManager(include_path=str(include) if include else None, include_defaults=own)
 
@@ -94,16 +90,13 @@ def _manager_of(name: str, include: Path | None) -> TaskManager:
         return local
     manager = _manager(include, True)
     if name not in manager.all_tasks:
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3))
+        remedy = f"did you mean {close}?" if close else "`lm-eval ls tasks` lists them"
         raise UserError(
             f"--tasks {name}: lm-eval has no task of this name (commas separate tasks, so no path"
-            " can contain a comma); "
-            + (f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them")
+            f" can contain a comma); {remedy}"
         )
     return manager
-
-
-# ------------------------------------------------------------------------------------------ results
 
 
 def run_tasks(
@@ -113,27 +106,24 @@ def run_tasks(
     limit: int = 0,
     include: Path | None = None,
     progress: Callable[[str], OnProgress] | None = None,
-) -> dict[str, Metrics]:
-    """The results of each task in `spec` by name, over its first `limit` samples (0: all).
-
-    A task that cannot be run in one process gives {"error": "one line"} in all processes.
+) -> dict[str, dict[str, Any]]:
+    """The results of each task in `spec` by name, over its first `limit` samples (0: all), equal in
+    all processes.
     """
-    results: dict[str, Metrics] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, path in spec.items():
         lm = SngptLM(model, progress(name) if progress else None)
         try:
             with _in_silence():
                 results[name] = _run(lm, name, path, limit, include)
         except UserError as error:
-            results[name] = {"error": " ".join(str(error).split())}
+            results[name] = {"error": _one_line(error)}
     return results
 
 
 @contextlib.contextmanager
 def _in_silence() -> Iterator[None]:
-    """Keeps the progress bars and remarks of lm-eval and its libraries from stderr. `evaluate`
-    shows its own progress; errors are exceptions.
-    """
+    """Keeps the progress bars and remarks of lm-eval and its libraries from stderr."""
     log, bar = logging.getLogger("lm_eval"), task_module.tqdm
     level, had_none = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
@@ -153,8 +143,7 @@ def _run(
 ) -> dict[str, Any]:
     """lm-eval's results for one task: {metric: number, …, "samples": number}; a group's by task.
 
-    A metric of another filter than none is named "metric,filter". A metric that is not finite is
-    None. Raises `UserError` if the task cannot be loaded or run.
+    Raises `UserError` if the task cannot be loaded or run.
     """
     if path:
         digest = processes.everywhere(functools.partial(file_sha256, path, UserError))
@@ -191,11 +180,12 @@ def _run(
     except Exception as error:  # of a task's own code; the log says where, since other tasks follow
         logger.warning(f"lm-eval's task {name} failed", exc_info=True)
         raise UserError(f"lm-eval cannot run its task {name}: {_one_line(error)}") from error
-    assert found  # None is for other processes than lm-eval's first, and lm-eval sees one process
+    assert found  # lm-eval sees one process
+    samples = found["n-samples"]
     by_task = {
-        task: _numbers(metrics) | {"samples": found["n-samples"][task]["effective"]}
+        task: _numbers(metrics) | {"samples": samples[task]["effective"]}
         for task, metrics in found["results"].items()
-        if task in found["n-samples"]
+        if task in samples
     }
     by_group = {group: _numbers(metrics) for group, metrics in found.get("groups", {}).items()}
     return by_task[name] if list(by_task) == [name] else by_task | by_group
@@ -206,20 +196,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The metrics that are numbers. The others are names, and "N/A" for standard errors.
-
-    lm-eval's count of samples is left out: `_run` adds its own.
+    """The metrics that are numbers, None where not finite; a filter's as "metric,filter". The
+    others are names, and "N/A" for standard errors. `_run` adds its own count of samples.
     """
-    kept = {
-        name.removesuffix(",none"): value
-        for name, value in metrics.items()
-        if isinstance(value, Real) and name != "sample_len"
-    }
-    return {
-        name: None
-        if not math.isfinite(value)
-        else value
-        if isinstance(value, int)
-        else float(value)
-        for name, value in kept.items()
-    }
+    found: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Real) and name != "sample_len":
+            number = value if isinstance(value, int) else float(value)
+            found[name.removesuffix(",none")] = number if math.isfinite(number) else None
+    return found

@@ -10,7 +10,7 @@ rows as its targets need.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -35,15 +35,12 @@ def one_behind(items: Iterable[Item]) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over the first `targets` targets of a stream, at least `seq_len` of them; the stride
-    is 1 to `seq_len`.
-    """
+    """Windows over the first `targets` targets of a stream."""
 
-    targets: int  # M
+    targets: int  # M ≥ T
     seq_len: int  # T, inputs of a window
-    stride: int  # S, targets by which windows advance, and scored positions of a row
-    # full: the last window ends with the stream; published: see `sliding_windows`
-    tail: Tail = "full"
+    stride: int  # S ≤ T, targets by which windows advance, and scored positions of a row
+    tail: Tail = "full"  # the last window ends with the stream; "published": see `sliding_windows`
 
     @property
     def whole(self) -> int:
@@ -67,18 +64,18 @@ class Windows:
         first position that is scored, and the end of the scored positions.
         """
         T, S, M = self.seq_len, self.stride, self.targets
-        pieces = math.ceil(T / S)  # rows of the first window
         row = np.arange(first, stop, dtype=np.int64)
-        start = np.maximum(row - pieces + 1, 0) * S
+        window = np.maximum(row - math.ceil(T / S) + 1, 0)
+        start = window * S
         if self.tail == "full":
             start = np.minimum(start, M - T)
-            scored = np.minimum((row - pieces + 1) * S + T, M)  # targets of all rows up to this one
-            upto = np.where(row < pieces, np.minimum((row + 1) * S, T), scored - start)
-            begin = np.where(row < pieces, row * S, (row - pieces) * S + T - start)
-        else:
-            upto = np.where(row < pieces, np.minimum((row + 1) * S, T), np.minimum(T, M - start))
-            begin = np.where(row < pieces, row * S, np.maximum(upto - S, 0))
-        return start, begin, upto
+        upto = np.minimum(window * S + T, M) - start
+        begin = np.maximum(upto - S, 0)
+        if self.tail == "full":  # after what the window before has scored
+            begin = (window - 1) * S + T - start
+        in_first, piece = window == 0, row * S
+        upto = np.where(in_first, np.minimum(piece + S, T), upto)
+        return start, np.where(in_first, piece, begin), upto
 
     def spans(self) -> list[tuple[int, int]]:
         """Ranges of targets (start, stop) that the rows score; they overlap in a published tail."""
@@ -89,44 +86,41 @@ class Windows:
         return [(0, self.seq_len + (self.whole - 1) * self.stride), *overrunning]
 
 
-def _limited(num_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """Targets of a stream, at most `max_tokens` (0: all). Raises `UserError` below one window."""
-    if max_tokens and max_tokens < seq_len:
-        raise UserError(
-            f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len}"
-            " tokens; score more tokens"
-        )
-    if num_tokens - 1 < seq_len:
-        raise UserError(
-            f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 ="
-            f" {seq_len + 1}: hold out more documents (prepare --val-docs) or score shorter"
-            " sequences"
-        )
-    return min(num_tokens - 1, max_tokens or num_tokens)
-
-
-def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
-    """Windows side by side over a stream of `num_tokens`, at most `max_tokens` targets (0: all)."""
-    return Windows(_limited(num_tokens, seq_len, max_tokens) // seq_len * seq_len, seq_len, seq_len)
-
-
 def sliding_windows(
     num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full"
 ) -> Windows:
-    """Windows that advance by `stride` and score each target once, at most `max_tokens` (0: all).
+    """Windows that advance by `stride` and score each target of a stream of `num_tokens` once, at
+    most `max_tokens` targets (0: all).
 
     With the published tail the targets end where standard windows end. Windows that overrun this
     end are kept and score the last `stride` targets again with less context, as parameter-golf
-    submissions 333, 465 and 1573 do.
+    submissions 333, 465 and 1573 do. Raises `UserError` if not even one window fits.
     """
     if not 1 <= stride <= seq_len:
         raise UserError(
             f"--stride {stride} is not between 1 and one window, data.seq_len = {seq_len}"
         )
-    targets = _limited(num_tokens, seq_len, max_tokens)
+    if max_tokens and max_tokens < seq_len:
+        raise UserError(
+            f"{max_tokens} tokens to score are less than one window of data.seq_len = {seq_len}"
+            " tokens; score more tokens"
+        )
+    if num_tokens <= seq_len:
+        raise UserError(
+            f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 ="
+            f" {seq_len + 1}: hold out more documents (prepare --val-docs) or score shorter"
+            " sequences"
+        )
+    targets = min(num_tokens - 1, max_tokens or num_tokens)
     if tail == "published":
         targets = targets // seq_len * seq_len
     return Windows(targets, seq_len, stride, tail)
+
+
+def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
+    """Windows side by side; see `sliding_windows`."""
+    windows = sliding_windows(num_tokens, seq_len, seq_len, max_tokens)
+    return replace(windows, targets=windows.whole * seq_len)
 
 
 def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
@@ -152,22 +146,20 @@ class WindowBatch:
 def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterator[WindowBatch]:
     """All rows of `windows` in batches of `rows`. The last batch is padded with its first row."""
     T, S = windows.seq_len, windows.stride
-    positions = np.arange(S)
+    view = np.lib.stride_tricks.sliding_window_view
     for first in range(0, windows.num_rows, rows):
         start, begin, upto = windows.rows(first, min(first + rows, windows.num_rows))
         offset = np.maximum(upto - S, 0)
         tokens = stream.take(int(start[0]), int(start[-1] - start[0]) + T + 1)
-        filled = np.concatenate([np.arange(len(start)), np.zeros(rows - len(start), np.int64)])
+        counted = np.arange(rows) < len(start)
+        filled = np.where(counted, np.arange(rows), 0)
         at, shift = (start - start[0])[filled], offset[filled]
-        arrays = {
-            "inputs": np.lib.stride_tricks.sliding_window_view(tokens, T)[at],
-            "targets": np.lib.stride_tricks.sliding_window_view(tokens, S)[at + shift + 1],
-        }
+        arrays = {"inputs": view(tokens, T)[at], "targets": view(tokens, S)[at + shift + 1]}
         if S < T:
             arrays["offsets"] = shift.astype(np.int32)
-        within = positions[None] + offset[:, None]
+        within = np.arange(S)[None] + offset[:, None]
         row, position = np.nonzero((begin[:, None] <= within) & (within < upto[:, None]))
-        yield WindowBatch(arrays, len(start), np.arange(rows) < len(start), (row, position))
+        yield WindowBatch(arrays, len(start), counted, (row, position))
 
 
 def read_windows(

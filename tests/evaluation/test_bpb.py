@@ -11,66 +11,31 @@ import pytest
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import TokenBytes
-from sngpt_jax.evaluation.bpb import Pass, Sum
+from sngpt_jax.evaluation.bpb import Pass, add_in_order
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import sliding_windows, standard_windows
 from sngpt_jax.model.forward import forward, init_variables
-from tests.evaluation.test_windows import literal
+from tests.evaluation.test_windows import Stream, literal
 
-V = 11
-
-
-class Stream:
-    """A stream in memory whose token t stands for t bytes, plus one for the first token of the
-    text after a 0.
-    """
-
-    def __init__(self, length, vocab_size=V):
-        self.tokens = np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def take(self, start, count):
-        return np.resize(np.roll(self.tokens, -start), count)
-
-    def count_bytes(self, token_bytes, start, stop):
-        return int(
-            token_bytes.count(self.tokens[start - 1 : stop - 1], self.tokens[start:stop]).sum()
-        )
-
-
+V, T = 29, 16
 BYTES = TokenBytes(np.arange(V, dtype=np.int32), np.ones(V, bool), np.arange(V) == 0)
 
 
-def fake_loss(position, inputs, target):
+def fake_loss(position, first, target):
     """A loss that depends on the target, the window's first token and the place in it."""
-    return np.float32(0.1 * target + 0.01 * inputs[0] + 0.001 * position)
+    return (0.1 * target + 0.01 * first + 0.001 * position).astype(np.float32)
 
 
 def fake_eval_step(variables, batch):
     inputs, targets = (np.asarray(batch[name], np.float64) for name in ("inputs", "targets"))
     offsets = np.asarray(batch.get("offsets", np.zeros(len(inputs))))
     position = offsets[:, None] + np.arange(targets.shape[1])
-    return {"nll": (0.1 * targets + 0.01 * inputs[:, :1] + 0.001 * position).astype(np.float32)}
+    return {"nll": fake_loss(position, inputs[:, :1], targets)}
 
 
-def score(stream, windows, devices=1, device_batch_tokens=64, progress=None):
-    mesh = make_mesh(jax.devices()[:devices])
-    options = mesh, windows, device_batch_tokens, progress
-    return Pass(None, fake_eval_step, stream, BYTES, *options).score()
-
-
-def literal_score(tokens, pairs):
-    """Loss, bits per byte, tokens and bytes of (first input, position) pairs, in exact arithmetic
-    but for the losses.
-    """
-    nll = [
-        float(fake_loss(position, tokens[start:], tokens[start + position + 1]))
-        for start, position in pairs
-    ]
-    total = sum(int(tokens[s + p + 1]) + int(tokens[s + p] != 0) for s, p in pairs)
-    return math.fsum(nll) / len(nll), math.fsum(nll) / math.log(2) / total, len(nll), total
+def scoring(windows, step=fake_eval_step, length=1001, devices=1, most=64, progress=None, **given):
+    mesh, stream = make_mesh(jax.devices()[:devices]), Stream(length, V)
+    return Pass(given.get("params"), step, stream, BYTES, mesh, windows, most, progress)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +47,15 @@ def literal_score(tokens, pairs):
     ],
 )
 def test_scores_equal_a_literal_loop(length, seq_len, stride, tail):
-    stream = Stream(length)
+    """In exact arithmetic but for the losses."""
     windows = sliding_windows(length, seq_len, stride, 0, tail)
-    got = score(stream, windows)
-    expected = literal_score(stream.tokens, literal(length - 1, seq_len, stride, tail))
-    assert (got.loss, got.bpb, got.tokens, got.bytes) == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_partial_standard_window_is_dropped():
-    assert score(Stream(24), standard_windows(24, 8, 0)).tokens == 16
+    got = scoring(windows, length=length).score()
+    tokens = Stream(length, V).tokens.astype(np.float64)
+    pairs = literal(length - 1, seq_len, stride, tail)
+    nll = math.fsum(fake_loss(p, tokens[s], tokens[s + p + 1]) for s, p in pairs)
+    size = sum(tokens[s + p + 1] + (tokens[s + p] != 0) for s, p in pairs)
+    expected = nll / len(pairs), nll / math.log(2) / size, len(pairs), size
+    assert dataclasses.astuple(got) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -98,37 +63,32 @@ def test_a_partial_standard_window_is_dropped():
 )
 @pytest.mark.parametrize("stride", [3, 8])
 def test_batching_changes_nothing(devices, device_batch_tokens, stride):
-    stream, windows = Stream(1001), sliding_windows(1001, 8, stride, 0)
-    assert score(stream, windows, devices, device_batch_tokens) == score(stream, windows)
+    windows = sliding_windows(1001, 8, stride, 0)
+    got = scoring(windows, devices=devices, most=device_batch_tokens)
+    assert got.score() == scoring(windows).score()
 
 
 def test_a_sum_does_not_depend_on_how_it_is_cut():
     values = np.random.default_rng(0).lognormal(sigma=9, size=1000)
     totals = set()
     for pieces in (1, 7, 1000):
-        sum = Sum()
+        total = 0.0
         for piece in np.array_split(values, pieces):
-            sum.add(piece)
-        totals.add(sum.total)
+            total = add_in_order(total, piece)
+        totals.add(total)
     assert len(totals) == 1 and totals.pop() == pytest.approx(math.fsum(values), rel=1e-13)
 
 
 def test_float32_losses_are_summed_in_float64():
     """2^24 ones and one more, which float32 would lose."""
-    sum = Sum()
-    sum.add(np.ones(2**24, np.float32))
-    sum.add(np.ones(1, np.float32))
-    assert sum.total == 2**24 + 1
+    total = add_in_order(0.0, np.ones(2**24, np.float32))
+    assert add_in_order(total, np.ones(1, np.float32)) == 2**24 + 1
 
 
 def test_progress_counts_rows():
     seen = []
-    score(
-        Stream(100),
-        standard_windows(100, 8, 0),
-        device_batch_tokens=40,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    windows = standard_windows(100, 8, 0)
+    scoring(windows, length=100, most=40, progress=lambda *counts: seen.append(counts)).score()
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
@@ -141,17 +101,15 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
 
     def step(variables, batch):
         sent.append(np.asarray(batch["hints"]))
-        return {"nll": np.asarray(batch["hints"]).astype(np.float32)}
+        return {"nll": sent[-1].astype(np.float32)}
 
-    stream, mesh = Stream(60), make_mesh(jax.devices()[:2])
     windows = sliding_windows(60, 8, 3, 0)
-    found = list(Pass(None, step, stream, BYTES, mesh, windows, 24).readings(hints))
-    assert asked == stream.tokens[1:].tolist()
+    found = list(scoring(windows, step, 60, devices=2, most=24).readings(hints))
+    targets, given, read = (
+        np.concatenate([piece[name] for piece in found]) for name in ("targets", "hints", "nll")
+    )
+    assert asked == targets.tolist() == Stream(60, V).tokens[1:].tolist()
     assert sent[0].shape == (6, 3)
-    given = np.concatenate([piece["hints"] for piece in found])
-    targets = np.concatenate([piece["targets"] for piece in found])
-    read = np.concatenate([piece["nll"] for piece in found])
-    np.testing.assert_array_equal(targets, stream.tokens[1:])
     np.testing.assert_array_equal(given, np.where(targets % 2, targets.astype(int), -1))
     # nothing is asked of the model where there is no hint
     np.testing.assert_array_equal(read, np.maximum(given, 0))
@@ -159,9 +117,8 @@ def test_hints_are_asked_for_in_the_order_of_the_targets():
 
 # --------------------------------------------------------------------------------------- of a model
 
-T = 16
 TINY = ModelConfig(
-    vocab_size=29,
+    vocab_size=V,
     num_layers=2,
     d_model=32,
     num_heads=2,
@@ -170,31 +127,26 @@ TINY = ModelConfig(
     max_seq_len=T,
     embed_init_std=0.7,
 )
+PARAMS = jax.jit(lambda key: init_variables(TINY, key)[0])
 
 
-def model_score(config, windows, devices, device_batch_tokens):
-    mesh = make_mesh(jax.devices()[:devices])
-    params = init_variables(config, jax.random.key(0))[0]
-    table = TokenBytes(np.ones(29, np.int32), np.zeros(29, bool), np.zeros(29, bool))
-    step = make_eval_step(config, mesh)
-    stream = Stream(400, 29)
-    return Pass(params, step, stream, table, mesh, windows, device_batch_tokens).score()
+def model_score(config, windows, devices, most):
+    step = make_eval_step(config, make_mesh(jax.devices()[:devices]))
+    params = PARAMS(jax.random.key(0))
+    return scoring(windows, step, 400, devices, most, params=params).score()
 
 
 @pytest.mark.parametrize("stride", [5, 16])
 def test_a_models_score_is_that_of_each_target_with_its_own_context(stride):
     """One forward pass for each target, on exactly the inputs that its window shows it."""
-    windows, tokens = sliding_windows(400, T, stride, 150), Stream(400, 29).tokens.astype(int)
-    params, apply = init_variables(TINY, jax.random.key(0))[0], jax.jit(forward(TINY))
+    windows, tokens = sliding_windows(400, T, stride, 150), Stream(400, V).tokens.astype(int)
+    params, apply = PARAMS(jax.random.key(0)), jax.jit(forward(TINY))
     nll = []
-    for target in range(150):
-        start = 0 if target < T else min(math.ceil((target - T + 1) / stride) * stride, 150 - T)
+    for start, position in literal(150, T, stride, "full"):
         inputs = np.zeros(T, int)  # one shape, one program; what comes later changes nothing
-        inputs[: target - start + 1] = tokens[start : target + 1]
-        logits = np.asarray(apply(params, jnp.asarray(inputs[None])))[0, target - start].astype(
-            np.float64
-        )
-        nll.append(np.log(np.exp(logits).sum()) - logits[tokens[target + 1]])
+        inputs[: position + 1] = tokens[start : start + position + 1]
+        logits = np.asarray(apply(params, jnp.asarray(inputs[None])), np.float64)[0, position]
+        nll.append(np.log(np.exp(logits).sum()) - logits[tokens[start + position + 1]])
     assert model_score(TINY, windows, 1, 64).loss == pytest.approx(np.mean(nll), rel=1e-6)
 
 
@@ -206,9 +158,8 @@ def test_devices_change_no_bit_and_batch_sizes_only_rounding(stride, dtype, tole
     windows = sliding_windows(400, T, stride, 0)
     base = model_score(config, windows, 1, 64)
     for devices in (3, 8):
-        assert model_score(config, windows, devices, 64) == base  # four rows a device, as with one
-    for devices, device_batch_tokens in ((1, 400), (8, 48)):
-        other = model_score(config, windows, devices, device_batch_tokens)
+        assert model_score(config, windows, devices, 64) == base  # four rows per device, as with 1
+    for devices, most in ((1, 400), (8, 48)):
+        other = model_score(config, windows, devices, most)
         assert (other.tokens, other.bytes) == (base.tokens, base.bytes)
-        assert other.loss == pytest.approx(base.loss, rel=tolerance)
-        assert other.bpb == pytest.approx(base.bpb, rel=tolerance)
+        assert (other.loss, other.bpb) == pytest.approx((base.loss, base.bpb), rel=tolerance)

@@ -30,6 +30,7 @@ from sngpt_jax.evaluation.health import (
 from sngpt_jax.model.cayley import CodeState, Taps, code_state
 from sngpt_jax.model.forward import init_variables, join, tapped_losses
 from sngpt_jax.run.metrics import MetricsWriter
+from tests.evaluation.test_windows import Stream
 
 MODEL = ModelConfig(
     family="pre_norm",
@@ -50,8 +51,7 @@ RANGES = [(0, 16), (16, 64), (64, 256)]
 COLUMNS = [slice(0, 4), slice(4, 10), slice(10, 15)]
 
 
-def random_code(rng, layers=None):
-    shape = () if layers is None else (layers,)
+def random_code(rng, *shape):
     return CodeState(
         mean=rng.normal(0, 0.3, (*shape, D)).astype(np.float32),
         std=rng.uniform(0.5, 3, (*shape, F)).astype(np.float32),
@@ -62,15 +62,9 @@ def random_code(rng, layers=None):
 
 def random_ids(rng, tokens):
     """Distinct features of each level, parents and children as they fall."""
-    levels = [
-        (np.arange(*ids), columns.stop - columns.start)
-        for ids, columns in zip(RANGES, COLUMNS, strict=True)
-    ]
-    rows = [
-        np.concatenate([rng.choice(ids, k, replace=False) for ids, k in levels])
-        for _ in range(tokens)
-    ]
-    return np.array(rows, np.int32)
+    levels = [(np.arange(*ids), k) for ids, (_, k, _) in zip(RANGES, LEVELS, strict=True)]
+    rows = ([rng.choice(ids, k, replace=False) for ids, k in levels] for _ in range(tokens))
+    return np.array([np.concatenate(row) for row in rows], np.int32)
 
 
 def child_set(parent, level, generators):
@@ -101,9 +95,8 @@ def oracle(x_ND, ids_NA, code, config=MODEL):
                 z_min[level] = min(z_min[level], z)
                 x_hat += c * v
             if level:
-                candidates = [
-                    child_set(f, level, config.generators) for f in ids[COLUMNS[level - 1]]
-                ]
+                parents = ids[COLUMNS[level - 1]]
+                candidates = [child_set(f, level, config.generators) for f in parents]
                 duplicates[level] += sum(map(len, candidates)) - len(set().union(*candidates))
         if np.any(x) and np.any(x_hat):
             cos += x @ x_hat / np.linalg.norm(x) / np.linalg.norm(x_hat)
@@ -117,10 +110,8 @@ def check(sums, health, layer, expected, tokens, generators="spread"):
     np.testing.assert_array_equal(sums.counts[layer], counts)
     np.testing.assert_allclose(sums.activations[layer], activations, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(sums.min_z[layer], z_min, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(sums.cos[layer], cos, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(sums.mean_square[layer], mean_square, rtol=1e-4)
-    np.testing.assert_allclose(health.duplicates[layer], duplicates / tokens, rtol=1e-12)
     assert generators == "prefix" or duplicates[1:].all()  # else the comparison shows nothing
+    np.testing.assert_allclose(health.duplicates[layer], duplicates / tokens, rtol=1e-12)
     np.testing.assert_allclose(health.cos[layer], cos / tokens, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(health.rms[layer], math.sqrt(mean_square / tokens), rtol=1e-4)
 
@@ -157,14 +148,10 @@ def random_model():
     """Variables of a model whose codes are no longer those of the start."""
     rng = np.random.default_rng(2)
     variables = jax.jit(lambda key: join(*init_variables(MODEL, key)))(jax.random.key(3))
-    code = random_code(rng, MODEL.num_layers)
-    for i, block in enumerate(variables["blocks"].values()):
-        block["code"] = {
-            "mean": jnp.asarray(code.mean[i]),
-            "std": jnp.asarray(code.std[i]),
-            "bias": jnp.asarray(code.bias[i]),
-            "last_fired": jnp.asarray(rng.integers(0, 300, F).astype(np.int32)),
-        }
+    for block in variables["blocks"].values():
+        fired = rng.integers(0, 300, F).astype(np.int32)
+        code = random_code(rng)._replace(last_fired=fired)._asdict()
+        block["code"] = jax.tree.map(jnp.asarray, code)
     return variables
 
 
@@ -193,9 +180,7 @@ def test_a_models_sums_are_those_of_its_taps():
 
 
 def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
-    """One layer's sums by hand; a selected feature's mean activation is 1 where `activations` says
-    nothing else.
-    """
+    """One layer's sums by hand; the default mean activation is 1."""
     return Sums(
         tokens=np.array([tokens]),
         counts=np.asarray(counts)[None],
@@ -209,10 +194,12 @@ def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
 
 def fresh_code(last_fired=None):
     zeros = np.zeros((1, F), np.float32)
-    fired = (
-        np.zeros((1, F), np.int32) if last_fired is None else np.asarray(last_fired, np.int32)[None]
-    )
+    fired = zeros.astype(np.int32) if last_fired is None else last_fired[None].astype(np.int32)
     return CodeState(mean=np.zeros((1, D), np.float32), std=zeros + 1, bias=zeros, last_fired=fired)
+
+
+def health_of(sums, step=1, code=None):
+    return summarize(MODEL, code or fresh_code(), sums, step)
 
 
 def test_a_feature_at_a_tenth_of_an_even_spread_is_alive():
@@ -221,15 +208,15 @@ def test_a_feature_at_a_tenth_of_an_even_spread_is_alive():
     counts[:4] = [0, 9, 10, 11]
     counts[16:19] = [4, 5, 6]
     counts[64:68] = [0, 1, 2, 3]
-    health = summarize(MODEL, fresh_code(), host_sums(400, counts), 1)
-    np.testing.assert_allclose(health.dead, [[2 / 16, 1 / 48, 2 / 192]])
+    dead = health_of(host_sums(400, counts)).dead
+    np.testing.assert_allclose(dead, [[2 / 16, 1 / 48, 2 / 192]])
 
 
 @given(tokens=st.integers(1, 10**6), count=st.integers(0, 10**5))
 def test_the_threshold_is_exact(tokens, count):
-    health = summarize(MODEL, fresh_code(), host_sums(tokens, np.full(F, count)), 1)
+    dead = health_of(host_sums(tokens, np.full(F, count))).dead
     expected = [count < Fraction(tokens * k, 10 * size) for k, size in ((4, 16), (6, 48), (5, 192))]
-    assert health.dead.tolist() == [[float(dead) for dead in expected]]
+    assert dead.tolist() == [expected]
 
 
 def test_a_zombie_is_alive_and_below_a_tenth_of_the_median_of_those_alive():
@@ -240,10 +227,10 @@ def test_a_zombie_is_alive_and_below_a_tenth_of_the_median_of_those_alive():
     # dead, so neither zombies nor in the median
     counts[64 : 64 + 100], strength[64 : 64 + 100] = 1, 0.001
     strength[64 + 100] = 0.1
-    health = summarize(MODEL, fresh_code(), host_sums(400 * 100, counts, counts * strength), 1)
+    health = health_of(host_sums(400 * 100, counts, counts * strength))
     # all too seldom for so many tokens
     assert health.dead.tolist() == [[1, 1, 1]] and not health.zombies.any()
-    health = summarize(MODEL, fresh_code(), host_sums(400, counts, counts * strength), 1)
+    health = health_of(host_sums(400, counts, counts * strength))
     np.testing.assert_allclose(health.dead, [[0, 0, 100 / 192]])
     np.testing.assert_allclose(health.zombies, [[2 / 16, 0, 1 / 192]])
 
@@ -260,30 +247,29 @@ def test_a_zombie_is_alive_and_below_a_tenth_of_the_median_of_those_alive():
 def test_silent_features_did_not_fire_in_the_last_100_steps(step, last_fired, silent):
     fired = np.full(F, step)
     fired[64:70] = last_fired
-    health = summarize(MODEL, fresh_code(fired), host_sums(1, np.ones(F)), step)
+    health = health_of(host_sums(1, np.ones(F)), step, fresh_code(fired))
     np.testing.assert_allclose(health.silent, [[0, 0, silent / 192]])
 
 
 def test_before_the_first_step_nothing_can_be_silent():
-    assert np.isnan(summarize(MODEL, fresh_code(), host_sums(1, np.ones(F)), 0).silent).all()
+    assert np.isnan(health_of(host_sums(1, np.ones(F)), 0).silent).all()
 
 
 def test_statistics_by_level():
-    code = random_code(np.random.default_rng(5), layers=1)
-    health = summarize(MODEL, code, host_sums(50, np.ones(F), repeats=(0, 25, 10)), 1)
+    code = random_code(np.random.default_rng(5), 1)
+    health = health_of(host_sums(50, np.ones(F), repeats=(0, 25, 10)), code=code)
     scores = dictionary.atoms(np.arange(F), D) @ code.mean[0].astype(np.float64)
-    np.testing.assert_allclose(
-        health.mu_mean[0], [np.abs(scores[slice(*r)]).mean() for r in RANGES], rtol=1e-5
-    )
+    slices = [slice(*ids) for ids in RANGES]
+    means = [np.abs(scores[V]).mean() for V in slices]
+    np.testing.assert_allclose(health.mu_mean[0], means, rtol=1e-5)
     # why not the plain mean: it is one coordinate of the mean, the same at every level
-    np.testing.assert_allclose(
-        [scores[slice(*r)].mean() for r in RANGES], code.mean[0, 0] / 4, rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        health.sigma_mean[0], [code.std[0, slice(*r)].mean() for r in RANGES], rtol=1e-6
-    )
+    np.testing.assert_allclose([scores[V].mean() for V in slices], code.mean[0, 0] / 4, rtol=1e-6)
+    spread = [code.std[0, V].mean() for V in slices]
+    np.testing.assert_allclose(health.sigma_mean[0], spread, rtol=1e-6)
+    parents = (range(*ids) for ids in RANGES)
     children = [
-        set().union(*(child_set(f, i, "spread") for f in range(*RANGES[i - 1]))) for i in (1, 2)
+        {child for f in level for child in child_set(f, i, "spread")}
+        for i, level in zip((1, 2), parents, strict=False)
     ]
     np.testing.assert_array_equal(health.reachable[0], [16, *map(len, children)])
     np.testing.assert_allclose(health.duplicates[0], [0, 25 * 6 / 50, 10 * 12 / 50])
@@ -293,11 +279,10 @@ def test_statistics_by_level():
 
 def test_sums_of_batches_add_up_without_rounding_to_float32():
     big = host_sums(2**31 - 1, np.full(F, 2**31 - 1), np.full(F, 2.0**24))
-    narrow = [a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in big]
-    total = accumulate(
-        accumulate(None, Sums(*narrow)), Sums(*narrow)._replace(min_z=np.array([[-2.0, 3.0, 2.0]]))
-    )
-    total = accumulate(total, Sums(*narrow)._replace(activations=np.ones((1, F), np.float32)))
+    narrow = Sums(*(a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in big))
+    low = narrow._replace(min_z=np.array([[-2.0, 3.0, 2.0]]))
+    ones = narrow._replace(activations=np.ones((1, F), np.float32))
+    total = functools.reduce(accumulate, (narrow, low, ones), None)
     assert total.tokens[0] == total.counts[0, 7] == 3 * (2**31 - 1)
     assert total.activations[0, 7] == 2**25 + 1
     assert total.min_z.tolist() == [[-2.0, 0.25, 2.0]]
@@ -306,60 +291,38 @@ def test_sums_of_batches_add_up_without_rounding_to_float32():
 # ----------------------------------------------------------------------------------- what is logged
 
 
+STATISTICS = ("reachable", "mu_mean", "sigma_mean", "min_z", "duplicates")
+PER_LEVEL = ("dead", "silent", "zombies", *STATISTICS)
+
+
 def by_hand(**changes):
     """The health of 2 layers with 3 levels."""
-    per_level = {
-        f.name: np.zeros((2, 3))
-        for f in dataclasses.fields(Health)
-        if f.name not in ("tokens", "cos", "rms")
-    }
     shares = {
         "dead": np.array([[0, 0.002, 0.02], [0, 0.004, 0.022]]),
         "silent": np.array([[0, 0.0002, 0.004]] * 2),
         "zombies": np.array([[0, 0, 1.0]] * 2),
     }
     layers = {"cos": np.array([0.8, 0.86]), "rms": np.array([1.0, 2.0])}
-    return Health(tokens=40, **(per_level | shares | layers | changes))
+    zeros = dict.fromkeys(PER_LEVEL, np.zeros((2, 3)))
+    return Health(tokens=40, **(zeros | shares | layers | changes))
 
 
 def test_the_record_has_every_layer_and_level_and_their_means():
     record = by_hand().record()
-    per_level = [
-        "dead",
-        "silent",
-        "zombies",
-        "reachable",
-        "mu_mean",
-        "sigma_mean",
-        "min_z",
-        "duplicates",
-    ]
-    places = ["", "layer00/", "layer01/"]
-    expected = {
-        f"code/{place}level{level}/{name}"
-        for place in places
-        for level in range(3)
-        for name in per_level
-    }
-    expected |= {f"code/{place}{name}" for place in places for name in ("cos", "rms")} | {
-        "code/tokens"
-    }
-    assert set(record) == expected
+    names = [f"level{level}/{name}" for level in range(3) for name in PER_LEVEL] + ["cos", "rms"]
+    places = ("", "layer00/", "layer01/")
+    expected = {f"code/{place}{name}" for place in places for name in names}
+    assert set(record) == expected | {"code/tokens"}
     assert all(type(value) in (int, float) for value in record.values())
     assert (record["code/layer00/level2/dead"], record["code/layer01/level1/dead"]) == (0.02, 0.004)
     assert record["code/level2/dead"] == pytest.approx(0.021)
-    assert (record["code/layer01/cos"], record["code/rms"], record["code/tokens"]) == (
-        0.86,
-        1.5,
-        40,
-    )
+    assert (record["code/layer01/cos"], record["code/rms"]) == (0.86, 1.5)
+    assert record["code/tokens"] == 40
 
 
 def test_the_line_is_short_and_no_share_above_zero_reads_as_zero():
-    assert (
-        by_hand().line()
-        == "code │ dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 % │ cos 0.83"
-    )
+    shares = "dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 %"
+    assert by_hand().line() == f"code │ {shares} │ cos 0.83"
 
 
 def test_numbers_that_are_not_finite_break_nothing(tmp_path):
@@ -372,31 +335,21 @@ def test_numbers_that_are_not_finite_break_nothing(tmp_path):
     written = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert written["code/level0/silent"] is None and written["code/layer01/level2/dead"] == 0.022
     nan = host_sums(400, np.full(F, 100), np.full(F, np.nan))
-    assert summarize(MODEL, fresh_code(), nan, 3).zombies.tolist() == [[0, 0, 0]]
+    assert health_of(nan).zombies.tolist() == [[0, 0, 0]]
 
 
 # ------------------------------------------------------------------------------------ over a stream
 
 
-class Stream:
-    """A stream of tokens in memory."""
-
-    def __init__(self, length):
-        self.tokens = np.random.default_rng(1).integers(1, 61, length).astype(np.uint16)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def take(self, start, count):
-        assert start + count <= len(self.tokens)
-        return self.tokens[start : start + count]
-
-
-def run_config(health_tokens):
-    eval_config = EvalConfig(health_tokens=health_tokens, device_batch_tokens=4 * T)
-    return Config(
-        model=MODEL, data=DataConfig(seq_len=T, batch_tokens=64, slices=1), eval=eval_config
+def scored(step, mesh, length, health_tokens, progress=None):
+    """The health of `random_model` after 200 steps."""
+    config = Config(
+        model=MODEL,
+        data=DataConfig(seq_len=T, batch_tokens=64, slices=1),
+        eval=EvalConfig(health_tokens=health_tokens, device_batch_tokens=4 * T),
     )
+    arguments = config, random_model(), step, Stream(length, 61), mesh
+    return score_health(*arguments, step=200, progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -405,52 +358,36 @@ def run_config(health_tokens):
 )
 def test_every_window_of_the_start_counts_once(health_tokens, devices, windows):
     """A step that "selects" the inputs that count and adds up the targets over them."""
-    stream, progress = Stream(1000), []
+    seen, progress = [], []
 
     def step(variables, batch):
         counted = np.asarray(batch["counted"])
+        assert len(counted) % devices == 0
         inputs, targets = (
             np.asarray(batch[name])[counted].reshape(-1) for name in ("inputs", "targets")
         )
-        assert len(counted) % devices == 0
-        sums = host_sums(
-            inputs.size, np.bincount(inputs, minlength=F), np.bincount(inputs, targets, minlength=F)
-        )
-        return Sums(*(np.repeat(a, 2, axis=0) for a in sums))
-
-    seen = []
-    mesh = make_mesh(jax.devices()[:devices])
-
-    def spy(variables, batch):
-        seen.append(step(variables, batch))
+        counts, weighted = (np.bincount(inputs, w, minlength=F) for w in (None, targets))
+        sums = host_sums(inputs.size, counts, weighted)
+        seen.append(Sums(*(np.repeat(a, 2, axis=0) for a in sums)))
         return seen[-1]
 
-    health = score_health(
-        run_config(health_tokens),
-        random_model(),
-        spy,
-        stream,
-        mesh,
-        step=9,
-        progress=lambda *a: progress.append(a),
-    )
+    mesh = make_mesh(jax.devices()[:devices])
+    health = scored(step, mesh, 1000, health_tokens, lambda *counts: progress.append(counts))
     total = functools.reduce(accumulate, seen, None)
-    inputs, targets = stream.tokens[: windows * T], stream.tokens[1 : windows * T + 1]
+    tokens = Stream(1000, 61).take(0, windows * T + 1)
     assert health.tokens == windows * T
-    np.testing.assert_array_equal(total.counts[1], np.bincount(inputs, minlength=F))
-    np.testing.assert_array_equal(total.activations[1], np.bincount(inputs, targets, minlength=F))
-    assert progress[-1] == (windows, windows) and len(progress) == len(seen) == math.ceil(
-        windows / (4 * devices)
-    )
+    np.testing.assert_array_equal(total.counts[1], np.bincount(tokens[:-1], minlength=F))
+    weighted = np.bincount(tokens[:-1], tokens[1:], minlength=F)
+    np.testing.assert_array_equal(total.activations[1], weighted)
+    assert progress[-1] == (windows, windows)
+    assert len(progress) == len(seen) == math.ceil(windows / (4 * devices))
 
 
 def test_devices_and_batches_change_nothing():
     """Eleven windows: in batches of four on one device, and in one of sixteen on eight."""
-    variables, found = random_model(), []
-    for devices in (1, 8):
-        mesh, step = health_step(devices)
-        found.append(score_health(run_config(11 * T), variables, step, Stream(200), mesh, step=200))
-    one, eight = (health.record() for health in found)
+    (mesh, step), (mesh_of_8, step_of_8) = health_step(1), health_step(8)
+    one = scored(step, mesh, 200, 11 * T).record()
+    eight = scored(step_of_8, mesh_of_8, 200, 11 * T).record()
     assert one["code/tokens"] == eight["code/tokens"] == 88
     assert 0 < one["code/level2/dead"] < 1 and 0 < one["code/level2/silent"] < 1
     assert one == pytest.approx(eight, rel=1e-4, abs=1e-6)

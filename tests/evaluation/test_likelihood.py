@@ -36,7 +36,7 @@ TINY = ModelConfig(
 
 
 class Letters:
-    """A token a letter, and one for "th"; spaces around the text are dropped, as by
+    """A token per letter, and one for "th"; spaces around the text are dropped, as by
     SentencePiece's nmt_nfkc.
     """
 
@@ -45,51 +45,37 @@ class Letters:
 
     def encode(self, text):
         letters = text.strip(" ").replace("th", "\xff")
-        return np.array(
-            [TH if letter == "\xff" else ALPHABET.index(letter) for letter in letters], np.int32
-        )
+        return np.array([(ALPHABET + "\xff").index(letter) for letter in letters], np.int32)
 
     def decode(self, ids):
-        return "".join(
-            "th" if i == TH else ALPHABET[i] if i != BOS else "" for i in np.asarray(ids)
-        ).lstrip(" ")
+        letters = [*ALPHABET, "th"]
+        return "".join(letters[i] for i in ids if i != BOS).lstrip(" ")
 
 
-def random_params(config, seed=0):
+def random_params(config):
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0))[0])
-    leaves, tree = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves]
-    )
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
 
 
-def make(devices=8, device_batch_tokens=64, tokenizer=None, **fields):
-    config = dataclasses.replace(TINY, **fields)
-    return LanguageModel(
-        Config(
-            model=config,
-            data=DataConfig(seq_len=T),
-            eval=EvalConfig(device_batch_tokens=device_batch_tokens),
-        ),
-        random_params(config),
-        tokenizer or Letters(),
-        make_mesh(jax.devices()[:devices]),
-    )
+def make(devices=8, most=64, tokenizer=None, **fields):
+    model = dataclasses.replace(TINY, **fields)
+    data, evaluation = DataConfig(seq_len=T), EvalConfig(device_batch_tokens=most)
+    config = Config(model=model, data=data, eval=evaluation)
+    mesh = make_mesh(jax.devices()[:devices])
+    return LanguageModel(config, random_params(model), tokenizer or Letters(), mesh)
 
 
 def log_probabilities(model, tokens):
     """ln p(v) after each of `tokens`, [t, V] float64, by the literal model."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), model.variables)
-    logits_TV = np.asarray(
-        oracles.gpt(model.config.model, params, np.asarray([tokens])), np.float64
-    )[0]
+    logits_TV = oracles.gpt(model.config.model, params, np.asarray([tokens]))[0]
     return logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)
 
 
 def score(model, context, scored):
-    """Sum of ln p and whether all are the likeliest, of the tokens `scored` after the tokens
-    `context`.
+    """Sum of ln p of the tokens `scored` after the tokens `context`, and whether all are the
+    likeliest.
     """
     tokens = [*context, *scored]
     found = log_probabilities(model, tokens[:-1])[len(context) - 1 :]
@@ -121,12 +107,11 @@ PAIRS = [
 def test_a_continuation_equals_the_literal_model():
     model = make()
     found = model.loglikelihood([pair[:2] for pair in PAIRS])
-    for (context, continuation, before, text), got in zip(PAIRS, found, strict=True):
+    for (*pair, before, text), got in zip(PAIRS, found, strict=True):
         scored = [ALPHABET.index(" ")] * text.startswith(" ") + ids(text)
         wanted, greedy = score(model, before, scored) if scored else (0.0, True)
-        assert got.tokens == len(scored), (context, continuation)
-        assert got.logprob == pytest.approx(wanted, abs=2e-4), (context, continuation)
-        assert got.greedy == greedy, (context, continuation)
+        assert (got.tokens, got.greedy) == (len(scored), greedy), pair
+        assert got.logprob == pytest.approx(wanted, abs=2e-4), pair
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 65, 100])
@@ -136,14 +121,11 @@ def test_rolling_windows_are_those_of_lm_eval(length):
     model = make()
     tokens = np.random.default_rng(length).integers(2, 28, length).tolist()
     text = "".join(ALPHABET[token] for token in tokens).replace("th", "tt")
-    windows = utils.get_rolling_token_windows(
-        ids(text), prefix_token=BOS, max_seq_len=T, context_len=1
-    )
     wanted = 0.0
-    for inputs, targets in windows:
-        found = log_probabilities(model, inputs)[-len(targets) :]
-        wanted += sum(found[i, token] for i, token in enumerate(targets))
-    assert model.rolling([text]) == pytest.approx([wanted], abs=1e-3)
+    for inputs, targets in utils.get_rolling_token_windows(
+        ids(text), prefix_token=BOS, max_seq_len=T, context_len=1
+    ):
+        wanted += log_probabilities(model, inputs)[np.arange(-len(targets), 0), targets].sum()
     [pair] = model.loglikelihood([("", text)])
     assert (pair.logprob, pair.tokens) == (pytest.approx(wanted, abs=1e-3), length)
 
@@ -173,10 +155,9 @@ def test_the_others_change_nothing():
     assert wanted[7].logprob != wanted[8].logprob
     for other, chosen in [(model, [7]), (model, range(30)[::-1]), (make(1, 10_000), range(30))]:
         got = other.loglikelihood([pairs[i] for i in chosen])
-        assert [one.tokens for one in got] == [wanted[i].tokens for i in chosen]
-        np.testing.assert_allclose(
-            [one.logprob for one in got], [wanted[i].logprob for i in chosen], rtol=1e-5
-        )
+        for one, i in zip(got, chosen, strict=True):
+            assert one.tokens == wanted[i].tokens
+            assert one.logprob == pytest.approx(wanted[i].logprob, rel=1e-5)
     assert model.loglikelihood([]) == []
 
 
@@ -185,7 +166,8 @@ def test_with_ntk_scaling_a_short_text_has_the_rotary_base_of_training():
     tokens = [BOS, *ids("the cat")]
     padded = log_probabilities(model, tokens + [0] * (T - len(tokens)))
     wanted = sum(padded[i, token] for i, token in enumerate(tokens[1:]))
-    assert model.rolling(["the cat"]) == pytest.approx([wanted], abs=1e-4)
+    [got] = model.loglikelihood([("", "the cat")])
+    assert got.logprob == pytest.approx(wanted, abs=1e-4)
     # or this would test nothing
     assert log_probabilities(model, tokens)[5, 3] != pytest.approx(padded[5, 3], abs=1e-3)
 
@@ -201,10 +183,8 @@ def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
             assert inputs.size <= 64 * 8 and len(inputs) % 8 == 0
             assert np.all(offsets + targets.shape[1] <= inputs.shape[1])
             shapes.add((inputs.shape, targets.shape[1]))
-            return {
-                "nll": np.ones(targets.shape, np.float32),
-                "greedy": np.ones(targets.shape, bool),
-            }
+            ones = np.ones(targets.shape, np.float32)
+            return {"nll": ones, "greedy": ones > 0}
 
         return step
 
@@ -212,9 +192,7 @@ def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
     seen = []
     pairs = [("a" * n, "b" * m) for n in range(31) for m in (1, 2, 5)] * 3
     found = make().loglikelihood(pairs, lambda done, total: seen.append((done, total)))
-    assert [(one.logprob, one.tokens) for one in found] == [
-        (-float(len(b)), len(b)) for _, b in pairs
-    ]
+    assert [(-one.logprob, one.tokens) for one in found] == [(len(b), len(b)) for _, b in pairs]
     # of T = 16 and 32, and the most that any scores, 5, rounded up
     assert shapes == {((4 * 8, 16), 8), ((2 * 8, 32), 8)}
     assert seen[-1] == (len(pairs), len(pairs))
@@ -223,17 +201,14 @@ def test_batches_have_few_shapes_and_keep_to_the_budget(monkeypatch):
 
 def test_losses_that_are_not_finite_are_one_line():
     model = make()
-    broken = dataclasses.replace(
-        model, variables=jax.tree.map(lambda a: a * np.nan, model.variables)
-    )
+    broken = jax.tree.map(lambda a: a * np.nan, model.variables)
     with pytest.raises(UserError, match="not finite"):
-        broken.rolling(["a"])
+        dataclasses.replace(model, variables=broken).loglikelihood([("", "a")])
 
 
 def test_a_tokenizer_of_another_vocabulary_is_one_line():
-    with pytest.raises(
-        UserError, match="the tokenizer has 32 tokens, more than model.vocab_size = 31"
-    ):
+    wanted = "the tokenizer has 32 tokens, more than model.vocab_size = 31"
+    with pytest.raises(UserError, match=wanted):
         make(vocab_size=TH)
 
 
@@ -242,22 +217,17 @@ def test_a_sentencepiece_tokenizer_that_drops_spaces_loses_no_word(tmp_path):
     the word is another token.
     """
     text = ["the cat sat on the mat and the dog sat on the log " * 5 + "xyz"]
-    tokenizer = train_sentencepiece(
-        text, tmp_path / "t.model", vocab_size=300, normalization="nmt_nfkc"
-    )
+    options = {"vocab_size": 300, "normalization": "nmt_nfkc"}
+    tokenizer = train_sentencepiece(text, tmp_path / "t.model", **options)
     model = make(tokenizer=tokenizer, vocab_size=304)
-    together, context = (tokenizer.encode(text).tolist() for text in ("the cat sat", "the cat"))
-    assert (
-        together[: len(context)] == context
-        and tokenizer.encode(" sat").tolist() != together[len(context) :]
+    context, alone, together = (
+        tokenizer.encode(text).tolist() for text in ("the cat", " sat", "the cat sat")
     )
-    wanted, _ = score(model, [tokenizer.bos_id, *context], together[len(context) :])
-    for pair in [("the cat", " sat"), ("the cat ", "sat")]:
-        [got] = model.loglikelihood([pair])
-        assert (got.logprob, got.tokens) == (
-            pytest.approx(wanted, abs=2e-4),
-            len(together) - len(context),
-        )
+    rest = together[len(context) :]
+    assert together == context + rest and alone != rest
+    wanted, _ = score(model, [tokenizer.bos_id, *context], rest)
+    for got in model.loglikelihood([("the cat", " sat"), ("the cat ", "sat")]):
+        assert (got.logprob, got.tokens) == (pytest.approx(wanted, abs=2e-4), len(rest))
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -267,10 +237,8 @@ def greedy_text(model, tokens, count):
     """The likeliest tokens of the tokenizer's vocabulary, one by one, up to BOS."""
     added = []
     for _ in range(count):
-        token = int(
-            log_probabilities(model, [*tokens, *added])[-1, : model.tokenizer.vocab_size].argmax()
-        )
-        if token == BOS:
+        known = log_probabilities(model, [*tokens, *added])[-1, : model.tokenizer.vocab_size]
+        if (token := int(known.argmax())) == BOS:
             break
         added.append(token)
     return added
@@ -279,11 +247,10 @@ def greedy_text(model, tokens, count):
 def test_greedy_texts_equal_full_recomputation_and_are_greedy_continuations():
     model = make()
     prompts = ["the cat", "a", "", "it was the best of times", LONG, "dog"]
-    texts = model.generate(prompts, [], 6)
+    texts, decode = model.generate(prompts, [], 6), model.tokenizer.decode
     for prompt, text in zip(prompts, texts, strict=True):
         head = [BOS, *ids(prompt)][-(T - 6) :]
-        added = greedy_text(model, head, 6)
-        assert text == model.tokenizer.decode([*head, *added])[len(model.tokenizer.decode(head)) :]
+        assert decode(head) + text == decode(head + greedy_text(model, head, 6))
     [found] = model.loglikelihood([("the cat", texts[0])])
     assert found.greedy and found.tokens
     other = "z" if texts[0][0] != "z" else "y"
@@ -302,39 +269,22 @@ def test_what_is_asked_of_the_generator(monkeypatch):
 
     monkeypatch.setattr(likelihood, "generate_tokens", fake)
     seen = []
-    model = make(devices=1, device_batch_tokens=2 * T)
-    texts = model.generate(
-        ["c", "ab", LONG],
-        ["zz", " no", "."],
-        8,
-        temperature=0.5,
-        top_k=3,
-        seed=7,
-        progress=lambda *n: seen.append(n),
-    )
+    options, until = {"temperature": 0.5, "top_k": 3}, ["zz", " no", "."]
+    progress = {"seed": 7, "progress": lambda *counts: seen.append(counts)}
+    model = make(devices=1, most=2 * T)
+    texts = model.generate(["c", "ab", LONG], until, 8, **options, **progress)
     assert texts == ["x thebb", "x thebbb", "x the" + "b" * 24]
-    assert [prompts for prompts, _ in calls] == [
-        [ids(LONG)[-24:], [BOS, *ids("ab")]],
-        [[BOS, *ids("c")]],
+    options |= {"seq_len": T, "max_tokens": 8, "vocab_size": TH + 1, "end_id": BOS}
+    assert calls == [
+        ([ids(LONG)[-24:], [BOS, *ids("ab")]], {**options, "seed": 7}),
+        ([[BOS, *ids("c")]], {**options, "seed": 8}),
     ]
-    options = {
-        "seq_len": T,
-        "max_tokens": 8,
-        "vocab_size": TH + 1,
-        "end_id": BOS,
-        "temperature": 0.5,
-        "top_k": 3,
-    }
-    assert [given for _, given in calls] == [{**options, "seed": 7}, {**options, "seed": 8}]
     assert seen == [(2, 3), (3, 3)]
 
 
 def test_a_space_that_begins_the_added_text_is_kept(monkeypatch):
-    monkeypatch.setattr(
-        likelihood,
-        "generate_tokens",
-        lambda *_, **__: [np.array([ALPHABET.index(" "), 2], np.int32)],
-    )
+    added = [np.array([ALPHABET.index(" "), 2], np.int32)]
+    monkeypatch.setattr(likelihood, "generate_tokens", lambda *_, **__: added)
     assert make().generate(["dog"], [], 2) == [" a"]
 
 

@@ -74,6 +74,15 @@ def only(model, name, path):
     return run_tasks(model, {name: path})[name]
 
 
+def error_of(name, path):
+    return only(Model(), name, path)["error"]
+
+
+def answers(*given):
+    """A model whose answers have these (ln p, number of tokens)."""
+    return Model([Continuation(logprob, False, tokens) for logprob, tokens in given])
+
+
 # ---------------------------------------------------------------------------------------- HellaSwag
 
 
@@ -85,19 +94,18 @@ def shares(acc, acc_norm, acc_bytes, acc_token_norm, samples=1):
 def test_hellaswag(tmp_path):
     """Two samples on which the four metrics differ."""
     path = write(tmp_path / "hellaswag_val.jsonl", ACTIVITY, WIKIHOW)
-    found = [
-        Continuation(-10.0, False, 5),  # -2.0 a character, -2.0 a token
-        Continuation(-12.0, False, 6),  # "is ripping level tiles off." 27 characters: -0.44, -2.0
-        Continuation(-13.0, False, 26),  # "is holding a rubik's cube." 26: -0.5, -0.5
-        Continuation(-9.0, False, 3),  # right: 26 characters: -0.35, -3.0
-        # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 a token
-        Continuation(-6.0, False, 1),
-        # right: "do not shave." 13: -0.75, -0.75 a byte, -0.75 a token
-        Continuation(-9.75, False, 13),
-        Continuation(-9.5, False, 5),
-        Continuation(-9.8, False, 5),
-    ]
-    model = Model(found)
+    model = answers(
+        (-10.0, 5),  # -2.0 per character, -2.0 per token
+        (-12.0, 6),  # "is ripping level tiles off." 27 characters: -0.44, -2.0
+        (-13.0, 26),  # "is holding a rubik's cube." 26: -0.5, -0.5
+        (-9.0, 3),  # right: 26 characters: -0.35, -3.0
+        # "é é é" with a space before: 6 characters -1.0, 9 bytes -0.67, -6 per token
+        (-6.0, 1),
+        # right: "do not shave." 13: -0.75, -0.75 per byte, -0.75 per token
+        (-9.75, 13),
+        (-9.5, 5),
+        (-9.8, 5),
+    )
     assert only(model, "hellaswag", path) == shares(0.5, 1.0, 0.5, 0.5, samples=2)
     endings = [
         [f" {e}" for e in ACTIVITY["endings"]],
@@ -109,29 +117,22 @@ def test_hellaswag(tmp_path):
 
 
 def test_of_equal_endings_the_first_counts(tmp_path):
-    path = write(
-        tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0}
-    )
-    got = only(Model([Continuation(-1.0, False, 1)] * 4), "hellaswag", path)
+    row = {**ACTIVITY, "endings": ["ab", "cd", "ef", "gh"], "label": 0}
+    got = only(answers(*[(-1.0, 1)] * 4), "hellaswag", write(tmp_path / "h.jsonl", row))
     assert got == shares(1.0, 1.0, 1.0, 1.0)
 
 
 def test_acc_norm_is_by_the_characters_of_the_ending_alone(tmp_path):
     """With the space before it counted too the first would win: -0.5 against -0.6."""
     path = write(tmp_path / "h.jsonl", {**ACTIVITY, "endings": ["a", "bcd"], "label": 1})
-    got = only(
-        Model([Continuation(-1.0, False, 1), Continuation(-2.4, False, 2)]), "hellaswag", path
-    )
+    got = only(answers((-1.0, 1), (-2.4, 2)), "hellaswag", path)
     assert got == shares(0.0, 1.0, 1.0, 0.0)
 
 
 def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
-    path = write(
-        tmp_path / "h.jsonl",
-        {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0},
-    )
-    model = Model([Continuation(-1.0, False, 1)] * 2)
-    assert only(model, "hellaswag", path)["acc"] == 1.0
+    row = {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0}
+    model = answers((-1.0, 1), (-1.0, 1))
+    assert only(model, "hellaswag", write(tmp_path / "h.jsonl", row))["acc"] == 1.0
     context = "Roof shingle removal: A man is sitting on a roof. \ufffd"
     assert model.asked == [(context, " \ufffd x"), (context, " y")]
 
@@ -152,9 +153,8 @@ def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
 )
 def test_a_line_that_is_not_as_published_is_named(tmp_path, changes, message):
     path = write(tmp_path / "h.jsonl", ACTIVITY, {**ACTIVITY, **changes})
-    assert only(Model(), "hellaswag", path) == {
-        "error": f"{path}, line 2: {message}; give HellaSwag's hellaswag_val.jsonl"
-    }
+    expected = f"{path}, line 2: {message}; give HellaSwag's hellaswag_val.jsonl"
+    assert only(Model(), "hellaswag", path) == {"error": expected}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_line_that_is_not_as_published_is_named(tmp_path, changes, message):
 )
 def test_a_line_of_another_kind_is_named(tmp_path, row, message):
     (path := tmp_path / "h.jsonl").write_text(row)
-    assert f"{path}, line 1: {message}" in only(Model(), "hellaswag", path)["error"]
+    assert f"{path}, line 1: {message}" in error_of("hellaswag", path)
 
 
 # ------------------------------------------------------------------------------------------ LAMBADA
@@ -171,11 +171,8 @@ def test_a_line_of_another_kind_is_named(tmp_path, row, message):
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".JSONL"])
 def test_lambada(tmp_path, suffix, start):
-    texts = [
-        "he looked at his dog",
-        "\u201cno\u2028way ,\u201d said  Vivienne",
-        "give me the\x0bkey",
-    ]
+    said = "\u201cno\u2028way ,\u201d said "
+    texts = ["he looked at his dog", f"{said} Vivienne", "give me the\x0bkey"]
     path = tmp_path / f"lambada{suffix}"
     if suffix == ".txt":
         path.write_text("\n".join(texts) + "\n")
@@ -189,7 +186,7 @@ def test_lambada(tmp_path, suffix, start):
     assert got == {"acc": 2 / 3, "perplexity": pytest.approx(math.exp(1.5)), "samples": 3}
     assert model.asked == [
         ("he looked at his", " dog"),
-        ("\u201cno\u2028way ,\u201d said ", " Vivienne"),
+        (said, " Vivienne"),
         ("give me", " the\x0bkey"),
     ]
 
@@ -218,7 +215,7 @@ def test_lambada(tmp_path, suffix, start):
 )
 def test_a_passage_that_is_not_as_published_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    assert message in only(Model(), "lambada", tmp_path / name)["error"]
+    assert message in error_of("lambada", tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------- SQuAD
@@ -230,29 +227,21 @@ def squad(*questions):
         {
             "id": str(i),
             "question": question,
-            "answers": [{"text": text, "answer_start": 0} for text in answers],
+            "answers": [{"text": text, "answer_start": 0} for text in texts],
             **more,
         }
-        for i, (question, answers, more) in enumerate(questions)
+        for i, (question, texts, more) in enumerate(questions)
     ]
-    return {
-        "version": "1.1",
-        "data": [{"title": "Super_Bowl_50", "paragraphs": [{"context": "It was.", "qas": rows}]}],
-    }
+    paragraphs = [{"context": "It was.", "qas": rows}]
+    return {"version": "1.1", "data": [{"title": "Super_Bowl_50", "paragraphs": paragraphs}]}
 
 
 def test_squad(tmp_path):
-    path = write(
-        tmp_path / "dev-v1.1.json",
-        squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {})),
-    )
+    content = squad(("Who?", ["Denver Broncos", "the Broncos"], {}), ("When?", ["1998"], {}))
     model = Model(texts=[" The broncos!", " in 1998, I think"])
-    got = only(model, "squad", path)
-    assert got == {
-        "exact_match": 50.0,
-        "f1": pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2),
-        "samples": 2,
-    }
+    got = only(model, "squad", write(tmp_path / "dev-v1.1.json", content))
+    f1 = pytest.approx(100 * (1 + 2 * 1 / (4 + 1)) / 2)
+    assert got == {"exact_match": 50.0, "f1": f1, "samples": 2}
     prompt = "Title: Super_Bowl_50\n\nBackground: It was.\n\nQuestion: Who?\n\nAnswer:"
     assert model.asked == [([prompt, prompt.replace("Who", "When")], ["\n"], 32)]
 
@@ -292,18 +281,12 @@ def test_a_right_answer_without_words_is_left_out(tmp_path):
     ],
 )
 def test_a_question_that_is_not_as_published_is_named(tmp_path, content, message):
-    assert message in only(Model(), "squad", write(tmp_path / "s.json", content))["error"]
+    assert message in error_of("squad", write(tmp_path / "s.json", content))
 
 
 @pytest.mark.parametrize(
     ("text", "normalized"),
-    [
-        ("The  Cat,\tan' the Hat!", "cat hat"),
-        ("theatre", "theatre"),
-        ("a-b", "ab"),
-        ("$1,000.50", "100050"),
-        ("A.", ""),
-    ],
+    [("The  Cat,\tan' the Hat!", "cat hat"), ("theatre", "theatre"), ("$1,000.50-b", "100050b")],
 )
 def test_answers_are_normalized_as_published(text, normalized):
     assert normalize_answer(text) == normalized
@@ -315,10 +298,8 @@ words = st.lists(st.sampled_from(["the", "cat", "Cat", "sat", "on", "!"]), max_s
 @given(words, words)
 def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer, right):
     def bag(text):
-        text = re.sub(
-            r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation)
-        )
-        return text.split()
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
     got, want = bag(answer), bag(right)
     if not got or not want:

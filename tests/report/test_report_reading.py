@@ -108,7 +108,7 @@ def test_a_field_that_an_earlier_version_lacked_has_its_default(tmp_path):
 def test_results_are_known_by_their_keys(tmp_path):
     directory = fake_run.make(tmp_path / "run")
     export = {"artifact_bytes": 1, "bits_per_weight": as_json([GROUP])}
-    score = {**Score(loss=3.0, bpb=1.5, bytes=5, tokens=2).as_dict(), "mode": "standard"}
+    score = {**vars(Score(loss=3.0, bpb=1.5, bytes=5, tokens=2)), "mode": "standard"}
     tasks = {"step": 1, "weights": "final", "tasks": {"lambada": {"acc": 0.5}}}
     files = {"b": export, "score": score, "tasks": tasks, "plan": {"bpb": 1}, "list": [1]}
     for name, value in files.items():

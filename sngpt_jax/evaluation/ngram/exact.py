@@ -19,15 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
-from sngpt_jax.evaluation.ngram.compiled import compiled
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.compiled import compiled, scrambled
 
 ORDER = 7
 START_WEIGHT = 0.05
 START_COUNT = 100  # the first weight counts as much as this many targets
 
-# An n-gram: its parent's slot and its last token; how often it came, how often a stored n-gram
-# continued it, and how many different ones did.
+# An n-gram: its parent's slot, its last token, how many different stored n-grams continued it, how
+# often it came, and how often it was continued.
 NODE = np.dtype(
     [
         ("parent", np.uint32),
@@ -37,11 +37,9 @@ NODE = np.dtype(
         ("total", np.uint32),
     ]
 )
-# N(s) stops there, should all of 65,536 tokens follow s; p_s sums to 1 with any N
-MOST_DISTINCT = 2**16 - 1
+MOST_DISTINCT = 2**16 - 1  # N(s) stops there; p_s sums to 1 with any N
 MOST_SLOTS = 2**32 - 1
 LEAST_SLOTS = 1024
-_PAGE = 4096  # bytes, the smallest unit of memory that a machine hands out
 
 
 class _Trie(NamedTuple):
@@ -49,14 +47,14 @@ class _Trie(NamedTuple):
 
     nodes: np.ndarray  # NODE [slots + 1]; the last slot is the root, the empty context
     contexts: np.ndarray  # int64 [7], slots of the last 0 … 6 tokens; -1: not stored
+    children: np.ndarray  # int64 [7], slots of `_probability`'s token after each context
     room: np.ndarray  # int64 [1], n-grams that can still be stored
     weights: np.ndarray  # float64 [7], w by the length of the context
     scored: np.ndarray  # int64 [7], targets that each w has mixed
 
 
 class ExactCache:
-    """Counts of orders 1 to 7 over a stream of `targets` targets after `first_token`, in at most
-    `memory` bytes.
+    """Counts over a stream of `targets` targets after `first_token`, in at most `memory` bytes.
 
     A third of the slots stay empty, so that searches are short. A full table stores no new
     n-grams. Those do not enter their contexts' totals, so p_s stays a distribution.
@@ -71,56 +69,48 @@ class ExactCache:
         slots = min(most + most // 2 + 1, memory // NODE.itemsize - 1, MOST_SLOTS)
         if slots < min(LEAST_SLOTS, most):
             least = (LEAST_SLOTS + 1) * NODE.itemsize
+            gib = math.ceil(1e6 * least / 2**30) / 1e6
             raise UserError(
                 f"{in_bytes(memory)} are too little memory for the n-gram cache exact; give it"
-                f" {in_bytes(least)} or more (--ngram-memory"
-                f" {math.ceil(1e6 * least / 2**30) / 1e6}, in GiB)"
+                f" {in_bytes(least)} or more (--ngram-memory {gib}, in GiB)"
             )
         limit = min(2 * slots // 3, most)
         self._vocab_size = vocab_size
         self._trie = _Trie(
             nodes=np.zeros(slots + 1, NODE),
             contexts=np.array([slots] + [-1] * (ORDER - 1)),
+            children=np.zeros(ORDER, np.int64),
             room=np.array([limit]),
             weights=np.full(ORDER, START_WEIGHT),
             scored=np.zeros(ORDER, np.int64),
         )
         # makes the machine find the memory now, not while targets are scored
-        self._trie.nodes.view(np.uint8)[::_PAGE] = 0
+        self._trie.nodes.fill(0)
         self.memory_bytes = self._trie.nodes.nbytes
         room = "every n-gram" if limit == most else f"{limit:,} n-grams; later ones are not counted"
         self.about = (
             f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
             f" {in_bytes(self.memory_bytes)}, room for {room}"
         )
-        _count(self._trie, np.empty(ORDER, np.int64), 0, first_token)
+        _count(self._trie, 0, first_token)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         return self._advance(chunk, np.empty(0, np.int64))[0]
 
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
-        assert chunk.mass is not None, "mass needs the model's own"
-        _, weights, sums = self._advance(chunk, at)
+        _, weights, sums, _ = self._advance(chunk, at)
         return (1 - weights) * chunk.mass[at] + weights * sums
 
-    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-ln of the mixture [n], and at `at` [k] the weights and the sums of p_s over the
-        vocabulary.
-        """
-        nll, weights, sums = np.empty(len(chunk.targets)), np.empty(len(at)), np.zeros(len(at))
-        p = np.exp(-chunk.nll.astype(np.float64))
-        targets = chunk.targets.astype(np.uint16)
-        _score_and_count(self._trie, targets, p, self._vocab_size, at, nll, weights, sums)
-        return nll, weights, sums
+    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        p, targets = np.exp(-chunk.nll.astype(np.float64)), chunk.targets.astype(np.uint16)
+        return _score_and_count(self._trie, targets, p, self._vocab_size, at)
 
 
 @compiled
 def _home(nodes: np.ndarray, parent: int, token: int) -> int:
-    """The slot where the search for an n-gram begins. The multipliers are SplitMix64's."""
-    h = (np.uint64(parent) << np.uint64(16)) | np.uint64(token)
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return int(np.int64(((h >> np.uint64(32)) * np.uint64(len(nodes) - 1)) >> np.uint64(32)))
+    """The slot where the search for an n-gram begins."""
+    h = scrambled((np.uint64(parent) << np.uint64(16)) | np.uint64(token)) >> np.uint64(32)
+    return int(np.int64((h * np.uint64(len(nodes) - 1)) >> np.uint64(32)))
 
 
 @compiled
@@ -135,32 +125,30 @@ def _find(nodes: np.ndarray, parent: int, token: int) -> int:
 
 
 @compiled
-def _touch(nodes: np.ndarray, contexts: np.ndarray, token: int) -> int:
+def _touch(trie: _Trie, token: int) -> int:
     """Reads the slots where all searches for `token` begin, so that they wait for memory once. The
     sum keeps the compiler from removing the reads.
     """
     total = 0
-    for k in range(len(contexts)):
-        total += nodes[_home(nodes, max(contexts[k], 0), token)].count
+    for context in trie.contexts:
+        total += trie.nodes[_home(trie.nodes, max(context, 0), token)].count
     return total
 
 
 @compiled
-def _probability(
-    nodes: np.ndarray, contexts: np.ndarray, token: int, vocab_size: int, children: np.ndarray
-) -> tuple[float, int]:
-    """p_s(token), and the number of contexts that it has followed; writes the slots of those
-    n-grams to `children`. A token that followed a context also followed every shorter one.
-    """
+def _probability(trie: _Trie, token: int, vocab_size: int) -> tuple[float, int]:
+    """p_s(token), and the number of contexts that it has followed, whose `children` it sets."""
+    # a token that followed a context also followed every shorter one
     p, known, searching = 1 / vocab_size, 0, True
-    for k in range(len(contexts)):
-        if contexts[k] < 0 or nodes[contexts[k]].total == 0:
+    for k in range(ORDER):
+        context = trie.contexts[k]
+        if context < 0 or trie.nodes[context].total == 0:
             break
-        total, distinct = nodes[contexts[k]].total, nodes[contexts[k]].distinct
+        total, distinct = trie.nodes[context].total, trie.nodes[context].distinct
         count = 0
         if searching:
-            children[k] = _find(nodes, contexts[k], token)
-            count = nodes[children[k]].count
+            trie.children[k] = _find(trie.nodes, context, token)
+            count = trie.nodes[trie.children[k]].count
             searching = count > 0
             known += searching
         p = (count + distinct * p) / (total + distinct)
@@ -168,16 +156,16 @@ def _probability(
 
 
 @compiled
-def _count(trie: _Trie, children: np.ndarray, known: int, token: int) -> None:
-    """Counts `token` after the contexts, the shortest first, and advances the contexts by it; it
-    has followed the first `known` contexts before.
+def _count(trie: _Trie, known: int, token: int) -> None:
+    """Counts `token`, which has followed the first `known` contexts before, after every context,
+    the shortest first. Then advances the contexts by it.
     """
     nodes, contexts, room = trie.nodes, trie.contexts, trie.room
     parent = contexts[0]
-    for k in range(len(contexts)):
+    for k in range(ORDER):
         child = -1
         if k < known:
-            child = children[k]
+            child = trie.children[k]
             nodes[child].count += 1
         elif parent >= 0 and room[0] > 0:
             child = _find(nodes, parent, token)
@@ -186,44 +174,37 @@ def _count(trie: _Trie, children: np.ndarray, known: int, token: int) -> None:
             room[0] -= 1
         if child >= 0:
             nodes[parent].total += 1
-        if k + 1 < len(contexts):
+        if k + 1 < ORDER:
             parent = contexts[k + 1]
             contexts[k + 1] = child
 
 
 @compiled
 def _score_and_count(
-    trie: _Trie,
-    targets: np.ndarray,
-    p: np.ndarray,
-    vocab_size: int,
-    at: np.ndarray,
-    nll: np.ndarray,
-    weights_at: np.ndarray,
-    sums: np.ndarray,
-) -> int:
-    nodes, contexts, weights = trie.nodes, trie.contexts, trie.weights
-    children = np.empty(len(contexts), np.int64)
+    trie: _Trie, targets: np.ndarray, p: np.ndarray, vocab_size: int, at: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """-ln of the mixture [n], at `at` [k] the weights and the sums of p_s over the vocabulary, and
+    the sum of `_touch`.
+    """
+    nll, weights_at, sums = np.empty(len(targets)), np.empty(len(at)), np.zeros(len(at))
     asked = touched = 0
     for i in range(len(targets)):
-        touched += _touch(nodes, contexts, targets[i])
-        length = 0  # of the longest context that was ever continued
-        while (
-            length + 1 < len(contexts)
-            and contexts[length + 1] >= 0
-            and nodes[contexts[length + 1]].total > 0
+        touched += _touch(trie, targets[i])
+        length = ORDER - 1  # of the longest context that was ever continued
+        while length and (
+            trie.contexts[length] < 0 or trie.nodes[trie.contexts[length]].total == 0
         ):
-            length += 1
-        w = weights[length]
+            length -= 1
+        w = trie.weights[length]
         if asked < len(at) and at[asked] == i:
             weights_at[asked] = w
             for v in range(vocab_size):
-                sums[asked] += _probability(nodes, contexts, v, vocab_size, children)[0]
+                sums[asked] += _probability(trie, v, vocab_size)[0]
             asked += 1
-        p_ng, known = _probability(nodes, contexts, targets[i], vocab_size, children)
+        p_ng, known = _probability(trie, targets[i], vocab_size)
         mixed = (1 - w) * p[i] + w * p_ng
         nll[i] = -np.log(mixed)
         trie.scored[length] += 1
-        weights[length] += (w * p_ng / mixed - w) / (trie.scored[length] + START_COUNT)
-        _count(trie, children, known, targets[i])
-    return touched
+        trie.weights[length] += (w * p_ng / mixed - w) / (trie.scored[length] + START_COUNT)
+        _count(trie, known, targets[i])
+    return nll, weights_at, sums, touched

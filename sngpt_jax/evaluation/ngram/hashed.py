@@ -12,12 +12,11 @@ bucket are not told apart. So p_ng is too large for almost every token of the vo
 sum over the vocabulary is not 1.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
 from sngpt_jax.evaluation.ngram.compiled import compiled
 
 BUCKETS = 2**22
@@ -38,11 +37,12 @@ class _Counts(NamedTuple):
 
 
 class HashedCache:
-    """The first of `orders` whose context was counted twice gives p_ng, and p ← (1 - α) p + α p_ng.
+    """The longest n-gram whose context was counted twice gives p_ng, and p ← (1 - α) p + α p_ng.
 
-    α is 0.2, or with `by_entropy` 0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats. Targets
-    are counted at every order once their segment is scored. With `undercount`, as published, a
-    target that was mixed at some order is not counted at lower orders.
+    The order is 5 and α is 0.2. With `backoff` the orders are 7 to 2, and α is
+    0.05 + 0.55 σ(2 (H - 4)) for a model's entropy of H nats. Targets are counted at every order
+    once their segment is scored: the first `first_segment` targets, then `segment` at a time. With
+    `undercount`, as published, a target that was mixed at some order is not counted at lower ones.
     """
 
     hints = None
@@ -50,27 +50,27 @@ class HashedCache:
 
     def __init__(
         self,
-        orders: Sequence[int],
         first_token: int,
         vocab_size: int,
         first_segment: int,
         segment: int,
-        by_entropy: bool,
-        undercount: bool = False,
+        backoff: bool,
+        undercount: bool,
     ):
-        self.readings: tuple[str, ...] = ("entropy",) if by_entropy else ()
+        orders = np.arange(7, 1, -1) if backoff else np.array([5])
+        self.readings: tuple[str, ...] = ("entropy",) if backoff else ()
         self._vocab_size, self._segment, self._undercount = vocab_size, segment, undercount
         self._recent = np.array([first_token], np.uint16)  # the tokens that contexts may need
         shape = (max(first_segment, segment), len(orders), 2)
         self._counts = _Counts(
-            orders=np.array(orders),
+            orders=orders,
             tables=np.zeros((len(orders), 2, BUCKETS), np.uint32),
             buckets=np.empty(shape, np.int32),
             found=np.empty(shape, np.uint32),
             progress=np.array([0, first_segment]),
         )
         self.memory_bytes = sum(array.nbytes for array in self._counts)
-        name = "5-grams" if len(orders) == 1 else "7- to 2-grams, the longest known context first"
+        name = "7- to 2-grams, the longest known context first" if backoff else "5-grams"
         self.about = (
             f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)}"
             f" hashed tables of {BUCKETS:,} buckets, {in_bytes(self.memory_bytes)}; not a"
@@ -86,27 +86,19 @@ class HashedCache:
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
         """See `Cache.mass`; before probabilities under 1e-12 are raised to it."""
         given, sums = self._advance(chunk, at)
-        assert chunk.mass is not None, "mass needs the model's own"
         own, alpha = chunk.mass[at].astype(np.float64), self._alpha(chunk)[at]
         return np.where(given[at] >= 0, (1 - alpha) * own + alpha * sums, own)
 
     def _alpha(self, chunk: Chunk) -> np.ndarray:
         if not self.readings:
             return np.full(len(chunk.targets), 0.2)
-        assert chunk.entropy is not None, "the weight needs the model's entropy"
         return 0.05 + 0.55 / (1 + np.exp(-2 * (chunk.entropy.astype(np.float64) - 4)))
 
     def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """p_ng of each target [n], -1 where no order knows the context, and its sums over the
-        vocabulary at `at` [k].
-        """
-        before = len(self._recent)
-        tokens = np.concatenate([self._recent, chunk.targets.astype(np.uint16)])
-        given, sums = np.empty(len(chunk.targets)), np.zeros(len(at))
-        options = self._segment, self._undercount, self._vocab_size
-        _score_and_count(self._counts, tokens, before, *options, at, given, sums)
+        before, tokens = len(self._recent), np.concatenate([self._recent, chunk.targets])
         self._recent = tokens[-(int(self._counts.orders.max()) - 1) :]
-        return given, sums
+        options = self._segment, self._undercount, self._vocab_size
+        return _score_and_count(self._counts, tokens, before, *options, at)
 
 
 @compiled
@@ -115,47 +107,47 @@ def _score_and_count(
     tokens: np.ndarray,
     before: int,
     segment: int,
-    undercount: int,
+    undercount: bool,
     vocab_size: int,
     at: np.ndarray,
-    given: np.ndarray,
-    sums: np.ndarray,
-) -> None:
-    """Each segment is read, then scored, then counted. Reading all counts first lets the reads
+) -> tuple[np.ndarray, np.ndarray]:
+    """p_ng of each target [n], -1 where no order knows the context, and at `at` [k] its sums over
+    the vocabulary.
+
+    Each segment is read, then scored, then counted. Reading all counts first lets the reads
     overlap.
     """
     orders, tables, buckets, found = state.orders, state.tables, state.buckets, state.found
+    given, sums = np.full(len(tokens) - before, -1.0), np.zeros(len(at))
     scored, length = state.progress
     first, asked = before, 0
     while first < len(tokens):
         rows = min(length - scored, len(tokens) - first)
         _read(tokens[: first + rows], first, orders, tables, buckets[scored:], found[scored:])
-        for i in range(rows):
-            t = first + i
-            p = -1.0
+        for i in range(scored, scored + rows):
+            t = first + i - scored
+            wanted = asked < len(at) and at[asked] == t - before
             for o in range(len(orders)):
-                count = found[scored + i, o, 0]
+                count, full = found[i, o]
                 if count >= MIN_COUNT:
-                    full, bucket = found[scored + i, o, 1], buckets[scored + i, o, 1]
-                    p = min(full, count) / count
-                    if asked < len(at) and at[asked] == t - before:
-                        n = orders[o]
+                    given[t - before] = min(full, count) / count
+                    if wanted:
+                        n, bucket = orders[o], buckets[i, o, 1]
                         sums[asked] = _sum(tables[o, 1], count, bucket, tokens[t], n, vocab_size)
                     if undercount:
-                        buckets[scored + i, o + 1 :] = -1
+                        buckets[i, o + 1 :] = -1
                     break
-            if asked < len(at) and at[asked] == t - before:
-                asked += 1
-            given[t - before] = p
+            asked += wanted
         first, scored = first + rows, scored + rows
         if scored == length:
             for o in range(len(orders)):
                 for i in range(scored):
                     if buckets[i, o, 0] >= 0:
-                        tables[o, 0, buckets[i, o, 0]] += np.uint32(1)
-                        tables[o, 1, buckets[i, o, 1]] += np.uint32(1)
+                        for kind in range(2):
+                            tables[o, kind, buckets[i, o, kind]] += np.uint32(1)
             scored, length = 0, segment
     state.progress[0], state.progress[1] = scored, length
+    return given, sums
 
 
 @compiled
@@ -167,8 +159,8 @@ def _read(
     buckets: np.ndarray,
     found: np.ndarray,
 ) -> None:
-    """Writes the `buckets` of the targets from `first` on at every order, and the counts `found` in
-    them: 0 where too few tokens come before.
+    """Writes the `buckets` of the targets from `first` on, and the counts `found` in them: 0 where
+    too few tokens come before.
     """
     mask = np.uint64(tables.shape[2] - 1)
     for o in range(len(orders)):

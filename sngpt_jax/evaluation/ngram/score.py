@@ -4,22 +4,20 @@ A score is a code length only if the probabilities behind it sum to 1 over the v
 repeats the pass with a new cache and measures the sum at evenly spaced positions.
 """
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from sngpt_jax.evaluation.bpb import Pass, Score, Sum
-from sngpt_jax.evaluation.ngram.cache import Cache
-from sngpt_jax.evaluation.ngram.chunk import Chunk
-from sngpt_jax.evaluation.windows import OnProgress
+from sngpt_jax.base import cli
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.evaluation.bpb import Pass, Score, add_in_order
+from sngpt_jax.evaluation.ngram.cache import Cache, Chunk, Mode
+from sngpt_jax.evaluation.windows import OnProgress, Windows
 
 PROBES = 10_000  # positions at which the mass is measured
 
 
-@dataclass(frozen=True)
-class Mass:
+class Mass(NamedTuple):
     """The sum of the mixed probabilities over the vocabulary, at `positions` positions evenly
     spaced over the scored targets.
     """
@@ -27,38 +25,65 @@ class Mass:
     mean: float
     min: float
     max: float
-    # mean ln of the mass: the nats per token that dividing by the mass adds to the loss
-    mean_log: float
+    mean_log: float  # the nats per token that dividing by the mass adds to the loss
     positions: int
 
 
-@dataclass(frozen=True)
-class CachedScore:
-    """A stream's score with a cache and without it."""
+class CachedScore(NamedTuple):
+    """A stream's score by a model and by the model with a cache."""
 
-    model: Score  # without the cache
-    score: Score
+    model: Score
+    mixed: Score
     chunks: list[Chunk]  # the cache's input, for `mass`
 
 
-def memory_of_chunks(cache: Cache, targets: int) -> int:
-    """Bytes of the chunks that a pass over `targets` targets keeps: tokens of 2 bytes, readings and
-    hints of 4.
+def make_cache(
+    mode: Mode,
+    *,
+    first_token: int,
+    vocab_size: int,
+    windows: Windows,
+    memory: int,
+    undercount: bool = False,
+) -> Cache:
+    """A new cache for a stream of `first_token` and then the targets of `windows`.
+
+    The hashed modes count the targets of a window once all of them are scored. `exact` counts after
+    every target, in at most `memory` bytes. `undercount` makes `backoff` count as published.
+
+    Raises `UserError` if numba is missing, or if `memory` is too small for `exact` to start.
     """
-    return targets * (2 + 4 * len(readings_for(cache)) + 4 * bool(cache.hints))
+    try:
+        from sngpt_jax.evaluation.ngram.exact import ExactCache
+        from sngpt_jax.evaluation.ngram.hashed import HashedCache
+        from sngpt_jax.evaluation.ngram.tilt import TiltCache
+    except ModuleNotFoundError as missing:
+        if missing.name != "numba":
+            raise
+        install = cli.command("pip", "install", "numba")
+        raise UserError(
+            f"the n-gram cache {mode} needs the package numba; install it: {install}"
+        ) from missing
+
+    if mode == "exact":
+        return ExactCache(first_token, vocab_size, windows.targets, memory)
+    if mode == "tilt":
+        return TiltCache(first_token, windows.targets)
+    segments = windows.seq_len, windows.stride
+    return HashedCache(first_token, vocab_size, *segments, mode == "backoff", undercount)
 
 
 def readings_for(cache: Cache) -> tuple[str, ...]:
     """The readings of `loss.token_readings` that `score_with_cache` and `mass` need."""
-    return tuple(dict.fromkeys(("nll", "mass", *cache.readings)))
+    return "nll", "mass", *cache.readings
 
 
 def warm_up(cache: Cache) -> None:
     """Compiles the loops of `cache`, with a chunk of no targets."""
-    none = np.zeros(0, np.float32)
-    targets = none.astype(np.uint16)
-    hints = cache.hints(targets) if cache.hints else None
-    cache.score(Chunk(targets, none, none, none, hints, none))
+    targets = np.zeros(0, np.uint16)
+    if cache.hints:
+        cache.hints(targets)
+    cache.score(Chunk(targets, targets.astype(np.float32)))
 
 
 def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
@@ -67,42 +92,27 @@ def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
     `scoring.eval_step` gives `readings_for(cache)`. The windows have no published tail, because a
     cache counts each target once.
     """
-    by_model, mixed = Sum(), Sum()
+    by_model = mixed = 0.0
     chunks: list[Chunk] = []
     for found in scoring.readings(cache.hints):
         chunk = Chunk(**found)
-        by_model.add(chunk.nll)
-        mixed.add(cache.score(chunk))
+        by_model = add_in_order(by_model, chunk.nll)
+        mixed = add_in_order(mixed, cache.score(chunk))
         chunks.append(chunk)
-    return CachedScore(scoring.score_of(by_model.total), scoring.score_of(mixed.total), chunks)
+    return CachedScore(scoring.score_of(by_model), scoring.score_of(mixed), chunks)
 
 
 def mass(cache: Cache, chunks: list[Chunk], progress: OnProgress | None = None) -> Mass:
     """The mass of a new `cache` over the pass with `chunks`, at `PROBES` positions or all."""
-    targets = sum(len(chunk.targets) for chunk in chunks)
-    count = min(PROBES, targets)
-    positions = np.arange(count) * targets // count
+    ends = np.cumsum([len(chunk.targets) for chunk in chunks]).tolist()
+    count = min(PROBES, ends[-1])
+    positions = np.arange(count) * ends[-1] // count
     found: list[np.ndarray] = []
-    start = 0
-    for chunk in chunks:
-        stop = start + len(chunk.targets)
-        at = positions[(start <= positions) & (positions < stop)] - start
-        found.append(cache.mass(chunk, at))
-        start = stop
+    for chunk, end in zip(chunks, ends, strict=True):
+        at = positions - (end - len(chunk.targets))
+        found.append(cache.mass(chunk, at[(at >= 0) & (at < len(chunk.targets))]))
         if progress:
-            progress(stop, targets)
+            progress(end, ends[-1])
     values = np.concatenate(found)
-    mean, least, most, mean_log = values.mean(), values.min(), values.max(), np.log(values).mean()
-    return Mass(float(mean), float(least), float(most), float(mean_log), count)
-
-
-def as_dict(score: Score, mass: Mass, cache: Cache) -> dict[str, Any]:
-    """The cache's part of the command's JSON."""
-    return {
-        "loss": score.loss,
-        "bpb": score.bpb,
-        "normalized_bpb": score.bpb + mass.mean_log * score.tokens / math.log(2) / score.bytes,
-        "mass": asdict(mass),
-        "is_distribution": cache.is_distribution,
-        "memory_bytes": cache.memory_bytes,
-    }
+    figures = values.mean(), values.min(), values.max(), np.log(values).mean()
+    return Mass(*map(float, figures), positions=count)

@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from sngpt_jax.evaluation.ngram.chunk import Chunk, in_bytes
-from sngpt_jax.evaluation.ngram.compiled import compiled
+from sngpt_jax.evaluation.ngram.cache import Chunk, in_bytes
+from sngpt_jax.evaluation.ngram.compiled import compiled, scrambled
 
 CONTEXT = 15  # tokens that a hint follows from: order 16
 BETA = 2.625
@@ -33,11 +33,9 @@ BASE_CONTEXT = np.uint64(pow(int(BASE), CONTEXT, 2**64))
 
 
 class TiltCache:
-    """Hints for the targets of a stream, each from earlier tokens only, and the scores of the
-    tilted probabilities.
+    """The scores of the tilted probabilities. Only `hints` changes the state.
 
-    The model needs the hints, so `hints` runs first and holds the state; `score` and `mass` have
-    none. There are at least 1.5 times as many buckets as targets.
+    There are at least 1.5 times as many buckets as targets.
     """
 
     readings: tuple[str, ...] = ("hint_nll",)
@@ -54,12 +52,10 @@ class TiltCache:
         )
 
     def hints(self, targets: np.ndarray) -> np.ndarray:
-        """The hints for the next targets of the stream, uint16 [n] → int32 [n]; -1: no hint."""
-        tokens = np.concatenate([self._recent, targets.astype(np.uint16)])
-        found = np.full(len(targets), -1, np.int32)
-        _hint_and_follow(tokens, len(self._recent), self._table, found)
+        """See `Cache.hints`."""
+        before, tokens = len(self._recent), np.concatenate([self._recent, targets])
         self._recent = tokens[-CONTEXT:]
-        return found
+        return _hint_and_follow(tokens, before, self._table)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         hinted, lift = self._hinted(chunk)
@@ -68,7 +64,6 @@ class TiltCache:
 
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
         hinted, lift = (a[at] for a in self._hinted(chunk))
-        assert chunk.mass is not None, "mass needs the model's own"
         own = chunk.mass[at].astype(np.float64)
         return np.where(hinted, (own + lift) / (1 + lift), own)
 
@@ -76,29 +71,18 @@ class TiltCache:
         """Where there is a hint, bool [n], and q (e^β - 1), which the hint adds to the sum of the
         p, float64 [n].
         """
-        assert chunk.hints is not None and chunk.hint_nll is not None, (
-            "the tilt needs hints and their losses"
-        )
         hinted = chunk.hints >= 0
         q = np.where(hinted, np.exp(-chunk.hint_nll.astype(np.float64)), 0.0)
         return hinted, q * math.expm1(BETA)
 
 
 @compiled
-def _mixed(h: np.uint64) -> np.uint64:
-    """A hash in which every bit depends on all bits of h (the finalizer of SplitMix64)."""
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
-
-
-@compiled
-def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray, hints: np.ndarray) -> None:
-    mask = np.uint64(len(table) - 1)
+def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray) -> np.ndarray:
+    hints, mask = np.full(len(tokens) - before, -1, np.int32), np.uint64(len(table) - 1)
     h = np.uint64(0)
     for t in range(max(0, before - CONTEXT), len(tokens)):
         if t >= before and t >= CONTEXT:
-            context = _mixed(h)
+            context = scrambled(h)
             check = np.uint32(context >> np.uint64(32))
             place = context & mask
             for step in range(PROBES):
@@ -121,3 +105,4 @@ def _hint_and_follow(tokens: np.ndarray, before: int, table: np.ndarray, hints: 
         h = h * BASE + np.uint64(tokens[t])
         if t >= CONTEXT:
             h -= np.uint64(tokens[t - CONTEXT]) * BASE_CONTEXT
+    return hints
