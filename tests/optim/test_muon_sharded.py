@@ -1,6 +1,4 @@
-"""Training steps whose optimizer is shared out: the same numbers for any layout, and the
-collectives that it takes.
-"""
+"""Training steps whose optimizer is shared out: equal numbers for any layout, and collectives."""
 
 import functools
 
@@ -43,8 +41,7 @@ CONFIG = Config(
     train=TrainConfig(steps=4, device_batch_tokens=16, seed=3),
 )
 CONTROLS = controls(swa=True)
-# distinct shapes of the matrices: 64×64 (query, out), 64×32 (key, value: too small to be split),
-# 64×128 (up, and down)
+# matrices: 64×64 (query, out), 64×32 (key, value: too small to be split), 64×128 (up, down)
 LAYOUTS = {  # devices, fsdp, shard_optimizer: the update's collectives
     (8, 1, False): {"all-gather": 3},
     (8, 8, False): {"all-gather": 1, "all-to-all": 4},
@@ -90,8 +87,7 @@ def on_host(state):
 def assert_close(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        # Adam's first steps divide gradients by their size, and so magnify the rounding of those
-        # that are about 0; the moments themselves are held by their own size, which is small
+        # Adam's first steps magnify the rounding of gradients of about 0
         atol = 1e-3 * np.abs(b[name]).max() if "opt_state" in name else 1e-4
         np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=1e-7, err_msg=name)
 
@@ -108,16 +104,13 @@ def test_layouts_leave_losses_weights_and_moments_alone(layout):
 
 @pytest.mark.parametrize("layout", EACH)
 def test_collectives_of_the_update(layout):
-    """At most two for a distinct shape of matrix, and none of the program inside the loop over the
-    microbatches.
-    """
+    """At most two per distinct shape of matrix, and none inside the loop over the microbatches."""
     found = program(layout)[1].collectives
     assert found and all(collective.times == 1 for collective in found)
     update = [c for c in found if "optimizer/shard_map" in c.scope]
     kinds = [c.opcode for c in update]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == LAYOUTS[layout]
-    # beside Muon's the norm of the gradient, where it is split, and the update of the embedding,
-    # where that alone is
+    # beside Muon's: the norm of a split gradient, and the update of a split embedding
     others = [c.opcode for c in found if "optimizer" in c.scope and c not in update]
     assert set(others) <= {"all-reduce", "all-gather"} and others.count("all-gather") <= 1
 
@@ -135,10 +128,8 @@ def test_gradients_are_scattered_where_the_optimizer_is_split(layout):
         assert moved["all-reduce"][1] <= left + 1024
     else:
         assert "reduce-scatter" not in moved and moved["all-reduce"][1] >= split
-    for tree, over in (
-        (state.params, fsdp),
-        ((state.opt_state, state.ema, state.swa), 8 if shard_optimizer else fsdp),
-    ):
+    kept = (state.opt_state, state.ema, state.swa)
+    for tree, over in ((state.params, fsdp), (kept, 8 if shard_optimizer else fsdp)):
         for leaf in jax.tree.leaves(tree):
             share = np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)
             assert share * (over if leaf.ndim == 2 and leaf.size >= 2**12 else 1) == leaf.size
@@ -158,9 +149,7 @@ def test_averages_that_are_split_come_back_as_the_weights_lie():
 
 @pytest.mark.full
 def test_a_run_goes_on_with_another_layout(tmp_path):
-    """What is on the disk does not know of the layout: two steps with one and two with another are
-    four on one device.
-    """
+    """Two steps with one layout and two with another are four on one device."""
     state, _ = train((8, 1, True))
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, state, {})

@@ -1,6 +1,4 @@
-"""Fake quantization: the grid against numpy, what holds for every matrix, and the switch inside a
-compiled program.
-"""
+"""Fake quantization: the grid against numpy, and the switch inside a compiled program."""
 
 import dataclasses
 import functools
@@ -12,17 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sngpt_jax.cluster.mesh import path_name
 from sngpt_jax.config import Config, ConfigError, ExportConfig, ModelConfig
 from sngpt_jax.optim import qat
 
-BITS = [2, 4, 5, 6, 8]
 fake_quantize = jax.jit(qat.fake_quantize, static_argnums=(1, 2))
 
 
 def numpy_scale(matrix, bits, floor):
-    """The stored scales [..., 1, out] by the documented formula, as float64 of what
-    float16 holds.
-    """
+    """The stored scales [..., 1, out] by the documented formula."""
     q_max = 2 ** (bits - 1) - 1
     absmax = np.abs(np.asarray(matrix)).max(-2, keepdims=True)
     reach = np.maximum(absmax, np.float32(floor))
@@ -31,9 +27,7 @@ def numpy_scale(matrix, bits, floor):
 
 
 def numpy_fake_quantize(matrix, bits, floor):
-    """The grid's nearest matrix, and where rounding is so close to a tie that float32 may go the
-    other way.
-    """
+    """The grid's nearest matrix, and where a tie is so close that float32 may go the other way."""
     q_max = 2 ** (bits - 1) - 1
     scale = numpy_scale(matrix, bits, floor)
     quotient = np.asarray(matrix, np.float64) / scale
@@ -42,7 +36,7 @@ def numpy_fake_quantize(matrix, bits, floor):
 
 
 def random_matrix(seed, magnitude):
-    """A stack of two, with channels of very different sizes, so that one scale cannot serve two."""
+    """A stack of two, with channels of very different sizes."""
     rng = np.random.default_rng(seed)
     sizes = magnitude * 4.0 ** rng.uniform(-1, 1, size=(2, 1, 5))
     return jnp.asarray(sizes * rng.normal(size=(2, 150, 5)), jnp.float32)
@@ -56,24 +50,21 @@ cases = {
 }
 
 
-@settings(max_examples=50, deadline=None)
-@given(**cases)
-def test_is_the_nearest_matrix_on_the_grid(seed, grid, magnitude):
-    bits, floor = grid
-    matrix = random_matrix(seed, magnitude)
-    result = fake_quantize(matrix, bits, floor)
+def assert_on_grid(result, matrix, bits, floor):
+    """Returns the share of ties."""
     expected, near_tie = numpy_fake_quantize(matrix, bits, floor)
-    assert result.dtype == jnp.float32
     np.testing.assert_array_equal(np.where(near_tie, 0, result), np.where(near_tie, 0, expected))
-    assert near_tie.mean() < 0.05
+    return near_tie.mean()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50)
 @given(**cases)
 def test_holds_for_every_matrix(seed, grid, magnitude):
     bits, floor = grid
     matrix = random_matrix(seed, magnitude)
     result = np.asarray(fake_quantize(matrix, bits, floor))
+    assert result.dtype == np.float32
+    assert assert_on_grid(result, matrix, bits, floor) < 0.05
     # idempotent
     np.testing.assert_array_equal(fake_quantize(jnp.asarray(result), bits, floor), result)
     assert all(len(np.unique(channel)) <= 2**bits - 1 for one in result for channel in one.T)
@@ -82,7 +73,7 @@ def test_holds_for_every_matrix(seed, grid, magnitude):
     np.testing.assert_array_equal(fake_quantize(-matrix, bits, floor), -result)  # symmetric
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
 def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits):
     q_max = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(bits).integers(-q_max, q_max + 1, size=(40, 5))
@@ -92,13 +83,8 @@ def test_a_matrix_on_a_grid_of_powers_of_two_is_left_alone(bits):
 
 
 def test_a_worked_example():
-    """Two bits more than ternary: q_max is 3. The second channel's grid is a hundredth of the
-    first one's.
-    """
-    matrix = jnp.asarray(
-        [[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]], jnp.float32
-    )
-    # halves go to the even code
+    """q_max is 3; halves go to the even code."""
+    matrix = jnp.asarray([[3.0, 0.75], [1.4, -0.3], [1.5, 0.0], [2.5, 0.125], [-0.6, 0.374]])
     expected = [[3.0, 0.75], [1.0, -0.25], [2.0, 0.0], [2.0, 0.0], [-1.0, 0.25]]
     np.testing.assert_array_equal(qat.fake_quantize(matrix, 3, 0.0), expected)
 
@@ -113,9 +99,7 @@ def test_zero_channels_and_vanishing_ones_stay_finite():
 
 
 def test_the_scale_is_half_precision():
-    """1 / 15 is no float16: what comes back is 15 times the nearest one, in a compiled program
-    too.
-    """
+    """1 / 15 is no float16: what comes back is 15 times the nearest one."""
     result = fake_quantize(jnp.ones((1, 1)), 5, 0.0)
     assert float(result[0, 0]) == 15 * float(np.float16(1 / 15)) != 1.0
 
@@ -144,7 +128,6 @@ SHAPES = {
     "smear": {"gate": (8,)},
 }
 MIXED = ExportConfig(mlp_bits=5, attention_bits=6, projection_bits=8, clip_floor=0.05)
-MODEL = ModelConfig(num_layers=12)
 
 
 def parameters(seed=0):
@@ -156,82 +139,65 @@ def parameters(seed=0):
     )
 
 
+def config_of(export, num_layers=12):
+    return Config(ModelConfig(num_layers=num_layers), export=export)
+
+
 def by_path(tree):
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def bits_by_path(export):
-    """The matrices with a grid, by name."""
-    names = {"bigram/proj": export.projection_bits, "value_embed/proj": export.projection_bits}
-    names |= {f"blocks/11/mlp/{name}": export.mlp_bits for name in ("up", "down")}
-    names |= {
-        f"blocks/11/attn/{name}": export.attention_bits for name in ("query", "key", "value", "out")
-    }
-    return {name: bits for name, bits in names.items() if bits != 16}
+def moved(export, num_layers=12):
+    """The names of the parameters that `on_grid` changes, and its results by name."""
+    params = by_path(parameters())
+    result = by_path(jax.jit(lambda p: qat.on_grid(p, config_of(export, num_layers)))(parameters()))
+    return {name for name in params if not np.array_equal(params[name], result[name])}, result
+
+
+BLOCK_MATRICES = {"attn": ("query", "key", "value", "out"), "mlp": ("up", "down")}
+PROJECTIONS = {"bigram/proj", "value_embed/proj"}
+
+
+def matrices_of(part):
+    return {f"blocks/11/{part}/{name}" for name in BLOCK_MATRICES[part]}
 
 
 @pytest.mark.parametrize(
     "export", [MIXED, ExportConfig(mlp_bits=16, attention_bits=2, projection_bits=16)]
 )
 def test_every_matrix_has_the_grid_of_its_kind_and_nothing_else_changes(export):
-    params = by_path(parameters())
-    result = by_path(jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=export)))(parameters()))
-    bits = bits_by_path(export)
-    for name, value in result.items():
-        if name in bits:
-            expected, near_tie = numpy_fake_quantize(params[name], bits[name], export.clip_floor)
-            np.testing.assert_array_equal(
-                np.where(near_tie, 0, value), np.where(near_tie, 0, expected), err_msg=name
-            )
-            assert not np.array_equal(value, params[name])
-        else:
-            np.testing.assert_array_equal(value, params[name], err_msg=name)
+    names = dict.fromkeys(PROJECTIONS, export.projection_bits)
+    names |= dict.fromkeys(matrices_of("mlp"), export.mlp_bits)
+    names |= dict.fromkeys(matrices_of("attn"), export.attention_bits)
+    bits = {name: count for name, count in names.items() if count != 16}
+    changed, result = moved(export)
+    assert changed == bits.keys()
+    for name in changed:
+        assert_on_grid(result[name], by_path(parameters())[name], bits[name], export.clip_floor)
+
+
+NO_GRID = ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16)
 
 
 def test_no_grid_at_all_is_the_identity():
-    params = parameters()
-    none = ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16)
-    assert all(
-        a is b
-        for a, b in zip(
-            jax.tree.leaves(qat.on_grid(params, Config(MODEL, export=none))),
-            jax.tree.leaves(params),
-            strict=True,
-        )
-    )
+    assert moved(NO_GRID)[0] == set()
 
 
 def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
-    """A late key matrix, and tensors that are small enough to pass."""
-    # key, value and the tables' projections
-    export = dataclasses.replace(MIXED, late_key_layers=1, passthrough_size=48)
-    params, result = (
-        by_path(parameters()),
-        by_path(qat.on_grid(parameters(), Config(MODEL, export=export))),
-    )
-    changed = {name for name in params if not np.array_equal(params[name], result[name])}
-    assert changed == {
-        f"blocks/11/{name}" for name in ("attn/query", "attn/out", "mlp/up", "mlp/down")
-    }
-    earlier = Config(
-        ModelConfig(num_layers=13), export=dataclasses.replace(MIXED, late_key_layers=1)
-    )
-    result = by_path(qat.on_grid(parameters(), earlier))
-    assert not np.array_equal(params["blocks/11/attn/key"], result["blocks/11/attn/key"]), (
-        "12 is the last of 13"
-    )
+    """Key, value and projections are small enough to pass. The last layer's key is a late one."""
+    changed, _ = moved(dataclasses.replace(MIXED, passthrough_size=48))
+    names = ("attn/query", "attn/out", "mlp/up", "mlp/down")
+    assert changed == {f"blocks/11/{name}" for name in names}
+    late = dataclasses.replace(MIXED, late_key_layers=1)
+    everything = matrices_of("attn") | matrices_of("mlp") | PROJECTIONS
+    assert moved(late)[0] == everything - {"blocks/11/attn/key"}
+    assert moved(late, num_layers=13)[0] == everything
 
 
 @pytest.mark.parametrize(
     ("export", "said"),
     [
-        (
-            ExportConfig(mlp_bits=16, attention_bits=16, projection_bits=16),
-            "has no grid to train for",
-        ),
+        (NO_GRID, "has no grid to train for"),
         (ExportConfig(passthrough_size=1000), "has no grid to train for"),
         (dataclasses.replace(MIXED, clip="sd"), "imitates ranges near a row's largest magnitude"),
         (dataclasses.replace(MIXED, gptq=True), "imitates ranges near a row's largest magnitude"),
@@ -239,24 +205,19 @@ def test_what_the_exporter_keeps_in_half_precision_is_left_alone():
 )
 def test_a_run_that_would_imitate_nothing_is_refused(export, said):
     with pytest.raises(ConfigError, match=said):
-        qat.check(jax.eval_shape(parameters), Config(MODEL, export=export))
-    qat.check(
-        jax.eval_shape(parameters), Config(MODEL, export=dataclasses.replace(MIXED, clip="search"))
-    )
+        qat.check(jax.eval_shape(parameters), config_of(export))
+    qat.check(jax.eval_shape(parameters), config_of(dataclasses.replace(MIXED, clip="search")))
 
 
 def test_the_switch_chooses_to_the_last_bit():
     params = parameters()
     params["blocks"]["11"]["mlp"]["up"] = params["blocks"]["11"]["mlp"]["up"].at[0].set(-0.0)
-    call = jax.jit(lambda p, on: qat.straight_through(p, Config(MODEL, export=MIXED), on))
-    for on, expected in (
-        (False, params),
-        (True, jax.jit(lambda p: qat.on_grid(p, Config(MODEL, export=MIXED)))(params)),
-    ):
+    call = jax.jit(lambda p, on: qat.straight_through(p, config_of(MIXED), on))
+    on_grid = jax.jit(lambda p: qat.on_grid(p, config_of(MIXED)))(params)
+    for on, expected in ((False, params), (True, on_grid)):
         for name, value in by_path(call(params, np.bool_(on))).items():
-            assert np.asarray(value).tobytes() == np.asarray(by_path(expected)[name]).tobytes(), (
-                name
-            )
+            wanted = np.asarray(by_path(expected)[name])
+            assert np.asarray(value).tobytes() == wanted.tobytes(), name
 
 
 def test_the_gradient_passes_as_if_there_were_no_grid():
@@ -266,21 +227,15 @@ def test_the_gradient_passes_as_if_there_were_no_grid():
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient_and_seen(p, on):
-        seen = qat.straight_through(p, Config(MODEL, export=MIXED), on)
-        return (
-            sum(
-                jnp.sum(a * b**2)
-                for a, b in zip(jax.tree.leaves(c), jax.tree.leaves(seen), strict=True)
-            ),
-            seen,
-        )
+        seen = qat.straight_through(p, config_of(MIXED), on)
+        terms = jax.tree.map(lambda a, b: jnp.sum(a * b**2), c, seen)
+        return sum(jax.tree.leaves(terms)), seen
 
     for on in (False, True):
         gradient, seen = map(by_path, gradient_and_seen(params, np.bool_(on)))
         for name, factor in by_path(c).items():
-            np.testing.assert_allclose(
-                gradient[name], 2 * np.asarray(factor) * seen[name], rtol=1e-6, err_msg=name
-            )
+            expected = 2 * np.asarray(factor) * seen[name]
+            np.testing.assert_allclose(gradient[name], expected, rtol=1e-6, err_msg=name)
 
 
 def test_switching_compiles_nothing_and_changes_the_loss():
@@ -288,7 +243,7 @@ def test_switching_compiles_nothing_and_changes_the_loss():
 
     @jax.jit
     def loss(p, switch):
-        block = qat.straight_through(p, Config(MODEL, export=MIXED), switch)["blocks"]["11"]["mlp"]
+        block = qat.straight_through(p, config_of(MIXED), switch)["blocks"]["11"]["mlp"]
         return jnp.mean(jnp.square(x @ block["up"] @ block["down"]))
 
     off, on = float(loss(params, np.bool_(False))), float(loss(params, np.bool_(True)))

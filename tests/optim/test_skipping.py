@@ -1,6 +1,4 @@
-"""Skipped steps: the rule against plain Python, and that a skipped step changes nothing, on one
-device and on eight.
-"""
+"""Skipped steps: the rule against plain Python, and that a skipped step changes nothing."""
 
 import dataclasses
 import functools
@@ -58,10 +56,7 @@ def expected_skips(config, losses, norms):
 @pytest.mark.parametrize("config", [TrainConfig(nonfinite="skip"), TrainConfig(spike_sigma=3.0)])
 def test_what_is_skipped_is_what_the_rule_says(config):
     rng = np.random.default_rng(0)
-    losses, norms = (
-        rng.normal(3, 0.1, 400).astype(np.float32),
-        rng.normal(1, 0.2, 400).astype(np.float32),
-    )
+    losses, norms = (np.float32(rng.normal(*of, 400)) for of in ((3, 0.1), (1, 0.2)))
     losses[[30, 100, 101, 250]] = 4.0  # the first comes before there is enough to measure it by
     norms[[150, 151]] = 9.0
     losses[300:] += 1.0  # for good
@@ -83,9 +78,7 @@ def test_what_is_skipped_is_what_the_rule_says(config):
 
 @pytest.mark.parametrize(("loss", "spike"), [(6.02, False), (6.03, True)])
 def test_deviations_are_those_of_a_sample(loss, spike):
-    """2, 4, 2, 4 …, 64 values: mean 3, standard deviation sqrt(64 / 63), so that three of them end
-    at 6.0237.
-    """
+    """2, 4, 2, 4 …, 64 values: mean 3, deviation sqrt(64 / 63), so that three end at 6.0237."""
     config = TrainConfig(spike_sigma=3.0)
     skips = skipping.init_skips(config)
     for i in range(64):
@@ -99,19 +92,14 @@ def test_nothing_is_kept_where_nothing_is_skipped():
 
 
 def poisoned(mean_loss):
-    """`mean_loss` with a finite value and a NaN in its gradient, or an infinite value, where the
-    first target says so.
-    """
+    """`mean_loss` with a NaN in its gradient, or infinite, where the first target says so."""
 
     def loss(x_BTD, table_VD, targets_BT, **settings):
         first = targets_BT[0, 0]
         # its slope at 0 is infinite
         root = jnp.sqrt(jnp.where(first == BAD_GRADIENT, 0.0 * x_BTD[0, 0, 0], 1.0))
-        return (
-            mean_loss(x_BTD, table_VD, targets_BT, **settings)
-            + 0.0 * root
-            + jnp.where(first == BAD_LOSS, jnp.inf, 0.0)
-        )
+        added = 0.0 * root + jnp.where(first == BAD_LOSS, jnp.inf, 0.0)
+        return mean_loss(x_BTD, table_VD, targets_BT, **settings) + added
 
     return loss
 
@@ -142,12 +130,16 @@ def take(devices, state, *batches):
 
 
 def assert_equal(a, b):
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
+    def check(path, x, y):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, a, b)
+
+
+def without_skips(state):
+    return dataclasses.replace(state, skips=None)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -159,14 +151,14 @@ def test_a_run_with_a_bad_batch_is_the_run_without_its_update(devices, bad):
     assert [(s["skipped"], s["skipped_in_a_row"]) for s in said] == [(0, 0), (1, 1)]
     without, _ = take(devices, begin(CONFIG, devices), bad_batch(0))
     without = dataclasses.replace(without, step=without.step + 1)
-    assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
+    assert_equal(without_skips(state), without_skips(without))
     assert_equal(state.skips.window, without.skips.window)
 
     # and the step after it is that of a run that never saw the batch
     state, said = take(devices, state, bad_batch(2))
     without, _ = take(devices, without, bad_batch(2))
     assert (said[0]["skipped"], said[0]["skipped_in_a_row"]) == (1, 0)
-    assert_equal(dataclasses.replace(state, skips=None), dataclasses.replace(without, skips=None))
+    assert_equal(without_skips(state), without_skips(without))
 
 
 def test_what_was_skipped_is_known_to_a_resumed_run(tmp_path):
