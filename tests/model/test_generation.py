@@ -1,6 +1,4 @@
-"""Generation against whole sequences in float64, whatever stands beside a text; draws, ends, and
-what is refused.
-"""
+"""Generation against whole sequences in float64; draws, ends, and what is refused."""
 
 import dataclasses
 import functools
@@ -18,7 +16,7 @@ from sngpt_jax.model.forward import forward
 from sngpt_jax.model.generation import draw, generate_tokens
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
-from tests.model.test_techniques import BIGRAM, STACKS, changed, random_params
+from tests.model.test_techniques import BIGRAM, STACKS, changed, double, random_params
 
 TINY = changed(num_layers=2)
 MODELS = {
@@ -41,12 +39,11 @@ MODELS = {
         pre_norm.CODED, num_layers=1, levels=parse_levels("5,4,0"), positions="rotary", qk_norm=True
     ),
 }
-# its table, for one, has enough elements to be split over devices
+# with tensors large enough to be split over devices
 SPLIT = changed(num_layers=1, vocab_size=64, d_model=64)
 PROMPTS = [np.array(ids) for ids in ([1], [5, 1], [1, 3, 1], [1, 9, 9, 1, 20, 7], [2, 2, 28, 4])]
 LONG = np.array([7, 1, 4, 4, 1, 12, 3, 28, 9, 1, 6, 2])
-# of the training; with seven new tokens some of these texts are shorter and some longer
-SEQ_LEN = 12
+SEQ_LEN = 12  # with seven new tokens some texts are shorter and some longer
 
 
 @functools.cache
@@ -55,48 +52,32 @@ def variables(config):
 
 
 def generate(config, prompts, devices=1, fsdp=1, **options):
-    options = {
-        "seq_len": SEQ_LEN,
-        "max_tokens": 7,
-        "vocab_size": config.vocab_size,
-        "end_id": -1,
-        **options,
-    }
+    defaults = {"seq_len": SEQ_LEN, "max_tokens": 7, "vocab_size": config.vocab_size, "end_id": -1}
+    options = {**defaults, **options}
     mesh = make_mesh(jax.devices()[:devices], fsdp)
-    placed = variables(config)
-    placed = placed if fsdp == 1 else jax.device_put(placed, state_shardings(mesh, placed))
+    placed = jax.device_put(variables(config), state_shardings(mesh, variables(config)))
     return [ids.tolist() for ids in generate_tokens(config, placed, mesh, prompts, **options)]
 
 
 def oracle(config, tokens, length):
-    """Float64 logits of a text, filled up to `length`, from which NTK scaling takes the rotary
-    base.
-    """
+    """Float64 logits of a text that is filled up to `length`, which decides NTK scaling."""
     function = oracles.gpt if config.family == "compact" else pre_norm.oracle
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables(config))
-    return function(config, params, np.pad(tokens, (0, length - len(tokens)))[None])[
-        0, : len(tokens)
-    ]
+    filled = np.pad(tokens, (0, length - len(tokens)))[None]
+    return function(config, double(variables(config)), filled)[0, : len(tokens)]
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What every draw is made of: {(row, position): logits}, of up to eight rows."""
     found = {}
-    keys = [
-        jax.random.key_data(generation.row_key(jax.random.key(0), jnp.int32(row))).tolist()
-        for row in range(8)
-    ]
+    row_keys = [generation.row_key(jax.random.key(0), jnp.int32(row)) for row in range(8)]
+    keys = [jax.random.key_data(key).tolist() for key in row_keys]
+
+    def note(key, position, logits):
+        found[keys.index(key.tolist()), int(position)] = np.asarray(logits)
 
     def observed(logits, key, position, temperature, **options):
-        jax.debug.callback(
-            lambda key, position, logits: found.update(
-                {(keys.index(key.tolist()), int(position)): np.asarray(logits)}
-            ),
-            jax.random.key_data(key),
-            position,
-            logits,
-        )
+        jax.debug.callback(note, jax.random.key_data(key), position, logits)
         return draw(logits, key, position, temperature, **options)
 
     monkeypatch.setattr(generation, "draw", observed)
@@ -129,7 +110,7 @@ def test_logits_equal_those_of_the_whole_text(name, seen):
 
 @pytest.mark.slow
 def test_a_text_does_not_depend_on_those_beside_it_or_on_the_devices():
-    """Together on four devices, two of them to a copy of the weights, and each alone on one."""
+    """Together on four devices, two per copy of the weights, and each alone on one."""
     together = generate(SPLIT, PROMPTS, devices=4, fsdp=2)
     assert len({tuple(text) for text in together}) == len(PROMPTS)
     assert [generate(SPLIT, [prompt])[0] for prompt in PROMPTS] == together
@@ -140,9 +121,8 @@ def test_draws_are_those_of_full_recomputation():
     ids = [1, 5]
     for position in range(2, 9):
         logits = jnp.asarray(oracle(TINY, np.array(ids), len(ids))[-1, :20] / 0.7, jnp.float32)
-        ids.append(
-            int(jax.random.categorical(jax.random.fold_in(jax.random.key(3), position), logits))
-        )
+        key = jax.random.fold_in(jax.random.key(3), position)
+        ids.append(int(jax.random.categorical(key, logits)))
     options = {"vocab_size": 20, "temperature": 0.7, "seed": 3}
     rows = generate(TINY, [np.array([1, 5])] * 4, **options)
     assert rows[0] == ids[2:] and len({tuple(row) for row in rows}) == 4
@@ -151,14 +131,10 @@ def test_draws_are_those_of_full_recomputation():
 
 
 def test_a_text_ends_before_its_end_and_the_program_with_the_last(seen):
-    """Texts that would go on after the end, and end again at no later place: each has ended once
-    it has.
-    """
     prompts, end = [np.array([first]) for first in (0, 1, 4)], 24
     whole = generate(TINY, prompts)
-    assert [text.index(end) for text in whole] == [1, 2, 0] and all(
-        text.count(end) == 1 for text in whole
-    )
+    assert [text.index(end) for text in whole] == [1, 2, 0]
+    assert all(text.count(end) == 1 for text in whole)
     seen.clear()
     assert generate(TINY, prompts, end_id=end) == [text[: text.index(end)] for text in whole]
     jax.effects_barrier()
@@ -167,9 +143,8 @@ def test_a_text_ends_before_its_end_and_the_program_with_the_last(seen):
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
 def test_as_many_tokens_as_asked_for(max_tokens):
-    assert generate(TINY, PROMPTS, max_tokens=max_tokens) == [
-        text[:max_tokens] for text in generate(TINY, PROMPTS)
-    ]
+    texts = [text[:max_tokens] for text in generate(TINY, PROMPTS)]
+    assert generate(TINY, PROMPTS, max_tokens=max_tokens) == texts
 
 
 @pytest.mark.slow
@@ -218,9 +193,7 @@ def test_temperature_0_takes_the_likeliest():
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 2), (1.0, 3)])
 def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_k):
     """Of the five rows the tokenizer has three; the likeliest of all is not among them."""
-    logits = (
-        np.asarray(LOGITS[:3], np.float64) if temperature else np.array([-np.inf, -np.inf, 0.0])
-    )
+    logits = np.float64(LOGITS[:3]) if temperature else np.array([-np.inf, -np.inf, 0.0])
     logits = np.where(logits < np.sort(logits)[-top_k or 0], -np.inf, logits)
     want = np.exp(logits) / np.exp(logits).sum()
     got = frequencies(temperature, top_k, vocab_size=3)
@@ -240,11 +213,7 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_
         ([[1]], {"temperature": float("nan")}, "temperature = nan must be"),
         ([[1]], {"temperature": float("inf")}, "temperature = inf must be"),
         ([[1]], {"top_k": -1}, "top_k = -1 must be"),
-        (
-            [[1], [2] * 10],
-            {},
-            "a prompt of 10 tokens and 7 new ones exceed model.max_seq_len = 16; shorten",
-        ),
+        ([[1], [2] * 10], {}, "a prompt of 10 tokens and 7 new ones exceed model.max_seq_len = 16"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(prompts, options, message):

@@ -18,29 +18,21 @@ def draw(*shape):
 @pytest.mark.parametrize("widths", [(3,), (4, 2, 9)])
 def test_values_and_gradients_are_those_of_the_product(widths, dtype, tolerance):
     x, matrices, dy = draw(B, T, N), [draw(N, m) for m in widths], draw(B, T, sum(widths))
-    y, pull = jax.vjp(
-        linear, jnp.asarray(x, dtype), *(jnp.asarray(m, jnp.float32) for m in matrices)
-    )
+    y, pull = jax.vjp(linear, jnp.asarray(x, dtype), *map(jnp.float32, matrices))
     dx, *dmatrices = pull(jnp.asarray(dy, dtype))
 
     beside = np.concatenate(matrices, axis=1)
     rows, drows = x.reshape(-1, N), dy.reshape(-1, sum(widths))
-    expected = [
-        x @ beside,
-        dy @ beside.T,
-        *np.split(rows.T @ drows, np.cumsum(widths)[:-1], axis=1),
-    ]
+    dparts = np.split(rows.T @ drows, np.cumsum(widths)[:-1], axis=1)
+    expected = (x @ beside, dy @ beside.T, *dparts)
     for got, want in zip((y, dx, *dmatrices), expected, strict=True):
-        np.testing.assert_allclose(
-            np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max()
-        )
+        atol = tolerance * np.abs(want).max()
+        np.testing.assert_allclose(np.float64(got), want, rtol=tolerance, atol=atol)
     assert y.dtype == dx.dtype == dtype and all(d.dtype == jnp.float32 for d in dmatrices)
 
 
 def test_the_gradient_of_the_matrix_takes_no_transposed_copy_of_the_outputs():
-    """What its own gradient is for: jax's is the transpose of dyᵀ x, and a CPU's compiler copies
-    dy for it.
-    """
+    """jax's gradient is the transpose of dyᵀ x, and a CPU's compiler copies dy for it."""
     x, matrix = jnp.ones((8, 64, 32)), jnp.ones((32, 96))
     step = jax.jit(jax.grad(lambda x, m: jnp.sum(jnp.sin(linear(x, m))), argnums=1))
     program = step.lower(x, matrix).compile().as_text()

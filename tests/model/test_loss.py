@@ -1,10 +1,9 @@
-"""The head's cross-entropy, whole and in chunks: values and gradients against float64, precision,
-and what exists at a time.
-"""
+"""The head's cross-entropy, whole and in chunks: values, gradients, precision and memory."""
 
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,9 +32,8 @@ def numpy_losses(x, table, targets, cap):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def value_and_grad(x, table, targets, cap, chunk):
-    return jax.value_and_grad(
-        lambda x, table: mean_loss(x, table, targets, cap=cap, chunk=chunk), argnums=(0, 1)
-    )(x, table)
+    loss = functools.partial(mean_loss, cap=cap, chunk=chunk)
+    return jax.value_and_grad(loss, argnums=(0, 1))(x, table, targets)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -53,12 +51,11 @@ def test_logits_are_the_capped_product_with_the_table(cap):
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_values_and_gradients(cap, chunk):
     x, table, targets = arrays()
-    of_tokens = functools.partial(token_losses, targets_BT=targets, cap=cap, chunk=chunk)
-    check(of_tokens, lambda x, table: numpy_losses(x, table, targets, cap), x, table)
-    of_all = functools.partial(mean_loss, targets_BT=targets, cap=cap, chunk=chunk)
-    check(
-        of_all, lambda x, table: np.asarray(numpy_losses(x, table, targets, cap).mean()), x, table
-    )
+    oracle = functools.partial(numpy_losses, targets=targets, cap=cap)
+    options = {"targets_BT": targets, "cap": cap, "chunk": chunk}
+    check(functools.partial(token_losses, **options), oracle, x, table)
+    of_all = functools.partial(mean_loss, **options)
+    check(of_all, lambda x, table: np.asarray(oracle(x, table).mean()), x, table)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -76,19 +73,16 @@ def test_chunks_change_nothing_but_rounding(cap):
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_bfloat16_is_as_exact_as_the_plain_form(cap):
-    """Over so many tokens that a mean taken in bfloat16, or a bfloat16 sum over chunks, would be
-    seen.
-    """
+    """Over so many tokens that a mean or a sum over chunks in bfloat16 would be seen."""
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.normal(size=(4, 128, 32)), jnp.bfloat16)
     table = jnp.asarray(0.3 * rng.normal(size=(61, 32)), jnp.float32)
     targets = rng.integers(0, 61, (4, 128))
-    exact, exact_grads = value_and_grad(
-        x.astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32), targets, cap, 0
-    )
+    rounded = table.astype(jnp.bfloat16).astype(jnp.float32)
+    exact, exact_grads = value_and_grad(x.astype(jnp.float32), rounded, targets, cap, 0)
     loss, grads = value_and_grad(x, table, targets, cap, 24)
 
-    def plain(x: jax.Array, table: jax.Array) -> jax.Array:
+    def plain(x, table):
         return jnp.mean(token_losses(x, table, targets, cap=cap, chunk=0))
 
     plain_loss, plain_grads = jax.value_and_grad(plain, argnums=(0, 1))(x, table)
@@ -121,8 +115,7 @@ def test_extreme_logits_stay_finite(cap):
     assert want > (1e4 if not cap else 10)
     for got, plain in zip(grads, value_and_grad(x, table, targets, cap, 0)[1], strict=True):
         assert np.all(np.isfinite(got))
-        # where the cap saturates, its derivative is the rounding of 1 - tanh², so that little is
-        # left to agree on
+        # where the cap saturates, its derivative is the rounding of 1 - tanh²
         np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
 
 
@@ -131,16 +124,14 @@ def test_extreme_logits_stay_finite(cap):
 def test_readings_of_each_distribution(cap, chunk):
     x, table, targets = arrays()
     hints = np.random.default_rng(9).integers(0, V, (B, T))
-    everywhere = np.broadcast_to(np.arange(V), (B, T, V))
-    log_p = -np.stack(
-        [numpy_losses(x.astype(np.float64), table, everywhere[..., v], cap) for v in range(V)], -1
-    )
+    oracle = functools.partial(numpy_losses, np.float64(x), table, cap=cap)
+    log_p = -np.stack([oracle(targets=np.full((B, T), v)) for v in range(V)], -1)
     want = {
-        "nll": numpy_losses(x.astype(np.float64), table, targets, cap),
+        "nll": oracle(targets=targets),
         "greedy": log_p.argmax(-1) == targets,
         "entropy": -np.sum(np.exp(log_p) * log_p, -1),
         "mass": np.ones((B, T)),
-        "hint_nll": numpy_losses(x.astype(np.float64), table, hints, cap),
+        "hint_nll": oracle(targets=hints),
     }
     readings = functools.partial(token_readings, readings=tuple(want), cap=cap, chunk=chunk)
     found = jax.jit(readings)(x, table, targets, hints)
@@ -153,23 +144,15 @@ def sizes(jaxpr):
     """Elements of every value that a program makes, those of its loops' bodies included."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from sizes(inner)
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_logits_of_all_tokens_never_exist(differentiated):
     # the head is the widest part by far: 56 tokens of 8 numbers, a table of 8000, logits of 56,000
     rows, V = 8, 1000
-    x, table, targets = (
-        np.ones((rows, T, D), np.float32),
-        np.ones((V, D), np.float32),
-        np.zeros((rows, T), np.int32),
-    )
+    x, table, targets = jnp.ones((rows, T, D)), jnp.ones((V, D)), jnp.zeros((rows, T), int)
 
     def largest(function, chunk):
         def scalar(x, table):
@@ -184,7 +167,7 @@ def test_logits_of_all_tokens_never_exist(differentiated):
 
 
 def test_the_backward_pass_recomputes_no_logits():
-    """Three products with the table, in one loop, where the plain form has three too."""
+    """Three products with the table, as in the plain form."""
     x, table, targets = arrays()
 
     def products(chunk):
@@ -197,14 +180,9 @@ def test_the_backward_pass_recomputes_no_logits():
 
 
 def test_inside_scan_checkpoint_and_shard_map():
-    """As a training step has it: microbatches in a loop, one part of them on each device, under
-    rematerialization.
-    """
+    """As a training step has it, and under rematerialization."""
     rng = np.random.default_rng(3)
-    x, table = (
-        rng.normal(size=(2, 16, T, D)).astype(np.float32),
-        rng.normal(size=(V, D)).astype(np.float32),
-    )
+    x, table = (np.float32(rng.normal(size=shape)) for shape in ((2, 16, T, D), (V, D)))
     targets = rng.integers(0, V, (2, 16, T))
     mesh = make_mesh()
     rows = P(None, ("data", "fsdp"))

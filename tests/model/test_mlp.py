@@ -14,11 +14,6 @@ from tests.model.test_techniques import TINY, changed, functional
 ORACLES = {"relu2": oracles.relu2, "leaky_relu2": oracles.leaky_relu2}
 
 
-@pytest.mark.parametrize("name", ORACLES)
-def test_activation_equals_the_formula(name):
-    oracles.check(ACTIVATIONS[name], ORACLES[name], np.random.default_rng(0).normal(size=(50,)))
-
-
 def test_activations_by_hand():
     h = jnp.asarray([-3.0, -1.0, 0.0, 0.5, 2.0])
     assert ACTIVATIONS["relu2"](h).tolist() == [0.0, 0.0, 0.0, 0.25, 4.0]

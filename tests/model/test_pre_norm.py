@@ -1,6 +1,4 @@
-"""The pre-norm family against a literal numpy forward pass, dense and with sparse codes, and what
-it starts from.
-"""
+"""The pre-norm family against a literal numpy forward pass, and what it starts from."""
 
 import dataclasses
 import math
@@ -22,6 +20,7 @@ from sngpt_jax.model.forward import (
     tapped_losses,
 )
 from tests import oracles
+from tests.model.test_techniques import compiled, double
 
 DENSE = ModelConfig(
     family="pre_norm",
@@ -74,10 +73,8 @@ def oracle(config, p, tokens):
         u, attn = normed(x, block["attn_norm"]), block["attn"]
         q, k, v = (heads(u @ attn[name]) for name in ("query", "key", "value"))
         if config.qk_norm:
-            q, k = (
-                oracles.rms_norm(q, config.norm_eps) * attn["q_gain"][:, None],
-                oracles.rms_norm(k, config.norm_eps),
-            )
+            q, k = (oracles.rms_norm(a, config.norm_eps) for a in (q, k))
+            q = q * attn["q_gain"][:, None]
         if config.positions == "rotary":
             q, k = (oracles.rotary(a, config.head_dim, config.rope_base) for a in (q, k))
         x = x + oracles.attend(q, k, v).reshape(x.shape) @ attn["out"]
@@ -90,21 +87,15 @@ def oracle(config, p, tokens):
 
 
 def random_variables(config, seed=0):
-    """Variables without the zeros and ones of the start, so that every part takes part; deviations
-    are positive.
-    """
+    """Variables without the zeros and ones of the start; deviations are positive."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         if leaf.dtype == jnp.int32:
             return jnp.zeros(leaf.shape, jnp.int32)
-        name = jax.tree_util.keystr(path)
-        values = (
-            rng.uniform(0.5, 2.0, leaf.shape)
-            if "std" in name
-            else rng.normal(size=leaf.shape) * 0.3
-        )
-        return jnp.asarray(values, jnp.float32)
+        if "std" in jax.tree_util.keystr(path):
+            return jnp.asarray(rng.uniform(0.5, 2.0, leaf.shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(config))
 
@@ -118,13 +109,17 @@ VARIANTS = {
 }
 
 
+def logits(config, variables, tokens=TOKENS):
+    return np.asarray(compiled(config)(variables, jnp.asarray(tokens)))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_the_oracle(name):
     config = VARIANTS[name]
     variables = random_variables(config)
-    got = jax.jit(forward(config))(variables, jnp.asarray(TOKENS))
+    got = logits(config, variables)
     assert got.dtype == jnp.float32
-    wanted = oracle(config, jax.tree.map(lambda a: np.asarray(a, np.float64), variables), TOKENS)
+    wanted = oracle(config, double(variables), TOKENS)
     np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=2e-4)
 
 
@@ -138,46 +133,40 @@ def test_gradients_equal_the_oracles_slopes():
 
 
 def test_a_code_changes_the_dense_model_and_its_statistics_count():
-    variables = random_variables(CODED)
-    logits = jax.jit(forward(CODED))(variables, jnp.asarray(TOKENS))
+    before = logits(CODED, random_variables(CODED))
     for name in ("mean", "std", "bias"):
-        other = jax.tree.map(lambda a: a, variables)
+        other = random_variables(CODED)
         other["blocks"][0]["code"][name] = other["blocks"][0]["code"][name][::-1]
-        assert np.any(
-            np.abs(jax.jit(forward(CODED))(other, jnp.asarray(TOKENS)) - logits) > 1e-3
-        ), name
+        assert np.any(np.abs(logits(CODED, other) - before) > 1e-3), name
 
 
 @pytest.mark.parametrize("config", [DENSE, CODED], ids=["dense", "coded"])
 def test_no_position_sees_a_later_one(config):
-    variables = random_variables(config)
     changed = TOKENS.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 61
-    before, after = (
-        np.asarray(jax.jit(forward(config))(variables, jnp.asarray(t))) for t in (TOKENS, changed)
-    )
+    before, after = (logits(config, random_variables(config), t) for t in (TOKENS, changed))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.all(np.any(before[:, 7:] != after[:, 7:], axis=-1))
 
 
 def test_losses_do_not_depend_on_the_chunk():
-    variables, targets = random_variables(CODED), np.roll(TOKENS, -1)
-    whole = jax.jit(losses(CODED))(variables, TOKENS, targets)
-    chunked = jax.jit(losses(dataclasses.replace(CODED, logit_chunk=5)))(variables, TOKENS, targets)
+    arguments = random_variables(CODED), TOKENS, np.roll(TOKENS, -1)
+    whole = jax.jit(losses(CODED))(*arguments)
+    chunked = jax.jit(losses(dataclasses.replace(CODED, logit_chunk=5)))(*arguments)
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
 
 
 def test_taps_are_the_codes_inputs_and_choices():
     variables, targets = random_variables(CODED), np.roll(TOKENS, -1)
     _, everywhere = jax.jit(tapped_losses(CODED))(variables, TOKENS, targets, jnp.arange(12))
-    _, some = jax.jit(tapped_losses(CODED))(variables, TOKENS, targets, jnp.asarray([7, 2]))
+    _, some = jax.jit(tapped_losses(CODED))(variables, TOKENS, targets, jnp.array([7, 2]))
     assert everywhere.x.shape == (3, 2, 12, 32)
     assert everywhere.ids.shape == (3, 2, 12, 20)
     for all_of_it, part in zip(everywhere, some, strict=True):
         np.testing.assert_array_equal(part, all_of_it[:, :, [7, 2]])
     for layer, block in variables["blocks"].items():
         ids = encode(CODED, block["code"], np.asarray(everywhere.x[layer])).ids.reshape(2, 12, -1)
-        # float32 may see a tie otherwise than float64; here hardly ever
+        # float32 may see a tie otherwise than float64
         same = np.sort(ids[..., :4], -1) == np.sort(everywhere.ids[layer][..., :4], -1)
         assert same.mean() > 0.95
     dense = dataclasses.replace(CODED, levels=())
@@ -190,18 +179,13 @@ def test_initial_values():
     )
     params = init_variables(config, jax.random.key(0))[0]
     for block in params["blocks"].values():
-        for name in ("query", "key", "value"):
-            assert np.std(block["attn"][name]) == pytest.approx(0.02, rel=0.05)
-        assert np.std(block["mlp"]["up"]) == pytest.approx(0.02, rel=0.05)
-        for matrix in (block["attn"]["out"], block["mlp"]["down"]):
-            assert np.std(matrix) == pytest.approx(0.02 / 4, rel=0.05)
-        assert (
-            np.all(block["attn_norm"] == 1)
-            and np.all(block["mlp_norm"] == 1)
-            and not np.any(block["code"]["bias"])
-        )
-        assert set(block["attn"]) == {"query", "key", "value", "out"}
-        assert set(block["code"]) == {"bias"}
+        assert block["attn"].keys() == {"query", "key", "value", "out"}
+        assert block["code"].keys() == {"bias"}
+        for name, matrix in {**block["attn"], **block["mlp"]}.items():
+            std = 0.02 / 4 if name in ("out", "down") else 0.02
+            assert np.std(matrix) == pytest.approx(std, rel=0.05)
+        assert np.all(block["attn_norm"] == 1) and np.all(block["mlp_norm"] == 1)
+        assert not np.any(block["code"]["bias"])
     assert np.std(params["embed"]["table"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(params["positions"]["table"]) == pytest.approx(0.02, rel=0.1)
     matrices = [params["blocks"][i]["attn"]["out"] for i in (0, 1)]
@@ -210,11 +194,10 @@ def test_initial_values():
 
 def test_positions_of_the_sample():
     key = jax.random.key(0)
-    one, again, later = (sample_positions(key, jnp.int32(step), 64, 100) for step in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert (
-        one.shape == (11,) and len(set(one.tolist())) == 11 and set(one.tolist()) <= set(range(64))
+    one, again, later = (
+        sample_positions(key, jnp.int32(step), 64, 100).tolist() for step in (1, 1, 2)
     )
-    assert set(one.tolist()) != set(later.tolist())
+    assert one == again and set(one) != set(later)
+    assert len(one) == len(set(one)) == 11 and set(one) <= set(range(64))
     assert set(sample_positions(key, jnp.int32(0), 64, 4).tolist()) == set(range(64))
     assert sample_positions(key, jnp.int32(0), 1024, 1536).shape == (1,)

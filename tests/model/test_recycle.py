@@ -1,10 +1,10 @@
-"""The recycled core, and what its applications share with the blocks: the first layer's values, no
-value embedding.
+"""The recycled core, and what its applications share with the blocks.
 
 Without skips a model of L layers that applies block i again at its hinge is the model of L + 1
-layers with a copy of block i there. No technique may know the difference but those that count
-layers.
+layers with a copy of block i there.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,9 +56,8 @@ def test_a_recycled_block_is_a_copy_at_the_hinge(recycled, fields):
     unrolled = {name: leaf for name, leaf in params.items() if name != "recycle"}
     unrolled["blocks"] = {i: params["blocks"][layer] for i, layer in enumerate(order)}
     unrolled["skip_weights"] = jnp.zeros((len(order) // 2, TINY.d_model))
-    # only the block's own application takes the value embedding, so the copy's layer is not among
-    # those that do
-    at = {0: 0, 1: 1, 2: len(order) - 2, 3: len(order) - 1}
+    # only the block's own application takes the value embedding
+    at = (0, 1, len(order) - 2, len(order) - 1)
     embedded = tuple(at[layer] for layer in config.value_embed_layers)
     longer = changed(num_layers=len(order), **{**fields, "value_embed_layers": embedded})
     np.testing.assert_allclose(logits(config, params), logits(longer, unrolled), rtol=0, atol=1e-4)
@@ -70,8 +69,8 @@ def test_nothing_is_recycled_unless_asked():
 
 def test_the_recycled_layers_scale_is_their_own():
     """A replay of layer 0 is scaled by 1, not by the depth at which it runs."""
-    config = changed(num_layers=2, ln_scale=True, recycle_layers=(0,), mlp_activation="leaky_relu2")
     plain = changed(num_layers=2, recycle_layers=(0,), mlp_activation="leaky_relu2")
+    config = dataclasses.replace(plain, ln_scale=True)
     params = random_params(config)
     silent = {**params["blocks"][1], "attn_scale": jnp.zeros(24), "mlp_scale": jnp.zeros(24)}
     params = {**params, "blocks": {0: params["blocks"][0], 1: silent}}
@@ -82,10 +81,9 @@ def test_block_zero_mixes_values_only_when_it_runs_again():
     def moved_by_its_mix(config):
         params = random_params(config)
         blocks = {**params["blocks"], 0: {**params["blocks"][0]}}
-        blocks[0]["attn"] = {**blocks[0]["attn"], "value_mix": 1.0 - blocks[0]["attn"]["value_mix"]}
-        return not np.array_equal(
-            logits(config, params), logits(config, {**params, "blocks": blocks})
-        )
+        blocks[0]["attn"] = {**blocks[0]["attn"], "value_mix": jnp.zeros(2)}
+        other = {**params, "blocks": blocks}
+        return not np.array_equal(logits(config, params), logits(config, other))
 
     assert not moved_by_its_mix(changed(value_residual=True))
     assert moved_by_its_mix(changed(value_residual=True, recycle_layers=(0,)))

@@ -25,12 +25,11 @@ def test_equals_complex_rotation(width, base):
 
 def test_tables_are_exact_far_out():
     """Angles of thousands of radians: an angle made in float32 would be off by 1e-4."""
-    cos, sin = rotary_tables(4096, 16, 50_000.0)
-    assert cos.dtype == sin.dtype == np.float32
+    tables = rotary_tables(4096, 16, 50_000.0)
     angle = 4095 * 50_000.0 ** (-2 * np.arange(8) / 16)
-    np.testing.assert_allclose(
-        np.stack([cos[-1], sin[-1]]), [np.cos(angle), np.sin(angle)], atol=1e-7
-    )
+    for table, want in zip(tables, (np.cos(angle), np.sin(angle)), strict=True):
+        assert table.dtype == np.float32
+        np.testing.assert_allclose(table[-1], want, atol=1e-7)
 
 
 def test_other_dimensions_pass_untouched():
@@ -42,12 +41,9 @@ def test_other_dimensions_pass_untouched():
 
 
 def test_scores_depend_on_distance_alone():
-    rng = np.random.default_rng(0)
-    q, k = (
-        jnp.asarray(np.tile(rng.normal(size=(1, 1, 1, 16)), (1, 20, 1, 1)), jnp.float32)
-        for _ in range(2)
-    )
-    scores = np.einsum("bthd,bshd->ts", *(turned(10, 100.0)(a) for a in (q, k)))
+    vectors = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16))
+    queries, keys = jnp.asarray(np.repeat(vectors, 20, axis=2), jnp.float32)
+    scores = np.einsum("bthd,bshd->ts", *map(turned(10, 100.0), (queries, keys)))
     for distance in range(-19, 20):
         diagonal = np.diagonal(scores, distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
@@ -82,11 +78,9 @@ def test_full_width_is_the_default():
 def test_ntk_of_the_model_follows_the_length_of_its_input():
     T = TOKENS.shape[1]
     assert np.array_equal(logits(changed(rope_ntk_len=T)), logits(TINY))
-    short = TOKENS[:, : T - 4]
-    assert np.array_equal(
-        logits(changed(rope_ntk_len=T - 4), tokens=short), logits(TINY, tokens=short)
-    )
+    shorter, short = changed(rope_ntk_len=T - 4), TOKENS[:, : T - 4]
+    assert np.array_equal(logits(shorter, tokens=short), logits(TINY, tokens=short))
     raised = TINY.rope_base * (T / (T - 4)) ** (TINY.head_dim / (TINY.head_dim - 2))
-    scaled = logits(changed(rope_ntk_len=T - 4))
+    scaled = logits(shorter)
     np.testing.assert_allclose(scaled, logits(changed(rope_base=raised)), rtol=0, atol=1e-5)
     assert np.abs(scaled - logits(TINY)).max() > 1e-2

@@ -1,6 +1,4 @@
-"""What a layer's attention may take beside its input: an embedding of the token, the first layer's
-values, a gate.
-"""
+"""What a layer's attention may take beside its input: added values, first values, a gate."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ from sngpt_jax.model.attention import Attention, make_positions
 from tests import oracles
 from tests.model.test_techniques import TINY, changed, functional, logits, random_params
 
+GATED = {"attention_gate": True}
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 5, TINY.d_model))
 ADDED, FIRST = RNG.normal(size=(2, 2, 5, TINY.num_kv_heads, TINY.head_dim))
@@ -29,12 +28,8 @@ def attention_of(config, layer):
         ({"value_residual": True}, 0, []),
         ({"value_residual": True}, 1, ["first"]),
         ({"value_residual": True}, 1, ["added", "first"]),
-        ({"attention_gate": True}, 1, []),
-        (
-            {"attention_gate": True, "value_residual": True, "xsa_layers": 1, "rope_dims": 4},
-            3,
-            ["added", "first"],
-        ),
+        (GATED, 1, []),
+        ({**GATED, "value_residual": True, "xsa_layers": 1, "rope_dims": 4}, 3, ["added", "first"]),
     ],
     ids=str,
 )
@@ -42,65 +37,41 @@ def test_layer_equals_the_formula(fields, layer, given):
     config = changed(**fields)
     fn, params = attention_of(config, layer)
 
-    def ours(params, x, **values):
-        names = {"added": "added_value", "first": "first_value"}
-        return fn(
-            params,
-            x,
-            make_positions(config, 5),
-            **{names[name]: value for name, value in values.items()},
-        )[0]
+    def ours(params, x, values):
+        named = {f"{name}_value": value for name, value in values.items()}
+        return fn(params, x, make_positions(config, 5), **named)[0]
 
-    def oracle(params, x, **values):
-        return oracles.attention(
-            config, layer, params, x, added_v=values.get("added"), first_v=values.get("first")
-        )[0]
+    def oracle(params, x, values):
+        named = {f"{name}_v": value for name, value in values.items()}
+        return oracles.attention(config, layer, params, x, **named)[0]
 
     values = {name: {"added": ADDED, "first": FIRST}[name] for name in given}
-    oracles.check(
-        lambda p, x, v: ours(p, x, **v),
-        lambda p, x, v: oracle(p, x, **v),
-        params,
-        X,
-        values,
-        tol=5e-5,
-    )
+    oracles.check(ours, oracle, params, X, values, tol=5e-5)
 
 
-def with_attention(params, **leaves):
-    blocks = {
-        i: {**block, "attn": {**block["attn"], **leaves}} for i, block in params["blocks"].items()
-    }
+def with_attention(params, layers=range(4), **leaves):
+    blocks = dict(params["blocks"])
+    for i in layers:
+        blocks[i] = {**blocks[i], "attn": {**blocks[i]["attn"], **leaves}}
     return {**params, "blocks": blocks}
 
 
-def test_open_gates_do_nothing():
-    config = changed(attention_gate=True)
-    opened = with_attention(
-        random_params(config), gate_weight=jnp.zeros((24, 4)), gate_bias=jnp.full(4, 200.0)
-    )
-    np.testing.assert_allclose(logits(config, opened), logits(TINY), rtol=0, atol=1e-5)
-
-
-def test_shut_gates_silence_the_attention():
-    config = changed(attention_gate=True)
-    shut = with_attention(
-        random_params(config), gate_weight=jnp.zeros((24, 4)), gate_bias=jnp.full(4, -200.0)
-    )
+def test_open_gates_do_nothing_and_shut_ones_silence_the_attention():
     without = with_attention(random_params(TINY), out=jnp.zeros((24, 24)))
-    np.testing.assert_allclose(logits(config, shut), logits(TINY, without), rtol=0, atol=1e-5)
+    for bias, plain in ((200.0, random_params(TINY)), (-200.0, without)):
+        gates = {"gate_weight": jnp.zeros((24, 4)), "gate_bias": jnp.full(4, bias)}
+        gated = logits(changed(**GATED), with_attention(random_params(changed(**GATED)), **gates))
+        np.testing.assert_allclose(gated, logits(TINY, plain), rtol=0, atol=1e-5)
 
 
 def test_one_gate_acts_on_its_own_head():
-    fn, params = attention_of(changed(attention_gate=True), 1)
-    positions = make_positions(TINY, 5)
-    x = jnp.asarray(X, jnp.float32)
+    fn, params = attention_of(changed(**GATED), 1)
     params = {**params, "out": jnp.eye(24), "gate_weight": jnp.zeros((24, 4))}
-    opened = fn({**params, "gate_bias": jnp.full(4, 200.0)}, x, positions)[0].reshape(2, 5, 4, 6)
-    halved = fn({**params, "gate_bias": jnp.full(4, 200.0).at[2].set(0.0)}, x, positions)[
-        0
-    ].reshape(2, 5, 4, 6)
-    np.testing.assert_allclose(halved, opened.at[:, :, 2].multiply(0.5), rtol=1e-6)
+    opened, halved = (
+        fn({**params, "gate_bias": bias}, jnp.float32(X), make_positions(TINY, 5))[0]
+        for bias in (jnp.full(4, 200.0), jnp.full(4, 200.0).at[2].set(0.0))
+    )
+    np.testing.assert_allclose(halved, opened.at[:, :, 12:18].multiply(0.5), rtol=1e-6)
 
 
 def test_own_values_alone_are_no_residual():
@@ -112,31 +83,19 @@ def test_own_values_alone_are_no_residual():
 def test_first_values_alone_leave_the_other_layers_value_matrices_unused():
     config = changed(value_residual=True)
     first = with_attention(random_params(config), value_mix=jnp.asarray([1.0, 0.0]))
-
-    def scaled(layer):
-        block = first["blocks"][layer]
-        attn = {**block["attn"], "value": 2.0 * block["attn"]["value"]}
-        return {**first, "blocks": {**first["blocks"], layer: {**block, "attn": attn}}}
-
-    same = [
-        np.array_equal(logits(config, scaled(layer)), logits(config, first)) for layer in range(4)
-    ]
-    assert same == [False, True, True, True]
+    for layer, block in first["blocks"].items():
+        scaled = with_attention(first, [layer], value=2.0 * block["attn"]["value"])
+        assert np.array_equal(logits(config, scaled), logits(config, first)) == (layer > 0)
 
 
 def test_residual_takes_the_first_layers_values_not_the_stream():
-    """With layer 0's attention silenced its value matrix still matters, through the residual
-    alone.
-    """
+    """With layer 0's attention silenced its value matrix still matters, through the residual."""
 
     def depends_on_the_first_value_matrix(config):
         params = random_params(config)
-        block = {**params["blocks"][0], "attn_scale": jnp.zeros(24)}
-        other = {**block, "attn": {**block["attn"], "value": -block["attn"]["value"]}}
-        runs = [
-            logits(config, {**params, "blocks": {**params["blocks"], 0: b}}) for b in (block, other)
-        ]
-        return not np.array_equal(*runs)
+        params["blocks"][0]["attn_scale"] = jnp.zeros(24)
+        other = with_attention(params, [0], value=-params["blocks"][0]["attn"]["value"])
+        return not np.array_equal(logits(config, params), logits(config, other))
 
     assert not depends_on_the_first_value_matrix(TINY)
     assert depends_on_the_first_value_matrix(changed(value_residual=True))
