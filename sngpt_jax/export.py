@@ -1,8 +1,7 @@
 """A run as one small file: `python -m sngpt_jax.export --run runs/quickstart --out model.sngpt`.
 
 The command writes the artifact, and beside it the program that decodes and scores the artifact,
-`model.pyz`, and the tokenizer. The bytes of artifact and program count. The tokenizer belongs to
-the data.
+`model.pyz`, and the tokenizer. The bytes of artifact and program count.
 """
 
 import logging
@@ -34,7 +33,7 @@ class ExportArguments:
     weights: WeightsOption = None
     # bytes that artifact and program may take together; more is exit status 4; 0: no limit
     limit: int = 0
-    # search for the policy of least error within --limit, instead of the policy of --export
+    # search for the policy of least error within --limit, instead of the run's
     tune_to_fit: bool = False
     # score the model before and after the export, instead of a comparison of the tensors alone
     score: bool = True
@@ -72,39 +71,25 @@ def print_result(
     if not quiet:
         terminal.clear()
         print(table)
-        for title, names in (
-            ("the program contains", result["program_files"]),
-            ("the program needs the libraries", result["libraries"]),
-        ):
-            print(f"\n{title}")
-            text = textwrap.fill(", ".join(names), 98, break_on_hyphens=False)
-            print(textwrap.indent(text, "  "))
-    limit, over = result["limit"], result["total_bytes"] - result["limit"]
-    verdict = ""
-    if limit:
-        verdict = (
-            f", {over:,} over the limit of {limit:,}"
-            if over > 0
-            else f", {-over:,} below the limit"
-        )
+        titles = {"program_files": "contains", "libraries": "needs the libraries"}
+        for key, title in titles.items():
+            text = textwrap.fill(", ".join(result[key]), 98, break_on_hyphens=False)
+            print(f"\nthe program {title}\n{textwrap.indent(text, '  ')}")
+    limit, total, header = result["limit"], result["total_bytes"], result["header_bytes"]
+    over = total - limit
+    verdict = (
+        f", {over:,} over the limit of {limit:,}" if over > 0 else f", {-over:,} below the limit"
+    )
     rows = [
-        (
-            "artifact",
-            f"{result['artifact_bytes']:>12,} bytes, including a header of"
-            f" {result['header_bytes']:,}",
-        ),
+        ("artifact", f"{result['artifact_bytes']:>12,} bytes, including a header of {header:,}"),
         ("program", f"{result['code_bytes']:>12,} bytes"),
-        ("total", f"{result['total_bytes']:>12,} bytes{verdict}"),
+        ("total", f"{total:>12,} bytes{verdict if limit else ''}"),
         *(("wrote", str(file)) for file in files),
     ]
     if scores := result.get("score"):
-        rows.append(
-            (
-                "bits/byte",
-                f"{scores['bpb_before']:.5f} before, {scores['bpb_after']:.5f} by the program from"
-                f" the file, gap {scores['gap']:+.5f}, over {scores['tokens']:,} tokens",
-            )
-        )
+        both = f"{scores['bpb_before']:.5f} before, {scores['bpb_after']:.5f} by the program"
+        gap = f"gap {scores['gap']:+.5f}, over {scores['tokens']:,} tokens"
+        rows.append(("bits/byte", f"{both} from the file, {gap}"))
     options = ["--artifact", str(files[0]), *(["--data", str(data)] if data else [])]
     following = [cli.command("sngpt_jax.evaluate", *options)] if result["fits"] else []
     terminal.show_result("exported", rows, following)
@@ -122,10 +107,7 @@ def main(argv: Sequence[str]) -> int:
         args=cli.expand_json(argv),
         default=ExportArguments(Path(run) if run else missing, missing, export=export),
         prog="python -m sngpt_jax.export",
-        description=(
-            "Quantizes and compresses a trained model into one file, verifies it, and accounts for"
-            " every byte."
-        ),
+        description="Quantizes and compresses a model into one file, and accounts for every byte.",
     )
     check(arguments)
     cli.log_to_stderr(arguments.quiet)
@@ -142,17 +124,15 @@ def main(argv: Sequence[str]) -> int:
         tune_to_fit=arguments.tune_to_fit,
         tokens=arguments.tokens if arguments.score else None,
     )
-    result = exported.result
+    result, limit = exported.result, arguments.limit
     if arguments.json != "-":
         print_result(result, exported.table, exported.files, arguments.data, arguments.quiet)
     cli.write_json(result, arguments.json)
     if result["fits"]:
         return 0
-    over = result["total_bytes"] - arguments.limit
+    over = f"{result['total_bytes'] - limit:,} bytes over --limit {limit:,}"
     remedy = "raise --limit" if arguments.tune_to_fit else "try --tune-to-fit"
-    logger.error(
-        f"error: {arguments.out} is {over:,} bytes over --limit {arguments.limit:,}; {remedy}"
-    )
+    logger.error(f"error: {arguments.out} is {over}; {remedy}")
     return EXIT_OVER_LIMIT
 
 

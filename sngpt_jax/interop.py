@@ -17,6 +17,8 @@ from sngpt_jax.base.files import check_writable
 from sngpt_jax.config.options import OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.config.recipe import Overrides, parse_command
 
+PROGRAM = "python -m sngpt_jax.interop"
+
 
 @dataclass(frozen=True)
 class ImportArguments:
@@ -25,10 +27,8 @@ class ImportArguments:
     overrides: Overrides
     # the checkpoint: .safetensors, .npz, .pt, .pth or .bin
     file: tyro.conf.Positional[Path] = tyro.MISSING
-    # run directory to make; training in it continues from the imported weights
-    run_dir: Path = tyro.MISSING
-    # a SentencePiece .model or a tokenizer.json to keep with the run; default: the tokenizer of
-    # the recipe's data
+    run_dir: Path = tyro.MISSING  # run directory to make; training in it continues from the weights
+    # a SentencePiece .model or tokenizer.json to keep with the run; default: the recipe data's
     tokenizer: str = ""
     quiet: Quiet = False
 
@@ -38,11 +38,8 @@ def import_command(argv: Sequence[str]) -> int:
     arguments = parse_command(
         ImportArguments,
         argv,
-        program="python -m sngpt_jax.interop import",
-        description=(
-            "Makes a run directory from a checkpoint of the original PyTorch scripts, to evaluate,"
-            " sample or train."
-        ),
+        program=f"{PROGRAM} import",
+        description="Makes a run directory from a checkpoint of the original PyTorch scripts.",
     )
     cli.log_to_stderr(arguments.quiet)
     from sngpt_jax.weights.torch_checkpoints import import_run  # imports jax
@@ -69,7 +66,7 @@ def export_command(argv: Sequence[str]) -> int:
     arguments = tyro.cli(
         ExportArguments,
         args=list(argv),
-        prog="python -m sngpt_jax.interop export",
+        prog=f"{PROGRAM} export",
         description="Writes a model's weights under the names of the original PyTorch scripts.",
     )
     out = arguments.out
@@ -86,10 +83,8 @@ def export_command(argv: Sequence[str]) -> int:
     mesh = make_mesh(jax.devices()[:1])
     trained = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     state = export_file(trained, out)
-    held = (
-        f"{len(state)} tensors, {sum(tensor.size for tensor in state.values()):,} parameters of"
-        f" step {trained.step}, {trained.weights} weights"
-    )
+    parameters = f"{sum(tensor.size for tensor in state.values()):,} parameters"
+    held = f"{len(state)} tensors, {parameters} of step {trained.step}, {trained.weights} weights"
     terminal.show_result("exported", [("file", str(out)), ("holds", held)])
     return 0
 
@@ -100,14 +95,11 @@ COMMANDS = {"import": import_command, "export": export_command}
 def main(argv: Sequence[str]) -> int:
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
-        print(__doc__.strip())
-        print("\nBoth commands explain their options with --help.")
+        print(f"{__doc__.strip()}\n\nBoth commands explain their options with --help.")
         return 0
     if name not in COMMANDS:
-        raise UserError(
-            f"expected import or export after sngpt_jax.interop, found {name or 'nothing'}; see"
-            " --help"
-        )
+        expected = "expected import or export after sngpt_jax.interop"
+        raise UserError(f"{expected}, found {name or 'nothing'}; see --help")
     return COMMANDS[name](argv[1:])
 
 

@@ -1,5 +1,6 @@
 """The size and the error of an artifact by group of tensors."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,12 +26,11 @@ class GroupReport:
     entropy: float | None  # bits of the codes, by each tensor's frequencies; None without a grid
     coded: float  # bits in the artifact, scales included
     scales: float  # bits of the scales before compression, 16 per row
-    # bits that packing adds to `coded`, compared with one byte per code; 0 for unpacked codes
-    packing_loss: float
+    packing_loss: float  # bits that packing adds to `coded`, compared with one byte per code
     error: float  # Σ (w - ŵ)² / Σ w²
 
 
-# The heading of each column of the table for a person, and the format of its cells.
+# heading and cell format of each column
 _COLUMNS = {
     "group": "{0.group}",
     "kept as": "{0.width}",
@@ -55,33 +55,34 @@ def report(
     """One report per group and width. `unpacked`: the same tensors with one byte per code, if
     `encoded` packs them.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, tensor in stored.items():
         width = f"int{tensor.bits}" if isinstance(tensor, Quantized) else tensor.dtype.name
-        found.setdefault((policy_of(name, tensor.shape, config).group, width), []).append(name)
-
-    def report_of(group: str, width: str, names: list[str]) -> GroupReport:
+        found[policy_of(name, tensor.shape, config).group, width].append(name)
+    reports = []
+    for (group, width), names in sorted(found.items()):
         codes = [tensor for name in names if isinstance(tensor := stored[name], Quantized)]
         weights = sum(original[name].size for name in names)
-        size = sum(encoded.tensor_bytes[name] for name in names)
-        unpacked_size = sum(unpacked.tensor_bytes[name] for name in names) if unpacked else size
-        errors, squares = np.sum(
-            [squared_error(original[name], stored[name]) for name in names], axis=0
+        size, unpacked_size = (
+            sum(x.tensor_bytes[name] for name in names) for x in (encoded, unpacked or encoded)
         )
-        return GroupReport(
-            group=group,
-            width=width,
-            tensors=len(names),
-            weights=weights,
-            bytes=size,
-            entropy=sum(map(entropy_of, codes)) / weights if codes else None,
-            coded=8 * size / weights,
-            scales=16 * sum(len(tensor.scales) for tensor in codes) / weights,
-            packing_loss=8 * (size - unpacked_size) / weights,
-            error=float(errors / max(squares, np.finfo(float).tiny)),
+        pairs = [squared_error(original[name], stored[name]) for name in names]
+        errors, squares = np.sum(pairs, axis=0)
+        reports.append(
+            GroupReport(
+                group=group,
+                width=width,
+                tensors=len(names),
+                weights=weights,
+                bytes=size,
+                entropy=sum(map(entropy_of, codes)) / weights if codes else None,
+                coded=8 * size / weights,
+                scales=16 * sum(len(tensor.scales) for tensor in codes) / weights,
+                packing_loss=8 * (size - unpacked_size) / weights,
+                error=float(errors / max(squares, np.finfo(float).tiny)),
+            )
         )
-
-    return [report_of(*key, names) for key, names in sorted(found.items())]
+    return reports
 
 
 def entropy_of(tensor: Quantized) -> float:
@@ -96,9 +97,7 @@ def squared_error(original: np.ndarray, stored: Stored) -> tuple[float, float]:
 
 
 def relative_error(original: Mapping[str, np.ndarray], stored: Mapping[str, Stored]) -> float:
-    """The mean over all weights of their tensor's relative squared error. The units of the tensors
-    cancel.
-    """
+    """The mean over all weights of their tensor's relative squared error, which has no unit."""
     total = 0.0
     for name, tensor in original.items():
         error, square = squared_error(tensor, stored[name])
@@ -117,17 +116,12 @@ def as_json(lines: Sequence[GroupReport]) -> dict[str, dict[str, Any]]:
 
 def format_table(lines: Sequence[GroupReport]) -> str:
     """`lines` as a table for a person."""
-    rows = [list(_COLUMNS)]
-    for line in lines:
-        rows.append(
-            [
-                "" if line.entropy is None and heading == "entropy" else cell.format(line)
-                for heading, cell in _COLUMNS.items()
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<<" + ">" * (len(widths) - 2)  # names are aligned left, numbers right
-    return "\n".join(
-        "  ".join(f"{x:{side}{w}}" for x, side, w in zip(row, sides, widths, strict=True))
-        for row in rows
-    )
+    columns = []
+    for heading, cell in _COLUMNS.items():
+        known = [
+            "" if heading == "entropy" and x.entropy is None else cell.format(x) for x in lines
+        ]
+        width = max(map(len, [heading, *known]))
+        side = "<" if heading in ("group", "kept as") else ">"
+        columns.append([f"{x:{side}{width}}" for x in (heading, *known)])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))

@@ -3,10 +3,9 @@
 
 The program holds whole modules: `sngpt_jax.score_artifact` and every module of the project that it
 imports, directly or through others. They are minified and compressed together. A zip archive with
-one line of code follows the compressed stream: Python runs a zip's `__main__.py`, and a zip may
-begin with other bytes. The program therefore takes its compressed bytes and about 200 more. As text
-in a .py file it would take a quarter more. An importer serves the modules from memory, ahead of
-installed modules with equal names. The program does not contain libraries.
+three lines of code follows the compressed stream: Python runs a zip's `__main__.py`, and a zip may
+begin with other bytes. An importer serves the modules from memory, ahead of installed modules with
+equal names. The program does not contain libraries.
 """
 
 import ast
@@ -34,13 +33,8 @@ logger = logging.getLogger("sngpt_jax")
 
 PROJECT = ("sngpt_jax", "sngpt_kernels")
 ENTRY = "sngpt_jax.score_artifact"
-# Modules that the program does not need although others import them, and the source in their place.
-STAND_INS = {
-    # the exporter has validated the configuration that the artifact holds
-    "sngpt_jax.config.checks": "def validate(config): return config",
-    # the program draws no progress bars, which need rich
-    "sngpt_jax.base.terminal": "def clear(): pass",
-}
+# The program draws no progress bars, which need rich, so this source replaces the module.
+STAND_INS = {"sngpt_jax.base.terminal": "def clear(): pass"}
 _ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # the entry's progress lines
 
 # The compressed text begins with this source. `_` is the list of the parts behind it: the entry's
@@ -75,17 +69,13 @@ class Bundle:
     """A program and its contents."""
 
     data: bytes
-    # path of each source file, and its bytes after minifying, before compression
-    files: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, int], ...]  # path of each source file, and its bytes after minifying
     libraries: tuple[str, ...]  # top-level names of the libraries that it imports
 
 
 def build(entry: str = ENTRY, project: Sequence[str] = PROJECT) -> Bundle:
     """The program that runs module `entry` of the top-level packages `project`, as `python -m`
-    does.
-
-    Equal sources give equal bytes. The program runs on every version of Python that its sources
-    run on.
+    does. Equal sources give equal bytes. Every Python that runs the sources runs the program.
     """
     modules, libraries = _needed(entry, project)
     sources = {name: minify(tree) for name, (_, tree) in modules.items()}
@@ -93,8 +83,12 @@ def build(entry: str = ENTRY, project: Sequence[str] = PROJECT) -> Bundle:
     for name, (file, _) in modules.items():
         if name != entry:
             parts += [name + "." * file.endswith("/__init__.py"), sources[name]]
+    code = bz2.compress("\0".join(parts).encode())  # leaves 2 % less than lzma at its best level
+    program = io.BytesIO(code)
+    with zipfile.ZipFile(program, "a") as archive:  # a ZipInfo's date is always 1980-01-01
+        archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN.format(size=len(code)))
     files = ((file, len(sources[name].encode())) for name, (file, _) in modules.items())
-    return Bundle(_pack("\0".join(parts).encode()), tuple(files), libraries)
+    return Bundle(program.getvalue(), tuple(files), libraries)
 
 
 def _needed(
@@ -103,7 +97,11 @@ def _needed(
     """The modules that `entry` imports from `project`, directly or through others, at the top of a
     file or in a function: path and source by name. Then the libraries that these modules import.
     """
-    roots = {package: _root(package) for package in project}
+    roots = {}
+    for package in project:
+        spec = find_spec(package)
+        assert spec and spec.origin
+        roots[package] = Path(spec.origin).parents[1]
     modules: dict[str, tuple[str, ast.Module]] = {}
     libraries: set[str] = set()
     waiting = {entry}
@@ -117,19 +115,11 @@ def _needed(
         for ending in ("/__init__.py", ".py"):  # neither exists for the name of a definition
             file = name.replace(".", "/") + ending
             if (roots[top] / file).is_file():
-                text = STAND_INS.get(name) or (roots[top] / file).read_text(encoding="utf-8")
-                modules[name] = file, ast.parse(text)
-                imported |= set(_imported(modules[name][1]))
+                tree = ast.parse(STAND_INS.get(name) or (roots[top] / file).read_text("utf-8"))
+                modules[name] = file, tree
+                imported |= set(_imported(tree))
         waiting |= imported - modules.keys()
     return dict(sorted(modules.items())), tuple(sorted(libraries - sys.stdlib_module_names))
-
-
-def _root(package: str) -> Path:
-    """The folder that holds `package`, in a checkout or among the installed packages."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the package {package} is not installed", name=package)
-    return Path(spec.origin).parents[1]
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
@@ -151,40 +141,23 @@ def minify(tree: ast.Module) -> str:
 
 
 class _Portable(ast.NodeTransformer):
-    """Turns f-strings with strings in their fields into calls of `str.join` and `format`. From
-    Python 3.12 on, the printers may give these strings the quotes of the f-string, which Python
-    3.11 cannot read.
+    """Turns f-strings into calls of `str.join` and `format`. From Python 3.12 on, the printers may
+    give a string inside an f-string the quotes of the f-string, which Python 3.11 cannot read.
     """
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
-        fields = [x.value for x in ast.walk(node) if isinstance(x, ast.FormattedValue)]
-        inside = [x for field in fields for x in ast.walk(field)]
         self.generic_visit(node)
-        if not any(isinstance(getattr(x, "value", x), ast.JoinedStr | str | bytes) for x in inside):
-            return node
-        parts = [_formatted(x) if isinstance(x, ast.FormattedValue) else x for x in node.values]
         join = ast.Attribute(ast.Constant(""), "join", ast.Load())
-        return ast.Call(join, [ast.List(parts, ast.Load())], [])
+        parts = node.values
+        return parts[0] if len(parts) == 1 else ast.Call(join, [ast.List(parts, ast.Load())], [])
 
-
-def _formatted(field: ast.FormattedValue) -> ast.expr:
-    """The call of `format` for a field of an f-string."""
-    value = field.value
-    if field.conversion >= 0:
-        converter = {"r": "repr", "s": "str", "a": "ascii"}[chr(field.conversion)]
-        value = ast.Call(ast.Name(converter, ast.Load()), [value], [])
-    spec = [field.format_spec] if field.format_spec else []
-    return ast.Call(ast.Name("format", ast.Load()), [value, *spec], [])
-
-
-def _pack(text: bytes) -> bytes:
-    code = bz2.compress(text)  # leaves 2 % less than lzma at its best level
-    file = io.BytesIO()
-    file.write(code)
-    with zipfile.ZipFile(file, "a") as archive:  # stored: one line does not compress
-        # ZipInfo's date is always 1980-01-01
-        archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN.format(size=len(code)))
-    return file.getvalue()
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.expr:
+        self.generic_visit(node)
+        arguments = [node.value, node.format_spec] if node.format_spec else [node.value]
+        if node.conversion >= 0:
+            converter = ast.Name({"r": "repr", "s": "str", "a": "ascii"}[chr(node.conversion)])
+            arguments[0] = ast.Call(converter, arguments[:1], [])
+        return ast.Call(ast.Name("format"), arguments, [])
 
 
 def run(
@@ -208,8 +181,8 @@ def run(
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if not data:
         environment["JAX_PLATFORMS"] = "cpu"  # the program computes nothing
+    # the result goes to a file, because a full pipe would block the program
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as output:
-        # the result goes to a file, because a full pipe would block the program
         process = subprocess.Popen(
             command, cwd=empty, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
         )

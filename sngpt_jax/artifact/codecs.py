@@ -1,5 +1,4 @@
-"""Bytes compressed with zstd or lzma, codes with an entropy coder (rANS), and decoders that trust
-no stream.
+"""Bytes compressed with zstd or lzma, and codes compressed with an entropy coder (rANS).
 
 The caller tells each decoder how much must come out. A decoder raises ValueError if the stream
 gives more or less, is damaged, or has bytes after its end. It allocates only a few bytes per
@@ -19,17 +18,15 @@ ByteCodec = Literal["zstd", "lzma"]
 LZMA_DICTIONARY = (2**12, 2**26)  # bytes: lzma's minimum, and the dictionary of its level 9
 
 # A frequency takes one byte and has a mantissa of 4 bits: 0, then 17 … 31 times 2^0 and 16 … 31
-# times 2^1 … 2^15. This rounding costs about 0.0002 bits per code. The weights are whole numbers,
-# so their sums are exact in float64 in any order.
+# times 2^1 … 2^15. The sums of these whole numbers are exact in float64 in any order.
 WEIGHTS = np.array([0.0, *((16 + byte % 16) * 2.0 ** (byte // 16) for byte in range(1, 256))])
 CLASS_BITS = range(5)  # 1, 2, 4, 8 or 16 classes of rows
-# rounds that move each row into its best class; more rounds gain less than 0.01 %
-REFITS = 2
+REFITS = 2  # rounds that move each row into its best class; more gain less than 0.01 %
 NEVER = 1e6  # bits that a class charges for a code that it lacks
 
 
 def compress(raw: bytes, codec: ByteCodec, level: int) -> bytes:
-    """`raw` as one zstd frame that states its size (level 1 to 22), or as raw LZMA2 (0 to 9)."""
+    """`raw` as one zstd frame that states its size, or as raw LZMA2."""
     if codec == "zstd":
         return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
     return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(raw), preset=level))
@@ -38,16 +35,15 @@ def compress(raw: bytes, codec: ByteCodec, level: int) -> bytes:
 def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
     """The `size` bytes that `compress` turned into `data`. Raises ValueError for other data."""
     if codec == "zstd":
-        if zstd_size(data) != size:
-            raise ValueError(f"the zstd frame states {zstd_size(data)} bytes, expected {size}")
+        if (stated := zstd_size(data)) != size:
+            raise ValueError(f"the zstd frame states {stated} bytes, expected {size}")
         try:
             raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as problem:
             raise ValueError(f"zstd: {problem}") from None
     else:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_lzma_filters(size))
-        try:
-            # one byte more, so that the decoder reads the end mark
+        try:  # one byte more, so that the decoder reads the end mark
             raw = decoder.decompress(data, max_length=size + 1)
         except lzma.LZMAError as problem:
             raise ValueError(f"lzma: {problem}") from None
@@ -59,11 +55,9 @@ def decompress(data: bytes | memoryview, codec: ByteCodec, size: int) -> bytes:
 
 
 def zstd_size(data: bytes | memoryview) -> int:
-    """The number of bytes that a zstd frame states.
-
-    zstandard allocates what the frame states, whatever `max_output_size` is, so callers ask here
-    first. The decoder would also allocate the frame's window, so a window beyond the content is an
-    error. Raises ValueError for anything but a frame of `compress`.
+    """The number of bytes that a zstd frame states, which zstandard allocates whatever
+    `max_output_size` is. The decoder also allocates the frame's window, so a window beyond the
+    content is an error. Raises ValueError for anything but a frame of `compress`.
     """
     try:
         frame = zstandard.get_frame_parameters(data)
@@ -73,9 +67,7 @@ def zstd_size(data: bytes | memoryview) -> int:
     if size == zstandard.CONTENTSIZE_UNKNOWN:
         raise ValueError("the zstd frame does not state its size")
     if frame.window_size > max(size, 1024):
-        raise ValueError(
-            f"the zstd frame asks for a window of {frame.window_size} bytes for {size}"
-        )
+        raise ValueError(f"the zstd frame has a window of {frame.window_size} bytes for {size}")
     return size
 
 
@@ -101,11 +93,8 @@ def join_planes(raw: bytes, dtype: np.dtype) -> np.ndarray:
 
 
 def entropy(codes: np.ndarray) -> float:
-    """Bits per code: the entropy of the frequencies of codes of any shape. It is the lower bound
-    for a coder that models all codes alike.
-    """
-    counts = np.unique_counts(codes).counts
-    shares = counts / codes.size
+    """Bits per code of any shape: the lower bound for a coder that models all codes alike."""
+    shares = np.unique_counts(codes).counts / codes.size
     return float(-(shares * np.log2(shares)).sum())
 
 
@@ -113,13 +102,11 @@ def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
     """Codes int8 [rows, columns], each q_min … 2^(bits - 1) - 1, by rANS (Duda 2013, arXiv
     1311.2540).
 
-    Rows differ in spread, so the rows are divided into 1, 2, 4, 8 or 16 classes with their own
-    frequencies. The encoder takes the number of classes with the fewest bytes, which include the
-    frequencies and the class of each row. Layout: log2 of the number of classes, the packed classes
-    of the rows, one byte per class and code, the coder's 32-bit words.
+    Rows differ in spread, so up to 16 classes of rows have their own frequencies. The encoder takes
+    the number of classes with the fewest bytes. Layout: log2 of the number of classes, the packed
+    classes of the rows, one byte per class and code, the coder's 32-bit words.
     """
-    rows = len(codes)
-    alphabet = _alphabet(bits, q_min)
+    rows, alphabet = len(codes), 2 ** (bits - 1) - q_min
     u = codes.view(np.uint8) - np.uint8(q_min % 256)
     cells = u + np.arange(rows)[:, None] * alphabet
     counts = np.bincount(cells.reshape(-1), minlength=rows * alphabet).astype(np.float64)
@@ -144,10 +131,8 @@ def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
 def decode_codes(
     data: bytes | memoryview, rows: int, columns: int, bits: int, q_min: int
 ) -> np.ndarray:
-    """The codes int8 [rows, columns] that `encode_codes` turned into `data`. Raises ValueError for
-    other data.
-    """
-    alphabet = _alphabet(bits, q_min)
+    """The codes int8 [rows, columns] that `encode_codes` turned into `data`."""
+    alphabet = 2 ** (bits - 1) - q_min
     if not len(data) or data[0] not in CLASS_BITS:
         raise ValueError("a rans stream does not begin with its number of classes")
     class_bits = data[0]
@@ -159,45 +144,32 @@ def decode_codes(
     if class_bits:
         classes = unpack(bytes(data[1:table_start]), rows, class_bits, 0)
     table = np.frombuffer(data[table_start:words_start], np.uint8).reshape(-1, alphabet)
+    words = np.frombuffer(data[words_start:], "<u4").astype(np.uint32)
     codes = np.empty((rows, columns), np.int8)
     try:
-        coder = constriction.stream.stack.AnsCoder(
-            np.frombuffer(data[words_start:], "<u4").astype(np.uint32)
-        )
+        coder = constriction.stream.stack.AnsCoder(words)
     except ValueError:
         raise ValueError("a rans stream ends in a word of zeros") from None
-    for k in range(2**class_bits):
-        chosen = classes == k
-        count = int(np.count_nonzero(chosen))
-        if not count:
-            continue
-        if not table[k].any():
+    for k, count in enumerate(np.bincount(classes)):
+        if count and not table[k].any():
             raise ValueError("a rans stream has a class of rows without frequencies")
-        symbols = coder.decode(_model(table[k]), count * columns)
-        symbols += q_min
-        codes[chosen] = symbols.reshape(count, columns)
+        if count:
+            symbols = coder.decode(_model(table[k]), int(count) * columns)
+            symbols += q_min
+            codes[classes == k] = symbols.reshape(-1, columns)
     if not coder.is_empty():
         raise ValueError("a rans stream is damaged or continues after its last code")
     return codes
 
 
-def _alphabet(bits: int, q_min: int) -> int:
-    return 2 ** (bits - 1) - q_min
-
-
 def _model(frequencies: np.ndarray) -> constriction.stream.model.Categorical:
-    """The model of one class, from its frequencies' bytes [alphabet]. A code of frequency 0 keeps
-    the coder's smallest probability, 2^-24.
-    """
+    """The model of one class. A code of frequency 0 keeps the smallest probability, 2^-24."""
     return constriction.stream.model.Categorical(WEIGHTS[frequencies], perfect=False, lazy=False)
 
 
 def _fit_classes(counts: np.ndarray, class_bits: int) -> tuple[float, np.ndarray, np.ndarray]:
     """Size in bytes, class of each row [rows] and frequencies' bytes [classes, alphabet], for
-    counts [rows, alphabet].
-
-    Lloyd's algorithm starts from classes of equal size by spread. Costs are whole numbers of 2^-10
-    bits, so their sums are exact and the classes do not depend on the order of addition.
+    counts [rows, alphabet]. Lloyd's algorithm starts from classes of equal size by spread.
     """
     num_classes = 2**class_bits
     rows, alphabet = counts.shape
@@ -215,8 +187,8 @@ def _fit_classes(counts: np.ndarray, class_bits: int) -> tuple[float, np.ndarray
 
 
 def _frequencies(counts: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """The byte of each class and code [classes, alphabet], for the nearest weight. A code that
-    occurs has at least the smallest weight.
+    """The byte [classes, alphabet] of the weight nearest to each frequency, or of the smallest
+    weight for a rare code.
     """
     sums = np.stack([counts[classes == k].sum(axis=0) for k in range(num_classes)])
     weights = sums * (WEIGHTS[-1] / np.maximum(sums.max(axis=1, keepdims=True), 1))
@@ -225,7 +197,9 @@ def _frequencies(counts: np.ndarray, classes: np.ndarray, num_classes: int) -> n
 
 
 def _costs(table: np.ndarray) -> np.ndarray:
-    """The cost of a code in each class [classes, alphabet], in 2^-10 bits."""
+    """The cost [classes, alphabet] of a code in 2^-10 bits. The sums of these whole numbers do not
+    depend on their order.
+    """
     weights = WEIGHTS[table]
     total = weights.sum(axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,11 +1,10 @@
 """The policy of least error below a limit of bytes, for `export --tune-to-fit`.
 
-The search tries the recipe's own policy, half precision, and two families of grids. All but the
-recipe's policy are coded by rANS. In the first family the range of a row is its largest magnitude,
-and the number of bits sets the step. In the second family the grid is wide, and its step is a
-fraction of the row's standard deviation. The search bisects this fraction until the artifact just
-fits. This is SDClip with independent range and step: the entropy coder measures the cost of a fine
-step, so no weight need be clipped.
+The search tries the recipe's own policy, half precision, and two families of grids. In the first
+family the range of a row is its largest magnitude, and the number of bits sets the step. In the
+second family the grid is wide, and its step is a fraction of the row's standard deviation. The
+search bisects this fraction until the artifact just fits. This is SDClip with independent range and
+step: the entropy coder measures the cost of a fine step, so no weight need be clipped.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,15 +36,16 @@ def search(
     moments: Mapping[str, np.ndarray] | None = None,
 ) -> Config:
     """`config` with the tried policy of least `relative_error` whose artifact takes at most `limit`
-    bytes.
-
-    `tell` receives one line per trial. `moments` are for GPTQ, as in `quantize_tensors`: GPTQ
-    changes the size, so each trial uses it if the recipe does. Raises `UserError` if no trial fits.
+    bytes. `tell` receives one line per trial. `moments` are for GPTQ, as in `quantize_tensors`.
+    Raises `UserError` if no trial fits.
     """
     wide = replace(
         config.export,
+        mlp_bits=8,
+        attention_bits=8,
         embed_bits=8,
         table_bits=8,
+        clip="row_max",
         table_clip="row_max",
         clip_scope="row",
         codes="symmetric",
@@ -57,13 +57,7 @@ def search(
         codec_level=22,
     )
     halves = replace(
-        wide,
-        mlp_bits=16,
-        attention_bits=16,
-        projection_bits=16,
-        embed_bits=16,
-        table_bits=16,
-        clip="row_max",
+        wide, mlp_bits=16, attention_bits=16, projection_bits=16, embed_bits=16, table_bits=16
     )
     trials: list[tuple[float, int, ExportConfig]] = []  # error and bytes of each policy
 
@@ -83,13 +77,13 @@ def search(
     fits(config.export)
     fits(halves)
     for mlp, attention in LADDER:
-        if fits(replace(wide, mlp_bits=mlp, attention_bits=attention, clip="row_max")):
+        if fits(replace(wide, mlp_bits=mlp, attention_bits=attention)):
             break  # the rest are smaller and have larger errors
     fine, coarse = FINEST, COARSEST
     for _ in range(BISECTIONS):
         middle = (fine * coarse) ** 0.5
-        sd = replace(wide, mlp_bits=8, attention_bits=8, clip="sd", clip_sd=round(middle, 3))
-        fine, coarse = (fine, middle) if fits(sd) else (middle, coarse)
+        small = fits(replace(wide, clip="sd", clip_sd=round(middle, 3)))
+        fine, coarse = (fine, middle) if small else (middle, coarse)
     fitting = [(error, export) for error, size, export in trials if size <= limit]
     if not fitting:
         least = min(size for _, size, _ in trials)

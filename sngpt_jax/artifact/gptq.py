@@ -2,8 +2,7 @@
 
 GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) lowers tr((W - Q) H (W - Q)^T), the
 squared error of a layer's outputs over the inputs X with H = X^T X. It rounds W column by column.
-After each column it moves the remaining columns to where the error is least. This module writes
-GPTQ as Babai's nearest plane algorithm, which is equivalent (Chen et al. 2025,
+This module writes GPTQ as Babai's nearest plane algorithm, which is equivalent (Chen et al. 2025,
 https://arxiv.org/abs/2507.18553): with H = R R^T, R upper triangular, and e the errors of one row,
 
     e H e^T = sum_i R_ii^2 (e_i + sum_{j<i} e_j R_ji / R_ii)^2
@@ -30,13 +29,12 @@ def gptq(
     """Codes, int8 [out, in], C-contiguous, for `rows`, float32 [out, in], on the grids of
     `scales`, float16 [out].
 
-    `second_moment` is H, float64 [in, in], a sum or a mean: its unit cancels. `damping` times the
-    mean diagonal is added to the diagonal, which damps moves that few inputs support. Columns with
-    the largest diagonal come first, because most other columns can then compensate them
-    (act-order). The column of an input that was always 0 is rounded to the nearest codes. `block`
-    columns are rounded between updates of the rest. It affects the speed, not the result.
-
-    Raises `UserError`, without the tensor's name, if H is not finite or has no Cholesky factor.
+    `second_moment` is H, float64 [in, in], a sum or a mean. `damping` times the mean diagonal is
+    added to the diagonal, which damps moves that few inputs support. Columns with the largest
+    diagonal come first, because most other columns can then compensate them. The column of an input
+    that was always 0 is rounded to the nearest codes. `block`, the number of columns between
+    updates of the rest, affects only the speed. Raises `UserError`, without the tensor's name, if H
+    is not finite or has no Cholesky factor.
     """
     if not np.isfinite(second_moment).all():
         raise UserError("the second moments of its inputs are not finite; export an earlier --step")

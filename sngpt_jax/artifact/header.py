@@ -6,8 +6,7 @@ The header is JSON exactly as `as_json` writes it, so each content has one spell
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -26,8 +25,8 @@ LEVELS = {"rans": (1, 22), "zstd": (1, 22), "lzma": (0, 9)}
 
 
 class ArtifactError(UserError):
-    """A file that is not an artifact, is damaged, or needs too much memory. The line can quote the
-    file, so it ends after 500 characters.
+    """A file that is no artifact, is damaged, or needs too much memory. A line that quotes the file
+    ends after 500 characters.
     """
 
     def __init__(self, line: str):
@@ -36,7 +35,7 @@ class ArtifactError(UserError):
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turns a ValueError of a library or a check into an `ArtifactError` that names `where`."""
+    """Turns a ValueError into an `ArtifactError` that names `where`."""
     try:
         yield
     except ValueError as problem:
@@ -55,10 +54,6 @@ class Storage:
     def byte_codec(self) -> ByteCodec:
         return "lzma" if self.codec == "lzma" else "zstd"
 
-    def packs(self, bits: int) -> bool:
-        """Whether codes of `bits` bits are joined bit by bit."""
-        return self.packed and bits < 8
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,10 +63,6 @@ class Grid:
     q_min: int
     transposed: bool
     length: int  # bytes of the stream of codes
-
-    @property
-    def q_max(self) -> int:
-        return largest_code(self.bits)
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Stream(NamedTuple):
 
     @property
     def size(self) -> int:
-        return sum(math.prod(shape) for shape in self.parts.values())
+        return sum(map(math.prod, self.parts.values()))
 
 
 @dataclass(frozen=True)
@@ -116,68 +107,70 @@ class Table:
     @property
     def streams(self) -> list[Stream]:
         """The streams in file order."""
-        grids = [(x, x.grid) for x in self.tensors if x.grid]
-        half, single = np.dtype(np.float16), np.dtype(np.float32)
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {"float16": {}, "float32": {}, "grid": {}}
+        codes, scales = [], {}
+        floats: dict[str, dict[str, tuple[int, ...]]] = {"float16": {}, "float32": {}}
         for x in self.tensors:
-            shapes[x.kind][x.name] = x.shape
+            if x.grid:
+                parts = {x.name: x.code_shape}
+                codes.append(Stream(x.name, x.grid.length, np.dtype(np.int8), parts, x.grid))
+                scales[x.name] = x.code_shape[:1]
+            else:
+                floats[x.kind][x.name] = x.shape
+        half, single = np.dtype(np.float16), np.dtype(np.float32)
         return [
-            *(
-                Stream(x.name, grid.length, np.dtype(np.int8), {x.name: x.code_shape}, grid)
-                for x, grid in grids
-            ),
-            Stream("scales", self.scales, half, {x.name: x.code_shape[:1] for x, _ in grids}),
-            Stream("float16 tensors", self.float16, half, shapes["float16"]),
-            Stream("float32 tensors", self.float32, single, shapes["float32"]),
+            *codes,
+            Stream("scales", self.scales, half, scales),
+            Stream("float16 tensors", self.float16, half, floats["float16"]),
+            Stream("float32 tensors", self.float32, single, floats["float32"]),
         ]
 
 
-def as_json(metadata: Mapping[str, Any], table: Table) -> bytes:
+@dataclass(frozen=True)
+class Header:
+    """The parts of a header."""
+
+    metadata: dict[str, Any]
+    table: Table
+
+
+def as_json(header: Header) -> bytes:
     """The header's JSON. Raises ValueError for a number that is not finite."""
-    return _canonical({"metadata": metadata, "table": asdict(table)})
+    return _canonical(asdict(header))
 
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def parse(raw: bytes, payload: int | None) -> tuple[dict[str, Any], Table]:
-    """The metadata and the checked table of a header. The streams must fill `payload` bytes, unless
-    that is None. Raises `ArtifactError`.
+def parse(raw: bytes, payload: int | None) -> Header:
+    """The checked header. Its streams must fill `payload` bytes, unless that is None. Raises
+    `ArtifactError`.
     """
     with explained("header"):
-        header = typed_json.loads(raw)
-        if _canonical(header) != raw:
+        values = typed_json.loads(raw)
+        if _canonical(values) != raw:
             raise ValueError("JSON in another spelling than this program writes")
-        if not isinstance(header, dict) or header.keys() != {"metadata", "table"}:
-            raise ValueError("expected an object of metadata and table")
-        if not isinstance(header["metadata"], dict):
-            raise ValueError("metadata: expected an object")
-    table = typed_json.parse(Table, header["table"], "header.table", ArtifactError)
-    storage = table.storage
+    header = typed_json.parse(Header, values, "header", ArtifactError)
+    storage, names = header.table.storage, set()
     lowest, highest = LEVELS[storage.codec]
     with explained("header.table"):
         if not lowest <= storage.level <= highest:
-            raise ValueError(
-                f"level {storage.level} of {storage.codec}, expected {lowest} to {highest}"
-            )
+            levels = f"expected {lowest} to {highest}"
+            raise ValueError(f"level {storage.level} of {storage.codec}, {levels}")
         if storage.packed and storage.codec == "rans":
             raise ValueError("the codec rans takes no packed codes")
-        _check_names(tensor.name for tensor in table.tensors)
-        for tensor in table.tensors:
-            with explained(tensor.name):
+        for tensor in header.table.tensors:
+            name = tensor.name
+            if not NAME.fullmatch(name):
+                raise ValueError(f"not a tensor's name: {name!r}")
+            if name in names:
+                raise ValueError(f"{name!r} names two tensors")
+            names.add(name)
+            with explained(name):
                 _check_tensor(tensor)
         if payload is not None:
-            _check_lengths(table, payload)
-    return header["metadata"], table
-
-
-def _check_names(names: Iterable[str]) -> None:
-    for name, count in Counter(names).items():
-        if not NAME.fullmatch(name):
-            raise ValueError(f"not a tensor's name (words of letters, digits, _.-, /): {name!r}")
-        if count > 1:
-            raise ValueError(f"{name!r} names two tensors")
+            _check_lengths(header.table, payload)
+    return header
 
 
 def _check_tensor(tensor: Tensor) -> None:
@@ -192,12 +185,10 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(f"a grid needs 2 axes, found {len(shape)}")
     if not 2 <= grid.bits <= 8:
         raise ValueError(f"expected 2 to 8 bits, found {grid.bits}")
-    lowest = (-grid.q_max, -grid.q_max - 1)
-    if grid.q_min not in lowest:
-        raise ValueError(
-            f"expected {lowest[0]} or {lowest[1]} as the least code of {grid.bits} bits, found"
-            f" {grid.q_min}"
-        )
+    least = -largest_code(grid.bits)
+    if grid.q_min not in (least, least - 1):
+        expected = f"expected {least} or {least - 1} as the least code of {grid.bits} bits"
+        raise ValueError(f"{expected}, found {grid.q_min}")
 
 
 def _check_lengths(table: Table, payload: int) -> None:

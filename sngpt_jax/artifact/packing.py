@@ -1,8 +1,7 @@
 """Codes of fewer than 8 bits joined bit by bit.
 
-The bits are little-endian: the unsigned code u = q - q_min number i takes bits b·i to b·i + b - 1,
-and byte j holds bits 8j to 8j + 7. Zeros fill the last group of whole bytes: int5 keeps 8 codes in
-5 bytes, int6 keeps 4 in 3.
+The bits are little-endian: code number i, less q_min, takes bits b·i to b·i + b - 1, and byte j
+holds bits 8j to 8j + 7. Zeros fill the last group of whole bytes: 8 codes of int5 take 5 bytes.
 """
 
 import math
@@ -26,13 +25,12 @@ def pack(codes: np.ndarray, bits: int, q_min: int) -> bytes:
 
 
 def unpack(data: bytes, n: int, bits: int, q_min: int) -> np.ndarray:
-    """The codes int8 [n] that `pack` turned into `data`.
-
-    Raises ValueError if `data` has another length, or if the bits after the last code are not zero.
+    """The codes int8 [n] that `pack` turned into `data`. Raises ValueError if the length of `data`
+    or the bits after the last code are wrong.
     """
     values, size = _group(bits)
-    if len(data) != packed_size(n, bits):
-        raise ValueError(f"{len(data)} bytes of packed codes, expected {packed_size(n, bits)}")
+    if len(data) != (expected := packed_size(n, bits)):
+        raise ValueError(f"{len(data)} bytes of packed codes, expected {expected}")
     packed = np.frombuffer(data, np.uint8).reshape(-1, size)
     groups = np.empty((len(packed), values), np.uint8)
     for i in range(values):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]  # is called with the number of finished jobs and of all jobs
+Progress = Callable[[int, int], None]  # called with the numbers of finished and of all jobs
 
 
 def in_threads(
@@ -14,14 +14,12 @@ def in_threads(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[T]:
-    """The results of jobs (size, call) in the order of `jobs`. Raises the first error of a job and
-    drops the jobs that have not begun.
-
-    `threads` None: one per processor.
+    """The results of jobs (size, call) in their order, by `threads` threads or one per processor.
+    Raises the first error of a job and drops the jobs that have not begun.
     """
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        largest_first = sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
-        futures = {i: pool.submit(jobs[i][1]) for i in largest_first}
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
+        futures = {i: pool.submit(jobs[i][1]) for i in order}
         try:
             for done, future in enumerate(as_completed(futures.values()), 1):
                 future.result()

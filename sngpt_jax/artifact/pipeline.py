@@ -20,32 +20,27 @@ def quantize_tensors(
     moments: Mapping[str, np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Stored]:
-    """Float32 tensors by path, stored as `config.export` says, sorted by name.
-
-    `moments`: the second moments [in, in] of the inputs of the matrices that GPTQ rounds. Raises
-    `UserError` that names a tensor which cannot be stored.
+    """Float32 tensors by path, stored as `config.export` says, sorted by name. `moments`: second
+    moments [in, in] of the inputs of the matrices that GPTQ rounds. Raises `UserError` that names a
+    tensor which cannot be stored.
     """
 
     def stored(name: str) -> Stored:
         try:
-            return quantize_tensor(name, tensors[name], config, (moments or {}).get(name))
+            return _quantize(name, tensors[name], config, (moments or {}).get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
     names = sorted(tensors)
     jobs = [(tensors[name].size, partial(stored, name)) for name in names]
-    # the matrix products of GPTQ use all processors
-    found = in_threads(jobs, 1 if config.export.gptq else None, progress)
-    return dict(zip(names, found, strict=True))
+    threads = 1 if config.export.gptq else None  # the products of GPTQ use all processors
+    return dict(zip(names, in_threads(jobs, threads, progress), strict=True))
 
 
-def quantize_tensor(
-    name: str, tensor: np.ndarray, config: Config, moment: np.ndarray | None = None
-) -> Stored:
-    """One float32 tensor, stored as `config.export` says. Raises `UserError` without the name."""
+def _quantize(name: str, tensor: np.ndarray, config: Config, moment: np.ndarray | None) -> Stored:
     policy, export = policy_of(name, tensor.shape, config), config.export
-    small = tensor.size <= export.passthrough_size
-    if export.prune_fraction and policy.group != "control" and not small:
+    large = policy.group != "control" and tensor.size > export.passthrough_size
+    if export.prune_fraction and large:
         tensor = prune(tensor, export.prune_fraction)
     if not policy.has_grid:
         return _as_floats(tensor, policy.bits)

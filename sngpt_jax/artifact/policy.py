@@ -1,5 +1,4 @@
-"""The policy of a tensor: its group, the bits of its grid, and its range. The exporter and late
-quantization-aware training both ask here, so training imitates the export.
+"""The policy of a tensor, for the exporter and for late quantization-aware training.
 
 A grid is a row's scale times integers. A row of a matrix [in, out] is an output channel, along the
 last axis. A row of a table [entries, width] is an entry.
@@ -18,7 +17,7 @@ from sngpt_jax.config.parameters import ExportGroup, parameter
 MATRICES: tuple[ExportGroup, ...] = ("mlp", "attention", "projection")
 FLOAT16, FLOAT32 = 16, 32  # bits of tensors without a grid
 
-# The smallest normal float16, about 6.1e-5. Smaller float16 scales would lose bits and vanish.
+# The smallest normal float16. Smaller scales would lose bits and vanish.
 SMALLEST_SCALE = float(np.finfo(np.float16).smallest_normal)
 
 
@@ -38,9 +37,7 @@ class Policy:
 
 
 def is_exported(dtype: np.dtype) -> bool:
-    """Whether tensors of this dtype are part of an artifact. Floats are. The step counts of sparse
-    codes serve training only.
-    """
+    """Whether tensors of this dtype are part of an artifact. Step counts serve training only."""
     return bool(np.issubdtype(dtype, np.floating))
 
 
@@ -57,14 +54,10 @@ def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:
     clip, clip_sd = (x.clip, x.clip_sd) if of_matrix else (x.table_clip, x.table_clip_sd)
     if group == "control":
         bits = FLOAT16 if x.control_dtype == "float16" else FLOAT32
-    elif math.prod(shape) <= x.passthrough_size or _is_late_key(path, config):
+    elif math.prod(shape) <= x.passthrough_size:
         bits = FLOAT16
     else:
-        bits = getattr(x, f"{group}_bits")
+        key = re.fullmatch(r"blocks/(\d+)/attn/key", path)
+        late = key and int(key[1]) >= config.model.num_layers - x.late_key_layers
+        bits = FLOAT16 if late else getattr(x, f"{group}_bits")
     return Policy(group, bits, clip, clip_sd, transposed=of_matrix)
-
-
-def _is_late_key(path: str, config: Config) -> bool:
-    key = re.fullmatch(r"blocks/(\d+)/attn/key", path)
-    first = config.model.num_layers - config.export.late_key_layers
-    return key is not None and int(key[1]) >= first

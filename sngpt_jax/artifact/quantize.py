@@ -10,10 +10,8 @@ from sngpt_jax.artifact.policy import SMALLEST_SCALE, Policy, largest_code
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import ExportConfig
 
-# The percentiles of a row's magnitudes that `clip = search` tries, from the public Parameter Golf
-# script that introduced the search.
+# the percentiles of a row's magnitudes that `clip = search` tries, from the public script
 CANDIDATES = (99.9, 99.95, 99.99, 100.0)
-
 BLOCK = 2**17  # weights per step, so that intermediate results stay in a core's cache
 
 
@@ -32,10 +30,9 @@ class Quantized:
         return largest_code(self.bits)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The shape of the tensor."""
-        rows, columns = self.codes.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return (self.codes.T if self.transposed else self.codes).shape
 
     def dequantize(self) -> np.ndarray:
         """The tensor, float32 of `shape`, C-contiguous: float32(scale) · code, rounded once."""
@@ -54,17 +51,14 @@ def dequantize(stored: Stored) -> np.ndarray:
 
 def quantize(tensor: np.ndarray, policy: Policy, export: ExportConfig) -> Quantized:
     """The float32 tensor [in, out] or [entries, width] on its policy's grid, each weight rounded to
-    the nearest code.
-
-    Raises `UserError`, without the tensor's name, for weights that are not finite or beyond the
-    largest grid.
+    the nearest code. Raises `UserError`, without the tensor's name, for weights that are not finite
+    or beyond the largest grid.
     """
     rows = tensor.T if policy.transposed else tensor
     scales = row_scales(rows, policy, export)
     q_min, q_max = code_range(policy.bits, export.codes)
-    return Quantized(
-        nearest_codes(rows, scales, q_min, q_max), scales, policy.bits, q_min, policy.transposed
-    )
+    codes = nearest_codes(rows, scales, q_min, q_max)
+    return Quantized(codes, scales, policy.bits, q_min, policy.transposed)
 
 
 def code_range(bits: int, codes: Literal["symmetric", "full"]) -> tuple[int, int]:
@@ -88,10 +82,8 @@ def row_scales(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.nda
     finite = np.isfinite(rows)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
-        raise UserError(
-            f"row {row}, column {column} of its grid is {rows[row, column]}; export an earlier"
-            " --step"
-        )
+        place = f"row {row}, column {column} of its grid"
+        raise UserError(f"{place} is {rows[row, column]}; export an earlier --step")
     reach = np.concatenate([_reach(rows[block], policy, export) for block in _blocks(rows)], axis=1)
     scales = _scales(reach, policy, export)
     return _least_error(rows, scales, policy, export) if len(scales) > 1 else scales[0]
@@ -99,10 +91,7 @@ def row_scales(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.nda
 
 def nearest_codes(rows: np.ndarray, scales: np.ndarray, q_min: int, q_max: int) -> np.ndarray:
     """int8 [rows, columns], C-contiguous: round(rows / scale) with halves to even, clamped to q_min
-    … q_max.
-
-    `rows` are float32, `scales` [rows] float16. Inside the range a weight moves by at most half a
-    scale. A weight on the grid keeps its code.
+    … q_max. `rows` are float32, `scales` [rows] float16.
     """
     codes = np.empty(rows.shape, np.int8)
     inverses = inverse(scales)[:, None]
@@ -112,21 +101,18 @@ def nearest_codes(rows: np.ndarray, scales: np.ndarray, q_min: int, q_max: int) 
 
 
 def inverse(scales: np.ndarray) -> np.ndarray:
-    """1 / scale, float32 of the scales' shape.
-
-    XLA turns the division in training into a product with the inverse. The export multiplies too,
-    so that both round ties alike.
+    """1 / scale, float32. XLA turns the division in training into a product with the inverse. The
+    export multiplies too, so that both round ties alike.
     """
     return np.float32(1) / scales.astype(np.float32)
 
 
 def prune(tensor: np.ndarray, fraction: float) -> np.ndarray:
-    """A copy with the floor(fraction · size) weights of least magnitude set to 0. Among equal
-    magnitudes the first in C order go.
+    """A copy with the floor(fraction · size) weights of least magnitude set to 0, among equal
+    magnitudes the first in C order.
     """
     pruned = tensor.copy()
-    count = int(fraction * tensor.size)
-    if count:
+    if count := int(fraction * tensor.size):
         magnitudes = np.abs(tensor).ravel()
         largest = np.partition(magnitudes, count - 1)[count - 1]
         below = magnitudes < largest
@@ -152,7 +138,7 @@ def _reach(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarray
 
 
 def _percentiles(rows: np.ndarray, percentiles: Sequence[float]) -> np.ndarray:
-    """Percentiles of each row's magnitudes, float32 [percentiles, rows], linearly interpolated."""
+    """Percentiles of each row's magnitudes, float32 [percentiles, rows]."""
     positions = [percentile / 100 * (rows.shape[1] - 1) for percentile in percentiles]
     lowest = int(min(positions))
     # a partition and a sort of the few largest magnitudes are several times faster than np.quantile
@@ -170,15 +156,13 @@ def _scales(reach: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarr
     """The scales, float16 [candidates, rows], for float32 reaches."""
     q = largest_code(policy.bits)
     reach = np.maximum(reach, np.float32(export.clip_floor))
+    exact = np.maximum(reach * np.float32(1 / q), np.float32(SMALLEST_SCALE))
     with np.errstate(over="ignore"):  # overflow to infinity is an error below
-        scales = np.maximum(reach * np.float32(1 / q), np.float32(SMALLEST_SCALE)).astype(
-            np.float16
-        )
+        scales = exact.astype(np.float16)
     if not np.isfinite(scales).all():
         raise UserError(
-            f"a row needs the range {reach.max():.4g}, but {policy.bits} bits with a float16 scale"
-            f" end at {q} · 65504; export an earlier --step, or lower export.clip_floor or"
-            " export.clip_sd"
+            f"a row needs the range {reach.max():.4g}, but {policy.bits} bits end at {q} · 65504;"
+            " export an earlier --step, or lower export.clip_floor or export.clip_sd"
         )
     return scales
 
@@ -186,9 +170,7 @@ def _scales(reach: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarr
 def _least_error(
     rows: np.ndarray, candidates: np.ndarray, policy: Policy, export: ExportConfig
 ) -> np.ndarray:
-    """The scales of least squared error, float16 [rows], among float16 [candidates, rows]; the
-    first of equal ones.
-    """
+    """The first scales of least squared error, float16 [rows], among [candidates, rows]."""
     errors = np.empty(candidates.shape, np.float64)  # squared, per row
     q_min, q_max = code_range(policy.bits, export.codes)
     for block in _blocks(rows):

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from sngpt_jax.artifact import codecs, packing
 from sngpt_jax.artifact.header import (
     ArtifactError,
     Grid,
+    Header,
     Storage,
     Stream,
     Table,
@@ -36,6 +38,7 @@ from sngpt_jax.artifact.header import (
     parse,
 )
 from sngpt_jax.artifact.parallel import Progress, in_threads
+from sngpt_jax.artifact.policy import largest_code
 from sngpt_jax.artifact.quantize import Quantized, Stored
 from sngpt_jax.base import untrusted
 
@@ -48,10 +51,10 @@ HEADER_LIMIT = 4 * 2**20  # bytes of JSON; a hundred tensors take about 15,000
 
 HEAD = struct.Struct("<8sIIQ")
 DIGEST = 32
-# Upper bounds of the memory for decoding, in bytes. Each byte of the file takes 3: itself, its copy
-# in aligned words, and the coder's copy. Each byte of JSON takes up to 64, which small objects and
-# tensors of one number almost reach. Each code takes itself, its float32 weight, and 8 while a
-# stream is decoded. Each float takes itself, its float32 weight, and two copies while planes join.
+# Upper bounds of the bytes that decoding takes. A byte of the file takes itself, its copy in words,
+# and the coder's copy. Small objects and tensors of one number almost take 64 bytes per byte of
+# JSON. A code takes itself, its float32 weight, and 8 while a stream is decoded. A float takes
+# itself, its float32 weight, and two copies while planes join.
 FILE_COST, JSON_COST, CODE_COST, FLOAT_COST = 3, 64, 13, 16
 
 
@@ -61,8 +64,7 @@ class Encoded:
 
     data: bytes
     header_bytes: int  # everything except the payload
-    # the payload's bytes by tensor: its codes, and its share of the streams of floats
-    tensor_bytes: dict[str, int]
+    tensor_bytes: dict[str, int]  # the payload's, with shares of the streams of floats
 
 
 @dataclass(frozen=True)
@@ -74,35 +76,27 @@ class Artifact:
     storage: Storage
 
 
-# ---------------------------------------------------------------------------------- encode
-
-
 def encode(
-    metadata: Mapping[str, Any],
+    metadata: dict[str, Any],
     tensors: Mapping[str, Stored],
     storage: Storage,
     progress: Progress | None = None,
 ) -> Encoded:
     """The artifact of `tensors`, in their order, and of `metadata`, a JSON object. The bytes do not
-    depend on the number of processors.
-
-    Raises `ArtifactError` for numbers that are not finite, for codes outside their grid, and for
-    everything that `decode` would refuse.
+    depend on the number of processors. Raises `ArtifactError` for all that `decode` would refuse.
     """
     draft = _table_of(tensors, storage, [0] * (len(tensors) + 3))
     with explained("metadata"):
-        draft_json = as_json(metadata, draft)
-    parse(draft_json, None)
+        parse(as_json(Header(metadata, draft)), None)
     jobs = [(stream.size, partial(_encode, stream, tensors, storage)) for stream in draft.streams]
     streams = in_threads(jobs, progress=progress)
     table = _table_of(tensors, storage, [len(stream) for stream in streams])
-    raw = as_json(metadata, table)
-    _check_header(len(raw))
+    raw = as_json(Header(metadata, table))
     header = codecs.compress(raw, "zstd", 22)
     payload = sum(map(len, streams))
     data = b"".join([HEAD.pack(MAGIC, VERSION, len(header), payload), header, *streams])
     data += hashlib.sha256(data).digest()
-    _check_memory(_fixed_cost(len(data), len(raw)) + _cost(table), default_limit(len(data)))
+    _check_size(len(data), len(raw), default_limit(len(data)), table)
     return Encoded(data, len(data) - payload, _tensor_bytes(table))
 
 
@@ -130,14 +124,11 @@ def _encode(stream: Stream, tensors: Mapping[str, Stored], storage: Storage) -> 
     if grid and storage.codec == "rans":
         return codecs.encode_codes(arrays[0], grid.bits, grid.q_min)
     joined = np.concatenate([array.reshape(-1) for array in arrays])
-    if grid and storage.packs(grid.bits):
+    if grid and storage.packed and grid.bits < 8:
         raw = packing.pack(joined, grid.bits, grid.q_min)
     else:
         raw = codecs.split_planes(joined)
     return codecs.compress(raw, storage.byte_codec, storage.level)
-
-
-# ---------------------------------------------------------------------------------- decode
 
 
 def read(path: Path) -> Artifact:
@@ -150,67 +141,59 @@ def read(path: Path) -> Artifact:
 
 
 def decode(data: bytes, memory_limit: int | None = None) -> Artifact:
-    """The contents of the artifact `data`. Decoding takes at most about `memory_limit` bytes, with
-    `data` and float32 weights; None stands for `default_limit`.
-
-    Raises `ArtifactError` for anything but a complete artifact of this version within the limit.
+    """The contents of the artifact `data`. Raises `ArtifactError` for anything else, and where
+    decoding, with `data` and float32 weights, takes more than `memory_limit` bytes; None stands for
+    `default_limit`.
     """
-    memory_limit = default_limit(len(data)) if memory_limit is None else memory_limit
-    header, payload = _open(data)
+    limit = default_limit(len(data)) if memory_limit is None else memory_limit
+    frame, payload = _open(data)
     with explained("header"):
-        size = codecs.zstd_size(header)
-    _check_header(size)
-    fixed_cost = _fixed_cost(len(data), size)
-    _check_memory(fixed_cost, memory_limit)
+        size = codecs.zstd_size(frame)
+    _check_size(len(data), size, limit)
     with explained("header"):
-        raw = codecs.decompress(header, "zstd", size)
-    metadata, table = parse(raw, len(payload))
-    _check_memory(fixed_cost + _cost(table), memory_limit)
-
-    jobs, end = [], 0
-    for stream in table.streams:
-        start, end = end, end + stream.length
-        jobs.append((stream.size, partial(_decode, stream, payload[start:end], table.storage)))
-    *of_grids, scales, half, single = in_threads(jobs)
-    codes = {name: array for found in of_grids for name, array in found.items()}
-    tensors: dict[str, Stored] = {**half, **single}
-    for tensor in table.tensors:
-        name = tensor.name
-        if x := tensor.grid:
-            tensors[name] = Quantized(codes[name], scales[name], x.bits, x.q_min, x.transposed)
-    ordered = {tensor.name: tensors[tensor.name] for tensor in table.tensors}
-    return Artifact(metadata, ordered, table.storage)
+        raw = codecs.decompress(frame, "zstd", size)
+    header = parse(raw, len(payload))
+    table = header.table
+    _check_size(len(data), size, limit, table)
+    ends = accumulate((stream.length for stream in table.streams), initial=0)
+    jobs = [
+        (stream.size, partial(_decode, stream, payload[start:end], table.storage))
+        for stream, (start, end) in zip(table.streams, pairwise(ends), strict=True)
+    ]
+    *codes, scales, half, single = in_threads(jobs)
+    arrays = {name: array for part in (*codes, half, single) for name, array in part.items()}
+    tensors: dict[str, Stored] = {
+        x.name: Quantized(arrays[x.name], scales[x.name], grid.bits, grid.q_min, grid.transposed)
+        if (grid := x.grid)
+        else arrays[x.name]
+        for x in table.tensors
+    }
+    return Artifact(header.metadata, tensors, table.storage)
 
 
 def default_limit(size: int) -> int:
-    """The bytes that decoding a file of `size` bytes may take: 8 GiB, or more for a large file."""
+    """The bytes that decoding a file of `size` bytes may take."""
     return max(MEMORY_LIMIT, MEMORY_RATIO * size)
 
 
 def _open(data: bytes) -> tuple[memoryview, memoryview]:
     """The compressed header and the payload, after magic, version, lengths and checksum."""
     if not data.startswith(MAGIC):
-        raise ArtifactError(
-            f"not an artifact: begins with {data[: len(MAGIC)]!r}, expected {MAGIC!r}"
-        )
+        raise ArtifactError(f"not an artifact: begins with {data[: len(MAGIC)]!r}")
     least = HEAD.size + DIGEST
     if len(data) < least:
         raise ArtifactError(f"truncated: {len(data)} bytes, an artifact has at least {least}")
     _, version, header, payload = HEAD.unpack_from(data)
     if version != VERSION:
-        raise ArtifactError(
-            f"an artifact of version {version}; this program reads version {VERSION}"
-        )
+        raise ArtifactError(f"an artifact of version {version}, expected version {VERSION}")
     expected = least + header + payload
     if len(data) != expected:
         what = "truncated" if len(data) < expected else "continues after its end"
         raise ArtifactError(f"{what}: {len(data):,} bytes, expected {expected:,}")
-    view = memoryview(data)
-    if hashlib.sha256(view[:-DIGEST]).digest() != data[-DIGEST:]:
-        raise ArtifactError(
-            "damaged: its checksum (SHA-256) does not match its bytes; copy the file again"
-        )
-    return view[HEAD.size : HEAD.size + header], view[HEAD.size + header : -DIGEST]
+    if hashlib.sha256(memoryview(data)[:-DIGEST]).digest() != data[-DIGEST:]:
+        raise ArtifactError("damaged: its SHA-256 does not match its bytes; copy the file again")
+    body = memoryview(data)[HEAD.size : -DIGEST]
+    return body[:header], body[header:]
 
 
 def _decode(stream: Stream, data: memoryview, storage: Storage) -> dict[str, np.ndarray]:
@@ -222,41 +205,30 @@ def _decode(stream: Stream, data: memoryview, storage: Storage) -> dict[str, np.
         if grid and storage.codec == "rans":
             ((rows, columns),) = stream.parts.values()
             joined = codecs.decode_codes(data, rows, columns, grid.bits, grid.q_min).reshape(-1)
-        elif grid and storage.packs(grid.bits):
+        elif grid and storage.packed and grid.bits < 8:
             raw = codecs.decompress(data, storage.byte_codec, packing.packed_size(size, grid.bits))
             joined = packing.unpack(raw, size, grid.bits, grid.q_min)
         else:
             raw = codecs.decompress(data, storage.byte_codec, size * stream.dtype.itemsize)
             joined = codecs.join_planes(raw, stream.dtype)
         _check(joined, grid)
-    arrays, end = {}, 0
-    for name, shape in stream.parts.items():
-        start, end = end, end + math.prod(shape)
-        arrays[name] = joined[start:end].reshape(shape)
-    return arrays
+    ends = accumulate(map(math.prod, stream.parts.values()))
+    pieces = np.split(joined, list(ends)[:-1])
+    parts = zip(stream.parts.items(), pieces, strict=True)
+    return {name: piece.reshape(shape) for (name, shape), piece in parts}
 
 
-# ---------------------------------------------------------------------------------- both
-
-
-def _check_header(size: int) -> None:
-    if size > HEADER_LIMIT:
-        raise ArtifactError(f"header: {size:,} bytes of JSON, above the limit of {HEADER_LIMIT:,}")
-
-
-def _fixed_cost(data: int, json: int) -> int:
-    return FILE_COST * data + JSON_COST * json
-
-
-def _cost(table: Table) -> int:
-    return sum(x.size * (CODE_COST if x.grid else FLOAT_COST) for x in table.streams)
-
-
-def _check_memory(cost: int, limit: int) -> None:
+def _check_size(file: int, json: int, limit: int, table: Table | None = None) -> None:
+    """Refuses a file of `file` bytes, `json` bytes of JSON and the streams of `table`, if decoding
+    takes more than `limit` bytes.
+    """
+    if json > HEADER_LIMIT:
+        raise ArtifactError(f"header: {json:,} bytes of JSON, above the limit of {HEADER_LIMIT:,}")
+    cost = FILE_COST * file + JSON_COST * json
+    for stream in table.streams if table else ():
+        cost += stream.size * (CODE_COST if stream.grid else FLOAT_COST)
     if cost > limit:
-        raise ArtifactError(
-            f"needs {cost:,} bytes of memory to decode, above the limit of {limit:,}"
-        )
+        raise ArtifactError(f"needs {cost:,} bytes to decode, above the limit of {limit:,}")
 
 
 def _check(values: np.ndarray, grid: Grid | None) -> None:
@@ -264,10 +236,10 @@ def _check(values: np.ndarray, grid: Grid | None) -> None:
     if grid is None:
         if not np.isfinite(values).all():
             raise ValueError("numbers that are not finite")
-    elif values.min() < grid.q_min or values.max() > grid.q_max:
-        raise ValueError(
-            f"codes from {values.min()} to {values.max()}, expected {grid.q_min} to {grid.q_max}"
-        )
+        return
+    low, high, q_max = values.min(), values.max(), largest_code(grid.bits)
+    if low < grid.q_min or high > q_max:
+        raise ValueError(f"codes from {low} to {high}, expected {grid.q_min} to {q_max}")
 
 
 def _tensor_bytes(table: Table) -> dict[str, int]:

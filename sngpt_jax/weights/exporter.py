@@ -1,13 +1,12 @@
 """A trained model exported: the artifact, the program that scores it, and its tokenizer."""
 
-import dataclasses
 import functools
 import logging
 import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,39 +58,34 @@ def export_run(
     """
     mesh = make_mesh()
     model = load_model(run, mesh, step, weights)
-    config = validate(dataclasses.replace(model.config, export=export))
+    variables, config = model.variables, validate(replace(model.config, export=export))
     dataset = model.open_data(data) if tokens is not None or export.gptq else None
-    before = None
+    before = moments = unpacked = None
     if dataset and tokens is not None:
-        before = score_validation(
-            config, model.variables, dataset, mesh, tokens, progress_reporter("score")
-        )
+        progress = progress_reporter("score")
+        before = score_validation(config, variables, dataset, mesh, tokens, progress)
         if not math.isfinite(before.loss):
             raise UserError(
                 f"{run}: the loss of step {model.step} is {before.loss}; take an earlier --step"
             )
-    program, tensors = bundle.build(), host_tensors(model.variables)
-    moments = None
+    program, tensors = bundle.build(), host_tensors(variables)
+    code_bytes = len(program.data)
     if dataset:
-        moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate"))
+        moments = calibrate(variables, config, dataset, mesh, progress_reporter("calibrate"))
     if tune_to_fit:
-        left = limit - len(program.data)
-        if left <= 0:
+        if limit <= code_bytes:
             raise UserError(
-                f"--limit {limit:,} is less than the program alone, {len(program.data):,} bytes"
+                f"--limit {limit:,} is less than the program alone, {code_bytes:,} bytes"
             )
         about = functools.partial(metadata, model)
-        config = fit.search(tensors, config, about, left, logger.info, moments)
+        config = fit.search(tensors, config, about, limit - code_bytes, logger.info, moments)
 
     stored = quantize_tensors(tensors, config, moments, progress_reporter("quantize"))
-    storage = fit.storage_of(config.export)
-    about_it = metadata(model, config)
-    encoded = sngpt_file.encode(about_it, stored, storage, progress=progress_reporter("encode"))
-    unpacked = None
+    storage, about_it = fit.storage_of(config.export), metadata(model, config)
+    encoded = sngpt_file.encode(about_it, stored, storage, progress_reporter("encode"))
     if storage.packed:  # the cost of packing is the difference to unpacked codes
-        bytewise = dataclasses.replace(storage, packed=False)
-        reporter = progress_reporter("encode unpacked")
-        unpacked = sngpt_file.encode({}, stored, bytewise, progress=reporter)
+        bytewise = replace(storage, packed=False)
+        unpacked = sngpt_file.encode({}, stored, bytewise, progress_reporter("encode unpacked"))
 
     files = {out: encoded.data, out.with_suffix(".pyz"): program.data}
     if kept := model.tokenizer_path:
@@ -99,10 +93,10 @@ def export_run(
     scored_data = dataset.directory if dataset and before else None
     after = publish(files, stored, scored_data, tokens or 0)
     groups = account.report(tensors, stored, encoded, config, unpacked)
-    total = len(encoded.data) + len(program.data)
+    total = len(encoded.data) + code_bytes
     result = {
         "artifact_bytes": len(encoded.data),
-        "code_bytes": len(program.data),
+        "code_bytes": code_bytes,
         "total_bytes": total,
         "header_bytes": encoded.header_bytes,
         "limit": limit,
@@ -139,14 +133,14 @@ def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:
 
 
 def verify(path: Path, stored: Mapping[str, Stored]) -> None:
-    """Reads the artifact back and compares each tensor, bit by bit, with the one in memory. Raises
-    RuntimeError for a difference, which is a bug.
+    """Reads the artifact back. Raises RuntimeError for a tensor that differs in a bit from the one
+    in memory, which is a bug.
     """
     found = sngpt_file.read(path).tensors
     differing = sorted(found.keys() ^ stored.keys()) or [
         name
-        for name in stored
-        if dequantize(found[name]).tobytes() != dequantize(stored[name]).tobytes()
+        for name, tensor in stored.items()
+        if dequantize(found[name]).tobytes() != dequantize(tensor).tobytes()
     ]
     if differing:
         raise RuntimeError(f"{path}: does not hold what was exported: {', '.join(differing)}")
@@ -155,9 +149,7 @@ def verify(path: Path, stored: Mapping[str, Stored]) -> None:
 def publish(
     files: Mapping[Path, bytes], stored: Mapping[str, Stored], data: Path | None, tokens: int
 ) -> dict[str, Any]:
-    """Writes artifact, program and further files, in this order; returns what the program says of
-    the artifact (`bundle.run`).
-
+    """Writes artifact, program and further files, in this order; returns what `bundle.run` does.
     The files stay in a hidden folder until the artifact is verified and the program has run.
     """
     out, program, *_ = files

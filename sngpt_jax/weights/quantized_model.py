@@ -31,9 +31,7 @@ def calibrate(
     mesh: Mesh,
     progress: Progress | None = None,
 ) -> Mapping[str, np.ndarray] | None:
-    """The second moments of the matrices' inputs over training text if the policy uses GPTQ, else
-    None.
-    """
+    """The second moments of the matrices' inputs over training text, if the policy uses GPTQ."""
     if not config.export.gptq:
         return None
     tokens = config.export.gptq_tokens

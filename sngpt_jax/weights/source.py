@@ -28,26 +28,21 @@ def open_model(
     """The model of `run` or `artifact`. Raises `UserError` unless exactly one of them is given, and
     for a `step` or `weights` of an artifact.
     """
-    if (run is None) == (artifact is None):
-        raise UserError("give either --run, a run directory, or --artifact, an exported model")
-    if run:
+    if run and not artifact:
         return load_model(run, mesh, step, weights)
-    if step is not None or weights is not None:
-        raise UserError(
-            "--step and --weights choose from a run; an artifact holds one set of weights"
-        )
-    assert artifact
+    if run or not artifact:
+        raise UserError("give either --run, a run directory, or --artifact, an exported model")
+    if step is not None or weights:
+        raise UserError("--step and --weights need --run: an artifact holds one set of weights")
     return from_artifact(artifact, mesh)
 
 
 def load_model(
     run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None
 ) -> TrainedModel:
-    """The weights of the run in `run_dir` at checkpoint `step`, laid out over `mesh`.
-
-    `step` None: the latest intact checkpoint. `weights`: the last step's (final) or an average
-    (swa, ema); None: the run's eval.weights. Raises `UserError` if the run keeps no such average,
-    or has no snapshot in it yet.
+    """The weights of the run in `run_dir` at checkpoint `step`, or at the latest intact one, laid
+    out over `mesh`. `weights`: the last step's (final) or an average (swa, ema); None: the run's
+    eval.weights. Raises `UserError` if the run keeps no such average, or has no snapshot yet.
     """
     config = on_any_device(read_config(run_dir))
     use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
@@ -58,7 +53,7 @@ def load_model(
     if part[name] is None:
         field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
         raise UserError(
-            f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take"
+            f"--weights {weights}: {run_dir} keeps no such average ({field} = 0); take"
             " --weights final"
         )
     restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)

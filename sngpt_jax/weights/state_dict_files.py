@@ -30,15 +30,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             with archive.open(entry) as file:
                 _check_array(file, entry)
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return dict(arrays)
 
 
 def _check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
     size = sum(entry.file_size for entry in archive.infolist())
     if size > MOST_EXPANSION * path.stat().st_size:
-        raise ValueError(
-            f"unpacks to {size:,} bytes, more than {MOST_EXPANSION} times its own size"
-        )
+        raise ValueError(f"unpacks to {size:,} bytes, more than {MOST_EXPANSION} times its size")
 
 
 def _check_array(file: IO[bytes], entry: zipfile.ZipInfo) -> None:
@@ -57,26 +55,21 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch  # an optional dependency
     except ImportError:
+        install = cli.command("pip", "install", "torch")
         raise InteropError(
-            f"{path}: reading it needs PyTorch, which is not installed; run:"
-            f" {cli.command('pip', 'install', 'torch')}"
+            f"reading it needs PyTorch, which is not installed; run: {install}"
         ) from None
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                _check_expansion(path, archive)
-        # weights_only: tensors and containers, without code
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_expansion(path, archive)
+    try:  # weights_only: tensors and containers, without code
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InteropError(
-            f"{path}: cannot be read as a {path.suffix} file of tensors alone; save the model's"
-            " state_dict()"
-        ) from None
+        problem = f"cannot be read as a {path.suffix} file of tensors alone"
+        raise InteropError(f"{problem}; save the model's state_dict()") from None
     if not isinstance(state, dict):
-        raise InteropError(
-            f"{path}: holds a {type(state).__name__}, expected a dict of tensors by name; save the"
-            " model's state_dict()"
-        )
+        problem = f"holds a {type(state).__name__}, expected a dict of tensors by name"
+        raise InteropError(f"{problem}; save the model's state_dict()")
     others = [
         f"{shown(name) if isinstance(name, str | int | float) else type(name).__name__} is of type"
         f" {type(value).__name__}"
@@ -84,16 +77,12 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         if not (isinstance(name, str) and isinstance(value, torch.Tensor))
     ]
     if others:
-        raise InteropError(
-            f"{path}: expected a dict of tensors alone, but {', '.join(others[:5])}"
-            f"{', …' * (len(others) > 5)}; save the model's state_dict() alone"
-        )
+        problem = f"expected tensors alone, but {', '.join(others[:5])}{', …' * (len(others) > 5)}"
+        raise InteropError(f"{problem}; save the model's state_dict() alone")
     size = sum(tensor.numel() for tensor in state.values())
     if size > MOST_EXPANSION * path.stat().st_size:  # views that repeat a few stored numbers
-        raise InteropError(
-            f"{path}: states {size:,} numbers, many times its own size; save the model's"
-            " state_dict() itself"
-        )
+        problem = f"states {size:,} numbers, many times its own size"
+        raise InteropError(f"{problem}; save the model's state_dict() itself")
     # numpy cannot hold PyTorch's bfloat16; float32 holds it exactly
     return {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
@@ -102,32 +91,26 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-    ".safetensors": lambda path: safetensors.numpy.load_file(path),
+    ".safetensors": safetensors.numpy.load_file,
     ".npz": _read_npz,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".bin": _read_torch,
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_torch),
 }
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a .safetensors, .npz, .pt, .pth or .bin file by name. The last three need
-    PyTorch.
-
-    Raises `InteropError` for any other file and for a damaged one.
+    PyTorch. Raises `InteropError` for any other file and for a damaged one.
     """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    if not (reader := _READERS.get(path.suffix)):
         raise InteropError(f"{path}: expected a file named *{', *'.join(_READERS)}")
     untrusted.plain_size(path, InteropError)
     with path.open("rb"):  # an error of the system passes here, before the libraries' errors
         pass
     try:
         return reader(path)
-    except InteropError:
-        raise
+    except InteropError as error:
+        raise InteropError(f"{path}: {error}") from None
     except Exception as error:  # the libraries raise a dozen types for damaged bytes
         reason = next(iter(str(error).strip().splitlines()), "it ends too early")
-        raise InteropError(
-            f"{path}: cannot be read as a {path.suffix} file: {type(error).__name__}: {reason}"
-        ) from None
+        kind = f"{path.suffix} file: {type(error).__name__}"
+        raise InteropError(f"{path}: cannot be read as a {kind}: {reason}") from None

@@ -1,9 +1,8 @@
 """Checkpoints of the original PyTorch scripts (parameter-golf submissions 333, 465, 740 and 1573)
 and models of this project, converted in both directions.
 
-The scripts keep a plain dictionary of tensors. Their linear weights are [out, in]; this project's
-are [in, out]. In 1573 the blocks' matrices are stacked into four banks. `tensors_of` is the one
-table of corresponding names, and both directions follow it.
+The scripts' linear weights are [out, in]; this project's are [in, out]. In 1573 the blocks'
+matrices are stacked into four banks. `tensors_of` is the one table of corresponding names.
 """
 
 import logging
@@ -38,9 +37,6 @@ logger = logging.getLogger("sngpt_jax")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-# ---------------------------------------------------------------------------------- the table
-
-
 @dataclass(frozen=True)
 class Part:
     """A part of a parameter here, and the scripts' tensor, or entry of a bank, that holds it."""
@@ -53,14 +49,12 @@ class Part:
     negated: bool = False
 
     def view(self, parameter: np.ndarray) -> np.ndarray:
-        """The part of `parameter`, not copied, in the tensor's layout but with this project's
-        sign.
-        """
+        """The part of `parameter`, not copied, in the tensor's layout, without its sign."""
         part = parameter[self.index]
         return part.T if self.transposed else part
 
 
-# name here in a block; name there in a block; bank there, and whether in the bank's second half
+# name here and there in a block; bank there, and whether in the bank's second half
 _MATRICES = (
     ("attn/query", "attn.c_q.weight", "qo_bank", False),
     ("attn/key", "attn.c_k.weight", "kv_bank", False),
@@ -72,16 +66,15 @@ _MATRICES = (
 
 
 def tensors_of(config: ModelConfig, banked: bool) -> Iterator[Part]:
-    """Every part of the parameters of `config` with its tensor in the scripts. `banked`: 1573's
-    layout.
+    """Every part of the parameters of `config` with its tensor in the scripts, for `banked` in
+    1573's layout.
     """
     yield Part("embed/table", "tok_emb.weight")
     if config.num_skips:
         yield Part("skip_weights", "skip_weights")
     if config.smear == "after_norm":
         yield Part("smear/gate", "smear.gate")
-    # 740's gate is the share of the current position, this project's the share of the previous one
-    if config.smear == "before_norm":
+    if config.smear == "before_norm":  # 740's gate is the share of the current position
         yield Part("smear/gate", "smear_gate", negated=True)
     if config.bigram_buckets:
         bigram = {"xor": "bigram", "sum": "bigram_hash"}[config.bigram_hash]
@@ -94,11 +87,10 @@ def tensors_of(config: ModelConfig, banked: bool) -> Iterator[Part]:
         yield Part("value_embed/proj", "ve_shared.proj.weight", transposed=True)
         yield Part("value_embed/scale", "ve_shared.scale")
     for j in range(len(config.value_embed_layers)):
-        part = slice(j, j + 1)
-        yield Part("value_embed/layer_scale", f"ve_layer_scales.{j}", index=part)
+        yield Part("value_embed/layer_scale", f"ve_layer_scales.{j}", slice(j, j + 1))
     for j in range(len(config.recycle_layers)):
         for name in ("scale", "bias"):
-            yield Part(f"recycle/{name}", f"recycle_mods.{j}.{name}", index=j)
+            yield Part(f"recycle/{name}", f"recycle_mods.{j}.{name}", j)
     for i in range(config.num_layers):
         ours, theirs = f"blocks/{i}", f"blocks.{i}"
         for name in ("attn_scale", "mlp_scale", "resid_mix"):
@@ -111,14 +103,9 @@ def tensors_of(config: ModelConfig, banked: bool) -> Iterator[Part]:
         if config.value_residual:
             yield Part(f"{ours}/attn/value_mix", f"{theirs}.attn.vr_lambda")
         for matrix, tensor, bank, second_half in _MATRICES:
-            if banked:
-                entry = i + config.num_layers * second_half
-                yield Part(f"{ours}/{matrix}", bank, entry=entry, transposed=True)
-            else:
-                yield Part(f"{ours}/{matrix}", f"{theirs}.{tensor}", transposed=True)
-
-
-# ---------------------------------------------------------------------------------- conversion
+            entry = i + config.num_layers * second_half if banked else None
+            name = bank if banked else f"{theirs}.{tensor}"
+            yield Part(f"{ours}/{matrix}", name, entry=entry, transposed=True)
 
 
 def _problems(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -136,27 +123,18 @@ def _problems(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]])
 
 
 def _abstract(config: ModelConfig) -> GPT:
-    """The model with shapes for its parameters. Raises `InteropError` for other families than the
-    scripts'.
-    """
+    """The model with shapes for its parameters. Raises `InteropError` for another family."""
     if config.family != "compact":
-        raise InteropError(
-            f"model.family = {config.family}: the scripts' checkpoints are of the compact family"
-        )
+        raise InteropError(f"model.family = {config.family}: the scripts' models are compact")
     return nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(params=jax.random.key(0))))
 
 
 def import_state_dict(state: Mapping[str, Any], model_config: ModelConfig) -> GPT:
     """The model of `model_config`, in float32, with the weights of one of the scripts' checkpoints.
 
-    Args:
-      state: numpy or jax arrays of float16, bfloat16, float32 or float64 by the scripts' names. The
-        matrices come from the banks if `qo_bank` is among the names, else from single tensors.
-      model_config: the checkpoint's model. The shapes do not determine RoPE, activation and XSA.
-
-    Raises:
-      InteropError: lists the tensors that are missing, unknown, of another shape, of no float dtype
-        or not finite.
+    `state`: numpy or jax arrays of float16, bfloat16, float32 or float64 by the scripts' names. The
+    layout is 1573's if `qo_bank` is among the names. Raises `InteropError`, which lists the tensors
+    that are missing, unknown, of another shape or dtype, or not finite.
     """
     graph, abstract = nnx.split(_abstract(model_config))
     tree = nnx.to_pure_dict(abstract)
@@ -185,10 +163,8 @@ def import_state_dict(state: Mapping[str, Any], model_config: ModelConfig) -> GP
 
 
 def export_state_dict(model: GPT) -> dict[str, np.ndarray]:
-    """The weights of `model` under the scripts' names and in their layout, float32 and contiguous.
-
-    The layout is 1573's for a model with an attention gate, a value residual, a value embedding or
-    a recycled core, which only 1573 has. Other models take the layout of the other scripts.
+    """The weights of `model` under the scripts' names, float32 and contiguous. The layout is 1573's
+    for a model with parts that only 1573 has, else the other scripts'.
     """
     m = model.config
     banked = bool(m.attention_gate or m.value_residual or m.value_embed_layers or m.recycle_layers)
@@ -203,9 +179,6 @@ def export_state_dict(model: GPT) -> dict[str, np.ndarray]:
     }
 
 
-# ---------------------------------------------------------------------------------- files
-
-
 def export_file(trained: TrainedModel, out: Path) -> dict[str, np.ndarray]:
     """Writes a model's weights to the safetensors file `out`; returns them."""
     model = nnx.merge(nnx.graphdef(_abstract(trained.config.model)), trained.variables)
@@ -216,17 +189,15 @@ def export_file(trained: TrainedModel, out: Path) -> dict[str, np.ndarray]:
 
 def import_run(file: Path, config: Config, run_dir: Path, tokenizer: str = "") -> Path:
     """Makes `run_dir` a run of `config` at step 0 with the weights of `file`; returns the folder of
-    its checkpoint.
-
-    The run keeps the tokenizer in the file `tokenizer`; "" stands for the tokenizer of the recipe's
-    data. Raises `InteropError` if `file` does not fit the model, or if the run has checkpoints.
+    its checkpoint. The run keeps the tokenizer in the file `tokenizer`; "" stands for the tokenizer
+    of the recipe's data. Raises `InteropError` if `file` does not fit, or if the run has
+    checkpoints.
     """
-    kept = _tokenizer(tokenizer, config)
+    kept, state = _tokenizer(tokenizer, config), read_state_dict(file)
     try:
-        model = import_state_dict(read_state_dict(file), config.model)
+        model = import_state_dict(state, config.model)
     except InteropError as error:
-        where = "" if str(error).startswith(str(file)) else f"{file}: "
-        raise InteropError(f"{where}{error}") from None
+        raise InteropError(f"{file}: {error}") from None
     folder = run_directory.checkpoint_dir(run_dir)
     with run_directory.claim(run_dir, config):
         if folder.is_dir() and any(folder.iterdir()):
@@ -234,8 +205,7 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: str = "") -
         run_directory.begin(run_dir, config, kept)
         with Checkpointer(folder, keep=config.train.keep_checkpoints) as checkpoints:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            # one device suffices: a checkpoint is restored to any devices
-            shapes = Shapes.of(config, make_mesh(jax.devices()[:1]))
+            shapes = Shapes.of(config, make_mesh(jax.devices()[:1]))  # restored to any devices
             checkpoints.save(0, init_state(shapes, params), extra={"imported": True})
     return step_folder(folder, 0)
 
@@ -252,8 +222,6 @@ def _tokenizer(file: str, config: Config) -> Tokenizer | None:
             return None
     tokenizer, rows = load_tokenizer(file), config.model.vocab_size
     if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{file}: expected at most model.vocab_size = {rows} tokens, found"
-            f" {tokenizer.vocab_size}"
-        )
+        expected = f"expected at most model.vocab_size = {rows} tokens"
+        raise UserError(f"{file}: {expected}, found {tokenizer.vocab_size}")
     return tokenizer

@@ -1,6 +1,5 @@
 """A trained model in memory, and the way from an exported artifact to it."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from sngpt_jax.artifact.policy import is_exported
 from sngpt_jax.artifact.quantize import dequantize
 from sngpt_jax.base import typed_json
 from sngpt_jax.cluster.mesh import leaves_by_path, state_shardings
-from sngpt_jax.config import Config, ConfigError, Weights
+from sngpt_jax.config import Config, ConfigError, Weights, changed
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data.shards import Dataset, open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -44,9 +43,8 @@ class TrainedModel:
             raise ConfigError(f"{self.source}: keeps no tokenizer; {self._remedy()}")
         tokenizer = load_tokenizer(self.tokenizer_path)
         if self.tokenizer_sha256 not in (None, tokenizer.sha256):
-            raise ConfigError(
-                f"{self.tokenizer_path}: not the tokenizer of {self.source}; {self._remedy()}"
-            )
+            wrong = f"{self.tokenizer_path}: not the tokenizer of {self.source}"
+            raise ConfigError(f"{wrong}; {self._remedy()}")
         return tokenizer
 
     def _remedy(self) -> str:
@@ -72,14 +70,8 @@ class TrainedModel:
 
 
 def on_any_device(config: Config) -> Config:
-    """`config` without the implementations that the run named, because other devices may lack
-    them.
-    """
-    model = dataclasses.replace(config.model, attention="auto", code="auto")
-    return dataclasses.replace(config, model=model)
-
-
-# ---------------------------------------------------------------------------------- artifacts
+    """`config` without the implementations that the run named, which other devices may lack."""
+    return changed(config, model={"attention": "auto", "code": "auto"})
 
 
 @dataclass(frozen=True)
@@ -107,10 +99,8 @@ def tokenizer_beside(path: Path, suffix: str) -> Path:
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], config: Config, mesh: Mesh) -> Variables:
-    """The variables of the model of `config` from its exported tensors, laid out over `mesh`.
-
-    Variables that no export keeps start at 0. Raises `ArtifactError` that names missing, unknown
-    and misshapen tensors.
+    """The variables of the model of `config` from its exported tensors, laid out over `mesh`. The
+    others start at 0. Raises `ArtifactError` that names missing, unknown and misshapen tensors.
     """
     shapes = abstract_variables(config.model)
     leaves = leaves_by_path(shapes)
@@ -122,10 +112,8 @@ def to_variables(tensors: Mapping[str, np.ndarray], config: Config, mesh: Mesh) 
         elif tensor.shape != exported[name]:
             wrong.append(f"{name} is {list(tensor.shape)}, expected {list(exported[name])}")
     if wrong:
-        raise ArtifactError(
-            "its tensors do not match its configuration:"
-            f" {'; '.join(wrong[:5])}{'; …' * (len(wrong) > 5)}"
-        )
+        listed = "; ".join(wrong[:5]) + "; …" * (len(wrong) > 5)
+        raise ArtifactError(f"its tensors do not match its configuration: {listed}")
     values = [
         tensors[name] if name in exported else np.zeros(leaf.shape, leaf.dtype)
         for name, leaf in leaves.items()
@@ -142,10 +130,8 @@ def from_artifact(path: Path, mesh: Mesh) -> TrainedModel:
         config = on_any_device(config_file.parse(about.config, "config", ArtifactError))
         # tracing the layers that a hostile file claims would take hours
         if about.step < 0 or config.model.num_layers > len(content.tensors):
-            raise ArtifactError(
-                f"step {about.step}, and {len(content.tensors)} tensors for model.num_layers ="
-                f" {config.model.num_layers}"
-            )
+            layers = f"{len(content.tensors)} tensors for {config.model.num_layers} layers"
+            raise ArtifactError(f"step {about.step}, {layers}")
         tensors = {name: dequantize(tensor) for name, tensor in content.tensors.items()}
         variables = to_variables(tensors, config, mesh)
     except (ArtifactError, ConfigError) as error:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sngpt_jax.artifact import account as report
+from sngpt_jax.artifact import account
 from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Quantized
@@ -16,90 +16,65 @@ CONFIG = Config(
 )
 
 
-def tensors():
-    rng = np.random.default_rng(1)
-    shapes = {
-        "blocks/0/mlp/up": (96, 64),
-        "blocks/0/attn/key": (64, 32),
-        "blocks/1/attn/key": (64, 32),
-        "smear/gate": (64,),
-    }
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-
-
-def lines_of(packed):
-    stored = quantize_tensors(tensors(), CONFIG)
-    bytewise, encoded = (
-        artifact.encode({}, stored, Storage(p, "lzma", 6)) for p in (False, packed)
-    )
-    return (
-        report.report(tensors(), stored, encoded, CONFIG, bytewise if packed else None),
-        encoded,
-        bytewise,
-        stored,
-    )
+SHAPES = {
+    "blocks/0/mlp/up": (96, 64),
+    "blocks/0/attn/key": (64, 32),
+    "blocks/1/attn/key": (64, 32),
+    "smear/gate": (64,),
+}
+_rng = np.random.default_rng(1)
+TENSORS = {name: _rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+STORED = quantize_tensors(TENSORS, CONFIG)
+BYTEWISE, PACKED = (artifact.encode({}, STORED, Storage(p, "lzma", 6)) for p in (False, True))
+LINES = account.report(TENSORS, STORED, BYTEWISE, CONFIG)
+UP = "blocks/0/mlp/up"
 
 
 def test_the_lines_share_out_the_payload():
-    lines, encoded, _, _ = lines_of(packed=False)
-    assert [(line.group, line.width, line.tensors, line.weights) for line in lines] == [
+    assert [(line.group, line.width, line.tensors, line.weights) for line in LINES] == [
         ("attention", "float16", 1, 2048),
         ("attention", "int8", 1, 2048),
         ("control", "float32", 1, 64),
         ("mlp", "int5", 1, 6144),
     ]
-    assert sum(line.bytes for line in lines) == len(encoded.data) - encoded.header_bytes
-    mlp = lines[-1]
-    assert mlp.coded == pytest.approx(8 * encoded.tensor_bytes["blocks/0/mlp/up"] / 6144)
+    assert sum(line.bytes for line in LINES) == len(BYTEWISE.data) - BYTEWISE.header_bytes
+    mlp = LINES[-1]
+    assert mlp.coded == pytest.approx(8 * BYTEWISE.tensor_bytes[UP] / 6144)
     assert mlp.scales == pytest.approx(16 * 64 / 6144)
     assert mlp.packing_loss == 0
 
 
 def test_entropy_and_error_are_those_of_the_codes():
-    lines, _, _, stored = lines_of(packed=False)
-    tensor = stored["blocks/0/mlp/up"]
+    tensor, w = STORED[UP], TENSORS[UP].astype(np.float64)
     shares = [np.mean(tensor.codes == code) for code in range(-15, 16)]
-    assert lines[-1].entropy == pytest.approx(-sum(p * np.log2(p) for p in shares if p))
-    w = tensors()["blocks/0/mlp/up"].astype(np.float64)
+    assert LINES[-1].entropy == pytest.approx(-sum(p * np.log2(p) for p in shares if p))
     back = (tensor.scales.astype(np.float64)[:, None] * tensor.codes).T
-    assert lines[-1].error == pytest.approx(np.sum((w - back) ** 2) / np.sum(w**2), rel=1e-5)
-    assert lines[0].entropy is None and 0 < lines[0].error < 1e-6
-    assert lines[2].error == 0
+    assert LINES[-1].error == pytest.approx(np.sum((w - back) ** 2) / np.sum(w**2), rel=1e-5)
+    assert LINES[0].entropy is None and 0 < LINES[0].error < 1e-6
+    assert LINES[2].error == 0
 
 
 def test_what_packing_costs_is_against_the_same_codes_a_byte_each():
-    lines, packed, bytewise, _ = lines_of(packed=True)
-    name = "blocks/0/mlp/up"
-    assert lines[-1].packing_loss == pytest.approx(
-        8 * (packed.tensor_bytes[name] - bytewise.tensor_bytes[name]) / 6144
-    )
+    lines = account.report(TENSORS, STORED, PACKED, CONFIG, BYTEWISE)
+    lost = PACKED.tensor_bytes[UP] - BYTEWISE.tensor_bytes[UP]
+    assert lines[-1].packing_loss == pytest.approx(8 * lost / 6144)
     assert lines[-1].packing_loss > 0.2, "LZMA sees no bytes in packed codes"
     assert lines[1].packing_loss == 0, "8 bits are bytes"
 
 
 def test_relative_error_weighs_tensors_by_their_size_and_not_their_unit():
-    original = {
-        "a": np.array([1.0, 1.0, 1.0], np.float32),
-        "b": np.array([100.0], np.float32),
-        "c": np.zeros(4, np.float32),
-    }
-    stored = {
-        "a": np.array([1.0, 1.0, 0.0], np.float32),
-        "b": np.array([50.0], np.float32),
-        "c": np.zeros(4, np.float32),
-    }
-    assert report.relative_error(original, stored) == pytest.approx(
-        (3 * (1 / 3) + 1 * 0.25 + 0) / 8
-    )
+    original = {"a": np.float32([1, 1, 1]), "b": np.float32([100]), "c": np.zeros(4, np.float32)}
+    stored = {"a": np.float32([1, 1, 0]), "b": np.float32([50]), "c": np.zeros(4, np.float32)}
+    expected = (3 * (1 / 3) + 1 * 0.25 + 0) / 8
+    assert account.relative_error(original, stored) == pytest.approx(expected)
 
 
 def test_json_names_a_group_by_its_width_where_it_has_two():
-    lines, *_ = lines_of(packed=False)
-    assert list(report.as_json(lines)) == ["attention_float16", "attention_int8", "control", "mlp"]
-    table = report.format_table(lines).splitlines()
+    assert list(account.as_json(LINES)) == ["attention_float16", "attention_int8", "control", "mlp"]
+    table = account.format_table(LINES).splitlines()
     assert len(table) == 5 and len({len(row) for row in table}) == 1
 
 
 def test_a_quantized_tensor_of_zeros_has_no_entropy():
     zeros = Quantized(np.zeros((4, 8), np.int8), np.ones(4, np.float16), 5, -15, False)
-    assert report.entropy_of(zeros) == 0
+    assert account.entropy_of(zeros) == 0
