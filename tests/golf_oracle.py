@@ -17,6 +17,40 @@ from tests import oracles
 Dialect = Literal["plain", "banked"]
 State = dict[str, np.ndarray]
 
+# what the submissions' models have in common at any size
+_BIGRAM = {"bigram_buckets": 32, "bigram_dim": 12}
+_SCRIPTS: dict[str, dict[str, Any]] = {
+    "333": {**_BIGRAM, "xsa_layers": 2, "rope_base": 50_000.0, "smear": "after_norm"},
+    "465": {**_BIGRAM, "smear": "after_norm"},
+    "740": {
+        **_BIGRAM,
+        "mlp_activation": "leaky_relu2",
+        "ln_scale": True,
+        "smear": "before_norm",
+        "bigram_hash": "sum",
+        "bigram_init_std": 1.0,
+        "bigram_scale_init": 0.0,
+    },
+    "1573": {
+        **_BIGRAM,
+        "mlp_activation": "leaky_relu2",
+        "xsa_layers": 2,
+        "rope_dims": 4,
+        "rope_ntk_len": 10,
+        "ln_scale": True,
+        "smear": "after_norm",
+        "smear_mask_bos": True,
+        "attention_gate": True,
+        "value_residual": True,
+        "value_embed_dim": 12,
+    },
+}
+
+
+def like(script: str, **fields: Any) -> ModelConfig:
+    """A model with the techniques of submission `script`, and with `fields`."""
+    return ModelConfig(**{**_SCRIPTS[script], **fields})
+
 
 def logits(state: Mapping[str, np.ndarray], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Soft-capped logits [B, T, V] of `tokens` [B, T], all in float64."""

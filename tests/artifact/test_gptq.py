@@ -1,6 +1,4 @@
-"""GPTQ against the paper's column-by-column elimination, against every choice of codes, and
-against what must hold.
-"""
+"""GPTQ against the paper's column-by-column elimination, and against every choice of codes."""
 
 import itertools
 
@@ -16,12 +14,12 @@ from sngpt_jax.base.errors import UserError
 RANGES = st.sampled_from([(-16, 15), (-15, 15), (-32, 31), (-31, 31), (-128, 127), (-1, 1)])
 
 
-def case(seed, rows, columns, tokens=None, correlation=0.7):
+def case(seed, rows, columns, correlation=0.7):
     """Weights, and the second moments of correlated inputs of different sizes."""
-    rng = np.random.default_rng(seed)
+    rng, tokens = np.random.default_rng(seed), 4 * columns
     weights = np.float32(rng.normal(size=(rows, columns)))
-    common = correlation * rng.normal(size=(tokens or 4 * columns, 1))
-    inputs = rng.normal(size=(tokens or 4 * columns, columns)) + common
+    common = correlation * rng.normal(size=(tokens, 1))
+    inputs = rng.normal(size=(tokens, columns)) + common
     inputs *= 2.0 ** rng.uniform(-2, 2, size=columns)
     return weights, inputs.T @ inputs
 
@@ -37,9 +35,7 @@ def gptq_codes(weights, scales, second_moment, q=(-15, 15), damping=0.01, block=
 
 
 def paper(weights, scales, second_moment, q_min, q_max, damping):
-    """Algorithm of the paper in its plainest form, float64: after each column the inverse of H
-    loses it by elimination.
-    """
+    """The paper's algorithm, float64: after each column the inverse of H loses it."""
     weights, steps = np.float64(weights), np.float64(scales)
     h = second_moment + damping * np.mean(np.diag(second_moment)) * np.eye(len(second_moment))
     inverse, codes = np.linalg.inv(h), np.zeros(weights.shape)
@@ -87,9 +83,7 @@ def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_codes(seed, q)
 
 @given(seed=st.integers(0, 10_000), columns=st.integers(1, 30))
 def test_the_error_is_within_the_bound_of_the_nearest_plane(seed, columns):
-    """Where no code is clipped: at most the sum of (scale / 2)² R_ii², with R_ii² the pivots of H
-    in the order of rounding.
-    """
+    """Where no code is clipped: at most the sum of (scale / 2)² R_ii², with the pivots R_ii²."""
     weights, second_moment = case(seed, 6, columns)
     scales = np.full(6, np.float16(2**-3))  # 127 of them reach 15.9, far beyond the weights
     codes = gptq_codes(weights, scales, second_moment, (-128, 127), 0.0)
@@ -172,7 +166,8 @@ def test_inputs_that_were_always_zero_keep_their_nearest_codes(damping):
 def test_what_cannot_calibrate_is_one_error():
     weights, second_moment = case(4, 3, 5)
     second_moment[1, 2] = np.nan
+    scales = scales_of(weights, 15)
     with pytest.raises(UserError, match="not finite"):
-        gptq_codes(weights, scales_of(weights, 15), second_moment)
+        gptq_codes(weights, scales, second_moment)
     with pytest.raises(UserError, match=r"singular; raise export\.gptq_damping"):
-        gptq_codes(weights, scales_of(weights, 15), np.ones((5, 5)), damping=0.0)
+        gptq_codes(weights, scales, np.ones((5, 5)), damping=0.0)

@@ -8,22 +8,20 @@ from hypothesis import strategies as st
 from sngpt_jax.artifact.packing import pack, packed_size, unpack
 
 
-@pytest.mark.parametrize("q_min", [-16, -15])
-def test_int5_keeps_eight_values_in_five_bytes(q_min):
-    """Σ u_i 2^(5i) of u = 1 … 8 is 0x41CC520C41, its bytes from the lowest on; 0 fills up."""
-    codes = np.arange(1, 9, dtype=np.int8) + np.int8(q_min)
-    assert pack(codes, 5, q_min) == bytes.fromhex("41 0C 52 CC 41")
-    assert pack(codes[:1], 5, q_min) == bytes.fromhex("01 00 00 00 00")
-    assert list(unpack(bytes.fromhex("41 0C 52 CC 41"), 8, 5, q_min)) == list(codes)
-
-
-@pytest.mark.parametrize("q_min", [-32, -31])
-def test_int6_keeps_four_values_in_three_bytes(q_min):
-    """1 + 2·2^6 + 3·2^12 + 62·2^18 = 0xF83081."""
-    codes = (np.array([1, 2, 3, 62]) + q_min).astype(np.int8)
-    assert pack(codes, 6, q_min) == bytes.fromhex("81 30 F8")
-    assert pack(codes[:2], 6, q_min) == bytes.fromhex("81 00 00")
-    assert list(unpack(bytes.fromhex("81 30 F8"), 4, 6, q_min)) == list(codes)
+@pytest.mark.parametrize(
+    ("bits", "values", "packed", "first"),
+    [  # Σ u_i 2^(5i) of u = 1 … 8 is 0x41CC520C41; 1 + 2·2^6 + 3·2^12 + 62·2^18 = 0xF83081
+        (5, [1, 2, 3, 4, 5, 6, 7, 8], "41 0C 52 CC 41", "01 00 00 00 00"),
+        (6, [1, 2, 3, 62], "81 30 F8", "01 00 00"),
+    ],
+)
+@pytest.mark.parametrize("full", [False, True])
+def test_golden_bytes(bits, values, packed, first, full):
+    q_min = 1 - 2 ** (bits - 1) - full
+    codes = (np.array(values) + q_min).astype(np.int8)
+    assert pack(codes, bits, q_min) == bytes.fromhex(packed)
+    assert pack(codes[:1], bits, q_min) == bytes.fromhex(first)
+    assert list(unpack(bytes.fromhex(packed), len(values), bits, q_min)) == list(codes)
 
 
 @given(st.integers(1, 8), st.booleans(), st.lists(st.integers(0, 255), max_size=40))
@@ -47,9 +45,10 @@ def test_sizes_are_whole_groups():
 
 def test_damage_is_seen():
     data = pack(np.array([15, -15, 0], np.int8), 5, -15)
-    with pytest.raises(ValueError, match="4 bytes of packed codes, expected 5"):
-        unpack(data[:-1], 3, 5, -15)
-    with pytest.raises(ValueError, match="expected 5"):
-        unpack(data + b"\0", 3, 5, -15)
-    with pytest.raises(ValueError, match="after the last packed code are not zero"):
-        unpack(data[:-1] + b"\x80", 3, 5, -15)
+    for damaged, problem in (
+        (data[:-1], "4 bytes of packed codes, expected 5"),
+        (data + b"\0", "expected 5"),
+        (data[:-1] + b"\x80", "after the last packed code are not zero"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            unpack(damaged, 3, 5, -15)

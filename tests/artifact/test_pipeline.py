@@ -1,6 +1,4 @@
-"""Tensors by the policy: what is kept how, against the pieces' own definitions, and what cannot be
-kept.
-"""
+"""Tensors by the policy: how each is kept, and what cannot be kept."""
 
 from dataclasses import replace
 
@@ -15,8 +13,9 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, ExportConfig, ModelConfig
 from sngpt_jax.optim import qat
 
+UP = "blocks/0/mlp/up"
 SHAPES = {
-    "blocks/0/mlp/up": (48, 64),
+    UP: (48, 64),
     "blocks/0/attn/key": (48, 24),
     "blocks/1/attn/key": (48, 24),
     "bigram/proj": (16, 48),
@@ -36,12 +35,9 @@ EXPORT = ExportConfig(
 CONFIG = Config(model=ModelConfig(num_layers=2), export=EXPORT)
 
 
-def tensors(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: np.float32(0.1) * rng.standard_normal(shape, np.float32)
-        for name, shape in SHAPES.items()
-    }
+def tensors():
+    rng, size = np.random.default_rng(0), np.float32(0.1)
+    return {name: size * rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 
 
 def test_each_tensor_is_kept_as_the_policy_says():
@@ -67,15 +63,13 @@ def test_each_tensor_is_kept_as_the_policy_says():
 
 
 def test_matrices_are_what_late_quantization_aware_training_imitates():
-    """The grid of training, in jax, and of the exporter, in numpy: the same numbers to the last
-    bit.
-    """
+    """To the last bit."""
     found = tensors()
-    up, key = (jnp.asarray(found[f"blocks/0/{name}"]) for name in ("mlp/up", "attn/key"))
+    up, key = (jnp.asarray(found[name]) for name in (UP, "blocks/0/attn/key"))
     nested = {"blocks": {"0": {"mlp": {"up": up}, "attn": {"key": key}}}}
     trained = jax.jit(lambda p: qat.on_grid(p, CONFIG))(nested)["blocks"]["0"]
     stored = quantize_tensors(found, CONFIG)
-    np.testing.assert_array_equal(dequantize(stored["blocks/0/mlp/up"]), trained["mlp"]["up"])
+    np.testing.assert_array_equal(dequantize(stored[UP]), trained["mlp"]["up"])
     np.testing.assert_array_equal(dequantize(stored["blocks/0/attn/key"]), trained["attn"]["key"])
 
 
@@ -86,28 +80,22 @@ def test_pruning_takes_the_smallest_of_each_tensor_and_leaves_gains_alone():
         smallest = np.abs(tensor) <= np.quantile(np.abs(tensor), 0.25)
         zeros = dequantize(stored[name]) == 0
         if name == "blocks/0/attn_scale" or tensor.size <= 500:
-            assert not zeros.all() and (
-                zeros.mean() < 0.25 or isinstance(stored[name], Quantized)
-            ), name
+            assert zeros.mean() < 0.25, name
         else:
             assert zeros[smallest].all(), name
 
 
 def test_gptq_rounds_the_matrices_that_it_knows_the_inputs_of():
-    rng = np.random.default_rng(3)
-    mixing = rng.standard_normal((48, 48))
+    mixing = np.random.default_rng(3).standard_normal((48, 48))
     moment = mixing @ mixing.T  # of strongly correlated inputs
-    config = replace(
-        CONFIG, export=replace(EXPORT, mlp_bits=3, attention_bits=16, gptq=True, gptq_block=16)
-    )
-    near = quantize_tensors(tensors(), replace(config, export=replace(config.export, gptq=False)))[
-        "blocks/0/mlp/up"
-    ]
-    better = quantize_tensors(tensors(), config, {"blocks/0/mlp/up": moment})["blocks/0/mlp/up"]
+    export = replace(EXPORT, mlp_bits=3, attention_bits=16)
+    gptq = replace(export, gptq=True, gptq_block=16)
+    near = quantize_tensors(tensors(), replace(CONFIG, export=export))[UP]
+    better = quantize_tensors(tensors(), replace(CONFIG, export=gptq), {UP: moment})[UP]
     np.testing.assert_array_equal(near.scales, better.scales)
 
     def output_error(stored):
-        e = tensors()["blocks/0/mlp/up"] - dequantize(stored)
+        e = tensors()[UP] - dequantize(stored)
         return np.trace(e.T @ moment @ e)
 
     assert output_error(better) < 0.7 * output_error(near)
@@ -116,16 +104,15 @@ def test_gptq_rounds_the_matrices_that_it_knows_the_inputs_of():
 @pytest.mark.parametrize(
     ("name", "spoil", "export", "problem"),
     [
-        ("blocks/0/mlp/up", np.nan, {}, "nan"),
+        (UP, np.nan, {}, "nan"),
         ("embed/table", 1e6, {}, "1000000.0 is not a finite float16"),
         ("blocks/0/attn_scale", np.inf, {"control_dtype": "float32"}, "inf is not a finite"),
         ("blocks/0/attn/key", 1e38, {}, "a row needs the range 1e.38"),
-        ("blocks/0/mlp/up", 0.0, {"gptq": True}, "needs the second moments"),
+        (UP, 0.0, {"gptq": True}, "needs the second moments"),
     ],
 )
 def test_what_cannot_be_kept_is_one_line_that_names_the_tensor(name, spoil, export, problem):
     found = tensors()
     found[name].reshape(-1)[0] = spoil
-    with pytest.raises(UserError, match=f"{name}: .*{problem}") as caught:
+    with pytest.raises(UserError, match=f"^{name}: .*{problem}.*$"):
         quantize_tensors(found, replace(CONFIG, export=replace(EXPORT, **export)))
-    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The policy of each tensor: the published policies tensor by tensor, and the recipe's fields."""
+"""The published policies tensor by tensor, and the recipe's fields."""
 
 from collections import Counter
 
@@ -13,16 +13,14 @@ from sngpt_jax.model.forward import abstract_variables
 
 
 def kept_as(config):
-    """By group, how many tensors have how many bits."""
-    found = Counter()
-    for name, leaf in leaves_by_path(abstract_variables(config.model)).items():
-        policy = policy_of(name, leaf.shape, config)
-        found[policy.group, policy.bits] += 1
-    return dict(found)
+    """The number of tensors by group and bits."""
+    leaves = leaves_by_path(abstract_variables(config.model)).items()
+    policies = [policy_of(name, leaf.shape, config) for name, leaf in leaves]
+    return Counter((policy.group, policy.bits) for policy in policies)
 
 
-# What the submissions' descriptions and code keep, counted by hand: MLP 2 and attention 4 matrices
-# a layer.
+# counted by hand in the submissions' descriptions and code: 2 matrices of the MLP and 4 of the
+# attention per layer
 PUBLISHED = {
     "golf_11l_xsa4": {
         ("mlp", 5): 22, ("attention", 6): 42, ("attention", 16): 2,

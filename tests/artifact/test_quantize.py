@@ -1,6 +1,4 @@
-"""The grids: scales and codes against float64, what holds for every tensor, and what cannot be put
-on a grid.
-"""
+"""The grids: scales and codes against float64, and what cannot be put on a grid."""
 
 import math
 import re
@@ -35,32 +33,25 @@ def policy(bits=5, clip="row_max", sd=3.0, transposed=False):
 
 
 def random_rows(seed, rows, columns, magnitude=0.1):
-    """Rows of very different sizes, means and tails, so that one rule or scale cannot pass for
-    another.
-    """
-    rng = np.random.default_rng(seed)
-    heavy = rng.standard_t(rng.uniform(1.5, 20, size=(rows, 1)), size=(rows, columns))
-    return np.float32(
-        magnitude
-        * 4.0 ** rng.uniform(-1, 1, size=(rows, 1))
-        * (heavy + rng.uniform(-1, 1, size=(rows, 1)))
-    )
+    """Rows of different sizes, means and tails, so that no rule can pass for another."""
+    rng, column = np.random.default_rng(seed), (rows, 1)
+    heavy = rng.standard_t(rng.uniform(1.5, 20, size=column), size=(rows, columns))
+    sizes, means = 4.0 ** rng.uniform(-1, 1, size=column), rng.uniform(-1, 1, size=column)
+    return np.float32(magnitude * sizes * (heavy + means))
 
 
-def exact_reach(rows, clip, percentile=99.0, sd=3.0):
+def exact_reach(rows, clip):
     """The documented rules, float64."""
     rows = np.float64(rows)
     return {
-        "row_max": lambda: np.abs(rows).max(1),
-        "percentile": lambda: np.quantile(np.abs(rows), percentile / 100, axis=1),
-        "sd": lambda: sd * np.sqrt(np.square(rows - rows.mean(1, keepdims=True)).mean(1)),
-    }[clip]()
+        "row_max": np.abs(rows).max(1),
+        "percentile": np.quantile(np.abs(rows), 0.99, axis=1),
+        "sd": 3.0 * np.sqrt(np.square(rows - rows.mean(1, keepdims=True)).mean(1)),
+    }[clip]
 
 
 def exact_codes(rows, scales, q_min, q_max):
-    """The nearest codes in float64, and where a weight is so close to a tie that float32 may go
-    the other way.
-    """
+    """The nearest codes in float64, and the weights so close to a tie that float32 may differ."""
     quotient = np.float64(rows) / np.float64(scales)[:, None]
     near_tie = np.abs(np.abs(quotient - np.trunc(quotient)) - 0.5) < 1e-6 * np.abs(quotient)
     return np.clip(np.rint(quotient), q_min, q_max), near_tie
@@ -93,9 +84,7 @@ def test_the_published_ranges(bits, codes, q_min, q_max):
 
 
 def test_a_worked_example():
-    """Three bits: q is 3. Rows reach 3 and 0.75. Halves go to the even code. The last row is too
-    small for its scale.
-    """
+    """Three bits: q is 3. Halves go to the even code. The last row is too small for its scale."""
     tensor = np.float32(
         [[3.0, 1.4, 1.5, 2.5, -0.6], [0.75, -0.3, 0.0, 0.125, 0.374], [1e-9, 0, 0, 0, 0]]
     )
@@ -109,12 +98,10 @@ def test_a_worked_example():
 @given(clip=clips, bits=st.integers(2, 8), floor=st.sampled_from([0.0, 0.2]), **shapes)
 def test_scales_are_the_nearest_half_precision_numbers(clip, bits, floor, seed, rows, columns):
     tensor = random_rows(seed, rows, columns)
-    scales = row_scales(
-        tensor, policy(bits, clip), ExportConfig(clip_percentile=99.0, clip_floor=floor)
-    )
-    exact = np.maximum(
-        np.maximum(exact_reach(tensor, clip), floor) / (2 ** (bits - 1) - 1), SMALLEST_NORMAL
-    )
+    export = ExportConfig(clip_percentile=99.0, clip_floor=floor)
+    scales = row_scales(tensor, policy(bits, clip), export)
+    reach = np.maximum(exact_reach(tensor, clip), floor)
+    exact = np.maximum(reach / (2 ** (bits - 1) - 1), SMALLEST_NORMAL)
     assert scales.dtype == np.float16
     # half a float16 step, and float32
     np.testing.assert_array_less(np.abs(scales - exact) / exact, 2.0**-11 + 1e-5)
@@ -122,16 +109,13 @@ def test_scales_are_the_nearest_half_precision_numbers(clip, bits, floor, seed, 
 
 @given(published=st.sampled_from(PUBLISHED), clip=clips, **shapes)
 def test_codes_are_the_nearest_and_errors_at_most_half_a_step(published, clip, seed, rows, columns):
-    """Inside the range; a weight beyond it is the whole distance from the last code away."""
+    """Inside the range. A weight beyond it is the whole distance from the last code away."""
     bits, codes, q_min, q_max = published
     tensor = random_rows(seed, rows, columns)
-    result = quantize.quantize(
-        tensor, policy(bits, clip), ExportConfig(codes=codes, clip_percentile=99.0)
-    )
+    export = ExportConfig(codes=codes, clip_percentile=99.0)
+    result = quantize.quantize(tensor, policy(bits, clip), export)
     expected, near_tie = exact_codes(tensor, result.scales, q_min, q_max)
-    np.testing.assert_array_equal(
-        np.where(near_tie, 0, result.codes), np.where(near_tie, 0, expected)
-    )
+    np.testing.assert_array_equal(result.codes[~near_tie], expected[~near_tie])
     assert np.abs(result.codes - expected).max() <= 1
     steps = np.float64(result.scales)[:, None]
     beyond = np.maximum(0, np.maximum(tensor - q_max * steps, q_min * steps - tensor))
@@ -177,9 +161,7 @@ fake_quantize = jax.jit(qat.fake_quantize, static_argnums=(1, 2))
 
 
 def awkward_matrix(seed, bits, magnitude):
-    """Channels whose largest weight puts the scale on a tie between two float16, the others on
-    ties between two codes.
-    """
+    """Channels whose largest weight puts the scale on a tie, and the others on ties of codes."""
     rng = np.random.default_rng(seed)
     q = 2 ** (bits - 1) - 1
     scales = np.float16(magnitude * 4.0 ** rng.uniform(-1, 1, size=40))
@@ -187,7 +169,6 @@ def awkward_matrix(seed, bits, magnitude):
     rows = np.float32(scales)[:, None] * np.float32(rng.integers(-q, q, size=(40, 150)) + 0.5)
     rows = np.nextafter(rows, rng.choice(np.float32([-np.inf, 0, np.inf]), size=rows.shape))
     rows[:, 0] = q * ties
-    assert rows.dtype == np.float32
     return rows.T
 
 
@@ -196,20 +177,14 @@ def awkward_matrix(seed, bits, magnitude):
     ("bits", "floor"), [(2, 0.0), (4, 0.0), (5, 1e-12), (5, 1.0), (6, 0.3), (8, 0.0)]
 )
 def test_training_imitates_the_exporter_to_the_last_bit(bits, floor, codes):
-    """`codes = full` too: where a row's range is its largest magnitude, the code -q - 1 is never
-    the nearest.
-    """
+    """`codes = full` too: by the range row_max, the code -q - 1 is never the nearest."""
     export = ExportConfig(codes=codes, clip_floor=floor)
     for seed, magnitude in enumerate([1e-6, 1e-3, 0.1, 10.0] * 3):
         random = random_rows(seed, 40, 150, magnitude).T
         for matrix in (random, awkward_matrix(seed, bits, magnitude)):
             result = quantize.quantize(matrix, policy(bits, transposed=True), export)
-            np.testing.assert_array_equal(
-                result.dequantize(), fake_quantize(jnp.asarray(matrix), bits, floor)
-            )
-
-
-# ---------------------------------------------------------------------------------- the search
+            trained = fake_quantize(jnp.asarray(matrix), bits, floor)
+            np.testing.assert_array_equal(result.dequantize(), trained)
 
 
 def searched(tensor, scope, bits=5, codes="symmetric", floor=0.0):
@@ -218,10 +193,8 @@ def searched(tensor, scope, bits=5, codes="symmetric", floor=0.0):
 
 
 def candidate_scales(tensor, bits):
-    """What each single percentile gives, [candidates, rows]: tested above."""
-    export = [
-        ExportConfig(clip_percentile=percentile) for percentile in (99.9, 99.95, 99.99, 100.0)
-    ]
+    """The scales of each single percentile, [candidates, rows]."""
+    export = [ExportConfig(clip_percentile=percent) for percent in (99.9, 99.95, 99.99, 100.0)]
     return np.stack([row_scales(tensor, policy(bits, "percentile"), one) for one in export])
 
 
@@ -249,9 +222,7 @@ def test_search_takes_the_percentile_of_least_squared_error(published, seed, col
 
 
 def test_search_weighs_an_outlier_against_the_rest():
-    """A Gaussian row with an outlier is better clipped; one that lies on the grid of its single
-    largest weight is not.
-    """
+    """A Gaussian row with an outlier is better clipped. A row on its grid is not."""
     rng = np.random.default_rng(0)
     outlier = np.append(rng.normal(size=2999), 12.0)
     on_grid = np.append(rng.integers(-14, 15, size=2999), 15) / 64
@@ -259,17 +230,13 @@ def test_search_weighs_an_outlier_against_the_rest():
     assert searched(np.float32([outlier, on_grid]), "row")[1] == 1 / 64
     # a whole matrix follows the row with more at stake
     assert searched(np.float32([outlier, on_grid]), "matrix")[1] < 1 / 64
-    np.testing.assert_array_equal(
-        searched(np.float32([outlier / 1000, on_grid]), "matrix"), np.float16([0.0008, 1 / 64])
-    )
+    found = searched(np.float32([outlier / 1000, on_grid]), "matrix")
+    np.testing.assert_array_equal(found, np.float16([0.0008, 1 / 64]))
 
 
 def test_search_is_made_with_the_floor():
-    """Where the floor decides every scale, all candidates are the same."""
-    tensor = random_rows(1, 5, 700, magnitude=1e-4)
-    np.testing.assert_array_equal(
-        searched(tensor, "row", floor=1.0), np.full(5, np.float16(1 / 15))
-    )
+    scales = searched(random_rows(1, 5, 700, magnitude=1e-4), "row", floor=1.0)
+    np.testing.assert_array_equal(scales, np.full(5, np.float16(1 / 15)))
 
 
 def test_standard_deviations_give_the_entropy_and_error_of_a_gaussian_on_an_even_grid():
@@ -279,20 +246,15 @@ def test_standard_deviations_give_the_entropy_and_error_of_a_gaussian_on_an_even
     step, shares = 12.85 / 31, np.unique(result.codes, return_counts=True)[1] / tensor.size
     below = np.array([math.erf((code + 0.5) * step / math.sqrt(2)) / 2 for code in range(-40, 40)])
     exact = np.diff(below)[np.diff(below) > 0]
-    np.testing.assert_allclose(
-        -(shares * np.log2(shares)).sum(), -(exact * np.log2(exact)).sum(), atol=0.005
-    )
-    np.testing.assert_allclose(
-        np.var(result.dequantize() - tensor) / np.var(tensor), step**2 / 12, rtol=0.01
-    )
-
-
-# ---------------------------------------------------------------------------------- pruning
+    entropy, expected = (-(x * np.log2(x)).sum() for x in (shares, exact))
+    np.testing.assert_allclose(entropy, expected, atol=0.005)
+    error = np.var(result.dequantize() - tensor) / np.var(tensor)
+    np.testing.assert_allclose(error, step**2 / 12, rtol=0.01)
 
 
 @given(fraction=st.floats(0, 0.999), values=st.integers(1, 50), **shapes)
 def test_prune_sets_the_smallest_to_zero(fraction, values, seed, rows, columns):
-    """Few values, so that there are ties: a stable sort says which of them go."""
+    """Among ties, a stable sort says which go."""
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1, 1], size=(rows, columns))
     tensor = np.float32(rng.integers(1, values + 1, size=(rows, columns)) * signs)
@@ -301,9 +263,6 @@ def test_prune_sets_the_smallest_to_zero(fraction, values, seed, rows, columns):
     result = prune(tensor, fraction)
     np.testing.assert_array_equal(result, expected.reshape(tensor.shape))
     np.testing.assert_array_equal(tensor, before)
-
-
-# ---------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("clip", ["row_max", "percentile", "search", "sd"])
@@ -318,7 +277,7 @@ def test_weights_that_are_not_finite_are_one_error(clip, value):
 
 @pytest.mark.parametrize("clip", ["row_max", "percentile", "search", "sd"])
 def test_a_range_beyond_half_precision_is_one_error(clip):
-    """The largest float16 is 65504, and 65520 the least number that rounds to infinity."""
+    """The largest float16 is 65504. Numbers from 65520 on round to infinity."""
     tensor = np.full((2, 10), 1.0, np.float32)
     tensor[1, ::2] = -1.0
     fits, too_far = np.float32(15 * 65519), np.float32(15 * 65521)

@@ -11,6 +11,7 @@ from sngpt_jax.bench import __main__ as command
 from sngpt_jax.bench import step as bench
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from tests import golf_oracle
 
 TINY = [
     *["--model.vocab-size", "64", "--model.num-layers", "2", "--model.d-model", "16"],
@@ -65,48 +66,14 @@ def test_a_model_that_is_not_written_in_pytorch():
         command.main(["--config", "quickstart_cayley", "--against", "torch"])
 
 
-SIZE = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_dim": 32,
-    "max_seq_len": 32,
-}
+SIZE = {"vocab_size": 50, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 32}
+SIZE["max_seq_len"] = 32
+OTHERS = {"mlp_activation": "gelu", "ln_scale": False, "logit_soft_cap": 0.0}
+ENDS = {"value_embed_layers": (3, 2), "recycle_layers": (1, 0)}
 MODELS = {
     "plain": ModelConfig(**SIZE, num_layers=2),
-    "740": ModelConfig(
-        **SIZE,
-        num_layers=2,
-        mlp_activation="leaky_relu2",
-        xsa_layers=2,
-        rope_dims=2,
-        ln_scale=True,
-        smear="before_norm",
-        bigram_buckets=32,
-        bigram_dim=12,
-        bigram_hash="sum",
-        bigram_init_std=1.0,
-        bigram_scale_init=0.0,
-    ),
-    "1573": ModelConfig(
-        **SIZE,
-        num_layers=4,
-        mlp_activation="gelu",
-        xsa_layers=2,
-        rope_dims=4,
-        rope_ntk_len=10,
-        logit_soft_cap=0.0,
-        smear="after_norm",
-        smear_mask_bos=True,
-        bigram_buckets=32,
-        bigram_dim=12,
-        attention_gate=True,
-        value_residual=True,
-        value_embed_layers=(3, 2),
-        value_embed_dim=12,
-        recycle_layers=(1, 0),
-    ),
+    "740": golf_oracle.like("740", **SIZE, num_layers=2, xsa_layers=2, rope_dims=2),
+    "1573": golf_oracle.like("1573", **SIZE, **ENDS, **OTHERS, num_layers=4),
 }
 
 

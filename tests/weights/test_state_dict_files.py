@@ -36,38 +36,27 @@ def test_files_are_read_as_they_were_written(tmp_path, suffix):
     found = read_state_dict(write_file(tmp_path / f"model{suffix}", STATE))
     assert found.keys() == STATE.keys()
     for name, tensor in STATE.items():
-        np.testing.assert_array_equal(found[name], tensor)
-        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], tensor, strict=True)
 
 
 def test_bfloat16_files(tmp_path):
-    tensor = np.array([1.5, -2.25, 3e38], ml_dtypes.bfloat16)
-    safetensors.numpy.save_file({"x": tensor}, tmp_path / "x.safetensors")
-    found = read_state_dict(tmp_path / "x.safetensors")["x"]
-    np.testing.assert_array_equal(found.astype(np.float32), tensor.astype(np.float32))
+    expected = np.float32([1.5, -2.25, 2.0**127])
+    path = write_file(tmp_path / "x.safetensors", {"x": expected.astype(ml_dtypes.bfloat16)})
+    np.testing.assert_array_equal(np.float32(read_state_dict(path)["x"]), expected)
     torch = pytest.importorskip("torch")
-    torch.save({"x": torch.tensor(tensor.astype(np.float32)).bfloat16()}, tmp_path / "x.pt")
-    np.testing.assert_array_equal(
-        read_state_dict(tmp_path / "x.pt")["x"], tensor.astype(np.float32)
-    )
+    torch.save({"x": torch.tensor(expected).bfloat16()}, tmp_path / "x.pt")
+    np.testing.assert_array_equal(read_state_dict(tmp_path / "x.pt")["x"], expected)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
 def test_damaged_files_are_one_line(tmp_path, suffix):
     path = write_file(tmp_path / f"model{suffix}", STATE)
     content = path.read_bytes()
-    for damaged in (
-        b"",
-        b"nonsense",
-        content[: len(content) // 2],
-        content[:-40],
-        content[:20] + b"\xff" * 40 + content[60:],
-    ):
+    cut = [content[: len(content) // 2], content[:-40]]
+    for damaged in (b"", b"nonsense", *cut, content[:20] + b"\xff" * 40 + content[60:]):
         path.write_bytes(damaged)
-        with pytest.raises(InteropError, match="cannot be read as a") as error:
+        with pytest.raises(InteropError, match=f"^{path}: cannot be read as a .*$"):
             read_state_dict(path)
-        assert str(error.value).startswith(str(path))
-        assert "\n" not in str(error.value)
 
 
 def test_what_is_no_checkpoint_file(tmp_path):
@@ -76,6 +65,11 @@ def test_what_is_no_checkpoint_file(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(10_000_000, np.int8))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    claim = zipfile.ZipFile(tmp_path / "claim.npz", "w")
+    with claim as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
     for name, reason in [
         ("absent.npz", "cannot be read: No such file"),
         ("folder.npz", "cannot be read: not a plain file"),
@@ -83,20 +77,6 @@ def test_what_is_no_checkpoint_file(tmp_path):
         ("model.ckpt", r"expected a file named \*.safetensors, \*.npz, \*.pt"),
         ("array.npz", "not a zip archive"),
         ("objects.npz", "Object arrays cannot be loaded"),
-    ]:
-        with pytest.raises(InteropError, match=reason):
-            read_state_dict(tmp_path / name)
-
-
-def test_archives_that_claim_more_than_they_hold(tmp_path):
-    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(10_000_000, np.int8))
-    header = {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
-    with (
-        zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive,
-        archive.open("x.npy", "w") as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-    for name, reason in [
         ("bomb.npz", "unpacks to 10,000,128 bytes, more than 64 times"),
         ("claim.npz", "does not hold the array"),
     ]:
@@ -108,13 +88,9 @@ def test_pt_files_of_something_else(tmp_path):
     torch = pytest.importorskip("torch")
     for value, reason in [
         (torch.ones(2), "holds a Tensor, expected a dict of tensors"),
-        (
-            {"model": {"x": torch.ones(2)}, "step": 3},
-            "'model' is of type dict, 'step' is of type int; save the model's state_dict",
-        ),
+        ({"model": {}, "step": 3}, "'model' is of type dict, 'step' is of type int; save"),
         ({0: torch.ones(2)}, "0 is of type Tensor"),
-        # a class that weights_only does not allow
-        (Path("code"), "cannot be read as a .pt file of tensors alone"),
+        (Path("a class"), "cannot be read as a .pt file of tensors alone"),
     ]:
         torch.save(value, tmp_path / "model.pt")
         with pytest.raises(InteropError, match=reason):
@@ -124,7 +100,5 @@ def test_pt_files_of_something_else(tmp_path):
 def test_pt_files_without_pytorch(tmp_path, monkeypatch):
     (tmp_path / "model.pt").write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(
-        InteropError, match="model.pt: reading it needs PyTorch.*-m pip install torch"
-    ):
+    with pytest.raises(InteropError, match="model.pt: reading it needs PyTorch.*pip install torch"):
         read_state_dict(tmp_path / "model.pt")

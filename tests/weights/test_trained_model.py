@@ -1,6 +1,4 @@
-"""Tensors of an artifact put back into a model. An error names each missing, unknown and misshapen
-tensor.
-"""
+"""Tensors of an artifact put back into a model, or refused by name."""
 
 import dataclasses
 import json
@@ -21,6 +19,7 @@ from sngpt_jax.config import (
     ExportConfig,
     ModelConfig,
     OptimConfig,
+    changed,
     parse_levels,
     to_json,
 )
@@ -41,16 +40,8 @@ COMPACT = ModelConfig(**SIZE, num_kv_heads=1, bigram_buckets=8)
 STORAGE = Storage(packed=False, codec="rans", level=3)
 
 
-def config_of(model):
-    return Config(
-        model,
-        OptimConfig(warmdown_fraction=0.5),
-        DataConfig(seq_len=32),
-        export=ExportConfig(mlp_bits=5, table_bits=6),
-    )
-
-
-CONFIG = config_of(COMPACT)
+EXPORT = ExportConfig(mlp_bits=5, table_bits=6)
+CONFIG = Config(COMPACT, OptimConfig(warmdown_fraction=0.5), DataConfig(seq_len=32), export=EXPORT)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +67,7 @@ def test_a_model_computes_the_same_from_its_artifact(tmp_path, model, devices):
     """As `quantize_variables` in memory, to the last bit. The step counts of sparse codes start
     again at 0.
     """
-    config, mesh = config_of(model), make_mesh(jax.devices()[:devices])
+    config, mesh = dataclasses.replace(CONFIG, model=model), make_mesh(jax.devices()[:devices])
     variables = init_state(Shapes.of(config, mesh)).variables()
     found = from_artifact(written(tmp_path / "m.sngpt", config, host_tensors(variables)), mesh)
     assert (found.step, found.weights, found.config) == (7, "ema", config)
@@ -98,16 +89,16 @@ def test_wrong_tensors_are_named(tensors, mesh):
     wrong["blocks/7/mlp/up"] = np.zeros(1, np.float32)
     with pytest.raises(ArtifactError) as caught:
         to_variables(wrong, CONFIG, mesh)
-    assert "embed/table is missing" in str(caught.value)
-    assert "blocks/0/mlp/up is [32, 16], expected [16, 32]" in str(caught.value)
-    assert "blocks/7/mlp/up is not a tensor of the model" in str(caught.value)
+    for problem in (
+        "embed/table is missing",
+        "blocks/0/mlp/up is [32, 16], expected [16, 32]",
+        "blocks/7/mlp/up is not a tensor of the model",
+    ):
+        assert problem in str(caught.value)
 
 
-def config_with(**changes):
-    """The configuration as JSON, with fields of its model changed."""
-    config = json.loads(to_json(CONFIG))
-    config["model"] |= changes
-    return config
+def config_with(**fields):
+    return json.loads(to_json(changed(CONFIG, model=fields)))
 
 
 @pytest.mark.parametrize(
@@ -115,39 +106,28 @@ def config_with(**changes):
     [
         ({"config": 3}, "config: expected an object"),
         ({"config": {}}, "config: missing model"),
-        (
-            {"config": config_with(num_heads=3)},
-            "model.d_model = 16 is not divisible by model.num_heads = 3",
-        ),
+        ({"config": config_with(num_heads=3)}, "d_model = 16 is not divisible by .*num_heads = 3"),
         # layers that a file only claims are not traced
-        ({"config": config_with(num_layers=250)}, r"\d+ tensors for model.num_layers = 250"),
+        ({"config": config_with(num_layers=250)}, r"\d+ tensors for 250 layers"),
         ({"step": "7"}, "metadata.step: expected int"),
         ({"step": -1}, "step -1"),
         ({"weights": None}, "metadata.weights: expected one of final, swa, ema"),
         ({"tokenizer": ["x"]}, "metadata.tokenizer: expected an object"),
-        ({"tokenizer": {"suffix": 3}}, "metadata.tokenizer.suffix: expected one of|missing sha256"),
-        (
-            {"tokenizer": {"sha256": "0", "suffix": "/../../x"}},
-            "metadata.tokenizer.suffix: expected one of .model, .json",
-        ),
-        (
-            {"tokenizer": {"sha256": 3, "suffix": ".model"}},
-            "metadata.tokenizer.sha256: expected str",
-        ),
+        ({"tokenizer": {"suffix": 3}}, "suffix: expected one of|missing sha256"),
+        ({"tokenizer": {"sha256": "0", "suffix": "/../../x"}}, "expected one of .model, .json"),
+        ({"tokenizer": {"sha256": 3, "suffix": ".model"}}, "tokenizer.sha256: expected str"),
     ],
 )
 def test_metadata_that_no_export_writes_are_one_line(tmp_path, tensors, mesh, changes, said):
     path = written(tmp_path / "m.sngpt", CONFIG, tensors, **changes)
-    with pytest.raises(ArtifactError, match=said) as caught:
+    with pytest.raises(ArtifactError, match=f"^{path}: .*{said}.*$"):
         from_artifact(path, mesh)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 def test_another_tokenizer_than_the_models_is_refused(tiny_recipe):
     """Beside the model, and in the data that it is to be scored on."""
     data = tiny_recipe.parent / "data"
-    config = dataclasses.replace(CONFIG, data=DataConfig(dir=str(data)))
-    config = dataclasses.replace(config, model=dataclasses.replace(COMPACT, vocab_size=320))
+    config = changed(CONFIG, data={"dir": str(data)}, model={"vocab_size": 320})
     tokenizer = next(data.glob("*.model"))
     right, wrong = file_sha256(tokenizer, DataError), "0" * 64
     model = TrainedModel(
@@ -166,8 +146,5 @@ def test_the_tokenizer_lies_beside_the_artifact(tmp_path, tensors, mesh):
     assert tokenizer_beside(tmp_path / "a.b.sngpt", ".json") == tmp_path / "a.b.tokenizer.json"
     kept = {"sha256": "0" * 64, "suffix": ".model"}
     path = written(tmp_path / "m.sngpt", CONFIG, tensors, tokenizer=kept)
-    with pytest.raises(
-        ConfigError,
-        match=r"m.sngpt: keeps no tokenizer; put the tokenizer that export wrote, m.tokenizer.\*",
-    ):
+    with pytest.raises(ConfigError, match=r"m.sngpt: keeps no tokenizer; put .*m.tokenizer.\*,"):
         from_artifact(path, mesh).tokenizer()
