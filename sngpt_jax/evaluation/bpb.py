@@ -42,8 +42,8 @@ class Score:
 
 
 def add_in_order(total: float, values: np.ndarray) -> float:
-    """`total` plus the numbers [n] in float64, the first one first. The sum does not depend on how
-    the numbers are cut into pieces.
+    """`total` plus the numbers [n] in float64, one after the other, so that sums do not depend on
+    how the numbers are cut into pieces.
     """
     return float(np.cumsum(np.concatenate([[total], values]), dtype=np.float64)[-1])
 
@@ -99,7 +99,6 @@ class Pass:
         return Score(nll / tokens, nll / math.log(2) / size, tokens, size)
 
     def score(self) -> Score:
-        """The score of the pass. The tokens' losses are float32, their sum float64."""
         nll = 0.0
         for found in self.readings():
             nll = add_in_order(nll, found["nll"])

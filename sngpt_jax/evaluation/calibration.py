@@ -2,8 +2,7 @@
 rounds the matrices by H (Frantar et al. 2022, arXiv:2210.17323).
 
 `Observed` matrices replace the arrays in the model's variables. They record their inputs while the
-forward pass is traced, so the programs of training and scoring do not change. A token costs a
-forward pass without the head, and 2 n² operations per input of width n.
+forward pass is traced, so the programs of training and scoring do not change.
 """
 
 from typing import Any
@@ -37,10 +36,8 @@ Moments = dict[tuple[str, ...], Any]
 
 
 def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
-    """The training tokens of `dataset`, whose first `tokens` will be read.
-
-    Raises `UserError` if a shard of these tokens begins like a validation shard. `prepare` keeps
-    the splits apart; shards from elsewhere may not.
+    """The training tokens of `dataset`, whose first `tokens` will be read. Raises `UserError` if a
+    shard of these tokens begins like a validation shard.
     """
     first = 0
     for shard in dataset.train.shards:
@@ -52,29 +49,25 @@ def training_stream(dataset: Dataset, tokens: int) -> TokenStream:
             if np.array_equal(shard.tokens[:count], held_out.tokens[:count]):
                 raise UserError(
                     f"{shard.path}: a training shard with the text of the validation shard"
-                    f" {held_out.path}; GPTQ must not see the text that the artifact is scored on:"
-                    " give data with separate splits, or set export.gptq to false"
+                    f" {held_out.path}, which GPTQ must not see; give data with separate splits, or"
+                    " set export.gptq to false"
                 )
     return dataset.train
 
 
 def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
-    """Σ x xᵀ, float32 [n, n], over the positions of the counted rows. Products of bfloat16 numbers
-    are exact in float32.
-    """
+    """Σ x xᵀ, float32 [n, n], over the positions of the counted rows."""
     kept_BTn = jnp.where(counted_B[:, None, None], x_BTn, 0)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum(
-        "btn,btm->nm", kept_BTn, x_BTn, precision=highest, preferred_element_type=jnp.float32
-    )
+    options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    return jnp.einsum("btn,btm->nm", kept_BTn, x_BTn, **options)
 
 
 def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Moments`, sums over a batch, float32, in all
-    processes.
+    """The jitted function (variables, batch) → `Moments`, float32 sums over the batch's "inputs"
+    [B, T] in the rows where "counted" [B] is true, in all processes.
 
-    The batch holds "inputs" [B, T], and "counted" bool [B]: the rows that enter the sums. A matrix
-    that is applied more than once, as in recycled layers, gets the mean over its applications.
+    A matrix that is applied more than once, as in recycled layers, gets the mean over its
+    applications.
     """
 
     def moments(variables: Variables, batch: Batch) -> Moments:
@@ -114,9 +107,9 @@ def second_moments(
 ) -> dict[str, np.ndarray]:
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
-    The mean is over the positions of the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens.
-    Matrices with equal inputs share one array. Sums are float32 on a device and float64 over
-    batches. Raises `UserError` if `tokens` are less than a window, or more than the stream holds.
+    The mean is over the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens. Matrices with
+    equal inputs share one array. Sums over batches are float64. Raises `UserError` if `tokens` are
+    less than a window, or more than the stream holds.
     """
     seq_len = config.data.seq_len
     if not seq_len <= tokens <= len(stream):
@@ -129,10 +122,9 @@ def second_moments(
     step, place = make_moments_step(config, mesh), batch_placer(mesh)
 
     def dispatch(batch: WindowBatch) -> Moments:
-        arrays = {"inputs": batch.arrays["inputs"], "counted": batch.counted}
-        return step(variables, place(arrays))
+        return step(variables, place({"inputs": batch.arrays["inputs"], "counted": batch.counted}))
 
-    total: dict[tuple[str, ...], np.ndarray] = {}
+    total: Moments = {}
     for sums, _ in read_windows(stream, windows, rows, dispatch, progress):
         for paths, sum_nn in sums.items():
             total[paths] = np.asarray(sum_nn, np.float64) + total.get(paths, 0)

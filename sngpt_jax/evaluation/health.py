@@ -1,11 +1,10 @@
 """The health of the sparse codes: which features fire, how strongly, and how well they rebuild
 their input.
 
-Measured at validation over N tokens, for each layer and level. V are the level's features:
+Over N tokens, for each layer and level with the features V:
 
     dead        share of V selected fewer than C · N · k / |V| times, C = 1/10
-    silent      share of V selected in no sample of the last 100 optimizer steps, or of all steps
-                if there were fewer
+    silent      share of V selected in no sample of the last 100 optimizer steps
     zombies     share of V that is not dead and whose mean activation is below a tenth of the
                 median over V without the dead
     reachable   features that are a child of some parent; at level 0 all
@@ -16,8 +15,6 @@ Measured at validation over N tokens, for each layer and level. V are the level'
 
 and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and
 `rms`, the root of the mean square of x̂'s coordinates.
-
-A token costs 9/8 of a forward pass without logits.
 """
 
 import math
@@ -46,9 +43,8 @@ from sngpt_jax.evaluation.windows import (
 from sngpt_jax.model.cayley import CodeState, Taps, activations, code_state
 from sngpt_jax.model.forward import Batch, Variables, tapped_losses
 
-# dead: fewer firings than a tenth of an even spread; zombie: weaker than a tenth of the median
-RARE = 10
-SILENT_STEPS = 100  # a feature is silent after this many optimizer steps without firing
+RARE = 10  # 1 / C, and the median over the strength of a zombie
+SILENT_STEPS = 100
 
 
 class Sums(NamedTuple):
@@ -70,8 +66,8 @@ def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
-    """The sums of one layer over the rows where `counted_B` is true. `taps` and `code` lack their
-    dimension L. Rows are processed one at a time, to save memory.
+    """The sums of one layer over the rows where `counted_B` is true, one row at a time to save
+    memory. `taps` and `code` lack their dimension L.
     """
     levels, generators = config.levels, config.generators
     # where a level's ids end and the next one's begin
@@ -84,8 +80,7 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
         x_hat_PD = xla.combine(c_PA, ids_PA, config.d_model)
         lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
-        # 0 where either vector is 0
-        cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
+        cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)  # 0 for a zero
         ids = ids_PA.reshape(-1)
         lowest = [jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)]
         repeats = map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)
@@ -108,10 +103,8 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 
 
 def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Sums` over the batch, in all processes.
-
-    The batch holds "inputs" and "targets" [B, T], and "counted" bool [B]: the rows that enter the
-    sums. The inputs and selections of all layers' codes are held at once.
+    """The jitted function (variables, batch) → `Sums`, in all processes, over the batch's "inputs"
+    and "targets" [B, T] in the rows where "counted" [B] is true.
     """
 
     def sums(variables: Variables, batch: Batch) -> Sums:
@@ -132,19 +125,20 @@ _all_scores = jax.jit(xla.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones fired too rarely, bool [..., |V|], by their
-    int64 `counts` over `tokens` tokens.
+    """Which features of a level with k active ones are dead, bool [..., |V|], by their int64
+    `counts` over `tokens` tokens.
     """
     # in integers, so that a feature at the threshold is alive
     return RARE * counts * counts.shape[-1] < tokens * k
 
 
-def accumulate(total: Sums | None, batch: Sums) -> Sums:
-    """`total`, None before the first batch, plus the sums of a batch, in int64 and float64."""
+NOTHING = Sums(0, 0, 0, np.inf, 0, 0, 0)
+
+
+def accumulate(total: Sums, batch: Sums) -> Sums:
+    """`total`, `NOTHING` before the first batch, plus the sums of a batch, in int64 and float64."""
     wide = {"i": np.int64, "f": np.float64}
     host = Sums(*(a.astype(wide[a.dtype.kind]) for a in map(np.asarray, batch)))
-    if total is None:
-        return host
     return Sums(*map(np.add, total, host))._replace(min_z=np.minimum(total.min_z, host.min_z))
 
 
@@ -185,24 +179,21 @@ class Health:
         level.
         """
 
-        def percent(name: str) -> str:
-            shares = 100 * getattr(self, name).mean(axis=0)
-            # a share above zero must not read as zero
-            texts = (
-                "<0.1" if 0 < share < 0.05 else f"{share:.1f}" if math.isfinite(share) else "–"
-                for share in shares
-            )
-            return f"{name} {'/'.join(texts)} %"
+        def text(share: float) -> str:
+            if 0 < share < 0.05:  # a share above zero must not read as zero
+                return "<0.1"
+            return f"{share:.1f}" if math.isfinite(share) else "–"
 
-        return " │ ".join(
-            ["code", *map(percent, ("dead", "silent", "zombies")), f"cos {self.cos.mean():.2f}"]
+        shares = {"dead": self.dead, "silent": self.silent, "zombies": self.zombies}
+        parts = (
+            f"{name} {'/'.join(map(text, 100 * share.mean(axis=0)))} %"
+            for name, share in shares.items()
         )
+        return " │ ".join(["code", *parts, f"cos {self.cos.mean():.2f}"])
 
 
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
-    """The health of codes in the state `code` after `step` optimizer steps, with the `sums` of
-    `accumulate`.
-    """
+    """The health of codes after `step` optimizer steps, with the `sums` of `accumulate`."""
     levels, generators, tokens = config.levels, config.generators, int(sums.tokens[0])
     mu_LF = np.abs(np.asarray(_all_scores(code.mean, levels[-1][0])))
     std_LF, last_fired_LF = np.asarray(code.std), np.asarray(code.last_fired)
@@ -231,9 +222,8 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
 
     found = [of_level(level) for level in range(len(levels))]
     by_name = {name: np.stack([values[name] for values in found], axis=1) for name in found[0]}
-    return Health(
-        tokens=tokens, **by_name, cos=sums.cos / tokens, rms=np.sqrt(sums.mean_square / tokens)
-    )
+    rms = np.sqrt(sums.mean_square / tokens)
+    return Health(tokens=tokens, **by_name, cos=sums.cos / tokens, rms=rms)
 
 
 def score_health(
@@ -259,9 +249,8 @@ def score_health(
     def dispatch(batch: WindowBatch) -> Sums:
         return health_step(variables, place({**batch.arrays, "counted": batch.counted}))
 
-    total: Sums | None = None
+    total = NOTHING
     for sums, _ in read_windows(stream, windows, rows, dispatch, progress):
         total = accumulate(total, sums)
-    assert total is not None  # there is at least one window
     code = jax.jit(code_state, out_shardings=NamedSharding(mesh, P()))(variables)
     return summarize(config.model, code, total, step)

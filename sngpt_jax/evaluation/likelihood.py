@@ -41,24 +41,20 @@ class _Row(NamedTuple):
     """One row of a batch, which scores the last targets of a piece of text."""
 
     pair: int  # index of the (context, continuation)
-    tokens: np.ndarray  # int32 [t + 1]: t inputs and, shifted by one, t targets
+    tokens: np.ndarray  # int32 [length + 1]: the inputs and, shifted by one, the targets
+    length: int
     scored: int  # number of targets to score
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens) - 1
 
 
 def _rows(pair: int, tokens: np.ndarray, first: int, seq_len: int) -> Iterator[_Row]:
-    """Rows of at most `seq_len` inputs that score every target from index `first` on once.
-
-    As lm-eval's `get_rolling_token_windows`: each row takes up to `seq_len` new targets, with as
-    many inputs before its last target as fit.
+    """Rows of at most `seq_len` inputs that score every target from index `first` on once, with as
+    many inputs before a row's last target as fit, as lm-eval's `get_rolling_token_windows`.
     """
     targets = len(tokens) - 1
     for start in range(first, targets, seq_len):
         stop = min(start + seq_len, targets)
-        yield _Row(pair, tokens[max(0, stop - seq_len) : stop + 1], stop - start)
+        begin = max(0, stop - seq_len)
+        yield _Row(pair, tokens[begin : stop + 1], stop - begin, stop - start)
 
 
 @functools.cache  # so that one program serves all calls
@@ -76,9 +72,8 @@ def cut_at(text: str, until: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A trained model with its tokenizer, on the devices of a mesh. All processes make equal calls.
-
-    Raises `UserError` if the tokenizer has tokens that the model lacks.
+    """A trained model with its tokenizer, on the devices of a mesh. All processes make equal
+    calls.
     """
 
     config: Config
@@ -87,11 +82,11 @@ class LanguageModel:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+        size, most = self.tokenizer.vocab_size, self.config.model.vocab_size
+        if size > most:
             raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, more than model.vocab_size"
-                f" = {self.config.model.vocab_size}; give the tokenizer that the model was trained"
-                " with"
+                f"the tokenizer has {size} tokens, more than model.vocab_size = {most}; give the"
+                " tokenizer that the model was trained with"
             )
 
     @property
@@ -109,8 +104,8 @@ class LanguageModel:
         """The likelihood of the continuation in each (context, continuation).
 
         The two are encoded together. The scored tokens begin where the encoding differs from that
-        of the context alone, so a token that spans the border is scored. `_rows` splits a
-        continuation of more than T tokens. Raises `UserError` if losses are not finite.
+        of the context alone, so a token that spans the border is scored. Raises `UserError` if
+        losses are not finite.
         """
         contexts = {context: self._document(context) for context, _ in pairs}
         rows: list[_Row] = []
@@ -148,22 +143,23 @@ class LanguageModel:
 
         def dispatched() -> Iterator[tuple[dict[str, jax.Array], list[_Row], np.ndarray]]:
             for T, group in groupby(sorted(rows, key=padded, reverse=True), padded):
-                same_length, S = list(group), min(T, widest)
+                equal, S = list(group), min(T, widest)
                 most = max(1, self.config.eval.device_batch_tokens // T)
                 # few sizes, so few programs
-                B = min(most, next_power_of_two(math.ceil(len(same_length) / devices))) * devices
-                for first in range(0, len(same_length), B):
-                    part = same_length[first : first + B]
+                B = min(most, next_power_of_two(math.ceil(len(equal) / devices))) * devices
+                for first in range(0, len(equal), B):
+                    part = equal[first : first + B]
                     tokens_BT, offsets_B = np.zeros((B, T + 1), np.int32), np.zeros(B, np.int32)
                     for b, row in enumerate(part):
                         tokens_BT[b, : len(row.tokens)] = row.tokens
                         offsets_B[b] = min(row.length - row.scored, T - S)
-                    targets_BS = np.take_along_axis(
-                        tokens_BT[:, 1:], offsets_B[:, None] + np.arange(S)[None], axis=1
-                    )
-                    batch = {"inputs": tokens_BT[:, :-1], "targets": targets_BS}
-                    placed = place({**batch, "offsets": offsets_B})
-                    yield step(self.variables, placed), part, offsets_B
+                    scored_BS = offsets_B[:, None] + np.arange(S)[None]
+                    batch = {
+                        "inputs": tokens_BT[:, :-1],
+                        "targets": np.take_along_axis(tokens_BT[:, 1:], scored_BS, axis=1),
+                        "offsets": offsets_B,
+                    }
+                    yield step(self.variables, place(batch)), part, offsets_B
 
         for found, part, offsets_B in one_behind(dispatched()):
             nll_BS, greedy_BS = np.asarray(found["nll"]), np.asarray(found["greedy"])
@@ -189,15 +185,15 @@ class LanguageModel:
         A long prompt loses its first tokens. `temperature` 0 is greedy. Raises `UserError` if
         `max_tokens` leaves no room for a prompt within T tokens.
         """
-        room = self.seq_len - max_tokens
-        if max_tokens < 1 or room < 1:
+        T, decode = self.seq_len, self.tokenizer.decode
+        if not 0 < max_tokens < T:
             raise UserError(
                 f"{max_tokens} tokens to generate leave no room for a prompt within data.seq_len ="
-                f" {self.seq_len}; ask for 1 to {self.seq_len - 1}"
+                f" {T}; ask for 1 to {T - 1}"
             )
-        heads = [self._document(prompt)[-room:] for prompt in prompts]
+        heads = [self._document(prompt)[max_tokens - T :] for prompt in prompts]
         order = sorted(range(len(heads)), key=lambda i: len(heads[i]), reverse=True)
-        B = max(1, self.config.eval.device_batch_tokens // self.seq_len) * self.mesh.devices.size
+        B = max(1, self.config.eval.device_batch_tokens // T) * self.mesh.devices.size
         texts = [""] * len(heads)
         for number, first in enumerate(range(0, len(order), B)):
             part = order[first : first + B]
@@ -206,7 +202,7 @@ class LanguageModel:
                 self.variables,
                 self.mesh,
                 [heads[i] for i in part],
-                seq_len=self.seq_len,
+                seq_len=T,
                 max_tokens=max_tokens,
                 vocab_size=self.tokenizer.vocab_size,
                 end_id=self.tokenizer.bos_id,
@@ -216,9 +212,8 @@ class LanguageModel:
             )
             for i, tokens in zip(part, added, strict=True):
                 # decoded with the prompt: at the start of a text a first space would be dropped
-                start = len(self.tokenizer.decode(heads[i]))
-                whole = self.tokenizer.decode(np.concatenate([heads[i], tokens]))
-                texts[i] = cut_at(whole[start:], until)
+                whole = decode(np.concatenate([heads[i], tokens]))
+                texts[i] = cut_at(whole[len(decode(heads[i])) :], until)
             if progress:
                 progress(first + len(part), len(order))
         return texts

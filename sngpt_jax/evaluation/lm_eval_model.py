@@ -1,7 +1,6 @@
 """A model of this project behind the interface of lm-eval, EleutherAI's lm-evaluation-harness.
 
-lm-eval comes with the extra `eval`. It sees a single process: several processes each run the whole
-task on the model that they share, and get equal results.
+Several processes each run the whole task on the model that they share, and get equal results.
 """
 
 from itertools import groupby
@@ -33,9 +32,7 @@ class SngptLM(LM):
         self.progress = progress
 
     def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
-        """ln p of each request's (context, continuation), and whether every token is the likeliest
-        one.
-        """
+        """The answer to each request's (context, continuation)."""
         answers = []
         for found in self.model.loglikelihood([one.args for one in requests], self.progress):
             answers.append(Answer((found.logprob, found.greedy)))

@@ -23,9 +23,7 @@ def on_each_device(
     function: Callable[[Variables, Batch], Any],
     out_specs: P = _EVERYWHERE,
 ) -> jax.stages.Wrapped:
-    """The jitted `function`. It runs on each device with the whole variables and the device's rows
-    of the batch.
-    """
+    """`function`, jitted, on each device with the whole variables and its rows of the batch."""
     layout = partition_specs(mesh, abstract_variables(config))
 
     def local(variables: Variables, batch: Batch) -> Any:

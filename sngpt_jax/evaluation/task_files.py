@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row]:
-    """`row_of` of each line. Its ValueError becomes a `UserError` that names the line."""
+    """`row_of` of each line; a `UserError` names the line of its ValueError."""
     rows = []
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -45,8 +45,8 @@ def _check(value: Any, form: Any, where: str = "") -> None:
     """
     kind, found = form if isinstance(form, type) else type(form), type(value)
     if found is not kind:
-        at = where or "the line"
-        raise ValueError(f"{at} is of type {found.__name__}, expected {kind.__name__}")
+        expected = f"of type {found.__name__}, expected {kind.__name__}"
+        raise ValueError(f"{where or 'the line'} is {expected}")
     if isinstance(form, list):
         for i, item in enumerate(value):
             _check(item, form[0], f"{where}[{i}]")
@@ -131,23 +131,17 @@ def _read_squad(path: Path) -> list[Row]:
     return rows
 
 
-def normalize_answer(text: str) -> str:
-    """Lower case without punctuation, articles and surplus space, as SQuAD's evaluation script
-    compares answers.
-    """
+def answer_words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles, which SQuAD's evaluation script compares."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def answer_f1(answer: str, right: str) -> float:
-    """The F1 of an answer's normalized words against a right answer's. Where one of them has no
-    words, 1 if both have none, else 0.
-    """
-    got, want = normalize_answer(answer).split(), normalize_answer(right).split()
+def words_f1(got: list[str], want: list[str]) -> float:
+    """The harmonic mean of precision and recall of the words `got`."""
     if not got or not want:
         return float(got == want)
-    same = sum((Counter(got) & Counter(want)).values())
-    return 2 * same / (len(got) + len(want))  # = 2 P R / (P + R) of P = same / got, R = same / want
+    return 2 * (Counter(got) & Counter(want)).total() / (len(got) + len(want))
 
 
 def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
@@ -157,10 +151,10 @@ def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
     an answer wants an empty one. `has_ans_*` are over the other questions of a version 2 file.
     Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018, arXiv:1806.03822.
     """
-    rights = [right for right in doc["answers"] if normalize_answer(right)] or [""]
-    exact = max(normalize_answer(results[0]) == normalize_answer(right) for right in rights)
-    f1 = max(answer_f1(results[0], right) for right in rights)
-    metrics = {"exact_match": 100.0 * exact, "f1": 100.0 * f1}
+    got = answer_words(results[0])
+    rights = [words for right in doc["answers"] if (words := answer_words(right))] or [[]]
+    f1 = max(words_f1(got, right) for right in rights)
+    metrics = {"exact_match": 100.0 * (got in rights), "f1": 100.0 * f1}
     if doc["version_2"] and doc["answers"]:
         metrics |= {f"has_ans_{name}": value for name, value in metrics.items()}
         metrics["has_ans_samples"] = 1
@@ -169,7 +163,7 @@ def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
 
 _Task = tuple[Callable[[Path], list[Row]], type[ConfigurableTask], dict[str, Any], dict[str, Any]]
 
-# how the file is read, the kind of task, its metrics with their aggregation, its other settings
+# reader of the file, kind of task, metrics with their aggregation, other settings
 FILE_TASKS: dict[str, _Task] = {
     "hellaswag": (
         lambda path: _lines(path, _hellaswag_row, "HellaSwag's hellaswag_val.jsonl"),
@@ -205,8 +199,8 @@ FILE_TASKS: dict[str, _Task] = {
 
 
 def load(name: str, path: Path) -> ConfigurableTask:
-    """The task `name` of `FILE_TASKS` over the published file `path`. Raises `UserError` that names
-    the place where the file is not as published.
+    """The task `name` of `FILE_TASKS` over the file `path`. Raises `UserError` that names the place
+    where the file is not as published.
     """
     read, kind, metrics, settings = FILE_TASKS[name]
     # the tokenizers read half of a surrogate pair as U+FFFD too
@@ -215,5 +209,5 @@ def load(name: str, path: Path) -> ConfigurableTask:
         {"metric": metric, "aggregation": by, "higher_is_better": metric != "perplexity"}
         for metric, by in metrics.items()
     ]
-    data = {"custom_dataset": lambda: {"test": Dataset.from_list(rows)}, "test_split": "test"}
-    return kind(config={"task": name, "metric_list": listed, **data, **settings})
+    settings = {"task": name, "metric_list": listed, "test_split": "test", **settings}
+    return kind(config={**settings, "custom_dataset": lambda: {"test": Dataset.from_list(rows)}})

@@ -1,7 +1,7 @@
 """Downstream tasks, run by lm-eval: three of them over published files, the others as lm-eval
 defines them.
 
-A task that cannot be run gives {"error": "one line"} instead of results. The other tasks still run.
+A task that cannot be run gives {"error": "one line"}. The other tasks still run.
 """
 
 import contextlib

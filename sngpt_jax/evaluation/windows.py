@@ -1,8 +1,8 @@
 """How a stream of tokens is cut into windows of T inputs for scoring.
 
-Target i of the stream is its token i + 1, predicted from tokens ≤ i. *Sliding* windows advance by
-`stride` targets. The first window scores all of its T targets, each later one its last `stride`
-targets. *Standard* windows have a stride of T and drop a last partial window.
+Target i of the stream is its token i + 1. *Sliding* windows advance by `stride` targets. The first
+window scores all of its T targets, each later one its last `stride` targets. *Standard* windows
+have a stride of T and drop a last partial window.
 
 The devices take rows of T inputs and `stride` scored positions. The first window becomes as many
 rows as its targets need.
@@ -18,7 +18,7 @@ import numpy as np
 
 from sngpt_jax.base.errors import UserError
 
-if TYPE_CHECKING:  # loads the tokenizers' libraries, which the options of a command do not need
+if TYPE_CHECKING:  # loads libraries that the options of a command do not need
     from sngpt_jax.data.shards import TokenStream
 
 Tail = Literal["full", "published"]
@@ -44,12 +44,11 @@ class Windows:
 
     @property
     def whole(self) -> int:
-        """Number of windows that begin at a multiple of the stride and end within the targets."""
+        """Number of windows that begin at a multiple of the stride and end in the stream."""
         return (self.targets - self.seq_len) // self.stride + 1
 
     @property
     def count(self) -> int:
-        """Number of windows."""
         if self.tail == "published":
             return math.ceil(self.targets / self.stride)
         return self.whole + ((self.targets - self.seq_len) % self.stride > 0)
@@ -60,8 +59,8 @@ class Windows:
         return self.count - 1 + math.ceil(self.seq_len / self.stride)
 
     def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For rows first … stop-1, int64 [rows] each: the stream's index of the first input, the
-        first position that is scored, and the end of the scored positions.
+        """For rows first … stop-1, int64 [rows] each: the stream's index of the first input, and
+        the first and the end of the scored positions.
         """
         T, S, M = self.seq_len, self.stride, self.targets
         row = np.arange(first, stop, dtype=np.int64)
@@ -78,7 +77,7 @@ class Windows:
         return start, np.where(in_first, piece, begin), upto
 
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges of targets (start, stop) that the rows score; they overlap in a published tail."""
+        """Ranges of scored targets (start, stop); they overlap in a published tail."""
         if self.tail == "full":
             return [(0, self.targets)]
         start, begin, upto = self.rows(self.num_rows - (self.count - self.whole), self.num_rows)
@@ -90,11 +89,11 @@ def sliding_windows(
     num_tokens: int, seq_len: int, stride: int, max_tokens: int, tail: Tail = "full"
 ) -> Windows:
     """Windows that advance by `stride` and score each target of a stream of `num_tokens` once, at
-    most `max_tokens` targets (0: all).
+    most `max_tokens` targets (0: all). Raises `UserError` if no window fits.
 
     With the published tail the targets end where standard windows end. Windows that overrun this
-    end are kept and score the last `stride` targets again with less context, as parameter-golf
-    submissions 333, 465 and 1573 do. Raises `UserError` if not even one window fits.
+    end score the last `stride` targets again with less context, as parameter-golf submissions 333,
+    465 and 1573 do.
     """
     if not 1 <= stride <= seq_len:
         raise UserError(
@@ -108,8 +107,7 @@ def sliding_windows(
     if num_tokens <= seq_len:
         raise UserError(
             f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 ="
-            f" {seq_len + 1}: hold out more documents (prepare --val-docs) or score shorter"
-            " sequences"
+            f" {seq_len + 1}: hold out more documents (prepare --val-docs)"
         )
     targets = min(num_tokens - 1, max_tokens or num_tokens)
     if tail == "published":
@@ -124,9 +122,7 @@ def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
 
 
 def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
-    """Rows of one batch over all devices: as many as fit, no more than there are, a multiple of the
-    devices.
-    """
+    """Rows of a batch over all devices: as many as fit, at most as many as there are."""
     most = max(1, device_batch_tokens // windows.seq_len)
     return min(most, math.ceil(windows.num_rows / num_devices)) * num_devices
 
@@ -170,7 +166,7 @@ def read_windows(
     progress: OnProgress | None = None,
 ) -> Iterator[tuple[Item, WindowBatch]]:
     """`dispatch(batch)` and the batch, for all batches of `rows`, each once the next one has been
-    dispatched. `progress` counts rows that have been read.
+    dispatched. `progress` counts rows.
     """
     done = 0
     batches = window_batches(stream, windows, rows)

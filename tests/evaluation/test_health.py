@@ -19,6 +19,7 @@ from sngpt_kernels.cayley import dictionary
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, parse_levels
 from sngpt_jax.evaluation.health import (
+    NOTHING,
     Health,
     Sums,
     accumulate,
@@ -137,7 +138,7 @@ def test_one_layers_sums_are_those_of_a_loop_over_tokens(standardized, generator
     sums = jax.jit(functools.partial(layer_sums, config))(
         taps, jax.tree.map(jnp.asarray, code), jnp.asarray(counted)
     )
-    sums = accumulate(None, jax.tree.map(lambda a: a[None], sums))
+    sums = accumulate(NOTHING, jax.tree.map(lambda a: a[None], sums))
     health = summarize(config, CodeState(*(a[None] for a in code)), sums, 1)
     expected = oracle(x_BPD[counted].reshape(-1, D), ids_BPA[counted].reshape(-1, 15), code, config)
     check(sums, health, 0, expected, 18, generators)
@@ -167,7 +168,7 @@ def test_a_models_sums_are_those_of_its_taps():
     tokens = np.random.default_rng(4).integers(0, 61, (4, T + 1)).astype(np.uint16)
     counted = np.array([True, True, False, True])
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "counted": counted}
-    sums = accumulate(None, step(variables, batch_placer(mesh)(batch)))
+    sums = accumulate(NOTHING, step(variables, batch_placer(mesh)(batch)))
     _, taps = jax.jit(tapped_losses(MODEL))(variables, tokens[:, :-1], tokens[:, 1:], jnp.arange(T))
     code = code_state(variables)
     health = summarize(MODEL, code, sums, 300)
@@ -282,7 +283,7 @@ def test_sums_of_batches_add_up_without_rounding_to_float32():
     narrow = Sums(*(a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in big))
     low = narrow._replace(min_z=np.array([[-2.0, 3.0, 2.0]]))
     ones = narrow._replace(activations=np.ones((1, F), np.float32))
-    total = functools.reduce(accumulate, (narrow, low, ones), None)
+    total = functools.reduce(accumulate, (narrow, low, ones), NOTHING)
     assert total.tokens[0] == total.counts[0, 7] == 3 * (2**31 - 1)
     assert total.activations[0, 7] == 2**25 + 1
     assert total.min_z.tolist() == [[-2.0, 0.25, 2.0]]
@@ -373,7 +374,7 @@ def test_every_window_of_the_start_counts_once(health_tokens, devices, windows):
 
     mesh = make_mesh(jax.devices()[:devices])
     health = scored(step, mesh, 1000, health_tokens, lambda *counts: progress.append(counts))
-    total = functools.reduce(accumulate, seen, None)
+    total = functools.reduce(accumulate, seen, NOTHING)
     tokens = Stream(1000, 61).take(0, windows * T + 1)
     assert health.tokens == windows * T
     np.testing.assert_array_equal(total.counts[1], np.bincount(tokens[:-1], minlength=F))

@@ -34,15 +34,15 @@ class Chunk(NamedTuple):
 
 
 class Cache(Protocol):
-    """A cache over one stream. Call `score` or `mass` once on each chunk, in order. Results do not
-    depend on chunk boundaries.
+    """Call `score` or `mass` once on each chunk, in order. Results do not depend on chunk
+    boundaries.
     """
 
     # readings that the model must give for scoring, beside "nll"; `mass` also needs "mass"
     readings: tuple[str, ...]
     is_distribution: bool  # whether the mixed probabilities sum to 1
     memory_bytes: int  # most memory that the tables take
-    about: str  # one line: which n-grams are counted, how, and in how much memory
+    about: str  # one line for a person
 
     @property
     def hints(self) -> Callable[[np.ndarray], np.ndarray] | None:

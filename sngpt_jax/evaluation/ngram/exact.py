@@ -51,6 +51,7 @@ class _Trie(NamedTuple):
     room: np.ndarray  # int64 [1], n-grams that can still be stored
     weights: np.ndarray  # float64 [7], w by the length of the context
     scored: np.ndarray  # int64 [7], targets that each w has mixed
+    vocab_size: int
 
 
 class ExactCache:
@@ -75,7 +76,6 @@ class ExactCache:
                 f" {in_bytes(least)} or more (--ngram-memory {gib}, in GiB)"
             )
         limit = min(2 * slots // 3, most)
-        self._vocab_size = vocab_size
         self._trie = _Trie(
             nodes=np.zeros(slots + 1, NODE),
             contexts=np.array([slots] + [-1] * (ORDER - 1)),
@@ -83,14 +83,14 @@ class ExactCache:
             room=np.array([limit]),
             weights=np.full(ORDER, START_WEIGHT),
             scored=np.zeros(ORDER, np.int64),
+            vocab_size=vocab_size,
         )
         # makes the machine find the memory now, not while targets are scored
         self._trie.nodes.fill(0)
         self.memory_bytes = self._trie.nodes.nbytes
         room = "every n-gram" if limit == most else f"{limit:,} n-grams; later ones are not counted"
         self.about = (
-            f"exact counts of 1- to {ORDER}-grams, Witten-Bell, with learned weights;"
-            f" {in_bytes(self.memory_bytes)}, room for {room}"
+            f"exact counts of 1- to {ORDER}-grams; {in_bytes(self.memory_bytes)}, room for {room}"
         )
         _count(self._trie, 0, first_token)
 
@@ -102,8 +102,8 @@ class ExactCache:
         return (1 - weights) * chunk.mass[at] + weights * sums
 
     def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, ...]:
-        p, targets = np.exp(-chunk.nll.astype(np.float64)), chunk.targets.astype(np.uint16)
-        return _score_and_count(self._trie, targets, p, self._vocab_size, at)
+        p = np.exp(-chunk.nll.astype(np.float64))
+        return _score_and_count(self._trie, chunk.targets.astype(np.uint16), p, at)
 
 
 @compiled
@@ -136,10 +136,10 @@ def _touch(trie: _Trie, token: int) -> int:
 
 
 @compiled
-def _probability(trie: _Trie, token: int, vocab_size: int) -> tuple[float, int]:
+def _probability(trie: _Trie, token: int) -> tuple[float, int]:
     """p_s(token), and the number of contexts that it has followed, whose `children` it sets."""
     # a token that followed a context also followed every shorter one
-    p, known, searching = 1 / vocab_size, 0, True
+    p, known, searching = 1 / trie.vocab_size, 0, True
     for k in range(ORDER):
         context = trie.contexts[k]
         if context < 0 or trie.nodes[context].total == 0:
@@ -181,7 +181,7 @@ def _count(trie: _Trie, known: int, token: int) -> None:
 
 @compiled
 def _score_and_count(
-    trie: _Trie, targets: np.ndarray, p: np.ndarray, vocab_size: int, at: np.ndarray
+    trie: _Trie, targets: np.ndarray, p: np.ndarray, at: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """-ln of the mixture [n], at `at` [k] the weights and the sums of p_s over the vocabulary, and
     the sum of `_touch`.
@@ -198,10 +198,10 @@ def _score_and_count(
         w = trie.weights[length]
         if asked < len(at) and at[asked] == i:
             weights_at[asked] = w
-            for v in range(vocab_size):
-                sums[asked] += _probability(trie, v, vocab_size)[0]
+            for v in range(trie.vocab_size):
+                sums[asked] += _probability(trie, v)[0]
             asked += 1
-        p_ng, known = _probability(trie, targets[i], vocab_size)
+        p_ng, known = _probability(trie, targets[i])
         mixed = (1 - w) * p[i] + w * p_ng
         nll[i] = -np.log(mixed)
         trie.scored[length] += 1

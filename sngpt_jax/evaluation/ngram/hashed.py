@@ -8,11 +8,10 @@ x_j falls into
     h = XOR over k = 0 … n-2 of x_{j-n+1+k} P_k  (64 bits)
 
 If C[context] ≥ 2, p_ng = min(F[full], C[context]) / C[context] is mixed in. The n-grams of one
-bucket are not told apart. So p_ng is too large for almost every token of the vocabulary, and its
-sum over the vocabulary is not 1.
+bucket are not told apart, so the sum of p_ng over the vocabulary is not 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +29,12 @@ class _Counts(NamedTuple):
 
     orders: np.ndarray  # int64 [O], the first order to try first
     tables: np.ndarray  # uint32 [O, 2, BUCKETS], counts of contexts and of whole n-grams
-    # int32 [segment, O, 2], buckets of the segment's targets so far; -1: not to be counted
-    buckets: np.ndarray
+    buckets: np.ndarray  # int32 [segment, O, 2], of the targets so far; -1: not to be counted
     found: np.ndarray  # uint32 [segment, O, 2], the counts in these buckets
     progress: np.ndarray  # int64 [2], scored targets of the segment, and its length
+    segment: int
+    undercount: bool
+    vocab_size: int
 
 
 class HashedCache:
@@ -59,17 +60,17 @@ class HashedCache:
     ):
         orders = np.arange(7, 1, -1) if backoff else np.array([5])
         self.readings: tuple[str, ...] = ("entropy",) if backoff else ()
-        self._vocab_size, self._segment, self._undercount = vocab_size, segment, undercount
         self._recent = np.array([first_token], np.uint16)  # the tokens that contexts may need
         shape = (max(first_segment, segment), len(orders), 2)
-        self._counts = _Counts(
-            orders=orders,
-            tables=np.zeros((len(orders), 2, BUCKETS), np.uint32),
-            buckets=np.empty(shape, np.int32),
-            found=np.empty(shape, np.uint32),
-            progress=np.array([0, first_segment]),
+        arrays = (
+            orders,
+            np.zeros((len(orders), 2, BUCKETS), np.uint32),
+            np.empty(shape, np.int32),
+            np.empty(shape, np.uint32),
+            np.array([0, first_segment]),
         )
-        self.memory_bytes = sum(array.nbytes for array in self._counts)
+        self._counts = _Counts(*arrays, segment, undercount, vocab_size)
+        self.memory_bytes = sum(array.nbytes for array in arrays)
         name = "7- to 2-grams, the longest known context first" if backoff else "5-grams"
         self.about = (
             f"{name}{', under-counted as published' if undercount else ''}, in {2 * len(orders)}"
@@ -78,44 +79,32 @@ class HashedCache:
         )
 
     def score(self, chunk: Chunk) -> np.ndarray:
-        given, _ = self._advance(chunk, np.empty(0, np.int64))
-        p, alpha = np.exp(-chunk.nll.astype(np.float64)), self._alpha(chunk)
-        mixed = np.where(given >= 0, (1 - alpha) * p + alpha * given, p)
-        return -np.log(np.clip(mixed, FLOOR, 1.0))
+        alpha, given, _ = self._advance(chunk, np.empty(0, np.int64))
+        p = np.exp(-chunk.nll.astype(np.float64))
+        return -np.log(np.clip((1 - alpha) * p + alpha * given, FLOOR, 1.0))
 
     def mass(self, chunk: Chunk, at: np.ndarray) -> np.ndarray:
         """See `Cache.mass`; before probabilities under 1e-12 are raised to it."""
-        given, sums = self._advance(chunk, at)
-        own, alpha = chunk.mass[at].astype(np.float64), self._alpha(chunk)[at]
-        return np.where(given[at] >= 0, (1 - alpha) * own + alpha * sums, own)
+        alpha, _, sums = self._advance(chunk, at)
+        return (1 - alpha[at]) * chunk.mass[at] + alpha[at] * sums
 
-    def _alpha(self, chunk: Chunk) -> np.ndarray:
-        if not self.readings:
-            return np.full(len(chunk.targets), 0.2)
-        return 0.05 + 0.55 / (1 + np.exp(-2 * (chunk.entropy.astype(np.float64) - 4)))
-
-    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """α [n], 0 where no order knows the context, and what `_score_and_count` gives."""
         before, tokens = len(self._recent), np.concatenate([self._recent, chunk.targets])
         self._recent = tokens[-(int(self._counts.orders.max()) - 1) :]
-        options = self._segment, self._undercount, self._vocab_size
-        return _score_and_count(self._counts, tokens, before, *options, at)
+        given, sums = _score_and_count(self._counts, tokens, before, at)
+        alpha: Any = 0.2
+        if self.readings:
+            alpha = 0.05 + 0.55 / (1 + np.exp(-2 * (chunk.entropy.astype(np.float64) - 4)))
+        return np.where(given >= 0, alpha, 0), given, sums
 
 
 @compiled
 def _score_and_count(
-    state: _Counts,
-    tokens: np.ndarray,
-    before: int,
-    segment: int,
-    undercount: bool,
-    vocab_size: int,
-    at: np.ndarray,
+    state: _Counts, tokens: np.ndarray, before: int, at: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """p_ng of each target [n], -1 where no order knows the context, and at `at` [k] its sums over
-    the vocabulary.
-
-    Each segment is read, then scored, then counted. Reading all counts first lets the reads
-    overlap.
+    the vocabulary. Each segment is read first, so that the reads overlap.
     """
     orders, tables, buckets, found = state.orders, state.tables, state.buckets, state.found
     given, sums = np.full(len(tokens) - before, -1.0), np.zeros(len(at))
@@ -123,7 +112,7 @@ def _score_and_count(
     first, asked = before, 0
     while first < len(tokens):
         rows = min(length - scored, len(tokens) - first)
-        _read(tokens[: first + rows], first, orders, tables, buckets[scored:], found[scored:])
+        _read(state, tokens[: first + rows], first, scored)
         for i in range(scored, scored + rows):
             t = first + i - scored
             wanted = asked < len(at) and at[asked] == t - before
@@ -132,9 +121,8 @@ def _score_and_count(
                 if count >= MIN_COUNT:
                     given[t - before] = min(full, count) / count
                     if wanted:
-                        n, bucket = orders[o], buckets[i, o, 1]
-                        sums[asked] = _sum(tables[o, 1], count, bucket, tokens[t], n, vocab_size)
-                    if undercount:
+                        sums[asked] = _sum(state, o, count, buckets[i, o, 1], tokens[t])
+                    if state.undercount:
                         buckets[i, o + 1 :] = -1
                     break
             asked += wanted
@@ -145,26 +133,20 @@ def _score_and_count(
                     if buckets[i, o, 0] >= 0:
                         for kind in range(2):
                             tables[o, kind, buckets[i, o, kind]] += np.uint32(1)
-            scored, length = 0, segment
+            scored, length = 0, state.segment
     state.progress[0], state.progress[1] = scored, length
     return given, sums
 
 
 @compiled
-def _read(
-    tokens: np.ndarray,
-    first: int,
-    orders: np.ndarray,
-    tables: np.ndarray,
-    buckets: np.ndarray,
-    found: np.ndarray,
-) -> None:
+def _read(state: _Counts, tokens: np.ndarray, first: int, scored: int) -> None:
     """Writes the `buckets` of the targets from `first` on, and the counts `found` in them: 0 where
     too few tokens come before.
     """
-    mask = np.uint64(tables.shape[2] - 1)
-    for o in range(len(orders)):
-        n = orders[o]
+    buckets, found = state.buckets[scored:], state.found[scored:]
+    mask = np.uint64(state.tables.shape[2] - 1)
+    for o in range(len(state.orders)):
+        n = state.orders[o]
         for t in range(first, len(tokens)):
             if t < n - 1:
                 buckets[t - first, o] = -1
@@ -175,17 +157,17 @@ def _read(
                 h ^= np.uint64(tokens[t - n + 1 + k]) * PRIMES[k]
             context, full = h & mask, (h ^ (np.uint64(tokens[t]) * PRIMES[n - 1])) & mask
             buckets[t - first, o, 0], buckets[t - first, o, 1] = context, full
-            found[t - first, o, 0] = tables[o, 0, context]
-            found[t - first, o, 1] = tables[o, 1, full]
+            found[t - first, o, 0] = state.tables[o, 0, context]
+            found[t - first, o, 1] = state.tables[o, 1, full]
 
 
 @compiled
-def _sum(fulls: np.ndarray, count: int, bucket: int, token: int, n: int, vocab_size: int) -> float:
-    """Σ over v of min(F, C) / C, with v in place of `token`, whose bucket in `fulls` is given."""
+def _sum(state: _Counts, o: int, count: int, bucket: int, token: int) -> float:
+    """Σ over v of min(F, C) / C, with v in place of `token`, whose `bucket` is given."""
+    fulls, prime = state.tables[o, 1], PRIMES[state.orders[o] - 1]
     mask = np.uint64(len(fulls) - 1)
-    # the lowest bits of the context's h
-    h = np.uint64(bucket) ^ (np.uint64(token) * PRIMES[n - 1])
+    h = np.uint64(bucket) ^ (np.uint64(token) * prime)  # the lowest bits of the context's h
     total = 0.0
-    for v in range(vocab_size):
-        total += min(fulls[(h ^ (np.uint64(v) * PRIMES[n - 1])) & mask], count) / count
+    for v in range(state.vocab_size):
+        total += min(fulls[(h ^ (np.uint64(v) * prime)) & mask], count) / count
     return total

@@ -49,9 +49,8 @@ def make_cache(
     """A new cache for a stream of `first_token` and then the targets of `windows`.
 
     The hashed modes count the targets of a window once all of them are scored. `exact` counts after
-    every target, in at most `memory` bytes. `undercount` makes `backoff` count as published.
-
-    Raises `UserError` if numba is missing, or if `memory` is too small for `exact` to start.
+    every target, in at most `memory` bytes. `undercount` makes `backoff` count as published. Raises
+    `UserError` if numba is missing, or if `memory` is too small for `exact`.
     """
     try:
         from sngpt_jax.evaluation.ngram.exact import ExactCache
@@ -87,10 +86,8 @@ def warm_up(cache: Cache) -> None:
 
 
 def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
-    """The scores of a pass by the model and by the model with a new `cache`.
-
-    `scoring.eval_step` gives `readings_for(cache)`. The windows have no published tail, because a
-    cache counts each target once.
+    """The scores of a pass, whose `eval_step` gives `readings_for(cache)`, with a new `cache`. The
+    windows have no published tail, because a cache counts each target once.
     """
     by_model = mixed = 0.0
     chunks: list[Chunk] = []
