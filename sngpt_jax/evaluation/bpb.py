@@ -64,8 +64,8 @@ class Pass:
     def readings(
         self, hints: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The readings of `eval_step` for the scored targets of each batch, [n] by name in stream
-        order, with "targets" and the "hints" of `hints(targets)` (-1: none).
+        """The readings of `eval_step` for the scored targets of each batch, [n] by name in order,
+        with "targets" and the "hints" of `hints(targets)` (-1: none).
         """
         place = batch_placer(self.mesh)
         rows = rows_at_a_time(self.windows, self.device_batch_tokens, self.mesh.devices.size)
@@ -84,9 +84,7 @@ class Pass:
             yield found | on_host
 
     def score_of(self, nll: float) -> Score:
-        """The score of targets whose losses sum to `nll` nats. Raises `UserError` if the targets
-        stand for no text.
-        """
+        """The score of losses that sum to `nll`. Raises `UserError` if there is no text."""
         spans = self.windows.spans()
         tokens = sum(stop - start for start, stop in spans)
         count_bytes = self.stream.count_bytes
@@ -114,22 +112,12 @@ def score_validation(
     progress: OnProgress | None = None,
     stride: int = 0,
 ) -> Score:
-    """The score of a data set's validation tokens, in sliding windows of `stride`, or in standard
-    windows if it is 0.
-    """
+    """The score of the validation tokens, in sliding windows of `stride` or (0) standard ones."""
     size = len(dataset.val), config.data.seq_len
-    windows = (
-        sliding_windows(*size, stride, max_tokens)
-        if stride
-        else standard_windows(*size, max_tokens)
-    )
-    return Pass(
-        variables,
-        make_eval_step(config.model, mesh),
-        dataset.val,
-        dataset.tokenizer.token_bytes(),
-        mesh,
-        windows,
-        config.eval.device_batch_tokens,
-        progress,
-    ).score()
+    windows = standard_windows(*size, max_tokens)
+    if stride:
+        windows = sliding_windows(*size, stride, max_tokens)
+    step, token_bytes = make_eval_step(config.model, mesh), dataset.tokenizer.token_bytes()
+    most = config.eval.device_batch_tokens
+    scoring = Pass(variables, step, dataset.val, token_bytes, mesh, windows, most, progress)
+    return scoring.score()

@@ -63,11 +63,8 @@ def sum_of_products(x_BTn: jax.Array, counted_B: jax.Array) -> jax.Array:
 
 
 def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Moments`, float32 sums over the batch's "inputs"
-    [B, T] in the rows where "counted" [B] is true, in all processes.
-
-    A matrix that is applied more than once, as in recycled layers, gets the mean over its
-    applications.
+    """The jitted function (variables, batch of "inputs" [B, T] and "counted" rows, bool [B]) →
+    `Moments`, float32 sums in all processes, means over the applications of a recycled layer.
     """
 
     def moments(variables: Variables, batch: Batch) -> Moments:
@@ -87,12 +84,11 @@ def make_moments_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         sharing: dict[tuple[int, ...], list[str]] = {}
         for name, inputs in seen.items():
             sharing.setdefault(tuple(map(id, inputs)), []).append(name)
-
-        def mean(inputs: list[jax.Array]) -> jax.Array:
-            sums = [sum_of_products(x_BTn, batch["counted"]) for x_BTn in inputs]
-            return jax.lax.psum(jnp.mean(jnp.stack(sums), axis=0), BATCH_AXES)
-
-        return {tuple(names): mean(seen[names[0]]) for names in sharing.values()}
+        found: Moments = {}
+        for names in sharing.values():
+            sums = [sum_of_products(x_BTn, batch["counted"]) for x_BTn in seen[names[0]]]
+            found[tuple(names)] = jax.lax.psum(jnp.mean(jnp.stack(sums), axis=0), BATCH_AXES)
+        return found
 
     return on_each_device(config.model, mesh, moments)
 
@@ -108,8 +104,7 @@ def second_moments(
     """The path of every matrix [n, m] → the second moment of its inputs, float64 [n, n], symmetric.
 
     The mean is over the first ⌊tokens / T⌋ windows of T = `data.seq_len` tokens. Matrices with
-    equal inputs share one array. Sums over batches are float64. Raises `UserError` if `tokens` are
-    less than a window, or more than the stream holds.
+    equal inputs share one array. Raises `UserError` unless a window ≤ `tokens` ≤ the stream.
     """
     seq_len = config.data.seq_len
     if not seq_len <= tokens <= len(stream):

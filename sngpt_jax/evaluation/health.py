@@ -66,15 +66,14 @@ def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
-    """The sums of one layer over the rows where `counted_B` is true, one row at a time to save
-    memory. `taps` and `code` lack their dimension L.
-    """
+    """The sums of a layer, whose `taps` and `code` lack the dimension L, over the counted rows."""
     levels, generators = config.levels, config.generators
     # where a level's ids end and the next one's begin
     splits = np.cumsum([k for _, k, _ in levels])[:-1].tolist()
     above = range(1, len(levels))
     groups = [dictionary.children(levels, generators, i).group_of_parent for i in above]
 
+    # one row at a time, to save memory
     def row(total: Sums, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
@@ -103,8 +102,8 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
 
 
 def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch) → `Sums`, in all processes, over the batch's "inputs"
-    and "targets" [B, T] in the rows where "counted" [B] is true.
+    """The jitted function (variables, batch of "inputs" and "targets" [B, T] and "counted" rows,
+    bool [B]) → `Sums`, in all processes.
     """
 
     def sums(variables: Variables, batch: Batch) -> Sums:
@@ -112,10 +111,8 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
         # the losses are unused, so the compiler removes the last MLP and the head
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
-        local = jax.lax.map(
-            lambda layer: layer_sums(config, layer[0], layer[1], batch["counted"]),
-            (taps, code_state(variables)),
-        )
+        layers = taps, code_state(variables)
+        local = jax.lax.map(lambda layer: layer_sums(config, *layer, batch["counted"]), layers)
         return jax.lax.psum(local, BATCH_AXES)._replace(min_z=jax.lax.pmin(local.min_z, BATCH_AXES))
 
     return on_each_device(config, mesh, sums)
@@ -125,9 +122,7 @@ _all_scores = jax.jit(xla.all_scores, static_argnums=1)
 
 
 def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
-    """Which features of a level with k active ones are dead, bool [..., |V|], by their int64
-    `counts` over `tokens` tokens.
-    """
+    """Which features of a level are dead, by their int64 `counts` [..., |V|]."""
     # in integers, so that a feature at the threshold is alive
     return RARE * counts * counts.shape[-1] < tokens * k
 
@@ -159,9 +154,7 @@ class Health:
     rms: np.ndarray
 
     def record(self) -> dict[str, float]:
-        """For the metrics: `code/layer00/level0/dead` and `code/layer00/cos`. Names without a layer
-        are means over layers.
-        """
+        """Metrics such as `code/layer00/level0/dead`; names without a layer are means."""
         arrays = dict(vars(self))
         found: dict[str, float] = {"code/tokens": arrays.pop("tokens")}
         for name, array in arrays.items():
@@ -236,10 +229,8 @@ def score_health(
     step: int,
     progress: OnProgress | None = None,
 ) -> Health:
-    """The health of a model's codes after `step` optimizer steps, on the start of `stream`.
-
-    Reads as many whole windows of T = `data.seq_len` as `eval.health_tokens` holds, at least one.
-    An exception that `progress` raises ends the scoring.
+    """The health of a model's codes after `step` optimizer steps, over as many windows from the
+    start of `stream` as `eval.health_tokens` holds, at least one.
     """
     seq_len = config.data.seq_len
     windows = standard_windows(len(stream), seq_len, max(config.eval.health_tokens, seq_len))

@@ -1,8 +1,7 @@
 """A model's likelihoods of texts and its continuations of prompts, for downstream tasks.
 
-Every text begins with BOS, as documents do. The model sees at most T = data.seq_len tokens at a
-time. A longer text loses its first tokens, BOS included, so that it begins in the middle as most
-windows of training do.
+Every text begins with BOS. The model sees at most T = data.seq_len tokens at a time. A longer text
+loses its first tokens, BOS included, as most windows of training do.
 """
 
 import dataclasses
@@ -72,9 +71,7 @@ def cut_at(text: str, until: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A trained model with its tokenizer, on the devices of a mesh. All processes make equal
-    calls.
-    """
+    """A trained model with its tokenizer. All processes make equal calls."""
 
     config: Config
     variables: Variables  # laid out over the mesh
@@ -103,9 +100,8 @@ class LanguageModel:
     ) -> list[Continuation]:
         """The likelihood of the continuation in each (context, continuation).
 
-        The two are encoded together. The scored tokens begin where the encoding differs from that
-        of the context alone, so a token that spans the border is scored. Raises `UserError` if
-        losses are not finite.
+        The scored tokens begin where the encoding of both differs from that of the context alone,
+        so a token that spans the border is scored. Raises `UserError` if losses are not finite.
         """
         contexts = {context: self._document(context) for context, _ in pairs}
         rows: list[_Row] = []
@@ -130,8 +126,8 @@ class LanguageModel:
         return list(map(Continuation, logprob.tolist(), greedy.tolist(), tokens.tolist()))
 
     def _score(self, rows: Sequence[_Row]) -> Iterator[tuple[_Row, np.ndarray, np.ndarray]]:
-        """Each row with the nll of its scored targets and whether each is the likeliest token; the
-        longest rows come first.
+        """Each row, the longest first, the nll of its scored targets, and whether each is the
+        likeliest token.
         """
         step = _eval_step(self.config.model, self.mesh, self.seq_len)
         place, devices = batch_placer(self.mesh), self.mesh.devices.size

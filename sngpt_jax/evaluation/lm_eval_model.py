@@ -14,7 +14,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.evaluation.likelihood import LanguageModel
 from sngpt_jax.evaluation.windows import OnProgress
 
-MAX_TOKENS = 256  # generated where a task names no length, as by lm-eval's own models
+MAX_TOKENS = 256  # where a task names no length; at most half of data.seq_len
 
 
 class Answer(tuple[float, bool]):
@@ -45,11 +45,8 @@ class SngptLM(LM):
         return [found.logprob for found in self.model.loglikelihood(texts, self.progress)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The text that continues each request's (context, options).
-
-        Decoding is greedy unless the options give a temperature. Options without a length generate
-        256 tokens, or half of data.seq_len where that is less. Raises `UserError` for options that
-        would change the text and are not supported, such as beams.
+        """The text that continues each request's (context, options), greedy unless the options give
+        a temperature. Raises `UserError` for unsupported options that would change the text.
         """
         texts: list[str] = []
         for options, group in groupby(requests, lambda request: request.args[1]):

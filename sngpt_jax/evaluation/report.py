@@ -29,16 +29,12 @@ logger = logging.getLogger("sngpt_jax")
 def score(
     options: StreamOptions, config: Config, variables: Variables, dataset: Dataset, mesh: Mesh
 ) -> dict[str, Any]:
-    """The score of the validation stream for the command's JSON.
-
-    `seconds` are from tokens to losses, without compilation and a cache's mass.
-    """
+    """The score for the command's JSON. `seconds` exclude compilation and a cache's mass."""
     stream, most = dataset.val, config.eval.device_batch_tokens
     windows = options.windows(len(stream), config.data.seq_len)
 
-    def new_cache() -> Cache | None:
-        if options.ngram == "none":
-            return None
+    def new_cache() -> Cache:
+        assert options.ngram != "none"
         return ngram_score.make_cache(
             options.ngram,
             first_token=int(stream.take(0, 1)[0]),
@@ -49,7 +45,7 @@ def score(
         )
 
     readings: tuple[str, ...] = ("nll",)
-    if cache := new_cache():
+    if cache := None if options.ngram == "none" else new_cache():
         readings = ngram_score.readings_for(cache)
         # of a chunk, a token takes 2 bytes, a reading and a hint 4 each
         kept = in_bytes(windows.targets * (2 + 4 * len(readings) + 4 * bool(cache.hints)))
@@ -83,7 +79,6 @@ def score(
     if cached:
         del cache  # frees its tables before the next cache takes as much
         fresh = new_cache()
-        assert fresh
         mass = ngram_score.mass(fresh, cached.chunks, progress_reporter("mass"))
         loss, bpb = cached.mixed.loss, cached.mixed.bpb
         result["ngram"] = {

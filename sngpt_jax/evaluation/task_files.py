@@ -72,8 +72,8 @@ def _hellaswag_row(line: str) -> Row:
 
 
 class _HellaSwag(ConfigurableTask):
-    """lm-eval's metrics, and `acc_token_norm`: the share of samples whose right ending has the
-    largest ln p per token (Brown et al. 2020, arXiv:2005.14165, section 2.4).
+    """Adds `acc_token_norm`: whether the right ending has the largest ln p per token (Brown et al.
+    2020, arXiv:2005.14165, section 2.4).
     """
 
     def process_results(self, doc: Row, results: list[Answer]) -> dict[str, float]:
@@ -132,7 +132,7 @@ def _read_squad(path: Path) -> list[Row]:
 
 
 def answer_words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles, which SQuAD's evaluation script compares."""
+    """The lower-case words that SQuAD's evaluation script compares."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -148,8 +148,8 @@ def _squad_metrics(doc: Row, results: list[str]) -> dict[str, float]:
     """`exact_match` and `f1` in percent: the best over a question's right answers.
 
     As in the script for version 2, right answers without words are ignored, and a question without
-    an answer wants an empty one. `has_ans_*` are over the other questions of a version 2 file.
-    Source: Rajpurkar et al. 2016, arXiv:1606.05250, and 2018, arXiv:1806.03822.
+    an answer wants an empty one. `has_ans_*` are over the other questions of a version 2 file
+    (Rajpurkar et al. 2016, arXiv:1606.05250, and 2018, arXiv:1806.03822).
     """
     got = answer_words(results[0])
     rights = [words for right in doc["answers"] if (words := answer_words(right))] or [[]]
@@ -199,9 +199,7 @@ FILE_TASKS: dict[str, _Task] = {
 
 
 def load(name: str, path: Path) -> ConfigurableTask:
-    """The task `name` of `FILE_TASKS` over the file `path`. Raises `UserError` that names the place
-    where the file is not as published.
-    """
+    """The task `name` of `FILE_TASKS` over the file `path`. A `UserError` names what is wrong."""
     read, kind, metrics, settings = FILE_TASKS[name]
     # the tokenizers read half of a surrogate pair as U+FFFD too
     rows = json.loads(replace_surrogates(json.dumps(read(path), ensure_ascii=False)))

@@ -33,10 +33,8 @@ logger = logging.getLogger("sngpt_jax")
 
 
 def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None]:
-    """`hellaswag=PATH,lambada=PATH,piqa` as a file per task, None for tasks that lm-eval defines.
-
-    `include` is a folder with more task files for lm-eval. Raises `UserError` for an unknown task,
-    and for an `include` that no task needs.
+    """`hellaswag=PATH,lambada=PATH,piqa` as a file per task, None for tasks of lm-eval or of the
+    folder `include`. Raises `UserError` for an unknown task or a needless `include`.
     """
     if include and not include.is_dir():
         raise UserError(
@@ -78,14 +76,12 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
 
 @functools.cache
 def _manager(include: Path | None, own: bool) -> TaskManager:
-    """The tasks in the folder `include`, and with `own` lm-eval's tasks, whose listing takes about
-    15 s.
-    """
+    # to list lm-eval's own tasks takes about 15 s
     return TaskManager(include_path=str(include) if include else None, include_defaults=own)
 
 
 def _manager_of(name: str, include: Path | None) -> TaskManager:
-    """A manager that knows the task, group or tag `name`. Raises `UserError` if there is none."""
+    """A manager that knows the task, group or tag `name`."""
     if include and name in (local := _manager(include, False)).all_tasks:
         return local
     manager = _manager(include, True)
@@ -107,9 +103,7 @@ def run_tasks(
     include: Path | None = None,
     progress: Callable[[str], OnProgress] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The results of each task in `spec` by name, over its first `limit` samples (0: all), equal in
-    all processes.
-    """
+    """The results of each task in `spec`, over its first `limit` samples (0: all)."""
     results: dict[str, dict[str, Any]] = {}
     for name, path in spec.items():
         lm = SngptLM(model, progress(name) if progress else None)
@@ -141,10 +135,7 @@ def _in_silence() -> Iterator[None]:
 def _run(
     lm: SngptLM, name: str, path: Path | None, limit: int, include: Path | None
 ) -> dict[str, Any]:
-    """lm-eval's results for one task: {metric: number, …, "samples": number}; a group's by task.
-
-    Raises `UserError` if the task cannot be loaded or run.
-    """
+    """lm-eval's results for one task: {metric: number, …, "samples": number}; a group's by task."""
     if path:
         digest = processes.everywhere(functools.partial(file_sha256, path, UserError))
         processes.check_alike({f"task {name}": digest})
@@ -196,9 +187,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The metrics that are numbers, None where not finite; a filter's as "metric,filter". The
-    others are names, and "N/A" for standard errors. `_run` adds its own count of samples.
-    """
+    """The metrics that are numbers, None where not finite; a filter's as "metric,filter"."""
     found: dict[str, float | None] = {}
     for name, value in metrics.items():
         if isinstance(value, Real) and name != "sample_len":

@@ -55,7 +55,7 @@ class Windows:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows for the devices: one per window, but several for the first window."""
+        """Number of rows for the devices."""
         return self.count - 1 + math.ceil(self.seq_len / self.stride)
 
     def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,7 +140,7 @@ class WindowBatch:
 
 
 def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterator[WindowBatch]:
-    """All rows of `windows` in batches of `rows`. The last batch is padded with its first row."""
+    """Batches of `rows`. The last one is padded with its first row."""
     T, S = windows.seq_len, windows.stride
     view = np.lib.stride_tricks.sliding_window_view
     for first in range(0, windows.num_rows, rows):

@@ -126,9 +126,7 @@ def _find(nodes: np.ndarray, parent: int, token: int) -> int:
 
 @compiled
 def _touch(trie: _Trie, token: int) -> int:
-    """Reads the slots where all searches for `token` begin, so that they wait for memory once. The
-    sum keeps the compiler from removing the reads.
-    """
+    """Reads where all searches for `token` begin, so that they wait for memory once."""
     total = 0
     for context in trie.contexts:
         total += trie.nodes[_home(trie.nodes, max(context, 0), token)].count
@@ -158,7 +156,7 @@ def _probability(trie: _Trie, token: int) -> tuple[float, int]:
 @compiled
 def _count(trie: _Trie, known: int, token: int) -> None:
     """Counts `token`, which has followed the first `known` contexts before, after every context,
-    the shortest first. Then advances the contexts by it.
+    and advances the contexts by it.
     """
     nodes, contexts, room = trie.nodes, trie.contexts, trie.room
     parent = contexts[0]
@@ -184,7 +182,7 @@ def _score_and_count(
     trie: _Trie, targets: np.ndarray, p: np.ndarray, at: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """-ln of the mixture [n], at `at` [k] the weights and the sums of p_s over the vocabulary, and
-    the sum of `_touch`.
+    what `_touch` read, which the compiler would otherwise omit.
     """
     nll, weights_at, sums = np.empty(len(targets)), np.empty(len(at)), np.zeros(len(at))
     asked = touched = 0

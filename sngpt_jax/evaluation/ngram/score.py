@@ -1,7 +1,6 @@
 """A stream scored by a model with an n-gram cache, and the total probability that the cache gives.
 
-A score is a code length only if the probabilities behind it sum to 1 over the vocabulary. `mass`
-repeats the pass with a new cache and measures the sum at evenly spaced positions.
+A score is a code length only if the probabilities behind it sum to 1 over the vocabulary.
 """
 
 from typing import NamedTuple
@@ -18,9 +17,7 @@ PROBES = 10_000  # positions at which the mass is measured
 
 
 class Mass(NamedTuple):
-    """The sum of the mixed probabilities over the vocabulary, at `positions` positions evenly
-    spaced over the scored targets.
-    """
+    """The sum of the mixed probabilities over the vocabulary, at evenly spaced positions."""
 
     mean: float
     min: float
@@ -100,7 +97,7 @@ def score_with_cache(scoring: Pass, cache: Cache) -> CachedScore:
 
 
 def mass(cache: Cache, chunks: list[Chunk], progress: OnProgress | None = None) -> Mass:
-    """The mass of a new `cache` over the pass with `chunks`, at `PROBES` positions or all."""
+    """Repeats the pass with a new `cache`."""
     ends = np.cumsum([len(chunk.targets) for chunk in chunks]).tolist()
     count = min(PROBES, ends[-1])
     positions = np.arange(count) * ends[-1] // count
