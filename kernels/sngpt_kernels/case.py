@@ -24,8 +24,7 @@ class Case:
     # run(*arguments, implementation=NAME) returns the output that has a gradient
     run: Callable[..., jax.Array]
     differentiated: tuple[int, ...]  # the positions of the arguments that have a gradient
-    # `run` in float64 numpy, for the error beside each time; may be slow
-    reference: Callable[..., Any]
+    reference: Callable[..., Any]  # `run` in float64 numpy; may be slow
     implementations: tuple[str, ...]
     forward: Cost
     backward: Cost

@@ -1,11 +1,13 @@
 """The choice of an implementation by the device that the code is traced for, logged once.
 
-An implementation that cannot serve the arguments raises `CannotServe` with the reason. It is never
-replaced silently.
+An implementation that cannot serve the arguments raises `CannotServe`. It is never replaced
+silently.
 """
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import json
 import logging
 import re
@@ -40,11 +42,11 @@ def current_device() -> Device:
     # a device, the name of a platform, or None
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-    return _target.value or _describe(device)
+    return _target.value or _device(device)
 
 
 @functools.cache
-def _describe(device: jax.Device) -> Device:
+def _device(device: jax.Device) -> Device:
     if device.platform != "gpu":
         return Device(device.platform, device.device_kind)
     if "rocm" in device.client.platform_version.lower():  # "gpu" to jax as well
@@ -55,9 +57,21 @@ def _describe(device: jax.Device) -> Device:
 
 @contextlib.contextmanager
 def targeting(device: Device) -> Iterator[None]:
-    """Inside, code is traced for `device`, so that it compiles for an absent device."""
+    """Inside, code is traced for `device`, which may be absent."""
     with _target(device):
         yield
+
+
+def describe(array: jax.Array) -> str:
+    """The dtype and shape of an array, for a message."""
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def check_name(implementation: str | None, names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `implementation` is None or one of `names`."""
+    if implementation not in (None, *names):
+        expected = f"one of {', '.join(names)}, or None"
+        raise ValueError(f"implementation is {implementation!r}; expected {expected}")
 
 
 def check_nvidia(implementation: str, device: Device) -> None:
@@ -65,19 +79,28 @@ def check_nvidia(implementation: str, device: Device) -> None:
     if device.platform != "cuda":
         raise CannotServe(f"{implementation} serves NVIDIA GPUs; the device is {device.platform}")
     if device.capability < (8, 0):
-        major, minor = device.capability
-        raise CannotServe(
-            f"{implementation} serves compute capability 8.0 and later; {device.kind} has"
-            f" {major}.{minor}"
-        )
+        has = "{} has {}.{}".format(device.kind, *device.capability)
+        raise CannotServe(f"{implementation} serves compute capability 8.0 and later; {has}")
+
+
+def pallas_triton(operation: str, device: Device) -> Any:
+    """The module of an operation's kernels. Raises CannotServe if it cannot run on the device.
+
+    It is imported by name, so that a bundled program can do without it.
+    """
+    check_nvidia("pallas_triton", device)
+    name = f"sngpt_kernels.{operation}.pallas_triton"
+    if importlib.util.find_spec(name) is None:
+        raise CannotServe("pallas_triton is no part of this program")
+    return importlib.import_module(name)
 
 
 def without_derivative(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, a part of the operation's gradient. Its own derivative raises CannotServe."""
-    refusal = f"pallas_triton: the gradient of {operation} has no derivative; xla has one"
 
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise CannotServe(refusal)
+        message = f"pallas_triton: the gradient of {operation} has no derivative; xla has one"
+        raise CannotServe(message)
 
     result = jax.custom_jvp(function)
     result.defjvp(refuse)
@@ -97,6 +120,9 @@ def table_name(kind: str) -> str:
 
 @functools.cache
 def tuned(package: str, kind: str) -> dict[str, Any]:
-    """The table of `package` for devices of that kind, by `table_name`; empty if there is none."""
+    """The table of `package` for devices of that kind; empty if there is none.
+
+    An entry is {"implementation": the fastest one, "config": its block sizes}.
+    """
     table = resources.files(package) / "tuned" / table_name(kind)
     return json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}

@@ -3,24 +3,19 @@
 import dataclasses
 import functools
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import api, pallas_triton
 from sngpt_kernels.cayley.api import encode_decode
-from sngpt_kernels.cayley.dictionary import Levels
 from sngpt_kernels.dispatch import CannotServe, Device
 
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
+from tests.kernels.lowering import H100, kernels_of_gradients
 
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 ONLY_NVIDIA = "xla: pallas_triton serves NVIDIA GPUs; the device is"
 
 
@@ -34,9 +29,7 @@ ONLY_NVIDIA = "xla: pallas_triton serves NVIDIA GPUs; the device is"
         (H100, 4096, "xla: pallas_triton serves widths from 64 to 2048; x has 4096"),
     ],
 )
-def test_says_once_what_runs_and_why(
-    device: Device, d: int, said: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_says_once_what_runs_and_why(device, d, said, caplog):
     dispatch.announce.cache_clear()
     levels = ((d.bit_length() - 1, 4, 0),)
     x, table = jax.ShapeDtypeStruct((3, d), jnp.float32), jax.ShapeDtypeStruct((d,), jnp.float32)
@@ -48,7 +41,7 @@ def test_says_once_what_runs_and_why(
     ]
 
 
-def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_devices_table_chooses(monkeypatch):
     config = dict.fromkeys((field.name for field in dataclasses.fields(pallas_triton.Config)), 2)
     table = {"bfloat16_d64_2l": {"implementation": "xla", "config": config}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table if kind == H100.kind else {})
@@ -60,8 +53,8 @@ def test_the_devices_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         assert of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
 
 
-def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PALLAS_TRITON", "sngpt_kernels.cayley.not_bundled")
+def test_a_program_without_the_kernels_runs_xla(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sngpt_kernels.cayley.pallas_triton", None)
     assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread") == (
         "xla",
         "pallas_triton is no part of this program",
@@ -76,9 +69,7 @@ def test_a_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch)
         (((10, 4, 0), (15, 32, 4096)), "level 1 has 4 x 4096"),
     ],
 )
-def test_levels_that_the_kernels_cannot_hold_run_in_xla(
-    levels: Levels, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_levels_that_the_kernels_cannot_hold_run_in_xla(levels, reason, monkeypatch):
     for table in ({}, {f"bfloat16_d1024_{len(levels)}l": {"implementation": "pallas_triton"}}):
         monkeypatch.setattr(dispatch, "tuned", lambda package, kind, table=table: table)
         assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == (
@@ -87,45 +78,19 @@ def test_levels_that_the_kernels_cannot_hold_run_in_xla(
         )
 
 
-def test_the_kernels_refuse_a_cpu() -> None:
+def test_the_kernels_refuse_a_cpu():
     x, mean, std, bias, _ = make_inputs("random", SHALLOW, 3).values()
     with pytest.raises(CannotServe, match="pallas_triton serves NVIDIA GPUs; the device is cpu"):
         encode_decode(jnp.asarray(x), mean, std, bias, SHALLOW, implementation="pallas_triton")
 
 
-def kernels_of_gradients(
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> dict[str, int]:
-    """The kernels by name in the program of a value and its gradients, lowered for 8 GPUs."""
-    gpu = AbstractDevice(device_kind=H100.kind, num_cores=132, platform="gpu")
-    mesh = AbstractMesh(
-        (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=gpu
-    )
-
-    def loss(x: jax.Array, mean: jax.Array, std: jax.Array, bias: jax.Array) -> jax.Array:
+def test_gradients_are_of_these_kernels():
+    def loss(x, mean, std, bias):
         return jnp.sum(encode_decode(x, mean, std, bias, SHALLOW)[0].astype(jnp.float32) ** 2)
 
-    def step(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-        value, (dx, dbias) = jax.value_and_grad(wrap(loss), argnums=(0, 3))(*arguments)
-        return jax.lax.psum(value, "data"), dx, jax.lax.psum(dbias, "data")
-
-    data, same = PartitionSpec("data"), PartitionSpec()
-    sharded = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(data, same, same, same),
-        out_specs=(same, data, same),
-        check_vma=False,
-    )
     x = jax.ShapeDtypeStruct((8 * 37, 64), jnp.bfloat16)
-    vectors = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (64, 512, 512))
-    with dispatch.targeting(H100):
-        traced = jax.jit(sharded).trace(x, *vectors)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    return Counter(re.findall(r'name = "(cayley_\w+)"', text))
-
-
-def test_gradients_are_of_these_kernels() -> None:
+    arguments = x, *(jax.ShapeDtypeStruct((n,), jnp.float32) for n in (64, 512, 512))
     backward = {"cayley_backward": 1, "cayley_bias_gradient": 1}
-    assert kernels_of_gradients(lambda loss: loss) == {"cayley_forward": 1, **backward}
-    assert kernels_of_gradients(jax.checkpoint) == {"cayley_forward": 2, **backward}
+    for forward, function in ((1, loss), (2, jax.checkpoint(loss))):
+        kernels = kernels_of_gradients(function, (0, 3), arguments)
+        assert kernels == {"cayley_forward": forward, **backward}

@@ -1,6 +1,6 @@
 """The kernels that sum signed atoms, in interpret mode, at widths from 64 to 2048."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-from sngpt_kernels.cayley import dictionary, pallas_backward, pallas_decode, sign_words
+from sngpt_kernels.cayley import dictionary, folding, pallas_backward, pallas_decode
+from sngpt_kernels.cayley.pallas_decode import Config
 from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
 from tests.kernels.cayley_checks import EPS, check_close
@@ -17,10 +18,10 @@ from tests.kernels.cayley_checks import EPS, check_close
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 18), st.integers(1, 3), st.integers(0, 2**32 - 1))
-def test_words_hold_the_parities(n: int, count: int, seed: int) -> None:
+def test_words_hold_the_parities(n, count, seed):
     rng = np.random.default_rng(seed)
     masks, ids = rng.integers(0, 2**20, 32 * count), rng.integers(0, 2**n, 5)
-    table = sign_words.sign_words(masks, n)
+    table = folding.sign_words(masks, n)
     assert table.shape == (-(-n // 5), 32, count) and table.dtype == np.int32
     words = np.zeros((5, count), np.int32)
     for digit, rows in enumerate(table):
@@ -32,17 +33,10 @@ def test_words_hold_the_parities(n: int, count: int, seed: int) -> None:
     )
 
 
-def test_masks_that_fill_no_words_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"masks is \[33\]; expected one axis, a multiple of 32 long"
-    ):
-        sign_words.sign_words(np.zeros(33, np.int64), 6)
-
-
-def decode(saved: np.ndarray, c: np.ndarray, d: int, features: int, tokens: int) -> Any:
-    def kernel(saved_ref: Any, c_ref: Any, table_ref: Any, out_ref: Any) -> None:
+def decode(saved, c, d, features, tokens):
+    def kernel(saved_ref, c_ref, table_ref, out_ref):
         at = pallas_decode.tile(pl.program_id(0) * tokens, len(saved), tokens, d)
-        sums = pallas_decode.decode(at, saved_ref, c_ref, table_ref, pallas_backward.ID_MASK)
+        sums = pallas_decode.decode(at, saved_ref, c_ref, table_ref)
         pallas_decode.store(out_ref, at, sums * np.float32(d**-0.5))
 
     out, grid = jax.ShapeDtypeStruct((len(saved), d), jnp.float32), (pl.cdiv(len(saved), tokens),)
@@ -51,18 +45,16 @@ def decode(saved: np.ndarray, c: np.ndarray, d: int, features: int, tokens: int)
     )
 
 
-def make_code(
-    d: int, features: int, rows: int, active: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_code(d, features, rows, active):
     """Ids, coefficients, half of them 0, and ids with the bit of c > 0."""
     rng = np.random.default_rng(d)
-    ids = np.stack([rng.choice(features, active, replace=False) for _ in range(rows)]).astype(
-        np.int32
-    )
+    ids = np.stack([rng.choice(features, active, replace=False) for _ in range(rows)])
+    ids = ids.astype(np.int32)
     c = np.maximum(rng.standard_normal(ids.shape), 0).astype(np.float32)
     return ids, c, ids | (c > 0).astype(np.int32) << ACTIVE_BIT
 
 
+CONFIG = dataclasses.replace(Config.heuristic(64), bias_lanes=32)
 SIZES = pytest.mark.parametrize(
     ("d", "features", "rows", "tokens"),
     [(64, 2**11, 37, 16), (512, 2**17, 7, 4), (2048, 2**17, 3, 2), (1024, 2**10, 1, 1)],
@@ -70,7 +62,7 @@ SIZES = pytest.mark.parametrize(
 
 
 @SIZES
-def test_decodes(d: int, features: int, rows: int, tokens: int) -> None:
+def test_decodes(d, features, rows, tokens):
     """Σ c v, also where the rows fill no whole number of programs."""
     ids, c, saved = make_code(d, features, rows, 13)
     expected = np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
@@ -79,16 +71,19 @@ def test_decodes(d: int, features: int, rows: int, tokens: int) -> None:
     assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
 
 
+def backward(dx_hat, saved, inverse_std, tokens):
+    config = dataclasses.replace(CONFIG, backward_tokens=tokens)
+    return pallas_backward.backward(config, True, dx_hat, saved, inverse_std)
+
+
 @SIZES
-def test_gradients(d: int, features: int, rows: int, tokens: int) -> None:
+def test_gradients(d, features, rows, tokens):
     """g = ⟨v, dx_hat⟩ where c > 0, and Σ g v / std."""
     rng = np.random.default_rng(7)
     ids, c, saved = make_code(d, features, rows, 13)
     dx_hat = rng.standard_normal((rows, d)).astype(np.float32)
     inverse_std = rng.uniform(0.5, 1000, features).astype(np.float32)
-    dx, g = pallas_backward.backward(
-        dx_hat, saved, inverse_std, tokens=tokens, num_warps=4, interpret=True
-    )
+    dx, g = backward(dx_hat, saved, inverse_std, tokens)
     atoms = dictionary.atoms(ids, d)
     expected_g = np.einsum("nad,nd->na", atoms, dx_hat.astype(np.float64)) * (c > 0)
     expected_dx = np.einsum("na,nad->nd", expected_g * inverse_std[ids], atoms)
@@ -96,14 +91,12 @@ def test_gradients(d: int, features: int, rows: int, tokens: int) -> None:
     check_close("dx", dx, expected_dx)
 
 
-def test_bfloat16_gradients_are_rounded_once() -> None:
+def test_bfloat16_gradients_are_rounded_once():
     saved = make_code(64, 2**11, 5, 13)[-1]
     dx_hat = jnp.asarray(np.random.default_rng(7).standard_normal((5, 64)), jnp.bfloat16)
     ones = np.ones(2**11, np.float32)
-    dx, g = pallas_backward.backward(dx_hat, saved, ones, tokens=8, num_warps=4, interpret=True)
-    wide, wide_g = pallas_backward.backward(
-        dx_hat.astype(jnp.float32), saved, ones, tokens=8, num_warps=4, interpret=True
-    )
+    dx, g = backward(dx_hat, saved, ones, 8)
+    wide, wide_g = backward(dx_hat.astype(jnp.float32), saved, ones, 8)
     assert dx.dtype == jnp.bfloat16 and g.dtype == jnp.float32
     np.testing.assert_array_equal(g, wide_g)
     np.testing.assert_array_equal(dx, wide.astype(jnp.bfloat16))
@@ -111,33 +104,26 @@ def test_bfloat16_gradients_are_rounded_once() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 17, 600]))
-def test_bias_gradient_sums_by_feature(seed: int, distinct: int) -> None:
-    """Whole numbers add up exactly: features that nothing selects, a single one that everything
-    does, and all between.
-    """
+def test_bias_gradient_sums_by_feature(seed, distinct):
+    """Whole numbers add up exactly. The features that are selected are `distinct`."""
     rng = np.random.default_rng(seed)
-    ids = rng.choice(600, distinct, replace=False)[rng.integers(0, distinct, (41, 12))].astype(
-        np.int32
-    )
+    features = rng.choice(600, distinct, replace=False).astype(np.int32)
+    ids = features[rng.integers(0, distinct, (41, 12))]
     g = rng.integers(-9, 10, ids.shape).astype(np.float32)
     sums = bias_gradient(ids | rng.integers(0, 2, ids.shape, np.int32) << ACTIVE_BIT, g)
     np.testing.assert_array_equal(sums, np.bincount(ids.reshape(-1), g.reshape(-1), minlength=600))
 
 
 @jax.jit
-def bias_gradient(saved: jax.Array, g: jax.Array) -> jax.Array:
-    return pallas_backward.bias_gradient(
-        saved, g, 600, block=8, lanes=32, num_warps=4, interpret=True
-    )
+def bias_gradient(saved, g):
+    return pallas_backward.bias_gradient(CONFIG, True, saved, g, 600)
 
 
-def test_bias_gradient_keeps_to_one_order() -> None:
-    """How the numbers of one feature are added depends on them alone, not on what else there is."""
+def test_bias_gradient_keeps_to_one_order():
+    """Other features do not change in which order the numbers of a feature are added."""
     rng = np.random.default_rng(0)
-    ids, g = (
-        rng.integers(0, 300, (41, 12)).astype(np.int32),
-        rng.standard_normal((41, 12)).astype(np.float32),
-    )
+    ids = rng.integers(0, 300, (41, 12)).astype(np.int32)
+    g = rng.standard_normal((41, 12)).astype(np.float32)
     sums = bias_gradient(ids, g)
     others = np.where(ids % 2 == 0, ids, 300 + ids)  # the odd features are other ones
     np.testing.assert_array_equal(bias_gradient(others, g)[:300:2], sums[:300:2])

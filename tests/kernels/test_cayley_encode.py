@@ -1,19 +1,16 @@
 """The kernel that encodes, as it is traced and lowered for a GPU."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
-from sngpt_kernels.cayley import dictionary, pallas_encode, pallas_triton
+from sngpt_kernels.cayley import pallas_triton
 from sngpt_kernels.cayley.dictionary import Scheme
-from sngpt_kernels.dispatch import CannotServe
 
 from sngpt_jax.ahead import targets
 from tests.kernels.cayley_checks import D1024, D2048
 
 
-def traced(levels: dictionary.Levels) -> Any:
+def traced(levels):
     scheme = Scheme(levels)
     shapes = [
         jax.ShapeDtypeStruct((8, scheme.width), jnp.bfloat16),
@@ -25,7 +22,7 @@ def traced(levels: dictionary.Levels) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [D1024, D2048])
-def test_lowers_for_a_gpu(levels: dictionary.Levels) -> None:
+def test_lowers_for_a_gpu(levels):
     """Pallas Triton can express the kernel. This needs no GPU and no compiler of one."""
     with targets.tracing(targets.find("h100")):
         lowered = traced(levels).lower(lowering_platforms=("cuda",))
@@ -33,17 +30,8 @@ def test_lowers_for_a_gpu(levels: dictionary.Levels) -> None:
 
 
 @pytest.mark.parametrize("levels", [D1024[:1], D1024[:2], D1024])
-def test_stored_values_are_read_after_a_barrier(levels: dictionary.Levels) -> None:
+def test_stored_values_are_read_after_a_barrier(levels):
     """Interpret mode cannot show a missing barrier. There is one between levels, two at the end of
     a token, and one before the tokens are decoded side by side.
     """
     assert str(traced(levels).jaxpr).count("debug_barrier") == len(levels) + 2
-
-
-@pytest.mark.parametrize(
-    ("levels", "reason"),
-    [(((5, 4, 0),), "width"), (((12, 4, 0),), "width"), (((10, 64, 0), (15, 32, 256)), "level 1")],
-)
-def test_levels_that_it_cannot_serve_are_refused(levels: dictionary.Levels, reason: str) -> None:
-    with pytest.raises(CannotServe, match=reason):
-        pallas_encode.constants(Scheme(levels))

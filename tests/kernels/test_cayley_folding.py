@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sngpt_kernels.cayley import dictionary, folding, reference
-from sngpt_kernels.cayley.folding import Fold, fold
+from sngpt_kernels.cayley.folding import fold
 
 from tests.kernels.cayley_checks import D64, D128, D1024, D2048
 
@@ -16,7 +16,7 @@ CASES = [
 ]
 
 
-def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
+def folded_sums(folded, x, parent):
     """Σ_α x_α s_f(α) s_u(α) for u = class_steps[i] ⊕ member_steps[j]: [C, M], as in the kernel."""
     signed = x * dictionary.signs(parent, len(x))
     of_part = np.einsum("pmk,pk->pm", folded.matrix.astype(np.float64), signed[folded.points])
@@ -27,9 +27,7 @@ def folded_sums(folded: Fold, x: np.ndarray, parent: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_folded_scores_are_those_of_the_children(
-    levels: dictionary.Levels, generators: str, level: int
-) -> None:
+def test_folded_scores_are_those_of_the_children(levels, generators, level):
     folded, d = fold(levels, generators, level), 2 ** levels[0][0]
     rng = np.random.default_rng(0)
     x, parent = rng.standard_normal(d), int(rng.integers(2 ** levels[level - 1][0]))
@@ -47,9 +45,7 @@ def test_folded_scores_are_those_of_the_children(
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_classes_are_equal_parts_of_the_points(
-    levels: dictionary.Levels, generators: str, level: int
-) -> None:
+def test_classes_are_equal_parts_of_the_points(levels, generators, level):
     folded, d = fold(levels, generators, level), 2 ** levels[0][0]
     classes = len(folded.class_steps)
     assert folded.points.shape[1] == min(d // classes, folding.MOST_POINTS)
@@ -61,9 +57,7 @@ def test_classes_are_equal_parts_of_the_points(
 
 
 @pytest.mark.parametrize(("levels", "generators", "level"), CASES)
-def test_words_hold_the_signs_of_parents_part_by_part(
-    levels: dictionary.Levels, generators: str, level: int
-) -> None:
+def test_words_hold_the_signs_of_parents_part_by_part(levels, generators, level):
     folded, below = fold(levels, generators, level), levels[level - 1][0]
     parent, d = int(np.random.default_rng(1).integers(2**below)), 2 ** levels[0][0]
     rows = [folded.words[c, (parent >> 5 * c) & 31] for c in range(len(folded.words))]
@@ -75,15 +69,7 @@ def test_words_hold_the_signs_of_parents_part_by_part(
 
 
 @pytest.mark.parametrize("levels", [D1024, D2048])
-def test_the_recipes_have_eight_classes_of_32_members(levels: dictionary.Levels) -> None:
+def test_the_recipes_have_eight_classes_of_32_members(levels):
     for level in (1, 2):
         folded = fold(levels, "spread", level)
         assert (len(folded.class_steps), folded.members) == (8, 32)
-
-
-@pytest.mark.parametrize("n", [4, 8, 16, 64])
-def test_hadamard_matrices_are_filled_to_16(n: int) -> None:
-    matrix, size = folding.hadamard(n), max(n, 16)
-    expected = np.zeros((size, size))
-    expected[:n, :n] = dictionary.signs(np.arange(n), n)
-    np.testing.assert_array_equal(matrix, expected)

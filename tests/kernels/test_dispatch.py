@@ -8,15 +8,14 @@ import pytest
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import pallas_triton as cayley_kernels
 from sngpt_kernels.cayley.dictionary import Scheme
-from sngpt_kernels.dispatch import CannotServe, Device
+from sngpt_kernels.dispatch import CannotServe
 from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
+from tests.kernels.lowering import H100
 
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 
-
-def test_the_device_is_the_one_aimed_at_else_jaxs_default() -> None:
+def test_the_device_is_the_one_aimed_at_else_jaxs_default():
     here = dispatch.current_device()
     assert here.platform == jax.devices()[0].platform == "cpu"
     with jax.default_device("cpu"):
@@ -26,7 +25,7 @@ def test_the_device_is_the_one_aimed_at_else_jaxs_default() -> None:
     assert dispatch.current_device() == here
 
 
-def test_the_default_device_decides_before_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_device_decides_before_the_first_one(monkeypatch):
     """On a machine with a GPU, inside jax.default_device(cpu)."""
 
     class Gpu:
@@ -41,14 +40,14 @@ def test_the_default_device_decides_before_the_first_one(monkeypatch: pytest.Mon
             assert dispatch.current_device().platform == "cpu"
 
 
-def test_gradients_of_gradients_are_refused_in_a_sentence() -> None:
+def test_gradients_of_gradients_are_refused_in_a_sentence():
     x, mean, std, bias, _ = map(jnp.asarray, make_inputs("random", SHALLOW, 3).values())
 
-    def code(x: jax.Array) -> jax.Array:
+    def code(x):
         kernels = functools.partial(cayley_kernels.encode_decode, interpret=True)
         return jnp.sum(kernels(x, mean, std, bias, Scheme(SHALLOW))[0] ** 2)
 
-    def attend(q: jax.Array) -> jax.Array:
+    def attend(q):
         return jnp.sum(xsa_kernels.attention(q, q, q, True, 1.0, interpret=True) ** 2)
 
     for function, argument, operation in (

@@ -1,7 +1,7 @@
 """The choice of an implementation of attention, its log line, and the refusals."""
 
 import logging
-from typing import Any
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import CannotServe, Device
 from sngpt_kernels.xsa import api
 
+from tests.kernels.lowering import H100
+
 CPU, ROCM = Device("cpu", "cpu"), Device("rocm", "AMD Instinct MI300X")
-H100, H200 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0)), Device("cuda", "NVIDIA H200", (9, 0))
+H200 = Device("cuda", "NVIDIA H200", (9, 0))
 T4 = Device("cuda", "Tesla T4", (7, 5))
 
 
-def abstract(dtype: Any, h: int, T: int = 1024) -> jax.Array:
+def abstract(dtype, h, T=1024):
     return jax.ShapeDtypeStruct((48, T, 8, h), dtype)  # type: ignore[return-value]
 
 
@@ -39,16 +41,14 @@ SIZES = "head sizes of 8, 16, … 128"
         (T4, abstract(LOW, 64, T=512), "xla", "capability 8.0 and later; Tesla T4 has 7.5"),
     ],
 )
-def test_choice_without_a_measurement(
-    device: Device, q: jax.Array, chosen: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choice_without_a_measurement(device, q, chosen, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {})
     choice, said = api.choose(device, q, True)
     assert choice == chosen
     assert reason in said
 
 
-def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_decides(monkeypatch):
     """Its entry is for one device, dtype, head size, exclusion and rounded length."""
     entry = {"bfloat16_t1024_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry if kind == H100.kind else {})
@@ -61,9 +61,7 @@ def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert api.choose(H200, q, True)[0] == "cudnn"
 
 
-def test_a_measurement_of_what_does_not_serve_here_decides_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch):
     table = {
         f"float32_t{T}_h64": {"implementation": fastest}
         for T, fastest in ((512, "cudnn"), (1024, "xla"))
@@ -79,7 +77,7 @@ def test_a_measurement_of_what_does_not_serve_here_decides_nothing(
     assert api.choose(H100, abstract(jnp.float32, 64, T=1024), False)[0] == "xla"
 
 
-def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_is_said_once(caplog):
     dispatch.announce.cache_clear()
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
     with caplog.at_level(logging.INFO, logger="sngpt_kernels"):
@@ -103,10 +101,8 @@ def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         (H100, "pallas_triton", abstract(WIDE, 36), f"serves {SIZES}; q has 36"),
     ],
 )
-def test_cannot_serve_says_why(
-    device: Device, implementation: Any, q: jax.Array, reason: str
-) -> None:
-    def run(q: jax.Array) -> jax.Array:
+def test_cannot_serve_says_why(device, implementation, q, reason):
+    def run(q):
         return api.attention(q, q, q, exclusive=True, scale=1.0, implementation=implementation)
 
     with dispatch.targeting(device), pytest.raises(CannotServe) as caught:
@@ -114,8 +110,8 @@ def test_cannot_serve_says_why(
     assert str(caught.value) == f"{implementation} {reason}"
 
 
-def test_program_without_the_kernels_runs_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PALLAS_TRITON", "sngpt_kernels.xsa.absent")
+def test_program_without_the_kernels_runs_xla(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sngpt_kernels.xsa.pallas_triton", None)
     choice, reason = api.choose(H100, abstract(jnp.float32, 64), True)
     assert choice == "xla"
     assert "no part of this program" in reason
@@ -136,7 +132,7 @@ Q, K = (1, 4, 2, 8), (1, 4, 1, 8)
         (Q, K, K, float("inf"), "scale is inf; expected a number above 0"),
     ],
 )
-def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message: str) -> None:
+def test_bad_arguments_are_refused(q, k, v, scale, message):
     arrays = [jnp.ones(shape) for shape in (q, k, v)]
     with pytest.raises(ValueError) as caught:
         api.attention(*arrays, exclusive=True, scale=scale)
@@ -144,7 +140,7 @@ def test_bad_arguments_are_refused(q: Any, k: Any, v: Any, scale: float, message
     assert "\n" not in str(caught.value)
 
 
-def test_bad_dtypes_and_names_are_refused() -> None:
+def test_bad_dtypes_and_names_are_refused():
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="k is bfloat16 .* expected float32"):
         api.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)

@@ -53,13 +53,6 @@ def test_is_a_projection_that_knows_only_the_direction_of_v():
         np.testing.assert_allclose(again, once, rtol=0, atol=1e-6)
 
 
-def test_nothing_happens_to_what_is_orthogonal_already():
-    """Integers, so that the products are exact."""
-    y = jnp.asarray([[[[2.0, -1.0, 5.0, 0.0], [0.0, 0.0, 3.0, -4.0]]]])
-    v = jnp.asarray([[[[1.0, 2.0, 0.0, 0.0]]]])
-    assert np.array_equal(exclude_own_value(y, v), y)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-13, 1e-11, 1e-9])
 def test_value_and_gradient_are_finite_at_and_near_a_value_of_zero(scale):
     y, v = float32(*draw(np.random.default_rng(2), 3, 2, 2, 4))

@@ -1,5 +1,4 @@
-"""CayleySAE: a sparse hierarchical code over a parameter-free dictionary of parities.
+"""CayleySAE (arXiv:2607.20652): a sparse hierarchical code over a dictionary of parities.
 
-After https://arxiv.org/abs/2607.20652. The public operation is `api.encode_decode`, its definition
-`reference`. `xla` has the parts that serve the code's statistics.
+The public operation is `api.encode_decode`. `xla` also serves the code's statistics.
 """

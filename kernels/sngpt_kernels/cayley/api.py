@@ -1,21 +1,16 @@
 """The public operation: it checks its arguments and calls an implementation."""
 
-import importlib
-import importlib.util
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import xla
 from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme, check_levels
-from sngpt_kernels.dispatch import CannotServe, Device
+from sngpt_kernels.dispatch import CannotServe, Device, describe
 
 Implementation = Literal["xla", "pallas_triton"]
-
-# It is imported by name, so that a bundled program can do without it and run xla.
-PALLAS_TRITON = "sngpt_kernels.cayley.pallas_triton"
 
 
 def _is_level(level: object) -> bool:
@@ -23,16 +18,16 @@ def _is_level(level: object) -> bool:
 
 
 def encode_decode(
-    x: jax.Array,
-    mean: jax.Array,
-    std: jax.Array,
-    bias: jax.Array,
+    x: Array,
+    mean: Array,
+    std: Array,
+    bias: Array,
     levels: Levels,
     *,
     forward_standardized: bool = True,
     generators: Generators = "spread",
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """The sparse parity code of x and its reconstruction.
 
     `dictionary.atoms` gives the atoms v_f. A feature's score is
@@ -43,10 +38,10 @@ def encode_decode(
     `forward_standardized`, else max(⟨x - mean, v_f⟩ + bias_f, 0). Sums are float32.
 
     x and bias get gradients through the selected features with c_f > 0, as if the selection were
-    constant. mean and std get none. The backward pass keeps std and the ids, four bytes per
-    selected feature. The operation works under jit, vmap, jax.checkpoint and inside
-    jax.shard_map(check_vma=False). If x, mean or bias is not finite, the output is not finite
-    either, and the ids are valid. The gradients of `pallas_triton` have no derivative.
+    constant. mean and std get none. The backward pass keeps std and the ids. The operation works
+    under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). If x, mean or bias is
+    not finite, the output is not finite either, and the ids are valid. The gradients of
+    `pallas_triton` have no derivative.
 
     Args:
       x: [..., d], bfloat16 or float32; d is a power of two from 4 to 2^18.
@@ -56,24 +51,21 @@ def encode_decode(
       levels: (n, k, degree) per level, see `dictionary.check_levels`. Static.
       forward_standardized: whether standardized scores enter the reconstruction. Static.
       generators: "spread", or "prefix" for a plain prefix tree. Static.
-      implementation: None chooses by the device that the code is traced for, and logs the choice
-        once: "pallas_triton" on NVIDIA GPUs where it can serve, else "xla".
+      implementation: None chooses by the device that the code is traced for: "pallas_triton" on
+        NVIDIA GPUs where it can serve, else "xla".
 
     Returns:
-      x_hat [..., d] in x's dtype, and ids [..., Σk] int32 of the selected features, level by
-      level, in no order within a level.
+      x_hat [..., d] in x's dtype, and the selected ids [..., Σk] int32, level by level.
 
     Raises:
       ValueError: an argument is not as described.
       CannotServe: the named implementation does not serve these arguments on this device.
     """
-    if implementation is not None and implementation not in get_args(Implementation):
-        expected = " or ".join(get_args(Implementation))
-        raise ValueError(f"implementation is {implementation!r}; expected {expected}, or None")
+    dispatch.check_name(implementation, get_args(Implementation))
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float32):
-        found, expected = f"{x.dtype} {list(x.shape)}", "bfloat16 or float32 with at least one axis"
-        raise ValueError(f"x is {found}; expected {expected}")
-    if not isinstance(levels, tuple) or not all(_is_level(level) for level in levels):
+        expected = "bfloat16 or float32 with at least one axis"
+        raise ValueError(f"x is {describe(x)}; expected {expected}")
+    if not isinstance(levels, tuple) or not all(map(_is_level, levels)):
         expected = "a tuple of tuples of three integers (n, k, degree)"
         raise ValueError(f"levels is {levels!r}; expected {expected}")
     check_levels(levels, x.shape[-1], generators)
@@ -81,33 +73,27 @@ def encode_decode(
     for name, array in (("mean", mean), ("std", std), ("bias", bias)):
         size = scheme.width if name == "mean" else scheme.features
         if array.shape != (size,) or array.dtype != jnp.float32:
-            found = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{name} is {found}; expected float32 [{size}]")
+            raise ValueError(f"{name} is {describe(array)}; expected float32 [{size}]")
     device = dispatch.current_device()
-    if implementation == "pallas_triton":
-        check_pallas_triton(device, levels, generators)
     chosen, reason = implementation or "", "as asked"
     if not chosen:
         chosen, reason = choose(device, x.dtype, levels, generators)
+    elif chosen == "pallas_triton":
+        check_pallas_triton(device, levels, generators)
     dispatch.announce("cayley.encode_decode", chosen, reason)
-    module = importlib.import_module(PALLAS_TRITON) if chosen == "pallas_triton" else xla
+    module = xla if chosen == "xla" else dispatch.pallas_triton("cayley", device)
     return module.encode_decode(x, mean, std, bias, scheme)
 
 
-def table_key(dtype: jnp.dtype, levels: Levels) -> str:
-    """The key of these arguments in the table `tuned/<device>.json`.
-
-    The entry is {"implementation": the fastest one, "config": its block sizes}.
-    """
-    return f"{dtype}_d{2 ** levels[0][0]}_{len(levels)}l"
+def tuned_entry(device: Device, dtype: jnp.dtype, levels: Levels) -> dict[str, Any]:
+    """The entry of these arguments in the device's table, or {}."""
+    key = f"{dtype}_d{2 ** levels[0][0]}_{len(levels)}l"
+    return dispatch.tuned("sngpt_kernels.cayley", device.kind).get(key, {})
 
 
 def check_pallas_triton(device: Device, levels: Levels, generators: Generators) -> None:
     """Raises CannotServe, with the reason, if the Pallas Triton kernels cannot serve."""
-    dispatch.check_nvidia("pallas_triton", device)
-    if importlib.util.find_spec(PALLAS_TRITON) is None:
-        raise CannotServe("pallas_triton is no part of this program")
-    importlib.import_module(PALLAS_TRITON).check(levels, generators)
+    dispatch.pallas_triton("cayley", device).check(levels, generators)
 
 
 def choose(
@@ -118,7 +104,6 @@ def choose(
         check_pallas_triton(device, levels, generators)
     except CannotServe as error:
         return "xla", str(error)
-    measured = dispatch.tuned("sngpt_kernels.cayley", device.kind).get(table_key(dtype, levels), {})
-    if fastest := measured.get("implementation"):
+    if fastest := tuned_entry(device, dtype, levels).get("implementation"):
         return fastest, f"the fastest measured on {device.kind}, {dtype}, {len(levels)} levels"
     return "pallas_triton", "on an NVIDIA GPU, where no measurement says another"

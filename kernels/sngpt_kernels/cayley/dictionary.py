@@ -1,26 +1,24 @@
 """The dictionary of parity features: its atoms, its levels and the children of a feature.
 
-It runs on the host with numpy alone. A feature is an integer f. Its atom is a character of F_2^n
-that is read at d = 2^t points: v_f[α] = d^(-1/2) · (-1)^popc(f & w[α]). The low t bits of f choose
-a row of the Walsh-Hadamard matrix. The higher bits choose a quadratic sign mask, which is a trace
-of cubes in GF(2^t). Most masks are bent or almost bent, so atoms are nearly orthogonal. Sources:
-Gold, "Maximal recursive sequences with 3-valued recursive cross-correlation functions" (1968);
-Calderbank, Cameron, Kantor and Seidel, "Z4-Kerdock codes, orthogonal spreads, and extremal
-Euclidean line-sets" (1997).
+It runs on the host with numpy alone. `docs/cayley.md` defines the dictionary. Most sign masks are
+bent or almost bent, so atoms are nearly orthogonal. Sources: Gold, "Maximal recursive sequences
+with 3-valued recursive cross-correlation functions" (1968); Calderbank, Cameron, Kantor and Seidel,
+"Z4-Kerdock codes, orthogonal spreads, and extremal Euclidean line-sets" (1997).
 
 An integer stands for a field element: bit i is the coefficient of z^i, and g = 2 is a generator.
 ⊕ is XOR. popc is the number of one bits.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-# (n, k, degree) per level: its ids and all lower ids are below 2^n, k of them are selected, and
-# degree bounds the children of a parent
+# (n, k, degree) per level: its ids are below 2^n, k are selected, degree bounds a parent's children
 Levels = tuple[tuple[int, int, int], ...]
 Generators = Literal["spread", "prefix"]
 
@@ -29,13 +27,11 @@ PRIMITIVE_POLYNOMIALS = {
     2: 0x7, 3: 0xB, 4: 0x13, 5: 0x25, 6: 0x43, 7: 0x83, 8: 0x11D, 9: 0x211, 10: 0x409, 11: 0x805,
     12: 0x1053, 13: 0x201B, 14: 0x4443, 15: 0x8003, 16: 0x1100B, 17: 0x20009, 18: 0x40081,
 }  # fmt: skip
-# The dictionaries in use have degrees from 256 to 1024. A check of a level makes a table of them.
-MAX_DEGREE = 2**16
-# An id is an int32. One bit is its sign, and the backward pass needs one more for its mask.
-MAX_BITS = 30
+MAX_DEGREE = 2**16  # `check_levels` makes a table of this size.
+MAX_BITS = 30  # An id is an int32. The sign and the backward pass's mask take a bit each.
 
 
-def multiply(a: np.typing.ArrayLike, b: np.typing.ArrayLike, t: int) -> np.ndarray:
+def multiply(a: ArrayLike, b: ArrayLike, t: int) -> np.ndarray:
     """The elementwise product in GF(2^t), int64. `a` and `b` hold 0 … 2^t - 1 and broadcast."""
     a, b = np.broadcast_arrays(np.asarray(a, np.int64), np.asarray(b, np.int64))
     product = np.zeros_like(a)
@@ -46,10 +42,9 @@ def multiply(a: np.typing.ArrayLike, b: np.typing.ArrayLike, t: int) -> np.ndarr
     return product
 
 
-def power(a: np.typing.ArrayLike, exponent: int, t: int) -> np.ndarray:
+def power(a: ArrayLike, exponent: int, t: int) -> np.ndarray:
     """The elementwise power a^exponent in GF(2^t)."""
-    a = np.asarray(a, np.int64)
-    result = np.ones_like(a)
+    result = np.ones_like(a, np.int64)
     while exponent:
         if exponent & 1:
             result = multiply(result, a, t)
@@ -57,10 +52,9 @@ def power(a: np.typing.ArrayLike, exponent: int, t: int) -> np.ndarray:
     return result
 
 
-def trace(a: np.typing.ArrayLike, t: int) -> np.ndarray:
+def trace(a: ArrayLike, t: int) -> np.ndarray:
     """The field trace GF(2^t) → {0, 1}: a + a² + a⁴ + … + a^(2^(t-1)), elementwise."""
-    a = np.asarray(a, np.int64)
-    total = np.zeros_like(a)
+    total = np.zeros_like(a, np.int64)
     for _ in range(t):
         total, a = total ^ a, multiply(a, a, t)
     return total
@@ -68,39 +62,43 @@ def trace(a: np.typing.ArrayLike, t: int) -> np.ndarray:
 
 def mask_basis(t: int) -> list[int]:
     """m_0 … m_(t-1) in GF(2^t). The trace of m_i · α³ is the sign mask of bit t + i."""
-    if t % 2 == 0 and t // 2 % 2 == 1:
-        half = t // 2
-        s = power(2, 2**half + 1, t)  # generates the subfield GF(2^(t/2))
-        return [
-            int(multiply(2, power(s, i, t), t)) if i < half else int(power(s, i - half, t))
-            for i in range(t)
-        ]
-    return [int(power(2, i, t)) for i in range(t)]
+    if t % 4 != 2:
+        return [int(power(2, i, t)) for i in range(t)]
+    half = t // 2
+    s = power(2, 2**half + 1, t)  # generates the subfield GF(2^half)
+    subfield = [int(power(s, i, t)) for i in range(half)]
+    return [*multiply(2, subfield, t).tolist(), *subfield]
 
 
 @functools.cache
 def trace_masks(d: int) -> np.ndarray:
-    """w [d] int64, read-only: the atom of f is d^(-1/2) · (-1)^popc(f & w).
-
-    `d` is a power of two from 4 to 2^18.
-    """
+    """w [d] int64, read-only: the atom of f is d^(-1/2) · (-1)^popc(f & w)."""
     t = d.bit_length() - 1
-    points = np.arange(d, dtype=np.int64)
-    cubes = power(points, 3, t)
-    w = points.copy()
+    w = np.arange(d)
+    cubes = power(w, 3, t)
     for i, m in enumerate(mask_basis(t)):
         w |= trace(multiply(m, cubes, t), t) << (t + i)
     w.setflags(write=False)
     return w
 
 
-def signs(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
+def characters(ids: ArrayLike, points: np.ndarray) -> np.ndarray:
+    """(-1)^popc(id & point) of `ids` [...] and `points` [P]: int8 [..., P]."""
+    odd = np.bitwise_count(np.asarray(ids, np.int64)[..., None] & points) & 1
+    return 1 - 2 * odd.astype(np.int8)
+
+
+def signs(ids: ArrayLike, d: int) -> np.ndarray:
     """The atoms of `ids` [...] times √d: ±1, int8 [..., d]."""
-    odd = np.bitwise_count(np.asarray(ids, np.int64)[..., None] & trace_masks(d)) & 1
-    return (1 - 2 * odd.astype(np.int8)).astype(np.int8)
+    return characters(ids, trace_masks(d))
 
 
-def atoms(ids: np.typing.ArrayLike, d: int) -> np.ndarray:
+def hadamard(n: int) -> np.ndarray:
+    """The Walsh-Hadamard matrix of size n, a power of two: int8 [n, n]."""
+    return characters(np.arange(n), np.arange(n))
+
+
+def atoms(ids: ArrayLike, d: int) -> np.ndarray:
     """The unit vectors v_f of the features `ids` [...], float64 [..., d].
 
     Raises ValueError if d is no power of two from 4 to 2^18 or an id is not in 0 … d² - 1.
@@ -117,22 +115,18 @@ def child_generators(below: int, n: int, degree: int, kind: Generators) -> list[
     """b_0, b_1, …, which span a set U of steps from a parent f < 2^below to its children.
 
     The children are f ⊕ u for every u ∈ U with a new part, which is a one among the bits from
-    `below` on. "spread" gives log2(degree) generators with the low parts g^(7(i+1)) in
-    GF(2^below). The first n - below of them carry the new bits, so children lie far from their
-    parent. "prefix" gives a plain prefix tree: the new bits alone, and `degree` is not used.
+    `below` on. "spread" has log2(degree) generators with the low parts g^(7(i+1)) in GF(2^below),
+    and the first ones carry the new bits. "prefix" has the new bits alone.
     """
     new_bits = [1 << i for i in range(below, n)]
     if kind == "prefix":
         return new_bits
     low = [int(power(2, 7 * (i + 1), below)) for i in range(degree.bit_length() - 1)]
-    return [b | (new_bits[i] if i < len(new_bits) else 0) for i, b in enumerate(low)]
+    return [b | new for b, new in itertools.zip_longest(low, new_bits, fillvalue=0)]
 
 
 def span(basis: Sequence[int]) -> np.ndarray:
-    """All sums (XOR) of subsets of the basis, int64 [2^len(basis)].
-
-    Index j holds the sum of the elements whose bits are set in j.
-    """
+    """int64 [2^len(basis)]: index j holds the XOR of the elements whose bits are set in j."""
     elements = np.zeros(1, np.int64)
     for b in basis:
         elements = np.concatenate([elements, elements ^ b])
@@ -145,10 +139,8 @@ class Children:
 
     group_of_parent: np.ndarray  # int32 [2^n of the level before]
     representatives: np.ndarray  # int32 [groups]: the lowest id of each group of parents
-    # int32 [members]: the u with a new part. Child j of group i is representatives[i] ⊕ steps[j].
-    steps: np.ndarray
-    # int64 [groups], descending: how many parents of the level before each group has
-    most_parents: np.ndarray
+    steps: np.ndarray  # int32 [members]: child j of group i is representatives[i] ⊕ steps[j]
+    most_parents: np.ndarray  # int64 [groups], descending: parents of the level before in a group
 
     def fewest_candidates(self, parents: int) -> int:
         """The least number of distinct children of so many distinct parents."""
@@ -162,27 +154,25 @@ def children(levels: Levels, generators: Generators, level: int) -> Children:
 
     Let W be the u ∈ U without a new part: the span of the generators that carry no new bit. The
     children of f are the union of the cosets f ⊕ c ⊕ W over the sums c ≠ 0 of the other
-    generators. So two parents with f ⊕ f' ∈ W have the same children. Any other two parents share
-    no child: f ⊕ c ⊕ w = f' ⊕ c' ⊕ w' has equal new parts only if c = c', and then
-    f ⊕ f' = w ⊕ w' ∈ W. The parents therefore fall into the cosets of W, and each coset has
-    |U| - |W| children. The distinct cosets of some parents give the *set* of their candidates.
+    generators. So two parents with f ⊕ f' ∈ W have the same children. Any other two share no child:
+    f ⊕ c ⊕ w = f' ⊕ c' ⊕ w' has equal new parts only if c = c', and then f ⊕ f' = w ⊕ w' ∈ W. The
+    parents therefore fall into the cosets of W, and each coset has |U| - |W| children.
     """
     below, n, degree = levels[level - 1][0], *levels[level][::2]
     basis = child_generators(below, n, degree, generators)
-    inside = span(basis[n - below :])  # W
-    lowest = np.arange(2**below, dtype=np.int64)
+    parents = np.arange(2**below)
+    lowest = parents
     # f ⊕ span(b_0 … b_i) has two halves, and its least element is in one of them
     for b in basis[n - below :]:
-        lowest = np.minimum(lowest, lowest[np.arange(2**below) ^ b])
+        lowest = np.minimum(lowest, lowest[parents ^ b])
     representatives, group_of_parent = np.unique(lowest, return_inverse=True)
-    assert len(representatives) * len(inside) == 2**below
-    everything = span(basis)
-    first_parent = 0 if level == 1 else 2 ** levels[level - 2][0]
-    sizes = np.bincount(group_of_parent[first_parent:], minlength=len(representatives))
+    own = level_range(levels, level - 1).start
+    sizes = np.bincount(group_of_parent[own:], minlength=len(representatives))
+    steps = np.sort(span(basis))
     result = Children(
         group_of_parent=group_of_parent.astype(np.int32),
         representatives=representatives.astype(np.int32),
-        steps=np.sort(everything[everything >> below > 0]).astype(np.int32),
+        steps=steps[steps >> below > 0].astype(np.int32),
         most_parents=np.sort(sizes)[::-1],
     )
     for array in vars(result).values():
@@ -218,12 +208,12 @@ class Scheme:
 
     @property
     def features(self) -> int:
-        """F, the number of ids over all levels."""
+        """F."""
         return 2 ** self.levels[-1][0]
 
     @property
     def active(self) -> int:
-        """A = Σk, the selected features per token."""
+        """A = Σk."""
         return sum(k for _, k, _ in self.levels)
 
     def children(self, level: int) -> Children:
@@ -238,22 +228,21 @@ def _require(holds: bool, complaint: str) -> None:
 
 @functools.cache
 def check_levels(levels: Levels, d: int, generators: Generators = "spread") -> None:
-    """Raises ValueError, in one line, unless `levels` is a hierarchy over a model width of `d`."""
-    expected = f'generators is {generators!r}; expected "spread" or "prefix"'
-    _require(generators in get_args(Generators), expected)
-    t = d.bit_length() - 1
-    is_width = d == 2 ** max(t, 0) and t in PRIMITIVE_POLYNOMIALS
+    """Raises ValueError unless `levels` is a hierarchy over a model width of `d`."""
     _require(
-        is_width,
+        generators in get_args(Generators),
+        f'generators is {generators!r}; expected "spread" or "prefix"',
+    )
+    t = d.bit_length() - 1
+    _require(
+        t in PRIMITIVE_POLYNOMIALS and d == 2**t,
         f"a dictionary of parities needs a width that is a power of two from 4 to 2^18, got {d}",
     )
     shaped = bool(levels) and all(len(level) == 3 for level in levels)
     _require(shaped, f"levels is {levels}; expected at least one (n, k, degree)")
     root, _, degree = levels[0]
     _require(root == t, f"level 0 has n = {root}; with width {d} it must be log2({d}) = {t}")
-    _require(
-        degree == 0, f"level 0 has degree {degree}; it has no parents, so its degree must be 0"
-    )
+    _require(degree == 0, f"level 0 has degree {degree}; it has no parents, so it must be 0")
     candidates, limit = d, "the features it has"
     for level, (n, k, degree) in enumerate(levels):
         if level:
@@ -270,7 +259,6 @@ def check_levels(levels: Levels, d: int, generators: Generators = "spread") -> N
 
 
 def _check_spread(level: int, below: int, n: int, degree: int) -> None:
-    """Raises ValueError if the children of `level` have no spread generators."""
     has, new = f"level {level} has degree {degree}", n - below
     _require(
         below in PRIMITIVE_POLYNOMIALS,
@@ -281,6 +269,4 @@ def _check_spread(level: int, below: int, n: int, degree: int) -> None:
     _require(degree <= 2**n, f"{has}; its ids have {n} bits, so at most {2**n} is possible")
     _require(degree >= 2**new, f"{has}; its {new} new bits need at least {2**new}")
     distinct = len(np.unique(span(child_generators(below, n, degree, "spread"))))
-    _require(
-        distinct == degree, f"{has}; its child generators are dependent, take a smaller degree"
-    )
+    _require(distinct == degree, f"{has}; its child generators are dependent, lower it")

@@ -1,18 +1,15 @@
 """Constants, made on the host, with which a kernel scores all children of a parent at once.
 
-The children of a parent f are f ⊕ u with u in a span U. The atom of f ⊕ u is √d · v_f · v_u
-elementwise. So the children's scores are the products of x, with its signs flipped by f, and the
-±1 vectors of U. A basis of U is chosen in two parts, class bits and member bits:
-u = class_steps[j1] ⊕ member_steps[j2]. The class bits split the d points into classes in which a
-vector of the first part is constant. So the kernel sums over the members within each class, which
-is a product with a constant ±1 matrix. Then a small Walsh-Hadamard transform combines the sums of
-the classes:
+The children of a parent f are f ⊕ u with u in a span U. Their scores are the products of x, with
+its signs flipped by f, and the ±1 vectors of U. A basis of U is chosen in two parts, class bits and
+member bits: u = class_steps[j1] ⊕ member_steps[j2]. The class bits split the d points into classes
+in which a vector of the first part is constant. So the kernel multiplies each class with a constant
+±1 matrix, and a small Walsh-Hadamard transform combines the sums of the classes:
 
     Σ_α x_α s_f(α) s_u(α) = Σ_class (-1)^<j1, class> S(class, j2)
     S(class, j2) = Σ_{α in class} x_α s_f(α) (-1)^<j2, member bits of α>
 
-With C classes a parent takes d · |U| / C multiply-adds instead of d · |U|, and the matrices are
-smaller by C as well.
+With C classes, multiply-adds and matrices are smaller by C.
 """
 
 import functools
@@ -22,55 +19,59 @@ import numpy as np
 
 from sngpt_kernels.cayley import dictionary
 from sngpt_kernels.cayley.dictionary import Generators, Levels
-from sngpt_kernels.cayley.sign_words import sign_words
 
-# The transform across classes keeps one tile of sums per class in registers.
-MOST_CLASS_BITS = 3
-# Four warps share the members of a tile, and a tensor core's tile has 8 columns.
-FEWEST_MEMBER_BITS = 5
+MOST_CLASS_BITS = 3  # The transform keeps one tile of sums per class in registers.
+FEWEST_MEMBER_BITS = 5  # Four warps share the members, and a tensor core's tile has 8 columns.
 WORD_BITS = 5  # A class holds whole words of 32 signs.
-# The points of one part of a class. Both operands of a part's product are in registers.
-MOST_POINTS = 128
+MOST_POINTS = 128  # of a part of a class, so that a product's operands fit into registers
+DIGIT_BITS = 5  # The tables of all digits take 4 to 40 kB and stay in a GPU's L1 cache.
+
+
+def sign_words(masks: np.ndarray, n: int) -> np.ndarray:
+    """The signs of the features below 2^n at P `masks` int64 as bits: int32 [ceil(n/5), 32, P/32].
+
+    The exclusive or of a feature's words has the signs of 32 points. There is one table per
+    five-bit digit of the feature. Bit i of word j belongs to mask i·(P/32) + j. It is set if the
+    parity popc(f & w) is odd. A population count per point would run at a quarter of the rate.
+    """
+    digits = np.arange(0, n, DIGIT_BITS)[:, None]
+    features = np.arange(2**DIGIT_BITS) << digits
+    odd = np.bitwise_count(features[..., None, None] & masks.reshape(32, -1)) & 1
+    bits = odd.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]
+    return np.bitwise_or.reduce(bits, axis=-2).view(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """The constants of one level: C classes of K = d / C points, M members.
+    """The constants of one level: C classes of K = d / C points, M ≥ 32 rows of members.
 
     Arrays are read-only.
     """
 
     class_steps: tuple[int, ...]  # the C sums of class bits, none with a new part
-    # int32 [M]: the sums of the member bits, and zeros from `members` on
-    member_steps: np.ndarray
-    members: int  # how many of the M ≥ 32 rows are members
-    # Member j has a new part if any of the lowest `new_bits` bits of j is set.
-    new_bits: int
+    member_steps: np.ndarray  # int32 [M]: the sums of the member bits, then zeros
+    members: int  # how many of the M rows are members
+    new_bits: int  # Member j has a new part if any of the lowest `new_bits` bits of j is set.
     points: np.ndarray  # int32 [d / K, K]: the points of each part, class by class
-    # int8 [d / K, M, K]: (-1)^<j2, member bits of the point>, and zeros from row `members` on
-    matrix: np.ndarray
-    # int32 [digits, 32, d / 32]: `sign_words` of the parents, K / 32 words per part
-    words: np.ndarray
+    matrix: np.ndarray  # int8 [d / K, M, K]: the signs of the members, then rows of zeros
+    words: np.ndarray  # int32 [digits, 32, d / 32]: `sign_words` of the parents, part by part
 
 
 def _balanced_subspace(elements: np.ndarray, d: int, bits: int) -> list[int]:
-    """The largest basis of at most `bits` of `elements` that splits d points into equal classes.
-
-    The classes are equal exactly if the ±1 vector of every sum of the basis adds up to 0.
+    """The largest basis of at most `bits` of `elements` that splits d points into equal classes:
+    the ±1 vector of every sum of the basis adds up to 0.
     """
     sums = dictionary.signs(elements, d).sum(-1, dtype=np.int64)
     balanced = set(elements[sums == 0].tolist())
 
     def extend(basis: list[int], candidates: list[int]) -> list[int]:
         best = basis
-        if len(basis) < bits:
-            sums = dictionary.span(basis).tolist()
-            for u in candidates:
-                if u in sums or any(u ^ s not in balanced for s in sums):
-                    continue
-                best = max(best, extend([*basis, u], [v for v in candidates if v > u]), key=len)
-                if len(best) == bits:
-                    break
+        sums = set(dictionary.span(basis).tolist())
+        for i, u in enumerate(candidates):
+            if len(best) == bits:
+                break
+            if u not in sums and balanced.issuperset(u ^ s for s in sums):
+                best = max(best, extend([*basis, u], candidates[i + 1 :]), key=len)
         return best
 
     return extend([], sorted(balanced))
@@ -79,45 +80,36 @@ def _balanced_subspace(elements: np.ndarray, d: int, bits: int) -> list[int]:
 @functools.cache
 def fold(levels: Levels, generators: Generators, level: int) -> Fold:
     """The fold of level ≥ 1 of valid `levels` with d ≥ 32."""
-    d, below, n = 2 ** levels[0][0], levels[level - 1][0], levels[level][0]
-    basis = dictionary.child_generators(below, n, levels[level][2], generators)
-    inherited = basis[n - below :]  # the generators without a new part
+    d, below, (n, _, degree) = 2 ** levels[0][0], levels[level - 1][0], levels[level]
+    basis = dictionary.child_generators(below, n, degree, generators)
+    inherited = dictionary.span(basis[n - below :])  # the steps without a new part
     most = min(MOST_CLASS_BITS, len(basis) - FEWEST_MEMBER_BITS, d.bit_length() - 1 - WORD_BITS)
-    class_bits = _balanced_subspace(dictionary.span(inherited), d, max(most, 0))
+    class_bits = _balanced_subspace(inherited, d, max(most, 0))
     member_bits: list[int] = []
     for b in basis:  # generators with new parts come first
         if b not in dictionary.span([*class_bits, *member_bits]):
             member_bits.append(b)
     w = dictionary.trace_masks(d)
-    classes = sum(
-        (np.bitwise_count(b & w).astype(np.int64) & 1) << i for i, b in enumerate(class_bits)
-    ) + np.zeros(d, np.int64)
+    classes = np.zeros(d, np.int64)
+    for i, b in enumerate(class_bits):
+        classes |= (np.bitwise_count(b & w).astype(np.int64) & 1) << i
     points = np.argsort(classes, kind="stable").reshape(-1, min(d >> len(class_bits), MOST_POINTS))
+    parts, size = points.shape
     members = 2 ** len(member_bits)
-    rows = max(members, 2**FEWEST_MEMBER_BITS)
-    member_steps = np.zeros(rows, np.int32)
-    member_steps[:members] = dictionary.span(member_bits)
-    matrix = np.zeros((len(points), rows, points.shape[1]), np.int8)
-    matrix[:, :members] = dictionary.signs(member_steps[:members], d)[:, points].swapaxes(0, 1)
+    missing = max(2**FEWEST_MEMBER_BITS - members, 0)
+    member_steps = dictionary.span(member_bits).astype(np.int32)
+    matrix = dictionary.signs(member_steps, d)[:, points].swapaxes(0, 1)
     # [32, parts, words]: bit i of every part's words
-    by_word = points.reshape(len(points), 32, -1).swapaxes(0, 1).reshape(-1)
+    by_word = points.reshape(parts, 32, size // 32).swapaxes(0, 1).reshape(-1)
     result = Fold(
         class_steps=tuple(dictionary.span(class_bits).tolist()),
-        member_steps=member_steps,
+        member_steps=np.pad(member_steps, (0, missing)),
         members=members,
         new_bits=n - below,
         points=points.astype(np.int32),
-        matrix=matrix,
+        matrix=np.pad(matrix, ((0, 0), (0, missing), (0, 0))),
         words=sign_words(w[by_word], below),
     )
     for array in (result.member_steps, result.points, result.matrix, result.words):
         array.setflags(write=False)
     return result
-
-
-def hadamard(n: int) -> np.ndarray:
-    """The Walsh-Hadamard matrix of size n, a power of two: int8, padded to at least [16, 16]."""
-    index = np.arange(n)
-    matrix = np.zeros((max(n, 16),) * 2, np.int8)
-    matrix[:n, :n] = 1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(np.int8)
-    return matrix

@@ -3,31 +3,25 @@
 Level 0 is a Walsh-Hadamard transform, two products with small matrices. Later levels score the
 children of their parents as `folding` describes. All products are of ±1 and bfloat16, on the
 tensor cores. A float32 is split into three bfloat16 that add up to it exactly, so that only sums
-round. `pallas_select` chooses the k best. The chosen go to the next level through memory, because
-a kernel has no other way to exchange values between threads at computed positions.
-
-Four warps encode a token. Tiles of scores are [16 parents, members]. Triton divides this shape
-among four warps, and no warp repeats the work of another.
+round. Four warps encode a token and share tiles of scores [16 parents, members].
 """
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme
-from sngpt_kernels.cayley.folding import Fold, fold, hadamard
+from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme, hadamard
+from sngpt_kernels.cayley.folding import Fold, fold
+from sngpt_kernels.cayley.pallas_decode import THREADS, words
 from sngpt_kernels.cayley.pallas_select import NEVER, Tile, add_up, all_bits, keys_of, select
 from sngpt_kernels.cayley.reference import STD_FLOOR
-from sngpt_kernels.cayley.sign_words import words
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
 from sngpt_kernels.dispatch import CannotServe
 
 PARENTS = 16  # per block: the rows of a tensor core's tile
-THREADS = 128  # per program, four warps
 MOST_TILES = 31  # of candidates; an int32 marks which tiles are chosen
 MOST_HELD = 64  # candidates per thread; more do not fit into its registers
 
@@ -44,10 +38,7 @@ class _Level(NamedTuple):
 
 
 def barrier(interpret: bool) -> None:
-    """Loads after it see the stores that other threads of this program made before it.
-
-    Interpretation has no threads and no barrier.
-    """
+    """Loads after it see the stores that other threads of this program made before it."""
     if not interpret:
         plgpu.debug_barrier()
 
@@ -58,8 +49,7 @@ def _grid(d: int) -> tuple[int, int]:
     return 2 ** (t - t // 2), 2 ** (t // 2)
 
 
-def _blocks(levels: Levels, level: int) -> range:
-    """The blocks of the parents of `level`."""
+def _parent_blocks(levels: Levels, level: int) -> range:
     return range(-(-levels[level - 1][1] // PARENTS))
 
 
@@ -70,23 +60,20 @@ def check(levels: Levels, generators: Generators) -> None:
         raise CannotServe(f"pallas_triton serves widths from 64 to 2048; x has {d}")
     for level in range(1, len(levels)):
         folded = fold(levels, generators, level)
-        tiles = len(_blocks(levels, level)) * len(folded.class_steps)
+        tiles = len(_parent_blocks(levels, level)) * len(folded.class_steps)
         held = tiles * PARENTS * folded.member_steps.size // THREADS
         if tiles > MOST_TILES or held > MOST_HELD:
-            parents, degree = levels[level - 1][1], levels[level][2]
-            raise CannotServe(
-                f"pallas_triton keeps candidates in registers; level {level} has {parents} x"
-                f" {degree}, too many"
-            )
+            has = f"level {level} has {levels[level - 1][1]} x {levels[level][2]}"
+            raise CannotServe(f"pallas_triton keeps candidates in registers; {has}, too many")
 
 
 def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
     """The `constant_refs` of `encode_token`: inputs of the kernel that no token or layer changes.
 
-    Raises CannotServe as `check` does.
+    The two matrices of level 0 have at least 16 rows and columns.
     """
-    check(scheme.levels, scheme.generators)
-    result = [hadamard(n).astype(jnp.bfloat16) for n in _grid(scheme.width)]
+    padded = [np.pad(hadamard(n), (0, max(16 - n, 0))) for n in _grid(scheme.width)]
+    result = [matrix.astype(jnp.bfloat16) for matrix in padded]
     for level in range(1, len(scheme.levels)):
         table, folded = scheme.children(level), fold(scheme.levels, scheme.generators, level)
         result += _Level(
@@ -100,14 +87,11 @@ def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
     return tuple(result)
 
 
-def tables(
-    mean: jax.Array, std: jax.Array, bias: jax.Array, scheme: Scheme
-) -> tuple[jax.Array, ...]:
+def tables(mean: Array, std: Array, bias: Array, scheme: Scheme) -> tuple[Array, ...]:
     """The `table_refs` of `encode_token`, float32: scale and offset of y = scale · sum + offset.
 
     They are [d] at level 0, then [groups, classes, members], so that the children of a parent lie
-    together. Without `forward_standardized` the deviations and biases [F] follow. They turn a
-    standardized score back.
+    together. Without `forward_standardized` the deviations and biases [F] follow.
     """
     deviation = jnp.maximum(std, STD_FLOOR)
     scale = 1 / deviation / np.float32(np.sqrt(scheme.width))
@@ -123,46 +107,41 @@ def tables(
     return tuple(result) if scheme.forward_standardized else (*result, deviation, bias)
 
 
-def _pieces(x: jax.Array) -> tuple[jax.Array, ...]:
+def _pieces(x: Array) -> list[Array]:
     """bfloat16 numbers whose sum is x exactly: x itself, or three parts of a float32."""
     if x.dtype == jnp.bfloat16:
-        return (x,)
+        return [x]
     pieces = []
     # The bits are cut off by a mask. A compiler may drop a conversion to bfloat16 and back.
     for _ in range(2):
         bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
-        high = lax.bitcast_convert_type(bits, jnp.float32)
-        pieces.append(high)
-        x = x - high
-    return tuple(piece.astype(jnp.bfloat16) for piece in (*pieces, x))
+        pieces.append(lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - pieces[-1]
+    return [piece.astype(jnp.bfloat16) for piece in (*pieces, x)]
 
 
-def _zero(row: jax.Array) -> jax.Array:
-    """0, unknown to the compiler.
-
-    A sum with it keeps the compiler from computing the addresses of constants ahead of the loop
-    over a program's tokens. So many addresses would take most of the registers.
+def _zero(row: Array) -> Array:
+    """0, unknown to the compiler, so that no addresses computed ahead of the loop over tokens fill
+    the registers.
     """
     return row >> 31
 
 
-def _slots(size: int) -> jax.Array:
-    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere.
-
-    Of contiguous slots a thread would load several neighbours at once and exchange them with other
-    threads afterwards.
+def _slots(size: int) -> Array:
+    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere and
+    exchanges nothing with others.
     """
     return plgpu.max_contiguous(lax.iota(jnp.int32, size), 1)
 
 
 def _roots(
-    row: jax.Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any
+    row: Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any
 ) -> Tile:
     """The candidates of level 0."""
     rows, columns = _grid(x_ref.shape[-1])
     shape = (left_ref.shape[0], right_ref.shape[0])
 
-    def points(i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def points(i: Array, j: Array) -> tuple[Array, Array]:
         return i * columns + j, (i < rows) & (j < columns)
 
     ids, inside = points(*(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)))
@@ -180,14 +159,11 @@ def _roots(
 
 
 def _parents(
-    row: jax.Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any
-) -> tuple[jax.Array, jax.Array]:
-    """(groups, first) [PARENTS] of a block of the k parents.
+    row: Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any
+) -> tuple[Array, Array]:
+    """The groups of a block of the k parents, and which parents are the first of their group."""
 
-    `first` is true for the first parent of its group.
-    """
-
-    def load(slots: jax.Array) -> jax.Array:
+    def load(slots: Array) -> Array:
         ids = plgpu.load(saved_ref.at[row, start + slots], mask=slots < k, other=0)
         return plgpu.load(group_ref.at[ids], mask=slots < k, other=0)
 
@@ -198,7 +174,7 @@ def _parents(
     return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
 
 
-def _parent_signs(level: _Level, index: jax.Array, representatives: jax.Array) -> jax.Array:
+def _parent_signs(level: _Level, index: Array, representatives: Array) -> Array:
     """The signs of the parents at the points of one part of a class: bfloat16 [K, PARENTS]."""
     columns = level.points.shape[1] // 32
     shape = (columns, PARENTS)
@@ -212,24 +188,21 @@ def _parent_signs(level: _Level, index: jax.Array, representatives: jax.Array) -
 
 
 def _children(
-    row: jax.Array,
-    parents: list[tuple[jax.Array, jax.Array]],
+    row: Array,
+    parents: list[tuple[Array, Array]],
     x_ref: Any,
     level: _Level,
-    table_refs: tuple[Any, ...],
+    scale_ref: Any,
+    offset_ref: Any,
     folded: Fold,
 ) -> list[Tile]:
     """The children of the parents' groups: a tile of PARENTS · M per block of parents and class."""
-    scale_ref, offset_ref = table_refs
     classes = range(len(folded.class_steps))
     representatives = [level.representatives[groups] for groups, _ in parents]
     parts = level.points.shape[0] // len(classes)  # per class
 
-    def add_part(part: jax.Array, sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        """Adds the share of one part of a class to Σ_class (-1)^<i, class> · S(class).
-
-        There is one sum per block and i.
-        """
+    def add_part(part: Array, sums: list[list[Array]]) -> list[list[Array]]:
+        """Adds a part of a class to Σ_class (-1)^<i, class> · S(class), per block and i."""
         matrix, x = level.matrix[part, :, :], x_ref[row, level.points[part, :]]
         signed = [(matrix * piece[None, :]).T for piece in _pieces(x)]
         sign = [
@@ -249,14 +222,13 @@ def _children(
     zeros = jnp.zeros((PARENTS, folded.member_steps.size), jnp.float32)
     nothing = [[zeros] * len(classes)] * len(parents)
     sums = lax.fori_loop(0, level.points.shape[0], add_part, nothing)
+
+    def spread(values: Array) -> Array:
+        return jnp.broadcast_to(values[:, None], zeros.shape).reshape(-1)
+
     tiles = []
     for (groups, first), f, totals in zip(parents, representatives, sums, strict=True):
-        shape = totals[0].shape
-        member = _slots(shape[0] * shape[1]) & (shape[1] - 1)
-
-        def spread(values: jax.Array, shape: tuple[int, ...] = shape) -> jax.Array:
-            return jnp.broadcast_to(values[:, None], shape).reshape(-1)
-
+        member = _slots(zeros.size) & (zeros.shape[1] - 1)
         is_member = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
         kept = all_bits(is_member) & spread(all_bits(first))
         group, child = spread(groups), spread(f) ^ level.member_steps[member + _zero(row)]
@@ -267,7 +239,7 @@ def _children(
 
 
 def _finish(
-    row: jax.Array,
+    row: Array,
     active: int,
     saved_ref: Any,
     c_ref: Any,
@@ -291,7 +263,7 @@ def _finish(
 
 
 def encode_token(
-    row: jax.Array,
+    row: Array,
     x_ref: Any,
     constant_refs: tuple[Any, ...],
     table_refs: tuple[Any, ...],
@@ -300,21 +272,10 @@ def encode_token(
     scheme: Scheme,
     interpret: bool,
 ) -> None:
-    """In a kernel: the code of x_ref[row], A = Σk entries level by level.
+    """In a kernel: writes the code of the token x_ref[row], level by level.
 
-    Entries of one level are in no order. The function reads `saved_ref` and `c_ref` again, so a
-    barrier must follow it.
-
-    Args:
-      row: the token, int32.
-      x_ref: [N, d] bfloat16 or float32.
-      constant_refs: of `constants`.
-      table_refs: of `tables`.
-      saved_ref: [N, A] int32, written at `row`: the ids, with bit 30 set where c > 0.
-      c_ref: [N, A] float32, written at `row`: the coefficients c ≥ 0; +inf if a score is not
-        finite.
-      scheme: of the code. Static.
-      interpret: whether the kernel runs in plain jax. Static.
+    saved_ref[row] [A] gets the ids, with the active bit where c > 0. c_ref[row] [A] gets c, +inf if
+    a score is not finite. A barrier must follow. The other refs are of `constants` and `tables`.
     """
     levels, fields = scheme.levels, len(_Level._fields)
     roots = _roots(row, x_ref, *constant_refs[:2], *table_refs[:2])
@@ -326,12 +287,12 @@ def encode_token(
         k = levels[index - 1][1]
         parents = [
             _parents(row, start, k, block, saved_ref, level.group_of_parent)
-            for block in _blocks(levels, index)
+            for block in _parent_blocks(levels, index)
         ]
         start += k
         folded = fold(levels, scheme.generators, index)
-        of_level = table_refs[2 * index : 2 * index + 2]
-        children = _children(row, parents, x_ref, level, of_level, folded)
+        scale_ref, offset_ref = table_refs[2 * index : 2 * index + 2]
+        children = _children(row, parents, x_ref, level, scale_ref, offset_ref, folded)
         select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
     barrier(interpret)
     _finish(row, scheme.active, saved_ref, c_ref, table_refs[2 * len(levels) :], interpret)

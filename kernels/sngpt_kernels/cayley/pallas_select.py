@@ -1,7 +1,6 @@
 """Selection on chip: the k best of some tiles of candidates, inside a Pallas Triton kernel.
 
-Scores stay in registers. A bisection finds the k best by integer keys that order like the scores:
-it counts the keys that reach a threshold.
+A bisection finds the threshold that k integer keys reach. The keys order like the scores.
 """
 
 import functools
@@ -9,57 +8,58 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley import dictionary
-
-_Writing = tuple[jax.Array, jax.Array, jax.Array]  # chosen, position, rounds
 
 NEVER = -(2**31)  # the key of a candidate that must not be chosen; below the key of any number
 INFINITY = 0x7F800000  # the key of +inf
 
 
 class Tile(NamedTuple):
-    """One tile of candidates. Their ids are base ⊕ step. Tiles that share bases save registers."""
+    """Candidates with the ids base ⊕ step. Tiles that share bases save registers."""
 
-    keys: jax.Array  # int32 [S]
-    base: jax.Array  # int32 [S]
+    keys: Array  # int32 [S]
+    base: Array  # int32 [S]
     step: int
 
 
-def add_up(terms: Sequence[jax.Array]) -> jax.Array:
+def add_up(terms: Sequence[Array]) -> Array:
     """The sum of arrays, from the left."""
     return functools.reduce(operator.add, terms)
 
 
-def keys_of(y: jax.Array, kept: jax.Array) -> jax.Array:
+def _ordered(bits: Array) -> Array:
+    """The bits of a float32 as an integer that orders like it, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def keys_of(y: Array, kept: Array) -> Array:
     """int32 keys that order like y, which is never -0. A y that is not finite counts as +inf.
 
     The key is NEVER where `kept` has no bits set.
     """
-    bits = lax.bitcast_convert_type(y, jnp.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = _ordered(lax.bitcast_convert_type(y, jnp.int32))
     keys = jnp.where(jnp.abs(y) < jnp.inf, keys, INFINITY)
     return (keys & kept) | (NEVER & ~kept)
 
 
-def all_bits(mask: jax.Array) -> jax.Array:
+def all_bits(mask: Array) -> Array:
     """int32 with every bit set where `mask`, else 0: long-lived masks would use up predicates."""
     return jnp.where(mask, jnp.int32(-1), jnp.int32(0))
 
 
-def _count(masks: list[jax.Array]) -> jax.Array:
+def _count(masks: list[Array]) -> Array:
     return jnp.sum(add_up([mask.astype(jnp.int32) for mask in masks]))
 
 
-def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+def _threshold(keys: list[Array], k: int) -> tuple[Array, Array]:
     """(t, n): n keys are at least t. Either n = k, or n > k and t is the k-th largest key."""
     top = jnp.max(functools.reduce(jnp.maximum, keys))
 
-    def narrow(state: tuple[jax.Array, ...], middle: jax.Array) -> tuple[jax.Array, ...]:
+    def narrow(state: tuple[Array, ...], middle: Array) -> tuple[Array, ...]:
         low, high, reached = state  # k or more keys are at least low, fewer are at least high
         n = _count([key >= middle for key in keys])
         return (
@@ -68,11 +68,11 @@ def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
             jnp.where(n >= k, n, reached),
         )
 
-    def searching(state: tuple[jax.Array, ...]) -> jax.Array:
+    def searching(state: tuple[Array, ...]) -> Array:
         low, high, reached = state
         return (reached != k) & (low + 1 < high)
 
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def halve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, _ = state
         return narrow(state, (low & high) + ((low ^ high) >> 1))  # their mean, without overflow
 
@@ -83,19 +83,19 @@ def _threshold(keys: list[jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
     return low, reached
 
 
-def _mark(tiles: list[Tile], chosen: Callable[[Tile], jax.Array]) -> jax.Array:
+def _mark(tiles: list[Tile], chosen: Callable[[Tile], Array]) -> Array:
     """int32 [S]: bit i is set where tile i is `chosen`."""
     return add_up([jnp.where(chosen(tile), 1 << i, 0) for i, tile in enumerate(tiles)])
 
 
-def _mark_by_id(tiles: list[Tile], k: int, t: jax.Array) -> jax.Array:
+def _mark_by_id(tiles: list[Tile], k: int, t: Array) -> Array:
     """`_mark` of the keys above t, and of keys equal to t with the lowest ids up to k in all."""
     missing = k - _count([tile.keys > t for tile in tiles])
 
-    def equal(tile: Tile, last: jax.Array) -> jax.Array:
+    def equal(tile: Tile, last: Array) -> Array:
         return (tile.keys == t) & ((tile.base ^ tile.step) <= last)
 
-    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state  # fewer than `missing` have ids up to low, enough have ids up to high
         middle = (low + high) >> 1
         enough = _count([equal(tile, middle) for tile in tiles]) >= missing
@@ -107,18 +107,12 @@ def _mark_by_id(tiles: list[Tile], k: int, t: jax.Array) -> jax.Array:
 
 
 def select(
-    tiles: list[Tile],
-    k: int,
-    row: jax.Array,
-    start: int,
-    saved_ref: Any,
-    y_ref: Any,
-    interpret: bool,
+    tiles: list[Tile], k: int, row: Array, start: int, saved_ref: Any, y_ref: Any, interpret: bool
 ) -> None:
     """Writes the ids and y of the k largest keys to [row, start:start + k].
 
-    Of equal keys the lower id wins. The tiles have one shape. Few places of it are chosen in more
-    than one or two tiles. So each round writes one candidate per place, for all places at once.
+    Of equal keys the lower id wins. Few places are chosen in more than one or two tiles. So each
+    round writes one candidate per place, for all places at once.
     """
     t, reached = _threshold([tile.keys for tile in tiles], k)
     chosen = lax.cond(
@@ -129,7 +123,7 @@ def select(
     counts = lax.population_count(chosen)
     position = jnp.cumsum(counts) - counts + start
 
-    def write(state: _Writing) -> _Writing:
+    def write(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         chosen, position, rounds = state
         lowest = chosen & -chosen
         key, base = tiles[0].keys, tiles[0].base
@@ -139,14 +133,12 @@ def select(
             key, step = jnp.where(this, tile.keys, key), jnp.where(this, tile.step, step)
             if tile.base is not tiles[i - 1].base:
                 base = jnp.where(lowest >= 1 << i, tile.base, base)
-        y = lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
+        y = lax.bitcast_convert_type(_ordered(key), jnp.float32)
         mask = chosen != 0
-        # Interpretation stores the old value at masked positions, in no order with other stores.
-        # It is sent out of bounds.
+        # Interpretation stores the old value at masked positions, so they are out of bounds.
         slot = jnp.where(mask, position, saved_ref.shape[1]) if interpret else position
         plgpu.store(saved_ref.at[row, slot], base ^ step, mask=mask)
         plgpu.store(y_ref.at[row, slot], y, mask=mask)
         return chosen ^ lowest, position + 1, rounds - 1
 
-    rounds = jnp.max(counts)
-    lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, rounds))
+    lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, jnp.max(counts)))

@@ -1,7 +1,6 @@
-"""The definition of the operation in numpy float64, one token at a time.
+"""The definition of the operation in numpy float64: plain sets and sums, one token at a time.
 
-It is slow on purpose: plain sets and sums. The implementations share only atoms and child
-generators with it, and tests compare them with it.
+The implementations share only atoms and child generators with it.
 """
 
 from typing import NamedTuple
@@ -15,10 +14,7 @@ STD_FLOOR = 1e-3  # the least divisor instead of a standard deviation; part of t
 
 
 class Code(NamedTuple):
-    """The code of N tokens of A = Σk features each.
-
-    Features are in the order of levels, then of descending y, then of ids.
-    """
+    """The code of N tokens of A = Σk features, by level, then descending y, then id."""
 
     x_hat: np.ndarray  # [N, d]
     ids: np.ndarray  # int64 [N, A]
@@ -26,10 +22,8 @@ class Code(NamedTuple):
 
 
 def scores(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n].
-
-    The division comes last, so that equal sums give equal scores.
-    """
+    """⟨x, v_f⟩ for one x [d] and the features `ids` [n]: [n]."""
+    # The division comes last, so that equal sums give equal scores.
     return dictionary.signs(ids, len(x)) @ np.asarray(x, np.float64) / np.sqrt(len(x))
 
 
@@ -55,9 +49,8 @@ def encode_decode(
     """The code of x [N, d] as `api.encode_decode` describes it; mean [d], std and bias [F]."""
     x, mean, std, bias = (np.asarray(a, np.float64) for a in (x, mean, std, bias))
     steps = [child_steps(levels, level, generators) for level in range(1, len(levels))]
-    active = sum(k for _, k, _ in levels)
-    ids, c = np.zeros((len(x), active), np.int64), np.zeros((len(x), active))
-    for token, centred in enumerate(x - mean):
+    codes = []
+    for centred in x - mean:
         chosen: list[tuple[float, int, float]] = []  # (-y, id, coefficient), of all levels
         selected = chosen  # of the level before
         candidates = set(range(2 ** levels[0][0]))
@@ -71,8 +64,10 @@ def encode_decode(
             ranked = sorted(zip((-y).tolist(), f.tolist(), coefficients.tolist(), strict=True))
             selected = ranked[:k]
             chosen += selected
-        ids[token] = [f for _, f, _ in chosen]
-        c[token] = [coefficient for _, _, coefficient in chosen]
+        codes.append(chosen)
+    active = sum(k for _, k, _ in levels)
+    _, ids, c = np.moveaxis(np.reshape(np.array(codes), (len(x), active, 3)), -1, 0)
+    ids = ids.astype(np.int64)
     return Code(np.einsum("na,nad->nd", c, dictionary.atoms(ids, x.shape[-1])), ids, c)
 
 
@@ -82,8 +77,7 @@ def gradients(
     """(∂L/∂x [N, d], ∂L/∂bias [F]) for ∂L/∂x_hat [N, d], through the selected features alone."""
     v = dictionary.atoms(code.ids, dx_hat.shape[-1])
     g = np.einsum("nad,nd->na", v, np.asarray(dx_hat, np.float64)) * (code.c > 0)
-    dbias = np.zeros(len(std))
-    np.add.at(dbias, code.ids, g)
+    dbias = np.bincount(code.ids.ravel(), g.ravel(), len(std))
     if forward_standardized:
         g = g / np.maximum(np.asarray(std, np.float64)[code.ids], STD_FLOOR)
     return np.einsum("na,nad->nd", g, v), dbias

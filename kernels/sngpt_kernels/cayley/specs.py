@@ -1,7 +1,5 @@
 """Real shapes of the operation: one layer of a recipe's codes, for 8,192 tokens."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +12,6 @@ from sngpt_kernels.cayley.folding import fold
 
 TOKENS = 8192
 REFERENCE_TOKENS = 16  # the reference takes about 0.1 s per token
-
-
-def _run(
-    levels: Levels, *arrays: jax.Array, implementation: Implementation | None = None
-) -> jax.Array:
-    x, mean, std, bias = arrays
-    return encode_decode(x, mean, std, bias, levels, implementation=implementation)[0]
-
-
-def _reference(levels: Levels, *arrays: np.ndarray) -> np.ndarray:
-    x, mean, std, bias = arrays
-    return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, levels).x_hat
 
 
 def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
@@ -42,6 +28,12 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
             0.1 * jax.random.normal(bias, (features,)),
         )
 
+    def run(*arrays: jax.Array, implementation: Implementation | None = None) -> jax.Array:
+        return encode_decode(*arrays, levels, implementation=implementation)[0]
+
+    def in_float64(x: np.ndarray, *statistics: np.ndarray) -> np.ndarray:
+        return reference.encode_decode(x[:REFERENCE_TOKENS], *statistics, levels).x_hat
+
     # level 0 is two products with square matrices
     scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))
     for level in range(1, len(levels)):
@@ -52,9 +44,9 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
     return Case(
         name=name,
         make=make,
-        run=partial(_run, levels),
+        run=run,
         differentiated=(0, 3),
-        reference=partial(_reference, levels),
+        reference=in_float64,
         implementations=("xla", "pallas_triton"),
         # decoding is signed sums and no matrix products
         forward=Cost(matmul_flops=2 * TOKENS * scored, bytes=moved),

@@ -1,52 +1,49 @@
 """The public operation: it checks its arguments, chooses an implementation and calls it."""
 
-import importlib
-import importlib.util
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sngpt_kernels import dispatch
-from sngpt_kernels.dispatch import CannotServe, Device
-from sngpt_kernels.xsa import cudnn, xla
+from sngpt_kernels.dispatch import CannotServe, Device, describe
+from sngpt_kernels.xsa import xla
 
 Implementation = Literal["xla", "cudnn", "pallas_triton"]
 
-# It is imported by name, so that a bundled program can do without it and run the others.
-PALLAS_TRITON = "sngpt_kernels.xsa.pallas_triton"
 # xla may store so many bytes of float32 scores if a kernel could do without them
 SCORES_BYTES = 2**30
 
 
-def table_key(dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> str:
-    """The key of these arguments in the table `tuned/<device>.json`.
-
-    The entry is {"implementation": the fastest one, "config": its block sizes}. `length` T is
-    rounded up to a power of two.
-    """
+def tuned_entry(
+    device: Device, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool
+) -> dict[str, Any]:
+    """The entry of these arguments in the device's table, or {}."""
     rounded = 1 << (length - 1).bit_length()
-    return f"{dtype}_t{rounded}_h{head_size}{'_exclusive' * exclusive}"
+    key = f"{dtype}_t{rounded}_h{head_size}{'_exclusive' * exclusive}"
+    return dispatch.tuned("sngpt_kernels.xsa", device.kind).get(key, {})
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
     exclusive: bool,
     scale: float,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Array:
     """Causal softmax(scale · q kᵀ) v, without the position's own value if `exclusive`.
 
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245).
-    Exclusive self-attention (XSA, arXiv:2603.09078) is y - ⟨y, v̂⟩ v̂ with
-    v̂ = v / max(|v|, 1e-12), for v of the same position and key/value head. The softmax and the
-    exclusion are float32. The operation is differentiable in q, k and v. It works under jit, vmap,
-    jax.checkpoint and inside jax.shard_map(check_vma=False). The gradients of `pallas_triton` have
-    no derivative.
+    `xla.exclude_own_value` defines the exclusion. The softmax and the exclusion are float32. The
+    operation is differentiable in q, k and v. It works under jit, vmap, jax.checkpoint and inside
+    jax.shard_map(check_vma=False). The gradients of `pallas_triton` have no derivative.
+
+    `xla` stores the scores [B, H, T, T], the others nothing of size T². With `cudnn`, XLA adds the
+    exclusion as one elementwise kernel.
 
     Args:
       q: [B, T, H, h], bfloat16 or float32.
@@ -55,7 +52,7 @@ def attention(
       exclusive: whether to remove the direction of a position's own value. Static.
       scale: of the products q kᵀ, above 0. Static.
       implementation: None chooses by the device that the code is traced for, from its table in
-        `tuned` if there is an entry, and logs the choice once.
+        `tuned` if there is an entry.
 
     Returns:
       [B, T, H, h] in q's dtype.
@@ -64,53 +61,54 @@ def attention(
       ValueError: an argument is not as described.
       CannotServe: the named implementation does not serve these arguments on this device.
     """
-    if implementation is not None and implementation not in get_args(Implementation):
-        expected = f"one of {', '.join(get_args(Implementation))}, or None"
-        raise ValueError(f"implementation is {implementation!r}; expected {expected}")
-    _check(q, k, v, scale)
+    dispatch.check_name(implementation, get_args(Implementation))
+    _check_arguments(q, k, v, scale)
     device = dispatch.current_device()
-    if implementation:
-        check(implementation, device, q)
-        chosen, reason = implementation, "as asked"
+    chosen, reason = implementation or "", "as asked"
+    if chosen:
+        check(chosen, device, q)
     else:
         chosen, reason = choose(device, q, exclusive)
     dispatch.announce("xsa.attention" if exclusive else "attention", chosen, reason)
     if chosen == "pallas_triton":
-        return importlib.import_module(PALLAS_TRITON).attention(q, k, v, exclusive, scale)
-    return (cudnn if chosen == "cudnn" else xla).attention(q, k, v, exclusive, scale)
+        return dispatch.pallas_triton("xsa", device).attention(q, k, v, exclusive, scale)
+    if chosen == "cudnn":
+        static = {"scale": scale, "is_causal": True, "implementation": "cudnn"}
+        y = jax.nn.dot_product_attention(q, k, v, **static)
+    else:
+        y = xla.causal_attention(q, k, v, scale)
+    return xla.exclude_own_value(y, v) if exclusive else y
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
-    found = {
-        name: f"{name} is {a.dtype} {list(a.shape)}" for name, a in [("q", q), ("k", k), ("v", v)]
-    }
+def _check_arguments(q: Array, k: Array, v: Array, scale: float) -> None:
     if q.ndim != 4 or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"{found['q']}; expected bfloat16 or float32 [B, T, H, h]")
+        raise ValueError(f"q is {describe(q)}; expected bfloat16 or float32 [B, T, H, h]")
     B, T, H, h = q.shape
     K = k.shape[2] if k.ndim == 4 else 0
     if K == 0 or H % K or k.shape != (B, T, K, h) or k.dtype != q.dtype:
         expected = f"{q.dtype} [{B}, {T}, K, {h}] with K a divisor of {H}, as q is {list(q.shape)}"
-        raise ValueError(f"{found['k']}; expected {expected}")
+        raise ValueError(f"k is {describe(k)}; expected {expected}")
     if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"{found['v']}; expected {k.dtype} {list(k.shape)}, as k")
+        raise ValueError(f"v is {describe(v)}; expected {describe(k)}, as k")
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale!r}; expected a number above 0")
 
 
-def check(implementation: Implementation, device: Device, q: jax.Array) -> None:
+def check(implementation: Implementation, device: Device, q: Array) -> None:
     """Raises CannotServe, with the reason, if the implementation cannot serve q on that device."""
-    if implementation == "cudnn":
-        cudnn.check(device, q.dtype, q.shape[-1])
+    if implementation == "xla":
+        return
+    dispatch.check_nvidia(implementation, device)
+    if implementation == "cudnn" and q.dtype != jnp.bfloat16:
+        raise CannotServe(f"cudnn serves bfloat16; q is {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        served = f"{implementation} serves head sizes of 8, 16, … 128"
+        raise CannotServe(f"{served}; q has {q.shape[-1]}")
     if implementation == "pallas_triton":
-        dispatch.check_nvidia("pallas_triton", device)
-        if q.shape[-1] % 8 or q.shape[-1] > 128:
-            served = "pallas_triton serves head sizes of 8, 16, … 128"
-            raise CannotServe(f"{served}; q has {q.shape[-1]}")
-        if importlib.util.find_spec(PALLAS_TRITON) is None:
-            raise CannotServe("pallas_triton is no part of this program")
+        dispatch.pallas_triton("xsa", device)
 
 
-def choose(device: Device, q: jax.Array, exclusive: bool) -> tuple[Implementation, str]:
+def choose(device: Device, q: Array, exclusive: bool) -> tuple[Implementation, str]:
     """The implementation for q [B, T, H, h] on that device, and the reason."""
     B, T, H, h = q.shape
     scores = 4 * B * H * T * T
@@ -120,8 +118,7 @@ def choose(device: Device, q: jax.Array, exclusive: bool) -> tuple[Implementatio
             check(implementation, device, q)
         except CannotServe as error:
             cannot[implementation] = str(error)
-    table = dispatch.tuned("sngpt_kernels.xsa", device.kind)
-    fastest = table.get(table_key(q.dtype, T, h, exclusive), {}).get("implementation")
+    fastest = tuned_entry(device, q.dtype, T, h, exclusive).get("implementation")
     if fastest and fastest not in cannot and not (fastest == "xla" and scores > SCORES_BYTES):
         arguments = f"{q.dtype}, head size {h}, about {T} positions"
         return fastest, f"the fastest measured on {device.kind}, {arguments}"

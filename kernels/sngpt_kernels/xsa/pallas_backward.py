@@ -3,16 +3,16 @@
 Let u = v̂, and out = y - s u with s = ⟨y, u⟩. From the output's cotangent c a first kernel computes
 the cotangent of y, dy = c - ⟨c, u⟩ u, and δ = ⟨dy, y⟩ for the softmax's gradient. It also computes
 the gradient of v through u: (1 - u uᵀ) (-⟨c, u⟩ y - s c) / |v|. Where |v| is below the floor, the
-projection 1 - u uᵀ is omitted. Then one kernel passes over the queries from the diagonal on for a
-tile of keys (dk, dv). Another passes over the keys up to the diagonal for a tile of queries (dq).
+projection 1 - u uᵀ is omitted. Then one kernel passes over the queries for a tile of keys (dk, dv).
+Another passes over the keys for a tile of queries (dq).
 """
 
-import functools
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -26,21 +26,21 @@ from sngpt_kernels.xsa.pallas_tiles import (
     load,
 )
 
-# Rows per program of the first kernel. 4 warps hold 3 tiles of them with 64 to 128 columns.
-PREPARED_ROWS = 32
+# The first kernel's rows per program, without keys. 4 warps hold 3 tiles of 64 to 128 columns.
+PREPARE = Blocks(queries=32, keys=0, num_warps=4, num_stages=1)
 
 
-def _prepare_kernel(*refs: Any, problem: Problem) -> None:
+def _prepare_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     cotangent_ref, out_ref, v_ref, share_ref, dy_ref, delta_ref, dv_ref = refs
-    start = pl.program_id(0) * PREPARED_ROWS
-    exists = problem.exists(start, PREPARED_ROWS)
-    rows_exist = problem.rows_exist(start, PREPARED_ROWS)
+    start = pl.program_id(0) * blocks.queries
+    exists = problem.exists(start, blocks.queries)
+    rows_exist = problem.rows_exist(start, blocks.queries)
     v = load(v_ref, exists).astype(jnp.float32)
     inverse = inverse_norm(v)
     unit = v * inverse[:, None]
     keeps_norm = jnp.sum(v * v, axis=1) > MIN_SQUARE
 
-    def head(g: jax.Array, dunit: jax.Array) -> jax.Array:
+    def head(g: Array, dunit: Array) -> Array:
         cotangent, out = (
             load(ref.at[:, g, :], exists).astype(jnp.float32) for ref in (cotangent_ref, out_ref)
         )
@@ -59,31 +59,28 @@ def _prepare_kernel(*refs: Any, problem: Problem) -> None:
 
 
 def _prepare(
-    problem: Problem, cotangent: jax.Array, out: jax.Array, v: jax.Array, share: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    problem: Problem, cotangent: Array, out: Array, v: Array, share: Array
+) -> tuple[Array, Array, Array]:
     """dy [B, T, H, h], δ [B, H, T] float32 and dv through the exclusion [B, T, K, h] float32."""
-    T, G, width = problem.length, problem.heads_per_group, problem.width
-    head_spec = pl.BlockSpec((None, PREPARED_ROWS, G, width), lambda i, group, b: (b, i, group, 0))
-    group_spec = pl.BlockSpec(
-        (None, PREPARED_ROWS, None, width), lambda i, group, b: (b, i, group, 0)
+    rows, G, width = PREPARE.queries, problem.heads_per_group, problem.width
+    heads = pl.BlockSpec((None, rows, G, width), lambda i, group, b: (b, i, group, 0))
+    values = pl.BlockSpec((None, rows, None, width), lambda i, group, b: (b, i, group, 0))
+    per_row = pl.BlockSpec((None, G, rows), lambda i, group, b: (b, group, i))
+    return problem.launch(
+        "xsa_prepare_backward",
+        _prepare_kernel,
+        PREPARE,
+        (pl.cdiv(problem.length, rows), problem.groups),
+        (cotangent, out, v, share),
+        (
+            jax.ShapeDtypeStruct(cotangent.shape, problem.dtype),
+            jax.ShapeDtypeStruct(share.shape, jnp.float32),
+            jax.ShapeDtypeStruct(v.shape, jnp.float32),
+        ),
+        dots=0,
+        in_specs=[heads, heads, values, per_row],
+        out_specs=(heads, per_row, values),
     )
-    row_spec = pl.BlockSpec((None, G, PREPARED_ROWS), lambda i, group, b: (b, group, i))
-    results = (
-        jax.ShapeDtypeStruct(cotangent.shape, problem.dtype),
-        jax.ShapeDtypeStruct(share.shape, jnp.float32),
-        jax.ShapeDtypeStruct(v.shape, jnp.float32),
-    )
-    return pl.pallas_call(
-        functools.partial(_prepare_kernel, problem=problem),
-        out_shape=results,
-        grid=(pl.cdiv(T, PREPARED_ROWS), problem.groups, problem.batch),
-        in_specs=[head_spec, head_spec, group_spec, row_spec],
-        out_specs=(head_spec, row_spec, group_spec),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        cost_estimate=problem.cost(0, [cotangent, out, v, share, *results]),
-        interpret=problem.interpret,
-        name="xsa_prepare_backward",
-    )(cotangent, out, v, share)
 
 
 def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
@@ -93,10 +90,8 @@ def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     exists = problem.exists(start, keys)
     k, v = load(k_ref, exists), load(v_ref, exists)
 
-    def step(i: jax.Array, carry: Any, g: jax.Array, edge: bool) -> Any:
-        """Adds one tile of queries. The scores are [keys, queries], so that they need no transpose
-        as the left operands of both gradients.
-        """
+    def step(i: Array, carry: Any, g: Array, edge: bool) -> Any:
+        # The scores are [keys, queries], so that no left operand needs a transpose.
         dk, dv = carry
         tile, exist = pl.ds(i * rows, rows), problem.rows_exist(i * rows, rows, ragged=edge)
         q = load(q_ref.at[tile, g, :], problem.exists(i * rows, rows, ragged=edge))
@@ -110,16 +105,16 @@ def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
         dscores = weights * (problem.dot(v, dy, trans_b=True) - delta[None, :])
         return dk + problem.dot(dscores.astype(q.dtype), q), dv
 
-    def head(g: jax.Array, carry: Any) -> Any:
+    def head(g: Array, carry: Any) -> Any:
         first, last = lax.div(start, rows), pl.cdiv(problem.length, rows)
         # From `after` on, all queries see all of the keys.
         after = jnp.minimum(lax.div(start + keys + rows - 2, rows), last)
         # From `whole` on, the tile of queries is not full.
         whole = jnp.maximum(after, problem.length // rows)
-        carry = lax.fori_loop(first, after, functools.partial(step, g=g, edge=True), carry)
-        carry = lax.fori_loop(after, whole, functools.partial(step, g=g, edge=False), carry)
+        carry = lax.fori_loop(first, after, partial(step, g=g, edge=True), carry)
+        carry = lax.fori_loop(after, whole, partial(step, g=g, edge=False), carry)
         if problem.length % rows:
-            carry = lax.fori_loop(whole, last, functools.partial(step, g=g, edge=True), carry)
+            carry = lax.fori_loop(whole, last, partial(step, g=g, edge=True), carry)
         return carry
 
     nothing = jnp.zeros((keys, problem.width), jnp.float32)
@@ -129,31 +124,27 @@ def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     plgpu.store(dv_ref, dv.astype(problem.dtype), mask=exists)
 
 
-def _keys_values(
-    problem: Problem, blocks: Blocks, *arrays: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _keys_values(problem: Problem, blocks: Blocks, *arrays: Array) -> tuple[Array, Array]:
     """The gradients of k and v.
 
     `arrays` are q, k, v, dy, lse, δ and, if exclusive, dv through the exclusion.
     """
     T, G, width = problem.length, problem.heads_per_group, problem.width
-    whole_spec = pl.BlockSpec((None, T, G, width), lambda j, group, b: (b, 0, group, 0))
-    tile_spec = pl.BlockSpec((None, blocks.keys, None, width), lambda j, group, b: (b, j, group, 0))
-    row_spec = pl.BlockSpec((None, G, T), lambda j, group, b: (b, group, 0))
-    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3])
-    return pl.pallas_call(
-        functools.partial(_keys_values_kernel, problem=problem, blocks=blocks),
-        out_shape=results,
-        # The first program passes over the most queries.
-        grid=(pl.cdiv(T, blocks.keys), problem.groups, problem.batch),
-        in_specs=[whole_spec, tile_spec, tile_spec, whole_spec, row_spec, row_spec]
-        + [tile_spec] * problem.exclusive,
-        out_specs=(tile_spec, tile_spec),
-        compiler_params=blocks.compiler_params,
-        cost_estimate=problem.cost(4, [*arrays, *results]),
-        interpret=problem.interpret,
-        name="xsa_backward_keys_values",
-    )(*arrays)
+    heads = pl.BlockSpec((None, T, G, width), lambda j, group, b: (b, 0, group, 0))
+    values = pl.BlockSpec((None, blocks.keys, None, width), lambda j, group, b: (b, j, group, 0))
+    per_row = pl.BlockSpec((None, G, T), lambda j, group, b: (b, group, 0))
+    in_specs = [heads, values, values, heads, per_row, per_row]
+    return problem.launch(
+        "xsa_backward_keys_values",
+        _keys_values_kernel,
+        blocks,
+        (pl.cdiv(T, blocks.keys), problem.groups),  # The first passes over the most queries.
+        arrays,
+        tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3]),
+        dots=4,
+        in_specs=in_specs + [values] * problem.exclusive,
+        out_specs=(values, values),
+    )
 
 
 def _queries_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
@@ -164,7 +155,7 @@ def _queries_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     q, dy = load(q_ref, exists), load(dy_ref, exists)
     lse, delta = load(lse_ref, rows_exist), load(delta_ref, rows_exist)
 
-    def step(j: jax.Array, dq: jax.Array, diagonal: bool) -> jax.Array:
+    def step(j: Array, dq: Array, diagonal: bool) -> Array:
         tile, exists = pl.ds(j * keys, keys), problem.exists(j * keys, keys, ragged=diagonal)
         k, v = load(k_ref.at[tile, :], exists), load(v_ref.at[tile, :], exists)
         weights = problem.weights(problem.dot(q, k, trans_b=True), lse[:, None])
@@ -175,42 +166,37 @@ def _queries_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
 
     before, through = problem.key_tiles(start, blocks)
     dq = jnp.zeros((rows, problem.width), jnp.float32)
-    dq = lax.fori_loop(0, before, functools.partial(step, diagonal=False), dq)
-    dq = lax.fori_loop(before, through, functools.partial(step, diagonal=True), dq)
+    dq = lax.fori_loop(0, before, partial(step, diagonal=False), dq)
+    dq = lax.fori_loop(before, through, partial(step, diagonal=True), dq)
     plgpu.store(dq_ref, (dq * problem.scale).astype(problem.dtype), mask=exists)
 
 
-def _queries(problem: Problem, blocks: Blocks, *arrays: jax.Array) -> jax.Array:
-    """The gradient of q. `arrays` are q, k, v, dy, lse, δ."""
-    programs, tile_spec, row_spec, whole_spec = problem.query_specs(blocks)
-    result = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-    return pl.pallas_call(
-        functools.partial(_queries_kernel, problem=problem, blocks=blocks),
-        out_shape=result,
-        grid=(programs, problem.heads, problem.batch),
-        in_specs=[tile_spec, whole_spec, whole_spec, tile_spec, row_spec, row_spec],
-        out_specs=tile_spec,
-        compiler_params=blocks.compiler_params,
-        cost_estimate=problem.cost(3, [*arrays, result]),
-        interpret=problem.interpret,
-        name="xsa_backward_queries",
-    )(*arrays)
-
-
 def gradients(
-    problem: Problem, config: Config, saved: tuple[jax.Array, ...], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    problem: Problem, config: Config, saved: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array]:
     """The gradients of q, k and v, in their shapes and dtypes.
 
     The forward pass saved q, k, v, out, lse and, if exclusive, the share.
     """
     q, k, v, out, lse, *share = saved
+    through_exclusion: list[Array] = []
     if problem.exclusive:
-        dy, delta, through_exclusion = _prepare(problem, cotangent, out, v, *share)
-        arrays = [q, k, v, dy, lse, delta]
-        dk, dv = _keys_values(problem, config.keys_values, *arrays, through_exclusion)
+        dy, delta, *through_exclusion = _prepare(problem, cotangent, out, v, *share)
     else:
         delta = jnp.einsum("bthd,bthd->bht", cotangent.astype(jnp.float32), out.astype(jnp.float32))
-        arrays = [q, k, v, cotangent, lse, delta]
-        dk, dv = _keys_values(problem, config.keys_values, *arrays)
-    return _queries(problem, config.queries, *arrays), dk, dv
+        dy = cotangent
+    arrays = [q, k, v, dy, lse, delta]
+    dk, dv = _keys_values(problem, config.keys_values, *arrays, *through_exclusion)
+    programs, tile, per_row, whole = problem.query_specs(config.queries)
+    dq = problem.launch(
+        "xsa_backward_queries",
+        _queries_kernel,
+        config.queries,
+        (programs, problem.heads),
+        arrays,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        dots=3,
+        in_specs=[tile, whole, whole, tile, per_row, per_row],
+        out_specs=tile,
+    )
+    return dq, dk, dv

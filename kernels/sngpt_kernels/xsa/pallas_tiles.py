@@ -5,18 +5,21 @@ products. TF32 has 11 bits of a float32's 24, and two TF32 have 22, so the error
 the terms.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels import dispatch
-from sngpt_kernels.xsa.api import table_key
+from sngpt_kernels.launch import launch
+from sngpt_kernels.xsa.api import tuned_entry
 
 LOG2_E = math.log2(math.e)
 MIN_SQUARE = 1e-24  # the least |v|²: the square of the floor 1e-12 of the norm
@@ -30,10 +33,6 @@ class Blocks:
     keys: int  # per tile, likewise
     num_warps: int
     num_stages: int  # of the loop's pipeline: the tiles in flight
-
-    @property
-    def compiler_params(self) -> plgpu.CompilerParams:
-        return plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Config:
     @classmethod
     def of(cls, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> "Config":
         """The entry of the device's table, or `heuristic` if it has none."""
-        table = dispatch.tuned("sngpt_kernels.xsa", dispatch.current_device().kind)
-        entry = table.get(table_key(dtype, length, head_size, exclusive), {})
+        entry = tuned_entry(dispatch.current_device(), dtype, length, head_size, exclusive)
         if "config" in entry:
             return cls(**{kernel: Blocks(**blocks) for kernel, blocks in entry["config"].items()})
         return cls.heuristic(dtype, head_size)
@@ -88,17 +86,16 @@ class Problem:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
-    def dot(self, a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
+    def dot(self, a: Array, b: Array, trans_b: bool = False) -> Array:
         """a [n, k] times b [k, m], or b [m, k] if `trans_b`: float32 [n, m]."""
         exact = self.interpret or self.dtype == jnp.bfloat16
         precision = None if exact else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
         return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
-    def weights(self, scores: jax.Array, rows: jax.Array) -> jax.Array:
+    def weights(self, scores: Array, rows: Array) -> Array:
         """2^(scale · log2 e · scores - rows) with `rows` [n, 1] or [1, n]; 0 below 2^-126.
 
-        It is two instructions. The compiler would make six: it would not contract the product and
-        the difference, and it would rescale around the power for the smallest results.
+        It is two instructions. The compiler would make six.
         """
         scale = jnp.full_like(scores, self.scale * LOG2_E)
         rows = jnp.broadcast_to(rows, scores.shape)
@@ -114,7 +111,7 @@ class Problem:
         )
         return weights
 
-    def exists(self, start: jax.Array | int, rows: int, ragged: bool = True) -> jax.Array | None:
+    def exists(self, start: Array | int, rows: int, ragged: bool = True) -> Array | None:
         """Which elements of the tile [rows, width] from row `start` exist; None means all.
 
         All rows exist if not `ragged`.
@@ -127,32 +124,48 @@ class Problem:
             mask = columns if mask is None else mask & columns
         return mask
 
-    def rows_exist(
-        self, start: jax.Array | int, rows: int, ragged: bool = True
-    ) -> jax.Array | None:
+    def rows_exist(self, start: Array | int, rows: int, ragged: bool = True) -> Array | None:
         """`exists` for a tile [rows] of one number per row."""
         if not ragged or self.length % rows == 0:
             return None
         return start + lax.iota(jnp.int32, rows) < self.length
 
-    def cost(self, dots: int, arrays: list[Any]) -> pl.CostEstimate:
-        """The cost of a kernel with `dots` products of q kᵀ's size and these arguments and results.
+    def launch(
+        self,
+        name: str,
+        kernel: Any,
+        blocks: Blocks,
+        grid: tuple[int, int],
+        arrays: Sequence[Array],
+        results: Any,
+        *,
+        dots: int,
+        **specs: Any,
+    ) -> Any:
+        """`launch` of a kernel with `dots` products of q kᵀ's size; 0 if it sees no scores.
 
-        0 `dots` mean that the kernel sees no scores.
+        The last axis of the grid is the batch.
         """
         scores = self.batch * self.heads * self.length * (self.length + 1) // 2
-        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        powers = scores if dots else 0
-        return pl.CostEstimate(
-            flops=2 * dots * scores * self.head_size, transcendentals=powers, bytes_accessed=size
+        return launch(
+            name,
+            functools.partial(kernel, problem=self, blocks=blocks),
+            (*grid, self.batch),
+            arrays,
+            results,
+            flops=2 * dots * scores * self.head_size,
+            transcendentals=scores if dots else 0,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            interpret=self.interpret,
+            **specs,
         )
 
     def query_specs(self, blocks: Blocks) -> tuple[int, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
         """For a kernel with one tile of queries per program on the grid (programs, heads, batch).
 
         Returns the number of programs and the specs of a tile [B, T, H, h], of one number per row
-        [B, H, T], and of all keys or values [B, T, K, h] of a head. The longest rows go first, so
-        that the short ones fill the end.
+        [B, H, T], and of all keys or values [B, T, K, h] of a head. The longest rows go first.
         """
         programs, G = pl.cdiv(self.length, blocks.queries), self.heads_per_group
         tile = pl.BlockSpec(
@@ -167,31 +180,29 @@ class Problem:
         )
         return programs, tile, row, whole
 
-    def key_tiles(self, start: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-        """(before, through) for the queries of a tile from row `start`.
-
-        All of the queries see all keys of the tiles 0 … before - 1. They see part of the keys of
-        the tiles before … through - 1.
+    def key_tiles(self, start: Array, blocks: Blocks) -> tuple[Array, Array]:
+        """(before, through): the queries of a tile from row `start` see all keys of the tiles below
+        `before`, and part of the keys of the tiles before … through - 1.
         """
         before = lax.div(start + 1, blocks.keys)
         last = jnp.minimum(start + blocks.queries, self.length)
         return before, lax.div(last + blocks.keys - 1, blocks.keys)
 
 
-def load(ref: Any, mask: jax.Array | None, other: float = 0.0) -> jax.Array:
+def load(ref: Any, mask: Array | None, other: float = 0.0) -> Array:
     """The ref's whole tile, with `other` where `mask` is false."""
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=other)
 
 
 def is_causal(
-    query_start: jax.Array | int, key_start: jax.Array | int, shape: tuple[int, int], key_axis: int
-) -> jax.Array:
+    query_start: Array | int, key_start: Array | int, shape: tuple[int, int], key_axis: int
+) -> Array:
     """Which keys the queries see in a tile of scores of that shape."""
     keys = key_start + lax.broadcasted_iota(jnp.int32, shape, key_axis)
     queries = query_start + lax.broadcasted_iota(jnp.int32, shape, 1 - key_axis)
     return queries >= keys
 
 
-def inverse_norm(v: jax.Array) -> jax.Array:
+def inverse_norm(v: Array) -> Array:
     """1 / max(|v|, 1e-12) of the rows of v [rows, h] float32."""
     return lax.rsqrt(jnp.maximum(jnp.sum(v * v, axis=1), MIN_SQUARE))

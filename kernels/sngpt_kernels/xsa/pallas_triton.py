@@ -2,16 +2,15 @@
 
 The forward kernel keeps a tile of queries and passes over the keys up to the diagonal with an
 online softmax in base 2 (FlashAttention-2, arXiv:2307.08691). The exclusion acts on the float32
-accumulator before it is rounded and stored. The backward pass (`pallas_backward`) needs the output,
-the log-sum-exp of the scores and the removed share ⟨y, v̂⟩.
+accumulator.
 """
 
-import functools
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -34,7 +33,7 @@ def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
     q = load(q_ref, problem.exists(start, rows))
 
-    def step(j: jax.Array, carry: Any, diagonal: bool) -> Any:
+    def step(j: Array, carry: Any, diagonal: bool) -> Any:
         y, maximum, total = carry
         tile = pl.ds(j * keys, keys)
         k = load(k_ref.at[tile, :], problem.exists(j * keys, keys, ragged=diagonal))
@@ -54,10 +53,8 @@ def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
         jnp.full((rows,), -jnp.inf),
         jnp.zeros((rows,), jnp.float32),
     )
-    carry = lax.fori_loop(0, before, functools.partial(step, diagonal=False), carry)
-    y, maximum, total = lax.fori_loop(
-        before, through, functools.partial(step, diagonal=True), carry
-    )
+    carry = lax.fori_loop(0, before, partial(step, diagonal=False), carry)
+    y, maximum, total = lax.fori_loop(before, through, partial(step, diagonal=True), carry)
     y = y / total[:, None]
     exist = problem.rows_exist(start, rows)
     if problem.exclusive:
@@ -70,48 +67,43 @@ def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     plgpu.store(lse_ref, maximum + jnp.log2(total), mask=exist)
 
 
-def _forward(
-    problem: Problem, blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, ...]:
-    """The output, the log-sum-exp of the scores in base 2 and, if exclusive, the share.
-
-    The last two are [B, H, T] float32.
+def _forward(problem: Problem, blocks: Blocks, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
+    """The output, and float32 [B, H, T]: the log-sum-exp of the scores in base 2 and, if exclusive,
+    the removed share ⟨y, v̂⟩.
     """
-    programs, tile_spec, row_spec, whole_spec = problem.query_specs(blocks)
+    programs, tile, per_row, whole = problem.query_specs(blocks)
     row = jax.ShapeDtypeStruct((problem.batch, problem.heads, problem.length), jnp.float32)
-    results = (jax.ShapeDtypeStruct(q.shape, q.dtype), row) + (row,) * problem.exclusive
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, problem=problem, blocks=blocks),
-        out_shape=results,
-        grid=(programs, problem.heads, problem.batch),
-        in_specs=[tile_spec, whole_spec, whole_spec],
-        out_specs=(tile_spec, row_spec) + (row_spec,) * problem.exclusive,
-        compiler_params=blocks.compiler_params,
-        cost_estimate=problem.cost(2, [q, k, v, *results]),
-        interpret=problem.interpret,
-        name="xsa_forward",
-    )(q, k, v)
+    rows = 1 + problem.exclusive
+    return problem.launch(
+        "xsa_forward",
+        _forward_kernel,
+        blocks,
+        (programs, problem.heads),
+        (q, k, v),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), *[row] * rows),
+        dots=2,
+        in_specs=[tile, whole, whole],
+        out_specs=(tile, *[per_row] * rows),
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, config: Config
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q: Array, k: Array, v: Array, problem: Problem, config: Config) -> Array:
     return _forward(problem, config.forward, q, k, v)[0]
 
 
 def _attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, problem: Problem, config: Config
-) -> tuple[jax.Array, Any]:
-    forward = functools.partial(_forward, problem, config.forward)
+    q: Array, k: Array, v: Array, problem: Problem, config: Config
+) -> tuple[Array, Any]:
+    forward = partial(_forward, problem, config.forward)
     out, *rows = dispatch.without_derivative("attention", forward)(q, k, v)
     return out, (q, k, v, out, *rows)
 
 
 def _attention_backward(
-    problem: Problem, config: Config, saved: Any, cotangent: jax.Array
-) -> tuple[jax.Array, ...]:
-    gradients = functools.partial(pallas_backward.gradients, problem, config)
+    problem: Problem, config: Config, saved: Any, cotangent: Array
+) -> tuple[Array, ...]:
+    gradients = partial(pallas_backward.gradients, problem, config)
     return dispatch.without_derivative("attention", gradients)(saved, cotangent)
 
 
@@ -119,14 +111,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
     exclusive: bool,
     scale: float,
     config: Config | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """`api.attention` of valid arguments.
 
     `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.

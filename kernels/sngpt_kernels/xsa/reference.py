@@ -1,6 +1,6 @@
 """The definition in float64 numpy, one head at a time, with the gradients written out.
 
-Shapes are those of `api.attention`: q [B, T, H, h], k and v [B, T, K, h].
+Shapes are those of `api.attention`: q and the cotangent [B, T, H, h], k and v [B, T, K, h].
 """
 
 import numpy as np
@@ -41,10 +41,7 @@ def attention(
 def gradients(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, cotangent: ArrayLike, *, exclusive: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v, float64.
-
-    `cotangent` is [B, T, H, h].
-    """
+    """The gradients of ⟨cotangent, attention(q, k, v)⟩ by q, k and v."""
     q, k, v, cotangent = (np.asarray(array, np.float64) for array in (q, k, v, cotangent))
     group = q.shape[2] // k.shape[2]
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)

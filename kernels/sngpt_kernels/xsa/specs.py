@@ -14,11 +14,8 @@ def _case(
     name: str, B: int, T: int, H: int, K: int, h: int, *, exclusive: bool, dtype: jnp.dtype
 ) -> Case:
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(key, 3)
-        return tuple(
-            jax.random.normal(k, (B, T, heads, h), dtype)
-            for k, heads in zip(keys, (H, K, K), strict=True)
-        )
+        heads_and_keys = zip((H, K, K), jax.random.split(key, 3), strict=True)
+        return tuple(jax.random.normal(k, (B, T, heads, h), dtype) for heads, k in heads_and_keys)
 
     static = {"exclusive": exclusive, "scale": h**-0.5}
     cudnn = ("cudnn",) if dtype == jnp.bfloat16 else ()
