@@ -30,27 +30,25 @@ def encode_decode(
 ) -> tuple[Array, Array]:
     """The sparse parity code of x and its reconstruction.
 
-    `dictionary.atoms` gives the atoms v_f. A feature's score is
-    z_f = ⟨x - mean, v_f⟩ / max(std_f, 1e-3), and y_f = z_f + bias_f. Level 0 selects the k_0
-    features with the largest y. Every further level selects the k features with the largest y
-    among the set of children of the features just selected. Of equal ones the lower id wins. The
-    reconstruction is Σ c_f v_f over all selected features. c_f is max(y_f, 0) if
-    `forward_standardized`, else max(⟨x - mean, v_f⟩ + bias_f, 0). Sums are float32.
+    Let v_f be `dictionary.atoms` and y_f = ⟨x - mean, v_f⟩ / max(std_f, 1e-3) + bias_f. Level 0
+    selects the features with the k largest y, every further level among the set of children of the
+    features just selected. Of equal ones the lower id wins. The reconstruction is Σ c_f v_f over
+    all selected features. c_f is max(y_f, 0) if `forward_standardized`, else
+    max(⟨x - mean, v_f⟩ + bias_f, 0). Sums are float32.
 
     x and bias get gradients through the selected features with c_f > 0, as if the selection were
-    constant. mean and std get none. The backward pass keeps std and the ids. The operation works
-    under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). If x, mean or bias is
-    not finite, the output is not finite either, and the ids are valid. The gradients of
-    `pallas_triton` have no derivative.
+    constant. mean and std get none. The operation works under jit, vmap, jax.checkpoint and inside
+    jax.shard_map(check_vma=False). If x, mean or bias is not finite, the output is not finite
+    either, and the ids are valid. The gradients of `pallas_triton` have no derivative.
 
     Args:
       x: [..., d], bfloat16 or float32; d is a power of two from 4 to 2^18.
       mean: [d] float32, the mean of x.
       std: [F] float32, F = 2^n of the last level: the standard deviation of each score ⟨x, v_f⟩.
       bias: [F] float32.
-      levels: (n, k, degree) per level, see `dictionary.check_levels`. Static.
-      forward_standardized: whether standardized scores enter the reconstruction. Static.
-      generators: "spread", or "prefix" for a plain prefix tree. Static.
+      levels: (n, k, degree) per level. Static, like the following arguments.
+      forward_standardized: whether standardized scores enter the reconstruction.
+      generators: "spread", or "prefix" for a plain prefix tree.
       implementation: None chooses by the device that the code is traced for: "pallas_triton" on
         NVIDIA GPUs where it can serve, else "xla".
 

@@ -21,7 +21,7 @@ from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_decode import Config
 from sngpt_kernels.cayley.reference import STD_FLOOR
-from sngpt_kernels.cayley.xla import ID_MASK
+from sngpt_kernels.cayley.xla import ID_MASK, Code, Saved
 from sngpt_kernels.launch import launch
 
 check = pallas_encode.check
@@ -29,7 +29,7 @@ check = pallas_encode.check
 
 @dataclass(frozen=True)
 class _Static:
-    """What a call does not compute with."""
+    """The static arguments of a call."""
 
     scheme: Scheme
     config: Config
@@ -45,7 +45,7 @@ def encode_decode(
     *,
     interpret: bool = False,
     config: Config | None = None,
-) -> tuple[Array, Array]:
+) -> Code:
     """`api.encode_decode` of arguments that `check` accepts.
 
     `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.
@@ -113,23 +113,21 @@ def _forward(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _encode_decode(
-    x: Array, mean: Array, std: Array, bias: Array, static: _Static
-) -> tuple[Array, Array]:
+def _encode_decode(x: Array, mean: Array, std: Array, bias: Array, static: _Static) -> Code:
     x_hat, saved = _forward(x, mean, std, bias, static)
     return x_hat, saved & ID_MASK
 
 
 def _encode_decode_fwd(
     x: Array, mean: Array, std: Array, bias: Array, static: _Static
-) -> tuple[tuple[Array, Array], tuple[Array, Array | None]]:
+) -> tuple[Code, Saved]:
     forward = dispatch.without_derivative("cayley.encode_decode", partial(_forward, static=static))
     x_hat, saved = forward(x, mean, std, bias)
     return (x_hat, saved & ID_MASK), (saved, std if static.scheme.forward_standardized else None)
 
 
 def _encode_decode_bwd(
-    static: _Static, residuals: tuple[Array, Array | None], cotangents: tuple[Array, Array]
+    static: _Static, residuals: Saved, cotangents: Code
 ) -> tuple[Array, None, None, Array]:
     (saved, std), features = residuals, static.scheme.features
     dx_hat, _ = cotangents  # ids carry none

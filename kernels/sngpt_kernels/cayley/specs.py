@@ -38,8 +38,7 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
     scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))
     for level in range(1, len(levels)):
         scored += levels[level - 1][1] * d * fold(levels, "spread", level).member_steps.size
-    # Forward reads x, std and bias and writes x_hat and the ids. Backward reads dx_hat, the ids
-    # and std and writes dx and the bias gradient.
+    # x, std and bias, x_hat and the ids; or dx_hat, the ids and std, dx and the bias gradient
     moved = 2 * TOKENS * d * dtype.itemsize + 4 * TOKENS * scheme.active + 2 * 4 * features
     return Case(
         name=name,

@@ -31,6 +31,9 @@ ID_MASK = 2**ACTIVE_BIT - 1
 # A GPU's default precision would round the float32 factor of ±1 to TF32.
 EXACT = lax.Precision.HIGHEST
 
+Code = tuple[Array, Array]  # x_hat and ids
+Saved = tuple[Array, Array | None]  # ids with the active bit, and std if the backward pass needs it
+
 
 def _map_rows(function: Callable[..., Any], arrays: tuple[Array, ...], bytes_per_row: int) -> Any:
     """function(*arrays) by chunks of the leading axis, which all arrays and results share."""
@@ -160,7 +163,7 @@ def _select(
     if allowed is not None:
         keys = jnp.where(allowed, keys, -jnp.inf)
     values, positions = lax.top_k(keys, k)
-    # The CPU's compiler would sort instead of a top_k if a slice took the last value.
+    # With a slice for the last value, the CPU's compiler would sort instead of a top_k.
     last = jnp.min(values, axis=1, keepdims=True)
     equal, taken = (jnp.sum(a == last, axis=1, keepdims=True) for a in (keys, values))
     tied = equal > taken
@@ -258,23 +261,21 @@ def _forward(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def encode_decode(
-    x: Array, mean: Array, std: Array, bias: Array, scheme: Scheme
-) -> tuple[Array, Array]:
+def encode_decode(x: Array, mean: Array, std: Array, bias: Array, scheme: Scheme) -> Code:
     """`api.encode_decode` of valid arguments."""
     return _forward(x, mean, std, bias, scheme)[:2]
 
 
 def _encode_decode_fwd(
     x: Array, mean: Array, std: Array, bias: Array, scheme: Scheme
-) -> tuple[tuple[Array, Array], tuple[Array, Array | None]]:
+) -> tuple[Code, Saved]:
     x_hat, ids, active = _forward(x, mean, std, bias, scheme)
     saved = ids | active.astype(jnp.int32) << ACTIVE_BIT
     return (x_hat, ids), (saved, std if scheme.forward_standardized else None)
 
 
 def _encode_decode_bwd(
-    scheme: Scheme, residuals: tuple[Array, Array | None], cotangents: tuple[Array, Array]
+    scheme: Scheme, residuals: Saved, cotangents: Code
 ) -> tuple[Array, None, None, Array]:
     saved, std = residuals
     dx_hat, _ = cotangents  # ids carry none

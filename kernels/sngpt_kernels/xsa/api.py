@@ -39,8 +39,8 @@ def attention(
 
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245).
     `xla.exclude_own_value` defines the exclusion. The softmax and the exclusion are float32. The
-    operation is differentiable in q, k and v. It works under jit, vmap, jax.checkpoint and inside
-    jax.shard_map(check_vma=False). The gradients of `pallas_triton` have no derivative.
+    operation works under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). The
+    gradients of `pallas_triton` have no derivative.
 
     `xla` stores the scores [B, H, T, T], the others nothing of size T². With `cudnn`, XLA adds the
     exclusion as one elementwise kernel.
@@ -51,8 +51,7 @@ def attention(
       v: like k.
       exclusive: whether to remove the direction of a position's own value. Static.
       scale: of the products q kᵀ, above 0. Static.
-      implementation: None chooses by the device that the code is traced for, from its table in
-        `tuned` if there is an entry.
+      implementation: None chooses by the device that the code is traced for.
 
     Returns:
       [B, T, H, h] in q's dtype.

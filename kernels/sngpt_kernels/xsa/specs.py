@@ -29,8 +29,7 @@ def _case(
         reference=partial(reference.attention, **static),
         implementations=("xla", *cudnn, "pallas_triton"),
         forward=Cost(matmul_flops=2 * dot, bytes=2 * queries + 2 * keys),
-        # The products are the scores, their gradient, dq, dk and dv. The pass reads q, out, its
-        # cotangent, k and v and writes dq, dk and dv.
+        # the scores, their gradient, dq, dk and dv; q, out, its cotangent, dq, and k, v, dk, dv
         backward=Cost(matmul_flops=5 * dot, bytes=4 * queries + 4 * keys),
     )
 

@@ -30,8 +30,7 @@ def masked_attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float)
     """softmax(scale · q kᵀ) v over the keys that each query sees, with a float32 softmax.
 
     q is [B, T, H, h], k and v [B, S, K, h]. mask [1 or B, T, S] is true where query t sees key s.
-    Each query must see a key. Query head i uses key/value head ⌊i · K / H⌋ (grouped-query
-    attention, arXiv:2305.13245). Returns [B, T, H, h].
+    Each query must see a key. Heads are grouped as in `api.attention`. Returns [B, T, H, h].
     """
     B, T, H, h = q.shape
     K = k.shape[2]
