@@ -109,8 +109,8 @@ def encode_codes(codes: np.ndarray, bits: int, q_min: int) -> bytes:
     rows, alphabet = len(codes), 2 ** (bits - 1) - q_min
     u = codes.view(np.uint8) - np.uint8(q_min % 256)
     cells = u + np.arange(rows)[:, None] * alphabet
-    counts = np.bincount(cells.reshape(-1), minlength=rows * alphabet).astype(np.float64)
-    counts = counts.reshape(rows, alphabet)
+    counts = np.bincount(cells.reshape(-1), minlength=rows * alphabet)
+    counts = counts.reshape(rows, alphabet).astype(np.float64)
     size, classes, table = _fit_classes(counts, 0)
     for class_bits in CLASS_BITS[1:]:
         finer = _fit_classes(counts, class_bits)

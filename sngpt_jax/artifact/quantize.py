@@ -1,6 +1,6 @@
 """Weights on a grid: small integers times one float16 scale per row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,19 +34,17 @@ class Quantized:
         """The shape of the tensor."""
         return (self.codes.T if self.transposed else self.codes).shape
 
-    def dequantize(self) -> np.ndarray:
-        """The tensor, float32 of `shape`, C-contiguous: float32(scale) · code, rounded once."""
-        rows = self.scales.astype(np.float32)[:, None] * self.codes
-        return np.ascontiguousarray(rows.T) if self.transposed else rows
-
 
 # a tensor in an artifact: codes and scales, or float16 or float32 without a grid
 Stored = Quantized | np.ndarray
 
 
 def dequantize(stored: Stored) -> np.ndarray:
-    """The tensor in float32 and in its own shape."""
-    return stored.dequantize() if isinstance(stored, Quantized) else stored.astype(np.float32)
+    """The tensor, float32 and C-contiguous. A weight on a grid is float32(scale) · code."""
+    if not isinstance(stored, Quantized):
+        return stored.astype(np.float32)
+    rows = stored.scales.astype(np.float32)[:, None] * stored.codes
+    return np.ascontiguousarray(rows.T) if stored.transposed else rows
 
 
 def quantize(tensor: np.ndarray, policy: Policy, export: ExportConfig) -> Quantized:
@@ -85,7 +83,16 @@ def row_scales(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.nda
         place = f"row {row}, column {column} of its grid"
         raise UserError(f"{place} is {rows[row, column]}; export an earlier --step")
     reach = np.concatenate([_reach(rows[block], policy, export) for block in _blocks(rows)], axis=1)
-    scales = _scales(reach, policy, export)
+    reach = np.maximum(reach, np.float32(export.clip_floor))
+    q = largest_code(policy.bits)
+    exact = np.maximum(reach * np.float32(1 / q), np.float32(SMALLEST_SCALE))
+    with np.errstate(over="ignore"):  # overflow to infinity is an error below
+        scales = exact.astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise UserError(
+            f"a row needs the range {reach.max():.4g}, but {policy.bits} bits end at {q} · 65504;"
+            " export an earlier --step, or lower export.clip_floor or export.clip_sd"
+        )
     return _least_error(rows, scales, policy, export) if len(scales) > 1 else scales[0]
 
 
@@ -134,11 +141,7 @@ def _reach(rows: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarray
     if policy.clip == "sd":
         # contiguous, because numpy sums pairwise along contiguous rows only
         return np.float32(policy.clip_sd) * np.ascontiguousarray(rows).std(axis=1)[None]
-    return _percentiles(rows, CANDIDATES if policy.clip == "search" else (export.clip_percentile,))
-
-
-def _percentiles(rows: np.ndarray, percentiles: Sequence[float]) -> np.ndarray:
-    """Percentiles of each row's magnitudes, float32 [percentiles, rows]."""
+    percentiles = CANDIDATES if policy.clip == "search" else (export.clip_percentile,)
     positions = [percentile / 100 * (rows.shape[1] - 1) for percentile in percentiles]
     lowest = int(min(positions))
     # a partition and a sort of the few largest magnitudes are several times faster than np.quantile
@@ -150,21 +153,6 @@ def _percentiles(rows: np.ndarray, percentiles: Sequence[float]) -> np.ndarray:
         low, high = top[:, below - lowest], top[:, min(below - lowest + 1, top.shape[1] - 1)]
         result[i] = low + (high - low) * np.float32(position - below)
     return result
-
-
-def _scales(reach: np.ndarray, policy: Policy, export: ExportConfig) -> np.ndarray:
-    """The scales, float16 [candidates, rows], for float32 reaches."""
-    q = largest_code(policy.bits)
-    reach = np.maximum(reach, np.float32(export.clip_floor))
-    exact = np.maximum(reach * np.float32(1 / q), np.float32(SMALLEST_SCALE))
-    with np.errstate(over="ignore"):  # overflow to infinity is an error below
-        scales = exact.astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise UserError(
-            f"a row needs the range {reach.max():.4g}, but {policy.bits} bits end at {q} · 65504;"
-            " export an earlier --step, or lower export.clip_floor or export.clip_sd"
-        )
-    return scales
 
 
 def _least_error(

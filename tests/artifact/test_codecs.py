@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sngpt_jax.artifact import codecs
 from sngpt_jax.artifact.codecs import compress, decode_codes, decompress, encode_codes, entropy
+from tests.artifact.by_hand import quantized
 
 TEXT = b"to be or not to be, that is the question " * 50
 BYTE_CODECS = [("zstd", 22), ("zstd", 1), ("lzma", 9), ("lzma", 0)]
@@ -95,14 +96,6 @@ def test_planes_of_floats():
 # ---------------------------------------------------------------------------------- codes
 
 
-def gaussian(rows, columns, bits, spread=0.0, seed=0):
-    """Codes of Gaussian rows whose deviations differ by a factor exp(spread · normal)."""
-    rng, q_max = np.random.default_rng(seed), 2 ** (bits - 1) - 1
-    deviations = np.exp(spread * rng.standard_normal((rows, 1)))
-    codes = np.round(rng.standard_normal((rows, columns)) * deviations * q_max / 4)
-    return np.clip(codes, -q_max, q_max).astype(np.int8)
-
-
 def decode_with_whole_numbers(data, rows, columns, bits, q_min):
     """The format again, in whole numbers: a state of 64 bits, words of 32, probabilities of 24."""
     alphabet = 2 ** (bits - 1) - q_min
@@ -143,7 +136,7 @@ def decode_with_whole_numbers(data, rows, columns, bits, q_min):
     [(1, 1, 2, 0.0), (7, 40, 3, 0.0), (40, 100, 5, 1.0), (9, 60, 8, 0.5)],
 )
 def test_codes_decode_with_whole_numbers(rows, columns, bits, spread):
-    codes = gaussian(rows, columns, bits, spread)
+    codes = quantized(rows, columns, bits, spread=spread).codes
     data = encode_codes(codes, bits, 1 - 2 ** (bits - 1))
     found = decode_with_whole_numbers(data, rows, columns, bits, 1 - 2 ** (bits - 1))
     np.testing.assert_array_equal(found, codes)
@@ -184,20 +177,20 @@ def test_entropy_of_known_shares():
 @pytest.mark.parametrize(("rows", "bits"), [(200, 5), (200, 6), (200, 4), (512, 8)])
 def test_equal_rows_cost_their_entropy(rows, bits):
     """Within 0.3 %, tables included."""
-    codes = gaussian(rows, 512, bits)
+    codes = quantized(rows, 512, bits).codes
     bits_per_code = 8 * len(encode_codes(codes, bits, 1 - 2 ** (bits - 1))) / codes.size
     assert entropy(codes) - 0.001 < bits_per_code < 1.003 * entropy(codes)
 
 
 def test_rows_that_differ_cost_less_than_their_entropy():
-    codes = gaussian(512, 512, 5, spread=0.5)
+    codes = quantized(512, 512, 5, spread=0.5).codes
     bits_per_code = 8 * len(encode_codes(codes, 5, -15)) / codes.size
     of_rows = np.mean([entropy(row) for row in codes])
     assert of_rows < bits_per_code < of_rows + 0.4 * (entropy(codes) - of_rows)
 
 
 def test_damaged_codes_are_refused():
-    codes = gaussian(30, 50, 5, spread=1.0)
+    codes = quantized(30, 50, 5, spread=1.0).codes
     data = encode_codes(codes, 5, -15)
     tables = 1 + codecs.packed_size(30, data[0])
     assert data[0] > 0

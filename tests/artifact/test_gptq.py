@@ -81,19 +81,6 @@ def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_codes(seed, q)
     np.testing.assert_array_equal(codes, nearest_codes(weights, scales, *q))
 
 
-@given(seed=st.integers(0, 10_000), columns=st.integers(1, 30))
-def test_the_error_is_within_the_bound_of_the_nearest_plane(seed, columns):
-    """Where no code is clipped: at most the sum of (scale / 2)² R_ii², with the pivots R_ii²."""
-    weights, second_moment = case(seed, 6, columns)
-    scales = np.full(6, np.float16(2**-3))  # 127 of them reach 15.9, far beyond the weights
-    codes = gptq_codes(weights, scales, second_moment, (-128, 127), 0.0)
-    assert np.abs(codes).max() < 127
-    last_first = np.argsort(np.diag(second_moment), kind="stable")
-    pivots = np.diag(np.linalg.cholesky(second_moment[np.ix_(last_first, last_first)])) ** 2
-    errors = objective(weights, scales, codes, second_moment)
-    assert (errors <= 2.0**-8 * pivots.sum() * (1 + 1e-9)).all()
-
-
 def test_mostly_as_good_as_the_best_codes_and_never_better():
     """Against all 7^4 choices of a row's four codes."""
     choices = np.array(list(itertools.product(range(-3, 4), repeat=4)))
@@ -110,17 +97,6 @@ def test_mostly_as_good_as_the_best_codes_and_never_better():
     assert (found >= least * (1 - 1e-9)).all()
     assert np.isclose(found, least).mean() > 0.75 > 0.5 > np.isclose(nearest, least).mean()
     assert found.sum() < 1.1 * least.sum() < 0.5 * nearest.sum()
-
-
-@pytest.mark.parametrize("q_max", [7, 15, 31])
-def test_outputs_of_correlated_inputs_are_strictly_closer(q_max):
-    weights, second_moment = case(0, 32, 96)
-    scales = scales_of(weights, q_max)
-    codes = gptq_codes(weights, scales, second_moment, (-q_max, q_max), block=32)
-    nearest = nearest_codes(weights, scales, -q_max, q_max)
-    ratio = objective(weights, scales, codes, second_moment)
-    ratio /= objective(weights, scales, nearest, second_moment)
-    assert ratio.max() < 1 and ratio.mean() < 0.7
 
 
 def test_inputs_that_are_always_equal_share_one_sum():

@@ -2,10 +2,9 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
-from sngpt_jax.artifact.policy import is_exported, largest_code, policy_of
+from sngpt_jax.artifact.policy import is_exported, policy_of
 from sngpt_jax.cluster.mesh import leaves_by_path
 from sngpt_jax.config import Config, ExportConfig, ModelConfig, parse_levels
 from sngpt_jax.config.recipe import load
@@ -84,8 +83,3 @@ def test_sparse_codes_keep_their_statistics_and_not_their_step_counts():
     kept = {name for name, leaf in leaves.items() if is_exported(leaf.dtype)}
     assert {"blocks/0/code/mean", "blocks/0/code/std", "blocks/0/code/bias"} <= kept
     assert leaves.keys() - kept == {"blocks/0/code/last_fired"}
-
-
-@pytest.mark.parametrize(("bits", "q"), [(2, 1), (4, 7), (5, 15), (6, 31), (8, 127)])
-def test_the_largest_code(bits, q):
-    assert largest_code(bits) == q == np.iinfo(np.int8).max >> (8 - bits)
