@@ -208,9 +208,8 @@ class Attention(nnx.Module):
                 )
         else:
             _announce_single_positions()
-            y_BTHh = xla.masked_attention(
-                q_BTHh, k_BSKh, v_BSKh, positions.causal, scale=self.scale
-            )
+            mask = positions.causal
+            y_BTHh = xla.masked_attention(q_BTHh, k_BSKh, v_BSKh, mask, scale=self.scale)
             if self.exclusive:
                 y_BTHh = xla.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:

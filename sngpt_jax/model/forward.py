@@ -17,18 +17,17 @@ from sngpt_jax.model.gpt import GPT, LanguageModel
 from sngpt_jax.model.pre_norm import PreNormGPT
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, named as the model's attributes
-Variables = dict[str, Any]  # parameters together with the statistics of sparse codes
+Variables = dict[str, Any]  # parameters and the statistics of sparse codes
 Batch = dict[str, jax.Array]  # "inputs" and "targets": token ids
 
 
 def join(params: Params, statistics: Params) -> Variables:
     """Merges two trees that share no leaf."""
-    both = {**statistics, **params}
+    shared = params.keys() & statistics.keys()
     return {
-        name: join(params[name], statistics[name])
-        if name in params and name in statistics
-        else both[name]
-        for name in both
+        **statistics,
+        **params,
+        **{name: join(params[name], statistics[name]) for name in shared},
     }
 
 

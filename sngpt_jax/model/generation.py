@@ -77,20 +77,12 @@ class _Draws(NamedTuple):
     end_id: np.int32
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "size", "top_k", "vocab_size"))
-def _continued(
-    variables: Variables,
-    batch: Batch,
-    tables: jax.Array | None,
-    draws: _Draws,
-    *,
-    config: ModelConfig,
-    mesh: Mesh,
-    size: int,
-    top_k: int,
-    vocab_size: int,
-) -> jax.Array:
-    """The prompts and their continuations, int32 [B, size], replicated over all processes.
+@functools.cache
+def _program(
+    config: ModelConfig, mesh: Mesh, size: int, top_k: int, vocab_size: int
+) -> jax.stages.Wrapped:
+    """The jitted function (variables, batch, tables, draws) → the prompts and their continuations,
+    int32 [B, size], replicated over all processes.
 
     The batch holds "tokens" [B, T], the padded prompts; "length" [B]; "row" [B], the number of each
     text; and "table" [B], the row's index into the rotary `tables` [2, U, size, r/2] of cosines and
@@ -98,7 +90,7 @@ def _continued(
     """
     layout, rows = partition_specs(mesh, abstract_variables(config)), P(BATCH_AXES)
 
-    def local(
+    def continued(
         variables: Variables, batch: Batch, tables: jax.Array | None, draws: _Draws
     ) -> jax.Array:
         model = nnx.merge(graph(config), gather(variables, layout))
@@ -158,8 +150,9 @@ def _continued(
 
     # check_vma cannot express that each device runs its own number of iterations
     specs = (layout, rows, P(), P())
-    program = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-    return program(variables, batch, tables, draws)
+    return jax.jit(
+        jax.shard_map(continued, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    )
 
 
 # ------------------------------------------------------------------------------ on the host
@@ -245,19 +238,11 @@ def generate_tokens(
     for prompt_tokens, prompt in zip(tokens, prompts, strict=True):
         prompt_tokens[: len(prompt)] = prompt
     batch = {"tokens": tokens[row], "length": lengths[row], "row": row, "table": which[row]}
-    texts = _continued(
-        variables,
-        batch_placer(mesh)(batch),
-        tables,
-        _Draws(
-            jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
-        ),
-        config=config,
-        mesh=mesh,
-        size=size,
-        top_k=min(top_k, vocab_size),
-        vocab_size=vocab_size,
+    draws = _Draws(
+        jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
     )
+    program = _program(config, mesh, size, min(top_k, vocab_size), vocab_size)
+    texts = program(variables, batch_placer(mesh)(batch), tables, draws)
     added = [text[n : n + max_tokens] for text, n in zip(np.asarray(texts), lengths, strict=False)]
     return [new[: np.argmax(new == end_id)] if end_id in new else new for new in added]
 

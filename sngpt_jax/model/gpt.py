@@ -99,7 +99,7 @@ class Block(nnx.Module):
 class RecycledCore(nnx.Module):
     """s ⊙ x + b before each repeated application of a block, with s = 1 and b = 0 at the start.
 
-    A block's applications share its parameters. Source: parameter-golf submission 1573.
+    Source: parameter-golf submission 1573.
     """
 
     def __init__(self, config: ModelConfig):

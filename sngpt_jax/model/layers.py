@@ -55,21 +55,11 @@ def _product(x_BTn: jax.Array, matrix_nm: jax.Array) -> jax.Array:
     return x_BTn @ matrix_nm
 
 
-def _product_forward(
-    x_BTn: jax.Array, matrix_nm: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x_BTn, matrix_nm), (x_BTn, matrix_nm)
-
-
-def _product_backward(
-    kept: tuple[jax.Array, jax.Array], dy_BTm: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x_BTn, matrix_nm = kept
+_product.defvjp(
+    lambda x_BTn, matrix_nm: (x_BTn @ matrix_nm, (x_BTn, matrix_nm)),
     # jax's own gradient of the matrix is the transpose of [m, n]; a CPU then copies dy transposed
-    return dy_BTm @ matrix_nm.T, jnp.einsum("btn,btm->nm", x_BTn, dy_BTm)
-
-
-_product.defvjp(_product_forward, _product_backward)
+    lambda kept, dy_BTm: (dy_BTm @ kept[1].T, jnp.einsum("btn,btm->nm", kept[0], dy_BTm)),
+)
 
 
 def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:

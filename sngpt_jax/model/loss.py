@@ -3,20 +3,18 @@
 All float32 logits of N tokens take 4NV bytes, and their gradient as many: 6.6 GB each at V = 50,304
 and 32,768 tokens per microbatch. In chunks of 4,096 tokens the logits take 824 MB.
 
-A backward pass that recomputes the logits would add a fourth product to the logits' and those of
-the two gradients. But the loss ends the forward pass, so its gradient is known there up to one
-scalar. `mean_loss` therefore computes both gradients of a chunk while its logits exist, and keeps
-them (dx is as large as x, dtable as the table) until that scalar arrives. This is the method of
-Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989.
-
-Each chunk also reads and writes dtable in float32: at D = 1,024 about 10 % of the traffic with
-4,096 tokens per chunk, and 30 % with 1,024.
+The loss ends the forward pass, so its gradient is known there up to one scalar. `mean_loss`
+therefore computes both gradients of a chunk while its logits exist, and keeps them (dx is as large
+as x, dtable as the table) until that scalar arrives; no backward pass recomputes the logits. This
+is the method of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989. Each
+chunk also reads and writes dtable in float32, so chunks should not be small.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,7 +38,6 @@ def token_losses(
 
     At most `chunk` tokens' logits exist at a time (0: all); a backward pass recomputes them.
     """
-    chex.assert_shape(targets_BT, x_BTD.shape[:2])
     if not chunk:
         logits_BTV = logits(x_BTD, table_VD, cap)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
@@ -51,8 +48,7 @@ def token_losses(
         x_1CD, targets_1C = batch
         return token_losses(x_1CD, weights_VD, targets_1C, cap=cap, chunk=0)
 
-    losses_n1C = jax.lax.map(of_chunk, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
-    return _together(losses_n1C, targets_BT.shape)
+    return _in_chunks(of_chunk, (x_BTD, targets_BT), chunk)
 
 
 def token_readings(
@@ -91,10 +87,7 @@ def token_readings(
         return {name: known[name]() for name in readings}
 
     batch = (x_BTD, targets_BT, hints_BT)
-    if not chunk:
-        return of_chunk(batch)
-    found = jax.lax.map(of_chunk, tuple(_chunks(values, chunk) for values in batch))
-    return {name: _together(value, targets_BT.shape) for name, value in found.items()}
+    return _in_chunks(of_chunk, batch, chunk) if chunk else of_chunk(batch)
 
 
 def mean_loss(
@@ -105,7 +98,6 @@ def mean_loss(
     The gradients' products have x's dtype and accumulate in float32, over the chunks too; dx is
     rounded once.
     """
-    chex.assert_shape(targets_BT, x_BTD.shape[:2])
     return _mean(cap, chunk or targets_BT.size, x_BTD, table_VD, targets_BT)
 
 
@@ -119,9 +111,11 @@ def _chunks(values_BT: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(count, 1, size, *flat.shape[1:])
 
 
-def _together(values_n1C: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_chunks` for an array of `shape` [B, T]."""
-    return values_n1C.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+def _in_chunks(function: Callable[[Any], Any], batch: tuple[jax.Array, ...], chunk: int) -> Any:
+    """`function` of every chunk of the arrays [B, T, ...], one after the other, as [B, T]."""
+    shape = batch[0].shape[:2]
+    found = jax.lax.map(function, tuple(_chunks(values, chunk) for values in batch))
+    return jax.tree.map(lambda x_n1C: x_n1C.reshape(-1)[: math.prod(shape)].reshape(shape), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

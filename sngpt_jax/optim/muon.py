@@ -61,13 +61,10 @@ def newton_schulz(
     below about 0.0015 of the Frobenius norm. After five steps of `polar_express` the values that
     began above 0.001 of the norm lie in [0.84, 1.13]. A zero matrix stays zero.
 
-    `matrices` [..., m, n] and the result are float32; another dtype raises TypeError. `dtype` is
-    that of the products' operands and results. In bfloat16 a GPU's tensor cores add up in float32.
-    A float32 result would cost time, and the next product would round it anyway. With float32 the
-    products are full float32, not TF32.
+    `matrices` [..., m, n] and the result are float32. `dtype` is that of the products' operands and
+    results. In bfloat16 a GPU's tensor cores add up in float32; a float32 result would cost time,
+    and the next product would round it. With float32 the products are full float32, not TF32.
     """
-    if matrices.dtype != jnp.float32:
-        raise TypeError(f"newton_schulz takes float32 matrices; found {matrices.dtype}")
     precision = "highest" if jnp.dtype(dtype) == jnp.float32 else "default"
     product = functools.partial(jnp.matmul, precision=precision)
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -129,8 +126,7 @@ def scale_by_muon(
 
     A `neuron_beta2` β₂ > 0 evens out the neurons' updates: v ← β₂ v + (1 - β₂) · (mean of O² over
     fan_in) per neuron, and O / √v, scaled to the norm of O, replaces O. Source: NorMuon (Li et al.,
-    arXiv:2510.05491). The paper sets another norm; keeping the norm follows the public
-    modded-nanogpt speedrun.
+    arXiv:2510.05491); that the norm is kept follows the public modded-nanogpt speedrun.
 
     Matrices of equal or transposed shape are orthogonalized as one stack (`stacks.map_stacks`),
     over the devices of `mesh` if it is given. `init` raises ValueError with the name of the first

@@ -27,16 +27,6 @@ from sngpt_jax.cluster.mesh import BATCH_AXES, PARAMETER_AXES, partition_spec, s
 Shape = tuple[int, ...]
 
 
-def by_shape(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """The indices of the `shapes` that share a stack, by the stack's matrix shape (m, n), m ≤ n:
-    tall matrices are transposed.
-    """
-    members: dict[Shape, list[int]] = defaultdict(list)
-    for index, shape in enumerate(shapes):
-        members[min(shape), max(shape)].append(index)
-    return dict(members)
-
-
 def is_dealt_out(count: int, shape: Shape, mesh: Mesh, kept_over: tuple[str, ...]) -> bool:
     """Whether the devices share a stack of `count` matrices of this shape: not if there is a
     single device, or one matrix that every device has whole.
@@ -54,13 +44,16 @@ def map_stacks(
 ) -> list[jax.Array]:
     """`function` of each of the float32 `matrices`, in float32.
 
-    `function` maps a stack [S, m, n], m ≤ n, to a stack of equal shape. It must map each matrix
-    independently, commute with transposition, and map zeros to finite numbers. Its results are sent
-    as `dtype`, which must hold them exactly. With `mesh` the matrices lie as `partition_spec(mesh,
-    shape, kept_over)` says, and the results as the parameters do.
+    `function` maps a stack [S, m, n], m ≤ n, to one of equal shape; tall matrices are transposed.
+    It must map each matrix independently, commute with transposition, and map zeros to finite
+    numbers. Its results are sent as `dtype`, which must hold them exactly. With `mesh` the matrices
+    lie as `partition_spec(mesh, shape, kept_over)` says, and the results as the parameters do.
     """
     results = list(matrices)
-    for shape, members in by_shape([matrix.shape for matrix in matrices]).items():
+    stacks: dict[Shape, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        stacks[min(matrix.shape), max(matrix.shape)].append(index)
+    for shape, members in stacks.items():
         found = [matrices[i] for i in members]
         stack = jnp.stack([matrix if matrix.shape == shape else matrix.mT for matrix in found])
         if mesh is not None and is_dealt_out(len(members), shape, mesh, kept_over):

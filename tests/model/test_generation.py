@@ -81,9 +81,9 @@ def seen(monkeypatch):
         return draw(logits, key, position, temperature, **options)
 
     monkeypatch.setattr(generation, "draw", observed)
-    generation._continued.clear_cache()
+    generation._program.cache_clear()
     yield found
-    generation._continued.clear_cache()
+    generation._program.cache_clear()
 
 
 QUICK = "masked, recycled"
