@@ -1,9 +1,7 @@
-"""Checkpoints of the original PyTorch scripts: invented ones, and what they compute in numpy
-float64.
+"""Checkpoints of the original PyTorch scripts: invented ones, and what they compute in float64.
 
 Names and [out, in] matrices are the scripts' own. In `banked` checkpoints the blocks' matrices are
-stacked into four tensors; in `plain` ones each is a tensor of its own. Which techniques are on
-follows from the `ModelConfig`.
+stacked into four tensors; in `plain` ones each is a tensor of its own.
 """
 
 from collections.abc import Mapping
@@ -58,9 +56,7 @@ def logits(state: Mapping[str, np.ndarray], config: ModelConfig, tokens: np.ndar
 
 
 def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """What the tensors mean, written out: nested under the model's own names, matrices
-    [in, out].
-    """
+    """The tensors nested under the model's own names, matrices [in, out]."""
     w = {name: np.asarray(tensor, np.float64) for name, tensor in state.items()}
     params: dict[str, Any] = {
         "embed": {"table": w["tok_emb.weight"]},
@@ -99,30 +95,17 @@ def params_of(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
 def block_of(w: State, config: ModelConfig, i: int) -> dict[str, Any]:
     block, attn, L = f"blocks.{i}", f"blocks.{i}.attn", config.num_layers
     if "qo_bank" in w:
-        query, key, value, out = (
-            w["qo_bank"][i],
-            w["kv_bank"][i],
-            w["kv_bank"][L + i],
-            w["qo_bank"][L + i],
-        )
+        (query, out), (key, value) = (w[bank][[i, L + i]] for bank in ("qo_bank", "kv_bank"))
         up, down = w["mlp_up_bank"][i], w["mlp_down_bank"][i]
     else:
-        query, key, value, out = (
-            w[f"{attn}.{name}.weight"] for name in ("c_q", "c_k", "c_v", "proj")
-        )
+        names = ("c_q", "c_k", "c_v", "proj")
+        query, key, value, out = (w[f"{attn}.{name}.weight"] for name in names)
         up, down = w[f"{block}.mlp.fc.weight"], w[f"{block}.mlp.proj.weight"]
-    gains = {
-        "query": query.T,
-        "key": key.T,
-        "value": value.T,
-        "out": out.T,
-        "q_gain": w[f"{attn}.q_gain"],
-    }
+    gains = {"query": query.T, "key": key.T, "value": value.T, "out": out.T}
+    gains["q_gain"] = w[f"{attn}.q_gain"]
     if config.attention_gate:
-        gains |= {
-            "gate_weight": w[f"{attn}.attn_gate.weight"].T,
-            "gate_bias": w[f"{attn}.attn_gate.bias"],
-        }
+        gains["gate_weight"] = w[f"{attn}.attn_gate.weight"].T
+        gains["gate_bias"] = w[f"{attn}.attn_gate.bias"]
     if config.value_residual:
         gains["value_mix"] = w[f"{attn}.vr_lambda"]
     scales = {name: w[f"{block}.{name}"] for name in ("attn_scale", "mlp_scale", "resid_mix")}

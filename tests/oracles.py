@@ -1,9 +1,7 @@
-"""The compact GPT family in float64 numpy, written from the techniques' formulas, and one
-comparison with jax.
+"""The compact GPT family in float64 numpy, written from the formulas, and a comparison with jax.
 
-Everything here is the slow and literal form: complex rotation, Python integers, loops over heads.
-No function of `sngpt_jax` is used. Axes as elsewhere: B batch, T sequence, D width, H heads, K kv
-heads, h head size, V vocabulary.
+This is the slow and literal form: complex rotation, Python integers, loops over heads. It uses no
+function of `sngpt_jax`.
 """
 
 import jax
@@ -19,8 +17,7 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
 
     `args` are pytrees of float arrays. The gradient in each of their leaves is compared with
     central differences of `numpy_fn` along random directions. `tol` is relative to the largest
-    value, and to the norm of the leaf's gradient: float32 leaves about 1e-6, a wrong sign, a lost
-    term or a shifted row far more.
+    value, and to the norm of the leaf's gradient.
     """
     rng = np.random.default_rng(seed)
     paths, tree = jax.tree_util.tree_flatten_with_path(args)
@@ -39,12 +36,12 @@ def check(jax_fn, numpy_fn, *args, tol=2e-5, directions=3, seed=0):
 
     def slope(i, direction):
         eps = 1e-5 * max(1.0, np.abs(leaves64[i]).max())
-        sides = [
-            [*leaves64[:i], leaves64[i] + step * direction, *leaves64[i + 1 :]]
-            for step in (eps, -eps)
-        ]
-        ahead, behind = (np.vdot(weight, numpy_fn(*tree.unflatten(side))) for side in sides)
-        return (ahead - behind) / (2 * eps)
+
+        def at(step):
+            moved = [*leaves64[:i], leaves64[i] + step * direction, *leaves64[i + 1 :]]
+            return np.vdot(weight, numpy_fn(*tree.unflatten(moved)))
+
+        return (at(eps) - at(-eps)) / (2 * eps)
 
     for i, ((path, _), grad) in enumerate(zip(paths, grads, strict=True)):
         name = "gradient in argument " + jax.tree_util.keystr(path)
@@ -65,20 +62,12 @@ def rms_norm(x, eps=1.1920929e-7):
 
 
 def ntk_base(base, width, length, trained_len):
-    """A base that slows every frequency but the first, so that the slowest turns as far over
-    `length` as it did before.
-    """
-    return (
-        base * (length / trained_len) ** (width / (width - 2))
-        if trained_len and length > trained_len
-        else base
-    )
+    raised = trained_len and length > trained_len
+    return base * (length / trained_len) ** (width / (width - 2)) if raised else base
 
 
 def rotary(x, width, base):
-    """x [B, T, H, h]: the pair (j, j + width/2) is the complex number turned by -t ·
-    base^(-2j/width); the rest stays.
-    """
+    """Turns the complex number (j, j + width/2) of x [B, T, H, h] by -t · base^(-2j/width)."""
     half, T = width // 2, x.shape[1]
     z = x[..., :half] + 1j * x[..., half:width]
     angle = np.array([[t * base ** (-2 * j / width) for j in range(half)] for t in range(T)])
@@ -100,9 +89,7 @@ def attend(q, k, v):
 
 
 def exclude_own_value(y, v):
-    """XSA: y - ⟨y, v̂⟩ v̂ with v̂ = v / max(‖v‖, 1e-12), the same token's value of the head's
-    group. arXiv:2603.09078.
-    """
+    """XSA: y - ⟨y, v̂⟩ v̂ with v̂ = v / max(‖v‖, 1e-12), of the same token. arXiv:2603.09078."""
     group = y.shape[2] // v.shape[2]
     out = np.zeros_like(y)
     for head in range(y.shape[2]):
@@ -116,33 +103,20 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def gate_heads(y, u, weight, bias):
-    """y [B, T, H, h] times σ(u W + b) of its head, from the layer's normalized input u
-    [B, T, D].
-    """
-    return y * sigmoid(u @ weight + bias)[..., None]
+PROJECTIONS = ("query", "key", "value")
 
 
 def attention(config, layer, p, u, *, added_v=None, first_v=None):
-    """The attention half of block `layer` of normalized u; returns its output and the values
-    before their mixing.
+    """The output of block `layer`'s attention of normalized u, and its values before their mixing.
 
     `added_v` is the value embedding to add, `first_v` layer 0's values, where there are any.
     """
     B, T, _ = u.shape
-    H, K, h, width = (
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.rope_dims or config.head_dim,
-    )
+    width = config.rope_dims or config.head_dim
     base = ntk_base(config.rope_base, width, T, config.rope_ntk_len)
-    q = (
-        rotary(rms_norm((u @ p["query"]).reshape(B, T, H, h), config.norm_eps), width, base)
-        * p["q_gain"][:, None]
-    )
-    k = rotary(rms_norm((u @ p["key"]).reshape(B, T, K, h), config.norm_eps), width, base)
-    raw_v = (u @ p["value"]).reshape(B, T, K, h)
+    q, k, raw_v = ((u @ p[name]).reshape(B, T, -1, config.head_dim) for name in PROJECTIONS)
+    q, k = (rotary(rms_norm(x, config.norm_eps), width, base) for x in (q, k))
+    q = q * p["q_gain"][:, None]
     if added_v is not None:
         raw_v = raw_v + added_v
     v = raw_v
@@ -152,7 +126,7 @@ def attention(config, layer, p, u, *, added_v=None, first_v=None):
     if layer >= config.num_layers - config.xsa_layers:
         y = exclude_own_value(y, v)
     if config.attention_gate:
-        y = gate_heads(y, u, p["gate_weight"], p["gate_bias"])
+        y = y * sigmoid(u @ p["gate_weight"] + p["gate_bias"])[..., None]
     return y.reshape(B, T, -1) @ p["out"], raw_v
 
 
@@ -169,9 +143,7 @@ def leaky_relu2(x):
 
 
 def smear(x, gate, starts=None):
-    """(1 - g) x_t + g x_{t-1}, g = σ(gate), x_{-1} = 0; nothing of x_{t-1} where `starts` [B, T]
-    is true.
-    """
+    """(1 - g) x_t + g x_{t-1}, g = σ(gate); x_{t-1} = 0 for t = 0 and where `starts` [B, T]."""
     out = np.zeros_like(x)
     g = sigmoid(gate)
     for t in range(x.shape[1]):
@@ -187,30 +159,22 @@ def _int32(n):
 
 
 def hash_xor(tokens, buckets):
-    """((36313 x_t) XOR (27191 x_{t-1})) mod (buckets - 1) in wrapping int32, floored; the last
-    bucket at t = 0.
-    """
-    rows = []
-    for row in np.asarray(tokens).tolist():
-        pairs = zip(row[1:], row[:-1], strict=True)
-        rows.append(
-            [buckets - 1]
-            + [(_int32(36313 * now) ^ _int32(27191 * last)) % (buckets - 1) for now, last in pairs]
-        )
-    return np.array(rows)
+    """((36313 x_t) XOR (27191 x_{t-1})) mod (buckets - 1) in int32; the last bucket at t = 0."""
+
+    def of(now, last):
+        return (_int32(36313 * now) ^ _int32(27191 * last)) % (buckets - 1)
+
+    rows = np.asarray(tokens).tolist()
+    return np.array([[buckets - 1, *map(of, row[1:], row[:-1])] for row in rows])
 
 
 def hash_sum(tokens, buckets):
     """(2654435761 x_t + 40503 x_{t-1}) mod buckets without overflow, x_{-1} = 0."""
-    rows = []
-    for row in np.asarray(tokens).tolist():
-        rows.append(
-            [
-                (2654435761 * now + 40503 * last) % buckets
-                for now, last in zip(row, [0, *row[:-1]], strict=True)
-            ]
-        )
-    return np.array(rows)
+
+    def of(now, last):
+        return (2654435761 * now + 40503 * last) % buckets
+
+    return np.array([list(map(of, row, [0, *row[:-1]])) for row in np.asarray(tokens).tolist()])
 
 
 def bigram(config, p, tokens):
@@ -220,12 +184,9 @@ def bigram(config, p, tokens):
 
 def value_embedding(config, p, tokens):
     """{layer: s_layer · s · E_v[token] P_v as [B, T, K, h]}."""
-    shared = (p["table"][tokens] @ p["proj"] * p["scale"]).reshape(
-        *tokens.shape, config.num_kv_heads, config.head_dim
-    )
-    return {
-        layer: p["layer_scale"][j] * shared for j, layer in enumerate(config.value_embed_layers)
-    }
+    shared = p["table"][tokens] @ p["proj"] * p["scale"]
+    shared = shared.reshape(*tokens.shape, config.num_kv_heads, config.head_dim)
+    return dict(zip(config.value_embed_layers, (s * shared for s in p["layer_scale"]), strict=True))
 
 
 # ------------------------------------------------------------------------------ initial values
@@ -250,14 +211,8 @@ def block(config, layer, p, x, x0, *, added_v=None, first_v=None):
     """Returns the block's output and its values before their mixing."""
     scale = 1 / np.sqrt(layer + 1) if config.ln_scale else 1.0
     u = p["resid_mix"][0] * x + p["resid_mix"][1] * x0
-    y, raw_v = attention(
-        config,
-        layer,
-        p["attn"],
-        scale * rms_norm(u, config.norm_eps),
-        added_v=added_v,
-        first_v=first_v,
-    )
+    normed = scale * rms_norm(u, config.norm_eps)
+    y, raw_v = attention(config, layer, p["attn"], normed, added_v=added_v, first_v=first_v)
     u = u + p["attn_scale"] * y
     activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.mlp_activation]
     hidden = activation(scale * rms_norm(u, config.norm_eps) @ p["mlp"]["up"])
@@ -279,9 +234,9 @@ def embed(config, p, tokens):
 def gpt(config, p, tokens):
     """Logits [B, T, V] of parameters `p`, nested as the model's own."""
     x = x0 = embed(config, p, tokens)
-    embedded = (
-        value_embedding(config, p["value_embed"], tokens) if config.value_embed_layers else {}
-    )
+    embedded = {}
+    if config.value_embed_layers:
+        embedded = value_embedding(config, p["value_embed"], tokens)
     encoder, saved, first_v = config.num_layers // 2, [], None
 
     def apply(layer, x, added_v=None):
