@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     cli.log_to_stderr(arguments.quiet)
     from sngpt_jax.weights.exporter import export_run  # imports jax
 
-    exported = export_run(
+    files, table, result = export_run(
         arguments.run,
         arguments.out,
         arguments.export,
@@ -124,9 +124,9 @@ def main(argv: Sequence[str]) -> int:
         tune_to_fit=arguments.tune_to_fit,
         tokens=arguments.tokens if arguments.score else None,
     )
-    result, limit = exported.result, arguments.limit
+    limit = arguments.limit
     if arguments.json != "-":
-        print_result(result, exported.table, exported.files, arguments.data, arguments.quiet)
+        print_result(result, table, files, arguments.data, arguments.quiet)
     cli.write_json(result, arguments.json)
     if result["fits"]:
         return 0

@@ -160,8 +160,3 @@ def test_mistakes_are_one_line_and_leave_no_run(
 def test_help(capsys):
     assert interop.main(["--help"]) == 0
     assert "interop import" in capsys.readouterr().out
-    for command, option in (("import", "--run-dir"), ("export", "--weights")):
-        with pytest.raises(SystemExit) as exit_:
-            interop.main([command, "--help"])
-        assert exit_.value.code == 0
-        assert option in capsys.readouterr().out

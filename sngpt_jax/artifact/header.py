@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -133,12 +133,8 @@ class Header:
     table: Table
 
 
-def as_json(header: Header) -> bytes:
-    """The header's JSON. Raises ValueError for a number that is not finite."""
-    return _canonical(asdict(header))
-
-
-def _canonical(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
+    """The one spelling of `value`. Raises ValueError for a number that is not finite."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -148,7 +144,7 @@ def parse(raw: bytes, payload: int | None) -> Header:
     """
     with explained("header"):
         values = typed_json.loads(raw)
-        if _canonical(values) != raw:
+        if as_json(values) != raw:
             raise ValueError("JSON in another spelling than this program writes")
     header = typed_json.parse(Header, values, "header", ArtifactError)
     storage, names = header.table.storage, set()
@@ -168,8 +164,13 @@ def parse(raw: bytes, payload: int | None) -> Header:
             names.add(name)
             with explained(name):
                 _check_tensor(tensor)
-        if payload is not None:
-            _check_lengths(header.table, payload)
+        streams = header.table.streams
+        lengths = [stream.length for stream in streams]
+        if payload is not None and (min(lengths) < 0 or sum(lengths) != payload):
+            raise ValueError(f"the streams do not fill the payload of {payload:,} bytes")
+        for stream in streams:
+            if stream.length and not stream.parts:
+                raise ValueError(f"{stream.length:,} bytes of {stream.what} without a tensor")
     return header
 
 
@@ -189,12 +190,3 @@ def _check_tensor(tensor: Tensor) -> None:
     if grid.q_min not in (least, least - 1):
         expected = f"expected {least} or {least - 1} as the least code of {grid.bits} bits"
         raise ValueError(f"{expected}, found {grid.q_min}")
-
-
-def _check_lengths(table: Table, payload: int) -> None:
-    lengths = [stream.length for stream in table.streams]
-    if not all(0 <= length <= payload for length in lengths) or sum(lengths) != payload:
-        raise ValueError(f"the streams do not fill the payload of {payload:,} bytes")
-    for stream in table.streams:
-        if stream.length and not stream.parts:
-            raise ValueError(f"{stream.length:,} bytes of {stream.what} without a tensor")

@@ -16,7 +16,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -87,11 +87,11 @@ def encode(
     """
     draft = _table_of(tensors, storage, [0] * (len(tensors) + 3))
     with explained("metadata"):
-        parse(as_json(Header(metadata, draft)), None)
+        parse(as_json(asdict(Header(metadata, draft))), None)
     jobs = [(stream.size, partial(_encode, stream, tensors, storage)) for stream in draft.streams]
     streams = in_threads(jobs, progress=progress)
     table = _table_of(tensors, storage, [len(stream) for stream in streams])
-    raw = as_json(Header(metadata, table))
+    raw = as_json(asdict(Header(metadata, table)))
     header = codecs.compress(raw, "zstd", 22)
     payload = sum(map(len, streams))
     data = b"".join([HEAD.pack(MAGIC, VERSION, len(header), payload), header, *streams])

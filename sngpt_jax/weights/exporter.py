@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,6 @@ from sngpt_jax.weights.trained_model import TrainedModel, tokenizer_beside
 logger = logging.getLogger("sngpt_jax")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An export's files, its table of the groups of tensors, and its figures as plain values."""
-
-    files: list[Path]
-    table: str
-    result: dict[str, Any]
-
-
 def export_run(
     run: Path,
     out: Path,
@@ -48,9 +39,10 @@ def export_run(
     limit: int = 0,
     tune_to_fit: bool = False,
     tokens: int | None = 0,
-) -> Exported:
+) -> tuple[list[Path], str, dict[str, Any]]:
     """Exports the run in `run` by the policy `export`, or with `tune_to_fit` by the policy of least
     error that fits into `limit` bytes. Writes the artifact `out`, and the other files beside it.
+    Returns the files, a table of the groups of tensors, and the figures as plain values.
 
     `tokens`: number of validation tokens to score before and after the export; 0: all; None: no
     score. `step`, `weights` as in `load_model`; `data` as in `TrainedModel.open_data`. Raises
@@ -116,7 +108,7 @@ def export_run(
             "bpb_after": after["bpb"],
             "gap": after["bpb"] - before.bpb,
         }
-    return Exported(list(files), account.format_table(groups), result)
+    return list(files), account.format_table(groups), result
 
 
 def metadata(model: TrainedModel, config: Config) -> dict[str, Any]:

@@ -114,30 +114,15 @@ def test_only_its_own_modules_serve(tree, tmp_path):
 
 def test_equal_sources_give_equal_bytes(tree):
     first = bundle.build("app.main", ["app"])
+    sizes = dict(first.files)
+    assert list(sizes) == [f"app/{name}.py" for name in ("__init__", "late", "main", "parts")]
+    assert sizes["app/__init__.py"] == len("version='1'") and sizes["app/late.py"] == len("value=5")
+    assert 0 < sizes["app/parts.py"] < len(PARTS.encode())
+    assert first.libraries == ()
     os.utime(tree / "app/parts.py", (0, 0))
     assert bundle.build("app.main", ["app"]) == first
     (tree / "app/parts.py").write_text(PARTS.replace("return 4", "return 3"))
     assert bundle.build("app.main", ["app"]).data != first.data
-
-
-def test_files(tree):
-    built = bundle.build("app.main", ["app"])
-    sizes = dict(built.files)
-    assert list(sizes) == [f"app/{name}.py" for name in ("__init__", "late", "main", "parts")]
-    assert sizes["app/__init__.py"] == len("version='1'") and sizes["app/late.py"] == len("value=5")
-    assert 0 < sizes["app/parts.py"] < len(PARTS.encode())
-    assert built.libraries == ()
-
-
-def test_minified_source_behaves_alike():
-    small = bundle.minify(ast.parse(PARTS))
-    assert "Docstring" not in small and "number_of_corners" not in small
-    before, after = {"__name__": "before"}, {"__name__": "after"}
-    exec(PARTS, before)
-    exec(small, after)
-    assert after["TEXT"] == before["TEXT"]
-    assert after["Shape"].__annotations__ == {"width": int, "height": int}
-    assert after["area"](after["Shape"](width=3, height=5), verbose=True) == 15
 
 
 @pytest.mark.parametrize(
