@@ -53,7 +53,7 @@ def load_model(
     if part[name] is None:
         field = {"swa": "optim.swa_every", "ema": "optim.ema_decay"}[weights]
         raise UserError(
-            f"--weights {weights}: {run_dir} keeps no such average ({field} = 0); take"
+            f"--weights {weights}: the run {run_dir} keeps no such average ({field} = 0); take"
             " --weights final"
         )
     restored = checkpoint.restore_parts(checkpoint_dir(run_dir), part, step)
