@@ -1,7 +1,5 @@
-"""Scores a trained model: `python -m sngpt_jax.evaluate --run runs/quickstart`, or `--artifact F`.
-
-The score is in bits per byte of validation text, in standard or sliding windows and with n-gram
-caches. `--tasks` adds downstream tasks.
+"""Scores a trained model: `python -m sngpt_jax.evaluate --run runs/quickstart`, or `--artifact F`,
+in bits per byte of validation text, and on downstream tasks.
 """
 
 import logging
@@ -53,7 +51,6 @@ class EvaluateArguments:
 
 
 def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
-    """Raises `UserError` for options that contradict each other or change nothing."""
     exported = arguments.export != default.export and not arguments.fake_quantize
     unscored = arguments.stream.mode == "none" and not arguments.tasks
     of_tasks = bool(arguments.task_limit or arguments.task_definitions)
@@ -72,7 +69,7 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
 
 
 def parse_tasks(arguments: EvaluateArguments) -> Spec:
-    """The tasks that `--tasks` names. Raises `UserError` for a wrong name, or without lm-eval."""
+    """The tasks that `--tasks` names."""
     if not arguments.tasks:
         return {}
     try:

@@ -8,6 +8,9 @@ target what the cache gives each token of the vocabulary, before the target itse
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 PRIMES = (36313, 27191, 51647, 81929, 131071, 65537, 104729)
 
@@ -58,13 +61,28 @@ def hashed(
     return given
 
 
+def hashed_mixture(
+    mode: str, tokens: Sequence[int], vocab_size: int, entropy: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """p_ng [n, V] of hashed5, backoff, or backoff with undercount, and its weight [n], 0 where no
+    order applies, beside a model of the `entropy` [n].
+    """
+    orders, alpha = (5,), np.full(len(entropy), 0.2)
+    if mode != "hashed5":
+        orders, alpha = range(2, 8), 0.05 + 0.55 / (1 + np.exp(-2 * (entropy - 4)))
+    undercount = mode == "undercount"
+    found = hashed(tokens, vocab_size, orders=orders, undercount=undercount, **options)
+    known = np.array([given is not None for given in found])
+    return np.array([given or [0.0] * vocab_size for given in found]), np.where(known, alpha, 0)
+
+
 def exact(
     tokens: Sequence[int],
     p: Sequence[float],
     vocab_size: int,
     *,
-    start: float,
-    start_count: float,
+    start: float = 0.05,
+    start_count: float = 100,
     room: float = math.inf,
 ) -> list[tuple[float, list[float]]]:
     """The weight w and Witten-Bell's p of every token at each target; `p` are the model's

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -16,7 +17,6 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.evaluation.bpb import score_validation
-from sngpt_jax.evaluation.ngram import exact
 from sngpt_jax.model.forward import forward
 from sngpt_jax.weights.source import load_model
 from tests import ngram_oracle
@@ -38,9 +38,8 @@ def test_sliding_windows(capsys, tiny_trained):
     assert (found["tokens"], found["mode"], found["stride"]) == (TOKENS, "sliding", 8)
     assert found["windows"] == (TOKENS - 32) // 8 + 1
     assert found["bytes_per_token"] == found["bytes"] / TOKENS
-    assert found["bpb"] == pytest.approx(
-        found["loss"] * TOKENS / math.log(2) / found["bytes"], rel=1e-12
-    )
+    bits = found["loss"] * TOKENS / math.log(2)
+    assert found["bpb"] == pytest.approx(bits / found["bytes"], rel=1e-12)
     assert found["tok_per_s"] == pytest.approx(TOKENS / found["seconds"])
     standard = run(capsys, tiny_trained, "--tokens", TOKENS)
     assert (standard["tokens"], standard["windows"]) == (TOKENS // 32 * 32, TOKENS // 32)
@@ -55,29 +54,26 @@ def test_sliding_windows(capsys, tiny_trained):
     assert again["tokens"] == 992 + 3 * 8  # 31 windows' targets, and three windows overrun the end
 
 
+def data_folder(folder, tiny_recipe, tokens):
+    shutil.copy(tiny_recipe.parent / "data" / "tokenizer.model", folder)
+    np.full(1000, 5, "<u2").tofile(folder / "train.bin")
+    np.asarray(tokens, "<u2").tofile(folder / "val.bin")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def repeating(tiny_recipe, tmp_path_factory):
-    """A folder whose validation stream says the same 40 tokens again and again, with noise: all
-    caches find something.
-    """
-    directory, rng = tmp_path_factory.mktemp("repeating"), np.random.default_rng(0)
-    tokens = np.where(
-        rng.random(2000) < 0.02,
-        rng.integers(4, 320, 2000),
-        np.resize(rng.integers(4, 320, 40), 2000),
-    )
-    (directory / "tokenizer.model").write_bytes(
-        (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
-    )
-    for name in ("train.bin", "val.bin"):
-        tokens.astype("<u2").tofile(directory / name)
-    return directory
+    """A folder whose validation stream repeats 40 tokens, with noise: all caches find something."""
+    rng = np.random.default_rng(0)
+    noisy, noise = rng.random(2000) < 0.02, rng.integers(4, 320, 2000)
+    tokens = np.where(noisy, noise, np.resize(rng.integers(4, 320, 40), 2000))
+    return data_folder(tmp_path_factory.mktemp("repeating"), tiny_recipe, tokens)
 
 
 @pytest.fixture(scope="module")
 def read(tiny_trained, repeating):
-    """What the model says of the first TOKENS targets of that stream in windows of 32 with stride
-    16: p [n, V], float64.
+    """The tokens, and the model's p [n, V] of the first TOKENS targets in windows of 32 with stride
+    16, float64.
     """
     model = load_model(tiny_trained, make_mesh(jax.devices()[:1]))
     tokens = open_dataset(repeating, 320).val.take(0, TOKENS + 1).astype(int)
@@ -99,23 +95,13 @@ def oracle(cache, tokens, p):
         return lifted / lifted.sum(1, keepdims=True)
     if cache == "exact":
         of_targets = p[np.arange(len(p)), targets]
-        start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
-        weights, given = zip(*ngram_oracle.exact(tokens, of_targets, V, **start), strict=True)
-        w = np.array(weights)[:, None]
-        return (1 - w) * p + w * np.array(given)
-    found = ngram_oracle.hashed(
-        tokens,
-        V,
-        orders=(5,) if cache == "hashed5" else range(2, 8),
-        segments=[32] + [16] * len(tokens),
-        buckets=2**22,
-        undercount=cache == "undercount",
-    )
-    entropy = -(p * np.log(p)).sum(1)
-    alpha = 0.2 if cache == "hashed5" else (0.05 + 0.55 / (1 + np.exp(-2 * (entropy - 4))))[:, None]
-    known = np.array([given is not None for given in found])[:, None]
-    given = np.array([np.zeros(V) if given is None else given for given in found])
-    return np.where(known, (1 - alpha) * p + alpha * given, p)
+        weights, given = zip(*ngram_oracle.exact(tokens, of_targets, V), strict=True)
+    else:
+        entropy, segments = -(p * np.log(p)).sum(1), [32] + [16] * len(tokens)
+        options = {"segments": segments, "buckets": 2**22}
+        given, weights = ngram_oracle.hashed_mixture(cache, tokens, V, entropy, **options)
+    w = np.array(weights)[:, None]
+    return (1 - w) * p + w * np.array(given)
 
 
 @pytest.mark.parametrize("cache", [*DISTRIBUTIONS, "undercount"])
@@ -127,23 +113,21 @@ def test_a_cache_and_the_mass_of_what_it_gives(capsys, tiny_trained, repeating, 
     arguments = ["--data", repeating, "--mode", "sliding", "--stride", 16, "--tokens", TOKENS]
     found = run(capsys, tiny_trained, *arguments, "--ngram", *options)
     tokens, p = read
-    own, mixed = (-np.log(x[np.arange(TOKENS), tokens[1:]]) for x in (p, oracle(cache, tokens, p)))
-    assert found["loss"] == pytest.approx(own.mean(), rel=1e-6)
+    mixed = oracle(cache, tokens, p)
+    loss, loss_with_cache = (-np.log(x[range(TOKENS), tokens[1:]]).mean() for x in (p, mixed))
     with_cache, mass = found["ngram"], found["ngram"]["mass"]
-    assert (
-        with_cache["loss"] == pytest.approx(mixed.mean(), rel=1e-6)
-        and with_cache["loss"] < found["loss"]
-    )
-    masses = oracle(cache, tokens, p).sum(1)
+    assert found["loss"] == pytest.approx(loss, rel=1e-6)
+    assert with_cache["loss"] == pytest.approx(loss_with_cache, rel=1e-6)
+    assert with_cache["loss"] < found["loss"]
+    masses = mixed.sum(1)
     assert mass["positions"] == TOKENS  # all of them
     for name, value in (("mean", masses.mean()), ("min", masses.min()), ("max", masses.max())):
         assert mass[name] == pytest.approx(value, rel=1e-5)
     assert mass["mean_log"] == pytest.approx(np.log(masses).mean(), rel=1e-4, abs=1e-6)
     bits = math.log(2) * found["bytes"] / TOKENS
     assert with_cache["bpb"] == pytest.approx(with_cache["loss"] / bits, rel=1e-12)
-    assert with_cache["normalized_bpb"] == pytest.approx(
-        (with_cache["loss"] + mass["mean_log"]) / bits, rel=1e-12
-    )
+    normalized = (with_cache["loss"] + mass["mean_log"]) / bits
+    assert with_cache["normalized_bpb"] == pytest.approx(normalized, rel=1e-12)
 
 
 @pytest.mark.parametrize("cache", ["hashed5", "exact"])
@@ -153,9 +137,8 @@ def test_what_a_person_is_told_of_a_cache(capsys, tiny_trained, repeating, cache
     out, err = capsys.readouterr()
     assert ("not a probability distribution" in out) == (not DISTRIBUTIONS[cache])
     assert "bits/byte; mass of the vocabulary" in out
-    said = [line for line in err.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
-    # before it starts
-    assert len(said) == 1 and "iB" in said[0] and said[0].endswith("readings for the mass")
+    [said] = [line for line in err.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
+    assert "iB" in said and said.endswith("readings for the mass")  # before it starts
 
 
 def test_tasks_beside_a_stream_or_alone(capsys, tiny_trained, tmp_path):
@@ -202,20 +185,17 @@ def test_tasks_without_lm_eval_say_what_to_install(monkeypatch, tiny_trained, pa
         (["--mode", "sliding", "--tokens", "31"], "31 tokens to score are less than one window"),
         (["--tokens", "-1"], "cannot be negative"),
         (["--mode", "none"], "name --tasks"),
-        (
-            ["--mode", "none", "--tasks", "lambada=x", "--ngram", "exact"],
-            "--ngram and --tokens are for a stream",
-        ),
+        (["--mode", "none", "--tasks", "lambada=x", "--tokens", "9"], "--tokens are for a stream"),
         (["--mode", "sliding", "--tail", "published", "--ngram", "exact"], "remove one of the two"),
         (["--ngram", "exact", "--ngram-undercount"], "--ngram-undercount is for --ngram backoff"),
         (["--ngram", "hashed5", "--ngram-memory", "1"], "--ngram-memory is for --ngram exact"),
         (
             ["--ngram", "exact", "--ngram-memory", "nan"],
-            "--ngram-memory nan is not a number of GiB above 0",
+            "memory nan is not a number of GiB above 0",
         ),
         (
             ["--ngram", "exact", "--ngram-memory", "1e300"],
-            "--ngram-memory 1e\\+300 is not a number of GiB above 0",
+            "1e\\+300 is not a number of GiB above 0",
         ),
         (["--json", "/proc/none/x.json"], "--json /proc/none/x.json: cannot be written"),
         (["--ngram", "exact", "--ngram-memory", "1e-6"], "too little memory"),
@@ -230,28 +210,15 @@ def test_what_cannot_be_is_one_line(tiny_trained, arguments, message):
 
 
 def test_streams_that_cannot_be_scored(tiny_trained, tiny_recipe, tmp_path):
-    """None at all, one shorter than a window, and one of another vocabulary."""
-    tokenizer = (tiny_recipe.parent / "data" / "tokenizer.model").read_bytes()
-
-    def folder(name, tokens):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.model").write_bytes(tokenizer)
-        np.full(1000, 5, "<u2").tofile(tmp_path / name / "train.bin")
-        np.asarray(tokens, "<u2").tofile(tmp_path / name / "val.bin")
-        return str(tmp_path / name)
-
-    for name, tokens, mode, message in (
-        ("empty", [], "standard", "found 0 bytes"),
-        ("markless", [1] * 100, "sliding", "stand for no text"),
-        ("short", [5] * 32, "standard", "has 32 tokens; one window needs"),
-        (
-            "foreign",
-            [5, 5, 5, 320] + [5] * 97,
-            "sliding",
-            "expected tokens below the vocabulary size 320, found 320",
-        ),
+    """None at all, one of marks, one shorter than a window, and one of another vocabulary."""
+    for tokens, mode, message in (
+        ([], "standard", "found 0 bytes"),
+        ([1] * 100, "sliding", "stand for no text"),
+        ([5] * 32, "standard", "has 32 tokens; one window needs"),
+        ([320] + [5] * 97, "sliding", "expected tokens below the vocabulary size 320, found 320"),
     ):
-        options = ["--data", folder(name, tokens), "--mode", mode]
+        options = ["--data", str(data_folder(tmp_path, tiny_recipe, tokens)), "--mode", mode]
         with pytest.raises(UserError, match=message):
             evaluate.main(["--run", str(tiny_trained), *options])
-    assert open_dataset(folder("fine", [5] * 100), 320).val.vocab_size == 320
+    fine = data_folder(tmp_path, tiny_recipe, [5] * 100)
+    assert open_dataset(fine, 320).val.vocab_size == 320

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.tokenizer import load_tokenizer
@@ -88,9 +87,3 @@ def test_what_a_model_says_does_not_command_the_terminal(tiny_trained, monkeypat
     assert capsys.readouterr().out == "a\tline\nand \\x1b[2J\\x9b31m\\x0d more\n"
     assert main(["--run", str(tiny_trained), "--prompt", "abc", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == said
-
-
-def test_a_text_that_does_not_fit_is_refused(tiny_recipe, tokenizer):
-    config = load(str(tiny_recipe)).model
-    with pytest.raises(UserError, match="32 new ones exceed model.max_seq_len = 32"):
-        generate(config, {}, make_mesh(), tokenizer, "abc", seq_len=32, max_tokens=32)

@@ -109,7 +109,7 @@ class LanguageModel:
             head, whole = contexts[context], self._document(context + continuation)
             same = min(len(head), len(whole))
             shared = int(np.argmin(np.append(head[:same] == whole[:same], False)))
-            rows.extend(_rows(i, whole, shared - 1, self.seq_len))
+            rows += _rows(i, whole, shared - 1, self.seq_len)
 
         logprob, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         tokens = np.zeros(len(pairs), np.int64)

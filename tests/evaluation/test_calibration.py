@@ -17,7 +17,7 @@ from sngpt_jax.evaluation.calibration import second_moments, sum_of_products, tr
 from sngpt_jax.model.layers import Observed
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
-from tests.model.test_techniques import TINY, changed, random_params
+from tests.model.test_techniques import changed, random_params
 
 T = 8
 MATRICES = {"query", "key", "value", "out", "up", "down", "proj"}
@@ -113,28 +113,6 @@ def test_every_matrix(name):
         close(got[path], want[path])
 
 
-def test_all_applications_of_a_recycled_layer_count():
-    """Without skips and modulation the model is a longer one, whose copies' inputs are those of
-    the applications.
-    """
-    model = changed(num_layers=2, recycle_layers=(0, 0))
-    params = random_params(model)
-    params["skip_weights"] = jnp.zeros_like(params["skip_weights"])
-    params["recycle"] = {"scale": jnp.ones((2, TINY.d_model)), "bias": jnp.zeros((2, TINY.d_model))}
-    longer = {name: leaf for name, leaf in params.items() if name != "recycle"}
-    longer["blocks"] = {i: params["blocks"][layer] for i, layer in enumerate((0, 0, 0, 1))}
-    longer["skip_weights"] = jnp.zeros((2, TINY.d_model))
-    stream = stream_of(random_tokens(5 * T))
-    got = moments_of(model, params, stream, 5 * T)
-    copies = moments_of(changed(num_layers=4), longer, stream, 5 * T)
-    for name in ("attn/query", "attn/out", "mlp/up", "mlp/down"):
-        applications = [copies[f"blocks/{i}/{name}"] for i in range(3)]
-        assert np.abs(applications[0] - applications[1]).max() > 1e-3
-        close(got[f"blocks/0/{name}"], np.mean(applications, axis=0))
-        close(got[f"blocks/1/{name}"], copies[f"blocks/3/{name}"])
-
-
-# a matrix of 4,096 weights or more is spread over fsdp
 WIDE = ModelConfig(
     vocab_size=29,
     num_layers=1,

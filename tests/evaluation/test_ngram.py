@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.evaluation.ngram import compiled, exact, hashed, tilt
+from sngpt_jax.evaluation.ngram import compiled, hashed, tilt
 from sngpt_jax.evaluation.ngram.cache import Chunk
 from sngpt_jax.evaluation.ngram.score import make_cache
 from sngpt_jax.evaluation.windows import Windows
@@ -96,26 +96,15 @@ def play(mode, tokens, cuts=(), at=None, **options):
 
 
 def hashed_oracle(mode, tokens):
-    """The hashed caches' p_ng [n, V] and its weight [n], 0 where no order knows the context."""
-    found = ngram_oracle.hashed(
-        tokens.tolist(),
-        V,
-        orders=(5,) if mode == "hashed5" else range(2, 8),
-        segments=(37, *[16] * 1000),
-        buckets=BUCKETS,
-        undercount=mode == "undercount",
-    )
     entropy = readings(tokens).entropy.astype(np.float64)
-    alpha = 0.2 if mode == "hashed5" else 0.05 + 0.55 / (1 + np.exp(-2 * (entropy - 4)))
-    known = np.array([given is not None for given in found])
-    return np.array([np.zeros(V) if a is None else a for a in found]), np.where(known, alpha, 0)
+    options = {"segments": (37, *[16] * 1000), "buckets": BUCKETS}
+    return ngram_oracle.hashed_mixture(mode, tokens.tolist(), V, entropy, **options)
 
 
 def exact_oracle(tokens, room=math.inf):
     """The weights [n] and p_s [n, V]."""
     p = probabilities(readings(tokens).nll)
-    start = {"start": exact.START_WEIGHT, "start_count": exact.START_COUNT}
-    found = ngram_oracle.exact(tokens.tolist(), p, V, **start, room=room)
+    found = ngram_oracle.exact(tokens.tolist(), p, V, room=room)
     return tuple(map(np.array, zip(*found, strict=True)))
 
 
@@ -306,15 +295,6 @@ def test_how_the_stream_is_cut_changes_nothing(mode, cuts, **segments):
     for at in (None, np.arange(0, 599, 5)):
         got, whole = (play(mode, tokens, parts, at, **segments)[0] for parts in (cuts, ()))
         np.testing.assert_array_equal(got, whole)
-
-
-@every_mode
-def test_taking_the_mass_counts_as_scoring_does(mode):
-    tokens = stream(1000)
-    whole, chunk = play(mode, tokens)
-    cache = make(mode, tokens)
-    cache.mass(part(chunk, 0, 700), np.arange(0, 700, 3))
-    np.testing.assert_array_equal(cache.score(part(chunk, 700, 999)), whole[700:])
 
 
 # -------------------------------------------------------------------------------- what can go wrong

@@ -29,13 +29,7 @@ START_COUNT = 100  # the first weight counts as much as this many targets
 # An n-gram: its parent's slot, its last token, how many different stored n-grams continued it, how
 # often it came, and how often it was continued.
 NODE = np.dtype(
-    [
-        ("parent", np.uint32),
-        ("token", np.uint16),
-        ("distinct", np.uint16),
-        ("count", np.uint32),
-        ("total", np.uint32),
-    ]
+    [("parent", "u4"), ("token", "u2"), ("distinct", "u2"), ("count", "u4"), ("total", "u4")]
 )
 MOST_DISTINCT = 2**16 - 1  # N(s) stops there; p_s sums to 1 with any N
 MOST_SLOTS = 2**32 - 1
@@ -108,7 +102,7 @@ class ExactCache:
 
 @compiled
 def _home(nodes: np.ndarray, parent: int, token: int) -> int:
-    """The slot where the search for an n-gram begins."""
+    """The slot where the search begins."""
     h = scrambled((np.uint64(parent) << np.uint64(16)) | np.uint64(token)) >> np.uint64(32)
     return int(np.int64((h * np.uint64(len(nodes) - 1)) >> np.uint64(32)))
 

@@ -20,12 +20,11 @@ BETA = 2.625
 LEAST_BUCKETS = 16
 PROBES = 16  # neighbouring buckets among which a context has its place
 
-# A context: the half of its hash that the bucket's number leaves out, a candidate, how often the
-# candidate followed since it became one, and how often any token followed. A candidate without a
-# majority is replaced. A context is replaced when all places of a new context are taken.
+# A context: half of its hash, how often its candidate followed since it became one, how often any
+# token followed, and the candidate. A candidate without a majority is replaced. A context is
+# replaced when all places of a new context are taken.
 FOLLOWER = np.dtype(
-    [("context", np.uint32), ("count", np.uint32), ("total", np.uint32), ("token", np.uint16)],
-    align=True,
+    [("context", "u4"), ("count", "u4"), ("total", "u4"), ("token", "u2")], align=True
 )
 
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over a context's tokens, modulo 2^64
