@@ -154,11 +154,9 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     if stream.mode != "none":
         assert dataset
         result = report.score(stream, config, variables, dataset, mesh) | result
-        if not math.isfinite(result["loss"]):
+        if not math.isfinite(loss := result["loss"]):
             remedy = "export other weights" if arguments.artifact else "take an earlier --step"
-            raise UserError(
-                f"{model.source}: the loss of step {model.step} is {result['loss']}; {remedy}"
-            )
+            raise UserError(f"{model.source}: the loss of step {model.step} is {loss}; {remedy}")
         rows += report.describe(result)
         if spec and processes.index() == 0:
             logger.info("%s; the tasks follow", rows[1][1])

@@ -111,8 +111,10 @@ def make_health_step(config: ModelConfig, mesh: Mesh) -> jax.stages.Wrapped:
         # the losses are unused, so the compiler removes the last MLP and the head
         _, taps = tapped_losses(config)(variables, batch["inputs"], batch["targets"], everywhere)
         assert taps is not None
-        layers = taps, code_state(variables)
-        local = jax.lax.map(lambda layer: layer_sums(config, *layer, batch["counted"]), layers)
+        local = jax.lax.map(
+            lambda layer: layer_sums(config, layer[0], layer[1], batch["counted"]),
+            (taps, code_state(variables)),
+        )
         return jax.lax.psum(local, BATCH_AXES)._replace(min_z=jax.lax.pmin(local.min_z, BATCH_AXES))
 
     return on_each_device(config, mesh, sums)

@@ -37,10 +37,8 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
     folder `include`. Raises `UserError` for an unknown task or a needless `include`.
     """
     if include and not include.is_dir():
-        raise UserError(
-            f"--task-definitions {include}: not a folder; give a folder with lm-eval's task files"
-            " (*.yaml)"
-        )
+        wanted = "give a folder with lm-eval's task files (*.yaml)"
+        raise UserError(f"--task-definitions {include}: not a folder; {wanted}")
     spec: dict[str, Path | None] = {}
     known = ", ".join(FILE_TASKS)
     for part in text.split(","):
@@ -65,10 +63,8 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
         spec[name] = Path(path) if given else None
     foreign = [name for name, path in spec.items() if path is None]
     if include and not foreign:
-        raise UserError(
-            f"--task-definitions {include}: --tasks {text} names no task of lm-eval; remove the"
-            " option"
-        )
+        needless = f"--tasks {text} names no task of lm-eval; remove the option"
+        raise UserError(f"--task-definitions {include}: {needless}")
     for name in foreign:
         _manager_of(name, include)
     return spec

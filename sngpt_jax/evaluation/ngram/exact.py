@@ -95,7 +95,9 @@ class ExactCache:
         _, weights, sums, _ = self._advance(chunk, at)
         return (1 - weights) * chunk.mass[at] + weights * sums
 
-    def _advance(self, chunk: Chunk, at: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _advance(
+        self, chunk: Chunk, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         p = np.exp(-chunk.nll.astype(np.float64))
         return _score_and_count(self._trie, chunk.targets.astype(np.uint16), p, at)
 

@@ -108,5 +108,5 @@ def mass(cache: Cache, chunks: list[Chunk], progress: OnProgress | None = None) 
         if progress:
             progress(end, ends[-1])
     values = np.concatenate(found)
-    figures = values.mean(), values.min(), values.max(), np.log(values).mean()
-    return Mass(*map(float, figures), positions=count)
+    mean, least, most = float(values.mean()), float(values.min()), float(values.max())
+    return Mass(mean, least, most, float(np.log(values).mean()), count)
