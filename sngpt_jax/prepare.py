@@ -11,8 +11,9 @@ from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config.options import Json, Quiet
 from sngpt_jax.data.encode import usable_cpus
+from sngpt_jax.data.golf import fetch_golf
 from sngpt_jax.data.manifest import Manifest, ShardEntry, TokenizerEntry, verify
-from sngpt_jax.data.preparation import Executor, fetch_golf, prepare_on
+from sngpt_jax.data.preparation import Executor, prepare_on
 from sngpt_jax.data.spec import COMMAND, PrepareSpec
 
 logger = logging.getLogger("sngpt_jax")

@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import safetensors.numpy
+import tokenizers
 
 from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.policy import is_exported
@@ -226,22 +227,26 @@ def of_record(rng: random.Random, content: bytes) -> bytes:
     return b'{"record": %b, "sha256": "%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
 
 
-def of_tokenizers(folder: Path, data: Path) -> list[Format]:
-    import tokenizers
-
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+def byte_level(
+    texts: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Normalizer | None = None
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE learned on `texts`."""
+    bpe, level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    bpe.normalizer, bpe.pre_tokenizer = normalizer, level(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],
-        initial_alphabet=alphabet,
+        initial_alphabet=level.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["to be or not to be"] * 9, trainer)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def of_tokenizers(folder: Path, data: Path) -> list[Format]:
     of_bytes, of_pieces = folder / "tokenizer.json", folder / "fuzzed.model"
-    bpe.save(str(of_bytes))
+    byte_level(["to be or not to be"] * 9, 270).save(str(of_bytes))
     of_pieces.write_bytes(next(data.glob("*.model")).read_bytes())
 
     def reader(path: Path) -> Callable[[], None]:

@@ -28,18 +28,14 @@ FIRST_REPORT, NEXT_REPORT, REDRAW = 2.0, 5.0, 0.2
 
 def format_duration(seconds: float) -> str:
     """`0.4s`, `42s`, `3m12s`, `2h05m`, `3d04h`: two units at most."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02d}h"
+    if seconds < 59.5:
+        return f"{seconds:.{int(seconds < 9.95)}f}s"
+    for unit, per, limit, letters in ((1, 60, 60, "ms"), (60, 60, 24, "hm")):
+        large, small = divmod(round(seconds / unit), per)
+        if large < limit:
+            return f"{large}{letters[0]}{small:02d}{letters[1]}"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days}d{hours:02d}h"
 
 
 class TerminalConsole(rich.console.Console):

@@ -103,9 +103,8 @@ def _in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            "a tokenizing process was killed, perhaps for memory; prepare with fewer --workers"
-        ) from None
+        killed = "a tokenizing process was killed, perhaps for memory"
+        raise UserError(f"{killed}; resume with fewer --workers") from None
 
 
 Encoder = Callable[[str, Iterator[Chunk]], Iterator[Encoded]]
@@ -118,11 +117,8 @@ def encoder(tokenizer: Path, workers: int) -> Iterator[Encoder]:
         here = load_tokenizer(tokenizer)
         yield lambda source, chunks: (_encode(here, source, chunk) for chunk in chunks)
         return
-    # fork would copy the locks of the caller's threads
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
-    )
+    context = multiprocessing.get_context("spawn")  # fork would copy the locks of threads
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,))
     try:
         yield partial(_in_order, pool, workers)
     finally:

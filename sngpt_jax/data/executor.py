@@ -67,10 +67,8 @@ def encode_here(parts: Parts, workers: int, report: Report) -> None:
     left = parts.left()
     if not left:
         return
-    logs = str(parts.directory / "logs")
-    executor = LocalPipelineExecutor(
-        [EncodePart(parts)], tasks=parts.count, logging_dir=logs, skip_completed=False
-    )
+    logs, steps = str(parts.directory / "logs"), [EncodePart(parts)]
+    executor = LocalPipelineExecutor(steps, parts.count, logging_dir=logs, skip_completed=False)
     context = multiprocessing.get_context("spawn")
     # Not an Event: its set() waits for every waiter to wake, and forever if one was killed.
     told, tell = context.Pipe(duplex=False)
@@ -86,14 +84,11 @@ def encode_here(parts: Parts, workers: int, report: Report) -> None:
                     task.result()
                 for task in (*done, *(task for task in pending if task.running())):
                     tokens[tasks[task]] = parts.reached(tasks[task]).tokens
-                ended = len(left) - len(pending)
-                total = sum(tokens.values())
+                ended, total = len(left) - len(pending), sum(tokens.values())
                 report(0, 0, f"{ended} of {len(left)} parts, {total:,} tokens")
         except BrokenProcessPool:
-            message = (
-                "an encoding process was killed, perhaps for memory; resume with fewer --workers"
-            )
-            raise UserError(message) from None
+            killed = "an encoding process was killed, perhaps for memory"
+            raise UserError(f"{killed}; resume with fewer --workers") from None
         except BaseException:
             tell.close()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -141,8 +136,7 @@ def submit(parts: Parts, workers: int, merge: Sequence[str]) -> Submitted:
     left, array_job = len(parts.left()), ""
     try:
         array.launch_job()
-        if array.job_id != -1:
-            array_job = str(array.job_id)
+        array_job = "" if array.job_id == -1 else str(array.job_id)
         log = logs / "slurm_logs" / "merge_%j.out"
         arguments = array.get_sbatch_args() | {"job-name": "merge", "output": log, "error": log}
         arguments.pop("array", None)

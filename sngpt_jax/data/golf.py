@@ -1,8 +1,10 @@
 """The challenge's published token shards: downloaded instead of prepared."""
 
+import logging
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 from sngpt_jax.base import typed_json
@@ -10,16 +12,32 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import problem_of_name, shown
 from sngpt_jax.data.corpus import imported
 from sngpt_jax.data.manifest import DataError, explained
-from sngpt_jax.data.shards import DOWNLOAD, open_shard
+from sngpt_jax.data.shards import DOWNLOAD, Dataset, open_dataset, open_shard
+from sngpt_jax.data.spec import DEFAULT_VOCAB_SIZE, PrepareSpec, check_size, option
 from sngpt_jax.data.tokenizer import load_tokenizer
+
+logger = logging.getLogger("sngpt_jax")
 
 REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
 
 
-def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
-    """Downloads the challenge's FineWeb tokens into `out_dir`: all validation shards, the first
-    `train_shards` training shards, and the tokenizer.
+def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
+    """Downloads the published shards and tokenizer of `golf[:spV]`, and opens them."""
+    what, named = f"--source {spec.source}", spec.source.removeprefix("golf").removeprefix(":")
+    if named and not (named.startswith("sp") and named[2:].isdecimal()):
+        raise UserError(f"{what}: expected golf or golf:spV with a vocabulary size V")
+    vocab_size = int(named[2:]) if named else spec.vocab_size or DEFAULT_VOCAB_SIZE
+    check_size(spec, what, vocab_size)
+    plain = asdict(PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size))
+    if other := [option(key) for key, value in plain.items() if getattr(spec, key) != value]:
+        raise UserError(f"{what} is already tokens; it takes no {', '.join(other)} but its own")
+    logger.info(f"{spec.out}: downloading the published shards of {vocab_size:,} tokens")
+    download(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
+    return open_dataset(spec.out, vocab_size)
 
+
+def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
+    """Downloads all validation shards, the first `train_shards` training shards, and the tokenizer.
     Whole files stay, so that the same call resumes. Layout: openai/parameter-golf,
     data/cached_challenge_fineweb.py.
     """
@@ -50,19 +68,13 @@ def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     for split, count in (("val", shards["val"]), ("train", train_shards)):
         for n in range(count):
             name = f"fineweb_{split}_{n:06d}.bin"
-            if not _whole(out_dir / name):
+            try:
+                open_shard(out_dir / name)
+            except DataError:  # missing, or not whole
                 fetched = fetch(f"datasets/{dataset}/{name}", staging)
                 open_shard(fetched)
                 os.replace(fetched, out_dir / name)
     shutil.rmtree(staging)
-
-
-def _whole(path: Path) -> bool:
-    try:
-        open_shard(path)
-    except DataError:
-        return False
-    return True
 
 
 def _entry(manifest: Path, vocab_size: int) -> tuple[str, str, dict[str, int]]:

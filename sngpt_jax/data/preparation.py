@@ -11,35 +11,25 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.terminal import format_duration, progress_reporter
-from sngpt_jax.data import golf
 from sngpt_jax.data.corpus import count_parts, documents, imported, text_bytes
 from sngpt_jax.data.encode import Encoder, cut_chunks, encoder
 from sngpt_jax.data.manifest import CHANGED, FORMAT, PROGRESS, Manifest, Origin, check_sha256, save
 from sngpt_jax.data.parts import Parts, Submitted
-from sngpt_jax.data.shards import MAX_SHARD_TOKENS, Dataset, open_dataset, write_hashed
-from sngpt_jax.data.spec import (
-    COMMAND,
-    DEFAULT_VOCAB_SIZE,
-    PrepareSpec,
-    check_size,
-    command_line,
-    option,
-    origin_of,
-)
+from sngpt_jax.data.shards import MAX_SHARD_TOKENS, write_hashed
+from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, origin_of
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.data.tokenizer_training import train_sentencepiece
 from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished, held
 
 logger = logging.getLogger("sngpt_jax")
 
-# what tokenizes: processes of this command, or datatrove's tasks
 Executor = Literal["processes", "local", "slurm"]
 
 
@@ -140,16 +130,9 @@ class _Preparation:
         size = text_bytes(source)
         if skipped:
             size -= sum(entry.bytes for entry in self.journal.val.shards)
-        writer = SplitWriter(
-            self.out,
-            split,
-            spec.shard_tokens,
-            load_tokenizer(self.tokenizer).token_bytes(),
-            done,
-            lambda reached: self._advance(**{split: reached}),
-            limit,
-        )
-        read = 0  # bytes
+        table = load_tokenizer(self.tokenizer).token_bytes()
+        which, read = (self.out, split, spec.shard_tokens, table, done), 0  # bytes
+        writer = SplitWriter(*which, lambda reached: self._advance(**{split: reached}), limit)
 
         def counted() -> Iterator[str]:
             nonlocal read
@@ -158,19 +141,17 @@ class _Preparation:
                 yield text
 
         first = skipped + done.documents
-        if parts:
-            chunks = parts.read(first)
-        else:
-            chunks = encode(source, cut_chunks(islice(counted(), done.documents, None), first + 1))
+        texts = islice(counted(), done.documents, None)
+        chunks = parts.read(first) if parts else encode(source, cut_chunks(texts, first + 1))
         report = progress_reporter(f"{self.out}: {split}")
         for chunk in chunks:
             for tokens, extra in chunk:
                 writer.append(tokens, extra)
+            share = read / size if size > 0 else 0.0
             if held_out and split == "val":
                 share = writer.documents / held_out
-            else:
-                share = read / size if size > 0 else 0.0
-            share = max(share, writer.tokens / limit) if limit else share
+            elif limit:
+                share = max(share, writer.tokens / limit)
             # The split is whole only after its last shard is written.
             report(min(share, 0.999), bool(share), f"{writer.tokens:,} tokens")
             if writer.full:
@@ -215,18 +196,3 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
         imported("datatrove", "--executor")
     with held(out):
         return finished(out, origin) or _Preparation(spec, origin, workers).run(executor)
-
-
-def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
-    """Downloads the published shards and tokenizer of `golf[:spV]`, and opens them."""
-    what, named = f"--source {spec.source}", spec.source.removeprefix("golf").removeprefix(":")
-    if named and not (named.startswith("sp") and named[2:].isdecimal()):
-        raise UserError(f"{what}: expected golf or golf:spV with a vocabulary size V")
-    vocab_size = int(named[2:]) if named else spec.vocab_size or DEFAULT_VOCAB_SIZE
-    check_size(spec, what, vocab_size)
-    plain = asdict(PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size))
-    if other := [option(key) for key, value in plain.items() if getattr(spec, key) != value]:
-        raise UserError(f"{what} is already tokens; it takes no {', '.join(other)} but its own")
-    logger.info(f"{spec.out}: downloading the published shards of {vocab_size:,} tokens")
-    golf.download(Path(spec.out), vocab_size=vocab_size, train_shards=train_shards)
-    return open_dataset(spec.out, vocab_size)

@@ -68,9 +68,8 @@ def _tokenizer_fields(spec: PrepareSpec) -> dict[str, Any]:
 def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
     """Raises `UserError` if `what` has more tokens than `spec` allows."""
     if 0 < spec.vocab_size < vocab_size:
-        raise UserError(
-            f"{what}: expected at most --vocab-size {spec.vocab_size} tokens, found {vocab_size}"
-        )
+        most = f"expected at most --vocab-size {spec.vocab_size} tokens"
+        raise UserError(f"{what}: {most}, found {vocab_size}")
 
 
 def origin_of(spec: PrepareSpec) -> Origin:
@@ -78,17 +77,14 @@ def origin_of(spec: PrepareSpec) -> Origin:
     fields = _source_fields(spec) | _val_fields(spec) | _tokenizer_fields(spec)
     check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
-        raise UserError(
-            f"--val-source {spec.val_source} is the same text as --source {spec.source}; give"
-            " another, or none to hold out --val-docs"
-        )
+        same = f"--val-source {spec.val_source} is the same text as --source {spec.source}"
+        raise UserError(f"{same}; give another, or none to hold out --val-docs")
     return Origin(**fields, shard_tokens=spec.shard_tokens, max_tokens=spec.max_tokens)
 
 
 def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """How a finished folder differs from what `spec` would make: phrases about its settings (the
-    sizes of the shards and of the whole aside), and about the texts and tokenizers on this machine:
-    missing, of other content, or the library of another Python.
+    """How a finished folder differs from what `spec` would make: phrases about its settings, and
+    about texts and tokenizers on this machine: missing, edited, or of another Python's library.
     """
     asked: dict[str, Any] = {}
     machine = []

@@ -111,10 +111,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
-    A model that keeps whitespace has no dummy prefix and keeps runs of spaces: each ▁ is a space
-    and counts where it stands. Otherwise the challenge's rule holds. A model that
-    keeps whitespace and has byte tokens spells a literal ▁ in its three bytes here, where
-    SentencePiece reads a space: encoding under identity normalization loses nothing.
+    If a model has no dummy prefix and keeps runs of spaces, each ▁ is a space and counts where it
+    stands; otherwise the challenge's rule holds. If the model also has byte tokens, a literal ▁ is
+    spelled in its three bytes here, where SentencePiece reads a space.
     """
 
     def __init__(self, path: Path, data: bytes):

@@ -19,6 +19,7 @@ from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
 from sngpt_jax.data.tokenizer_training import TRAINING_CHARS_PER_TOKEN, train_sentencepiece
 from tests.data.conftest import refuses
+from tests.fuzz import byte_level
 
 # every character there is, surrogates too, and often those that the rules turn on
 CHARACTERS = st.one_of(
@@ -57,21 +58,6 @@ def sentencepiece_model(texts, **options):
     return model.getvalue()
 
 
-def byte_level(texts, normalizer=None):
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tok.normalizer = normalizer
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tok.train_from_iterator(texts, trainer)
-    return tok
-
-
 @pytest.fixture(scope="module")
 def texts():
     return list(itertools.islice(documents("stdlib"), 12))
@@ -95,7 +81,7 @@ def loaded(texts, tmp_path_factory):
         found[name] = load_tokenizer(path)
     for name, normalizer in zip(BYTE_LEVEL, (None, tokenizers.normalizers.NFC()), strict=True):
         path = folder / f"{name}.json"
-        tok = byte_level(texts, normalizer)
+        tok = byte_level(texts, 400, normalizer)
         # whitespace as GPT-NeoX adds it
         tok.add_tokens([tokenizers.AddedToken("   ", normalized=True)])
         tok.save(str(path))
@@ -331,7 +317,7 @@ def changed(spec, **values):
 
 
 def test_tokenizer_jsons_that_are_not_byte_level_bpe(tmp_path, texts):
-    spec = json.loads(byte_level(texts[:2]).to_str())
+    spec = json.loads(byte_level(texts[:2], 400).to_str())
     path = tmp_path / "tokenizer.json"
     level = spec["pre_tokenizer"]
     strip = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
