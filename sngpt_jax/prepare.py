@@ -93,8 +93,8 @@ def main(argv: Sequence[str]) -> int:
         if arguments.executor != "processes":
             raise UserError(f"--source {spec.source} is already tokens; it takes no --executor")
         data = fetch_golf(spec, arguments.train_shards)
-        counts = ({"shards": len(x.shards), "tokens": len(x)} for x in (data.train, data.val))
-        return _show("prepared", spec.out, data.tokenizer.entry(), *counts, arguments.json)
+        train, val = ({"shards": len(x.shards), "tokens": len(x)} for x in (data.train, data.val))
+        return _show("prepared", spec.out, data.tokenizer.entry(), train, val, arguments.json)
     made = prepare_on(spec, arguments.workers, arguments.executor)
     if isinstance(made, Manifest):
         return _show_manifest("prepared", spec.out, made, arguments.json)

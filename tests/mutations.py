@@ -22,30 +22,34 @@ def flipped(rng, data):
     return bytes(data)
 
 
+def place(rng, data):
+    return rng.randrange(len(data) + 1)
+
+
 def truncated(rng, data):
-    return data[: rng.randrange(len(data) + 1)]
+    return data[: place(rng, data)]
 
 
 def inserted(rng, data):
-    at = rng.randrange(len(data) + 1)
+    at = place(rng, data)
     piece = rng.choice([rng.randbytes(rng.randrange(1, 9)), bytes(rng.randrange(1, 40))])
     return data[:at] + piece + data[at:]
 
 
 def deleted(rng, data):
-    at = rng.randrange(len(data) + 1)
+    at = place(rng, data)
     return data[:at] + data[at + rng.randrange(1, 40) :]
 
 
 def spliced(rng, data):
     """A piece of it copied over another place."""
-    start, at = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    start, at = place(rng, data), place(rng, data)
     piece = data[start : start + rng.randrange(1, 200)]
     return data[:at] + piece + data[at + len(piece) :]
 
 
 def overwritten(rng, data):
-    at, length = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8])
+    at, length = place(rng, data), rng.choice([1, 2, 4, 8])
     piece = rng.choice([b"\xff", b"\0", b"\x7f"]) * length
     return (data[:at] + piece + data[at + length :])[: len(data)]
 

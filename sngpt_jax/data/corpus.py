@@ -32,17 +32,11 @@ logger = logging.getLogger("sngpt_jax")
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", *JSONL, ".parquet")
-FORMS = (
-    "stdlib, hub:NAME[:CONFIG][@SPLIT], or a path to a folder or a file ending in"
-    f" {', '.join(ENDINGS)}"
-)
+FORMS = f"stdlib, hub:NAME[:CONFIG][@SPLIT], a folder, or a file ending in {', '.join(ENDINGS)}"
 SEPARATOR = "<|endoftext|>"  # a line of a text file with only this text ends a document
 
-# The longest line in bytes and document in characters: a small compressed file may unpack to more.
-MAX_DOCUMENT = 2**30
-_TOO_LONG = (
-    f"a document of more than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} between documents"
-)
+MAX_DOCUMENT = 2**30  # bytes of a line, characters of a document: small files may unpack to more
+_TOO_LONG = f"a document of more than {MAX_DOCUMENT:,} bytes; put lines of {SEPARATOR} in between"
 
 MAX_PARTS = 1000  # of a source: a Slurm array has at most 1001 tasks by default
 
@@ -158,21 +152,14 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
 
 
 def _text_files(source: str) -> list[Path]:
-    path, endings = Path(source), ", ".join(ENDINGS)
-    if source and path.is_file() and path.name.endswith(ENDINGS):
-        return [path]
-    if source and path.is_dir():  # Path("") is the current folder
-        files = [p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file()]
-        if files:
-            return sorted(files, key=lambda p: p.relative_to(path).as_posix())
-        problem = f"{path}: no text in this folder; expected files ending in {endings}"
-    elif source and path.exists():
-        problem = f"{path}: expected a file ending in {endings}"
-    elif source.startswith("golf:"):
-        problem = f"source {source}: published shards hold no text; a source of text is {FORMS}"
-    else:
-        problem = f"source {source!r}: no such file or folder; a source is {FORMS}"
-    raise UserError(problem)
+    path = Path(source)
+    if not source or not path.exists():  # Path("") is the current folder
+        raise UserError(f"source {source!r}: no such file or folder; a source is {FORMS}")
+    found = [path] if path.is_file() else path.rglob("*")
+    files = [p for p in found if p.name.endswith(ENDINGS) and p.is_file()]
+    if not files:
+        raise UserError(f"{path}: no text; expected files ending in {', '.join(ENDINGS)}")
+    return sorted(files, key=lambda p: p.relative_to(path).as_posix())
 
 
 def _file_texts(path: Path) -> Iterator[str]:

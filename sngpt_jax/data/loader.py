@@ -8,7 +8,7 @@ import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeAlias
 
 import grain
 import numpy as np
@@ -18,8 +18,7 @@ from sngpt_jax.config import Config
 from sngpt_jax.data.manifest import DataError
 from sngpt_jax.data.shards import TokenStream
 
-T = TypeVar("T")
-Loader = grain.DatasetIterator
+Loader: TypeAlias = grain.DatasetIterator
 
 _THREADS = 2  # reading takes about 1 ms; the second hides a slow page of a network file system
 _READY = 2  # placed batches that are kept ready
@@ -92,11 +91,11 @@ def batches_of(config: Config, stream: TokenStream) -> GlobalBatches:
 
 def make_loader(
     batches: RandomAccessDataSource[dict[str, np.ndarray]],
-    place: Callable[[dict[str, np.ndarray]], T],
+    place: Callable[[dict[str, np.ndarray]], Any],
     *,
     num_steps: int,
     state: dict[str, int] | None = None,
-) -> Loader[T]:
+) -> Loader:
     """An iterator over the batches of steps 0, …, num_steps - 1, after the position `state` if
     given, which `get_state` returns. `close` stops its threads.
 

@@ -100,10 +100,8 @@ class Parts:
             def on_shard(reached: SplitJournal) -> None:
                 save(replace(journal, train=reached), folder)
 
-            token_bytes = load_tokenizer(self.tokenizer).token_bytes()
-            writer = SplitWriter(
-                folder, "train", _SHARD_TOKENS, token_bytes, journal.train, on_shard
-            )
+            table = load_tokenizer(self.tokenizer).token_bytes()
+            writer = SplitWriter(folder, "train", _SHARD_TOKENS, table, journal.train, on_shard)
             name = f"{self.source}, part {part + 1} of {self.count}"
             texts = islice(documents(self.source, part, self.count), writer.documents, None)
             with encoder(self.tokenizer, workers=1) as encode:
@@ -138,13 +136,12 @@ class Parts:
         remedy = f"delete {folder} and run the same command again"
         for file in (file for shard in reached.shards for file in shard.files):
             check_sha256(inside(folder, file.name, DataError), file.sha256, remedy)
-        vocab_size, bos_id = self.tokenizer_entry.vocab_size, self.tokenizer_entry.bos_id
-        stream = TokenStream(tuple(open_entries(folder, reached.shards)), vocab_size)
-        edges, end = [], 0
+        kind, end = self.tokenizer_entry, 0
+        begins: list[int] = []
+        stream = TokenStream(tuple(open_entries(folder, reached.shards)), kind.vocab_size)
         for shard in stream.shards:  # only a document's first token is BOS: no text encodes to it
-            edges.append(end + np.flatnonzero(shard.tokens == bos_id))
+            begins += (end + np.flatnonzero(shard.tokens == kind.bos_id)).tolist()
             end += len(shard.tokens)
-        begins = np.concatenate(edges).tolist()
         if len(begins) != reached.documents:
             counts = f"expected {reached.documents} documents, found {len(begins)}"
             raise DataError(f"{folder}: {counts}; {remedy}")

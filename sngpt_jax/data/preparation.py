@@ -9,7 +9,6 @@ import logging
 import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.terminal import format_duration, progress_reporter
+from sngpt_jax.base.terminal import progress_reporter
 from sngpt_jax.data.corpus import count_parts, documents, imported, text_bytes
 from sngpt_jax.data.encode import Encoder, cut_chunks, encoder
 from sngpt_jax.data.manifest import CHANGED, FORMAT, PROGRESS, Manifest, Origin, check_sha256, save
 from sngpt_jax.data.parts import Parts, Submitted
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, write_hashed
 from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, origin_of
-from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from sngpt_jax.data.tokenizer_training import train_sentencepiece
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished, held
 
 logger = logging.getLogger("sngpt_jax")
@@ -81,14 +79,11 @@ class _Preparation:
             path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
             write_hashed(path, Path(spec.tokenizer).read_bytes())
             return load_tokenizer(path)
-        size, start = self.origin.vocab_size, time.monotonic()
+        size = self.origin.vocab_size
         logger.info(f"{out}: learning a tokenizer of {size:,} tokens")
         texts, path = _open_texts(spec)["train"], out / "tokenizer.model"
-        tokenizer = train_sentencepiece(
-            texts, path, vocab_size=size, normalization=spec.normalization
-        )
-        logger.info(f"{out}: learned the tokenizer in {format_duration(time.monotonic() - start)}")
-        return tokenizer
+        rule = spec.normalization
+        return train_sentencepiece(texts, path, vocab_size=size, normalization=rule)
 
     def run(self, executor: Executor) -> Manifest | Submitted:
         """Writes what is missing of the folder; with `slurm` submits jobs that will."""

@@ -286,5 +286,6 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
         raise DataError(f"{path}: {expected}, found {tokenizer.vocab_size}")
     if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
         verify(directory)
-    streams = (TokenStream(tuple(split), tokenizer.vocab_size) for split in (train, val))
-    return Dataset(directory, *streams, tokenizer, manifest)
+    size = tokenizer.vocab_size
+    train_stream, val_stream = TokenStream(tuple(train), size), TokenStream(tuple(val), size)
+    return Dataset(directory, train_stream, val_stream, tokenizer, manifest)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and the bytes of normalized text that each token stands for.
+"""Text to tokens and back, the bytes of normalized text that tokens stand for, and learning.
 
 There are two kinds: SentencePiece models (`.model`) and byte-level BPE in a `tokenizer.json`, such
 as GPT-2's. Both count bytes exactly: by a table, and by corrections for the few tokens whose text
@@ -7,13 +7,14 @@ the table cannot know.
 
 import abc
 import hashlib
+import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
@@ -21,9 +22,12 @@ import tokenizers
 
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import write_bytes_atomic
 from sngpt_jax.data.manifest import TokenizerEntry, explained
 
 MAX_VOCAB = 65_536  # tokens are stored as uint16
+TRAINING_CHARS_PER_TOKEN = 4096  # text that is read per vocabulary entry
+_CHUNK_CHARS = 4096
 MAX_BYTES = 64 * 2**20  # of a tokenizer's file; GPT-2's has 2 MB
 
 _SPACE = "▁"  # U+2581, SentencePiece's sign for a space
@@ -56,7 +60,7 @@ class Tokenizer(abc.ABC):
     """A tokenizer of either kind. Lone surrogates in text are read as U+FFFD."""
 
     def __init__(self, path: Path, data: bytes, vocab_size: int, bos_id: int):
-        check_vocab(path, vocab_size)
+        _check_vocab(path, vocab_size)
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = vocab_size
@@ -89,7 +93,7 @@ class Tokenizer(abc.ABC):
         return np.zeros((0, 2), np.int64)
 
 
-def check_vocab(path: Path, vocab_size: int) -> None:
+def _check_vocab(path: Path, vocab_size: int) -> None:
     """Raises `UserError` if the tokens of the tokenizer `path` do not fit into 16 bits."""
     if vocab_size > MAX_VOCAB:
         raise UserError(f"{path}: a vocabulary of {vocab_size} tokens; use at most {MAX_VOCAB}")
@@ -208,7 +212,7 @@ class ByteLevelTokenizer(Tokenizer):
     def __init__(self, path: Path, data: bytes):
         with explained(lambda: f"{path}: not a tokenizer.json, or a damaged one"):
             # The package makes a list of this length.
-            check_vocab(path, _largest_id(typed_json.loads(data)) + 1)
+            _check_vocab(path, _largest_id(typed_json.loads(data)) + 1)
             tok = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         tok.encode_special_tokens = True
         tok.no_truncation()
@@ -291,3 +295,68 @@ def _byte_level_problem(tok: tokenizers.Tokenizer, spec: dict[str, Any]) -> str 
         if not token["special"] and (token["lstrip"] or token["rstrip"] or changed):
             return f"its added token {content!r} takes in text around it, or unnormalized text"
     return None
+
+
+# ---------------------------------------- learning
+
+
+def _training_chunks(documents: Iterable[str], chars: int) -> Iterator[str]:
+    """The first `chars` characters in chunks: SentencePiece skips long lines."""
+    for text in documents:
+        # SentencePiece skips lines that hold its mark of unknown text, U+2585.
+        text = replace_surrogates(text[:chars]).replace("\u2585", " ")
+        for start in range(0, len(text), _CHUNK_CHARS):
+            yield text[start : start + _CHUNK_CHARS]
+        chars -= len(text)
+        if chars <= 0:
+            return
+
+
+def train_sentencepiece(
+    documents: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    normalization: Literal["nmt_nfkc", "identity"],
+) -> Tokenizer:
+    """Trains a SentencePiece BPE of exactly `vocab_size` tokens on the first 4096 · `vocab_size`
+    characters, and writes it to `path`. The same text gives the same file.
+
+    The settings are those of the Parameter Golf challenge (openai/parameter-golf,
+    data/download_hf_docs_and_tokenize.py). `identity` also learns runs of whitespace, and pieces
+    that mix letters and punctuation. Raises `UserError` for text that does not serve.
+    """
+    keep_everything: dict[str, Any] = {}
+    if normalization == "identity":
+        keep_everything["remove_extra_whitespaces"] = False
+        keep_everything["allow_whitespace_only_pieces"] = True
+        keep_everything["split_by_unicode_script"] = False
+    _check_vocab(path, vocab_size)
+    chunks = list(_training_chunks(documents, TRAINING_CHARS_PER_TOKEN * vocab_size))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name=normalization,
+            add_dummy_prefix=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * _CHUNK_CHARS,  # bytes
+            minloglevel=2,  # errors, which arrive as exceptions
+            **keep_everything,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip() or "no usable text"
+        what = f"a tokenizer of {vocab_size} tokens on {sum(map(len, chunks))} characters of text"
+        problem = f"cannot train {what}: {reason.rstrip('.')}"
+        raise UserError(f"{problem}; give more text or another vocabulary size") from None
+    write_bytes_atomic(path, model.getvalue())
+    return load_tokenizer(path)

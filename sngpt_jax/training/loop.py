@@ -99,7 +99,7 @@ class Run:
     done: int  # steps sent so far
     position: Position
     train_step: Callable[[TrainState, Batch, StepControls], tuple[TrainState, Metrics]]
-    loader: Loader[Batch]
+    loader: Loader
     writer: MetricsWriter
     checkpoints: checkpoint.Checkpointer
     meter: StepMeter

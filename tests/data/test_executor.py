@@ -163,19 +163,18 @@ def test_a_stop_is_not_held_up_by_a_worker_that_was_killed(source, tmp_path):
         raise KeyboardInterrupt
 
     parts = begun(source, tmp_path / "out")
-    ends = []
+    ended = threading.Event()
 
     def encode_until_stopped():
         with pytest.raises(KeyboardInterrupt):
             executor.encode_here(parts, 2, kill_one_and_stop)
-        ends.append(True)
+        ended.set()
 
-    thread = threading.Thread(target=encode_until_stopped, daemon=True)  # a hang leaves it behind
-    thread.start()
-    thread.join(60)
+    threading.Thread(target=encode_until_stopped, daemon=True).start()  # a hang leaves it behind
+    is_ended = ended.wait(60)
     for worker in multiprocessing.active_children():
         worker.kill()
-    assert ends
+    assert is_ended
 
 
 @needs_datatrove
@@ -277,8 +276,6 @@ while [ "$1" != launch_pickled_pipeline ]; do shift; done
 exec "$@"
 """
 SCONTROL = "#!/bin/sh\necho node1\n"
-
-
 # Takes one job only, as at the limit of a user's jobs.
 FULL_SBATCH = """#!/bin/sh
 if [ -e "{jobs}/0.script" ]; then echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; fi

@@ -11,7 +11,7 @@ import pytest
 
 from sngpt_jax.data import golf
 from sngpt_jax.data.shards import unfinished
-from sngpt_jax.data.tokenizer_training import train_sentencepiece
+from sngpt_jax.data.tokenizer import train_sentencepiece
 from tests.data.conftest import refuses
 
 SHARDS = "datasets/datasets/fineweb10B_sp280/fineweb"
@@ -64,8 +64,7 @@ def published(tmp_path, monkeypatch):
 
 
 def test_download_golf(tmp_path, published):
-    files, fetched = published
-    out = tmp_path / "out"
+    (files, fetched), out = published, tmp_path / "out"
     golf.download(out, vocab_size=280, train_shards=2)
     names = ["train_000000.bin", "train_000001.bin", "val_000000.bin", "val_000001.bin"]
     expected = ["fineweb_280_bpe.model", *(f"fineweb_{name}" for name in names)]
@@ -89,8 +88,7 @@ def golf_fails(out, expected, vocab_size=280, train_shards=1):
 
 
 def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
-    files, _ = published
-    out = tmp_path / "out"
+    (files, _), out = published, tmp_path / "out"
     known = "no fineweb10B_sp999; it has fineweb10B_byte260, fineweb10B_sp280"
     golf_fails(out, known, vocab_size=999)
     golf_fails(out, "fineweb10B_sp280 has 3 training shards; asked for 4", train_shards=4)
@@ -121,8 +119,7 @@ def test_download_golf_failures_are_one_line(tmp_path, published, monkeypatch):
 
 
 def test_download_golf_marks_the_folder_while_it_is_not_whole(tmp_path, published):
-    files, _ = published
-    out = tmp_path / "out"
+    (files, _), out = published, tmp_path / "out"
     golf_fails(out, "asked for 9", train_shards=9)
     assert not out.exists()  # nothing was begun
     missing = files.pop(f"{SHARDS}_train_000001.bin")

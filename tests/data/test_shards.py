@@ -26,8 +26,7 @@ from sngpt_jax.data.shards import (
     open_shard,
     write_shard,
 )
-from sngpt_jax.data.tokenizer import load_tokenizer
-from sngpt_jax.data.tokenizer_training import train_sentencepiece
+from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.data.conftest import BytesOfPair, damaged, stream_of
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])

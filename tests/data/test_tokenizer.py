@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import tokenizer as module
 from sngpt_jax.data.corpus import documents
-from sngpt_jax.data.tokenizer import load_tokenizer, replace_surrogates
-from sngpt_jax.data.tokenizer_training import TRAINING_CHARS_PER_TOKEN, train_sentencepiece
+from sngpt_jax.data.tokenizer import (
+    TRAINING_CHARS_PER_TOKEN,
+    load_tokenizer,
+    replace_surrogates,
+    train_sentencepiece,
+)
 from tests.data.conftest import refuses
 from tests.fuzz import byte_level
 
