@@ -13,6 +13,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, SupportsIndex
@@ -195,7 +196,7 @@ def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
     )
     with jax.default_matmul_precision("highest"):
         ours = OurStep(short, mesh)
-        with ours.loader:
+        with closing(ours.loader):
             losses = {"jax": ours(FIRST_STEPS).losses}
     losses["torch"] = TheirStep(short, ours.weights, compiled=False)(FIRST_STEPS).losses
     # `not <=`, so that NaN counts as a difference
@@ -232,7 +233,7 @@ def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
     if against:
         steps["torch eager"] = TheirStep(config, ours.weights, False)
         steps["torch.compile"] = TheirStep(config, ours.weights, True)
-    with ours.loader:
+    with closing(ours.loader):
         for step in steps.values():
             step(1)  # compiles
         works = {name: partial(step, arguments.steps) for name, step in steps.items()}

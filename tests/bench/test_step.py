@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import closing
 
 import jax
 import pytest
@@ -101,7 +102,7 @@ def test_pytorch_trains_the_same_model(name):
     pytest.importorskip("torch")
     config = recipe(MODELS[name])
     ours = bench.OurStep(config, make_mesh(jax.devices()[:1]))
-    with ours.loader:
+    with closing(ours.loader):
         theirs = bench.TheirStep(config, ours.weights, compiled=False)
         expected = ours(6).losses
     assert theirs(6).losses == pytest.approx(expected, rel=2e-5)
