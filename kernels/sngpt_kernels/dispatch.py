@@ -84,10 +84,8 @@ def check_nvidia(implementation: str, device: Device) -> None:
 
 
 def pallas_triton(operation: str, device: Device) -> Any:
-    """The module of an operation's kernels. Raises CannotServe if it cannot run on the device.
-
-    It is imported by name, so that a bundled program can do without it.
-    """
+    """The module of an operation's kernels. Raises CannotServe if it cannot run on the device."""
+    # It is imported by name, so that a bundled program can do without it.
     check_nvidia("pallas_triton", device)
     name = f"sngpt_kernels.{operation}.pallas_triton"
     if importlib.util.find_spec(name) is None:
@@ -120,9 +118,6 @@ def table_name(kind: str) -> str:
 
 @functools.cache
 def tuned(package: str, kind: str) -> dict[str, Any]:
-    """The table of `package` for devices of that kind; empty if there is none.
-
-    An entry is {"implementation": the fastest one, "config": its block sizes}.
-    """
+    """The table of `package` for devices of that kind: keys → fastest implementation and config."""
     table = resources.files(package) / "tuned" / table_name(kind)
     return json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}

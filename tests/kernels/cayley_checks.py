@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from sngpt_kernels.cayley import dictionary, pallas_triton, reference, xla
-from sngpt_kernels.cayley.dictionary import Levels, Scheme
+from sngpt_kernels.cayley.dictionary import Scheme
 
 D64 = ((6, 4, 0), (9, 8, 32), (11, 12, 16))
 D128 = ((7, 8, 0), (10, 16, 32), (12, 32, 32))
@@ -19,7 +19,7 @@ KINDS = ("random", "low rank", "constant", "zero", "huge", "tied", "small deviat
 EPS = np.finfo(np.float32).eps
 
 
-def make_inputs(kind: str, levels: Levels, tokens: int) -> dict[str, np.ndarray]:
+def make_inputs(kind, levels, tokens):
     """x, mean, std, bias and a cotangent.
 
     Statistics and biases are as during training. Only for ties they are trivial.
@@ -57,33 +57,31 @@ CALLS: dict[str, Callable[..., Any]] = {
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-def value_and_gradients(implementation: str, scheme: Scheme, inputs: dict[str, Any]) -> Any:
+def value_and_gradients(implementation, scheme, inputs):
     """(x_hat, ids, the gradients of x, mean, std and bias)."""
-    names = ("x", "mean", "std", "bias", "cotangent")
-    x, mean, std, bias, cotangent = (inputs[name] for name in names)
     if implementation == "reference":
         code = reference_code(scheme, inputs)
         dx, dbias = reference_gradients(scheme, code, inputs)
-        return code.x_hat, code.ids, (dx, np.zeros_like(mean), np.zeros_like(std), dbias)
-    return compiled(implementation, scheme)(x, mean, std, bias, cotangent)
+        return code.x_hat, code.ids, (dx, 0 * inputs["mean"], 0 * inputs["std"], dbias)
+    names = ("x", "mean", "std", "bias", "cotangent")
+    return compiled(implementation, scheme)(*(inputs[name] for name in names))
 
 
-def reference_code(scheme: Scheme, inputs: dict[str, Any]) -> reference.Code:
+def reference_code(scheme, inputs):
     arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
-    static = {"forward_standardized": scheme.forward_standardized}
-    return reference.encode_decode(*arrays, scheme.levels, generators=scheme.generators, **static)
+    return reference.encode_decode(*arrays, **vars(scheme))
 
 
-def reference_gradients(scheme: Scheme, code: reference.Code, inputs: dict[str, Any]) -> Any:
-    static = {"forward_standardized": scheme.forward_standardized}
-    return reference.gradients(code, inputs["std"], inputs["cotangent"], **static)
+def reference_gradients(scheme, code, inputs):
+    arrays, standardized = (inputs["std"], inputs["cotangent"]), scheme.forward_standardized
+    return reference.gradients(code, *arrays, forward_standardized=standardized)
 
 
 @functools.cache
-def compiled(implementation: str, scheme: Scheme) -> Callable[..., Any]:
+def compiled(implementation, scheme):
     """`value_and_gradients` of an implementation in jax, as one program."""
 
-    def f(x: Any, mean: Any, std: Any, bias: Any, cotangent: Any) -> Any:
+    def f(x, mean, std, bias, cotangent):
         run = functools.partial(CALLS[implementation], scheme=scheme)
         x_hat, vjp, ids = jax.vjp(run, x, mean, std, bias, has_aux=True)
         return x_hat, ids, vjp(cotangent)
@@ -91,13 +89,11 @@ def compiled(implementation: str, scheme: Scheme) -> Callable[..., Any]:
     return jax.jit(f, compiler_options=QUICKLY if implementation == "pallas_triton" else {})
 
 
-def split(ids: np.ndarray, levels: Levels) -> list[np.ndarray]:
+def split(ids, levels):
     return np.split(np.asarray(ids), np.cumsum([k for _, k, _ in levels])[:-1], axis=-1)
 
 
-def check_selection(
-    ids: np.ndarray, code: reference.Code, inputs: dict[str, np.ndarray], levels: Levels
-) -> tuple[np.ndarray, int]:
+def check_selection(ids, code, inputs, levels):
     """(which tokens agree on all sets, the number of levels that differ).
 
     Sets may differ only by features that float32 cannot tell apart.
@@ -124,7 +120,7 @@ def check_selection(
     return equal, ties
 
 
-def check(implementation: str, scheme: Scheme, kind: str, tokens: int) -> None:
+def check(implementation, scheme, kind, tokens):
     """The sets, x_hat and the gradients equal those of the reference."""
     inputs = make_inputs(kind, scheme.levels, tokens)
     code = reference_code(scheme, inputs)
@@ -142,7 +138,7 @@ def check(implementation: str, scheme: Scheme, kind: str, tokens: int) -> None:
     check_close("dbias", dbias, expected_dbias)
 
 
-def check_close(name: str, mine: Any, theirs: np.ndarray) -> None:
+def check_close(name, mine, theirs):
     """The error is at most 20 roundings of the largest element."""
     difference, size = np.abs(mine - theirs), np.abs(theirs).max()
     print(f"  {name}: error max {difference.max():.1e}, mean {difference.mean():.1e} of {size:.1e}")

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from sngpt_kernels import dispatch
-from sngpt_kernels.cayley import api, pallas_triton
+from sngpt_kernels.cayley import api
 from sngpt_kernels.cayley.api import encode_decode
+from sngpt_kernels.cayley.pallas_triton import Config
 from sngpt_kernels.dispatch import CannotServe, Device
 
 from tests.kernels.cayley_checks import SHALLOW, make_inputs
 from tests.kernels.lowering import H100, kernels_of_gradients
 
+LOW, WIDE = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 ONLY_NVIDIA = "xla: pallas_triton serves NVIDIA GPUs; the device is"
 
 
@@ -42,23 +44,20 @@ def test_says_once_what_runs_and_why(device, d, said, caplog):
 
 
 def test_the_devices_table_chooses(monkeypatch):
-    config = dict.fromkeys((field.name for field in dataclasses.fields(pallas_triton.Config)), 2)
+    config = dict.fromkeys((field.name for field in dataclasses.fields(Config)), 2)
     table = {"bfloat16_d64_2l": {"implementation": "xla", "config": config}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table if kind == H100.kind else {})
-    assert api.choose(H100, jnp.dtype(jnp.bfloat16), SHALLOW, "spread")[0] == "xla"
-    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread")[0] == "pallas_triton"
+    assert api.choose(H100, LOW, SHALLOW, "spread")[0] == "xla"
+    assert api.choose(H100, WIDE, SHALLOW, "spread")[0] == "pallas_triton"
     with dispatch.targeting(H100):
-        of = pallas_triton.Config.of
-        assert of(jnp.dtype(jnp.bfloat16), SHALLOW) == pallas_triton.Config(**config)
-        assert of(jnp.dtype(jnp.float32), SHALLOW) == pallas_triton.Config.heuristic(64)
+        assert Config.of(LOW, SHALLOW) == Config(**config)
+        assert Config.of(WIDE, SHALLOW) == Config.heuristic(64)
 
 
 def test_a_program_without_the_kernels_runs_xla(monkeypatch):
     monkeypatch.setitem(sys.modules, "sngpt_kernels.cayley.pallas_triton", None)
-    assert api.choose(H100, jnp.dtype(jnp.float32), SHALLOW, "spread") == (
-        "xla",
-        "pallas_triton is no part of this program",
-    )
+    reason = "pallas_triton is no part of this program"
+    assert api.choose(H100, WIDE, SHALLOW, "spread") == ("xla", reason)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +71,8 @@ def test_a_program_without_the_kernels_runs_xla(monkeypatch):
 def test_levels_that_the_kernels_cannot_hold_run_in_xla(levels, reason, monkeypatch):
     for table in ({}, {f"bfloat16_d1024_{len(levels)}l": {"implementation": "pallas_triton"}}):
         monkeypatch.setattr(dispatch, "tuned", lambda package, kind, table=table: table)
-        assert api.choose(H100, jnp.dtype(jnp.bfloat16), levels, "spread") == (
-            "xla",
-            f"pallas_triton keeps candidates in registers; {reason}, too many",
-        )
+        said = f"pallas_triton keeps candidates in registers; {reason}, too many"
+        assert api.choose(H100, LOW, levels, "spread") == ("xla", said)
 
 
 def test_the_kernels_refuse_a_cpu():

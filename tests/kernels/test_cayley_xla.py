@@ -49,9 +49,8 @@ def test_any_levels_match_reference(levels, tokens, kind):
     arrays = [inputs[name] for name in ("x", "mean", "std", "bias")]
     x_hat, ids = jax.jit(lambda *a: encode_decode(*a, levels[0], generators=levels[1]))(*arrays)
     equal, _ = check_selection(ids, code, inputs, levels[0])
-    np.testing.assert_allclose(
-        x_hat[equal], code.x_hat[equal], atol=20 * EPS * np.abs(code.x_hat).max()
-    )
+    tolerance = 20 * EPS * np.abs(code.x_hat).max()
+    np.testing.assert_allclose(x_hat[equal], code.x_hat[equal], atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
@@ -87,17 +86,11 @@ def test_never_scores_all_features_of_all_tokens():
     assert max(a.size for a in arrays) <= tokens * max(24 * 64, candidates)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "forward_standardized"))
-def run64(x, dtype=jnp.float32, forward_standardized=True):
-    _, mean, std, bias, _ = make_inputs("random", SHALLOW, 1).values()
-    return encode_decode(
-        x.astype(dtype), mean, std, bias, SHALLOW, forward_standardized=forward_standardized
-    )
-
-
 def test_a_cpu_selects_by_its_own_top_k():
     """If the compiler does not recognize a top_k, it sorts, which is ten times slower overall."""
-    program = run64.lower(jnp.zeros((37, 64))).compile().as_text()
+    arrays = list(make_inputs("random", SHALLOW, 37).values())[:4]
+    run = jax.jit(functools.partial(encode_decode, levels=SHALLOW))
+    program = run.lower(*arrays).compile().as_text()
     assert program.count('custom_call_target="TopK"') >= len(SHALLOW)
     assert "f32[37,112]{1,0}, s32[37,112]{1,0}) sort(" not in program
 
@@ -106,18 +99,16 @@ def test_helpers_against_reference():
     rng = np.random.default_rng(3)
     x, ids = rng.standard_normal((2, 3, 64)).astype(np.float32), rng.integers(0, 2048, (2, 3, 5))
     everything = np.array([reference.scores(row, np.arange(2048)) for row in x.reshape(6, 64)])
-    np.testing.assert_allclose(
-        jax.jit(xla.all_scores, static_argnums=1)(x, 11), everything.reshape(2, 3, 2048), atol=1e-5
-    )
+    scores = jax.jit(xla.all_scores, static_argnums=1)(x, 11)
+    np.testing.assert_allclose(scores, everything.reshape(2, 3, 2048), atol=1e-5)
     squares = jax.jit(xla.sum_squared_scores, static_argnums=1)(x.reshape(6, 64), 11)
     np.testing.assert_allclose(squares, (everything**2).sum(0), rtol=1e-5, atol=1e-6)
     expected = np.take_along_axis(everything.reshape(2, 3, 2048), ids, axis=-1)
     np.testing.assert_allclose(jax.jit(xla.scores_at)(x, ids), expected, atol=1e-5)
     coefficients = rng.standard_normal((2, 3, 5)).astype(np.float32)
     expected = np.einsum("...a,...ad->...d", coefficients, dictionary.atoms(ids, 64))
-    np.testing.assert_allclose(
-        jax.jit(xla.combine, static_argnums=2)(coefficients, ids, 64), expected, atol=1e-5
-    )
+    sums = jax.jit(xla.combine, static_argnums=2)(coefficients, ids, 64)
+    np.testing.assert_allclose(sums, expected, atol=1e-5)
 
 
 def test_running_statistics_from_the_helpers_are_the_references():

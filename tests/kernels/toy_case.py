@@ -2,25 +2,23 @@
 for x [1024, 64].
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from sngpt_kernels.case import Case, Cost
-from sngpt_kernels.dispatch import CannotServe, current_device
+from sngpt_kernels.dispatch import check_nvidia, current_device
 
 ROWS, WIDTH, BLOCK = 1024, 64, 64
 
 
-def _kernel(x_ref: Any, w_ref: Any, o_ref: Any) -> None:
+def _kernel(x_ref, w_ref, o_ref):
     o_ref[...] = plgpu.dot(x_ref[...], w_ref[...]).astype(o_ref.dtype)
 
 
 @jax.custom_vjp
-def _pallas(x: jax.Array, w: jax.Array) -> jax.Array:
+def _pallas(x, w):
     rows = pl.BlockSpec((BLOCK, WIDTH), lambda i: (i, 0))
     return pl.pallas_call(
         _kernel,
@@ -39,24 +37,20 @@ _pallas.defvjp(
 )
 
 
-def run(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
+def run(x, w, *, implementation):
     if implementation == "xla":
         return x @ w
-    if current_device().platform != "cuda":
-        raise CannotServe(
-            f"{implementation} serves NVIDIA GPUs; the device is {current_device().platform}"
-        )
+    check_nvidia(implementation, current_device())
     return _pallas(x, w)
 
 
-def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def make(key):
     of_x, of_w = jax.random.split(key)
-    return jax.random.normal(of_x, (ROWS, WIDTH), jnp.bfloat16), jax.random.normal(
-        of_w, (WIDTH, WIDTH), jnp.bfloat16
-    )
+    x = jax.random.normal(of_x, (ROWS, WIDTH), jnp.bfloat16)
+    return x, jax.random.normal(of_w, (WIDTH, WIDTH), jnp.bfloat16)
 
 
-def reference(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+def reference(x, w):
     return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
 
 

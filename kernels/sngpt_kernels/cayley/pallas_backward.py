@@ -8,10 +8,9 @@ up the values of each feature in a fixed order. So a run repeats bit for bit.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -58,10 +57,7 @@ def backward(
         partial(_backward_kernel, tokens=tokens),
         (pl.cdiv(rows, tokens),),
         (dx_hat, saved, inverse_std, pallas_decode.table(d, inverse_std.shape[0])),
-        (
-            jax.ShapeDtypeStruct((rows, d), dx_hat.dtype),
-            jax.ShapeDtypeStruct((rows, active), jnp.float32),
-        ),
+        (ShapeDtypeStruct((rows, d), dx_hat.dtype), ShapeDtypeStruct((rows, active), jnp.float32)),
         flops=4 * rows * active * d,
         num_warps=config.backward_warps,
         interpret=interpret,
@@ -97,7 +93,7 @@ def bias_gradient(config: Config, interpret: bool, saved: Array, g: Array, featu
         partial(_sum_kernel, features=config.bias_features, lanes=config.bias_lanes),
         (pl.cdiv(features, config.bias_features),),
         (starts, values),
-        jax.ShapeDtypeStruct((features,), jnp.float32),
+        ShapeDtypeStruct((features,), jnp.float32),
         flops=values.size,
         num_warps=config.bias_warps,
         interpret=interpret,

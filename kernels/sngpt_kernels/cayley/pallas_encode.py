@@ -16,7 +16,15 @@ from jax.experimental.pallas import triton as plgpu
 from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme, hadamard
 from sngpt_kernels.cayley.folding import Fold, fold
 from sngpt_kernels.cayley.pallas_decode import THREADS, words
-from sngpt_kernels.cayley.pallas_select import NEVER, Tile, add_up, all_bits, keys_of, select
+from sngpt_kernels.cayley.pallas_select import (
+    NEVER,
+    Output,
+    Tile,
+    add_up,
+    all_bits,
+    keys_of,
+    select,
+)
 from sngpt_kernels.cayley.reference import STD_FLOOR
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
 from sngpt_kernels.dispatch import CannotServe
@@ -44,7 +52,7 @@ def barrier(interpret: bool) -> None:
 
 
 def _grid(d: int) -> tuple[int, int]:
-    """(rows, columns) of the matrix that holds d points for the transform."""
+    """(rows, columns) of the matrix of d points that is transformed."""
     t = d.bit_length() - 1
     return 2 ** (t - t // 2), 2 ** (t // 2)
 
@@ -68,10 +76,7 @@ def check(levels: Levels, generators: Generators) -> None:
 
 
 def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
-    """The `constant_refs` of `encode_token`: inputs of the kernel that no token or layer changes.
-
-    The two matrices of level 0 have at least 16 rows and columns.
-    """
+    """The `constant_refs` of `encode_token`: kernel inputs that no token or layer changes."""
     padded = [np.pad(hadamard(n), (0, max(16 - n, 0))) for n in _grid(scheme.width)]
     result = [matrix.astype(jnp.bfloat16) for matrix in padded]
     for level in range(1, len(scheme.levels)):
@@ -121,16 +126,12 @@ def _pieces(x: Array) -> list[Array]:
 
 
 def _zero(row: Array) -> Array:
-    """0, unknown to the compiler, so that no addresses computed ahead of the loop over tokens fill
-    the registers.
-    """
+    """0, unknown to the compiler, so that it computes no addresses ahead of the tokens."""
     return row >> 31
 
 
 def _slots(size: int) -> Array:
-    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere and
-    exchanges nothing with others.
-    """
+    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere."""
     return plgpu.max_contiguous(lax.iota(jnp.int32, size), 1)
 
 
@@ -158,13 +159,11 @@ def _roots(
     return Tile(keys_of(sums.reshape(-1) * scale + offset, all_bits(inside)), ids, 0)
 
 
-def _parents(
-    row: Array, start: int, k: int, block: int, saved_ref: Any, group_ref: Any
-) -> tuple[Array, Array]:
+def _parents(out: Output, start: int, k: int, block: int, group_ref: Any) -> tuple[Array, Array]:
     """The groups of a block of the k parents, and which parents are the first of their group."""
 
     def load(slots: Array) -> Array:
-        ids = plgpu.load(saved_ref.at[row, start + slots], mask=slots < k, other=0)
+        ids = plgpu.load(out.saved_ref.at[out.row, start + slots], mask=slots < k, other=0)
         return plgpu.load(group_ref.at[ids], mask=slots < k, other=0)
 
     slots = block * PARENTS + lax.iota(jnp.int32, PARENTS)
@@ -238,61 +237,52 @@ def _children(
     return tiles
 
 
-def _finish(
-    row: Array,
-    active: int,
-    saved_ref: Any,
-    c_ref: Any,
-    unstandardize: tuple[Any, ...],
-    interpret: bool,
-) -> None:
-    """Turns y into c, and sets the bit of c > 0 in the ids, in [row, :active]."""
+def _finish(out: Output, active: int, unstandardize: tuple[Any, ...]) -> None:
+    """Turns y into c, and sets the bit of c > 0 in the ids."""
     slots = lax.iota(jnp.int32, 2 ** (active - 1).bit_length())
     used = slots < active
-    ids = plgpu.load(saved_ref.at[row, slots], mask=used, other=0)
-    c = plgpu.load(c_ref.at[row, slots], mask=used, other=0)
+    ids, c = (
+        plgpu.load(ref.at[out.row, slots], mask=used, other=0) for ref in (out.saved_ref, out.c_ref)
+    )
     if unstandardize:
         deviation, bias = (plgpu.load(ref.at[ids], mask=used, other=0) for ref in unstandardize)
         raw = (c - bias) * deviation + bias
         c = jnp.where((jnp.abs(raw) < jnp.inf) & (c < jnp.inf), raw, jnp.inf)
     c = jnp.maximum(c, 0)
     # If there are fewer slots than threads, several threads load what one of them stores.
-    barrier(interpret)
-    plgpu.store(saved_ref.at[row, slots], ids | (c > 0).astype(jnp.int32) << ACTIVE_BIT, mask=used)
-    plgpu.store(c_ref.at[row, slots], c, mask=used)
+    barrier(out.interpret)
+    saved = out.saved_ref.at[out.row, slots]
+    plgpu.store(saved, ids | (c > 0).astype(jnp.int32) << ACTIVE_BIT, mask=used)
+    plgpu.store(out.c_ref.at[out.row, slots], c, mask=used)
 
 
 def encode_token(
-    row: Array,
+    out: Output,
     x_ref: Any,
     constant_refs: tuple[Any, ...],
     table_refs: tuple[Any, ...],
-    saved_ref: Any,
-    c_ref: Any,
     scheme: Scheme,
-    interpret: bool,
 ) -> None:
-    """In a kernel: writes the code of the token x_ref[row], level by level.
+    """In a kernel: writes the ids, with the active bit where c > 0, and c of the token x_ref[row].
 
-    saved_ref[row] [A] gets the ids, with the active bit where c > 0. c_ref[row] [A] gets c, +inf if
-    a score is not finite. A barrier must follow. The other refs are of `constants` and `tables`.
+    c is +inf if a score is not finite. A barrier must follow.
     """
     levels, fields = scheme.levels, len(_Level._fields)
-    roots = _roots(row, x_ref, *constant_refs[:2], *table_refs[:2])
-    select([roots], levels[0][1], row, 0, saved_ref, c_ref, interpret)
+    roots = _roots(out.row, x_ref, *constant_refs[:2], *table_refs[:2])
+    select([roots], levels[0][1], 0, out)
     start = 0
     for index in range(1, len(levels)):
-        barrier(interpret)
+        barrier(out.interpret)
         level = _Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
         k = levels[index - 1][1]
         parents = [
-            _parents(row, start, k, block, saved_ref, level.group_of_parent)
+            _parents(out, start, k, block, level.group_of_parent)
             for block in _parent_blocks(levels, index)
         ]
         start += k
         folded = fold(levels, scheme.generators, index)
         scale_ref, offset_ref = table_refs[2 * index : 2 * index + 2]
-        children = _children(row, parents, x_ref, level, scale_ref, offset_ref, folded)
-        select(children, levels[index][1], row, start, saved_ref, c_ref, interpret)
-    barrier(interpret)
-    _finish(row, scheme.active, saved_ref, c_ref, table_refs[2 * len(levels) :], interpret)
+        children = _children(out.row, parents, x_ref, level, scale_ref, offset_ref, folded)
+        select(children, levels[index][1], start, out)
+    barrier(out.interpret)
+    _finish(out, scheme.active, table_refs[2 * len(levels) :])

@@ -26,6 +26,15 @@ class Tile(NamedTuple):
     step: int
 
 
+class Output(NamedTuple):
+    """Where a kernel writes the code of one token, level by level."""
+
+    row: Array
+    saved_ref: Any  # [N, A] int32: the ids
+    c_ref: Any  # [N, A] float32: y, at last c
+    interpret: bool
+
+
 def add_up(terms: Sequence[Array]) -> Array:
     """The sum of arrays, from the left."""
     return functools.reduce(operator.add, terms)
@@ -106,10 +115,8 @@ def _mark_by_id(tiles: list[Tile], k: int, t: Array) -> Array:
     return _mark(tiles, lambda tile: (tile.keys > t) | equal(tile, last))
 
 
-def select(
-    tiles: list[Tile], k: int, row: Array, start: int, saved_ref: Any, y_ref: Any, interpret: bool
-) -> None:
-    """Writes the ids and y of the k largest keys to [row, start:start + k].
+def select(tiles: list[Tile], k: int, start: int, out: Output) -> None:
+    """Writes the ids and y of the k largest keys to the places from `start` on.
 
     Of equal keys the lower id wins. Few places are chosen in more than one or two tiles. So each
     round writes one candidate per place, for all places at once.
@@ -136,9 +143,9 @@ def select(
         y = lax.bitcast_convert_type(_ordered(key), jnp.float32)
         mask = chosen != 0
         # Interpretation stores the old value at masked positions, so they are out of bounds.
-        slot = jnp.where(mask, position, saved_ref.shape[1]) if interpret else position
-        plgpu.store(saved_ref.at[row, slot], base ^ step, mask=mask)
-        plgpu.store(y_ref.at[row, slot], y, mask=mask)
+        slot = jnp.where(mask, position, out.c_ref.shape[1]) if out.interpret else position
+        plgpu.store(out.saved_ref.at[out.row, slot], base ^ step, mask=mask)
+        plgpu.store(out.c_ref.at[out.row, slot], y, mask=mask)
         return chosen ^ lowest, position + 1, rounds - 1
 
     lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, jnp.max(counts)))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 
 from sngpt_kernels import dispatch
@@ -20,6 +20,7 @@ from sngpt_kernels.cayley import pallas_backward, pallas_decode, pallas_encode
 from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_decode import Config
+from sngpt_kernels.cayley.pallas_select import Output
 from sngpt_kernels.cayley.reference import STD_FLOOR
 from sngpt_kernels.cayley.xla import ID_MASK, Code, Saved
 from sngpt_kernels.launch import launch
@@ -46,10 +47,7 @@ def encode_decode(
     interpret: bool = False,
     config: Config | None = None,
 ) -> Code:
-    """`api.encode_decode` of arguments that `check` accepts.
-
-    `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.
-    """
+    """`api.encode_decode` of arguments that `check` accepts. `interpret` serves any device."""
     config = config or Config.of(x.dtype, scheme.levels)
     return _encode_decode(x, mean, std, bias, _Static(scheme, config, interpret))
 
@@ -67,10 +65,10 @@ def _forward_kernel(
 ) -> None:
     (rows, d), tokens = x_ref.shape, static.config.forward_tokens
     first_row = pl.program_id(0) * tokens
-    refs = x_ref, constant_refs, table_refs, saved_ref, c_ref
 
     def encode(token: Array, _: None) -> None:
-        pallas_encode.encode_token(first_row + token, *refs, static.scheme, static.interpret)
+        out = Output(first_row + token, saved_ref, c_ref, static.interpret)
+        pallas_encode.encode_token(out, x_ref, constant_refs, table_refs, static.scheme)
 
     lax.fori_loop(0, jnp.minimum(tokens, rows - first_row), encode, None)
     # Threads read ids and coefficients that other threads stored.
@@ -101,9 +99,9 @@ def _forward(
         (pl.cdiv(rows, static.config.forward_tokens),),
         (x.reshape(rows, d), constants, tables, words),
         (
-            jax.ShapeDtypeStruct((rows, d), x.dtype),
-            jax.ShapeDtypeStruct((rows, active), jnp.int32),
-            jax.ShapeDtypeStruct((rows, active), jnp.float32),  # c: scratch
+            ShapeDtypeStruct((rows, d), x.dtype),
+            ShapeDtypeStruct((rows, active), jnp.int32),
+            ShapeDtypeStruct((rows, active), jnp.float32),  # c: scratch
         ),
         flops=2 * rows * (active + scored) * d,
         num_warps=static.config.forward_warps,

@@ -31,6 +31,8 @@ ID_MASK = 2**ACTIVE_BIT - 1
 # A GPU's default precision would round the float32 factor of ±1 to TF32.
 EXACT = lax.Precision.HIGHEST
 
+_product = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
+
 Code = tuple[Array, Array]  # x_hat and ids
 Saved = tuple[Array, Array | None]  # ids with the active bit, and std if the backward pass needs it
 
@@ -65,9 +67,8 @@ def signs(ids: Array, d: int, dtype: jnp.dtype = jnp.float32) -> Array:
 
 
 def hadamard(x: Array) -> Array:
-    """The unnormalized Walsh-Hadamard transform of the last axis of [..., d], float32: two products
-    by H_d = H_p ⊗ H_q.
-    """
+    """The unnormalized Walsh-Hadamard transform of the last axis of [..., d], float32."""
+    # H_d = H_p ⊗ H_q gives two products.
     t = x.shape[-1].bit_length() - 1
     p, q = 2 ** (t // 2), 2 ** (t - t // 2)
     grid = x.astype(jnp.float32).reshape(*x.shape[:-1], p, q)
@@ -102,9 +103,7 @@ def sum_squared_scores(x: Array, n_last: int) -> Array:
 def _score_at(x: Array, ids: Array) -> Array:
     """⟨x, v_id⟩: x [C, d], ids [C, A] → float32 [C, A]. Products in x's dtype are exact."""
     d = x.shape[-1]
-    sums = jnp.einsum(
-        "cd,cad->ca", x, signs(ids, d, x.dtype), precision=EXACT, preferred_element_type=jnp.float32
-    )
+    sums = _product("cd,cad->ca", x, signs(ids, d, x.dtype))
     return sums / np.float32(np.sqrt(d))
 
 
@@ -205,9 +204,7 @@ def _children(x: Array, parents: Array, tables: _Tables, scheme: Scheme, level: 
 
     flipped = x[:, None, :] * signs(representatives[groups], d, x.dtype)
     matrix = jnp.asarray(dictionary.signs(table.steps, d).T, x.dtype)
-    sums = jnp.einsum(
-        "ckd,dm->ckm", flipped, matrix, precision=EXACT, preferred_element_type=jnp.float32
-    )
+    sums = _product("ckd,dm->ckm", flipped, matrix)
     y = sums * tables.scale[child_ids][groups] + tables.offset[child_ids][groups]
     allowed = jnp.broadcast_to(~repeated[:, :, None], y.shape)
 

@@ -10,9 +10,8 @@ Another passes over the keys for a tile of queries (dq).
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -73,9 +72,9 @@ def _prepare(
         (pl.cdiv(problem.length, rows), problem.groups),
         (cotangent, out, v, share),
         (
-            jax.ShapeDtypeStruct(cotangent.shape, problem.dtype),
-            jax.ShapeDtypeStruct(share.shape, jnp.float32),
-            jax.ShapeDtypeStruct(v.shape, jnp.float32),
+            ShapeDtypeStruct(cotangent.shape, problem.dtype),
+            ShapeDtypeStruct(share.shape, jnp.float32),
+            ShapeDtypeStruct(v.shape, jnp.float32),
         ),
         dots=0,
         in_specs=[heads, heads, values, per_row],
@@ -140,7 +139,7 @@ def _keys_values(problem: Problem, blocks: Blocks, *arrays: Array) -> tuple[Arra
         blocks,
         (pl.cdiv(T, blocks.keys), problem.groups),  # The first passes over the most queries.
         arrays,
-        tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3]),
+        tuple(ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3]),
         dots=4,
         in_specs=in_specs + [values] * problem.exclusive,
         out_specs=(values, values),
@@ -194,7 +193,7 @@ def gradients(
         config.queries,
         (programs, problem.heads),
         arrays,
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        ShapeDtypeStruct(q.shape, q.dtype),
         dots=3,
         in_specs=[tile, whole, whole, tile, per_row, per_row],
         out_specs=tile,

@@ -1,8 +1,7 @@
 """The common parts of the Pallas Triton kernels of attention: block sizes, tiles and arithmetic.
 
 Products of bfloat16 are exact and accumulated in float32. A product of float32 is three TF32
-products. TF32 has 11 bits of a float32's 24, and two TF32 have 22, so the error is about 2^-22 of
-the terms.
+products, with an error of about 2^-22 of the terms.
 """
 
 import functools
@@ -11,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -93,10 +91,8 @@ class Problem:
         return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
     def weights(self, scores: Array, rows: Array) -> Array:
-        """2^(scale · log2 e · scores - rows) with `rows` [n, 1] or [1, n]; 0 below 2^-126.
-
-        It is two instructions. The compiler would make six.
-        """
+        """2^(scale · log2 e · scores - rows) with `rows` [n, 1] or [1, n]; 0 below 2^-126."""
+        # two instructions, where the compiler would make six
         scale = jnp.full_like(scores, self.scale * LOG2_E)
         rows = jnp.broadcast_to(rows, scores.shape)
         if self.interpret:
@@ -107,15 +103,12 @@ class Problem:
             args=[scores, scale, rows],
             constraints="=f,f,f,f",
             pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(scores.shape, scores.dtype)],
+            result_shape_dtypes=[ShapeDtypeStruct(scores.shape, scores.dtype)],
         )
         return weights
 
     def exists(self, start: Array | int, rows: int, ragged: bool = True) -> Array | None:
-        """Which elements of the tile [rows, width] from row `start` exist; None means all.
-
-        All rows exist if not `ragged`.
-        """
+        """Which elements of the tile [rows, width] from row `start` exist; None means all."""
         shape, mask = (rows, self.width), None
         if ragged and self.length % rows:
             mask = start + lax.broadcasted_iota(jnp.int32, shape, 0) < self.length
@@ -142,10 +135,7 @@ class Problem:
         dots: int,
         **specs: Any,
     ) -> Any:
-        """`launch` of a kernel with `dots` products of q kᵀ's size; 0 if it sees no scores.
-
-        The last axis of the grid is the batch.
-        """
+        """`launch` over grid and batch of a kernel with `dots` products of q kᵀ's size."""
         scores = self.batch * self.heads * self.length * (self.length + 1) // 2
         return launch(
             name,

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -72,7 +72,7 @@ def _forward(problem: Problem, blocks: Blocks, q: Array, k: Array, v: Array) -> 
     the removed share ⟨y, v̂⟩.
     """
     programs, tile, per_row, whole = problem.query_specs(blocks)
-    row = jax.ShapeDtypeStruct((problem.batch, problem.heads, problem.length), jnp.float32)
+    row = ShapeDtypeStruct((problem.batch, problem.heads, problem.length), jnp.float32)
     rows = 1 + problem.exclusive
     return problem.launch(
         "xsa_forward",
@@ -80,7 +80,7 @@ def _forward(problem: Problem, blocks: Blocks, q: Array, k: Array, v: Array) -> 
         blocks,
         (programs, problem.heads),
         (q, k, v),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), *[row] * rows),
+        (ShapeDtypeStruct(q.shape, q.dtype), *[row] * rows),
         dots=2,
         in_specs=[tile, whole, whole],
         out_specs=(tile, *[per_row] * rows),
@@ -119,10 +119,7 @@ def attention(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`api.attention` of valid arguments.
-
-    `config` None is the device's. `interpret` runs the kernels in plain jax, on any device.
-    """
+    """`api.attention` of valid arguments. `interpret` serves any device."""
     B, T, H, h = q.shape
     problem = Problem(B, T, H, k.shape[2], h, exclusive, scale, q.dtype, interpret)
     return _attention(q, k, v, problem, config or Config.of(q.dtype, T, h, exclusive))
