@@ -54,7 +54,8 @@ def power(a: ArrayLike, exponent: int, t: int) -> np.ndarray:
 
 def trace(a: ArrayLike, t: int) -> np.ndarray:
     """The field trace GF(2^t) → {0, 1}: a + a² + a⁴ + … + a^(2^(t-1)), elementwise."""
-    total = np.zeros_like(a, np.int64)
+    a = np.asarray(a, np.int64)
+    total = np.zeros_like(a)
     for _ in range(t):
         total, a = total ^ a, multiply(a, a, t)
     return total

@@ -138,8 +138,8 @@ def _encode_decode_bwd(
         inverse_std = 1 / jnp.maximum(std, STD_FLOOR)
     how = static.config, static.interpret
     backward = partial(pallas_backward.backward, *how)
-    backward = dispatch.without_derivative("cayley.encode_decode", backward)
-    dx, g = backward(dx_hat.reshape(-1, dx_hat.shape[-1]), saved, inverse_std)
+    underivable = dispatch.without_derivative("cayley.encode_decode", backward)
+    dx, g = underivable(dx_hat.reshape(-1, dx_hat.shape[-1]), saved, inverse_std)
     dbias = pallas_backward.bias_gradient(*how, saved, g, features)
     return dx.reshape(dx_hat.shape), None, None, dbias
 

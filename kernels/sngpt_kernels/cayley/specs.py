@@ -28,11 +28,19 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
             0.1 * jax.random.normal(bias, (features,)),
         )
 
-    def run(*arrays: jax.Array, implementation: Implementation | None = None) -> jax.Array:
-        return encode_decode(*arrays, levels, implementation=implementation)[0]
+    def run(
+        x: jax.Array,
+        mean: jax.Array,
+        std: jax.Array,
+        bias: jax.Array,
+        implementation: Implementation | None = None,
+    ) -> jax.Array:
+        return encode_decode(x, mean, std, bias, levels, implementation=implementation)[0]
 
-    def in_float64(x: np.ndarray, *statistics: np.ndarray) -> np.ndarray:
-        return reference.encode_decode(x[:REFERENCE_TOKENS], *statistics, levels).x_hat
+    def in_float64(
+        x: np.ndarray, mean: np.ndarray, std: np.ndarray, bias: np.ndarray
+    ) -> np.ndarray:
+        return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, levels).x_hat
 
     # level 0 is two products with square matrices
     scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))

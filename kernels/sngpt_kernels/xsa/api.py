@@ -72,8 +72,9 @@ def attention(
     if chosen == "pallas_triton":
         return dispatch.pallas_triton("xsa", device).attention(q, k, v, exclusive, scale)
     if chosen == "cudnn":
-        static = {"scale": scale, "is_causal": True, "implementation": "cudnn"}
-        y = jax.nn.dot_product_attention(q, k, v, **static)
+        y = jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        )
     else:
         y = xla.causal_attention(q, k, v, scale)
     return xla.exclude_own_value(y, v) if exclusive else y
