@@ -38,8 +38,9 @@ def _model(config: ModelConfig, key: jax.Array) -> LanguageModel:
 
 def _parts(model: LanguageModel) -> tuple[Any, Params, Params]:
     """The graph of the model, its parameters, and its statistics."""
-    graphdef, params, statistics = nnx.split(model, nnx.Param, Statistic)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+    graphdef, *states = nnx.split(model, nnx.Param, Statistic)
+    params, statistics = map(nnx.to_pure_dict, states)
+    return graphdef, params, statistics
 
 
 @functools.cache
@@ -86,7 +87,9 @@ def losses(config: ModelConfig) -> Callable[[Variables, jax.Array, jax.Array], j
     float32.
     """
     apply = tapped_losses(config)
-    return lambda *arguments: apply(*arguments, jnp.arange(0))[0]
+    return lambda variables, inputs_BT, targets_BT: apply(
+        variables, inputs_BT, targets_BT, jnp.arange(0)
+    )[0]
 
 
 Tapped = Callable[[Variables, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Taps | None]]
