@@ -45,16 +45,11 @@ class TerminalConsole(rich.console.Console):
     is gone, where rich would end the program.
     """
 
-    def __init__(self, stream: TextIO | None, *, width: int | None = None) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         # a standard stream is None where it was closed before Python began
         file = stream or open(os.devnull, "w")  # noqa: SIM115
         super().__init__(
-            file=file,
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-            force_terminal=file.isatty(),
-            width=width,
+            file=file, force_terminal=file.isatty(), highlight=False, markup=False, soft_wrap=True
         )
         self.has_cursor = file.isatty() and not self.is_dumb_terminal
 
@@ -73,7 +68,7 @@ class Report(Protocol):
 
 
 def progress_text(task: rich.progress.Task) -> str:
-    """`score: 16.0%, 10s left, 16/100 in 2.0s`: a narrow terminal cuts what matters least."""
+    """`score: 16.0%, 10s left, 16/100 in 2.0s`, with what matters least at the end."""
     parts, count = [], f"{task.completed:,}"
     if task.total:
         parts.append(f"{task.percentage / 100:.1%}")

@@ -160,11 +160,10 @@ def _load(kind: type[T], path: Path) -> T:
 
 def load_manifest(directory: Path) -> Manifest:
     """`directory`'s manifest, read strictly. Raises `DataError`."""
-    path = directory / MANIFEST
-    manifest = _load(Manifest, path)
+    manifest = _load(Manifest, directory / MANIFEST)
     name, count = Counter(name for name, _ in manifest.checksums()).most_common(1)[0]
     if count > 1:
-        raise DataError(f"{path}: names {name} twice")
+        raise DataError(f"{directory / MANIFEST}: names {name} twice")
     return manifest
 
 

@@ -61,15 +61,12 @@ def open_shard(path: Path) -> np.memmap:
     """Maps a shard's tokens, uint16 [N]. Raises `DataError`."""
     size = plain_size(path, DataError)
     with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
-    magic, version, count = np.frombuffer(header, "<i4", 3).tolist()
+        header = file.read(12).ljust(12, b"\0")
+    magic, version, count = np.frombuffer(header, "<i4").tolist()
     expected = HEADER_BYTES + TOKEN.itemsize * count
-    if size < HEADER_BYTES:
-        problem = f"expected a header of {HEADER_BYTES} bytes, found a file of {size}"
-    elif magic != MAGIC:
-        problem = f"not a token shard: expected magic {MAGIC}, found {magic}"
-    elif version != VERSION:
-        problem = f"expected shard version {VERSION}, found {version}"
+    if (magic, version) != (MAGIC, VERSION):
+        found = f"expected magic {MAGIC} and version {VERSION}, found {magic} and {version}"
+        problem = f"not a token shard: {found}"
     elif count < 1:
         problem = f"expected at least 1 token, found a count of {count}"
     elif size != expected:
@@ -83,14 +80,13 @@ def open_shard(path: Path) -> np.memmap:
 def open_headerless(path: Path) -> np.memmap:
     """Maps a file of uint16 tokens without a header (nanoGPT's form). Raises `DataError`."""
     size = plain_size(path, DataError)
-    tokens = np.memmap(path, TOKEN, "r") if size and size % TOKEN.itemsize == 0 else None
-    if tokens is None:
-        problem = f"expected uint16 tokens, a multiple of 2 bytes, found {size} bytes"
-    elif tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
-        problem = f"found a shard header; name the file *_{path.stem}_000000.bin"
-    else:
-        return tokens
-    raise DataError(f"{path}: {problem}")
+    if not size or size % TOKEN.itemsize:
+        raise DataError(f"{path}: expected uint16 tokens, found {size} bytes")
+    tokens = np.memmap(path, TOKEN, "r")
+    if tokens[:2].tobytes() == MAGIC.to_bytes(4, "little"):
+        name = f"*_{path.stem}_000000.bin"
+        raise DataError(f"{path}: found a shard header; name the file {name}")
+    return tokens
 
 
 def open_extra(path: Path, tokens: int) -> np.ndarray:

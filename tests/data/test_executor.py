@@ -120,8 +120,8 @@ def test_what_a_failed_task_leaves_is_resumed_to_the_files_of_one_process(
         fcntl.flock(file, fcntl.LOCK_EX)
         refuses("another preparation is writing there", main, arguments)
     assert (out / "progress.json").exists() and not (out / "manifest.json").exists()
-    parts = {path.parent.name[:5] for path in out.glob(".parts/*/train_*")}
-    assert parts >= {"00000", "00001"}
+    # of the three before it, the other worker may be at one still
+    assert len({path.parent for path in out.glob(".parts/*/train_*")}) >= 2
     other = spec_for(source, out, shard_tokens=5000)
     refuses("shard_tokens: 4000 there, 5000 asked for", prepare, other)
     capfd.readouterr()
