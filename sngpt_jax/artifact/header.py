@@ -182,10 +182,9 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(f"kind {tensor.kind} {'without' if grid is None else 'with'} a grid")
     if grid is None:
         return
-    if len(shape) != 2:
-        raise ValueError(f"a grid needs 2 axes, found {len(shape)}")
-    if not 2 <= grid.bits <= 8:
-        raise ValueError(f"expected 2 to 8 bits, found {grid.bits}")
+    if len(shape) != 2 or not 2 <= grid.bits <= 8:
+        found = f"found {len(shape)} and {grid.bits}"
+        raise ValueError(f"a grid needs 2 axes and 2 to 8 bits, {found}")
     least = -largest_code(grid.bits)
     if grid.q_min not in (least, least - 1):
         expected = f"expected {least} or {least - 1} as the least code of {grid.bits} bits"

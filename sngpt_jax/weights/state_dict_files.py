@@ -15,6 +15,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import shown
 
 MOST_EXPANSION = 64  # an archive may unpack to this many times its own size
+REMEDY = "save the model's state_dict() alone"
 
 
 class InteropError(UserError):
@@ -66,10 +67,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         problem = f"cannot be read as a {path.suffix} file of tensors alone"
-        raise InteropError(f"{problem}; save the model's state_dict()") from None
+        raise InteropError(f"{problem}; {REMEDY}") from None
     if not isinstance(state, dict):
         problem = f"holds a {type(state).__name__}, expected a dict of tensors by name"
-        raise InteropError(f"{problem}; save the model's state_dict()")
+        raise InteropError(f"{problem}; {REMEDY}")
     others = [
         f"{shown(name) if isinstance(name, str | int | float) else type(name).__name__} is of type"
         f" {type(value).__name__}"
@@ -78,11 +79,11 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     ]
     if others:
         problem = f"expected tensors alone, but {', '.join(others[:5])}{', …' * (len(others) > 5)}"
-        raise InteropError(f"{problem}; save the model's state_dict() alone")
+        raise InteropError(f"{problem}; {REMEDY}")
     size = sum(tensor.numel() for tensor in state.values())
     if size > MOST_EXPANSION * path.stat().st_size:  # views that repeat a few stored numbers
         problem = f"states {size:,} numbers, many times its own size"
-        raise InteropError(f"{problem}; save the model's state_dict() itself")
+        raise InteropError(f"{problem}; {REMEDY}")
     # numpy cannot hold PyTorch's bfloat16; float32 holds it exactly
     return {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
