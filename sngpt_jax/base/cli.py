@@ -80,6 +80,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """For `codecs`: the ASCII that stands for characters which an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
@@ -123,7 +124,9 @@ def command(module: str, *arguments: str) -> str:
 
 
 def log_to_stderr(quiet: bool = False) -> None:
-    """Sends the packages' log to stderr; `quiet` keeps only warnings and errors."""
+    """Sends the packages' log lines to stderr; `quiet` keeps only warnings and errors. Progress is
+    shown if the level INFO is.
+    """
     handler = terminal.LogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("sngpt_jax", "sngpt_kernels"):

@@ -11,7 +11,9 @@ from sngpt_jax.base.errors import UserError
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes `path`: a reader sees the whole old file or the whole new one, even after a kill."""
+    """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
+    `OSError` names a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

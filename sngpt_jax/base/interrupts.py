@@ -10,6 +10,7 @@ from sngpt_jax.base.errors import EXIT_SIGINT
 
 
 def end_quietly(number: int, frame: FrameType | None) -> None:
+    """A signal handler that prints one word and ends the process."""
     print("interrupted", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # shows the cursor, which a progress bar hides

@@ -41,8 +41,8 @@ def format_duration(seconds: float) -> str:
 class TerminalConsole(rich.console.Console):
     """rich's console on a stream. It breaks no lines, and has colours only on a terminal.
 
-    `has_cursor` is whether a line can be redrawn there. Output is dropped once the reader of a pipe
-    is gone, where rich would end the program.
+    `has_cursor` is false for a file, a pipe, and a terminal that cannot redraw a line (TERM=dumb).
+    Output is dropped once the reader of a pipe is gone, where rich would end the program.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

@@ -24,9 +24,11 @@ Check = Callable[[str, Any, str], None]
 
 
 def loads(text: bytes) -> Any:
-    """The value of JSON in UTF-8. Raises `ValueError`, also for JSON that readers understand
-    differently: a repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair,
-    more than `MAX_DEPTH` levels.
+    """The value of JSON in UTF-8.
+
+    Raises `ValueError` for what is no JSON, and for JSON that readers understand differently: a
+    repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair, more than
+    `MAX_DEPTH` levels.
     """
     try:
         value = json.loads(
@@ -56,6 +58,7 @@ def _float(digits: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys may not repeat."""
     values = dict(pairs)
     if len(values) < len(pairs):
         ((name, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
@@ -64,6 +67,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(value: Any, levels: int) -> None:
+    """Raises `ValueError` if `value` has more levels, or text that UTF-8 cannot hold."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
@@ -77,7 +81,9 @@ def _check_text(value: Any, levels: int) -> None:
 
 
 def read(path: Path, error: type[UserError]) -> Any:
-    """The JSON value in the file `path` of at most `MAX_BYTES`. Raises `error` in one line."""
+    """The JSON value in the file `path`. Raises `error` in one line if the file has none, or has
+    more than `MAX_BYTES`.
+    """
     content = untrusted.read_bytes(path, MAX_BYTES, error)
     try:
         return loads(content)

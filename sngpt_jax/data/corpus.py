@@ -50,8 +50,9 @@ _HUB = re.compile(r"hub:(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>.+
 def documents(source: str, part: int = 0, parts: int = 1) -> Iterator[str]:
     """Yields the documents of `source` without empty ones; lone surrogates become U+FFFD.
 
-    Part `part` of `parts` (at most `count_parts(source)`) is a run of whole files. The call raises
-    `UserError` for a source that does not exist, the iterator `DataError` for damaged text.
+    Part `part` of `parts` (at most `count_parts(source)`) is a run of whole files; the parts 0, 1,
+    … together are all documents in order. The call raises `UserError` for a source that does not
+    exist; the iterator raises `DataError` for damaged text.
     """
     if source.startswith("hub:"):
         texts = _hub_texts(source, _hub_parts(source), part, parts)
@@ -80,7 +81,10 @@ def text_bytes(source: str) -> int:
 
 def fingerprint(source: str) -> str:
     """A short name for the content of `source`, wherever it lies: its kind, how many files, and a
-    hash of their names and contents (of large texts, sizes and modification times).
+    hash of their names and contents.
+
+    For 256 MiB of text or more, sizes and modification times stand in for the contents. A Hugging
+    Face data set is identified by its name.
     """
     if source.startswith("hub:"):
         name, config, split = _hub_parts(source)
@@ -101,7 +105,9 @@ def fingerprint(source: str) -> str:
 
 
 def imported(package: str, what: str) -> Any:
-    """The module of an optional package that `what` needs."""
+    """The module of an optional package that `what` needs. Raises `UserError` with the command
+    that installs it.
+    """
     # The hub's client would log every retry. The last failure is an exception anyway.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not logger.isEnabledFor(logging.INFO):
@@ -152,6 +158,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
 
 
 def _text_files(source: str) -> list[Path]:
+    """The files of text at `source`, ordered by name."""
     path = Path(source)
     if not source or not path.exists():  # Path("") is the current folder
         raise UserError(f"source {source!r}: no such file or folder; a source is {FORMS}")
@@ -184,6 +191,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _txt_texts(path: Path) -> Iterator[str]:
+    """The runs of lines between separators."""
     lines: list[str] = []
     size = 0
     for number, line in _lines(path):
@@ -199,6 +207,7 @@ def _txt_texts(path: Path) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
+    """The key `text` of each line."""
     number = 0
     with explained(lambda: f"{path}:{number}: not JSON"):
         for number, line in _lines(path):
@@ -207,6 +216,7 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
 
 
 def _text_of(row: Any, where: str) -> str:
+    """The text of a row of any source that has rows."""
     match row:
         case {"text": str(text)}:
             return text
@@ -220,12 +230,14 @@ def _text_of(row: Any, where: str) -> str:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
+    """The column `text` of each row."""
     from pyarrow import parquet  # a large library that only this function needs
 
     row = 0
     with explained(lambda: f"{path}: row {row}: cannot be read"), parquet.ParquetFile(path) as file:
         if "text" not in (columns := file.schema_arrow.names):
             raise DataError(f"{path}: no column 'text'; columns: {', '.join(columns)}")
+        # decodes one row group's pages at a time
         for batch in file.iter_batches(batch_size=256, columns=["text"]):
             for value in batch.column(0):
                 row += 1
@@ -238,6 +250,7 @@ Hub = tuple[str, str | None, str]  # name, configuration and split of a data set
 
 
 def _hub_parts(source: str) -> Hub:
+    """What `source` names; raises `UserError`."""
     match = _HUB.fullmatch(source)
     if not match:
         raise UserError(f"source {source!r}: expected hub:NAME[:CONFIG][@SPLIT]")

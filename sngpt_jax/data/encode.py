@@ -47,8 +47,10 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def holding_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back until the end of the block, and from processes that are started in it:
-    `follow_parent` runs only after the seconds of their imports.
+    """Holds Ctrl-C back until the end of the block. No signal is lost, and any thread may do this.
+
+    A process that is started in the block never receives one. `follow_parent` alone would leave
+    the worker exposed during the seconds of its imports.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -68,6 +70,7 @@ def _work(source: str, chunk: Chunk) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
+    """The tokens of a chunk; an error names the document."""
     first, texts = chunk
     encoded: Encoded = []
     with explained(lambda: f"{source}: document {first + len(encoded)} cannot be tokenized"):
@@ -93,6 +96,7 @@ def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
 def _in_order(
     pool: ProcessPoolExecutor, workers: int, source: str, chunks: Iterator[Chunk]
 ) -> Iterator[Encoded]:
+    """The tokens of `chunks` in their order, by at most `workers` processes."""
     pending: deque[Future[Encoded]] = deque()
     try:
         for chunk in chunks:

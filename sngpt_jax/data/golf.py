@@ -22,7 +22,10 @@ REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the chall
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
-    """Downloads the published shards and tokenizer of `golf[:spV]`, and opens them."""
+    """Downloads the published shards and tokenizer of `golf[:spV]` into `spec.out`, and opens them.
+
+    V is the vocabulary size, at most `spec.vocab_size`. Without V it is `spec.vocab_size` or 1024.
+    """
     what, named = f"--source {spec.source}", spec.source.removeprefix("golf").removeprefix(":")
     if named and not (named.startswith("sp") and named[2:].isdecimal()):
         raise UserError(f"{what}: expected golf or golf:spV with a vocabulary size V")
@@ -38,8 +41,11 @@ def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
 
 def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
     """Downloads all validation shards, the first `train_shards` training shards, and the tokenizer.
-    Whole files stay, so that the same call resumes. Layout: openai/parameter-golf,
-    data/cached_challenge_fineweb.py.
+
+    The files are `fineweb_{train,val}_%06d.bin` and the tokenizer's `.model` in `out_dir`. Whole
+    files stay, so that the same call resumes. Layout: openai/parameter-golf,
+    data/cached_challenge_fineweb.py. Raises `UserError` if the network fails or the data set lacks
+    what is asked for.
     """
     hub = imported("huggingface_hub", f"the data set {REPO}")
 

@@ -24,12 +24,16 @@ CHANGED = "the tokenizer changed since the preparation began"
 
 
 class DataError(UserError):
-    """Token data that are missing, damaged or made otherwise than asked for."""
+    """Token data that are missing, damaged or made otherwise than asked for. The message names the
+    file, and what was expected and found.
+    """
 
 
 @contextlib.contextmanager
 def explained(where: Callable[[], str]) -> Iterator[None]:
-    """Turns what another package raises in the block into a `DataError` that begins `where()`."""
+    """Turns what another package raises in the block into a `DataError` of one line that begins
+    with `where()`.
+    """
     try:
         yield
     except (UserError, MemoryError):
@@ -45,12 +49,12 @@ class Origin:
 
     source: str  # fingerprint of the text
     val_source: str  # fingerprint of the validation text; empty: the source's first val_docs
-    val_docs: int
+    val_docs: int  # held-out documents; 0 with a val_source
     tokenizer: str  # "train", or "sha256:" and the hash of the given tokenizer file
     vocab_size: int
     normalization: str  # of a learned tokenizer; empty for a given one
-    shard_tokens: int
-    max_tokens: int
+    shard_tokens: int  # of every shard but the last
+    max_tokens: int  # of the training split; 0: no limit
 
     def differences(self, asked: Mapping[str, Any]) -> dict[str, str]:
         """A phrase for each field in which `asked` differs."""
@@ -66,14 +70,16 @@ class TokenizerEntry:
     """The tokenizer file in the folder."""
 
     file: str
-    sha256: str
+    sha256: str  # hexadecimal, as everywhere
     vocab_size: int
-    bos_id: int
+    bos_id: int  # of the token that begins each document
 
 
 @dataclass(frozen=True)
 class ExtraEntry:
-    """A shard's file of byte corrections, npy."""
+    """A shard's file of byte corrections: int64 [n, 2] in npy format, with rows (token position in
+    the shard, bytes).
+    """
 
     name: str
     sha256: str
@@ -81,7 +87,9 @@ class ExtraEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    name: str
+    """One shard."""
+
+    name: str  # in the folder
     tokens: int
     documents: int  # that begin in this shard
     bytes: int  # UTF-8 bytes of the text that its tokens stand for
@@ -116,8 +124,8 @@ class SplitJournal:
 
     shards: tuple[ShardEntry, ...] = ()  # complete and in place
     documents: int = 0  # whole ones in those shards
-    offset: int = 0
-    finished: bool = False
+    offset: int = 0  # tokens of the next document in those shards
+    finished: bool = False  # after the last shard
 
     @property
     def tokens(self) -> int:
@@ -139,6 +147,7 @@ class Journal:
 
 
 def _check(name: str, value: Any, where: str) -> None:
+    """Refuses a value that a field `name` of the right type may not have."""
     if type(value) is int and value < 0:
         expected = "a count of at least 0"
     elif name == "sha256" and not re.fullmatch("[0-9a-f]{64}", value):

@@ -46,11 +46,11 @@ class Submitted:
 class Parts:
     """The parts of one preparation's source, in `directory`."""
 
-    directory: Path
+    directory: Path  # has a folder per part
     source: str
-    count: int
+    count: int  # of parts
     origin: Origin  # of the preparation
-    tokenizer: Path
+    tokenizer: Path  # in the preparation's folder
     tokenizer_entry: TokenizerEntry
 
     def folder(self, part: int) -> Path:

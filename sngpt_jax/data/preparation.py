@@ -2,7 +2,8 @@
 
 The first `val_docs` documents (or all of `val_source`) are the validation split, the rest are the
 training split. A document is its BOS token and its text's tokens, and full shards cut the sequence
-anywhere. So the files depend only on the text, the tokenizer and the shard size.
+anywhere. So the files depend only on the text, the tokenizer and the shard size: the executor, the
+number of workers and interruptions do not matter.
 """
 
 import logging
@@ -28,10 +29,12 @@ from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished,
 
 logger = logging.getLogger("sngpt_jax")
 
+# what tokenizes: processes of this command, or datatrove's tasks
 Executor = Literal["processes", "local", "slurm"]
 
 
 def _nonempty(texts: Iterator[str], message: str) -> Iterator[str]:
+    """`texts`. Raises `UserError(message)` if there are none."""
     first = next(texts, None)
     if first is None:
         raise UserError(message)
@@ -70,10 +73,12 @@ class _Preparation:
         self.texts = _open_texts(spec)
 
     def _advance(self, **changes: Any) -> None:
+        """Records changed fields of the journal."""
         self.journal = replace(self.journal, **changes)
         save(self.journal, self.out)
 
     def _place_tokenizer(self) -> Tokenizer:
+        """Copies the given tokenizer into the folder, or learns one there."""
         spec, out = self.spec, self.out
         if spec.tokenizer != "train":
             path = out / f"tokenizer{Path(spec.tokenizer).suffix}"
@@ -156,9 +161,12 @@ class _Preparation:
 
 
 def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:
-    """Makes or resumes the folder `spec.out`; returns its manifest. Raises `UserError`, also for a
-    folder of another origin. More than one worker are processes that import the caller's main
-    module, which should be cheap to import.
+    """Makes or resumes the folder `spec.out`; returns its manifest. Raises `UserError`.
+
+    A finished folder of the same origin stays as it is. An unfinished one resumes after its last
+    whole shard. A folder of another origin is refused with the fields that differ. With more than
+    one worker, `multiprocessing` starts processes that import the caller's main module, which
+    should be cheap to import.
     """
     manifest = prepare_on(spec, workers, "processes")
     assert isinstance(manifest, Manifest)

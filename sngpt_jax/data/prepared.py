@@ -33,8 +33,10 @@ def spec_of(config: Config) -> PrepareSpec:
 
 
 def prepared_data(config: Config) -> Dataset:
-    """The recipe's data, prepared first if they are not complete and their source is here. SIGTERM
-    ends a preparation with `SystemExit`. Raises `UserError`, also for data of other settings.
+    """The recipe's data, prepared first if they are not complete and their source is here.
+
+    SIGTERM ends a preparation with `SystemExit`. Raises `UserError` if the source is on the network
+    or unusable, or if the folder was prepared with other settings than the recipe's.
     """
     d, directory, spec = config.data, Path(config.data.dir), spec_of(config)
     if d.source and not _ready(directory):
@@ -64,6 +66,7 @@ def prepared_data(config: Config) -> Dataset:
 
 
 def _ready(directory: Path) -> bool:
+    """Whether a folder holds a finished preparation, or shards that are not being downloaded."""
     return (directory / MANIFEST).is_file() or (
         any(directory.glob("*.bin")) and not unfinished(directory)
     )

@@ -145,8 +145,10 @@ class TokenStream:
         return int(self._starts[-1])
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Tokens start, …, start + count - 1 of the endless stream: uint16 [count]. Raises
-        `DataError` that names the file of a token outside the vocabulary.
+        """Tokens start, …, start + count - 1 of the endless stream: uint16 [count].
+
+        Position p is token p mod len(self). Raises `DataError` that names the file of a token
+        outside the vocabulary.
         """
         result = np.empty(count, np.uint16)
         position, filled = start % len(self), 0
@@ -199,7 +201,9 @@ class Dataset:
 
 
 def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
-    """Maps the shards that a manifest or journal names. Raises `DataError`."""
+    """Maps the shards that a manifest or journal names. Raises `DataError` for a missing file, a
+    wrong header or a wrong size.
+    """
     shards = []
     for entry in entries:
         path = inside(directory, entry.name, DataError)
@@ -223,6 +227,7 @@ def unfinished(directory: Path) -> bool:
 
 
 def _tokenizer_file(directory: Path) -> Path:
+    """The one tokenizer of a folder without a manifest."""
     found = sorted([*directory.glob("*.model"), *directory.glob("tokenizer.json")])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -232,6 +237,7 @@ def _tokenizer_file(directory: Path) -> Path:
 
 
 def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard], list[Shard]]:
+    """The train and val shards of a folder of any of the three kinds."""
     if manifest:
         if manifest.train and manifest.val:
             return open_entries(directory, manifest.train), open_entries(directory, manifest.val)
@@ -255,11 +261,13 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
 
 
 def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
-    """Opens a folder of tokens for a model of `vocab_size` rows. Raises `DataError`.
+    """Opens a folder of tokens for a model whose table has `vocab_size` rows. The folder's
+    tokenizer may have fewer tokens. Raises `DataError` that names the file.
 
     A folder without a manifest holds shards named `*_train_*.bin` and `*_val_*.bin`, or nanoGPT's
-    headerless `train.bin` and `val.bin`. Checked are the tokenizer's checksum, each shard's header
-    and size, and below 64 MiB of tokens also the shards' checksums: larger sets take minutes.
+    headerless `train.bin` and `val.bin`; one tokenizer file must lie beside them. The tokenizer's
+    checksum and each shard's header and size are checked. The shards' checksums are checked only
+    below 64 MiB of tokens, because larger sets take minutes; `prepare --verify` checks them all.
     """
     directory = Path(directory)
     if not directory.is_dir():

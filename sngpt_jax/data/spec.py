@@ -46,6 +46,7 @@ def command_line(spec: PrepareSpec) -> list[str]:
     return [word for name in given for word in (option(name), str(getattr(spec, name)))]
 
 
+# An origin's fields in groups: if the file of one is missing, `differing` compares the others.
 def _source_fields(spec: PrepareSpec) -> dict[str, Any]:
     return {"source": fingerprint(spec.source)}
 

@@ -46,8 +46,8 @@ class TokenBytes:
     `base[y] + (leading_space[y] and not boundary[x])` bytes.
     """
 
-    base: np.ndarray  # int32 [V]
-    leading_space: np.ndarray  # bool [V]
+    base: np.ndarray  # int32 [V], bytes that the token always stands for
+    leading_space: np.ndarray  # bool [V], the token adds a space, except after a boundary
     boundary: np.ndarray  # bool [V], control, unknown and unused tokens, which stand for no text
 
     def count(self, previous: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -191,6 +191,7 @@ def _sentencepiece_problem(sp: sentencepiece.SentencePieceProcessor, data: bytes
 
 
 def _piece_bytes(piece: str) -> int:
+    """The UTF-8 bytes of text that a piece spells."""
     return len(piece.replace(_SPACE, " ").encode())
 
 
@@ -250,6 +251,7 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 def _added(spec: dict[str, Any]) -> set[str]:
+    """The texts of the added tokens, special ones included."""
     return {token["content"] for token in spec["added_tokens"]}
 
 
@@ -323,8 +325,10 @@ def train_sentencepiece(
     characters, and writes it to `path`. The same text gives the same file.
 
     The settings are those of the Parameter Golf challenge (openai/parameter-golf,
-    data/download_hf_docs_and_tokenize.py). `identity` also learns runs of whitespace, and pieces
-    that mix letters and punctuation. Raises `UserError` for text that does not serve.
+    data/download_hf_docs_and_tokenize.py). `nmt_nfkc` also folds compatibility characters and all
+    whitespace into single spaces. `identity` changes nothing, and learns runs of whitespace and
+    pieces that mix letters and punctuation. Raises `UserError` if the text is too little, or its
+    characters too many, for `vocab_size`.
     """
     keep_everything: dict[str, Any] = {}
     if normalization == "identity":

@@ -81,9 +81,9 @@ class SplitWriter:
     """Appends documents to one split of a folder, in shards of exactly `shard_tokens` tokens but
     for the last.
 
-    The split ends after `limit` tokens. `on_shard` is called with the new state after each complete
-    shard. Appending the documents from number `reached.documents` on gives the same files as one
-    run over all of them.
+    `reached` says where to resume. The split ends after `limit` tokens (None: never). `on_shard` is
+    called with the new state after each complete shard is in place. Appending the documents from
+    number `reached.documents` on gives the same files as one run over all of them.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class SplitWriter:
         self._begin_shard()
 
     def _begin_shard(self) -> None:
-        self._filled = self._begun = 0
+        self._filled = self._begun = 0  # tokens, documents
         self._extra: list[np.ndarray] = []
         self._capacity = len(self._buffer)
         if self._limit is not None:
@@ -118,7 +118,9 @@ class SplitWriter:
         return self._capacity == 0
 
     def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
-        """Appends the next document, as `Tokenizer.encode_document`. A full split takes none."""
+        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m,
+        2]. A full split takes none.
+        """
         if self.full:
             return
         while self._offset < len(tokens) and not self.full:
