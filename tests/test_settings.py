@@ -165,7 +165,7 @@ def shallow_program(config: Config, *, coded: bool) -> str:
 
 def longest_sample(config: Config) -> None:
     """Raises what says how long a text can be."""
-    tokenizer = SimpleNamespace(encode=lambda text: [1], bos_id=1)
+    tokenizer = SimpleNamespace(encode=lambda text: [1], bos_id=1, vocab_size=2)
     generate(config.model, {}, None, tokenizer, "", seq_len=config.data.seq_len, max_tokens=10**9)
 
 
@@ -344,7 +344,7 @@ def exported(export: ExportConfig) -> dict[str, str]:
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tree = jax.eval_shape(
-        lambda: init_variables(dataclasses.replace(model, levels=()), jax.random.key(0))
+        lambda: init_variables(dataclasses.replace(model, levels=()), jax.random.key(0))[0]
     )
     return {
         "/".join(str(k.key) for k in path): leaf.shape
