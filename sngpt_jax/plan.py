@@ -27,11 +27,12 @@ class PlanArguments:
 
 
 def main(argv: Sequence[str]) -> int:
+    argv = cli.expand_json(argv)
     if "--kernels" in argv:
         return plan_kernels([argument for argument in argv if argument != "--kernels"])
     arguments = parse_command(
         PlanArguments,
-        cli.expand_json(argv),
+        argv,
         program="python -m sngpt_jax.plan",
         description=(
             "Parameters, FLOPs and bytes of a recipe, the optimizer of each tensor, and the cost of"
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             " --kernels --help explains the options of that."
         ),
     )
-    config = arguments.overrides
+    config, as_text = arguments.overrides, arguments.json != "-"
     cli.check_json(arguments.json)
     cli.log_to_stderr(arguments.quiet)
     # jax takes seconds to import, and --help does not need it
@@ -51,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
     target = step.parse(arguments.topology, config) if arguments.topology else None
     shapes = Shapes.of(config, make_mesh())
     plan = make_plan(shapes)
-    as_text = arguments.json != "-"
     if as_text:
         print(format_plan(shapes, plan), flush=True)
     if target:
@@ -66,7 +66,7 @@ def plan_kernels(argv: Sequence[str]) -> int:
     """`plan --kernels`, which has options of its own."""
     arguments = tyro.cli(
         InspectArguments,
-        args=cli.expand_json(argv),
+        args=argv,
         prog="python -m sngpt_jax.plan --kernels",
         description=(
             "Compiles the kernels for GPUs that this machine need not have, and prints the"

@@ -2,7 +2,6 @@
 real state.
 """
 
-import importlib.util
 import json
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax import plan
+from sngpt_jax.ahead import targets
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -23,8 +23,8 @@ def planned(config):
     return make_plan(Shapes.of(config, make_mesh(jax.devices()[:1])))
 
 
-def parameter_groups(parameters):
-    return {name: count for name, count in parameters.items() if name not in ("total", "backbone")}
+def sum_of_groups(parameters):
+    return sum(count for name, count in parameters.items() if name not in ("total", "backbone"))
 
 
 # The cards' sizes: positions and the biases of the codes are left out of the small ones',
@@ -44,19 +44,12 @@ def test_sizes_of_the_sparse_models(name):
     totals = planned(load(name))
     parameters = totals["parameters"]
     backbone, positions, sae_bias = CAYLEY[name]
-    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
-        backbone,
-        positions,
-        sae_bias,
-    )
-    assert (
-        parameters["total"]
-        == backbone + positions + sae_bias
-        == sum(parameter_groups(parameters).values())
-    )
-    assert totals["bytes"]["statistics"] == (
-        2 * 4 * sae_bias + (4 * positions // 1024) * (12 if positions == 2**20 else 24)
-    ) * bool(sae_bias)
+    found = [parameters[name] for name in ("backbone", "positions", "sae_bias")]
+    assert found == [backbone, positions, sae_bias]
+    assert parameters["total"] == sum(found) == sum_of_groups(parameters)
+    layers = 12 if positions == 2**20 else 24
+    statistics = 2 * 4 * sae_bias + (4 * positions // 1024) * layers
+    assert totals["bytes"]["statistics"] == statistics * bool(sae_bias)
     assert totals["tokens"]["step"] == 1_572_864
 
 
@@ -73,20 +66,15 @@ def test_operations_of_the_codes():
 def test_baseline_counts():
     totals = planned(load("golf_baseline"))
     parameters = totals["parameters"]
-    assert parameters["total"] == sum(parameter_groups(parameters).values()) == 17_059_912
-    assert (parameters["backbone"], parameters["positions"], parameters["sae_bias"]) == (
-        17_059_912,
-        0,
-        0,
-    )
+    found = [parameters[name] for name in ("backbone", "positions", "sae_bias")]
+    assert found == [17_059_912, 0, 0]
+    assert parameters["total"] == sum_of_groups(parameters) == 17_059_912
     assert parameters["embed"] == 1024 * 512
     assert parameters["mlp"] == 9 * 2 * 512 * 1024
     assert totals["bytes"]["parameters"] == 4 * 17_059_912
-    square, wide, tall = (
-        4 * 512**3 + 2 * 512**3,
-        4 * 512**2 * 1024 + 2 * 512**3,
-        4 * 256**2 * 512 + 2 * 256**3,
-    )
+    square = 4 * 512**3 + 2 * 512**3
+    wide = 4 * 512**2 * 1024 + 2 * 512**3
+    tall = 4 * 256**2 * 512 + 2 * 256**3
     assert totals["flops_per_step"]["optimizer"] == 9 * 5 * (2 * square + 2 * wide + 2 * tall)
     assert totals["tokens"] == {"step": 524_288, "run": 524_288 * 20_000}
 
@@ -107,30 +95,27 @@ def test_forward_flops_agree_with_the_compiler():
     tokens = jax.ShapeDtypeStruct((2, T), np.int32)
     cost = jax.jit(forward(m)).lower(abstract_parts(m)[0], tokens).compile().cost_analysis()
     masked_half = m.num_layers * 2 * 2 * m.d_model * (T - 1) // 2
-    assert cost["flops"] / (2 * T) == pytest.approx(
-        forward_flops_per_token(config) + masked_half, rel=0.05
-    )
+    counted = forward_flops_per_token(config) + masked_half
+    assert cost["flops"] / (2 * T) == pytest.approx(counted, rel=0.05)
 
 
 def test_bytes_are_those_of_a_real_state(tiny_recipe):
     config = load(str(tiny_recipe))
-    state = init_state(Shapes.of(config, make_mesh(jax.devices()[:1])))
-    totals = planned(config)["bytes"]
+    shapes = Shapes.of(config, make_mesh(jax.devices()[:1]))
+    state, totals = init_state(shapes), make_plan(shapes)["bytes"]
     assert totals["parameters"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert totals["optimizer"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    abstract = Shapes.of(config, make_mesh(jax.devices()[:1])).state
-    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    assert jax.tree.structure(shapes.state) == jax.tree.structure(state)
 
 
 def test_the_command_prints_text_or_json(capsys, tmp_path):
-    assert plan.main(["--config", "golf_baseline"]) == 0
+    baseline, path = ["--config", "golf_baseline"], tmp_path / "plan.json"
+    assert plan.main([*baseline, "--json", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "17,059,912" in text
-    assert "blocks/*/attn/query" in text
-    assert plan.main(["--config", "golf_baseline", "--json"]) == 0
+    assert "17,059,912" in text and "blocks/*/attn/query" in text
+    assert json.loads(path.read_text())["parameters"]["total"] == 17_059_912
+    assert plan.main([*baseline, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 17_059_912
-    assert plan.main(["--config", "golf_baseline", "--json", str(tmp_path / "plan.json")]) == 0
-    assert json.loads((tmp_path / "plan.json").read_text())["parameters"]["total"] == 17_059_912
 
 
 @pytest.mark.parametrize(
@@ -148,11 +133,6 @@ def test_topology_that_there_is_not(topology, message):
 
 
 def test_topology_without_the_plugin_says_how_to_install_it(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name.startswith("jax_plugins") else find(name),
-    )
+    monkeypatch.setattr(targets, "has_plugin", lambda: False)
     with pytest.raises(UserError, match=r"--topology: .*pip install 'sngpt-jax\[cuda13\]'"):
         plan.main(["--config", "golf_baseline", "--topology", "h100x8"])

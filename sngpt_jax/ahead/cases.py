@@ -40,28 +40,27 @@ class CaseArguments:
     json: Json = ""
 
 
+@dataclass(frozen=True)
+class InspectArguments(CaseArguments):
+    # GPU to compile for: a100, h100, h200 or b200; can be repeated; default: a100, h100 and b200
+    target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # only each operation's first case
+
+
 def select(arguments: CaseArguments) -> "list[tuple[str, Case]]":
     """(operation, case) of every case that the arguments choose.
 
     Raises `UserError` if there is no such operation or case.
     """
-    for operation in arguments.operation:
+    found = []
+    for operation in arguments.operation or OPERATIONS:
         if operation not in OPERATIONS:
             known = " or ".join(OPERATIONS)
             raise UserError(f"there is no operation {operation!r}; expected {known}")
-    found = [
-        (operation, case)
-        for operation in arguments.operation or OPERATIONS
-        for case in importlib.import_module(f"sngpt_kernels.{operation}.specs").CASES
-    ]
+        cases = importlib.import_module(f"sngpt_kernels.{operation}.specs").CASES
+        found += [(operation, case) for case in cases]
     chosen = [pair for pair in found if arguments.case in ("", pair[1].name)]
     if not chosen:
         known = ", ".join(case.name for _, case in found)
         raise UserError(f"--case {arguments.case}: there is none; expected one of: {known}")
     return chosen
-
-
-@dataclass(frozen=True)
-class InspectArguments(CaseArguments):
-    # GPU to compile for: a100, h100, h200 or b200; can be repeated; default: a100, h100 and b200
-    target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

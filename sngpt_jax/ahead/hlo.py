@@ -2,14 +2,14 @@
 
 The compiler's own analysis counts a loop's body once and does not know custom kernels. Here the
 body counts as often as it runs. Every top-level instruction is one kernel that reads its operands
-and writes its result. A slice of an operand, or an update in one, counts as the slice. Caches are
-not considered: the bytes are the memory traffic if no cache held anything.
+and writes its result, as if no cache held anything. A slice of an operand, or an update in one,
+counts as the slice.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # Other types carry their width: f32, s8, f8e4m3fn.
@@ -36,6 +36,11 @@ class Instruction:
     attributes: str  # the rest of the line
     is_root: bool
 
+    def attribute(self, pattern: str) -> str:
+        """The first group of `pattern` in the attributes; "" if they do not match."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
 
 Computation = dict[str, Instruction]
 
@@ -48,7 +53,7 @@ class Kernel:
     opcode: str
     times: int  # in one run of the program
     flops: int  # per call, of matrix products and attention, two per multiply-add
-    bytes: int  # per call
+    bytes: int  # per call; of a collective, the contribution of one device
     is_custom: bool
     scope: str = ""  # the names of its source code: jit(step)/optimizer/mul
     group: int = 0  # of a collective: the devices that exchange with each other; 0 for all
@@ -63,7 +68,6 @@ class Program:
     """One device's part of a program."""
 
     kernels: list[Kernel] = field(default_factory=list)
-    # The bytes of a collective are the contribution of one device.
     collectives: list[Kernel] = field(default_factory=list)
 
     @property
@@ -76,24 +80,23 @@ class Program:
 
     def custom_kernels(self) -> dict[str, int]:
         """The number of runs of each custom kernel, by name."""
-        return dict(_total((k.name, k.times) for k in self.kernels if k.is_custom))
+        runs: Counter[str] = Counter()
+        for kernel in self.kernels:
+            if kernel.is_custom:
+                runs[kernel.name] += kernel.times
+        return dict(runs)
 
     def collective_counts(self) -> dict[str, tuple[int, int]]:
         """(calls, bytes in all) of each kind of collective."""
-        calls = _total((k.opcode, k.times) for k in self.collectives)
-        sizes = _total((k.opcode, k.times * k.bytes) for k in self.collectives)
-        return {kind: (calls[kind], sizes[kind]) for kind in calls}
+        counts: dict[str, tuple[int, int]] = {}
+        for k in self.collectives:
+            calls, size = counts.get(k.opcode, (0, 0))
+            counts[k.opcode] = calls + k.times, size + k.times * k.bytes
+        return counts
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The least time of all kernels one after the other."""
         return sum(kernel.seconds(flops_per_second, bytes_per_second) for kernel in self.kernels)
-
-
-def _total(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for key, count in pairs:
-        total[key] += count
-    return total
 
 
 def size_of(type_text: str) -> int:
@@ -125,6 +128,7 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")
 
 
+_SCOPE = r'op_name="([^"]*)"'
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*(?:/\*.*)?$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$")
 
@@ -141,18 +145,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif line.startswith("}"):
             current = None
         elif match := _LINE.match(line):
-            rest = match[3]
+            name, rest = match[2], match[3]
             end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
             opened = rest.index("(", end)
             closed = _closing(rest, opened)
             operands = tuple(re.findall(r"%([\w.$-]+)", rest[opened:closed]))
-            current[match[2]] = Instruction(
-                match[2],
-                rest[:end],
-                rest[end:opened].strip(),
-                operands,
-                rest[closed + 1 :],
-                bool(match[1]),
+            opcode, is_root = rest[end:opened].strip(), bool(match[1])
+            current[name] = Instruction(
+                name, rest[:end], opcode, operands, rest[closed + 1 :], is_root
             )
     if not entry:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
@@ -167,14 +167,13 @@ def analyse(text: str) -> Program:
     return program
 
 
-def _called(attributes: str, *names: str) -> list[str]:
+def _called(instruction: Instruction, *names: str) -> list[str]:
     """The computations that an instruction's attributes name, in order."""
     found: list[str] = []
     for name in names:
-        found += re.findall(rf"\b{name}=%?([\w.$-]+)", attributes)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", attributes):
-        found += re.findall(r"%([\w.$-]+)", branches[1])
-    return found
+        found += re.findall(rf"\b{name}=%?([\w.$-]+)", instruction.attributes)
+    branches = instruction.attribute(r"branch_computations=\{([^}]*)\}")
+    return found + re.findall(r"%([\w.$-]+)", branches)
 
 
 def _visit(computations: dict[str, Computation], name: str, times: int, program: Program) -> None:
@@ -184,25 +183,25 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
         if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")):
             continue
         if opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-            for body in _called(instruction.attributes, "body"):
-                _visit(computations, body, times * (int(trips[1]) if trips else 1), program)
+            trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
+            for body in _called(instruction, "body"):
+                _visit(computations, body, times * int(trips or 1), program)
         elif opcode == "conditional":  # the branch with the most work counts
-            branches = _called(instruction.attributes, "true_computation", "false_computation")
-            parts = [Program() for _ in branches]
-            for branch, part in zip(branches, parts, strict=True):
-                _visit(computations, branch, times, part)
+            parts = []
+            for branch in _called(instruction, "true_computation", "false_computation"):
+                parts.append(Program())
+                _visit(computations, branch, times, parts[-1])
             most = max(parts, key=lambda part: (part.flops, part.bytes))
             program.kernels += most.kernels
             program.collectives += most.collectives
         elif opcode in ("call", "async-start"):
-            for callee in _called(instruction.attributes, "to_apply", "calls"):
+            for callee in _called(instruction, "to_apply", "calls"):
                 _visit(computations, callee, times, program)
         elif kind in _COLLECTIVES:
-            operands = sum(size_of(computations[name][o].type) for o in instruction.operands)
-            where = _scope(instruction), _group(instruction)
+            size = sum(size_of(computations[name][o].type) for o in instruction.operands)
+            where = instruction.attribute(_SCOPE), _group(instruction.attributes)
             program.collectives.append(
-                Kernel(instruction.name, kind, times, 0, operands, False, *where)
+                Kernel(instruction.name, kind, times, 0, size, False, *where)
             )
         else:
             program.kernels.append(_kernel(computations, computations[name], instruction, times))
@@ -211,67 +210,55 @@ def _visit(computations: dict[str, Computation], name: str, times: int, program:
 def _kernel(
     computations: dict[str, Computation], inside: Computation, instruction: Instruction, times: int
 ) -> Kernel:
-    opcode, flops, name = instruction.opcode, 0, instruction.name
+    opcode, name = instruction.opcode, instruction.name
     is_custom = opcode == "custom-call"
     if opcode == "fusion":
-        (fused,) = _called(instruction.attributes, "calls")
-        flops = _fused_flops(computations, fused)
-        size = _fused_bytes(computations[fused], instruction)
+        (fused,) = _called(instruction, "calls")
+        flops, size = _flops(computations, fused), _fused_bytes(computations[fused])
     else:
-        size = _instruction_bytes(inside, instruction)
+        flops, size = 0, _instruction_bytes(inside, instruction)
         if opcode == "dot":
             flops = _dot_flops(inside, instruction)
         elif is_custom:
             name, flops = custom_name(instruction), _attention_flops(inside, instruction)
-    return Kernel(name, opcode, times, flops, size, is_custom, _scope(instruction))
+    return Kernel(name, opcode, times, flops, size, is_custom, instruction.attribute(_SCOPE))
 
 
-def _scope(instruction: Instruction) -> str:
-    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return name[1] if name else ""
-
-
-def _group(instruction: Instruction) -> int:
+def _group(attributes: str) -> int:
     """The devices per group of a collective; 0 for one group of all. HLO has three notations."""
-    text = instruction.attributes
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):  # {{0,1},{2,3}}
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):  # {{0,1},{2,3}}
         return len(_dims(listed[1]))
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [groups,devices]<=[all]
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [groups,devices]<=[all]
         return int(counted[1])
     # mesh['x'=2,'y'=4] {'x','y':(1)2}
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
-        return math.prod(
-            int(part or sizes[axis])
-            for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
-        )
+        axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return 0
 
 
 def custom_name(instruction: Instruction) -> str:
     """The kernel of a custom call: the name of a Triton kernel, else of the call's target."""
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    named = re.search(r'\bname = "([^"]+)"', instruction.attributes.replace('\\"', '"'))
-    return named[1] if named else target[1].lstrip("_$") if target else instruction.name
+    named = instruction.attribute(r'\bname = \\?"([^"\\]+)')
+    target = instruction.attribute(r'custom_call_target="([^"]*)"')
+    return named or target.lstrip("_$") or instruction.name
 
 
 def _dot_flops(inside: Computation, dot: Instruction) -> int:
-    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
+    contracting = _dims(dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
     lhs = _shape(inside[dot.operands[0]].type)
-    summed = math.prod(lhs[axis] for axis in _dims(contracting[1] if contracting else ""))
-    return 2 * math.prod(_shape(dot.type)) * summed
+    return 2 * math.prod(_shape(dot.type)) * math.prod(lhs[axis] for axis in contracting)
 
 
-def _fused_flops(computations: dict[str, Computation], name: str) -> int:
+def _flops(computations: dict[str, Computation], name: str) -> int:
+    """The FLOPs of the products in a fused computation."""
     total = 0
     for instruction in computations[name].values():
         if instruction.opcode == "dot":
             total += _dot_flops(computations[name], instruction)
         elif instruction.opcode == "fusion":
-            total += sum(
-                _fused_flops(computations, callee)
-                for callee in _called(instruction.attributes, "calls")
-            )
+            total += sum(_flops(computations, callee) for callee in _called(instruction, "calls"))
     return total
 
 
@@ -282,10 +269,8 @@ def _attention_flops(inside: Computation, call: Instruction) -> int:
     """
     if "fmhaSoftmax" not in call.attributes:
         return 0
-    scores = re.search(
-        r'"intermediate_tensor_shape":\s*\{[^[]*"dimensions":\s*\[([^\]]*)\]', call.attributes
-    )
-    sizes = [int(n) for n in re.findall(r"\d+", scores[1] if scores else "")]
+    scores = call.attribute(r'"intermediate_tensor_shape":\s*\{[^[]*"dimensions":\s*\[([^\]]*)\]')
+    sizes = map(int, re.findall(r"\d+", scores))
     products = 5 if "Backward" in call.attributes else 2
     share = 2 if re.search(r'"mask_type":\s*"CAUSAL"', call.attributes) else 1
     return products * 2 * math.prod(sizes) * _shape(inside[call.operands[0]].type)[-1] // share
@@ -318,20 +303,21 @@ def _behind(computation: Computation, name: str) -> Instruction:
     return instruction
 
 
-def _fused_bytes(fused: Computation, fusion: Instruction) -> int:
+def _fused_bytes(fused: Computation) -> int:
     root = next(i for i in fused.values() if i.is_root)
     names = root.operands if root.opcode == "tuple" else (root.name,)
-    results = [_behind(fused, name) for name in names]
-    updates = [i for i in results if i.opcode == "dynamic-update-slice"]  # in place
-    updated = {_behind(fused, update.operands[0]).name for update in updates}
-    total = sum(size_of(i.type) for i in results if i not in updates)
-    total += sum(size_of(fused[update.operands[1]].type) for update in updates)
-    for parameter in (i for i in fused.values() if i.opcode == "parameter"):
-        if parameter.name in updated:
+    total, updated = 0, set()
+    for result in (_behind(fused, name) for name in names):
+        if result.opcode == "dynamic-update-slice":  # in place
+            updated.add(_behind(fused, result.operands[0]).name)
+            result = fused[result.operands[1]]
+        total += size_of(result.type)
+    for parameter in fused.values():
+        if parameter.opcode != "parameter" or parameter.name in updated:
             continue
         users = list(_users(fused, parameter.name))
-        whole = size_of(parameter.type)
+        size = size_of(parameter.type)
         if users and all(user.opcode in _SLICES for user in users):
-            whole = min(whole, sum(size_of(user.type) for user in users))
-        total += whole
+            size = min(size, sum(size_of(user.type) for user in users))
+        total += size
     return total

@@ -1,20 +1,19 @@
 """Every kernel, compiled for GPUs that this machine need not have.
 
 `python -m sngpt_jax.plan --kernels [cayley|xsa] [--target h100] [--json [PATH]]`. Every case of
-every operation is compiled, forward alone and with its backward pass, for the architectures of
-A100, H100 (and H200) and B200. The report shows the resources of each kernel, and for each case the
-least time on H100 and H200. The exit status is 1 if a program does not compile. On the GPUs that
-the block sizes are chosen for, it is also 1 if a forward kernel spills registers, or if a matrix
-product uses no tensor cores.
+every operation is compiled, forward alone and with its backward pass. The report shows the
+resources of each kernel, and for each case the least time on H100 and H200. The exit status is 1
+if `problems` finds one.
 """
 
+import itertools
 import os
 import re
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +37,10 @@ CUT_FOR = ("h100", "h200")  # by the block sizes chosen without a measurement
 WITHOUT_PRODUCTS = ("cayley_backward", "cayley_bias_gradient", "xsa_prepare_backward")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """The launch of a kernel by a program."""
-
-    blocks: int
-    threads: int  # per block
-    shared_bytes: int  # per block, beside the bytes that the kernel's code declares
-    count: int  # launches that the program names; loops run them more often
-
-
 def compile_program(
     case: Case, implementation: str, which: str, target: Target, ptxas: str
 ) -> dict[str, Any]:
-    """Compiles one pass of one implementation, after `targets.prepare`: its part of a report row.
-
-    Raises CannotServe, or any error of the compiler.
-    """
+    """Compiles one pass of one implementation: its part of a report row."""
     start = time.monotonic()
     sharding = SingleDeviceSharding(targets.devices(target)[0])
     arguments = [
@@ -62,33 +48,32 @@ def compile_program(
         for a in programs.abstract_arguments(case, which)
     ]
     function = jax.jit(programs.function(case, implementation, which))
+    with targets.tracing(target):
+        lowered = function.trace(*arguments).lower()
     with tempfile.TemporaryDirectory(prefix="xla_dump_") as folder:
-        with targets.tracing(target):
-            lowered = function.trace(*arguments).lower()
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compiled = lowered.compile(compiler_options={**targets.COMPILER_OPTIONS, **dump})
-        modules = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.ptx"))]
-        thunks = [
-            path.read_text(encoding="utf-8") for path in Path(folder).glob("*.thunk_sequence.txt")
-        ]
+        modules, thunks = (
+            [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob(pattern))]
+            for pattern in ("*.ptx", "*.thunk_sequence.txt")
+        )
     program = hlo.analyse(compiled.as_text())
     calls, launches = program.custom_kernels(), parse_launches("".join(thunks))
     codes = {code.name: code for module in modules for code in ptx.assemble(ptxas, module)}
     if codes and not launches:
         raise RuntimeError("XLA's dump of thunks names no launches; its format has changed")
     memory = compiled.memory_analysis()
-    kernels = [
-        describe(codes[name], launch, base_name(name) in calls, target)
-        for name, launch in launches.items()
-        if name in codes  # kernels of libraries have no PTX
-    ]
     return {
         "compile_seconds": round(time.monotonic() - start, 1),
         # the most memory beside arguments and results
         "temporary_bytes": memory.temp_size_in_bytes if memory else 0,
         "moved_bytes": program.bytes,  # read and written by all kernels, if no cache held any
         "calls": calls,  # in one run, of kernels that XLA did not generate
-        "kernels": kernels,
+        "kernels": [
+            describe(codes[name], launch, base_name(name) in calls, target)
+            for name, launch in launches.items()
+            if name in codes  # kernels of libraries have no PTX
+        ],
     }
 
 
@@ -97,15 +82,22 @@ def base_name(name: str) -> str:
     return re.sub(r"__\d+$", "", name)
 
 
-def parse_launches(text: str) -> dict[str, Launch]:
-    """The launches of the kernels, in the program's order, from XLA's dump of its thunks."""
-    found: dict[str, Launch] = {}
+def parse_launches(text: str) -> dict[str, dict[str, int]]:
+    """The launches of the kernels, in the program's order, from XLA's dump of its thunks.
+
+    Shared memory excludes the bytes that the kernel's code declares.
+    """
+    found: dict[str, dict[str, int]] = {}
     triple = r"\[(\d+), (\d+), (\d+)\]"
     pattern = rf"([\w$]+) grid: {triple} threads: {triple}\s+shared_memory: (\d+) bytes"
-    for match in re.finditer(pattern, text):
-        x, y, z, tx, ty, tz, shared = map(int, match.groups()[1:])
-        before = found[match[1]].count if match[1] in found else 0
-        found[match[1]] = Launch(x * y * z, tx * ty * tz, shared, before + 1)
+    for name, *numbers in re.findall(pattern, text):
+        x, y, z, tx, ty, tz, shared = map(int, numbers)
+        found[name] = {
+            "launches": found[name]["launches"] + 1 if name in found else 1,  # loops run more
+            "blocks": x * y * z,
+            "threads": tx * ty * tz,  # per block
+            "shared_bytes": shared,  # per block
+        }
     return found
 
 
@@ -121,20 +113,14 @@ def blocks_per_sm(target: Target, registers: int, threads: int, shared_bytes: in
     return min(by_registers, by_memory, 64 // warps, 32)
 
 
-def describe(code: ptx.Code, launch: Launch, is_pallas: bool, target: Target) -> dict[str, Any]:
+def describe(
+    code: ptx.Code, launch: dict[str, int], is_pallas: bool, target: Target
+) -> dict[str, Any]:
     """A kernel as plain values. `is_pallas`: it is written here and not generated by XLA."""
-    values = asdict(code)
-    shared = values.pop("static_shared_bytes") + launch.shared_bytes
-    return {
-        "name": values.pop("name"),
-        "pallas": is_pallas,
-        "launches": launch.count,
-        "blocks": launch.blocks,
-        "threads": launch.threads,
-        "shared_bytes": shared,
-        "blocks_per_sm": blocks_per_sm(target, code.registers, launch.threads, shared),
-        **values,
-    }
+    values = {"pallas": is_pallas, **launch, **asdict(code)}
+    values["shared_bytes"] += values.pop("static_shared_bytes")
+    sizes = code.registers, launch["threads"], values["shared_bytes"]
+    return values | {"blocks_per_sm": blocks_per_sm(target, *sizes)}
 
 
 def limits(case: Case) -> dict[str, Any]:
@@ -158,9 +144,7 @@ def inspect_program(
         row["cannot_serve"] = str(reason)
     except Exception as error:  # any failure, so that the other programs still compile
         row["error"] = programs.first_line(error)
-    cli.progress(
-        f"{operation} {case.name}: {implementation} {which} for {target.name}: {outcome(row)}"
-    )
+    cli.progress(f"{operation} {case.name}: {title_of(row)}: {outcome(row)}")
     return row
 
 
@@ -168,8 +152,8 @@ def inspect_cases(
     cases: Sequence[tuple[str, Case]], chosen: Sequence[Target], ptxas: str
 ) -> list[dict[str, Any]]:
     """The report of each case: its arguments, its limits and its programs."""
-    # A program compiles on one processor. Forward passes go first: the other programs have their
-    # kernels too, and a process compiles a kernel once.
+    # Forward passes go first: the other programs have their kernels too, and a process compiles a
+    # kernel once.
     jobs = [
         (operation, case, implementation, which, target, ptxas)
         for which in programs.PASSES
@@ -192,6 +176,11 @@ def inspect_cases(
     ]
 
 
+def title_of(row: dict[str, Any]) -> str:
+    """The program of a row."""
+    return f"{row['implementation']} {row['pass']} for {row['target']}"
+
+
 def outcome(row: dict[str, Any]) -> str:
     """The result of a program in a few words."""
     if "cannot_serve" in row:
@@ -200,12 +189,15 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """The problems of the compiled programs, one line each."""
+    """The problems of the compiled programs, one line each.
+
+    Spills of forward kernels and products without tensor cores are problems only on the GPUs that
+    the block sizes are chosen for.
+    """
     found = []
     rows = [(case, row) for case in report["cases"] for row in case["programs"]]
     for case, row in rows:
-        program = f"{row['implementation']} {row['pass']} for {row['target']}"
-        title = f"{case['operation']} {case['case']}, {program}"
+        title = f"{case['operation']} {case['case']}, {title_of(row)}"
         if "error" in row:
             found.append(f"{title}: {row['error']}")
         pallas = [kernel for kernel in row.get("kernels", ()) if kernel["pallas"]]
@@ -243,15 +235,15 @@ def format_case(case: dict[str, Any]) -> str:
         work = f"{limit['bytes'] / 1e6:,.1f} MB and {limit['matmul_flops'] / 1e9:,.2f} GFLOP"
         lines.append(f"  {which}: {work} at least: {at_least}")
     for row in case["programs"]:
-        title = f"  {row['implementation']} {row['pass']} for {row['target']}"
         if "kernels" not in row:
-            lines.append(f"{title}: {outcome(row)}")
+            lines.append(f"  {title_of(row)}: {outcome(row)}")
             continue
         pallas = [kernel for kernel in row["kernels"] if kernel["pallas"]]
         calls = ", ".join(f"{times} × {name}" for name, times in row["calls"].items())
         lines.append(
-            f"{title}: {calls or 'no kernel of its own'}; {len(row['kernels']) - len(pallas)}"
-            f" kernels by XLA; {row['moved_bytes'] / 1e6:,.1f} MB moved,"
+            f"  {title_of(row)}: {calls or 'no kernel of its own'};"
+            f" {len(row['kernels']) - len(pallas)} kernels by XLA;"
+            f" {row['moved_bytes'] / 1e6:,.1f} MB moved,"
             f" {row['temporary_bytes'] / 1e6:,.1f} MB temporary"
         )
         width = max((len(kernel["name"]) for kernel in pallas), default=0)
@@ -266,6 +258,8 @@ def format_case(case: dict[str, Any]) -> str:
 def run(arguments: InspectArguments) -> int:
     """Compiles the chosen cases and reports them. Returns the exit status."""
     cases = select(arguments)
+    if arguments.first:
+        cases = [next(group) for _, group in itertools.groupby(cases, lambda pair: pair[0])]
     try:
         chosen = [targets.find(name) for name in dict.fromkeys(arguments.target or DEFAULT_TARGETS)]
         targets.prepare()

@@ -1,5 +1,6 @@
 """The programs of a case: the inspection compiles them, and the benchmark times them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,11 @@ def abstract_arguments(case: Case, which: str) -> tuple[jax.ShapeDtypeStruct, ..
         return arguments
     output = jax.eval_shape(function(case, "xla", "forward"), *arguments)
     return (jax.ShapeDtypeStruct(output.shape, output.dtype), *arguments)
+
+
+def argument_bytes(case: Case, which: str) -> int:
+    """The bytes of the arguments of `function`."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in abstract_arguments(case, which))
 
 
 def first_line(error: Exception) -> str:

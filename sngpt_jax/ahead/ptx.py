@@ -11,12 +11,10 @@ from pathlib import Path
 
 from sngpt_jax.ahead.targets import INSTALL, MissingToolchain
 
-# Products of small matrices: by a group of four warps (Hopper), by one warp, and by a whole block
-# (Blackwell).
-_TENSOR_CORES = {
-    "wgmma": r"wgmma\.mma_async",
-    "mma": r"(?<![\w.])mma\.sync",
-    "tcgen05": r"tcgen05\.mma\b",
+_TENSOR_CORES = {  # products of small matrices
+    "wgmma": r"wgmma\.mma_async",  # by a group of four warps (Hopper)
+    "mma": r"(?<![\w.])mma\.sync",  # by one warp
+    "tcgen05": r"tcgen05\.mma\b",  # by a whole block (Blackwell)
 }
 _SASS_BYTES = 16  # per machine instruction, from compute capability 7.0 on
 
@@ -42,9 +40,9 @@ def find_ptxas() -> str:
     Raises MissingToolchain if there is none.
     """
     nvidia = importlib.util.find_spec("nvidia")  # a namespace of the packages that hold CUDA
-    roots = nvidia.submodule_search_locations if nvidia is not None else None
-    beside = [path for root in roots or () for path in sorted(Path(root).glob("*/bin/ptxas"))]
-    found = str(beside[0]) if beside else shutil.which("ptxas")
+    roots = (nvidia and nvidia.submodule_search_locations) or ()
+    beside = [str(path) for root in roots for path in sorted(Path(root).glob("*/bin/ptxas"))]
+    found = beside[0] if beside else shutil.which("ptxas")
     if found is None:
         needs = "reading compiled kernels needs ptxas, which comes with jax's CUDA plugin"
         raise MissingToolchain(f"{needs}; run: {INSTALL}")
@@ -59,11 +57,9 @@ def architectures(ptxas: str) -> set[str]:
 
 def assemble(ptxas: str, text: str) -> list[Code]:
     """The kernels of a PTX module. Raises RuntimeError with the first complaint of ptxas."""
-    entries = split_entries(text)
-    if not entries:
+    if ".entry" not in text:
         return []
-    target = re.search(r"^\.target (\w+)", text, re.M)
-    arch = target[1] if target else ""
+    arch = re.findall(r"^\.target (\w+)", text, re.M)[0]
     with tempfile.TemporaryDirectory(prefix="ptxas_") as folder:
         source, binary = Path(folder, "module.ptx"), Path(folder, "module.cubin")
         source.write_text(text, encoding="utf-8")
@@ -74,14 +70,8 @@ def assemble(ptxas: str, text: str) -> list[Code]:
         sizes = code_sizes(binary.read_bytes())
     resources = parse_resources(done.stderr)
     return [
-        Code(
-            name=name,
-            arch=arch,
-            **resources[name],
-            **count_tensor_cores(body),
-            instructions=sizes[name] // _SASS_BYTES,
-        )
-        for name, body in entries.items()
+        Code(name, arch, **resources[name], **cores(body), instructions=sizes[name] // _SASS_BYTES)
+        for name, body in split_entries(text).items()
     ]
 
 
@@ -94,7 +84,7 @@ def split_entries(text: str) -> dict[str, str]:
     return bodies
 
 
-def count_tensor_cores(body: str) -> dict[str, int]:
+def cores(body: str) -> dict[str, int]:
     """The number of instructions on tensor cores, by kind."""
     return {kind: len(re.findall(pattern, body)) for kind, pattern in _TENSOR_CORES.items()}
 
@@ -102,16 +92,14 @@ def count_tensor_cores(body: str) -> dict[str, int]:
 def parse_resources(log: str) -> dict[str, dict[str, int]]:
     """registers, spill_bytes and static_shared_bytes per kernel, from the log of `ptxas -v`."""
     found = {}
-    for part in re.split(r"(?=Compiling entry function ')", log)[1:]:
-        name = re.match(r"Compiling entry function '([^']+)'", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        assert name and registers, part
+    for part in log.split("Compiling entry function '")[1:]:
+        (registers,) = re.findall(r"Used (\d+) registers", part)
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
-        shared = re.search(r"(\d+) bytes smem", part)
-        found[name[1]] = {
-            "registers": int(registers[1]),
+        shared = re.findall(r"(\d+) bytes smem", part)
+        found[part.partition("'")[0]] = {
+            "registers": int(registers),
             "spill_bytes": sum(map(int, spills)),
-            "static_shared_bytes": int(shared[1]) if shared else 0,
+            "static_shared_bytes": sum(map(int, shared)),
         }
     return found
 
@@ -124,11 +112,6 @@ def code_sizes(cubin: bytes) -> dict[str, int]:
     table, entry_size, count, names_index = struct.unpack_from("<Q10xHHH", cubin, 0x28)
     # name, offset, size
     headers = [struct.unpack_from("<I20xQQ", cubin, table + i * entry_size) for i in range(count)]
-    names = headers[names_index][1]
-    sizes = {}
-    for name_offset, _, size in headers:
-        start = names + name_offset
-        name = cubin[start : cubin.index(b"\0", start)].decode()
-        if name.startswith(".text."):
-            sizes[name.removeprefix(".text.")] = size
-    return sizes
+    names = cubin[headers[names_index][1] :]
+    sizes = {names[start:].partition(b"\0")[0].decode(): size for start, _, size in headers}
+    return {n.removeprefix(".text."): size for n, size in sizes.items() if n.startswith(".text.")}

@@ -1,17 +1,15 @@
 """A recipe's training step, compiled for GPUs that this machine need not have.
 
-XLA compiles the whole partitioned program for the device, including its kernels and cuDNN
-attention. Nothing runs. So memory, collectives and kernels are those of the real program. Only the
-algorithms of single kernels can differ, because a device would choose them by timing. Times are
-limits and no predictions: no kernel is faster than its bytes and FLOPs allow.
+XLA compiles the whole partitioned program, so memory, collectives and kernels are those of the real
+program. Only the algorithms of single kernels can differ, because a device would choose them by
+timing. Times are limits and no predictions: no kernel is faster than its bytes and FLOPs allow.
 """
 
-import dataclasses
 import logging
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -58,47 +56,42 @@ class CompiledStep:
 def parse(text: str, config: Config) -> tuple[Target, int]:
     """The device and number of `--topology`. It also prepares the process to compile for them.
 
-    A GPU of this machine stays unused. Raises `UserError` for an unknown device, if no compiler is
-    installed, or if the batch does not divide over the devices.
+    Raises `UserError` for an unknown device, if no compiler is installed, or if the batch does not
+    divide over the devices.
     """
     try:
         target, count = targets.parse_topology(text)
-        microbatches(
-            config.data.batch_tokens, config.train.device_batch_tokens, config.data.seq_len, count
-        )
+        accumulation_of(config, count)
         targets.prepare()
     except (ValueError, targets.MissingToolchain) as error:
         raise UserError(f"--topology: {error}") from None
     return target, count
 
 
-def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
-    """Compiles the training step for `count` targets.
-
-    Raises `UserError` if the recipe does not divide over them.
-    """
+def accumulation_of(config: Config, count: int) -> int:
+    """The microbatches of a step on `count` devices."""
     data = config.data
+    return microbatches(data.batch_tokens, config.train.device_batch_tokens, data.seq_len, count)
+
+
+def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
+    """Compiles the training step for `count` targets."""
+    data, accumulation = config.data, accumulation_of(config, count)
     mesh = make_mesh(targets.devices(target, count), config.train.fsdp)
-    accumulation = microbatches(
-        data.batch_tokens, config.train.device_batch_tokens, data.seq_len, count
-    )
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH_AXES))
     shape = (accumulation, data.batch_tokens // data.seq_len // accumulation, data.seq_len)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, np.uint16, sharding=rows)
-        for name in ("inputs", "targets")
-    }
-    controls = step_controls(config.optim, config.train, step=0, elapsed_seconds=0.0)
+    tokens = jax.ShapeDtypeStruct(shape, np.uint16, sharding=rows)
+    batch = {"inputs": tokens, "targets": tokens}
     controls = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype, sharding=everywhere), controls
+        lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype, sharding=everywhere),
+        step_controls(config.optim, config.train, step=0, elapsed_seconds=0.0),
     )
     start = time.perf_counter()
     with targeting(target.device):
         shapes = Shapes.of(config, mesh)
         traced = make_train_step(shapes).trace(shapes.state, batch, controls)
-        compiled = compiler.compile_step(
-            traced.lower(lowering_platforms=("cuda",)), targets.COMPILER_OPTIONS
-        )
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        compiled = compiler.compile_step(lowered, targets.COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
     return CompiledStep(
         device_batch_tokens=data.batch_tokens // accumulation // count,
@@ -116,13 +109,13 @@ def largest_that_fits(
 ) -> CompiledStep | None:
     """The step with the largest microbatch that fits, or `step` if it fits already.
 
-    It is None if not even one sequence fits. Temporaries grow about like the microbatch, which
-    gives the next size to compile.
+    It is None if not even one sequence fits.
     """
     limit = int(MEMORY_SHARE * target.memory)
     while step.peak > limit:
         sequences = step.device_batch_tokens // config.data.seq_len
         room = limit - step.arguments - step.results
+        # temporaries grow about like the microbatch
         wanted = min(sequences - 1, sequences * room // step.temporaries) * config.data.seq_len
         if wanted <= 0:
             return None
@@ -130,8 +123,8 @@ def largest_that_fits(
             f"{step.device_batch_tokens} tokens per device take {step.peak / 1e9:.1f} GB of"
             f" {limit / 1e9:.1f}; trying at most {wanted}"
         )
-        train = dataclasses.replace(config.train, device_batch_tokens=wanted)
-        step = compile_step(dataclasses.replace(config, train=train), target, count)
+        train = replace(config.train, device_batch_tokens=wanted)
+        step = compile_step(replace(config, train=train), target, count)
     return step
 
 
@@ -152,16 +145,17 @@ def collective_seconds(step: CompiledStep, target: Target, count: int) -> float:
 _PARTS = re.compile(r"\b(attention|mlp|code|embed|head|statistics|optimizer|averages)\b")
 
 
-def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
-    """The least time of the kernels of each part of the step, the largest first.
+def part_of(kernel: hlo.Kernel) -> str:
+    """The part of the step that names the kernel, or "other"."""
+    part = _PARTS.search(kernel.scope)
+    return part[1] if part else "other"
 
-    Kernels without the name of a part are "other".
-    """
+
+def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
+    """The least time of the kernels of each part of the step, the largest first."""
     seconds: dict[str, float] = defaultdict(float)
     for kernel in step.program.kernels:
-        part = _PARTS.search(kernel.scope)
-        taken = kernel.seconds(target.matmul_rate, target.bandwidth)
-        seconds[part[1] if part else "other"] += taken
+        seconds[part_of(kernel)] += kernel.seconds(target.matmul_rate, target.bandwidth)
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
@@ -197,13 +191,8 @@ def optimizer_share(program: hlo.Program) -> dict[str, Any]:
 
     It includes a collective that the compiler joined with one of the gradient.
     """
-
-    def is_update(kernel: hlo.Kernel) -> bool:
-        part = _PARTS.search(kernel.scope)
-        return part is not None and part[1] == "optimizer"
-
     own = hlo.Program(
-        [kernel for kernel in program.kernels if is_update(kernel)],
+        [kernel for kernel in program.kernels if part_of(kernel) == "optimizer"],
         [c for c in program.collectives if re.search(r"\boptimizer\b", c.scope)],
     )
     return {"flops": own.flops, "bytes": own.bytes, "collectives": count_collectives(own)}

@@ -1,14 +1,7 @@
 """Descriptions of GPUs that this machine need not have, to compile for and to compute limits.
 
-A program is compiled for a target through its devices, which hold no memory and run nothing:
-
-    prepare()
-    target, count = parse_topology("h100x8")
-    mesh = make_mesh(target, (count,), ("data",))
-    shape = jax.ShapeDtypeStruct((8192, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
-    with tracing(target):
-        lowered = jax.jit(f).lower(shape)
-    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+A program is compiled for a target through its `devices`, which hold no memory and run nothing,
+after `prepare`, inside `tracing` and with `COMPILER_OPTIONS`.
 """
 
 import contextlib
@@ -16,13 +9,12 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh
 from sngpt_kernels.dispatch import Device, targeting
 
 from sngpt_jax.run.meter import peak_flops
@@ -42,11 +34,7 @@ class MissingToolchain(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's compiler sees it, with its peak rates.
-
-    Sizes, counts and clocks are those that XLA publishes in its descriptions of the devices
-    (xla/backends/gpu/target_config/specs).
-    """
+    """A GPU as XLA's compiler sees it, with the rates of xla/backends/gpu/target_config/specs."""
 
     name: str  # in topologies: h100
     kind: str  # jax's name of the device
@@ -72,7 +60,7 @@ class Target:
 
     @property
     def arch(self) -> str:
-        """The architecture by its name in ptxas, with its own extensions."""
+        """The name in ptxas, with the extensions of the architecture."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + "a" * (major >= 9)
 
@@ -116,36 +104,33 @@ _H100 = Target(
     l2=50 * 2**20,
     shared_memory=228 * 2**10,
 )
-
-TARGETS = (
-    Target(
-        name="a100",
-        kind="NVIDIA A100-SXM4-80GB",
-        capability=(8, 0),
-        bandwidth=2.03904e12,
-        link=300e9,
-        memory=85_100_068_864,
-        clock=1.41e9,
-        sms=108,
-        lanes=64,
-        l2=40 * 2**20,
-        shared_memory=164 * 2**10,
-    ),
-    _H100,
-    replace(_H100, name="h200", kind="NVIDIA H200", bandwidth=4.8e12, memory=151_397_597_184),
-    replace(
-        _H100,
-        name="b200",
-        kind="NVIDIA B200",
-        capability=(10, 0),
-        bandwidth=7.67232e12,
-        link=900e9,
-        memory=191_514_411_008,
-        clock=1.965e9,
-        sms=148,
-        l2=132_644_864,
-    ),
+_A100 = Target(
+    name="a100",
+    kind="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    bandwidth=2.03904e12,
+    link=300e9,
+    memory=85_100_068_864,
+    clock=1.41e9,
+    sms=108,
+    lanes=64,
+    l2=40 * 2**20,
+    shared_memory=164 * 2**10,
 )
+_H200 = replace(_H100, name="h200", kind="NVIDIA H200", bandwidth=4.8e12, memory=151_397_597_184)
+_B200 = replace(
+    _H100,
+    name="b200",
+    kind="NVIDIA B200",
+    capability=(10, 0),
+    bandwidth=7.67232e12,
+    link=900e9,
+    memory=191_514_411_008,
+    clock=1.965e9,
+    sms=148,
+    l2=132_644_864,
+)
+TARGETS = (_A100, _H100, _H200, _B200)
 _BY_NAME = {target.name: target for target in TARGETS}
 _NAMES = ", ".join(_BY_NAME)
 
@@ -165,7 +150,7 @@ def of_kind(kind: str) -> Target | None:
 def parse_topology(text: str) -> tuple[Target, int]:
     """(device, number) of a topology such as h100x8. More than 8 devices fill machines of 8.
 
-    Raises ValueError, in one line, for another form, device or number.
+    Raises ValueError for another form, device or number.
     """
     match = re.fullmatch(r"([a-z]+\d+)x([1-9]\d*)", text)
     if match is None or match[1] not in _BY_NAME:
@@ -178,15 +163,18 @@ def parse_topology(text: str) -> tuple[Target, int]:
     return _BY_NAME[match[1]], count
 
 
+def has_plugin() -> bool:
+    """Whether jax's CUDA plugin is installed."""
+    find, plugins = importlib.util.find_spec, ("xla_cuda13", "xla_cuda12")
+    return bool(find("jax_plugins")) and any(find(f"jax_plugins.{name}") for name in plugins)
+
+
 def prepare() -> None:
     """Prepares this process to compile for absent devices and to run on the host's processor.
 
     Call it before jax touches a device. Raises MissingToolchain if jax has no CUDA plugin.
     """
-    plugins = [f"jax_plugins.xla_cuda{version}" for version in (13, 12)]
-    if not importlib.util.find_spec("jax_plugins") or not any(
-        map(importlib.util.find_spec, plugins)
-    ):
+    if not has_plugin():
         needs = "compiling for a GPU needs jax's CUDA plugin, even without a GPU here"
         raise MissingToolchain(f"{needs}; run: {INSTALL}")
     # Without it the plugin would not load where there is no driver.
@@ -212,8 +200,3 @@ def tracing(target: Target) -> Iterator[None]:
         jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
     ):
         yield
-
-
-def make_mesh(target: Target, shape: Sequence[int], axis_names: tuple[str, ...]) -> Mesh:
-    """A mesh of that shape over `devices`."""
-    return Mesh(np.asarray(devices(target, math.prod(shape))).reshape(shape), axis_names)

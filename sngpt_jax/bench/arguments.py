@@ -1,4 +1,7 @@
-"""The options of the benchmarks. This module imports nothing that takes long."""
+"""The options of the benchmarks, whose descriptions `--help` prints.
+
+This module imports nothing that takes long.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,11 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class StepArguments(RecipeArguments):
+    """Times the training step of a recipe, alone or beside the same model in PyTorch.
+
+    Other benchmarks: bench kernels | tune | export | policies | scoring | all.
+    """
+
     # torch: also time the same model in PyTorch, eager and compiled, on one device
     against: Literal["none", "torch"] = "none"
     rounds: int = 9  # rounds in which all implementations take turns
@@ -31,15 +39,16 @@ class StepArguments(RecipeArguments):
 
 @dataclass(frozen=True)
 class ExportArguments(RecipeArguments):
+    """Times the export of a model with drawn weights and prints the size of its artifact."""
+
     sigma: float = 0.14  # standard deviation of the drawn matrices and tables
-    seed: int = 0  # seed of the drawn weights
     repeats: int = 5  # rounds in which all parts take turns; medians are printed
-    limit: int = 16_000_000  # bytes that artifact and program together may take
-    tune_to_fit: Flag = False  # time the policy that `export --tune-to-fit` finds under the limit
 
 
 @dataclass(frozen=True)
 class ScoringArguments(RecipeArguments):
+    """Times the scoring of a recipe's model, and the n-gram caches."""
+
     # stride of the sliding windows; default: 64, or a whole window if that is shorter
     stride: OptionalInt = None
     batches: int = 16  # batches of windows per timing
@@ -50,6 +59,8 @@ class ScoringArguments(RecipeArguments):
 
 @dataclass(frozen=True)
 class PoliciesArguments:
+    """Exports one trained model by several policies and compares their bits, bytes and scores."""
+
     run: Path  # run directory of a trained model
     data: OptionalPath = None  # folder with prepared shards; default: the run's
     step: OptionalInt = None  # checkpoint; default: the latest
@@ -65,6 +76,8 @@ class PoliciesArguments:
 
 @dataclass(frozen=True)
 class KernelsArguments(CaseArguments):
+    """Times every implementation of every kernel operation, beside its error and the limit."""
+
     quick: Flag = False  # measure fewer rounds
     tune: Flag = False  # first try block sizes, and write tuned/<device>.json
     # also write the table for a document to this path
@@ -72,5 +85,12 @@ class KernelsArguments(CaseArguments):
 
 
 @dataclass(frozen=True)
+class TuneArguments(CaseArguments):
+    """Finds the kernels' fastest block sizes on this device and writes tuned/<device>.json."""
+
+
+@dataclass(frozen=True)
 class AllArguments(RecipeArguments):
+    """Runs every benchmark that this machine can run, one after the other."""
+
     run: OptionalPath = None  # run directory of a trained model, for the export policies

@@ -1,13 +1,10 @@
 """Every implementation of every operation, timed: `python -m sngpt_jax.bench kernels [cayley|xsa]`.
 
-The least time that the device allows and the error stand beside each time. The error of an output
-is against the float64 reference, the error of gradients against plain XLA in full float32.
-Arguments are fresh and random, and together larger than the cache. A host processor runs only
-small cases.
+The least time that the device allows and the error stand beside each time. Arguments are fresh and
+random, and together larger than the cache. A host processor runs only small cases.
 """
 
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +20,25 @@ from sngpt_jax.ahead import programs, targets
 from sngpt_jax.ahead.cases import select
 from sngpt_jax.ahead.targets import Target
 from sngpt_jax.base.files import check_writable, write_text_atomic
-from sngpt_jax.bench import harness, timing, tune
+from sngpt_jax.bench import harness, tune
 from sngpt_jax.bench.arguments import KernelsArguments
 
 CPU_BYTES = 16 * 2**20  # arguments that a host processor handles in seconds
 REFERENCE_ELEMENTS = 2**14  # elements of the output, in whole rows, that the slow reference makes
 ROUNDS, QUICK_ROUNDS = 12, 4
-GRADIENTS = "forward_backward"
+TITLES = (
+    *("case", "pass", "implementation", "µs", "quartiles"),
+    *("limit µs", "of limit", "rms error", "max error"),
+)
+NOTES = """\
+Times are medians per call. Errors are in units of the reference's root mean square. The
+error of an output is against float64, the error of gradients against `xla` in full
+float32. "≤" means that the host could not keep the device busy.
+"""
 
 
 def output_errors(
-    case: Case, function: Callable[..., Any], arguments: timing.Arguments
+    case: Case, function: Callable[..., Any], arguments: harness.Arguments
 ) -> dict[str, float]:
     """The errors of some rows of the output against the float64 reference of those rows.
 
@@ -46,7 +51,7 @@ def output_errors(
     has_rows = [a.ndim == output.ndim and len(a) == len(output) for a in arguments]
     pairs = zip(arguments, has_rows, strict=True)
     expected = case.reference(*(np.asarray(a[rows] if has else a) for a, has in pairs))
-    return timing.errors(output[rows][: len(expected)], expected)
+    return harness.errors(output[rows][: len(expected)], expected)
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,22 +59,22 @@ def exact_gradients(case: Case, rounds: int) -> tuple[jax.Array, ...]:
     """The gradients at `error_arguments` by plain XLA, with full float32 products."""
     widened = [
         a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a
-        for a in error_arguments(case, GRADIENTS, rounds)
+        for a in error_arguments(case, "forward_backward", rounds)
     ]
     with jax.default_matmul_precision("highest"):
-        return jax.jit(programs.function(case, "xla", GRADIENTS))(*widened)[1]
+        return jax.jit(programs.function(case, "xla", "forward_backward"))(*widened)[1]
 
 
-def error_arguments(case: Case, which: str, rounds: int) -> timing.Arguments:
+def error_arguments(case: Case, which: str, rounds: int) -> harness.Arguments:
     """The arguments for errors: the same for all implementations, and none that are timed."""
-    return timing.argument_sets(case, which, None)(rounds)[0]
+    return harness.argument_sets(case, which, None)(rounds)[0]
 
 
 def gradient_errors(case: Case, function: Callable[..., Any], rounds: int) -> dict[str, float]:
     """The errors of the gradient that is worst against `exact_gradients`."""
-    gradients = function(*error_arguments(case, GRADIENTS, rounds))[1]
+    gradients = function(*error_arguments(case, "forward_backward", rounds))[1]
     pairs = zip(gradients, exact_gradients(case, rounds), strict=True)
-    return max((timing.errors(*pair) for pair in pairs), key=lambda error: error["rms"])
+    return max((harness.errors(*pair) for pair in pairs), key=lambda error: error["rms"])
 
 
 def bench_row(
@@ -79,18 +84,19 @@ def bench_row(
     row: dict[str, Any] = {"case": case.name, "implementation": implementation, "pass": which}
     try:
         function = jax.jit(programs.function(case, implementation, which))
-        taken = timing.time_calls(function, timing.argument_sets(case, which, target), rounds)
-        low, row["median_us"], high = (1e6 * seconds for seconds in taken.quartiles)
+        sets = harness.argument_sets(case, which, target)
+        quartiles, is_host_bound = harness.time_calls(function, sets, rounds)
+        low, row["median_us"], high = (1e6 * seconds for seconds in quartiles)
         row["quartiles_us"] = [low, high]
         if jax.devices()[0].platform != "cpu":
-            row["host_bound"] = taken.is_host_bound
+            row["host_bound"] = is_host_bound
         if target is not None:
             row["limit_us"] = 1e6 * programs.limit(case, which, target)
             row["of_limit"] = row["limit_us"] / row["median_us"]
-        if which == GRADIENTS:
-            row["gradient_error"] = gradient_errors(case, function, rounds)
-        else:
+        if which == "forward":
             row["error"] = output_errors(case, function, error_arguments(case, which, rounds))
+        else:
+            row["gradient_error"] = gradient_errors(case, function, rounds)
     except dispatch.CannotServe as reason:
         row["cannot_serve"] = str(reason)
     except Exception as error:  # any failure, so that the other rows still run
@@ -98,63 +104,30 @@ def bench_row(
     return row
 
 
-def left_out(case: Case, on_cpu: bool) -> str:
-    """The reason not to run the case on this device; "" if it runs."""
-    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in case.abstract())
-    if on_cpu and size > CPU_BYTES:
-        return f"its {size / 2**20:.0f} MiB of arguments are too many for a host processor"
-    return ""
-
-
-_TITLES = (
-    *("case", "pass", "implementation", "µs", "quartiles"),
-    *("limit µs", "of limit", "rms error", "max error"),
-)
-_NO_TIME = {"cannot_serve": "cannot serve", "failed": "failed"}  # as the table says it
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    title = (
-        f"{row['operation']} {row['case']}",
-        row["pass"].replace("_", " + "),
-        row["implementation"],
-    )
-    for key, words in _NO_TIME.items():
+def format_row(row: dict[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    case, passes = f"{row['operation']} {row['case']}", row["pass"].replace("_", " + ")
+    title = case, passes, row["implementation"]
+    for key in ("cannot_serve", "failed"):
         if key in row:
-            return (*title, words, row[key], *("",) * 4)
+            return harness.table_row((*title, key.replace("_", " "), row[key], *("",) * 4))
     low, high = row["quartiles_us"]
-    error = row.get("error") or row.get("gradient_error") or {}
-    return (
-        *title,
+    error = row.get("error") or row["gradient_error"]
+    cells = (
         "≤ " * row.get("host_bound", False) + f"{row['median_us']:,.1f}",
         f"{low:,.1f} to {high:,.1f}",
         f"{row['limit_us']:,.1f}" if "limit_us" in row else "",
         f"{row['of_limit']:.0%}" if "of_limit" in row else "",
-        *(f"{error[kind]:.1e}" if kind in error else "" for kind in ("rms", "max")),
+        *(f"{error[kind]:.1e}" for kind in ("rms", "max")),
     )
-
-
-def format_row(row: dict[str, Any]) -> str:
-    """A row in one line."""
-    *title, taken, spread, limit, share, rms, largest = _cells(row)
-    if _NO_TIME.keys() & row.keys():
-        return f"{', '.join(title)}: {taken}: {spread}"
-    of_limit = f", {share} of the limit {limit} µs" if limit else ""
-    error = f", error {rms} rms, {largest} max" if rms else ""
-    return f"{', '.join(title)}: {taken} µs ({spread}){of_limit}{error}"
+    return harness.table_row((*title, *cells))
 
 
 def format_markdown(report: dict[str, Any]) -> str:
     """The table for a document."""
-    lines = [
-        f"Device: {report['device']}; jax {report['jax']}; {report['platform_version']}.",
-        "Times are medians per call. Errors are in units of the reference's root mean square. The",
-        "error of an output is against float64, the error of gradients against `xla` in full",
-        'float32. "≤" means that the host could not keep the device busy.',
-        "",
-        harness.markdown_head(_TITLES),
-    ]
-    return "\n".join(lines + [harness.markdown_row(_cells(row)) for row in report["rows"]])
+    device = f"Device: {report['device']}; jax {report['jax']}; {report['platform_version']}.\n"
+    rows = [format_row(row) + "\n" for row in report["rows"]]
+    return "".join([device, NOTES, "\n", harness.table_head(TITLES), "\n", *rows])
 
 
 def run_table(
@@ -163,9 +136,11 @@ def run_table(
     """All rows. It says each row when it is finished, and the cases that are left out."""
     device = jax.devices()[0]
     target, rows = targets.of_kind(device.device_kind), []
+    say(harness.table_head(TITLES))
     for operation, case in cases:
-        if reason := left_out(case, device.platform == "cpu"):
-            say(f"{operation} {case.name}: left out: {reason}")
+        size = programs.argument_bytes(case, "forward")
+        if device.platform == "cpu" and size > CPU_BYTES:
+            say(f"{operation} {case.name}: left out: {size >> 20} MiB are too many for a CPU")
             continue
         for implementation in case.implementations:
             for which in programs.PASSES:
@@ -186,5 +161,5 @@ def measure(arguments: KernelsArguments, say: harness.Say) -> dict[str, Any]:
     result["rows"] = run_table(cases, QUICK_ROUNDS if arguments.quick else ROUNDS, say)
     result["seconds"] = round(time.monotonic() - start, 1)
     if arguments.markdown:
-        write_text_atomic(path, format_markdown(result) + "\n")
+        write_text_atomic(path, format_markdown(result))
     return result

@@ -17,7 +17,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import harness
 from sngpt_jax.bench.arguments import PoliciesArguments
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, ExportConfig
+from sngpt_jax.config import ExportConfig
 from sngpt_jax.config.checks import validate
 from sngpt_jax.config.recipe import load
 from sngpt_jax.evaluation.bpb import score_validation
@@ -31,6 +31,15 @@ PUBLISHED = {
     "#465": "golf_10l_int5mlp",
     "#1573": "golf_12l_recycled",
     "#740": "golf_9l_xsa_ngram",
+}
+COLUMNS = {  # the titles of the table, and how a cell shows a row
+    "policy": "{policy}",
+    "entropy": "{entropy:.3f}",
+    "coded": "{coded:.3f}",
+    "relative MSE": "{error:.2e}",
+    "bytes": "{bytes:,}",
+    "bits per byte": "{bpb:.4f}",
+    "gap": "{gap:+.4f}",
 }
 
 
@@ -70,18 +79,18 @@ def measure(arguments: PoliciesArguments, say: harness.Say) -> dict[str, Any]:
     before = score(model.config, model.variables, progress=progress_reporter("score"))
 
     def row(name: str, export: ExportConfig) -> dict[str, Any]:
-        config: Config = validate(replace(model.config, export=export))
+        config = validate(replace(model.config, export=export))
         moments = calibrate(model.variables, config, dataset, mesh, progress_reporter("calibrate"))
         stored = quantize_tensors(tensors, config, moments)
-        encoded = artifact.encode({}, stored, fit.storage_of(export))
         codes = {name: code for name, code in stored.items() if isinstance(code, Quantized)}
-        count = sum(code.codes.size for code in codes.values())
-        if not count:
+        if not codes:
             raise UserError(
                 f"{name}: no tensor has more than --passthrough-size ="
                 f" {arguments.passthrough_size:,} weights; the published size is for width 512,"
                 " scale it with the square of the width"
             )
+        encoded = artifact.encode({}, stored, fit.storage_of(export))
+        count = sum(code.codes.size for code in codes.values())
         restored = {name: dequantize(tensor) for name, tensor in stored.items()}
         variables = to_variables(restored, config, mesh)
         after = score(config, variables, progress=progress_reporter(name))
@@ -95,16 +104,15 @@ def measure(arguments: PoliciesArguments, say: harness.Say) -> dict[str, Any]:
             "gap": after.bpb - before.bpb,
         }
 
-    weights = f"step {model.step}, {model.weights} weights"
-    say(f"{arguments.run}, {weights}: {before.bpb:.4f} bits per byte before the export\n")
-    titles = "policy", "entropy", "coded", "relative MSE", "bytes", "bits per byte", "gap"
-    say(harness.markdown_head(titles))
+    say(
+        f"{arguments.run}, step {model.step}, {model.weights} weights: {before.bpb:.4f} bits per"
+        " byte before the export\n"
+    )
+    say(harness.table_head(tuple(COLUMNS)))
     rows = []
-    for name, export in policies(arguments.passthrough_size, arguments.gptq_tokens).items():
-        rows.append(r := row(name, export))
-        bits = f"{r['entropy']:.3f}", f"{r['coded']:.3f}", f"{r['error']:.2e}"
-        score_cells = f"{r['bytes']:,}", f"{r['bpb']:.4f}", f"{r['gap']:+.4f}"
-        say(harness.markdown_row([name, *bits, *score_cells]))
+    for policy in policies(arguments.passthrough_size, arguments.gptq_tokens).items():
+        rows.append(row(*policy))
+        say(harness.table_row([cell.format(**rows[-1]) for cell in COLUMNS.values()]))
     return harness.environment() | {
         "run": str(arguments.run),
         "step": model.step,

@@ -2,19 +2,18 @@
 
 Alone, the step runs as `train` runs it, and batches are read and placed in the background. With
 `--against torch` the same model trains in PyTorch too (`torch_model`, `torch_step`), eager and by
-torch.compile. All implementations run in one process and take turns. They start from the same
-weights and take the same batches of random tokens. Before timing, the losses of the first steps
-are compared in float32. Both sides omit averages of the weights and late quantization.
+torch.compile. All implementations take turns in one process, from the same weights and on the same
+batches of random tokens. Before timing, the losses of the first steps are compared in float32. Both
+sides omit averages of the weights and late quantization.
 """
 
-import dataclasses
 import importlib.util
 import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -27,14 +26,13 @@ from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import harness
 from sngpt_jax.bench.arguments import StepArguments
-from sngpt_jax.cluster.mesh import batch_placer, make_mesh, path_name
+from sngpt_jax.cluster.mesh import batch_placer, leaves_by_path, make_mesh
 from sngpt_jax.config import Config, microbatches
 from sngpt_jax.data.loader import make_loader
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.run.meter import peak_flops, peak_memory
-from sngpt_jax.training import compiler
-from sngpt_jax.training.compiler import keep_working_memory, use_compilation_cache
+from sngpt_jax.training.compiler import compile_step, keep_working_memory, use_compilation_cache
 from sngpt_jax.training.cost import forward_flops_per_token
 from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
@@ -57,11 +55,9 @@ class RandomBatches:
         return sys.maxsize
 
     def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
-        d = self.config.data
-        shape = (d.batch_tokens // d.seq_len, d.seq_len + 1)
-        tokens = np.random.default_rng([0, operator.index(step)]).integers(
-            self.config.model.vocab_size, size=shape, dtype=np.uint16
-        )
+        data, rng = self.config.data, np.random.default_rng([0, operator.index(step)])
+        shape = (data.batch_tokens // data.seq_len, data.seq_len + 1)
+        tokens = rng.integers(self.config.model.vocab_size, size=shape, dtype=np.uint16)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
@@ -88,25 +84,23 @@ class OurStep:
     """This package's step. As in `train`, step N starts before the loss of N-1 is read."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        d, self.config, self.done = config.data, config, 0
+        data, devices = config.data, mesh.devices
         accumulation = microbatches(
-            d.batch_tokens, config.train.device_batch_tokens, d.seq_len, mesh.devices.size
+            data.batch_tokens, config.train.device_batch_tokens, data.seq_len, devices.size
         )
         place, batches = batch_placer(mesh, accumulation), RandomBatches(config)
         shapes = Shapes.of(config, mesh)
-        self.state = init_state(shapes)
-        leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
+        self.state, self.done = init_state(shapes), 0
         # copies, because the step donates the arrays
-        self.weights = {path_name(path): np.array(leaf) for path, leaf in leaves}
-        controls = step_controls(config.optim, config.train, 0, 0.0)
-        self.program = compiler.compile_step(
-            make_train_step(shapes).lower(self.state, place(batches[0]), controls)
+        self.weights = {p: np.array(leaf) for p, leaf in leaves_by_path(self.state.params).items()}
+        self.controls = partial(step_controls, config.optim, config.train, elapsed_seconds=0.0)
+        self.program = compile_step(
+            make_train_step(shapes).lower(self.state, place(batches[0]), self.controls(0))
         )
-        self.is_inline = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self.is_inline = devices.size == 1 and devices.flat[0].platform == "cpu"
         self.loader = make_loader(batches, place, num_steps=len(batches))
 
     def __call__(self, steps: int) -> Round:
-        """Does so many steps."""
         losses: list[jax.Array] = []
         waiting = host = 0.0
         start, busy = time.perf_counter(), time.process_time()
@@ -114,7 +108,7 @@ class OurStep:
             asked = time.perf_counter()
             batch = next(self.loader)
             given = time.perf_counter()
-            controls = step_controls(self.config.optim, self.config.train, self.done, 0.0)
+            controls = self.controls(self.done)
             ready = time.perf_counter()
             self.state, metrics = self.program(self.state, batch, controls)
             sent = time.perf_counter()
@@ -124,8 +118,8 @@ class OurStep:
                 losses[-1].block_until_ready()
             losses.append(metrics["loss"])
             self.done += 1
-        result = Round.since(start, busy, losses, waiting=waiting, host=host)
-        return dataclasses.replace(result, memory=peak_memory(jax.local_devices()[0]))
+        memory = peak_memory(jax.local_devices()[0])
+        return Round.since(start, busy, losses, waiting=waiting, host=host, memory=memory)
 
 
 class TheirStep:
@@ -134,17 +128,17 @@ class TheirStep:
     def __init__(self, config: Config, weights: dict[str, np.ndarray], compiled: bool):
         from sngpt_jax.bench.torch_step import TorchStep  # PyTorch is an extra
 
-        self.config, self.batches, self.done = config, RandomBatches(config), 0
+        self.batches, self.done = RandomBatches(config), 0
+        self.controls = partial(step_controls, config.optim, config.train, elapsed_seconds=0.0)
         self.step = TorchStep(config, weights, compiled)
 
     def __call__(self, steps: int) -> Round:
-        """Does so many steps."""
         losses = []
         # Placing is not timed, because our batches are placed in the background.
         placed = [self.step.place(self.batches[self.done + i]) for i in range(steps)]
         start, busy = time.perf_counter(), time.process_time()
         for batch in placed:
-            controls = step_controls(self.config.optim, self.config.train, self.done, 0.0)
+            controls = self.controls(self.done)
             rates = float(controls.lr_multiplier), float(controls.adam_lr_multiplier)
             losses.append(self.step(batch, *rates))
             self.done += 1
@@ -153,13 +147,11 @@ class TheirStep:
 
 def check_torch(config: Config) -> None:
     """Raises `UserError` if PyTorch lacks the recipe's model or jax's device."""
-    problem = ""
-    if config.model.family != "compact":
-        family = config.model.family
+    problem, family = "", config.model.family
+    if family != "compact":
         problem = f"model.family = {family} is not written in PyTorch; take a compact recipe"
     elif importlib.util.find_spec("torch") is None:
-        install = cli.command("pip", "install", "torch")
-        problem = f"PyTorch is not installed; run: {install}"
+        problem = f"PyTorch is not installed; run: {cli.command('pip', 'install', 'torch')}"
     elif config.optim.grad_clip_scope != "global":
         problem = "set optim.grad_clip_scope to global, which on one device is the same"
     else:
@@ -167,17 +159,9 @@ def check_torch(config: Config) -> None:
 
         theirs, ours = "cuda" if torch.cuda.is_available() else "cpu", current_device().platform
         if theirs != ours:
-            runs = f"PyTorch runs on {theirs} here and jax on {ours}"
-            problem = f"{runs}; install both for the same device"
+            problem = f"PyTorch runs on {theirs} and jax on {ours}; install both for one device"
     if problem:
         raise UserError(f"--against torch: {problem}")
-
-
-def comparable(config: Config) -> Config:
-    """The recipe without averages of the weights and late quantization."""
-    optim = dataclasses.replace(config.optim, ema_decay=0.0, swa_every=0, qat_below=0.0)
-    weights = dataclasses.replace(config.eval, weights="final")
-    return dataclasses.replace(config, optim=optim, eval=weights)
 
 
 def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
@@ -185,14 +169,14 @@ def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
 
     Raises `UserError` if they differ.
     """
-    data = config.data
-    rows = min(CHECKED_ROWS, config.train.device_batch_tokens // data.seq_len)
-    short = dataclasses.replace(
+    seq_len = config.data.seq_len
+    tokens = min(CHECKED_ROWS, config.train.device_batch_tokens // seq_len) * seq_len
+    short = replace(
         config,
-        model=dataclasses.replace(config.model, compute_dtype="float32"),
-        optim=dataclasses.replace(config.optim, newton_schulz_dtype="float32"),
-        data=dataclasses.replace(data, batch_tokens=2 * rows * data.seq_len),
-        train=dataclasses.replace(config.train, device_batch_tokens=rows * data.seq_len),
+        model=replace(config.model, compute_dtype="float32"),
+        optim=replace(config.optim, newton_schulz_dtype="float32"),
+        data=replace(config.data, batch_tokens=2 * tokens),
+        train=replace(config.train, device_batch_tokens=tokens),
     )
     with jax.default_matmul_precision("highest"):
         ours = OurStep(short, mesh)
@@ -203,8 +187,8 @@ def first_losses(config: Config, mesh: Mesh) -> dict[str, tuple[float, ...]]:
     if not np.abs(np.subtract(losses["jax"], losses["torch"])).max() <= LARGEST_DIFFERENCE:
         said = {name: ", ".join(f"{x:.4f}" for x in found) for name, found in losses.items()}
         raise UserError(
-            "torch_model.py is not the same model: its first losses are"
-            f" {said['torch']}, jax's {said['jax']}"
+            f"torch_model.py is not the same model: its first losses are {said['torch']},"
+            f" jax's {said['jax']}"
         )
     return losses
 
@@ -218,16 +202,17 @@ def speeds(rounds: Sequence[Round], tokens: int) -> dict[str, float]:
 
 def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
     """The speeds of the recipe's step, with the share of the host and the memory of ours."""
-    if min(arguments.rounds, arguments.steps) < 1:
-        raise UserError("--rounds and --steps must be 1 or more")
     config, against = arguments.overrides, arguments.against == "torch"
     keep_working_memory()
     if against:
         check_torch(config)
-        config = comparable(config)
     use_compilation_cache(config.train.compilation_cache)
-    mesh = make_mesh(jax.devices()[:1]) if against else make_mesh(fsdp=config.train.fsdp)
-    losses = first_losses(config, mesh) if against else {}
+    mesh, losses = make_mesh(fsdp=config.train.fsdp), {}
+    if against:
+        optim = replace(config.optim, ema_decay=0.0, swa_every=0, qat_below=0.0)
+        config = replace(config, optim=optim, eval=replace(config.eval, weights="final"))
+        mesh = make_mesh(jax.devices()[:1])
+        losses = first_losses(config, mesh)
     ours = OurStep(config, mesh)
     steps: dict[str, Callable[[int], Round]] = {"jax": ours}
     if against:
@@ -239,9 +224,9 @@ def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
         works = {name: partial(step, arguments.steps) for name, step in steps.items()}
         found = harness.in_turn(works, arguments.rounds)
 
-    tokens = config.data.batch_tokens
+    tokens, own = config.data.batch_tokens, found["jax"]
     rows = {name: speeds(rounds, arguments.steps * tokens) for name, rounds in found.items()}
-    speed, total = rows["jax"]["tok_per_s"], sum(r.seconds for r in found["jax"])
+    speed, total = rows["jax"]["tok_per_s"], sum(r.seconds for r in own)
     result: dict[str, Any] = harness.environment() | {"devices": mesh.devices.size}
     peak = peak_flops(result["device"])
     model_flops = speed * 3 * forward_flops_per_token(config)
@@ -252,19 +237,16 @@ def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
         "step_ms": 1e3 * tokens / speed,
         "model_flops_per_s": model_flops,
         "mfu": model_flops / (peak * mesh.devices.size) if peak else None,
-        "host_share": sum(r.host for r in found["jax"]) / total,
-        "input_wait_share": sum(r.waiting for r in found["jax"]) / total,
-        "peak_memory": {
-            "first_round": found["jax"][0].memory,
-            "last_round": found["jax"][-1].memory,
-        },
+        "host_share": sum(r.host for r in own) / total,
+        "input_wait_share": sum(r.waiting for r in own) / total,
+        "peak_memory": {"first_round": own[0].memory, "last_round": own[-1].memory},
     }
     report(result, config, say)
     return result
 
 
 def report(result: dict[str, Any], config: Config, say: harness.Say) -> None:
-    """The lines for a person."""
+    """Says the lines for a person."""
     cores = f" of {result['cores']} cores" if result["platform"] == "cpu" else ""
     say(
         f"{result['devices']} x {result['device']}{cores}, {compute_dtype(config.model).name};"
@@ -274,21 +256,18 @@ def report(result: dict[str, Any], config: Config, say: harness.Say) -> None:
     for name, row in result["speed"].items():
         spread = f"{row['tok_per_s_low']:,.0f} to {row['tok_per_s_high']:,.0f}"
         ratio = result["jax_to"].get(name)
-        say(
-            f"{name:14}{row['tok_per_s']:>12,.0f} tok/s ({spread}), {row['busy_cores']:.2f} busy"
-            " cores" + (f"; jax is {ratio:.2f} x as fast" if ratio else "")
-        )
+        faster = f"; jax is {ratio:.2f} x as fast" if ratio else ""
+        speed = f"{row['tok_per_s']:>12,.0f} tok/s ({spread})"
+        say(f"{name:14}{speed}, {row['busy_cores']:.2f} busy cores{faster}")
     mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] is not None else ""
+    first, last = (memory / 1e9 for memory in result["peak_memory"].values())
     say(
         f"jax: {result['step_ms']:,.1f} ms per step,"
-        f" {result['model_flops_per_s'] / 1e9:,.1f} GFLOP/s of the model{mfu}"
-    )
-    say(
+        f" {result['model_flops_per_s'] / 1e9:,.1f} GFLOP/s of the model{mfu}\n"
         f"jax: the host takes {result['host_share']:.2%} of the time, with"
-        f" {result['input_wait_share']:.2%} of waiting for batches"
+        f" {result['input_wait_share']:.2%} of waiting for batches\n"
+        f"jax: peak memory {first:.3f} GB after the first round, {last:.3f} GB after the last"
     )
-    first, last = (result["peak_memory"][turn] / 1e9 for turn in ("first_round", "last_round"))
-    say(f"jax: peak memory {first:.3f} GB after the first round, {last:.3f} GB after the last")
     if result["jax_to"]:
-        first_ones = ", ".join(f"{loss:.4f}" for loss in result["first_losses"]["jax"])
-        say(f"the models agree: first losses {first_ones}, within {LARGEST_DIFFERENCE:g}")
+        losses = ", ".join(f"{loss:.4f}" for loss in result["first_losses"]["jax"])
+        say(f"the models agree: first losses {losses}, within {LARGEST_DIFFERENCE:g}")

@@ -1,12 +1,9 @@
 """The compact GPT in PyTorch, written for speed: the package's own step is compared with it.
 
-It computes what `sngpt_jax.model.gpt` does. Attention is `scaled_dot_product_attention`. Parameters
-are float32 and cast where they are used. Logits and losses are float32. Modules and parameters have
-our names and our layout, matrices [in, out]. Only the benchmarks import it, because PyTorch is an
-extra.
+It computes what `sngpt_jax.model.gpt` does. Parameters are float32 and cast where they are used.
+Logits and losses are float32. Modules and parameters have our names and our layout, matrices
+[in, out].
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +20,20 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """x divided by the root mean square of its last axis, times `scale`."""
     y = F.rms_norm(x, (x.shape[-1],), eps=eps)
     return y if scale == 1.0 else scale * y
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """An empty float32 parameter."""
     return nn.Parameter(torch.empty(shape))
+
+
+def parameters(**shapes: tuple[int, ...]) -> nn.Module:
+    """A module of parameters with these names and shapes."""
+    module = nn.Module()
+    for name, shape in shapes.items():
+        setattr(module, name, parameter(*shape))
+    return module
 
 
 class Attention(nn.Module):
@@ -61,7 +64,6 @@ class Attention(nn.Module):
         first_value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         m, dtype = self.m, x_BTD.dtype
-        B, T, _ = x_BTD.shape
         H, K, h = m.num_heads, m.num_kv_heads, m.head_dim
         # One large product is faster than three.
         qkv = x_BTD @ torch.cat([self.query, self.key, self.value], dim=1).to(dtype)
@@ -87,7 +89,7 @@ class Attention(nn.Module):
         if m.attention_gate:
             gate = torch.sigmoid((x_BTD @ self.gate_weight.to(dtype)).float() + self.gate_bias)
             y = y * gate.to(dtype)[..., None]
-        return y.reshape(B, T, H * h) @ self.out.to(dtype), v
+        return y.flatten(2) @ self.out.to(dtype), v
 
 
 class MLP(nn.Module):
@@ -117,8 +119,8 @@ class Block(nn.Module):
         x: Tensor,
         x0: Tensor,
         rotary: tuple[Tensor, Tensor],
-        added_value: Tensor | None = None,
-        first_value: Tensor | None = None,
+        added_value: Tensor | None,
+        first_value: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         eps, scale, dtype = self.m.norm_eps, self.norm_scale, x.dtype
         keep, mix = self.resid_mix.to(dtype).unbind()
@@ -128,30 +130,18 @@ class Block(nn.Module):
         return u + self.mlp_scale.to(dtype) * self.mlp(rms_norm(u, eps, scale)), value
 
 
-class Parameters(nn.Module):
-    """Parameters under one name."""
-
-    def __init__(self, **shapes: tuple[int, ...]):
-        super().__init__()
-        for name, shape in shapes.items():
-            setattr(self, name, parameter(*shape))
-
-
 def previous(x: Tensor) -> Tensor:
     """x [B, T, ...] shifted one position later, with zeros first."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
 def hashed_pairs(m: ModelConfig, tokens_BT: Tensor) -> Tensor:
-    """The row [B, T] of the bigram table per token and its predecessor, by `model.bigram_hash`."""
+    """The row [B, T] of the bigram table per token and its predecessor."""
     if m.bigram_hash == "sum":
         return (2654435761 * tokens_BT + 40503 * previous(tokens_BT)) % m.bigram_buckets
-    a, b = (
-        (factor * part).to(torch.int32)
-        for factor, part in ((36313, tokens_BT[:, 1:]), (27191, tokens_BT[:, :-1]))
-    )
-    pairs = torch.bitwise_xor(a, b) % (m.bigram_buckets - 1)
-    return torch.cat([torch.full_like(pairs[:, :1], m.bigram_buckets - 1), pairs], dim=1)
+    tokens, last = tokens_BT.to(torch.int32), m.bigram_buckets - 1  # int32 products wrap
+    pairs = (36313 * tokens[:, 1:] ^ 27191 * tokens[:, :-1]) % last
+    return torch.cat([torch.full_like(pairs[:, :1], last), pairs], dim=1)
 
 
 class TorchGPT(nn.Module):
@@ -163,35 +153,30 @@ class TorchGPT(nn.Module):
     def __init__(self, m: ModelConfig, seq_len: int, dtype: torch.dtype):
         super().__init__()
         self.m, self.dtype, D = m, dtype, m.d_model
-        self.embed = Parameters(table=(m.vocab_size, D))
+        self.embed = parameters(table=(m.vocab_size, D))
         self.blocks = nn.ModuleList([Block(m, layer) for layer in range(m.num_layers)])
         if m.num_skips:
             self.skip_weights = parameter(m.num_skips, D)
         if m.bigram_buckets:
-            scale: dict[str, Any] = {"scale": ()} if m.bigram_scale_init > 0 else {}
-            self.bigram = Parameters(
-                table=(m.bigram_buckets, m.bigram_dim), proj=(m.bigram_dim, D), **scale
-            )
+            scale: dict[str, tuple[int, ...]] = {"scale": ()} if m.bigram_scale_init > 0 else {}
+            table, proj = (m.bigram_buckets, m.bigram_dim), (m.bigram_dim, D)
+            self.bigram = parameters(table=table, proj=proj, **scale)
         if m.smear != "none":
-            self.smear = Parameters(gate=(D,))
+            self.smear = parameters(gate=(D,))
         if m.value_embed_layers:
-            heads = m.num_kv_heads * m.head_dim
-            layers = len(m.value_embed_layers)
-            self.value_embed = Parameters(
+            self.value_embed = parameters(
                 table=(m.vocab_size, m.value_embed_dim),
-                proj=(m.value_embed_dim, heads),
+                proj=(m.value_embed_dim, m.num_kv_heads * m.head_dim),
                 scale=(),
-                layer_scale=(layers,),
+                layer_scale=(len(m.value_embed_layers),),
             )
         if m.recycle_layers:
             shape = (len(m.recycle_layers), D)
-            self.recycle = Parameters(scale=shape, bias=shape)
-        width = m.rotary_dims
-        tables = rotary_tables(
-            seq_len, width, ntk_base(m.rope_base, width, seq_len, m.rope_ntk_len)
-        )
+            self.recycle = parameters(scale=shape, bias=shape)
+        base = ntk_base(m.rope_base, m.rotary_dims, seq_len, m.rope_ntk_len)
+        tables = rotary_tables(seq_len, m.rotary_dims, base)
         for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, torch.from_numpy(table)[:, None].to(dtype), persistent=False)
+            self.register_buffer(name, torch.from_numpy(table)[:, None].to(dtype))
 
     def smeared(self, x: Tensor, tokens: Tensor) -> Tensor:
         before = previous(x)
@@ -206,36 +191,34 @@ class TorchGPT(nn.Module):
             rows = F.embedding(hashed_pairs(m, tokens), self.bigram.table).to(dtype)
             pairs = rows @ self.bigram.proj.to(dtype)
             x = x + (self.bigram.scale.to(dtype) * pairs if m.bigram_scale_init > 0 else pairs)
-        x = self.smeared(x, tokens) if m.smear == "before_norm" else x
-        x = rms_norm(x, m.norm_eps)
-        x = self.smeared(x, tokens) if m.smear == "after_norm" else x
-        added = {}
+        if m.smear == "before_norm":
+            x = self.smeared(x, tokens)
+        x, added = rms_norm(x, m.norm_eps), {}
+        if m.smear == "after_norm":
+            x = self.smeared(x, tokens)
         if m.value_embed_layers:
             rows = F.embedding(tokens, self.value_embed.table).to(dtype)
-            values = (rows @ self.value_embed.proj.to(dtype)).unflatten(
-                -1, (m.num_kv_heads, m.head_dim)
-            )
+            values = rows @ self.value_embed.proj.to(dtype)
+            values = values.unflatten(-1, (m.num_kv_heads, m.head_dim))
             scales = (self.value_embed.scale * self.value_embed.layer_scale).to(dtype)
             added = {layer: scales[i] * values for i, layer in enumerate(m.value_embed_layers)}
         return x, added
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        m, rotary = self.m, (self.cos, self.sin)
+        m, rotary, skips = self.m, (self.cos, self.sin), []
         x0, added = self.encoded(inputs)
         x, first_value = x0, None
-        skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i == m.num_skips:
                 for application, layer in enumerate(m.recycle_layers):
-                    scale, bias = (
-                        part[application].to(x.dtype)
-                        for part in (self.recycle.scale, self.recycle.bias)
-                    )
-                    x, _ = self.blocks[layer](scale * x + bias, x0, rotary, first_value=first_value)
+                    scale = self.recycle.scale[application].to(x.dtype)
+                    x = scale * x + self.recycle.bias[application].to(x.dtype)
+                    x, _ = self.blocks[layer](x, x0, rotary, None, first_value)
             if i >= m.num_skips and skips:
                 x = x + self.skip_weights[i - m.num_skips].to(x.dtype) * skips.pop()
             x, value = block(x, x0, rotary, added.get(i), first_value)
-            first_value = value if i == 0 else first_value
+            if i == 0:
+                first_value = value
             if i < m.num_skips:
                 skips.append(x)
         x = rms_norm(x, m.norm_eps).flatten(0, 1)

@@ -6,7 +6,6 @@ It does the work of `sngpt_jax.training.step` and `sngpt_jax.optim`.
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +38,9 @@ class Muon:
     Matrices of equal shape form one stack.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], config: OptimConfig):
+    def __init__(self, matrices: list[Tensor], config: OptimConfig):
         self.config, self.count, self.momentum = config, 0, muon_momentum(config)
-        by_shape: dict[tuple[int, ...], list[torch.nn.Parameter]] = defaultdict(list)
+        by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for matrix in matrices:
             by_shape[tuple(matrix.shape)].append(matrix)
         self.stacks = [
@@ -54,19 +53,17 @@ class Muon:
     @torch.no_grad()
     def step(self, multiplier: float) -> None:
         c, mu = self.config, float(self.momentum(self.count))
+        lr = c.muon_lr * multiplier
         for matrices, buffer in self.stacks:
             grads = torch.stack([matrix.grad for matrix in matrices])
             buffer.mul_(mu).add_(grads)
-            directions = self.orthogonalize(
-                grads.add_(buffer, alpha=mu), c.newton_schulz_steps, self.dtype
-            )
+            grads.add_(buffer, alpha=mu)
+            directions = self.orthogonalize(grads, c.newton_schulz_steps, self.dtype)
             rows, columns = buffer.shape[1:]
-            lr = c.muon_lr * multiplier
+            scale = -lr * math.sqrt(max(1.0, columns / rows))
             if c.muon_weight_decay:
                 torch._foreach_mul_(matrices, 1.0 - lr * c.muon_weight_decay)
-            torch._foreach_add_(
-                matrices, list(directions.unbind()), alpha=-lr * math.sqrt(max(1.0, columns / rows))
-            )
+            torch._foreach_add_(matrices, list(directions.unbind()), alpha=scale)
         self.count += 1
 
 
@@ -79,22 +76,18 @@ class TorchStep:
         `compiled` sends the model and the orthogonalization through torch.compile.
         """
         o, d = config.optim, config.data
-        self.clip = o.grad_clip
-        microbatch_count = microbatches(
-            d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1
-        )
-        self.rows = d.batch_tokens // d.seq_len // microbatch_count
+        accumulation = microbatches(d.batch_tokens, config.train.device_batch_tokens, d.seq_len, 1)
+        self.clip, self.rows = o.grad_clip, d.batch_tokens // d.seq_len // accumulation
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = DTYPES[compute_dtype(config.model).name]
-        model = TorchGPT(config.model, d.seq_len, dtype).to(self.device)
-        self.parameters = list(model.parameters())
-        by_group: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
-        for name, p in model.named_parameters():
+        self.loss = TorchGPT(config.model, d.seq_len, dtype).to(self.device)
+        self.parameters = list(self.loss.parameters())
+        by_group: dict[str, list[Tensor]] = defaultdict(list)
+        for name, p in self.loss.named_parameters():
             path = name.replace(".", "/")
             p.data.copy_(torch.tensor(params[path]))
             by_group[group_of(path)].append(p)
-        matrices: list[torch.nn.Parameter] = []
-        adam: list[dict[str, Any]] = []
+        matrices, adam = [], []
         for name, group in groups(o).items():
             found = by_group[name]
             if group.rule == "muon":
@@ -103,20 +96,16 @@ class TorchStep:
                 rates = {"lr": group.lr, "peak": group.lr, "weight_decay": group.weight_decay}
                 adam.append({"params": found, **rates})
         self.muon = Muon(matrices, o)
-        self.adam = torch.optim.AdamW(
-            adam, betas=(o.adam_b1, o.adam_b2), eps=o.adam_eps, fused=True
-        )
-        self.loss = model
+        betas = o.adam_b1, o.adam_b2
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=o.adam_eps, fused=True)
         if compiled:
-            self.loss = torch.compile(model)
+            self.loss = torch.compile(self.loss)
             self.muon.orthogonalize = torch.compile(newton_schulz, dynamic=False)
 
     def place(self, batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         """The "inputs" and "targets" [B, T] of a batch on the device."""
-        inputs, targets = (
-            torch.from_numpy(batch[name].astype(np.int64)).to(self.device)
-            for name in ("inputs", "targets")
-        )
+        arrays = batch["inputs"], batch["targets"]
+        inputs, targets = (torch.from_numpy(a.astype(np.int64)).to(self.device) for a in arrays)
         return inputs, targets
 
     def __call__(

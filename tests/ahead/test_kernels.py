@@ -4,7 +4,6 @@ With jax's CUDA plugin a test compiles real kernels.
 """
 
 import dataclasses
-import importlib.util
 import json
 import struct
 import subprocess
@@ -26,9 +25,6 @@ from sngpt_jax.base.errors import UserError
 from tests.kernels import toy_case
 
 ROOT = Path(__file__).parents[2]
-HAS_PLUGIN = importlib.util.find_spec("jax_plugins") is not None and any(
-    importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
-)
 
 MODULE = """
 .version 9.0
@@ -89,7 +85,7 @@ THUNKS = """\
 
 def test_tensor_core_instructions_are_told_apart() -> None:
     bodies = ptx.split_entries(MODULE)
-    assert {name: ptx.count_tensor_cores(body) for name, body in bodies.items()} == {
+    assert {name: ptx.cores(body) for name, body in bodies.items()} == {
         "first_kernel": {"wgmma": 2, "mma": 0, "tcgen05": 0},
         "second_kernel": {"wgmma": 0, "mma": 1, "tcgen05": 1},
     }
@@ -109,19 +105,17 @@ def test_code_sizes_are_those_of_the_binarys_sections() -> None:
     table = len(header) + len(names)
     struct.pack_into("<Q", header, 0x28, table)
     struct.pack_into("<HHH", header, 0x3A, 64, 3, 1)
-    sections = [
-        (names.index(b".text"), 640),
-        (names.index(b".shstrtab"), len(names)),
-        (names.index(b".nv"), 99),
-    ]
-    headers = b"".join(struct.pack("<I20xQQ24x", name, 64, size) for name, size in sections)
+    sizes = {b".text": 640, b".shstrtab": len(names), b".nv": 99}
+    headers = b"".join(
+        struct.pack("<I20xQQ24x", names.index(name), 64, size) for name, size in sizes.items()
+    )
     assert ptx.code_sizes(bytes(header) + names + headers) == {"first_kernel": 640}
 
 
 def test_launches() -> None:
     assert inspect.parse_launches(THUNKS) == {
-        "my_kernel": inspect.Launch(blocks=512, threads=128, shared_bytes=16384, count=2),
-        "my_kernel__1": inspect.Launch(blocks=128, threads=64, shared_bytes=0, count=1),
+        "my_kernel": {"launches": 2, "blocks": 512, "threads": 128, "shared_bytes": 16384},
+        "my_kernel__1": {"launches": 1, "blocks": 128, "threads": 64, "shared_bytes": 0},
     }
 
 
@@ -176,7 +170,6 @@ def test_problems(report: dict[str, Any], found: str) -> None:
 
 def test_limits() -> None:
     limits = inspect.limits(toy_case.CASE)
-    print(limits)
     assert limits["forward"] == {
         "matmul_flops": 2 * 1024 * 64 * 64,
         "bytes": 2 * 1024 * 64 * 2,
@@ -223,7 +216,7 @@ def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         select(CaseArguments(("xsa",), "toys"))
 
 
-@pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is installed")
+@pytest.mark.skipif(targets.has_plugin(), reason="jax's CUDA plugin is installed")
 def test_without_the_plugin_one_line_says_what_to_install() -> None:
     with pytest.raises(UserError) as caught:
         plan.main(["--kernels", "--json"])
@@ -246,9 +239,7 @@ print(inspect.format_case(report))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not HAS_PLUGIN, reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'"
-)
+@pytest.mark.skipif(not targets.has_plugin(), reason=f"needs the plugin: {targets.INSTALL}")
 def test_compiles_for_every_target() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -261,9 +252,8 @@ def test_compiles_for_every_target() -> None:
         assert row["calls"] == {"toy_kernel": 1 + backward} and len(ours) == 1 + backward
         for k in ours:
             print(row["target"], k)
-            assert [name for name in ("mma", "wgmma", "tcgen05") if k[name]] == [
-                used[row["target"]]
-            ]
+            found = [name for name in ("mma", "wgmma", "tcgen05") if k[name]]
+            assert found == [used[row["target"]]]
             assert (k["blocks"], k["threads"], k["launches"]) == (1024 // 64, 128, 1)
             assert k["spill_bytes"] == 0 and 16 < k["registers"] < 255 and k["instructions"] > 100
             assert 0 < k["blocks_per_sm"] <= 16 and k["shared_bytes"] >= 2 * 64 * 64 * 2

@@ -1,6 +1,5 @@
 """Descriptions of GPUs: topologies, limits, and compiling for absent devices."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -8,10 +7,6 @@ import sys
 import pytest
 
 from sngpt_jax.ahead import targets
-
-HAS_PLUGIN = importlib.util.find_spec("jax_plugins") is not None and any(
-    importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
-)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +76,10 @@ def test_configurations_state_the_device() -> None:
     assert config.count("{") == config.count("}")
 
 
-@pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is installed")
+@pytest.mark.skipif(targets.has_plugin(), reason="jax's CUDA plugin is installed")
 def test_without_the_plugin_the_error_says_what_to_install() -> None:
-    with pytest.raises(
-        targets.MissingToolchain, match=r"CUDA plugin.*; run: pip install 'sngpt-jax\[cuda13\]'$"
-    ):
+    install = r"CUDA plugin.*; run: pip install 'sngpt-jax\[cuda13\]'$"
+    with pytest.raises(targets.MissingToolchain, match=install):
         targets.prepare()
 
 
@@ -94,11 +88,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from sngpt_jax.ahead import targets
+from sngpt_jax.cluster.mesh import make_mesh
 
 targets.prepare()
 assert len(jax.devices()) == 1 and jax.devices()[0].platform == "cpu"
 for target in targets.TARGETS:
-    mesh = targets.make_mesh(target, (2, 8), ("data", "fsdp"))
+    mesh = make_mesh(targets.devices(target, 16), fsdp=8)
     device = mesh.devices[1, 7]
     assert device.device_kind == target.kind and device.process_index == 1
     sharding = NamedSharding(mesh, PartitionSpec("data", "fsdp"))
@@ -109,9 +104,7 @@ for target in targets.TARGETS:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not HAS_PLUGIN, reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'"
-)
+@pytest.mark.skipif(not targets.has_plugin(), reason=f"needs the plugin: {targets.INSTALL}")
 def test_compiles_for_every_target() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

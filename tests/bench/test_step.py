@@ -1,8 +1,8 @@
 """The step's benchmark: its figures, its refusals, and the equality of the model in PyTorch."""
 
-import dataclasses
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import jax
 import pytest
@@ -15,10 +15,10 @@ from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, Train
 from tests import golf_oracle
 
 TINY = [
-    *["--model.vocab-size", "64", "--model.num-layers", "2", "--model.d-model", "16"],
-    *["--model.mlp-dim", "32", "--data.batch-tokens", "128", "--data.seq-len", "16"],
-    *["--train.device-batch-tokens", "16", "--train.compilation-cache", ""],
-    *["--rounds", "3", "--steps", "2"],
+    *["--config", "quickstart", "--model.vocab-size", "64", "--model.num-layers", "2"],
+    *["--model.d-model", "16", "--model.mlp-dim", "32", "--data.batch-tokens", "128"],
+    *["--data.seq-len", "16", "--train.device-batch-tokens", "16"],
+    *["--train.compilation-cache", "", "--rounds", "3", "--steps", "2"],
 ]
 
 
@@ -29,7 +29,7 @@ def the_heap_as_it_is(monkeypatch):
 
 
 def test_the_step_alone(capsys):
-    assert command.main(["--config", "quickstart", *TINY, "--json"]) == 0
+    assert command.main([*TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["devices"] == 8
     assert result["speed"].keys() == {"jax"}
@@ -39,32 +39,29 @@ def test_the_step_alone(capsys):
     assert result["mfu"] is None  # nobody knows the peak of a CPU
 
 
+XLA = "--train.xla-options"
+SPARSE = ["--config", "quickstart_cayley", "--against", "torch"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rounds", "0"], "--rounds and --steps must be 1 or more"),
-        (["--train.xla-options", "xla_nonsense=1"], "No such compile option: 'xla_nonsense'"),
-        (
-            ["--train.xla-options", "xla_cpu_enable_fast_math=maybe"],
-            "'maybe' is not a valid bool value",
-        ),
-        (["--train.xla-options", "O3"], "'O3' is not of the form xla_NAME=VALUE"),
+        ([*TINY, "--rounds", "0"], "--rounds must be 1 or more"),
+        ([*TINY, XLA, "xla_nonsense=1"], "No such compile option: 'xla_nonsense'"),
+        ([*TINY, XLA, "xla_cpu_enable_fast_math=maybe"], "'maybe' is not a valid bool value"),
+        ([*TINY, XLA, "O3"], "'O3' is not of the form xla_NAME=VALUE"),
+        (SPARSE, "model.family = pre_norm is not written in PyTorch"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):
     with pytest.raises(UserError, match=said):
-        command.main(["--config", "quickstart", *TINY, *arguments])
+        command.main(arguments)
 
 
 def test_without_pytorch(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="PyTorch is not installed; run: .* -m pip install torch"):
-        command.main(["--config", "quickstart", *TINY, "--against", "torch"])
-
-
-def test_a_model_that_is_not_written_in_pytorch():
-    with pytest.raises(UserError, match="model.family = pre_norm is not written in PyTorch"):
-        command.main(["--config", "quickstart_cayley", "--against", "torch"])
+        command.main([*TINY, "--against", "torch"])
 
 
 SIZE = {"vocab_size": 50, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 32}
@@ -78,20 +75,21 @@ MODELS = {
 }
 
 
-def recipe(model: ModelConfig) -> Config:
+def recipe(model, **optim):
     """Two microbatches, and rates so high that four steps show every parameter."""
+    rates = OptimConfig(
+        muon_weight_decay=0.1,
+        adam_weight_decay=0.1,
+        projection_rule="adam",
+        grad_clip=0.5,
+        newton_schulz_dtype="float32",
+        muon_momentum_warmup_steps=3,
+        warmup_steps=1,
+        warmdown_fraction=1.0,
+    )
     return Config(
         model=model,
-        optim=OptimConfig(
-            muon_weight_decay=0.1,
-            adam_weight_decay=0.1,
-            projection_rule="adam",
-            grad_clip=0.5,
-            newton_schulz_dtype="float32",
-            muon_momentum_warmup_steps=3,
-            warmup_steps=1,
-            warmdown_fraction=1.0,
-        ),
+        optim=replace(rates, **optim),
         data=DataConfig(batch_tokens=128, seq_len=16),
         train=TrainConfig(steps=20, device_batch_tokens=64),
     )
@@ -114,8 +112,7 @@ def test_another_model_is_found_out_in_bfloat16_too(monkeypatch):
     pytest.importorskip("torch")
     from sngpt_jax.bench.torch_model import Attention
 
-    config = recipe(dataclasses.replace(MODELS["plain"], compute_dtype="bfloat16"))
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=0))
+    config = recipe(replace(MODELS["plain"], compute_dtype="bfloat16"), warmup_steps=0)
     mesh = make_mesh(jax.devices()[:1])
     same = bench.first_losses(config, mesh)
     assert same["torch"] == pytest.approx(same["jax"], abs=2e-5)

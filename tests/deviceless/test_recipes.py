@@ -3,7 +3,6 @@
 Each must fit and do the work that the counts state. The default run compiles one recipe per family.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,15 +10,12 @@ from typing import Any
 
 import pytest
 
-from sngpt_jax.config import Config
+from sngpt_jax.ahead import targets
 from sngpt_jax.config.recipe import load
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("jax_plugins") is None,
-        reason="needs jax's CUDA plugin: pip install 'sngpt-jax[cuda13]'",
-    ),
+    pytest.mark.skipif(not targets.has_plugin(), reason=f"needs the plugin: {targets.INSTALL}"),
 ]
 
 QUICK = [("golf_12l_recycled", "h100x8"), ("cayley_small_3l", "h100x8")]
@@ -46,17 +42,12 @@ def planned(recipe: str, topology: str, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def attention_calls(config: Config) -> int:
-    return config.model.num_layers + len(config.model.recycle_layers)
-
-
 @pytest.mark.parametrize(("recipe", "topology"), CASES)
 def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) -> None:
     config, plan = load(recipe), planned(recipe, topology)
     found = plan["topology"]
     print(json.dumps({key: value for key, value in found.items() if key != "heaviest"}))
-    devices, turns = found["devices"], found["microbatches"]
-    memory = found["memory"]
+    devices, turns, memory = (found[key] for key in ("devices", "microbatches", "memory"))
     assert found["fits"] and memory["peak"] <= memory["limit"] < memory["device"]
 
     # The arguments also hold 8 bytes of the step and the key, the controls, and two arrays of two
@@ -67,15 +58,15 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     batch = 4 * config.data.batch_tokens // devices
     assert state // spread <= memory["arguments"] - batch <= 1.05 * state / spread + 4096
 
-    model = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"]) / devices
+    least = (plan["flops_per_step"]["model"] + plan["flops_per_step"]["optimizer"]) / devices
     # chunks of the loss, samples and recomputation add to it
-    assert 0.98 * model <= found["flops"] <= 1.4 * model
+    assert 0.98 * least <= found["flops"] <= 1.4 * least
 
-    kernels = found["kernels"]
+    kernels, model = found["kernels"], config.model
     for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"):
-        assert kernels[name] == turns * attention_calls(config)
-    if config.model.levels:
-        calls = turns * config.model.num_layers
+        assert kernels[name] == turns * (model.num_layers + len(model.recycle_layers))
+    if model.levels:
+        calls = turns * model.num_layers
         assert kernels["cayley_forward"] == kernels["cayley_backward"] == calls
     assert not any("sort" in name.lower() or "topk" in name.lower() for name in kernels)
 
@@ -103,9 +94,8 @@ def test_optimizer_shared_out_over_all_devices() -> None:
 
 
 def test_deterministic_step_compiles() -> None:
-    found = planned(
-        "golf_baseline", "h100x8", "--train.deterministic", "True", "--model.num-layers", "2"
-    )["topology"]
+    options = ("--train.deterministic", "True", "--model.num-layers", "2")
+    found = planned("golf_baseline", "h100x8", *options)["topology"]
     assert found["fits"] and found["kernels"]["cudnn$fmhaSoftmaxBackward"] == 2
 
 

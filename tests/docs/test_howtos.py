@@ -40,5 +40,5 @@ def test_a_recipe(tree):
 def test_a_kernel(tree):
     (printed,) = follow(ROOT / "docs/howto_kernel.md", tree, tree)
     assert "5 passed" in printed
-    assert "relu2 quickstart, forward + backward, xla: " in printed
-    assert "relu2 quickstart, forward, pallas_triton: cannot serve" in printed
+    assert "| relu2 quickstart | forward + backward | xla | " in printed
+    assert "| relu2 quickstart | forward | pallas_triton | cannot serve |" in printed
