@@ -20,11 +20,13 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """x divided by the root mean square of its last axis, times `scale`."""
     y = F.rms_norm(x, (x.shape[-1],), eps=eps)
     return y if scale == 1.0 else scale * y
 
 
 def parameter(*shape: int) -> nn.Parameter:
+    """An empty float32 parameter."""
     return nn.Parameter(torch.empty(shape))
 
 
@@ -159,8 +161,8 @@ class TorchGPT(nn.Module):
             self.skip_weights = parameter(m.num_skips, D)
         if m.bigram_buckets:
             scale: dict[str, tuple[int, ...]] = {"scale": ()} if m.bigram_scale_init > 0 else {}
-            table, proj = (m.bigram_buckets, m.bigram_dim), (m.bigram_dim, D)
-            self.bigram = parameters(table=table, proj=proj, **scale)
+            rows, proj = (m.bigram_buckets, m.bigram_dim), (m.bigram_dim, D)
+            self.bigram = parameters(table=rows, proj=proj, **scale)
         if m.smear != "none":
             self.smear = parameters(gate=(D,))
         if m.value_embed_layers:
@@ -205,7 +207,8 @@ class TorchGPT(nn.Module):
         return x, added
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        m, rotary, skips = self.m, (self.cos, self.sin), []
+        m, rotary = self.m, (self.cos, self.sin)
+        skips: list[Tensor] = []
         x0, added = self.encoded(inputs)
         x, first_value = x0, None
         for i, block in enumerate(self.blocks):
