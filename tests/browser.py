@@ -1,8 +1,5 @@
-"""A headless Chromium spoken to over its DevTools pipe: to open a page, move the mouse over it and
-ask it questions.
-"""
+"""A headless Chromium over its DevTools pipe: opens a page, moves the mouse, asks questions."""
 
-import base64
 import contextlib
 import json
 import os
@@ -67,9 +64,11 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": theme}]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=url)
-        self.wait(
-            f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})"
-        )
+        there = f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})"
+        deadline = time.monotonic() + 30
+        while not self.ask(there):
+            assert time.monotonic() < deadline, f"does not load: {url}"
+            time.sleep(0.02)
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression, which is waited for."""
@@ -79,32 +78,14 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, expression: str) -> None:
-        """Until the expression is true."""
-        deadline = time.monotonic() + 30
-        while not self.ask(expression):
-            assert time.monotonic() < deadline, f"never true: {expression}"
-            time.sleep(0.02)
-
     def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
         """A mouse event at a place of the window: mouseMoved, mousePressed, mouseReleased."""
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than its window; window.innerWidth would not do, which
-        a phone lets grow.
-        """
-        return int(
-            self.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        )
-
-    def screenshot(self, path: Path, whole: bool = True) -> None:
-        """A PNG of the page."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        place = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        clip = {"clip": place} if whole else {}
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        """Pixels by which the page is wider than its window (a phone lets innerWidth grow)."""
+        page = "document.documentElement"
+        return int(self.ask(f"{page}.scrollWidth - {page}.clientWidth"))
 
 
 @contextlib.contextmanager

@@ -26,12 +26,9 @@ def write_executable(path, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what launch.sh looks at, and a python3 that writes down how it is called instead
-    of running.
-    """
-    root = tmp_path / "a checkout"
+    """A copy of what launch.sh looks at, and a python3 that only writes down how it is called."""
+    root, tools = tmp_path / "a checkout", tmp_path / "tools"
     root.mkdir()
-    tools = tmp_path / "tools"
     tools.mkdir()
     # a machine without a GPU, whatever this one has
     write_executable(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -44,21 +41,17 @@ def checkout(tmp_path):
     return root
 
 
+def environment(checkout):
+    folder = checkout.parent
+    return {"PATH": f"{folder / 'tools'}:/usr/bin:/bin", "PYTHON": str(folder / "python3")}
+
+
 def launch(checkout, *arguments):
     """Runs launch.sh with the recording python3; returns what it did, a line a call."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
-    env = {
-        "PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin",
-        "PYTHON": str(checkout.parent / "python3"),
-    }
-    done = subprocess.run(
-        [checkout / "launch.sh", *arguments],
-        env=env,
-        cwd=checkout.parent,
-        capture_output=True,
-        text=True,
-    )
+    command = [checkout / "launch.sh", *arguments]
+    done = subprocess.run(command, env=environment(checkout), capture_output=True, text=True)
     return done, log.read_text().splitlines() if log.exists() else []
 
 
@@ -85,9 +78,8 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
     assert calls[-1].endswith("-m pytest -k x")
     _, calls = launch(checkout, "test")
     assert installed(calls) == [] and calls[-1].endswith("-m pytest -n auto --dist loadfile")
-    assert installed(launch(checkout, "prepare", "--source", "golf:sp1024")[1]) == [
-        f"{checkout}[hub]"
-    ]
+    _, calls = launch(checkout, "prepare", "--source", "golf:sp1024")
+    assert installed(calls) == [f"{checkout}[hub]"]
     _, calls = launch(checkout, "docs", "build", "--strict")
     assert installed(calls) == [f"{checkout}[docs]"]
     assert calls[-1].endswith("-m mkdocs build --strict")
@@ -124,9 +116,8 @@ def test_options_bring_the_extras_that_they_need(checkout, line, extra):
 
 
 def test_an_nvidia_gpu_brings_the_cuda_extra(checkout):
-    write_executable(
-        checkout.parent / "tools" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n"
-    )
+    answer = "#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3'\n"
+    write_executable(checkout.parent / "tools/nvidia-smi", answer)
     assert installed(launch(checkout, "train")[1]) == [f"{checkout}[cuda13]"]
 
 
@@ -153,8 +144,7 @@ def test_a_failed_installation_is_tried_again(checkout):
     working = python.read_text()
     write_executable(python, working + 'case "$*" in *"pip install"*) exit 1 ;; esac\n')
     done, _ = launch(checkout, "train")
-    assert done.returncode == 2
-    assert "installation failed" in done.stderr
+    assert done.returncode == 2 and "installation failed" in done.stderr
     write_executable(checkout / ".venv" / "bin" / "python", working)
     done, calls = launch(checkout, "train")
     assert done.returncode == 0, done.stderr
@@ -173,10 +163,8 @@ def test_a_failed_installation_is_tried_again(checkout):
 def test_what_it_cannot_run_is_one_line_and_status_2(checkout, arguments, said):
     (checkout / "sngpt_jax" / "sample.py").unlink()
     done, calls = launch(checkout, *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not calls
+    assert done.returncode == 2 and said in done.stderr
+    assert done.stderr.count("\n") == 1 and not calls
 
 
 @pytest.mark.parametrize("word", ["-h", "--help", "help"])
@@ -184,47 +172,30 @@ def test_help_names_every_command_and_installs_nothing(checkout, word):
     done, calls = launch(checkout, word)
     assert done.returncode == 0 and not done.stderr and not calls
     source = (ROOT / "launch.sh").read_text()
-    known = {
-        name
-        for names in re.findall(r"^([\w| ]+)\) module=", source, flags=re.MULTILINE)
-        for name in names.split(" | ")
-    }
-    assert (
-        len(known) > 10
-        and set(re.search(r"launch\.sh ([\w|]+) ", done.stdout)[1].split("|")) == known
-    )
+    cases = re.findall(r"^([\w| ]+)\) module=", source, flags=re.MULTILINE)
+    known = set(" | ".join(cases).split(" | "))
+    shown = re.search(r"launch\.sh ([\w|]+) ", done.stdout)[1].split("|")
+    assert len(known) > 10 and set(shown) == known
 
 
 def test_a_python_that_is_too_old_is_named(checkout):
     write_executable(checkout.parent / "python3", "#!/bin/sh\nexit 1\n")
     done, _ = launch(checkout, "train")
-    assert done.returncode == 2
-    assert "needs Python 3.11 or newer" in done.stderr
+    assert done.returncode == 2 and "needs Python 3.11 or newer" in done.stderr
 
 
 def test_tasks_of_a_slurm_step_share_one_installation_and_run_each(checkout):
-    """Two tasks on a fresh checkout: one installs, slowly, while the other waits; both run with
-    Slurm's variables in place.
-    """
+    """On a fresh checkout one task installs, slowly, while the other waits."""
     python, log = checkout.parent / "python3", checkout.parent / "log"
     slow = python.read_text().replace('*"-m venv"*)', '*"pip install"*) sleep 1 ;;\n*"-m venv"*)')
     write_executable(python, slow + f'echo "task $SLURM_PROCID of $SLURM_NTASKS: $*" >> "{log}"\n')
-    step = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_STEP_NODELIST": "n[1-2]",
-        "SLURM_NTASKS": "2",
-        "SLURM_LOCALID": "0",
-    }
-    env = {"PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin", "PYTHON": str(python), **step}
-    tasks = [
-        subprocess.Popen(
-            [checkout / "launch.sh", "train", "--config", "x"],
-            env={**env, "SLURM_PROCID": str(task)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for task in range(2)
-    ]
+    env = environment(checkout) | {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]"}
+    env |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    command = [checkout / "launch.sh", "train", "--config", "x"]
+    tasks = []
+    for task in "01":
+        task_env = env | {"SLURM_PROCID": task}
+        tasks.append(subprocess.Popen(command, env=task_env, stderr=subprocess.PIPE, text=True))
     errors = [task.communicate(timeout=60)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     calls = log.read_text().splitlines()

@@ -1,10 +1,7 @@
 """No setting is dead: every field of a configuration is read, and each that a recipe sets changes
 what the recipe does.
 
-For each field in which a recipe differs from the defaults, the recipe with that field alone set
-back is held against it: the traced program of its model's start and loss, the schedule's controls,
-the traced optimizer and step, the batches and the preparation, the loop's validations and
-checkpoints, the windows that are scored, what the export makes of weights.
+A recipe is held against itself with one field set back to the default, for each field in turn.
 """
 
 import ast
@@ -25,16 +22,19 @@ import pytest
 
 from sngpt_jax.artifact.fit import storage_of
 from sngpt_jax.artifact.pipeline import quantize_tensors
-from sngpt_jax.artifact.policy import Policy, policy_of
+from sngpt_jax.artifact.policy import policy_of
 from sngpt_jax.artifact.quantize import Quantized
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.cluster.mesh import make_mesh, path_name
 from sngpt_jax.config import (
     Config,
+    DataConfig,
     ExportConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    changed,
+    flat,
     microbatches,
 )
 from sngpt_jax.config.recipe import load
@@ -42,7 +42,7 @@ from sngpt_jax.data.loader import batches_of
 from sngpt_jax.data.prepared import spec_of
 from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
 from sngpt_jax.evaluation import health
-from sngpt_jax.model.forward import init_variables, join, losses
+from sngpt_jax.model.forward import abstract_parts, init_variables, join, losses
 from sngpt_jax.model.generation import generate
 from sngpt_jax.optim.groups import groups, make_optimizer
 from sngpt_jax.optim.schedules import StepControls, step_controls
@@ -62,64 +62,26 @@ SEEN_ELSEWHERE = {
 }
 
 
-def fields() -> Iterator[tuple[str, str]]:
-    for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(getattr(DEFAULTS, section.name)):
-            yield section.name, field.name
-
-
-def changed(config: Config, section: str, **values: Any) -> Config:
-    return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **values)}
-    )
-
-
-def own_fields(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Section and name of each field that is not at its default, and the configuration with it
-    there.
-    """
-    for section, name in fields():
-        default = getattr(getattr(DEFAULTS, section), name)
-        if getattr(getattr(config, section), name) != default:
-            yield section, name, changed(config, section, **{name: default})
-
-
-# ------------------------------------------------------------------------------ every field is read
+FORMATTED = re.compile(r"getattr\(.*, f['\"](.*)['\"]\)")
 
 
 def read_names(path: Path) -> Iterator[str]:
-    """Attributes that a module reads, as patterns: `.name`, and what `getattr` makes of a text
-    with holes.
-    """
+    """Attributes that a module reads, as patterns: `.name`, and a formatted text of `getattr`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield re.escape(node.attr)
-        elif (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "getattr"
-            and isinstance(node.args[1], ast.JoinedStr)
-        ):
-            parts = node.args[1].values
-            yield "".join(
-                re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+"
-                for part in parts
-            )
+        elif isinstance(node, ast.Call) and (found := FORMATTED.fullmatch(ast.unparse(node))):
+            yield re.sub(r"\{.*?\}", r"\\w+", found[1])
 
 
 def test_every_field_is_read():
-    """Outside of the checks. config.py counts for what it derives of fields: head_dim,
-    levels, profile_window.
-    """
+    """Outside of the checks."""
     modules = [path for path in (ROOT / "sngpt_jax").rglob("*.py") if path.name != "checks.py"]
     patterns = {pattern for path in modules for pattern in read_names(path)}
+    names = {field: field.partition(".")[2] for field in flat(DEFAULTS)}
     assert [
-        f"{section}.{name}"
-        for section, name in fields()
-        if not any(re.fullmatch(p, name) for p in patterns)
+        field for field, name in names.items() if not any(re.fullmatch(p, name) for p in patterns)
     ] == []
-
-
-# ------------------------------------------------------------ what can be observed
 
 
 def digest(value: Any) -> str:
@@ -140,17 +102,12 @@ def model_program(model: ModelConfig, B: int, T: int) -> str:
     def start_and_losses(key: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return losses(model)(join(*init_variables(model, key)), tokens_BT, tokens_BT)
 
-    return as_text(
-        jax.make_jaxpr(start_and_losses)(jax.random.key(0), jax.ShapeDtypeStruct((B, T), jnp.int32))
-    )
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    return as_text(jax.make_jaxpr(start_and_losses)(jax.random.key(0), tokens))
 
 
 def shallow_program(config: Config, *, coded: bool) -> str:
-    """Of a model of two layers, or three where the depth is the default, with what belongs to
-    layers on one of them.
-
-    In its training's shape, since chunks of logits and stretched positions depend on that.
-    """
+    """Of two layers, or three where the depth is the default, in its training's shape."""
     m, T = config.model, config.data.seq_len
     small = dataclasses.replace(
         m,
@@ -200,17 +157,9 @@ def optimizer_program(optim: OptimConfig) -> str:
 
 @functools.cache
 def controls(optim: OptimConfig, train: TrainConfig) -> list[StepControls]:
-    """Of every seventh step and all snapshots, on a machine that grows slower and ends with the
-    clock where there is one.
-    """
-    total = train.max_seconds or 1000.0
-    steps = sorted(
-        {
-            *range(0, train.steps, 7),
-            *range(optim.swa_every - 1, train.steps, optim.swa_every or train.steps),
-        }
-        - {-1}
-    )
+    """Of every seventh step and all snapshots, on a machine that grows slower."""
+    total, every = train.max_seconds or 1000.0, optim.swa_every or train.steps
+    steps = sorted({*range(0, train.steps, 7), *range(every - 1, train.steps, every)})
     return [
         step_controls(optim, train, step, total * (step / train.steps) ** 1.1) for step in steps
     ]
@@ -222,17 +171,12 @@ def step_program(optim: OptimConfig, train: TrainConfig) -> str:
     model = ModelConfig(
         vocab_size=8, num_layers=1, d_model=4, num_heads=1, num_kv_heads=1, mlp_dim=4, max_seq_len=4
     )
-    config = changed(
-        Config(model=model, optim=optim, train=train), "data", batch_tokens=8, seq_len=4, slices=1
-    )
-    mesh = make_mesh(jax.devices()[:1])
+    data = DataConfig(batch_tokens=8, seq_len=4, slices=1)
+    config = Config(model=model, optim=optim, train=train, data=data)
+    shapes = Shapes.of(config, make_mesh(jax.devices()[:1]))
     batch = {name: jax.ShapeDtypeStruct((1, 2, 4), jnp.int32) for name in ("inputs", "targets")}
     flags = StepControls(np.float32(1), np.float32(1), np.bool_(True), np.bool_(True))
-    return as_text(
-        make_train_step(Shapes.of(config, mesh))
-        .trace(Shapes.of(config, mesh).state, batch, flags)
-        .jaxpr
-    )
+    return as_text(make_train_step(shapes).trace(shapes.state, batch, flags).jaxpr)
 
 
 @functools.cache
@@ -271,19 +215,9 @@ def loop_of(config: Config) -> LoopAlone:
         field.name: SimpleNamespace(start=lambda step: None, flush=lambda: None)
         for field in dataclasses.fields(loop.Run)
     }
-    config = changed(config, "train", steps=min(config.train.steps, 2500))
-    data = SimpleNamespace(val=range(10**8))
-    run = LoopAlone(
-        **given
-        | {
-            "config": config,
-            "data": data,
-            "mesh": make_mesh(),
-            "position": loop.Position(),
-            "done": 0,
-            "sent": None,
-        }
-    )
+    given |= {"config": changed(config, train={"steps": min(config.train.steps, 2500)})}
+    given |= {"data": SimpleNamespace(val=range(10**8)), "mesh": make_mesh()}
+    run = LoopAlone(**given | {"position": loop.Position(), "done": 0, "sent": None})
     run.state = SimpleNamespace(variables=lambda: None)
     return run
 
@@ -324,16 +258,15 @@ def events(config: Config) -> list[tuple[int, bool, bool]]:
 
 @functools.cache
 def exported(export: ExportConfig) -> dict[str, str]:
-    """What becomes of weights, some of whose rows are small and some large."""
+    """What becomes of weights of small and large rows."""
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in PARAMETERS.items():
         # one of fewer than passthrough_size weights
         columns = 48 if name == "bigram/proj" else 1200
         rows = np.exp(3 * rng.normal(size=(64, 1)))
-        tensors[name] = (
-            rows[:, 0] if len(shape) == 1 else rows * rng.standard_t(3, size=(64, columns))
-        ).astype(np.float32)
+        values = rows[:, 0] if len(shape) == 1 else rows * rng.standard_t(3, size=(64, columns))
+        tensors[name] = values.astype(np.float32)
     stored = quantize_tensors(tensors, dataclasses.replace(DEFAULTS, export=export))
     return {
         name: repr(jax.tree.map(digest, vars(x) if isinstance(x, Quantized) else x))
@@ -343,19 +276,9 @@ def exported(export: ExportConfig) -> dict[str, str]:
 
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    tree = jax.eval_shape(
-        lambda: init_variables(dataclasses.replace(model, levels=()), jax.random.key(0))[0]
-    )
-    return {
-        "/".join(str(k.key) for k in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def policies(config: Config) -> list[Policy]:
-    return [
-        policy_of(path, shape, config) for path, shape in parameter_shapes(config.model).items()
-    ]
+    params, _ = abstract_parts(dataclasses.replace(model, levels=()))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_name(path): leaf.shape for path, leaf in leaves}
 
 
 # Of each section, the cheapest first: those after the first that sees a difference are not asked
@@ -386,7 +309,9 @@ OBSERVERS: dict[str, list[Callable[[Config], object]]] = {
     "eval": [scored, events, measured],
     "export": [
         lambda config: storage_of(config.export),
-        policies,
+        lambda config: [
+            policy_of(path, shape, config) for path, shape in parameter_shapes(config.model).items()
+        ],
         lambda config: exported(config.export),
     ],
 }
@@ -407,22 +332,16 @@ def differ(section: str, config: Config, other: Config) -> bool:
     )
 
 
-# ------------------------------------------------------------ every field changes something
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_a_recipe_sets_changes_something(recipe):
-    config = load(recipe)
-    own = [
-        (section, name, without)
-        for section, name, without in own_fields(config)
-        if f"{section}.{name}" not in SEEN_ELSEWHERE
-    ]
-    assert [
-        f"{section}.{name}"
-        for section, name, without in own
-        if not differ(section, config, without)
-    ] == []
+    config, defaults = load(recipe), flat(DEFAULTS)
+    dead = []
+    for field, value in flat(config).items():
+        if value != defaults[field] and field not in SEEN_ELSEWHERE:
+            section, name = field.split(".")
+            if not differ(section, config, changed(config, **{section: {name: defaults[field]}})):
+                dead.append(field)
+    assert dead == []
 
 
 @pytest.mark.parametrize(
@@ -438,4 +357,4 @@ def test_what_a_recipe_sets_changes_something(recipe):
 )
 def test_a_field_that_does_nothing_is_seen_to(section, values):
     config = load("quickstart")
-    assert not differ(section, config, changed(config, section, **values))
+    assert not differ(section, config, changed(config, **{section: values}))

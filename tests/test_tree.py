@@ -39,12 +39,8 @@ def test_the_tree_is_found():
 def test_no_page_part_is_too_long_to_read():
     """`.ci/house` measures Python files."""
     parts = [path for path in (ROOT / "sngpt_jax").rglob("*") if path.suffix in (".js", ".css")]
-    assert parts
-    assert {path.name: path.read_text().count("\n") for path in parts if too_long(path)} == {}
-
-
-def too_long(path: Path) -> bool:
-    return path.read_text().count("\n") > 400
+    lines = {path.name: path.read_text().count("\n") for path in parts}
+    assert lines and {name: count for name, count in lines.items() if count > 400} == {}
 
 
 def unexplained(path: Path) -> list[str]:
@@ -63,9 +59,7 @@ def unexplained(path: Path) -> list[str]:
 
 
 def test_what_is_public_is_explained():
-    """Every module; in the packages every function and class too, but for a command's `main` and
-    its options, which the module's docstring and the options' own texts explain.
-    """
+    """Every module; in the packages every function and class, but commands' main and options."""
     found = {relative(path): unexplained(path) for path in [*MODULES, *TESTS]}
     assert {name: silent for name, silent in found.items() if silent} == {}
 
@@ -91,13 +85,11 @@ LIGHT = (
 
 
 def test_configuration_preparation_and_artifacts_import_no_jax():
-    """Not even by way of a package's `__init__`, which the contracts on imports do not follow."""
+    """Not even by a package's `__init__`, which the contracts on imports do not follow."""
     imports = "; ".join(f"import {name}" for name in LIGHT)
     heavy = "{'jax', 'flax', 'optax', 'orbax', 'torch'}"
     check = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
-    command = [sys.executable, "-c", check]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True) == "[]\n"
 
 
 def cpu_seconds(*command: str) -> float:
@@ -111,10 +103,7 @@ def cpu_seconds(*command: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_takes_little_time(command):
-    """Under 1.5 times what numpy and tyro take to import, or 1 s of CPU time, whichever is more.
-
-    The best of two runs counts: the first one may compile bytecode.
-    """
+    """Under 1 s of CPU time, or 1.5 times what numpy and tyro take; the best of two runs counts."""
     limit = max(1.0, 1.5 * cpu_seconds("-c", "import numpy, tyro"))
     runs = (cpu_seconds("-m", f"sngpt_jax.{command}", "--help") for _ in range(2))
     assert any(seconds < limit for seconds in runs)

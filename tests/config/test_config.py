@@ -1,6 +1,4 @@
-"""Recipes load, replay and override; what cannot run is refused in one line that names the
-fields.
-"""
+"""Recipes load, replay and override; what cannot run is refused in one line."""
 
 import dataclasses
 import json
@@ -18,9 +16,7 @@ from hypothesis import strategies as st
 from sngpt_jax.config import (
     Config,
     ConfigError,
-    DataConfig,
     Level,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
     changed,
@@ -75,72 +71,67 @@ def test_names_of_runs(tmp_path):
 
 SPARSE = {"family": "pre_norm"}  # at width 512
 
+# by section, the fields that are changed in GOOD, and what the message names
+IMPOSSIBLE = {
+    "model": [
+        ({"num_heads": 3}, "model.d_model = 512|model.num_heads = 3"),
+        ({"d_model": 24, "num_heads": 8}, "model.d_model / model.num_heads = 3"),
+        ({"num_kv_heads": 3}, "model.num_heads = 8|model.num_kv_heads = 3"),
+        ({"num_layers": 0}, "model.num_layers = 0"),
+        ({"max_seq_len": 512}, "data.seq_len = 1024|model.max_seq_len = 512"),
+        ({"norm_eps": math.nan}, "model.norm_eps"),
+        ({"rope_base": 0.0}, "model.rope_base"),
+        ({"levels": "9,4,0"}, "model.levels = '9,4,0'|model.family = compact"),
+        ({"positions": "learned"}, "model.positions|model.family = compact"),
+        (SPARSE | {"generators": "prefix"}, "model.generators|model.levels"),
+        (SPARSE | {"forward_standardized": False}, "forward_standardized|model.levels"),
+        (SPARSE | {"smear": "after_norm"}, "model.smear|model.family = pre_norm"),
+        (SPARSE | {"levels": "10,4,0"}, "model.levels|model.d_model = 512|n = 10"),
+        (SPARSE | {"levels": "9,600,0"}, "model.levels|k = 600"),
+        (SPARSE | {"levels": "9,16,0;12,32,24"}, "model.levels|degree 24"),
+        (SPARSE | {"levels": "9,16,0;19,32,1024"}, "model.levels|n = 19"),
+        (SPARSE | {"positions": "learned", "rope_dims": 16}, "model.rope_dims|model.positions"),
+        ({"matrix_init_std": -0.1}, "model.matrix_init_std"),
+        ({"attention": "cudnn", "compute_dtype": "float32"}, "model.attention|model.compute_dtype"),
+        ({"vocab_size": 70_000}, "model.vocab_size = 70000"),
+        ({"max_seq_len": 2**20 + 1, "num_layers": 257}, "1048577 exceeds|model.num_layers"),
+        ({"recycle_layers": (0,) * 257}, "model.recycle_layers has 257 entries"),
+        ({"recycle_layers": (-1,)}, "model.recycle_layers"),
+        ({"num_kv_heads": 3, "rope_base": 0.0}, "model.num_heads|model.rope_base"),
+    ],
+    "optim": [
+        ({"adam_final_lr_fraction": 1.5}, "optim.adam_final_lr_fraction = 1.5"),
+        ({"warmdown_fraction": 0.5}, "optim.warmdown_steps|optim.warmdown_fraction"),
+        ({"schedule": "constant"}, "optim.schedule|optim.warmdown_steps"),
+        ({"warmdown_clock": "wall_clock"}, "optim.warmdown_clock|train.max_seconds"),
+        ({"muon_momentum": 1.0}, "optim.muon_momentum"),
+    ],
+    "data": [({"batch_tokens": 524_289}, "data.batch_tokens = 524289|data.slices|data.seq_len")],
+    "train": [
+        ({"fsdp": 0}, "train.fsdp = 0"),
+        ({"device_batch_tokens": 512}, "train.device_batch_tokens = 512|data.seq_len = 1024"),
+        ({"profile_steps": "8:5"}, "train.profile_steps = '8:5'"),
+        ({"profile_steps": "5-8"}, "train.profile_steps"),
+        ({"profile_steps": "0:3"}, "train.profile_steps"),
+        ({"profile_steps": "3:20001"}, "train.profile_steps|train.steps = 20000"),
+        ({"steps": 50}, "optim.warmdown_steps|train.steps = 50"),
+        ({"max_seconds": -1.0}, "train.max_seconds"),
+        ({"xla_options": ("xla_dump_to=x",)}, "xla_dump_to=x|XLA_FLAGS"),
+        ({"xla_options": ("xla_gpu_x=/tmp/y",)}, "names files"),
+        ({"xla_options": ("xla_gpu_target_config_filename=x",)}, "names files"),
+        ({"xla_options": ("xla_backend_extra_options=x",)}, "names files"),
+    ],
+    "eval": [
+        ({"tokens": 5}, "eval.tokens = 5"),
+        ({"sample_tokens": 1024}, "eval.sample_tokens = 1024|model.max_seq_len = 1024"),
+    ],
+    "export": [({"gptq": True, "gptq_tokens": 9}, "export.gptq_tokens = 9|data.seq_len = 1024")],
+}
 
-# the fields that are changed in GOOD, and what the message names
+
 @pytest.mark.parametrize(
     ("section", "fields", "named"),
-    [
-        ("model", {"num_heads": 3}, "model.d_model = 512|model.num_heads = 3"),
-        ("model", {"d_model": 24, "num_heads": 8}, "model.d_model / model.num_heads = 3"),
-        ("model", {"num_kv_heads": 3}, "model.num_heads = 8|model.num_kv_heads = 3"),
-        ("model", {"num_layers": 0}, "model.num_layers = 0"),
-        ("model", {"max_seq_len": 512}, "data.seq_len = 1024|model.max_seq_len = 512"),
-        ("model", {"norm_eps": math.nan}, "model.norm_eps"),
-        ("model", {"rope_base": 0.0}, "model.rope_base"),
-        ("model", {"levels": "9,4,0"}, "model.levels = '9,4,0'|model.family = compact"),
-        ("model", {"positions": "learned"}, "model.positions|model.family = compact"),
-        ("model", {"generators": "prefix"}, "model.generators|model.family = compact"),
-        ("model", SPARSE | {"generators": "prefix"}, "model.generators|model.levels"),
-        ("model", SPARSE | {"forward_standardized": False}, "forward_standardized|model.levels"),
-        ("model", SPARSE | {"smear": "after_norm"}, "model.smear|model.family = pre_norm"),
-        ("model", SPARSE | {"levels": "10,4,0"}, "model.levels|model.d_model = 512|n = 10"),
-        ("model", SPARSE | {"levels": "9,600,0"}, "model.levels|k = 600"),
-        ("model", SPARSE | {"levels": "9,16,0;12,32,24"}, "model.levels|degree 24"),
-        ("model", SPARSE | {"levels": "9,16,0;19,32,1024"}, "model.levels|n = 19"),
-        (
-            "model",
-            SPARSE | {"positions": "learned", "rope_dims": 16},
-            "model.rope_dims|model.positions",
-        ),
-        ("model", {"matrix_init_std": -0.1}, "model.matrix_init_std"),
-        (
-            "model",
-            {"attention": "cudnn", "compute_dtype": "float32"},
-            "model.attention|model.compute_dtype",
-        ),
-        ("model", {"vocab_size": 70_000}, "model.vocab_size = 70000"),
-        (
-            "model",
-            {"max_seq_len": 2**20 + 1, "num_layers": 257},
-            "model.max_seq_len = 1048577 exceeds|model.num_layers",
-        ),
-        ("model", {"recycle_layers": (0,) * 257}, "model.recycle_layers has 257 entries"),
-        ("model", {"recycle_layers": (-1,)}, "model.recycle_layers"),
-        ("optim", {"adam_final_lr_fraction": 1.5}, "optim.adam_final_lr_fraction = 1.5"),
-        ("optim", {"warmdown_fraction": 0.5}, "optim.warmdown_steps|optim.warmdown_fraction"),
-        ("optim", {"schedule": "constant"}, "optim.schedule|optim.warmdown_steps"),
-        ("optim", {"warmdown_clock": "wall_clock"}, "optim.warmdown_clock|train.max_seconds"),
-        ("optim", {"muon_momentum": 1.0}, "optim.muon_momentum"),
-        ("data", {"batch_tokens": 524_289}, "data.batch_tokens = 524289|data.slices|data.seq_len"),
-        ("train", {"fsdp": 0}, "train.fsdp = 0"),
-        (
-            "train",
-            {"device_batch_tokens": 512},
-            "train.device_batch_tokens = 512|data.seq_len = 1024",
-        ),
-        ("train", {"profile_steps": "8:5"}, "train.profile_steps = '8:5'"),
-        ("train", {"profile_steps": "5-8"}, "train.profile_steps"),
-        ("train", {"profile_steps": "0:3"}, "train.profile_steps"),
-        ("train", {"profile_steps": "3:20001"}, "train.profile_steps|train.steps = 20000"),
-        ("train", {"steps": 50}, "optim.warmdown_steps|train.steps = 50"),
-        ("train", {"max_seconds": -1.0}, "train.max_seconds"),
-        ("train", {"xla_options": ("xla_dump_to=x",)}, "xla_dump_to=x|XLA_FLAGS"),
-        ("train", {"xla_options": ("xla_gpu_x=/tmp/y",)}, "names files"),
-        ("train", {"xla_options": ("xla_gpu_target_config_filename=x",)}, "names files"),
-        ("train", {"xla_options": ("xla_backend_extra_options=x",)}, "names files"),
-        ("eval", {"tokens": 5}, "eval.tokens = 5"),
-        ("eval", {"sample_tokens": 1024}, "eval.sample_tokens = 1024|model.max_seq_len = 1024"),
-    ],
+    [(section, *case) for section, cases in IMPOSSIBLE.items() for case in cases],
 )
 def test_an_impossible_combination_names_its_fields(section, fields, named):
     if "levels" in fields:
@@ -154,11 +145,8 @@ def test_an_impossible_combination_names_its_fields(section, fields, named):
 def test_levels_are_a_text_on_the_command_line():
     two = load("cayley_small_2l").model
     assert two.levels == (Level(10, 16, 0), Level(15, 32, 256))
-    for text, model in (
-        ("10,16,0;15,32,256", two),
-        ("", load("cayley_small_dense").model),
-        (format_levels(two.levels), two),
-    ):
+    dense = load("cayley_small_dense").model
+    for text, model in (("", dense), (format_levels(two.levels), two)):
         assert parse("--config", "cayley_small_3l", "--model.levels", text).model == model
 
 
@@ -173,28 +161,25 @@ def test_levels_are_read_from_older_files_and_recipes_too(tmp_path):
     config = load("cayley_small_3l")
     values = json.loads(to_json(config))
     assert values["model"]["levels"] == [list(level) for level in config.model.levels]
-    values["model"]["levels"] = "10,16,0;15,32,256;17,64,256"
+    values["model"]["levels"] = format_levels(config.model.levels)
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert load(str(tmp_path / "config.json")) == config
     (tmp_path / "mine.py").write_text(
-        (ROOT / "configs" / "cayley_small_3l.py").read_text()
-        + "import dataclasses\nmodel = dataclasses.replace(config.model, levels='10,16,0')\n"
-        + "config = dataclasses.replace(config, model=model)\n"
+        (ROOT / "configs/cayley_small_3l.py").read_text()
+        + "from sngpt_jax.config import changed\n"
+        + "config = changed(config, model={'levels': '10,16,0'})\n"
     )
     assert load(str(tmp_path / "mine.py")).model == load("cayley_small_1l").model
 
 
 def test_the_small_sparse_models_differ_in_their_levels_alone():
     small = load("cayley_small_3l")
-    for name in ("cayley_small_2l", "cayley_small_dense"):
-        assert [line.split(":")[0] for line in differences(small, load(name))] == ["model.levels"]
-    other = [line.split(":")[0] for line in differences(small, load("cayley_small_1l"))]
-    assert other == ["model.levels", "train.steps"]
-
-
-def test_all_problems_are_named_at_once():
-    with pytest.raises(ConfigError, match=r"num_kv_heads.*rope_base"):
-        validate(changed(GOOD, model={"num_kv_heads": 3, "rope_base": 0.0}))
+    for name, fields in (
+        ("cayley_small_2l", ["model.levels"]),
+        ("cayley_small_dense", ["model.levels"]),
+        ("cayley_small_1l", ["model.levels", "train.steps"]),
+    ):
+        assert [line.split(":")[0] for line in differences(small, load(name))] == fields
 
 
 # section, field, value; None: the field or section is missing
@@ -205,12 +190,7 @@ def test_all_problems_are_named_at_once():
         ("model", "num_layers", "9", "model.num_layers: expected int, found '9' of type str"),
         ("model", "num_layers", True, "model.num_layers: expected int, found True of type bool"),
         ("model", "num_layers", 9.0, "model.num_layers: expected int, found 9.0 of type float"),
-        (
-            "model",
-            "attention",
-            "flash",
-            "model.attention: expected one of auto, xla, cudnn, pallas_triton, found",
-        ),
+        ("model", "attention", "flash", "model.attention: expected one of auto, xla, cudnn, "),
         ("model", "attention", ["xla"], "model.attention"),
         ("model", "levels", [[9, 4]], "model.levels[0]: expected a list of n, k, degree, found"),
         ("model", "levels", [[9, 4, "0"]], "model.levels[0]: expected int"),
@@ -243,31 +223,20 @@ def test_a_broken_json_is_one_line(section, field, value, said, tmp_path):
 
 def test_an_older_runs_json_takes_the_defaults_of_what_it_lacks_and_says_so(tmp_path, caplog):
     values = json.loads(to_json(changed(GOOD, train={"seed": 5})))
-    del (
-        values["format"],
-        values["train"]["xla_options"],
-        values["model"]["code"],
-        values["optim"]["ema_decay"],
-    )
+    del values["format"], values["train"]["xla_options"], values["optim"]["ema_decay"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with caplog.at_level("INFO", "sngpt_jax"):
         assert config_file.read(tmp_path / "config.json") == changed(GOOD, train={"seed": 5})
     (line,) = caplog.messages
-    assert (
-        "config.json: from an earlier version; defaults taken for model.code, optim.ema_decay,"
-        " train.xla_options" in line
-    )
+    assert line.endswith("defaults taken for optim.ema_decay, train.xla_options")
 
 
 def test_a_json_does_not_choose_where_compiled_programs_are_kept(tmp_path):
     """XLA runs what it finds there."""
     for folder, kept in (("/elsewhere", TrainConfig().compilation_cache), ("", "")):
-        (tmp_path / "config.json").write_text(
-            to_json(changed(GOOD, train={"compilation_cache": folder}))
-        )
-        assert load(str(tmp_path / "config.json")) == changed(
-            GOOD, train={"compilation_cache": kept}
-        )
+        config = changed(GOOD, train={"compilation_cache": folder})
+        (tmp_path / "config.json").write_text(to_json(config))
+        assert load(str(tmp_path / "config.json")).train.compilation_cache == kept
 
 
 def test_integers_serve_as_floats_in_json(tmp_path):
@@ -282,34 +251,18 @@ def test_integers_serve_as_floats_in_json(tmp_path):
     [
         ("config = 3", "found int"),
         ("import nothing_of_that_name", "ModuleNotFoundError"),
-        (
-            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_heads=7))",
-            "model.num_heads = 7",
-        ),
+        ("Config(model=ModelConfig(num_heads=7))", "model.num_heads = 7"),
         ("syntax error", "SyntaxError"),
         ("import sys\nsys.exit(0)", "SystemExit"),
-        (
-            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers='2'))",
-            "model.num_layers: expected int",
-        ),
-        (
-            "from sngpt_jax.config import *\nconfig = Config(model=ModelConfig(num_layers=2.0))",
-            "model.num_layers: expected int",
-        ),
-        (
-            "from sngpt_jax.config import *\nconfig = Config(eval=None)",
-            "eval: expected an object, found NoneType",
-        ),
-        (
-            (
-                "from sngpt_jax.config import *\nconfig ="
-                " Config(optim=OptimConfig(newton_schulz_dtype='fp32'))"
-            ),
-            "expected one of",
-        ),
+        ("Config(model=ModelConfig(num_layers='2'))", "model.num_layers: expected int"),
+        ("Config(model=ModelConfig(num_layers=2.0))", "model.num_layers: expected int"),
+        ("Config(eval=None)", "eval: expected an object, found NoneType"),
+        ("Config(optim=OptimConfig(newton_schulz_dtype='fp32'))", "expected one of"),
     ],
 )
 def test_a_broken_recipe_is_one_line(text, said, tmp_path):
+    if text.startswith("Config"):
+        text = f"from sngpt_jax.config import *\nconfig = {text}"
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load(str(tmp_path / "mine.py"))
@@ -374,9 +327,7 @@ def test_microbatches_are_equal_and_fit_and_few(sequences, devices, fit, seq_len
 
 
 def test_defaults_are_valid_but_for_the_schedule_they_leave_open():
-    assert validate(
-        Config(ModelConfig(), OptimConfig(schedule="constant"), DataConfig(), TrainConfig())
-    )
+    assert validate(Config(optim=OptimConfig(schedule="constant")))
 
 
 def test_every_field_says_what_it_is():

@@ -1,6 +1,4 @@
-"""The golf recipes: their published sizes, the program that they trace to at full width, and their
-first training steps.
-"""
+"""The golf recipes: published sizes, the program at full width, the first training steps."""
 
 import functools
 import math
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, changed
+from sngpt_jax.config import Config, changed, flat
 from sngpt_jax.config.recipe import load
 from sngpt_jax.model.forward import abstract_parts, losses
 from sngpt_jax.training.cost import make_plan
@@ -112,11 +110,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("column", range(4), ids=GOLF)
 def test_settings_are_those_of_the_submission(column):
-    recipe = load(GOLF[column])
+    recipe = flat(load(GOLF[column]))
     for field, values in SETTINGS.items():
-        section, name = field.split(".")
         expected = values[column] if isinstance(values, tuple | list) else values
-        assert getattr(getattr(recipe, section), name) == expected, field
+        assert recipe[field] == expected, field
 
 
 def equations(jaxpr):
@@ -145,15 +142,14 @@ def test_the_program_loops_over_no_tokens_and_repeats_no_constant(name):
     )
     assert not [e for e in found if e.primitive.name in ("scan", "while")]
 
-    # lookups: the token embedding, the bigram and value tables; beside them one number for each
-    # target
+    # lookups of the token embedding, the bigram and value tables, and one number for each target
     gathers = [e for e in found if e.primitive.name == "gather"]
     rows = [e for e in gathers if e.params["slice_sizes"][-1] > 1]
     assert len(rows) == 1 + bool(model.bigram_buckets) + bool(model.value_embed_layers)
     assert max(math.prod(e.outvars[0].aval.shape) for e in gathers) == 2 * T * model.d_model
 
-    # in a bfloat16 model only logits and attention scores, which are float32 themselves, enter a
-    # product as float32; but for the products with a column of ones, which are sums
+    # in a bfloat16 model only logits and attention scores enter a product as float32, but for
+    # products with a column of ones, which are sums
     products = [
         e for e in found if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-1] > 1
     ]
@@ -185,24 +181,20 @@ def few_steps(config: Config, steps: int) -> list[float]:
 def test_a_shrunk_recipe_learns(name):
     """At half of its depth, 1/16 of its width."""
     recipe = load(name)
-    width, half = recipe.model.d_model, recipe.model.num_layers // 2
+    m, half = recipe.model, recipe.model.num_layers // 2
+    sizes = {"vocab_size": 64, "num_layers": half, "d_model": 32, "num_heads": 2}
+    sizes |= {"num_kv_heads": 1, "bigram_dim": 8, "value_embed_dim": 8}
     config = changed(
         recipe,
-        model={
-            "vocab_size": 64,
-            "num_layers": half,
-            "xsa_layers": min(recipe.model.xsa_layers, half),
-            "value_embed_layers": tuple(layer - half for layer in recipe.model.value_embed_layers),
-            "recycle_layers": tuple(layer - 2 for layer in recipe.model.recycle_layers),
-            "d_model": 32,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "mlp_dim": recipe.model.mlp_dim * 32 // width,
-            "rope_dims": min(recipe.model.rope_dims, 4),
-            "rope_ntk_len": min(recipe.model.rope_ntk_len, 8),
-            "bigram_buckets": min(recipe.model.bigram_buckets, 32),
-            "bigram_dim": 8,
-            "value_embed_dim": 8,
+        model=sizes
+        | {
+            "xsa_layers": min(m.xsa_layers, half),
+            "value_embed_layers": tuple(layer - half for layer in m.value_embed_layers),
+            "recycle_layers": tuple(layer - 2 for layer in m.recycle_layers),
+            "mlp_dim": m.mlp_dim * 32 // m.d_model,
+            "rope_dims": min(m.rope_dims, 4),
+            "rope_ntk_len": min(m.rope_ntk_len, 8),
+            "bigram_buckets": min(m.bigram_buckets, 32),
         },
         optim={"qat_below": 0.2, "muon_momentum_warmup_steps": 2},
         data={"batch_tokens": 256, "seq_len": 16},
@@ -216,9 +208,7 @@ def test_a_shrunk_recipe_learns(name):
 def test_the_largest_recipe_takes_its_first_steps_at_full_width():
     """With two of the five Newton–Schulz steps, which are nearly all of the work at this batch."""
     optim = {"newton_schulz_steps": 2, "newton_schulz_dtype": "float32"}
-    seen = few_steps(
-        changed(load("golf_12l_recycled"), optim=optim, data={"batch_tokens": 512, "seq_len": 64}),
-        3,
-    )
+    data = {"batch_tokens": 512, "seq_len": 64}
+    seen = few_steps(changed(load("golf_12l_recycled"), optim=optim, data=data), 3)
     assert seen[0] == pytest.approx(math.log(1024), abs=0.1)
     assert seen[-1] < seen[0] - 0.3

@@ -53,6 +53,10 @@ def box_of(browser, name):
     return box["x"] + 54, box["width"] - 54 - 10, box["y"] + 60
 
 
+def text_of(browser, part):
+    return browser.ask(f"document.getElementById('{part}').innerText")
+
+
 def choose(browser, menu, value):
     found = f"document.getElementById('{menu}')"
     browser.ask(f"{found}.value = '{value}', {found}.dispatchEvent(new Event('input'))")
@@ -95,10 +99,10 @@ def test_the_mouse_shows_the_values_of_all_runs(browser, url):
 def test_dragging_zooms_all_charts(browser, url):
     browser.open(url)
     left, inner, y = box_of(browser, "lr")
-    browser.mouse("mouseMoved", left + 0.5 * inner, y)
-    browser.mouse("mousePressed", left + 0.5 * inner, y, button="left", clickCount=1)
-    browser.mouse("mouseMoved", left + 0.75 * inner, y, button="left")
-    browser.mouse("mouseReleased", left + 0.75 * inner, y, button="left", clickCount=1)
+    button = {"button": "left", "clickCount": 1}
+    browser.mouse("mousePressed", left + 0.5 * inner, y, **button)
+    browser.mouse("mouseMoved", left + 0.75 * inner, y, **button)
+    browser.mouse("mouseReleased", left + 0.75 * inner, y, **button)
     assert browser.ask("[view.from, view.to]") == pytest.approx([200, 300], abs=2)
     choose(browser, "range", "0.5")
     assert browser.ask("[view.from, view.to]") == [200, 400]
@@ -106,9 +110,10 @@ def test_dragging_zooms_all_charts(browser, url):
 
 def test_runs_and_scales_can_be_chosen(browser, url):
     browser.open(url)
-    browser.ask("document.querySelectorAll('#scores input')[0].click()")  # the group
+    click_group = "document.querySelectorAll('#scores input')[0].click()"
+    browser.ask(click_group)
     assert drawn(browser, "val_loss") == 1
-    browser.ask("document.querySelectorAll('#scores input')[0].click()")
+    browser.ask(click_group)
     browser.ask("document.getElementById('singles').click()")
     assert drawn(browser, "val_loss") == 1 + 1  # the mean of the group, and the other run
     browser.ask(f"{chart('val_loss')}.querySelector('button').click()")
@@ -153,10 +158,8 @@ def test_the_theme_follows_the_system_until_it_is_chosen(browser, url):
 def test_texts_are_shown_as_they_are(browser, url):
     browser.open(url)
     assert browser.ask("document.images.length") == 0
-    assert "onerror=document.title='taken'>" in browser.ask(
-        "document.getElementById('scores').innerText"
-    )
-    assert HOSTILE in browser.ask("document.getElementById('config').innerText")
+    assert "onerror=document.title='taken'>" in text_of(browser, "scores")
+    assert HOSTILE in text_of(browser, "config")
     assert browser.ask("document.title") == "Report of 3 runs"
 
 
@@ -185,22 +188,21 @@ def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             browser.open(f"http://localhost:{server.server_address[1]}/")
-            browser.ask(
-                "document.querySelectorAll('#scores input')[1].click(), window.scrollTo(0, 700)"
-            )
+            browser.ask("document.querySelectorAll('#scores input')[1].click()")
+            browser.ask("window.scrollTo(0, 700)")
             top = browser.ask("window.scrollY")
             (directory / "summary.json").write_text('{"val_bpb": 1.25, "steps": 40}')
             with (directory / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 80, "train_loss": 0.5}\n')
             browser.ask("refresh()")
-            assert "1.2500" in browser.ask("document.getElementById('scores').innerText")
+            assert "1.2500" in text_of(browser, "scores")
             assert browser.ask("[view.last, window.scrollY]") == [80, top] and top > 0
             assert drawn(browser, "train_loss") == 1  # the other one is still hidden
-            assert browser.ask("document.getElementById('live').innerText") == "· live"
+            assert text_of(browser, "live") == "· live"
             assert browser.problems == []
         finally:
             server.shutdown()
     browser.ask("refresh()")
-    assert "has ended" in browser.ask("document.getElementById('live').innerText")
+    assert "has ended" in text_of(browser, "live")
     browser.problems.clear()  # that nobody answers is one
     browser.open("about:blank")  # or it would go on asking

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -54,15 +55,11 @@ def served(tmp_path):
         thread.start()
 
         def ask(path, host="localhost:1"):
-            connection = http.client.HTTPConnection(
-                "127.0.0.1", server.server_address[1], timeout=30
-            )
-            try:
+            port = server.server_address[1]
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
                 connection.request("GET", path, headers={"Host": host})
                 answer = connection.getresponse()
                 return answer.status, answer.read().decode()
-            finally:
-                connection.close()
 
         yield directory, ask, server.server_address[1]
         server.shutdown()

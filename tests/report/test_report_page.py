@@ -15,10 +15,13 @@ from tests import fake_run
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
+def made(directory, **settings):
+    return read_run(fake_run.make(directory, **settings))
+
+
 def runs_of(tmp_path):
-    wide = fake_run.make(tmp_path / "wide", model=fake_run.with_model(d_model=256), seed=9)
-    small = [fake_run.make(tmp_path / f"small_seed{seed}", seed=seed) for seed in (1, 2, 3)]
-    return [read_run(directory) for directory in (wide, *small)]
+    wide = made(tmp_path / "wide", model=fake_run.with_model(d_model=256), seed=9)
+    return [wide, *(made(tmp_path / f"small_seed{seed}", seed=seed) for seed in (1, 2, 3))]
 
 
 def cells(row):
@@ -48,17 +51,16 @@ def test_a_group_has_a_row_of_its_statistics(tmp_path):
 
 
 def test_statistics_are_of_finished_runs_only(tmp_path):
-    made = [("a1", 1, True), ("a2", 2, True), ("a3", 3, False), ("a4", 2, True)]
     runs = [
-        read_run(fake_run.make(tmp_path / name, seed=seed, finished=finished))
-        for name, seed, finished in made
+        made(tmp_path / name, seed=seed, finished=finished)
+        for name, seed, finished in [("a1", 1, 1), ("a2", 2, 1), ("a3", 3, 0), ("a4", 2, 1)]
     ]
-    rows = report(runs, "now")["scores"]["rows"]
+    table = report(runs, "now")["scores"]
+    rows = table["rows"]
     # one did not finish, one repeats another
     assert cells(rows[0])[1:3] == ["4 runs, 3 seeds", "mean ± sd, n = 2"]
     assert cells(rows[3])[2] == "at step 40 of 40"
-    columns = report(runs, "now")["scores"]["columns"]
-    so_far = dict(zip(columns, cells(rows[3]), strict=True))
+    so_far = dict(zip(table["columns"], cells(rows[3]), strict=True))
     assert so_far["val loss"] == f"{fake_run.loss(40, 3):.4f}"
     best = min(fake_run.loss(step, 3) for step in range(0, 41, 10))
     assert so_far["best val loss"] == f"{best:.4f}"
@@ -96,11 +98,10 @@ def test_a_field_that_a_run_does_not_have_differs():
 
 def test_environments_tell_what_changed_between_starts(tmp_path):
     directory = fake_run.make(tmp_path / "run")
+    again = {"step": 20, "time": "later", "jax": "0.12.0"}
+    again["commit"] = "0123456789abcdef0123+changes"
     with (directory / "environment.jsonl").open("a") as file:
-        file.write(
-            '{"step": 20, "time": "later", "jax": "0.12.0", "commit":'
-            ' "0123456789abcdef0123+changes"}\n'
-        )
+        file.write(json.dumps(again))
     rows = tables.environment_table([read_run(directory)])["rows"]
     found = dict(cells(row) for row in rows)
     assert found["starts"] == "2" and found["jax"] == "0.10.2 → 0.12.0"
@@ -110,8 +111,7 @@ def test_environments_tell_what_changed_between_starts(tmp_path):
 
 def test_exports_and_evaluations_are_tables(tmp_path):
     directory = fake_run.make(tmp_path / "run")
-    group = {"group": "mlp", "width": "int8", "tensors": 4, "weights": 1000, "bytes": 990.0}
-    group |= {"entropy": None, "coded": 7.92}
+    group = {"group": "mlp", "width": "int8", "bytes": 990.0, "entropy": None}
     export = {"artifact_bytes": 1000, "code_bytes": 234, "total_bytes": 1234, "limit": 1200}
     export |= {"fits": False, "bits_per_weight": {"mlp": group}}
     export["score"] = {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1}
@@ -153,39 +153,33 @@ def test_results_of_any_shape_are_no_bug(tmp_path):
 
 
 def test_long_runs_make_a_bounded_page(tmp_path):
-    directory = fake_run.make(tmp_path / "run", steps=10, levels=3)
-    run, rng = read_run(directory), np.random.default_rng(0)
+    run, rng = made(tmp_path / "run", steps=10, levels=3), np.random.default_rng(0)
     steps = np.arange(20_000.0)
     long = {name: Series(steps, rng.normal(size=20_000)) for name in run.series}
     long["code/layer00/cos"].values[777] = 100.0
     data = report([replace(run, series=long)] * 3, "now")
-    for curves in (run["curves"] for run in data["runs"]):
-        assert all(
-            len(data["numbers"][i]) <= 600 for curve in curves.values() for i in curve["raw"]
-        )
-    lengths = [len(data["numbers"][curves["train_loss"][kind][0]]) for kind in ("raw", "mean")]
-    assert all(200 <= length <= 600 for length in lengths)
+    curves = data["runs"][0]["curves"]
+    assert all(len(numbers) <= 600 for numbers in data["numbers"])
+    for kind in ("raw", "mean"):
+        assert len(data["numbers"][curves["train_loss"][kind][0]]) >= 200
     values = data["numbers"][curves["code/layer00/cos"]["raw"][1]]
     assert len(values) <= 60 and 100 in values
     assert len(page(data)) < 2_000_000
 
 
 def test_health_is_known_by_level_and_layer(tmp_path):
-    found = report([read_run(fake_run.make(tmp_path / "run", levels=2))], "now")["health"]
-    assert {entry["name"]: entry["levels"] for entry in found["quantities"]} == {
-        "dead": [0, 1],
-        "cos": [],
-        "mu_mean": [0, 1],
-    }
+    found = report([made(tmp_path / "run", levels=2)], "now")["health"]
+    levels = {entry["name"]: entry["levels"] for entry in found["quantities"]}
+    assert levels == {"dead": [0, 1], "cos": [], "mu_mean": [0, 1]}
     assert found["layers"] == ["00", "01"]
-    assert report([read_run(fake_run.make(tmp_path / "dense"))], "now")["health"] is None
 
 
 def test_numbers_are_kept_to_six_digits(tmp_path):
-    data = report([read_run(fake_run.make(tmp_path / "run"))], "now")
+    data = report([made(tmp_path / "run")], "now")
     steps, values = (data["numbers"][i] for i in data["runs"][0]["curves"]["train_loss"]["raw"])
     assert steps == list(range(1, 41))
     assert values == pytest.approx([fake_run.loss(step, 1) for step in steps], rel=5e-6)
+    assert data["health"] is None
 
 
 def test_names_and_settings_are_data(tmp_path):
@@ -194,7 +188,6 @@ def test_names_and_settings_are_data(tmp_path):
     config["eval"]["sample_prompt"] = HOSTILE
     (directory / "config.json").write_text(json.dumps(config))
     moved = directory.rename(tmp_path / "<img src=x onerror=alert(1)>")
-    runs = [read_run(moved), read_run(fake_run.make(tmp_path / "tame"))]
-    html = page(report(runs, "now"))
+    html = page(report([read_run(moved), made(tmp_path / "tame")], "now"))
     assert "<img" not in html and html.count("</script>") == 2
     assert html.count("\\u003cimg src=x onerror") >= 3
