@@ -163,8 +163,8 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         o.grad_clip_scope == "device" and not o.grad_clip,
         f"{of('optim.grad_clip_scope')} clips nothing with {of('optim.grad_clip')}",
     )
-    for name, used in (("optim.swa_below", o.swa_every), ("optim.qat_below", o.qat_below)):
-        never = used and values[name] <= o.final_lr_fraction
+    for name, begins in (("optim.swa_below", o.swa_every), ("optim.qat_below", o.qat_below)):
+        never = begins and values[name] <= o.final_lr_fraction
         yield never, f"{of(name)} is never reached with {of('optim.final_lr_fraction')}"
     for average, name in (("swa", "optim.swa_every"), ("ema", "optim.ema_decay")):
         yield e.weights == average and not values[name], f"{of('eval.weights')} needs {name}"

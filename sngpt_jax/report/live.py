@@ -1,5 +1,6 @@
 """A small server for this machine's browsers: it reads changed files when a browser asks."""
 
+import contextlib
 import datetime
 import sys
 import time
@@ -30,11 +31,9 @@ def signature(directory: Path) -> Signature:
     """Name, time and size of every file that `read_run` reads."""
     found = []
     for path in sorted(directory.glob("*.json*")):
-        try:
+        with contextlib.suppress(OSError):
             about = path.stat()
-        except OSError:
-            continue
-        found.append((path.name, about.st_mtime_ns, about.st_size))
+            found.append((path.name, about.st_mtime_ns, about.st_size))
     return found
 
 

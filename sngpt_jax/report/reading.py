@@ -80,10 +80,11 @@ def read_results(directory: Path) -> tuple[list[Result], list[Result]]:
             value = typed_json.read(path, UserError) if path.name not in OWN_FILES else None
         except UserError:
             continue
-        keys = value.keys() if isinstance(value, dict) else set()
-        if {"artifact_bytes", "bits_per_weight"} <= keys:
+        if not isinstance(value, dict):
+            continue
+        if {"artifact_bytes", "bits_per_weight"} <= value.keys():
             exports.append((path.name, value))
-        elif {"bpb", "mode"} <= keys or {"tasks", "weights"} <= keys:
+        elif {"bpb", "mode"} <= value.keys() or {"tasks", "weights"} <= value.keys():
             evaluations.append((path.name, value))
     return exports, evaluations
 

@@ -89,7 +89,7 @@ def score(run: RunData, column: Score) -> float:
     if run.summary:
         return number(run.summary.get(column.field))
     series = run.series.get(column.metric or column.field)
-    known = series.finite().values if series else ()
+    known = series.finite().values if series else np.empty(0)
     return float(column.so_far(known)) if len(known) else nan
 
 
