@@ -32,9 +32,7 @@ def main(argv: Sequence[str]) -> int:
         TrainArguments,
         argv,
         program="python -m sngpt_jax.train",
-        description=(
-            "Trains the model of a recipe. The same command resumes from the last checkpoint."
-        ),
+        description="Trains a recipe's model. The same command resumes from the last checkpoint.",
     )
     directory = Path(arguments.run_dir or Path("runs") / recipe_name(arguments.config))
     again = cli.command("sngpt_jax.train", *argv)

@@ -1,4 +1,4 @@
-"""Run directories without a training: what one leaves behind, with curves that a formula gives."""
+"""Run directories without a training, with curves that a formula gives."""
 
 import dataclasses
 import json
@@ -14,52 +14,28 @@ def loss(step: int, seed: int) -> float:
 
 
 def records(steps: int, seed: int, every: int, levels: int) -> list[dict[str, Any]]:
-    """A line of training a step, a validation every so many, with the health of so many levels in
+    """A training record per step, and every so many a validation with the health of `levels` in
     two layers.
     """
     found: list[dict[str, Any]] = []
     for step in range(steps + 1):
+        value = loss(step, seed)
         if step:
-            record = {
-                "train_loss": loss(step, seed),
-                "lr": 0.02 * (1 - step / steps),
-                "grad_norm": 1 / step,
-                "tokens": step * 2048,
-            }
-            found.append(
-                {
-                    "step": step,
-                    **record,
-                    "elapsed_seconds": step / 10,
-                    "step_ms": 100.0,
-                    "tok_per_s": 20480.0,
-                }
-            )
+            record = {"step": step, "train_loss": value, "lr": 0.02 * (1 - step / steps)}
+            record |= {"grad_norm": 1 / step, "tokens": step * 2048, "elapsed_seconds": step / 10}
+            found.append({**record, "step_ms": 100.0, "tok_per_s": 20480.0})
         if step % every == 0:
-            value = loss(step, seed)
-            found.append(
-                {"step": step, "val_loss": value, "val_bpb": value / 2, "val_seconds": 0.5}
-            )
-            if levels:
-                places = [
-                    f"{layer}level{level}/"
-                    for layer in ("", "layer00/", "layer01/")
-                    for level in range(levels)
-                ]
-                code = {
-                    f"code/{place}{name}": 1 / (1 + step)
-                    for place in places
-                    for name in ("dead", "mu_mean")
-                }
-                found.append(
-                    {
-                        "step": step,
-                        "code/tokens": 64,
-                        **code,
-                        "code/cos": 0.5,
-                        "code/layer00/cos": 0.4,
-                    }
-                )
+            scores = {"val_loss": value, "val_bpb": value / 2, "val_seconds": 0.5}
+            found.append({"step": step, **scores})
+        if step % every == 0 and levels:
+            code = {
+                f"code/{layer}level{level}/{name}": 1 / (1 + step)
+                for layer in ("", "layer00/", "layer01/")
+                for level in range(levels)
+                for name in ("dead", "mu_mean")
+            }
+            code |= {"code/cos": 0.5, "code/layer00/cos": 0.4}
+            found.append({"step": step, "code/tokens": 64, **code})
     return found
 
 
@@ -82,26 +58,12 @@ def make(
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     if finished:
         value = loss(steps, seed)
-        summary = {
-            "steps": steps,
-            "tokens": steps * 2048,
-            "val_loss": value,
-            "val_bpb": value / 2,
-            "best_val_loss": value,
-        }
-        summary |= {
-            "train_seconds": steps / 10,
-            "tok_per_s": 20480.0,
-            "parameters": 1000,
-            "swa_val_bpb": None,
-        }
+        summary = {"steps": steps, "tokens": steps * 2048, "parameters": 1000, "swa_val_bpb": None}
+        summary |= {"val_loss": value, "val_bpb": value / 2, "best_val_loss": value}
+        summary |= {"train_seconds": steps / 10, "tok_per_s": 20480.0}
         (directory / "summary.json").write_text(json.dumps(summary))
-    start = {
-        "step": 0,
-        "time": "2026-01-01T00:00:00+00:00",
-        "jax": "0.10.2",
-        "commit": "0123456789abcdef0123+changes",
-    }
+    start = {"step": 0, "time": "2026-01-01T00:00:00+00:00", "jax": "0.10.2"}
+    start["commit"] = "0123456789abcdef0123+changes"
     (directory / "environment.jsonl").write_text(json.dumps(start) + "\n")
     return directory
 

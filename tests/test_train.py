@@ -29,7 +29,7 @@ from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.metrics import read_metrics
-from sngpt_jax.training import trainer
+from sngpt_jax.training import compiler, trainer
 from sngpt_jax.weights.quantized_model import quantize_variables
 from sngpt_jax.weights.source import load_model
 from tests import tiny_run
@@ -58,7 +58,7 @@ def train_here(tiny_recipe, tmp_path, monkeypatch):
 
     def train(directory=tmp_path / "run", devices=1, **changes):
         for name in ("keep_working_memory", "use_compilation_cache"):  # they change the process
-            monkeypatch.setattr(trainer, name, lambda *args: None)
+            monkeypatch.setattr(compiler, name, lambda *args: None)
         some = jax.devices()[:devices]
         monkeypatch.setattr(trainer, "make_mesh", lambda fsdp: make_mesh(some, fsdp))
         config = validate(changed(load(str(tiny_recipe)), **changes))

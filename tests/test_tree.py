@@ -80,6 +80,7 @@ LIGHT = (
     "sngpt_jax.data.prepared",
     "sngpt_jax.artifact.sngpt_file",
     "sngpt_jax.artifact.bundle",
+    "sngpt_jax.report.page",
     "sngpt_kernels.cayley.dictionary",
 )
 

@@ -1,14 +1,12 @@
-"""A run small enough to train inside a test: its text, its recipe, and how to start its
-commands.
-"""
+"""A run small enough to train inside a test: its data, its recipe, and how to start commands."""
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -57,9 +55,7 @@ config = Config(
 
 
 def make(folder: Path) -> Path:
-    """Prepares data from invented text in `folder` and writes the recipe; returns the recipe's
-    path.
-    """
+    """Prepares invented text in `folder` and writes the recipe; returns the recipe's path."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
     documents = [" ".join(rng.choices(words, k=rng.randint(20, 200))) for _ in range(300)]
@@ -78,10 +74,8 @@ def make(folder: Path) -> Path:
 
 
 def heed_signals() -> None:
-    """Lets the processes that tests start heed signals which this one was started to ignore.
-
-    A shell ignores SIGINT for a command in the background, and `nohup` ignores SIGHUP. Children
-    inherit that, unless a handler is set.
+    """Lets the processes that tests start heed signals which this one was started to ignore: in the
+    background of a shell (SIGINT) or by `nohup` (SIGHUP). Children inherit that without a handler.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, lambda number, frame: None)
@@ -93,12 +87,8 @@ def command(name: str, *arguments: object) -> list[str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment for a command on so many CPU devices."""
-    kept = {name: value for name, value in os.environ.items() if not re.match("XLA_FLAGS", name)}
-    return {
-        **kept,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def run(name: str, *arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
@@ -139,26 +129,23 @@ def wait_for(process: subprocess.Popen[str], path: Path, containing: str = "") -
         raise
 
 
-# ------------------------------------------------------------ what runs have come to
-
-
 def final_state(directory: Path) -> TrainState:
     """The state after the last step of a run."""
     config = load(str(directory / "config.json"))
-    restored = checkpoint.restore(
-        directory / "checkpoints", Shapes.of(config, make_mesh(jax.devices()[:1])).state
-    )
-    assert restored is not None
-    assert restored.step == config.train.steps
+    shapes = Shapes.of(config, make_mesh(jax.devices()[:1]))
+    restored = checkpoint.restore(directory / "checkpoints", shapes.state)
+    assert restored is not None and restored.step == config.train.steps
     return restored.state
 
 
-def losses(directory: Path) -> list[tuple[int, str, float]]:
+def losses(
+    directory: Path, names: Sequence[str] = ("train_loss", "val_loss", "val_bpb")
+) -> list[tuple[int, str, float]]:
     """(step, name, value) of every loss logged, in order."""
     return [
         (record["step"], name, record[name])
         for record in read_metrics(directory / "metrics.jsonl")
-        for name in ("train_loss", "val_loss", "val_bpb")
+        for name in names
         if name in record
     ]
 

@@ -1,11 +1,10 @@
 """The device mesh, and how arrays are laid out over it.
 
-The mesh has two axes. The batch is split over both. Along `fsdp` the devices share the parameters,
-and with them optimizer state and averages. A step gathers the weights once, computes with whole
-ones, sums the whole gradient of its rows, and scatters the sum once (ZeRO, Rajbhandari et al. 2020,
-arXiv:1910.02054). With `train.shard_optimizer` the optimizer state and averages are split over both
-axes, whatever the layout of the parameters. `gather` and `reduce_mean` run inside `jax.shard_map`,
-so that no partitioner can move them into a loop.
+The batch is split over both axes of the mesh. Along `fsdp` the devices share the parameters, and
+with them optimizer state and averages. A step gathers the weights once, computes with whole ones,
+and scatters the sum of the gradient once (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054). With
+`train.shard_optimizer` the optimizer state and averages are split over both axes. `gather` and
+`reduce_mean` run inside `jax.shard_map`, so that no partitioner can move them into a loop.
 """
 
 import math
@@ -28,17 +27,16 @@ _LEAST_ELEMENTS = 2**12  # a smaller array is not worth a collective operation
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh ("data", "fsdp") over `devices` (default: all), with `fsdp` neighbours on the second
-    axis.
+    """A mesh ("data", "fsdp") over `devices` (default: all), with neighbours along `fsdp`.
 
     Raises `UserError` if `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
-            f"train.fsdp = {fsdp} does not divide the {len(devices)} devices; set it to one of:"
-            f" {fitting}"
+            f"train.fsdp = {fsdp} does not divide the {count} devices; set it to one of: {fitting}"
         )
     grid = np.asarray(devices).reshape(-1, fsdp)
     return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
@@ -50,22 +48,16 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by path (`path_name`), in the tree's order."""
+    """The leaves of a pytree by `path_name`, in the tree's order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-# ---------------------------------------- parameters and their like
 
 
 def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = PARAMETER_AXES) -> P:
     """The layout of an array of this shape, split over the mesh's axes `over` or not at all.
 
-    The largest axis that the devices divide is split. Of equal ones it is the first, whose pieces
-    are contiguous in memory, so that gathering copies nothing twice. Vectors, scalars and arrays of
-    fewer than 4,096 elements stay whole.
-
-    Only the shape decides. So a parameter's moments and averages lie where it lies, and so do
-    matrices of equal shape, which Muon stacks.
+    The largest axis that the devices divide is split; of equal ones the first, whose pieces are
+    contiguous in memory. Vectors, scalars and small arrays stay whole. Only the shape decides, so
+    a parameter's moments and averages lie where it lies, as do matrices that Muon stacks.
     """
     size = math.prod(mesh.shape[name] for name in over)
     if size == 1 or len(shape) < 2 or math.prod(shape) < _LEAST_ELEMENTS:
@@ -78,7 +70,7 @@ def partition_spec(mesh: Mesh, shape: tuple[int, ...], over: tuple[str, ...] = P
 
 
 def partition_specs(mesh: Mesh, tree: Any, over: tuple[str, ...] = PARAMETER_AXES) -> Any:
-    """The `partition_spec` of every leaf of `tree`, of arrays or abstract arrays."""
+    """The `partition_spec` of every leaf of `tree`."""
     return jax.tree.map(lambda leaf: partition_spec(mesh, np.shape(leaf), over), tree)
 
 
@@ -99,7 +91,7 @@ def split_of(spec: P) -> tuple[int, tuple[str, ...]] | None:
 def gather(tree: Any, specs: Any) -> Any:
     """Each device's pieces of arrays, laid out by `specs` → the whole arrays.
 
-    Inside `shard_map` with `check_vma=False`.
+    Call it inside `shard_map` with `check_vma=False`.
     """
 
     def whole(piece: jax.Array, spec: P) -> jax.Array:
@@ -114,7 +106,7 @@ def gather(tree: Any, specs: Any) -> Any:
 def reduce_mean(tree: Any, specs: Any) -> Any:
     """Whole arrays, which differ per device → each device's pieces of their mean, by `specs`.
 
-    Inside `shard_map` with `check_vma=False`.
+    Call it inside `shard_map` with `check_vma=False`.
     """
 
     def mean(x: jax.Array, spec: P) -> jax.Array:
@@ -130,27 +122,18 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
     return jax.tree.map(mean, tree, specs)
 
 
-# ---------------------------------------- batches
-
-
 def batch_placer(
     mesh: Mesh, num_microbatches: int | None = None
 ) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
-    """A function that puts a host batch of [B, ...] arrays on the mesh, rows split over all
-    devices.
-
-    With `num_microbatches` = A, for accumulation, the arrays become [A, B/A, ...]. Every process
-    passes the whole global batch. Each device receives only its rows.
+    """A function that puts the whole batch of [B, ...] host arrays on the mesh, and splits its
+    rows over all devices. With `num_microbatches` = A the arrays become [A, B/A, ...].
     """
     spec = P(BATCH_AXES) if num_microbatches is None else P(None, BATCH_AXES)
     sharding = NamedSharding(mesh, spec)
 
-    def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        placed: dict[str, jax.Array] = {}
-        for name, rows in batch.items():
-            if num_microbatches is not None:
-                rows = rows.reshape(num_microbatches, -1, *rows.shape[1:])
-            placed[name] = jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
-        return placed
+    def put(rows: np.ndarray) -> jax.Array:
+        if num_microbatches is not None:
+            rows = rows.reshape(num_microbatches, -1, *rows.shape[1:])
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
-    return place
+    return lambda batch: {name: put(rows) for name, rows in batch.items()}

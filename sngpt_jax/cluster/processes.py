@@ -1,15 +1,13 @@
 """Several processes that work on one model: how they meet, decide together, and end together.
 
-Use one process per node with all of its GPUs. Every process runs the same program on the devices
-of all. The global batch of a step and the results do not depend on the number of processes.
+Every process runs the same program on the devices of all. Process 0 decides what another process
+might decide differently, because its clock, signals or files differ: `broadcast`, `first` and
+`agree`. All processes call these functions in the same order from their main threads.
 
-Process 0 decides what another process might decide differently, because its clock, signals or
-files differ: `broadcast`, `first` and `agree`. All processes call these functions, and `barrier`,
-in the same order from their main threads.
+An error ends its process at once, without jax's wait for the others. The others then fail in a
+collective operation, or jax's heartbeats abort them (docs/clusters.md).
 
-How an end spreads. An error ends its process at once, without jax's wait for the others. The
-others then fail in a collective operation, or jax's heartbeats stop them: after `HEARTBEAT` seconds
-without one jax prints which process is gone and aborts.
+jax is imported where it is used, because reading a run needs none.
 """
 
 import collections
@@ -27,10 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.base import terminal
 from sngpt_jax.base.errors import EXIT_LOST, EXIT_SIGINT, EXIT_USER_ERROR, UserError, one_line
@@ -40,22 +35,23 @@ T = TypeVar("T")
 
 logger = logging.getLogger("sngpt_jax")
 
-START = 300  # seconds in which all processes have to come
-HEARTBEAT = 40  # seconds without a heartbeat after which a process counts as dead
-_LINGER = 3  # seconds in which the others can print the error that process 0 has printed
+# in seconds
+START = 300  # in which all processes have to come
+HEARTBEAT = 40  # without a heartbeat, after which a process counts as dead
+_LINGER = 3  # in which the others can print the error that process 0 has printed
 _DAY = 86_400
 
 _layout: Layout | None = None  # this process among several; None: it is alone
-_agreement: jax.Array | None = None  # under way since the last call of `agree`
+_agreement: Any = None  # the array under way since the last call of `agree`
 
 
 def index() -> int:
-    """This process's number, or 0 if it is alone. Process 0 prints and writes files."""
+    """This process's number, from 0. Process 0 prints and writes files."""
     return _layout.index if _layout else 0
 
 
 def count() -> int:
-    """How many processes work together, or 1 if this one is alone."""
+    """How many processes work together."""
     return _layout.count if _layout else 1
 
 
@@ -64,22 +60,22 @@ def joined(arguments: ProcessArguments) -> Iterator[None]:
     """Makes this process one of several, if the options or Slurm say so. Enter this before jax
     touches a device.
 
-    An error that leaves the body ends the process here, with one line, or with a traceback for a
-    bug. After a body without an error the processes wait for each other.
+    An error that leaves the body ends the process here. After a body without an error the
+    processes wait for each other.
     """
     global _layout
     layout = find_layout(arguments)
     if layout is None:
         yield
         return
+    import jax
+
     _keep_stdout_for_results()
     try:
         _layout = layout
         _meet(layout)
-        logger.info(
-            f"{layout.count} processes, by {layout.source}; process 0 answers at"
-            f" {layout.coordinator}"
-        )
+        source = f"{layout.count} processes, by {layout.source}"
+        logger.info(f"{source}; process 0 answers at {layout.coordinator}")
         if layout.index:  # process 0 logs what all would log
             for name in ("sngpt_jax", "sngpt_kernels"):
                 logging.getLogger(name).setLevel(logging.ERROR)
@@ -99,9 +95,7 @@ def broadcast(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def first() -> Iterator[None]:
-    """Process 0 runs the body before the others do, so that they find what it has made. The body
-    must not call other functions of this module.
-    """
+    """Process 0 runs the body before the others do. The body must not call this module."""
     if index():
         barrier()
     yield
@@ -110,9 +104,7 @@ def first() -> Iterator[None]:
 
 
 def everywhere(make: Callable[[], T]) -> T:
-    """What `make` returns in this process. If one process fails by an error that is one line for a
-    user, all fail.
-    """
+    """What `make` returns in this process. A user's error in one process fails all."""
     if _layout is None:
         return make()
     failure: Exception | None = None
@@ -138,25 +130,24 @@ def barrier() -> None:
 
 
 def agree(seconds: float, signal: int | None) -> tuple[float, int | None]:
-    """Process 0's `seconds`, and a `signal` that any process has received: the same for all.
+    """What the processes passed to the call before this one: process 0's `seconds`, and a
+    `signal` that any of them has received.
 
-    The first call waits for all processes. A later one returns what they passed to the call before
-    it, so that no device waits for the exchange.
+    So no device waits for the exchange. Only the first call waits for its own values.
     """
     global _agreement
     if _layout is None:
         return seconds, signal
     # float64 as bytes, since jax arrays hold float32
     given = _rows(np.array([seconds, signal or 0], np.float64).view(np.uint8))
-    known, _agreement = _agreement, given
-    agreed = np.asarray(given if known is None else known).view(np.float64)
+    known, _agreement = given if _agreement is None else _agreement, given
+    agreed = np.asarray(known).view(np.float64)
     return float(agreed[0, 0]), int(agreed[:, 1].max()) or None
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """Raises `UserError` in all processes if the `facts` of one differ from those of process 0.
-
-    The `facts` are JSON values by what they are.
+    """Raises `UserError` in all processes if the `facts`, JSON values, of one differ from those of
+    process 0.
     """
     if _layout:
         _compare(_gather(dict(facts)))
@@ -168,23 +159,26 @@ def _compare(facts: list[dict[str, Any]]) -> None:
             if (found := theirs.get(name)) != expected:
                 raise UserError(
                     f"{name}: {expected} in process 0, {found} in process {number}; start all"
-                    " processes with the same version, command and data, on nodes that are alike"
+                    " processes with the same version, command, data and kind of node"
                 )
 
 
 # ---------------------------------------- exchange
 
 
-def _same(x: jax.Array) -> jax.Array:
+def _same(x: Any) -> Any:
     return x
 
 
-def _rows(row: np.ndarray) -> jax.Array:
+def _rows(row: np.ndarray) -> Any:
     """The uint8 [n] of every process as [processes, n], in all of them. Does not wait."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
     mesh = Mesh(np.array(jax.devices()).reshape(count(), -1), ("processes", "local"))
-    split, whole = NamedSharding(mesh, P("processes")), NamedSharding(mesh, P())
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["processes"], []))
     rows = jax.make_array_from_process_local_data(split, row[None], (count(), row.size))
-    return jax.jit(_same, out_shardings=whole)(rows)
+    return jax.jit(_same, out_shardings=whole)(rows)  # compiled once: `_same` is always the same
 
 
 def _gather(value: Any) -> list[Any]:
@@ -192,7 +186,7 @@ def _gather(value: Any) -> list[Any]:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = np.array([text.size], np.int64).view(np.uint8)
     sizes = np.asarray(_rows(size)).view(np.int64)[:, 0]
-    # a power of two, since every size is a program of its own
+    # a power of two, since every size is another program
     padded = np.zeros(1 << max(8, int(sizes.max() - 1).bit_length()), np.uint8)
     padded[: text.size] = text
     rows = np.asarray(_rows(padded))
@@ -206,9 +200,12 @@ def _meet(layout: Layout) -> None:
     """Returns when all processes are there. Raises `UserError` if they are unlike, or if process 0
     cannot be reached; ends this process if some do not come.
     """
+    import jax
+
     host, _, port = layout.coordinator.rpartition(":")
+    host = host.strip("[]")
     try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
+        socket.getaddrinfo(host, int(port))
     except socket.gaierror as error:
         raise UserError(
             f"{layout.coordinator}, where processes meet: {error}; --coordinator must name the node"
@@ -219,25 +216,24 @@ def _meet(layout: Layout) -> None:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise UserError(
-                f"port {port} of process 0's node, where processes meet, cannot be used:"
-                f" {error.strerror}; choose another in --coordinator, or submit the Slurm job again"
+                f"port {port} of process 0's node cannot be used: {error.strerror}; choose another"
+                " in --coordinator, or submit the Slurm job again"
             ) from None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # the training loop handles SIGTERM, which this service would take
     jax.config.update("jax_enable_preemption_service", False)
     # a proxy leads out of the cluster, and gRPC would take it even to the next node
-    os.environ.setdefault("no_grpc_proxy", host.strip("[]"))
+    os.environ.setdefault("no_grpc_proxy", host)
     jax.config.update("jax_check_proxy_envs", False)  # jax warns of proxy variables
     logger.info(f"process {layout.index}: waiting for all {layout.count} processes")
     missing = (
-        f"not all of {layout.count} processes came in {START} s; start each of them with its own"
-        f" --process-id, and with process 0's address, here {layout.coordinator}"
+        f"not all of {layout.count} processes came in {START} s; start each with its own"
+        f" --process-id and --coordinator {layout.coordinator}"
     )
     late = threading.Timer(START, _leave, (EXIT_USER_ERROR, missing))
     late.daemon = True
     late.start()
-    # jax's wait would not hear Ctrl-C
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)  # jax's wait would not hear Ctrl-C
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -247,14 +243,13 @@ def _meet(layout: Layout) -> None:
             layout.index,
             local_device_ids=layout.local_devices or (),
             cluster_detection_method="deactivate",
-            initialization_timeout=START + 60,  # then jax aborts with a stack trace
+            initialization_timeout=START + 60,  # `late` comes before it
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=_DAY,  # heartbeats end the wait for a process that is gone
         )
     finally:
         signal.signal(signal.SIGINT, before)
         late.cancel()
-    # every process sees the devices of all
     devices = collections.Counter((x.process_index, x.device_kind) for x in jax.devices())
     _compare([{"devices": f"{n} x {kind}"} for (_, kind), n in sorted(devices.items())])
     barrier()  # connects the processes, while none is late by compiling
@@ -274,11 +269,8 @@ def _end(error: BaseException) -> NoReturn:
     if line := one_line(error):
         _leave(EXIT_USER_ERROR, line)
     if _is_lost_connection(error):
-        _leave(
-            EXIT_LOST,
-            f"another process is gone, and its own output may say why: {error}; start all"
-            " processes again",
-        )
+        lost = f"another process is gone, and its own output may say why: {error}"
+        _leave(EXIT_LOST, f"{lost}; start all processes again")
     with contextlib.suppress(OSError, ValueError):
         traceback.print_exception(error)
     _leave(1)
@@ -292,7 +284,7 @@ def _leave(status: int, message: str = "") -> NoReturn:
             print(f"{mark}error: {' '.join(message.split())}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    # jax aborts the others when its service in process 0 is gone: they print the same error before
+    # jax aborts the others once process 0 is gone: let them print the same error before
     if status == EXIT_USER_ERROR and not index():
         time.sleep(_LINGER)
     os._exit(status)
@@ -300,6 +292,8 @@ def _leave(status: int, message: str = "") -> NoReturn:
 
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether `error` comes from a collective operation that misses another process."""
+    import jax
+
     text = str(error)
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return "Gloo" in text  # in an error of orbax

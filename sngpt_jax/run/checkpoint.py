@@ -1,12 +1,11 @@
 """Checkpoints: orbax writes the arrays, and only steps with a whole record (`records`) are trusted.
 
-Each leaf of the state is saved under its path in the tree. Old steps are deleted here and not by
-orbax's preservation policies. Those would delete them once orbax has finished the new step, before
-it has its record: a kill in between would leave no step to trust.
+Each leaf of the state is saved under its path in the tree. Old steps are deleted here, because
+orbax would delete them before the new step has its record: a kill in between would leave no step
+to trust.
 """
 
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,10 @@ from orbax.checkpoint import v1 as ocp
 
 from sngpt_jax.base.files import remove_leftovers, write_text_atomic
 from sngpt_jax.cluster import processes
-from sngpt_jax.cluster.mesh import path_name
+from sngpt_jax.cluster.mesh import leaves_by_path
 from sngpt_jax.run.records import CheckpointError as CheckpointError
 from sngpt_jax.run.records import (
-    Record,
+    SaveRecord,
     best,
     finished,
     hash_files,
@@ -37,14 +36,12 @@ from sngpt_jax.run.records import (
 from sngpt_jax.run.records import step_folder as step_folder
 
 logger = logging.getLogger("sngpt_jax")
-# orbax's threads log the traceback of a failed write, such as of a full disk, once per layer, and
-# then raise the same error here
+# orbax's threads log the traceback of a failed write and then raise the same error here
 logging.getLogger("absl").addFilter(
     lambda record: "_SignalingThread.run() raised" not in str(record.msg)
 )
 
-# Seconds after which orbax gives a save up. It measures them by the system clock, which may jump.
-# A save that waits for a dead process is ended by jax's heartbeats.
+# Seconds after which orbax gives a save up, by the system clock, which may jump.
 _TIMEOUT = 30 * 86_400
 
 
@@ -57,53 +54,42 @@ class Restored:
     extra: dict[str, Any]  # as given to `save`, through JSON
 
 
-# ---------------------------------------- reading
-
-
 def steps(directory: Path) -> list[int]:
     """The steps whose save finished, ascending. Only `restore` verifies their bytes."""
     return [record.step for record in finished(directory)]
 
 
-def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """Leaves by their path in the tree, such as `params/blocks/0/w`, and the tree's structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = {path_name(path): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the state have the same path")
-    return named, structure
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+def _described(leaves: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in leaves.items()
+    }
 
 
 def _check_fit(folder: Path, saved: Mapping[str, str], asked: Mapping[str, str]) -> None:
-    problems = [
-        f"{name[:200] or 'the state'}: saved {saved.get(name, 'nothing')[:100]}, expected"
-        f" {asked.get(name, 'nothing')}"
-        for name in {**asked, **saved}
-        if saved.get(name) != asked.get(name)
-    ]
+    problems = []
+    for name in {**asked, **saved}:
+        found, expected = saved.get(name, "nothing"), asked.get(name, "nothing")
+        if found != expected:
+            place = name[:200] or "the state"
+            problems.append(f"{place}: saved {found[:100]}, expected {expected}")
     if problems:
+        shown = "; ".join(problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{folder}: does not fit the state asked for: {'; '.join(problems[:3])}{more}"
-        )
+        raise CheckpointError(f"{folder}: does not fit the state asked for: {shown}{more}")
 
 
-def _load(directory: Path, record: Record, abstract: Any, parts: Iterable[str] | None) -> Any:
+def _load(directory: Path, record: SaveRecord, abstract: Any, parts: Iterable[str] | None) -> Any:
     folder = step_folder(directory, record.step)
-    leaves, structure = _flatten(abstract)
+    leaves = leaves_by_path(abstract)
     saved = {
         name: leaf
         for name, leaf in record.leaves.items()
         if parts is None or any(f"{name}/".startswith(f"{part}/") for part in parts)
     }
-    _check_fit(folder, saved, {name: _describe(leaf) for name, leaf in leaves.items()})
+    _check_fit(folder, saved, _described(leaves))
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device)
+        name: leaf if leaf.sharding else leaf.update(sharding=first_device)
         for name, leaf in leaves.items()
     }
     context = ocp.Context()
@@ -113,13 +99,10 @@ def _load(directory: Path, record: Record, abstract: Any, parts: Iterable[str] |
             arrays = ocp.load(folder.absolute(), targets)
     except jax.errors.JaxRuntimeError:  # the device's, such as of memory
         raise
-    # orbax and tensorstore raise a dozen kinds for content that they cannot decode
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")[:300]
-        raise CheckpointError(
-            f"{folder}: cannot be read: {type(error).__name__}: {reason}"
-        ) from None
-    return jax.tree.unflatten(structure, [arrays[name] for name in leaves])
+    except Exception as error:  # a dozen kinds, for content that orbax cannot decode
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+        raise CheckpointError(f"{folder}: cannot be read: {reason}") from None
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in leaves])
 
 
 def _choose(directory: Path, step: int | None) -> int | None:
@@ -127,10 +110,8 @@ def _choose(directory: Path, step: int | None) -> int | None:
     candidates = steps_on_disk(directory)
     if step is not None:
         if step not in candidates:
-            available = ", ".join(map(str, steps(directory))) or "none"
-            raise CheckpointError(
-                f"{directory}: no checkpoint of step {step}; available: {available}"
-            )
+            there = ", ".join(map(str, steps(directory))) or "none"
+            raise CheckpointError(f"{directory}: no checkpoint of step {step}; available: {there}")
         candidates = [step]
     broken: list[str] = []
     for candidate in reversed(candidates):
@@ -143,79 +124,60 @@ def _choose(directory: Path, step: int | None) -> int | None:
             chosen = step_folder(directory, candidate)
             logger.warning(f"{'; '.join(broken)}; taking {chosen} instead")
         return candidate
+    reasons = "; ".join(broken)
     if step is not None:
-        raise CheckpointError(
-            f"{'; '.join(broken)}; choose another step, or put back a copy of this one"
-        )
+        raise CheckpointError(f"{reasons}; choose another step, or put back a copy of this one")
     if any(record_path(directory, candidate).exists() for candidate in candidates):
         remedy = f"delete {directory} to start over, or put back a copy of it"
-        raise CheckpointError(f"no usable checkpoint: {'; '.join(broken)}; {remedy}")
+        raise CheckpointError(f"no usable checkpoint: {reasons}; {remedy}")
     if broken:  # a kill in the first save loses nothing that ever finished
-        logger.warning(f"{'; '.join(broken)}; skipped, and there is no other checkpoint")
+        logger.warning(f"{reasons}; skipped, and there is no other checkpoint")
     return None
 
 
-def _restore(
-    directory: Path, abstract: Any, step: int | None, parts: Iterable[str] | None
+def restore(
+    directory: Path,
+    abstract_state: Any,
+    step: int | None = None,
+    parts: Iterable[str] | None = None,
 ) -> Restored | None:
+    """Reads the newest whole checkpoint of the folder, or that of `step`; None if no save ever
+    finished.
+
+    Process 0 verifies every file against the record first, and all processes take its choice.
+    A warning names newer checkpoints that are unfinished or damaged. `abstract_state` is a tree of
+    `jax.ShapeDtypeStruct` with the shardings to restore to, whatever the devices were at the save.
+    A leaf without a sharding goes to the first device. `parts` are names of the state's top level,
+    if the tree has only these.
+
+    Raises `CheckpointError` if `step` is missing or damaged, if every finished save is damaged, or
+    if leaves differ in path, shape or dtype.
+    """
     chosen = processes.broadcast(lambda: _choose(directory, step))
     if chosen is None:
         return None
     record = read_record(directory, chosen)
-    return Restored(chosen, _load(directory, record, abstract, parts), record.extra)
-
-
-def restore(directory: Path, abstract_state: Any, step: int | None = None) -> Restored | None:
-    """Reads the newest whole checkpoint, or that of `step`; None if no save ever finished.
-
-    Process 0 verifies every file against the record first, and all processes take its choice.
-    A warning names newer checkpoints that are unfinished or damaged. No other checkpoint replaces a
-    `step` that was asked for.
-
-    Args:
-      directory: a run's `checkpoints` folder. Nothing in it is changed.
-      abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore to, whatever
-        the devices were at the save. A leaf without a sharding goes to the first device. Typed PRNG
-        keys are leaves like any other.
-      step: the step to read; None takes the newest whole one.
-
-    Raises:
-      CheckpointError: `step` is missing or damaged, every finished save is damaged, or leaves
-        differ in path, shape or dtype.
-    """
-    return _restore(directory, abstract_state, step, parts=None)
+    return Restored(chosen, _load(directory, record, abstract_state, parts), record.extra)
 
 
 def restore_parts(directory: Path, abstract: dict[str, Any], step: int | None = None) -> Restored:
     """`restore` for parts of the state's top level, such as `{"params": ...}`. It reads only their
-    arrays.
-
-    Raises `CheckpointError` as `restore` does, and if there is no checkpoint.
+    arrays, and raises `CheckpointError` also if there is no checkpoint.
     """
-    restored = _restore(directory, abstract, step, parts=abstract)
+    restored = restore(directory, abstract, step, parts=abstract)
     if restored is None:
-        raise CheckpointError(
-            f"{directory}: holds no checkpoint; train first, or give the run that was trained"
-        )
+        raise CheckpointError(f"{directory}: holds no checkpoint; give a run that was trained")
     return restored
 
 
-# ---------------------------------------- writing
-
-
 class Checkpointer:
-    """Saves a run's state in the background, and keeps the newest steps and the best one.
+    """Saves a run's state in the background, and keeps the `keep` newest steps and the best one.
 
-    A context manager that all processes of the run enter. Entering deletes what a killed save left.
-    Leaving waits for the save under way.
+    A context manager that all processes of the run enter. Leaving waits for the save under way.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
-        """Makes `directory`. `keep` ≥ 1 newest steps stay, and the one with the lowest validation
-        value.
-        """
-        if keep < 1:
-            raise ValueError(f"keep = {keep} must be at least 1")
+        """Makes `directory`, and deletes what a killed save left there."""
         self._directory = directory.absolute()
         self._keep = keep
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -229,40 +191,30 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, extra: Mapping[str, Any], *, value: float | None = None
     ) -> None:
-        """Saves `state` as of `step`. Returns once the arrays are on the host, so that they may be
-        donated or overwritten.
+        """Saves `state`, a tree of `jax.Array` without empty ones, as of `step`. Returns once the
+        arrays are on the host, so that they may be donated or overwritten.
 
         Waits for the save before it. If a whole `step` is there already, only `extra` and `value`
         are written: the same step of the same run has the same arrays. Steps newer than `step` are
         damaged, since `restore` skipped them. They are deleted with the old ones.
 
-        Args:
-          state: a tree of `jax.Array` without empty arrays, typed PRNG keys included.
-          extra: JSON values to keep beside it, without NaN or infinity.
-          value: the validation value of the step; lower is better.
-
-        Raises:
-          CheckpointError: this save could not start, or the one before it failed. `check` and
-            `wait` raise the latter earlier.
+        `extra` are JSON values without NaN or infinity. `value` is the validation value of the
+        step; lower is better. Raises `CheckpointError` if this save could not start, or if the one
+        before it failed.
         """
         self.wait()
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"value = {value} is not a finite number")
-        leaves, _ = _flatten(state)
-        described = {name: _describe(leaf) for name, leaf in leaves.items()}
-        record = Record(step, value, dict(extra), described, {})
-        record_text(record)  # raises now for extra values that JSON cannot hold
+        leaves = leaves_by_path(state)
+        record = SaveRecord(step, value, dict(extra), _described(leaves), {})
+        record_text(record)  # raises now for values that JSON cannot hold
         response = None
         if processes.broadcast(lambda: is_whole(self._directory, step)):
             if processes.index() == 0:  # only the writer: the record is replaced meanwhile
                 whole = read_record(self._directory, step)
-                record = replace(
-                    record, files=whole.files, value=whole.value if value is None else value
-                )
+                value = whole.value if value is None else value
+                record = replace(record, files=whole.files, value=value)
         else:
             context = ocp.Context()
-            # if orbax made folders in the background, its threads would wait 300 s at exit for one
-            # that cannot be made
+            # else orbax's threads would wait 300 s at exit for a folder that cannot be made
             context.asynchronous.create_directories_asynchronously = False
             context.asynchronous.timeout_secs = _TIMEOUT
             folder = step_folder(self._directory, step)
@@ -273,15 +225,15 @@ class Checkpointer:
                 raise self._failure(step, error) from error
         self._pending = self._executor.submit(self._finish, response, record)
 
-    def _finish(self, response: "ocp.AsyncResponse[None] | None", record: Record) -> None:
+    def _finish(self, response: "ocp.AsyncResponse[None] | None", record: SaveRecord) -> None:
         try:
             if response is not None:
                 response.result()
             if processes.index():
                 return
             if response is not None:
-                files = hash_files(step_folder(self._directory, record.step))
-                record = replace(record, files=files)
+                folder = step_folder(self._directory, record.step)
+                record = replace(record, files=hash_files(folder))
             write_text_atomic(record_path(self._directory, record.step), record_text(record))
             self._prune(record.step)
         except Exception as error:  # orbax raises ValueError for a full disk
@@ -313,44 +265,34 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is recorded and old steps are deleted; raises its
-        `CheckpointError`.
-        """
+        """Waits for the end of the last save; raises its `CheckpointError`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def close(self) -> None:
-        """Waits, and ends the background thread."""
-        try:
-            self.wait()
-        finally:
-            self._executor.shutdown()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self.close()
+            self.wait()
         except CheckpointError as failure:
             if error is None:
                 raise
             error.at_once = True  # type: ignore[attr-defined]
             logger.error(str(failure))  # the error under way sets the exit status
+        finally:
+            self._executor.shutdown()
 
 
 def forgive_late_callbacks() -> None:
-    """From here on, a callback into a closed event loop prints no traceback.
-
-    After a failed save, such as on a full disk, other writes of tensorstore's threads end later and
-    call back into orbax's event loop, which is closed by then.
+    """From here on, a callback into a closed event loop prints no traceback: after a failed save,
+    tensorstore's other writes call back into orbax's event loop, which is closed by then.
     """
     shown = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        closed = str(unraisable.exc_value) == "Event loop is closed"
-        if not (closed and unraisable.exc_type is RuntimeError):
+        if repr(unraisable.exc_value) != "RuntimeError('Event loop is closed')":
             shown(unraisable)
 
     sys.unraisablehook = hook

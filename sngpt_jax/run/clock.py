@@ -11,7 +11,7 @@ class Stopwatch:
     def __init__(
         self, seconds: float = 0.0, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """`seconds` have passed before. `clock` returns seconds that never run backwards."""
+        """`seconds` have passed before."""
         self._clock = clock
         self._start = clock() - seconds
         self._paused_at: float | None = None

@@ -1,4 +1,4 @@
-"""What a person sees of a run on the console: a line per step. A terminal has a live one too."""
+"""What a person sees of a run on the console: a line per step, and a live one on a terminal."""
 
 import contextlib
 import logging
@@ -46,16 +46,14 @@ def format_step(
     *,
     share: float | None = None,
 ) -> str:
-    """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ mfu 41.2% │
-    eta 3m12s`.
+    """`step 00120/02000 ( 6.0%) │ loss 3.2145 │ lr 0.04 │ 123.4 ms │ 66,400 tok/s │ eta 3m12s`.
 
     A record with validation numbers begins with `val`. The line omits what the record lacks, and
-    then the least important numbers until it fits `width` columns. `eta` is in seconds. `share` of
-    the run is done; the default follows from the steps.
+    then the least important numbers until it fits `width` columns. `share` of the run is done; the
+    default follows from the steps.
     """
-    digits = max(5, len(str(total_steps)))
+    step, digits = record["step"], max(5, len(str(total_steps)))
     head = "val " if any(name.startswith("val_") for name in record) else "step"
-    step = record["step"]
     place = f"{head} {step:0{digits}d}/{total_steps:0{digits}d}"
     percent = f" ({step / total_steps if share is None else share:5.1%})"
     shown = {name: show(record[name]) for name, show in _COLUMNS if record.get(name) is not None}
@@ -70,12 +68,11 @@ def format_step(
 
 
 class Console:
-    """What a person sees of a run on stdout: plain lines; a terminal has colours and a live line.
+    """Prints a run on stdout: plain lines; a terminal has colours and a live line of every step.
 
     The first ten steps and the last one are printed. Between them a line appears about every
-    hundredth of the time passed, after 2 to 30 seconds. The live line shows every step. Validations
-    and headers are always printed. With `quiet` only the result is printed. The run continues if
-    stdout can no longer be written.
+    hundredth of the time passed, after 2 to 30 seconds. With `quiet` only the result is printed.
+    The run continues if stdout can no longer be written.
     """
 
     def __init__(
@@ -89,17 +86,17 @@ class Console:
     ) -> None:
         """The run ends after `max_seconds` of training, whatever its steps; 0: no limit."""
         self._total, self._max_seconds = total_steps, max_seconds
-        self.quiet = quiet
-        self._clock = clock
+        self.quiet, self._clock = quiet, clock
+        self._shown = not quiet and processes.index() == 0
         self._rich = TerminalConsole(stream or sys.stdout)
         if not self._rich.has_cursor:
             self._rich.width = WIDTH
         self._start = self._next = clock()
-        self._printed = 0
+        self._printed = 0  # steps
         self._latest: Record | None = None
         self._latest_is_printed = True
         self._live: rich.progress.Progress | None = None
-        if self._rich.has_cursor and not quiet and processes.index() == 0:
+        if self._rich.has_cursor and self._shown:
             self._live = terminal.live_lines(
                 self._rich, self._live_text, clock, bar_from=BAR_FROM, auto_refresh=True
             )
@@ -120,7 +117,7 @@ class Console:
             self._live = None
 
     def _share(self, record: Record) -> float:
-        """The share of the run that is done, by its steps or by its clock: the larger one."""
+        """The share of the run that is done, by its steps or by its clock."""
         share = float(record["step"]) / self._total
         if self._max_seconds:
             timed = record if "elapsed_seconds" in record else self._latest or {}
@@ -131,7 +128,7 @@ class Console:
         return format_step(record, self._total, width, share=self._share(record))
 
     def _live_text(self, task: rich.progress.Task) -> str:
-        """A live line. rich's thread calls this four times per second, so a step costs little."""
+        """A live line. rich's thread calls this, so that a step costs little."""
         if task.description:
             return terminal.progress_text(task)
         columns = self._rich.width - (BAR_WIDTH + 1) * (self._rich.width >= BAR_FROM)
@@ -152,7 +149,7 @@ class Console:
 
     def print(self, text: str, style: str = "") -> None:
         """Prints text as it is. Where there is no terminal, its lines are cut at `WIDTH`."""
-        if processes.index() == 0 and not self.quiet:
+        if self._shown:
             if not self._rich.has_cursor:
                 lines = text.split("\n")
                 text = "\n".join(x if len(x) <= WIDTH else f"{x[: WIDTH - 1]}…" for x in lines)
@@ -162,9 +159,7 @@ class Console:
 
     @contextlib.contextmanager
     def _expecting_loss(self) -> Iterator[None]:
-        """Gives stdout up if it cannot be written: a full disk or a closed terminal must not end a
-        run.
-        """
+        """Gives stdout up if it cannot be written, as on a full disk or a closed terminal."""
         try:
             yield
         except OSError as error:
@@ -172,9 +167,8 @@ class Console:
                 raise
             drop_output()
             if not isinstance(error, BrokenPipeError):
-                logger.warning(
-                    f"stdout: cannot be written: {error.strerror}; the run continues without it"
-                )
+                reason = f"cannot be written: {error.strerror}"
+                logger.warning(f"stdout: {reason}; the run continues without it")
 
     def header(self, title: str, pairs: Iterable[tuple[str, str]]) -> None:
         """Prints a title, and a (name, value) per line."""
@@ -221,7 +215,7 @@ class Console:
 
 
 def progress_reporter(label: str) -> Report:
-    """`terminal.progress_reporter` in process 0. The other processes show nothing."""
+    """`terminal.progress_reporter` in process 0; silent in the other processes."""
     if processes.index():
         return lambda done, total, note="": None
     return terminal.progress_reporter(label)

@@ -1,4 +1,4 @@
-"""What a run directory holds, who may write to it, and how a trained model is read back from it.
+"""What a run directory holds, and who may write to it.
 
 config.json        the resolved configuration; replays the run
 tokenizer.*        the tokenizer that the model was trained with
@@ -38,8 +38,7 @@ _SEEN_WITHIN = 15.0  # seconds until a network file system shows a file to other
 _LAYOUT = ("train.fsdp:", "train.shard_optimizer:")  # differences that fit any checkpoint
 
 
-def config_path(run_dir: Path) -> Path:
-    """The file of the configuration that replays the run."""
+def _config_path(run_dir: Path) -> Path:
     return run_dir / "config.json"
 
 
@@ -61,11 +60,12 @@ def tokenizer_path(run_dir: Path) -> Path | None:
 
 def read_config(run_dir: Path) -> Config:
     """The configuration of the run in `run_dir`. Raises `UserError` if there is no run."""
-    if not config_path(run_dir).exists():
+    path = _config_path(run_dir)
+    if not path.exists():
         raise UserError(
-            f"{run_dir}: not a run directory (no config.json); give the --run-dir of a training run"
+            f"{run_dir}: not a run directory (no {path.name}); give the --run-dir of a training run"
         )
-    return config_file.read(config_path(run_dir))
+    return config_file.read(path)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
         if processes.index() == 0:
             remove_leftovers(run_dir)
         _check_shared(run_dir)
-        if config_path(run_dir).exists():
+        if _config_path(run_dir).exists():
             _check_config(run_dir, config)
         yield
 
@@ -88,10 +88,10 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
 def _check_config(run_dir: Path, config: Config) -> None:
     before, now = map(config_file.with_own_cache, (read_config(run_dir), config))
     changed = differences(before, now)
-    if undo := [line for line in changed if not line.startswith(_LAYOUT)]:
+    if undo := "; ".join(line for line in changed if not line.startswith(_LAYOUT)):
         raise UserError(
-            f"{run_dir} holds a run of another configuration; choose another --run-dir, or"
-            f" undo: {'; '.join(undo)}"
+            f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo:"
+            f" {undo}"
         )
     if changed:
         logger.info(f"{run_dir} resumes with another layout of its state: {'; '.join(changed)}")
@@ -101,12 +101,12 @@ def _check_shared(run_dir: Path) -> None:
     """Raises `UserError` if this process does not find in `run_dir` what process 0 writes there."""
     if processes.count() == 1:
         return
-    mark = run_dir / ".shared"
+    here, mark = str(run_dir.absolute()), run_dir / ".shared"
 
     def leave_mark() -> list[str]:
         text = secrets.token_hex(8)
         write_text_atomic(mark, text)
-        return [str(run_dir.absolute()), text]
+        return [here, text]
 
     def seen() -> bool:
         try:
@@ -114,18 +114,14 @@ def _check_shared(run_dir: Path) -> None:
         except OSError:  # not there yet, or being replaced
             return False
 
-    path, text = processes.broadcast(leave_mark)
-    if path != str(run_dir.absolute()):
-        raise UserError(
-            f"--run-dir is {run_dir.absolute()} here and {path} in process 0; give all processes"
-            " the same path"
-        )
+    there, text = processes.broadcast(leave_mark)
+    if there != here:
+        raise UserError(f"--run-dir is {here} here and {there} in process 0; give the same path")
     deadline = time.monotonic() + _SEEN_WITHIN
     while not seen():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{run_dir}: not the directory that process 0 writes to; choose a --run-dir that"
-                " all nodes share"
+                f"{run_dir}: process 0 writes to another one; choose one that all nodes share"
             )
         time.sleep(0.2)
 
@@ -133,8 +129,8 @@ def _check_shared(run_dir: Path) -> None:
 def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes config.json and the tokenizer into a claimed directory, or finds the same ones there.
 
-    `tokenizer` is None for imported weights without one, which cannot be sampled from. Call this
-    after all checks of the recipe, so that a mistake leaves no run behind.
+    `tokenizer` is None for weights that were imported without one. Call this after all checks of
+    the recipe, so that a mistake leaves no run behind.
     """
     if tokenizer:
         kept = run_dir / f"tokenizer{tokenizer.path.suffix}"
@@ -142,11 +138,11 @@ def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
             write_bytes_atomic(kept, tokenizer.path.read_bytes())
         elif load_tokenizer(kept).sha256 != tokenizer.sha256:
             raise UserError(
-                f"{kept}: the run was started with another tokenizer than {tokenizer.path}; choose"
+                f"{kept}: the run began with another tokenizer than {tokenizer.path}; choose"
                 " another --run-dir"
             )
-    if not config_path(run_dir).exists():
-        write_text_atomic(config_path(run_dir), to_json(config))
+    if not _config_path(run_dir).exists():
+        write_text_atomic(_config_path(run_dir), to_json(config))
 
 
 @dataclass(frozen=True)
@@ -161,28 +157,27 @@ class _Tokens:
 def keep_data(run_dir: Path, data: Dataset) -> None:
     """Writes to a claimed directory which tokens the run takes, or finds the same ones there.
 
-    Raises `UserError` if the run began with others, such as before a new preparation. Compares the
-    manifest's checksums. The shards are not read.
+    Compares the manifest's checksums; the shards are not read. Raises `UserError` if the run began
+    with others.
     """
-    shards = (*data.manifest.train, *data.manifest.val) if data.manifest else ()
-    names = [
-        (shard.path.name, len(shard.tokens)) for shard in (*data.train.shards, *data.val.shards)
-    ]
-    listed = json.dumps([names, [shard.sha256 for shard in shards]]).encode()
+    shards = (*data.train.shards, *data.val.shards)
+    names = [(shard.path.name, len(shard.tokens)) for shard in shards]
+    noted = (*data.manifest.train, *data.manifest.val) if data.manifest else ()
+    listed = json.dumps([names, [entry.sha256 for entry in noted]]).encode()
     found = _Tokens(len(data.train), len(data.val), hashlib.sha256(listed).hexdigest())
     path = run_dir / "data.json"
     if not path.exists():
         write_text_atomic(path, json.dumps(asdict(found), indent=2) + "\n")
         return
-    noted = typed_json.parse(_Tokens, typed_json.read(path, UserError), str(path), UserError)
-    if noted != found:
-        counts = [
+    began = typed_json.parse(_Tokens, typed_json.read(path, UserError), str(path), UserError)
+    if began != found:
+        then, now = (
             f"{x.train_tokens:,} training and {x.val_tokens:,} validation tokens"
-            for x in (noted, found)
-        ]
+            for x in (began, found)
+        )
         raise UserError(
-            f"{data.directory}: not the data that the run in {run_dir} began with ({counts[0]}"
-            f" then, {counts[1]} now); put them back, or choose another --run-dir"
+            f"{data.directory}: not the data that the run in {run_dir} began with ({then} then,"
+            f" {now} now); put them back, or choose another --run-dir"
         )
 
 
@@ -196,12 +191,12 @@ class Summary:
     val_bpb: float
     val_tokens: int
     best_val_loss: float
-    untrained_val_bpb: float | None  # None: the untrained model was not validated
+    untrained_val_bpb: float | None  # if the untrained model was validated
     train_seconds: float
     tok_per_s: float
     parameters: int
     checkpoint: str
-    swa_val_bpb: float | None  # of the averaged weights; None: the recipe keeps no such average
+    swa_val_bpb: float | None  # of the averaged weights, if the recipe keeps them
     ema_val_bpb: float | None
 
 

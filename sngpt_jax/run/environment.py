@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import sngpt_jax
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
@@ -28,16 +26,14 @@ def path(run_dir: Path) -> Path:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the program in `folder`, with `+changes` if its files have changed since.
-
-    None if git does not track the folder, such as a wheel installed inside somebody's repository.
+    """The commit of the program in `folder`, with `+changes` if its files have changed since; None
+    if git does not track the folder.
     """
 
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -51,6 +47,8 @@ def git_commit(folder: Path) -> str | None:
 
 def environment(step: int) -> dict[str, Any]:
     """The environment of this process, which resumes after `step`. It omits the machine's name."""
+    import jax  # only here, because reading a run needs none
+
     device = jax.devices()[0]
     return {
         "step": step,

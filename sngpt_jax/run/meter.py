@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import jax
 
-# Dense bfloat16 peaks by part of the device's name; the first match counts. NVIDIA's data sheets
-# print twice these rates, "with sparsity".
+# dense bfloat16 FLOP/s by part of the device's name, half of what data sheets print "with
+# sparsity"; the first match counts
 _PEAKS = (
     ("A100", 312e12),
     ("H100 PCIe", 756e12),
@@ -34,9 +34,7 @@ def peak_memory(device: jax.Device) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of one device by its `jax.Device.device_kind`; None if unknown, such as
-    for a slice of a GPU.
-    """
+    """Peak bfloat16 FLOP/s of one device; None if unknown, such as for a slice of a GPU."""
     if "MIG" in device_kind:
         return None
     return next((peak for name, peak in _PEAKS if name in device_kind), None)
@@ -48,7 +46,7 @@ class StepMeter:
 
     tokens_per_step: int
     flops_per_token: float  # forward and backward
-    peak_flops: float | None  # of all devices together; None: utilization is not computed
+    peak_flops: float | None  # of all devices together, if known
     clock: Callable[[], float] = time.perf_counter  # seconds
     _mark: tuple[int, float] | None = field(default=None, init=False)
     _ended: tuple[int, float] | None = field(default=None, init=False)
@@ -56,9 +54,7 @@ class StepMeter:
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32), init=False)
 
     def start(self, step: int) -> None:
-        """Starts the clock when `step` is done: before the first step, and after work that is no
-        training.
-        """
+        """Starts the clock when `step` is done, and after work that is no training."""
         self._mark = (step, self.clock())
 
     def ended(self, step: int) -> None:

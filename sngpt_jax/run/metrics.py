@@ -1,8 +1,7 @@
 """The metrics of a run: `metrics.jsonl`, and the same numbers for TensorBoard.
 
-A record is a flat mapping. `step` counts the finished optimizer steps. `train_loss`, `lr`,
-`grad_norm`, `tokens`, `step_ms`, `tok_per_s` and `mfu` (a fraction) belong to a training step.
-Names that begin with `val_` belong to a validation. A slash in a name sets its TensorBoard group.
+A record is a flat mapping. `step` counts the finished optimizer steps. Names that begin with
+`val_` belong to a validation. A slash in a name sets its TensorBoard group.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from sngpt_jax.cluster import processes
 
 Record = Mapping[str, float | int | str]
 
-MAX_BYTES = 2**30  # of a metrics.jsonl: three million steps with a line each
+MAX_BYTES = 2**30  # of a metrics.jsonl: three million lines
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -37,21 +36,17 @@ def read_metrics(path: Path, skipped: list[int] | None = None) -> list[dict[str,
     lines = untrusted.read_bytes(path, MAX_BYTES, UserError).splitlines()
     records = []
     for number, line in enumerate(lines, 1):
-        try:
+        record = None
+        with contextlib.suppress(ValueError):
             record = typed_json.loads(line)
-            if not isinstance(record, dict) or type(record.get("step")) not in (int, float):
-                raise ValueError("no record")
-        except ValueError:
-            if number == len(lines):
-                break
-            if skipped is None:
-                raise UserError(
-                    f"{path}:{number}: not a metrics record (a JSON object with a number as its"
-                    " step)"
-                ) from None
+        if isinstance(record, dict) and type(record.get("step")) in (int, float):
+            records.append(record)
+        elif number == len(lines):
+            break
+        elif skipped is None:
+            raise UserError(f"{path}:{number}: not a metrics record (an object with a step)")
+        else:
             skipped.append(number)
-            continue
-        records.append(record)
     return records
 
 
@@ -74,9 +69,7 @@ def _tag(name: str) -> str:
 
 
 def _tensorboard() -> tuple[Any, Any, Any]:
-    """tensorboardX's file writer and two messages, without torch: tensorboardX imports torch, which
-    takes seconds, where it is installed.
-    """
+    """tensorboardX's file writer and two messages. Its import of torch would take seconds."""
     hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         from tensorboardX.event_file_writer import EventsWriter
@@ -88,13 +81,10 @@ def _tensorboard() -> tuple[Any, Any, Any]:
 
 
 class _Board:
-    """A TensorBoard event file. It repeats metrics.jsonl, so a failed write ends it with a warning.
+    """A TensorBoard event file. A failed write ends it with a warning.
 
-    tensorboardX's `SummaryWriter` would write in a thread. A full disk kills that thread, and the
-    full queue to it then blocks the training.
+    tensorboardX's `SummaryWriter` writes in a thread, and blocks the training on a full disk.
     """
-
-    _FLUSH_SECONDS = 30.0
 
     def __init__(self, directory: Path, purge_step: int) -> None:
         """Makes the file. TensorBoard drops events of earlier files from `purge_step` on."""
@@ -114,7 +104,7 @@ class _Board:
     def _append(self, **content: Any) -> None:
         event = self._events.Event(wall_time=time.time(), **content)
         self._try(lambda: self._file.write_event(event))
-        if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+        if time.monotonic() - self._flushed > 30.0:
             self._try(lambda: self._file.flush())
             self._flushed = time.monotonic()
 
@@ -125,10 +115,8 @@ class _Board:
             write()
         except OSError as error:
             self._file = None
-            logger.warning(
-                f"{self._directory}: no longer written: {error.strerror}; metrics.jsonl has the"
-                " same numbers"
-            )
+            reason = f"no longer written: {error.strerror}"
+            logger.warning(f"{self._directory}: {reason}; metrics.jsonl has the same numbers")
 
     def close(self) -> None:
         self._try(lambda: self._file.close())
@@ -138,8 +126,8 @@ class MetricsWriter:
     """Appends records to a run's `metrics.jsonl` and `tensorboard/`. Only process 0 writes."""
 
     def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
-        """Resumes after `resume_step`, or starts anew if it is None. Later records are dropped,
-        because their steps are done again.
+        """Starts anew, or resumes after `resume_step`: later records are dropped, because their
+        steps are done again.
         """
         self._path = run_dir / "metrics.jsonl"
         self._file: TextIO | None = None
@@ -150,7 +138,7 @@ class MetricsWriter:
         before = read_metrics(self._path) if self._path.exists() else []
         kept = [record for record in before if record["step"] <= last]
         write_text_atomic(self._path, "".join(map(_line, kept)))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = _Board(run_dir / "tensorboard", purge_step=last + 1)
 
     def write(self, record: Record) -> None:
@@ -161,24 +149,16 @@ class MetricsWriter:
             self._file.write(_line(record))
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._path}: metrics cannot be written: {error.strerror}; free space and start"
-                " again: the run resumes"
-            ) from None
-        scalars = {
-            _tag(name): v for name, v in record.items() if name != "step" and not isinstance(v, str)
-        }
-        self._board.write(int(record["step"]), scalars)
-
-    def close(self) -> None:
-        """Flushes and closes both."""
-        if self._file is not None and self._board is not None:
-            with contextlib.suppress(OSError):  # of a record whose `write` has raised it
-                self._file.close()
-            self._board.close()
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        numbers = {name: value for name, value in record.items() if not isinstance(value, str)}
+        step = int(numbers.pop("step"))
+        self._board.write(step, {_tag(name): value for name, value in numbers.items()})
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if self._file is not None and self._board is not None:
+            with contextlib.suppress(OSError):  # of a record whose `write` has raised it
+                self._file.close()
+            self._board.close()

@@ -6,20 +6,16 @@ import jax
 
 
 class Profiler:
-    """Traces the steps first … last of `window`, counted from 1, into `directory` for xprof. A
-    `window` of None traces nothing.
-    """
+    """Traces the steps first … last of `window`, if it is not None, into `directory` for xprof."""
 
     def __init__(self, directory: Path, window: tuple[int, int] | None) -> None:
         self._directory, self._window, self._tracing = directory, window, False
 
     def begins_with(self, step: int) -> bool:
         """Whether to start a trace before `step`: a resumed run may start within the window."""
-        return (
-            self._window is not None
-            and not self._tracing
-            and self._window[0] <= step <= self._window[1]
-        )
+        if self._window is None or self._tracing:
+            return False
+        return self._window[0] <= step <= self._window[1]
 
     def ends_with(self, step: int) -> bool:
         """Whether to stop the trace once `step` has ended."""

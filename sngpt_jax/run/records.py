@@ -1,10 +1,8 @@
 """The records of saved steps: what makes a checkpoint trusted.
 
-For each saved step a run's `checkpoints/` holds the folder `STEP`, written by orbax, and the file
-`STEP.json`, its record. The record has the caller's extra values, the validation value, each leaf's
-shape and dtype, and the SHA-256 of every file of the folder, because orbax loads a flipped byte
-without an error. The record is written last, atomically, so it is the commit: a folder without
-one is an unfinished save.
+For each saved step a run's `checkpoints/` holds the folder `STEP`, written by orbax, and its record
+`STEP.json`. The record has the SHA-256 of every file of the folder, because orbax loads a flipped
+byte without an error. It is written last, atomically: a folder without one is an unfinished save.
 """
 
 import hashlib
@@ -24,7 +22,7 @@ class CheckpointError(UserError):
 
 
 @dataclass(frozen=True)
-class Record:
+class SaveRecord:
     """What is kept beside the arrays of a step."""
 
     step: int
@@ -50,27 +48,26 @@ def record_path(directory: Path, step: int) -> Path:
     return directory / f"{step:08d}.json"
 
 
-def record_text(record: Record) -> str:
-    """The record as JSON, with a hash of itself. Raises `ValueError` or `TypeError` for extra
-    values that JSON cannot hold.
+def record_text(record: SaveRecord) -> str:
+    """The record as JSON, with a hash of itself. Raises `ValueError` or `TypeError` for values that
+    JSON cannot hold.
     """
     body = json.dumps(asdict(record), sort_keys=True, allow_nan=False)
     return f'{{"record": {body}, "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
 
 
-def read_record(directory: Path, step: int) -> Record:
+def read_record(directory: Path, step: int) -> SaveRecord:
     """The record of `step`. Raises `CheckpointError` if it is missing or damaged."""
     path = record_path(directory, step)
     if not path.exists():
-        raise CheckpointError(
-            f"{step_folder(directory, step)}: unfinished, it has no record {path.name}"
-        )
+        folder = step_folder(directory, step)
+        raise CheckpointError(f"{folder}: unfinished, it has no record {path.name}")
     values = typed_json.read(path, CheckpointError)
     stored = typed_json.parse(_Hashed, values, str(path), CheckpointError)
     body = json.dumps(stored.record, sort_keys=True).encode()
     if hashlib.sha256(body).hexdigest() != stored.sha256:
         raise CheckpointError(f"{path}: the record is damaged: its SHA-256 differs")
-    record = typed_json.parse(Record, stored.record, f"{path}: record", CheckpointError)
+    record = typed_json.parse(SaveRecord, stored.record, f"{path}: record", CheckpointError)
     if record.step != step:
         raise CheckpointError(f"{path}: the record of step {record.step}; rename it back")
     return record
@@ -82,12 +79,9 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {x.relative_to(folder).as_posix(): file_sha256(x, CheckpointError) for x in files}
 
 
-def verified_record(directory: Path, step: int) -> Record:
-    """The record of `step`, once every file that it names has the bytes that were written. Raises
-    `CheckpointError` otherwise.
-    """
-    record = read_record(directory, step)
-    folder = step_folder(directory, step)
+def verified_record(directory: Path, step: int) -> SaveRecord:
+    """The record of `step`. Raises `CheckpointError` if a file that it names is not as written."""
+    record, folder = read_record(directory, step), step_folder(directory, step)
     for name, expected in record.files.items():
         found = file_sha256(inside(folder, name, CheckpointError), CheckpointError)
         if found != expected:
@@ -112,7 +106,7 @@ def steps_on_disk(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def finished(directory: Path) -> Iterator[Record]:
+def finished(directory: Path) -> Iterator[SaveRecord]:
     """The records of finished saves, by step; `restore` warns of those that cannot be read."""
     for step in steps_on_disk(directory):
         try:
@@ -121,7 +115,7 @@ def finished(directory: Path) -> Iterator[Record]:
             continue
 
 
-def best(records: Iterable[Record]) -> int | None:
+def best(records: Iterable[SaveRecord]) -> int | None:
     """The earliest step with the lowest validation value; None if none has a value."""
     scored = [(record.value, record.step) for record in records if record.value is not None]
     return min(scored)[1] if scored else None

@@ -1,8 +1,7 @@
 """The options of XLA's compiler for a training step, and the memory of a step on a CPU.
 
 The options belong to the jitted step, so that they also reach a compilation for absent devices
-(`plan --topology`). The recipe's `train.xla_options` come last. docs/performance.md lists the
-measurements.
+(`plan --topology`). docs/performance.md lists the measurements.
 """
 
 import ctypes
@@ -17,20 +16,18 @@ from sngpt_jax.config import ConfigError, TrainConfig
 
 Options = dict[str, str | bool | int]
 
-# On a CPU jax 0.10 computes products with YNNPACK. It takes 1.2 to 1.9 times as long as Eigen for
-# the sizes of a small GPT. YNNPACK is faster for sums over rows. jax 0.12 uses it for neither.
+# jax 0.10 multiplies by YNNPACK, which is slower than Eigen, but faster for sums over rows.
 CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
-# Collectives start as early and end as late as the data allow. Command buffers (CUDA graphs) keep
-# XLA's default.
+# Collectives start as early and end as late as the data allow.
 CUDA: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
-# No atomic additions, and no algorithm chosen by timing, which may differ in the next process.
+# no atomic additions, and no algorithm chosen by timing, which may differ in the next process
 CUDA_DETERMINISTIC: Options = {"xla_gpu_deterministic_ops": True}
 
 
 def options(train: TrainConfig, device: Device) -> Options:
-    """The compiler options of a recipe's training step on `device`."""
+    """The compiler options of a recipe's step on `device`; `train.xla_options` come last."""
     chosen = dict({"cpu": CPU, "cuda": CUDA}.get(device.platform, {}))
     if train.deterministic and device.platform == "cuda":
         chosen |= CUDA_DETERMINISTIC
@@ -39,28 +36,21 @@ def options(train: TrainConfig, device: Device) -> Options:
     return chosen
 
 
-def compile_step(
-    lowered: jax.stages.Lowered, more: Mapping[str, str | bool | int] | None = None
-) -> Any:
+def compile_step(lowered: jax.stages.Lowered, more: Mapping[str, Any] | None = None) -> Any:
     """Compiles the step with its own and `more` options.
 
     Raises `ConfigError` if XLA does not know an option or a value.
     """
-    added: dict[str, Any] = dict(more or {})
     try:
-        return lowered.compile(compiler_options=added)
+        return lowered.compile(compiler_options=dict(more or {}))
     except jax.errors.JaxRuntimeError as error:
         if "compile option" in str(error) or "While setting option" in str(error):
-            raise ConfigError(
-                f"an option of XLA's compiler, train.xla_options or one of the package's: {error}"
-            ) from None
+            raise ConfigError(f"train.xla_options or an option of the package: {error}") from None
         raise
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (~ is the home directory) for later processes, unless it
-    is empty.
-    """
+    """Keeps compiled programs in `folder`, unless it is empty, for later processes."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
 
@@ -71,11 +61,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 def keep_working_memory() -> None:
     """Makes glibc reuse freed memory between CPU steps. Call it before jax touches a device.
 
-    XLA allocates a program's temporary arrays at every call, 134 MB for a step of `quickstart`.
-    glibc requests arrays of more than 32 MB from the system each time, which clears them page by
-    page: 37,000 page faults per step, a third of its time. So all arrays come from the heap, which
-    keeps its memory. Programs run in the calling thread, because only the main thread's heap grows
-    beyond 64 MB. GPUs and programs for several devices are not affected.
+    XLA allocates a program's temporary arrays at every call. glibc requests large ones from the
+    system, which clears them page by page. So all arrays come from the heap, which keeps its
+    memory. Programs run in the calling thread, because only the main thread's heap grows beyond
+    64 MB. GPUs and programs for several devices are not affected.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; other systems may lack it

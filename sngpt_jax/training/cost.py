@@ -26,10 +26,8 @@ def _sizes(params: Params) -> Iterator[tuple[str, Parameter, int]]:
 def forward_flops_per_token(config: Config) -> int:
     """Floating-point operations of one token's forward pass; a multiply-add counts as two.
 
-    Counted are matrix products, including the head but not lookups, once per application of a
-    block, and causal attention, where a position sees (T + 1) / 2 keys on average. Element-wise
-    work is left out, as is usual for model FLOPs. A training step takes three times as many: a
-    backward pass costs two forward passes.
+    Counted are matrix products with the head, once per application of a block, and causal
+    attention, where a position sees (T + 1) / 2 keys on average, but no element-wise work.
     """
     m, T = config.model, config.data.seq_len
     uses = {str(layer): 1 + m.recycle_layers.count(layer) for layer in range(m.num_layers)}
@@ -43,31 +41,19 @@ def forward_flops_per_token(config: Config) -> int:
 
 def code_flops_per_token(config: Config) -> int:
     """Additions and multiplications of the sparse codes in one token's forward pass, as
-    `sngpt_kernels.cayley.xla` computes them.
+    `sngpt_kernels.cayley.xla` computes them: a transform for level 0, a product with a ±1 matrix
+    per parent of a later level, and the sum of the active atoms.
 
-    Counted are a transform for level 0, a product with a ±1 matrix per parent of a later level,
-    and the sum of the active atoms. The model FLOPs, from which utilization is computed, leave
-    them out: `pallas_triton` needs an eighth of the products.
+    The model FLOPs, from which utilization is computed, leave them out.
     """
     m = config.model
     if not m.levels:
         return 0
     bits = m.d_model.bit_length() - 1
     terms = 2 ** (bits // 2) + 2 ** (bits - bits // 2) + sum(level.k for level in m.levels)
-    for i in range(1, len(m.levels)):
-        children = dictionary.children(m.levels, m.generators, i)
-        terms += m.levels[i - 1].k * len(children.steps)
+    for i, parent in enumerate(m.levels[:-1], 1):
+        terms += parent.k * len(dictionary.children(m.levels, m.generators, i).steps)
     return m.num_layers * 2 * m.d_model * terms
-
-
-def optimizer_flops(shapes: Shapes) -> int:
-    """Floating-point operations of one step's orthogonalizations, over all matrices."""
-    o = shapes.config.optim
-    return sum(
-        row.count * newton_schulz_flops(row.shape, o.newton_schulz_steps)
-        for row in describe(o, shapes.state.params)
-        if row.rule == "muon"
-    )
 
 
 def _bytes(tree: Any) -> int:
@@ -77,8 +63,8 @@ def _bytes(tree: Any) -> int:
 def make_plan(shapes: Shapes) -> dict[str, Any]:
     """The figures that `plan` prints, as nested plain values.
 
-    "parameters" counts by the group that `config.parameters` names; its "backbone" leaves out
-    learned positions and the codes' biases.
+    "parameters" counts by the groups of `config.parameters`. Its "backbone" leaves out learned
+    positions and the codes' biases. A backward pass costs two forward passes.
     """
     config, state = shapes.config, shapes.state
     groups = Counter({"positions": 0, "sae_bias": 0})
@@ -86,6 +72,11 @@ def make_plan(shapes: Shapes) -> dict[str, Any]:
         groups[str(row.counted)] += size
     total = sum(groups.values())
     forward = forward_flops_per_token(config)
+    orthogonalizing = sum(
+        row.count * newton_schulz_flops(row.shape, config.optim.newton_schulz_steps)
+        for row in describe(config.optim, state.params)
+        if row.rule == "muon"
+    )
     kept = {
         "parameters": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
@@ -104,7 +95,7 @@ def make_plan(shapes: Shapes) -> dict[str, Any]:
             "train": 3 * forward,
             "code": code_flops_per_token(config),
         },
-        "flops_per_step": {"model": 3 * forward * tokens, "optimizer": optimizer_flops(shapes)},
+        "flops_per_step": {"model": 3 * forward * tokens, "optimizer": orthogonalizing},
         "bytes": {**kept, "checkpoint": sum(kept.values())},
         "tokens": {"step": tokens, "run": tokens * steps},
     }
@@ -114,11 +105,8 @@ def format_plan(shapes: Shapes, plan: dict[str, Any]) -> str:
     """The plan as text, with the table of parameters."""
     config = shapes.config
     p, f, t = plan["parameters"], plan["flops_per_token"], plan["tokens"]
-    counted = ", ".join(
-        f"{name} {count:,}"
-        for name, count in p.items()
-        if name not in ("total", "backbone") and count
-    )
+    groups = {name: p[name] for name in p if name not in ("total", "backbone") and p[name]}
+    counted = ", ".join(f"{name} {count:,}" for name, count in groups.items())
     backbone = f"; backbone {p['backbone']:,}" if p["backbone"] != p["total"] else ""
     code = f"; the codes add {f['code'] / 1e6:,.1f} M forward" if f["code"] else ""
     step, run = plan["flops_per_step"], config.train.steps

@@ -4,9 +4,10 @@ The loop sends step N to the device and then reads the metrics of step N-1, so t
 not wait for the host.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,11 @@ from sngpt_jax.run.signals import StopSignals
 from sngpt_jax.training.state import TrainState
 from sngpt_jax.training.step import Metrics, all_finite
 
-FIRST_SNAPSHOT = "the first snapshot in the mean of the weights (SWA)"
-ON_GRID = "the matrices are on the exported grid from here on (QAT)"
-
 
 class NonFinite(Exception):
-    """The run has diverged: a loss or a parameter is not finite, or too many steps were skipped."""
+    """The run has diverged. `good` is the last step whose parameters gave a finite loss."""
 
     def __init__(self, message: str, good: int) -> None:
-        """`good` is the last step whose parameters are known to give a finite loss."""
         super().__init__(message)
         self.good = good
 
@@ -83,7 +80,7 @@ class Position:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "Position":
-        """The position from the values of `asdict`; missing ones are those of a run's start."""
+        """The position from the values of `asdict`, or a run's start for missing ones."""
         return typed_json.parse(cls, values, where, checkpoint.CheckpointError, defaulted=[])
 
 
@@ -113,33 +110,28 @@ class Run:
         self.health_step = make_health_step(self.config.model, self.mesh) if measured else None
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
-        self.announced: set[str] = set()  # events that are printed once
-        if self.state.swa is not None and int(self.state.swa.count):
-            self.announced.add(FIRST_SNAPSHOT)
 
     def loop(self) -> None:
         """Runs steps until the recipe's last one or its limit of time, and reads all metrics.
 
         Raises `Stopped` on a signal.
         """
-        train, every = self.config.train, self.config.eval.every
-        if every and self.done % every == 0 and not self.current_score():
-            # at the start, or after a signal ended this validation, whose score the checkpoint
-            # lacks
+        train, validate_every = self.config.train, self.config.eval.every
+
+        def is_due(every: int) -> bool:
+            return bool(every) and self.done % every == 0
+
+        if is_due(validate_every) and not self.current_score():
+            # at the start, or after a signal has ended this validation
             self.aside(validating=True, saving=self.done > 0)
         self.meter.start(self.done)
         seconds = self.agree_on_time()
         while self.done < train.steps and not (train.max_seconds and seconds >= train.max_seconds):
             self.step(seconds)
-            validating = bool(every) and self.done % every == 0
-            saving = bool(train.checkpoint_every) and self.done % train.checkpoint_every == 0
+            validating, saving = is_due(validate_every), is_due(train.checkpoint_every)
             if (validating or saving) and self.done < train.steps:
                 self.aside(validating, saving)
-            try:
-                seconds = self.agree_on_time()
-            except Stopped:
-                self.read()
-                raise
+            seconds = self.agree_on_time()
         self.read()
         self.console.flush()
 
@@ -149,9 +141,9 @@ class Run:
         return latest if latest and latest.step == self.done else None
 
     def agree_on_time(self) -> float:
-        """Broadcasts process 0's seconds of training to all processes.
+        """Process 0's seconds of training, in all processes.
 
-        Raises `Stopped` in all processes after a signal has reached one of them.
+        Raises `Stopped` in all of them after a signal has reached one.
         """
         seconds, signal = processes.agree(self.stopwatch.seconds, self.signals.received)
         if signal:
@@ -162,12 +154,9 @@ class Run:
         """Sends the step that begins after `seconds` of training, then reads the step before it."""
         config, number = self.config, self.done + 1
         if self.profiler.begins_with(number):
-            self.off_the_clock(self.profiler.start)
+            with self.off_the_clock():
+                self.profiler.start()
         controls = step_controls(config.optim, config.train, self.done, seconds)
-        for text, on in ((FIRST_SNAPSHOT, controls.swa), (ON_GRID, controls.qat)):
-            if on and text not in self.announced:
-                self.announced.add(text)
-                self.console.print(f"step {number:,}: {text}")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(self.loader)
             # on a CPU the next call returns only after its step, so the end is noted before it
@@ -178,7 +167,8 @@ class Run:
         self.done, self.sent = number, (number, controls, metrics)
         self.checkpoints.check()
         if self.profiler.ends_with(number):
-            self.off_the_clock(self.profiler.stop)
+            with self.off_the_clock():
+                self.profiler.stop()
 
     def read(self) -> None:
         """Waits for the step that was sent, if there is one, and logs it."""
@@ -207,35 +197,32 @@ class Run:
             measured = f"loss {loss:.4f}, gradient norm {grad_norm:.3g}"
             so_far = f"{skipped['skipped']:,} so far"
             self.console.print(f"step {step:,}: skipped, {measured}; {so_far}")
-            if in_a_row > train.max_skipped_steps:
+            if in_a_row > (most := train.max_skipped_steps):
+                which = f"step {step:,}, {measured}, is skipped number {in_a_row} in a row"
                 raise NonFinite(
-                    f"step {step:,}, {measured}, is skipped number {in_a_row} in a row;"
-                    f" train.max_skipped_steps = {train.max_skipped_steps}",
-                    good=step - in_a_row - 1,
+                    f"{which}; train.max_skipped_steps = {most}", good=step - in_a_row - 1
                 )
         elif not finite:
             raise NonFinite(f"the loss of step {step:,} is {loss}", good=step - 2)
 
-    def off_the_clock(self, work: Callable[[], None]) -> None:
-        """Reads every step, then does `work` outside of the training time."""
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Reads every step, then runs the body outside of the training time."""
         self.read()
         with self.stopwatch.paused():
-            work()
+            yield
         self.meter.start(self.done)
 
     def aside(self, validating: bool, saving: bool) -> None:
         """Validates, saves, or does both, off the clock."""
-
-        def work() -> None:
+        with self.off_the_clock():
             if validating:
                 self.validate()
             if saving:
                 self.save()
 
-        self.off_the_clock(work)
-
     def seconds_left(self, step: int) -> float:
-        """Training seconds from the end of `step` to the end of the run, at the recent speed."""
+        """Training seconds from `step` to the end of the run, at the recent speed."""
         left = self.meter.eta(self.config.train.steps - step) or 0.0
         cap = self.config.train.max_seconds
         return min(left, max(cap - self.stopwatch.seconds, 0.0)) if cap else left
@@ -255,9 +242,7 @@ class Run:
         ).score()
 
     def stoppable(self, what: str) -> Callable[[int, int], None]:
-        """A function of (done, total) that reports the progress of `what`, and raises `Stopped`
-        after a signal.
-        """
+        """Reports the progress of `what`, and raises `Stopped` after a signal."""
         report = self.console.progress(what)
 
         def progress(done: int, total: int) -> None:
@@ -267,9 +252,7 @@ class Run:
         return progress
 
     def validate(self) -> None:
-        """Scores the validation stream with the current parameters, if they have no score yet, and
-        logs the score.
-        """
+        """Scores the current parameters, if they have no score yet, and logs the score."""
         if self.current_score():
             return
         start = time.perf_counter()
@@ -278,24 +261,20 @@ class Run:
             raise NonFinite(
                 f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1
             )
-        seconds = time.perf_counter() - start
-        scores = {"val_loss": score.loss, "val_bpb": score.bpb}
-        record = {"step": self.done, **scores, "val_seconds": seconds}
+        record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb}
+        record["val_seconds"] = time.perf_counter() - start
         self.writer.write(record)
         self.console.validation(record)
         latest, before = Validation(self.done, score.loss, score.bpb, score.tokens), self.position
-        untrained, best = self.done == 0 and not before.imported, before.best_val_loss
-        self.position = replace(
-            before,
-            first=latest if untrained else before.first,
-            best_val_loss=score.loss if best is None else min(best, score.loss),
-            latest=latest,
-        )
+        best = min(score.loss, math.inf if before.best_val_loss is None else before.best_val_loss)
+        self.position = replace(before, latest=latest, best_val_loss=best)
+        if self.done == 0 and not before.imported:
+            self.position = replace(self.position, first=latest)
         if self.health_step:
             self.log_health(self.health_step)
 
     def log_health(self, health_step: jax.stages.Wrapped) -> None:
-        """Measures the health of the sparse codes on the start of the validation stream."""
+        """Logs the health of the sparse codes on the start of the validation stream."""
         start = time.perf_counter()
         health = score_health(
             self.config,
@@ -319,25 +298,24 @@ class Run:
         self.position = replace(
             self.position, elapsed_seconds=self.stopwatch.seconds, data=self.loader.get_state()
         )
-        score = self.current_score()
-        value = score.loss if score else None
+        value = score.loss if (score := self.current_score()) else None
         self.checkpoints.save(self.done, self.state, asdict(self.position), value=value)
 
     def weights(self) -> dict[Weights, Variables]:
         """The variables with the last step's weights, and with each average that is not empty."""
-        found: dict[Weights, Variables] = {"final": self.state.variables()}
-        if self.state.swa is not None and int(self.state.swa.count):
-            found["swa"] = self.state.variables(averaged_weights(self.state.swa, self.mesh))
-        if self.state.ema is not None:
-            found["ema"] = self.state.variables(averaged_weights(self.state.ema, self.mesh))
+        state = self.state
+        found: dict[Weights, Variables] = {"final": state.variables()}
+        if state.swa is not None and int(state.swa.count):
+            found["swa"] = state.variables(averaged_weights(state.swa, self.mesh))
+        if state.ema is not None:
+            found["ema"] = state.variables(averaged_weights(state.ema, self.mesh))
         return found
 
     def finish(self, directory: Path) -> Summary:
-        """Validates and saves the trained model, validates its averages, and returns the
-        summary.
-        """
+        """Validates and saves the trained model, validates its averages, and sums up."""
         self.aside(validating=True, saving=True)
-        averages = {name: found for name, found in self.weights().items() if name != "final"}
+        averages = self.weights()
+        del averages["final"]
         if averages and self.position.averages is None:  # not scored before an interruption
             bpb: dict[Weights, float] = {}
             for name, variables in averages.items():

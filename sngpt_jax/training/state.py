@@ -26,10 +26,10 @@ class TrainState:
     params: Params
     opt_state: Any
     key: jax.Array  # typed key from which the run's randomness is folded; it never changes
-    ema: Params | None = None  # exponential moving average of params; None if there is none
-    swa: SWA | None = None  # mean of snapshots of params; None if there is none
+    ema: Params | None = None  # exponential moving average of params, if the recipe keeps one
+    swa: SWA | None = None  # mean of snapshots of params, if the recipe takes any
     statistics: Params = field(default_factory=dict)  # of the sparse codes
-    skips: Skips | None = None  # counts of skipped steps; None if the recipe skips none
+    skips: Skips | None = None  # counts of skipped steps, if the recipe skips any
 
     def variables(self, params: Params | None = None) -> Variables:
         """The statistics joined with the parameters, or with other `params` in their place."""
@@ -38,9 +38,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What follows from a recipe and a mesh before any array exists. `of` computes it once, and
-    the plan, the step, the restore and the table of parameters share it.
-    """
+    """What follows from a recipe and a mesh before any array exists."""
 
     config: Config
     mesh: Mesh
@@ -57,12 +55,8 @@ class Shapes:
         state = jax.eval_shape(lambda *parts: _begin(config, optimizer, *parts), params, statistics)
         kept = {name: getattr(state, name) for name in ("opt_state", "ema", "swa")}
         shardings = replace(state_shardings(mesh, state), **state_shardings(mesh, kept, kept_over))
-        laid_out = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            state,
-            shardings,
-        )
-        return cls(config, mesh, kept_over, optimizer, laid_out)
+        state = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
+        return cls(config, mesh, kept_over, optimizer, state)
 
     @property
     def shardings(self) -> TrainState:
@@ -94,7 +88,6 @@ def init_state(shapes: Shapes, params: Params | None = None) -> TrainState:
 
     `params` replaces the random initial parameters.
     """
-
     config = shapes.config
 
     def init(params: Params | None) -> TrainState:

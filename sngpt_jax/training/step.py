@@ -31,26 +31,21 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
     The metrics are the scalars "loss", in nats per token, and "grad_norm". The gradient is the
     exact mean over A microbatches and all devices. Each device adds up its own microbatches, and
     the devices reduce once after the last one; a scan around a global gradient would reduce in
-    every iteration. Weights that are split over `fsdp` are gathered once, before the first
-    microbatch. If gradients and optimizer state are split, each device receives and updates its
-    own pieces only; Muon distributes whole matrices to the devices (`optim.stacks`).
+    every iteration. Weights that are split over `fsdp` are gathered once. If gradients and
+    optimizer state are split, each device updates its own pieces; Muon distributes whole matrices
+    to the devices (`optim.stacks`).
 
-    Sparse codes use the statistics of the previous steps. The step updates the statistics once,
-    from a sample of all microbatches and devices. `controls` are the host's decisions for the
-    step. They are traced, so a schedule that follows the clock compiles once. The state passed in
-    is donated. If the recipe skips steps (`optim.skipping`), the metrics also hold "skipped" and
-    "skipped_in_a_row"; a skipped step changes only its number and these counts.
+    Sparse codes use the statistics of the previous steps. The step updates them once, from a
+    sample of all microbatches and devices. `controls` are traced, so a schedule that follows the
+    clock compiles once. The state passed in is donated. If the recipe skips steps
+    (`optim.skipping`), the metrics also hold "skipped" and "skipped_in_a_row"; a skipped step
+    changes only its number and these counts.
     """
     config, mesh, kept_over = shapes.config, shapes.mesh, shapes.kept_over
     o, d, t = config.optim, config.data, config.train
     mean_loss = with_taps(config.model, loss.mean_loss)
     layout = partition_specs(mesh, shapes.state.params)
     scattered = partition_specs(mesh, shapes.state.params, kept_over)
-
-    def loss_fn(
-        params: Params, statistics: Params, *batch: jax.Array
-    ) -> tuple[jax.Array, Taps | None]:
-        return mean_loss(join(params, statistics), *batch)
 
     def local_mean(
         params: Params,
@@ -63,9 +58,10 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
         params = gather(params, layout)
 
         def microbatch(total: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, Taps | None]:
-            (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, statistics, *batch, tapped_P
-            )
+            def loss_fn(params: Params) -> tuple[jax.Array, Taps | None]:
+                return mean_loss(join(params, statistics), *batch, tapped_P)
+
+            (loss, taps), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             return jax.tree.map(jnp.add, total, (loss, grads)), taps
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -94,15 +90,12 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
     ) -> tuple[TrainState, Metrics]:
         params = state.params
         if o.qat_below:
-            # outside of the differentiated function, so once per step: the gradient ignores
-            # rounding
+            # once per step, outside of the differentiated function: the gradient ignores rounding
             params = qat.straight_through(params, config, controls.qat)
         tapped_P = jnp.arange(0)
         if config.model.levels:
-            key = jax.random.fold_in(state.key, SAMPLE)
-            tapped_P = cayley.sample_positions(
-                key, state.step, d.seq_len, d.batch_tokens // d.seq_len
-            )
+            key, sequences = jax.random.fold_in(state.key, SAMPLE), d.batch_tokens // d.seq_len
+            tapped_P = cayley.sample_positions(key, state.step, d.seq_len, sequences)
         with jax.named_scope("gradient"):
             loss, grads, statistics = global_mean(
                 params,
@@ -136,9 +129,8 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
         if state.skips is not None:
             with jax.named_scope("skipping"):
                 skip, skips = skipping.judge(t, state.skips, **metrics)
-                after = replace(
-                    skipping.select(skip, replace(state, step=after.step), after), skips=skips
-                )
+                chosen = skipping.select(skip, replace(state, step=after.step), after)
+                after = replace(chosen, skips=skips)
             metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
         return after, metrics
 

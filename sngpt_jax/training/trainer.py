@@ -1,22 +1,16 @@
-"""The story of a run.
+"""The story of a run: recipe → data → program → state (new or restored) → loop → summary.
 
-    recipe → data → state (new, or the last checkpoint) → compile → steps, validation, checkpoints
-    → summary
-
-`loop.py` holds the loop. Training time drives a wall-clock schedule; compilation, validation and
-checkpoints do not count as training time.
+`loop.py` holds the loop of steps, validation and checkpoints.
 """
 
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sngpt_jax import __version__
 from sngpt_jax.base import cli
@@ -24,17 +18,16 @@ from sngpt_jax.base.errors import EXIT_NON_FINITE, UserError
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config, microbatches, profile_window
+from sngpt_jax.config import Config, flat, microbatches, profile_window
 from sngpt_jax.data.loader import batches_of, make_loader
 from sngpt_jax.data.prepared import prepared_data
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.model.generation import generate
 from sngpt_jax.optim import qat
 from sngpt_jax.optim.groups import describe, format_table
-from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.run import checkpoint, environment
 from sngpt_jax.run import directory as run_directory
-from sngpt_jax.run.checkpoint import forgive_late_callbacks
 from sngpt_jax.run.console import Console
 from sngpt_jax.run.directory import Summary
 from sngpt_jax.run.meter import StepMeter, peak_flops
@@ -42,7 +35,6 @@ from sngpt_jax.run.metrics import MetricsWriter
 from sngpt_jax.run.profiler import Profiler
 from sngpt_jax.run.signals import EXIT_STATUS, StopSignals
 from sngpt_jax.training import compiler
-from sngpt_jax.training.compiler import keep_working_memory, use_compilation_cache
 from sngpt_jax.training.cost import make_plan
 from sngpt_jax.training.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.training.state import Shapes, init_state
@@ -50,19 +42,18 @@ from sngpt_jax.training.step import make_train_step
 
 
 def train(config: Config, directory: Path, console: Console) -> int:
-    """Trains into `directory`, from its last checkpoint if it has one, and returns the exit status:
-    0 at the recipe's end, 130 or 143 after a signal.
+    """Trains into `directory`, from its last checkpoint if it has one. Returns the exit status.
 
     Raises `NonFinite` if the run diverges, and `UserError` if the machine or the directory does not
     fit the recipe.
     """
-    # 1. Devices: how they share the sequences of a step. Shapes: everything that follows from them.
+    # 1. Devices, and how they share the sequences of a step.
     d, t = config.data, config.train
-    keep_working_memory()
-    forgive_late_callbacks()
+    compiler.keep_working_memory()
+    checkpoint.forgive_late_callbacks()
     mesh = make_mesh(fsdp=t.fsdp)
     accumulation = microbatches(d.batch_tokens, t.device_batch_tokens, d.seq_len, mesh.devices.size)
-    use_compilation_cache(t.compilation_cache)
+    compiler.use_compilation_cache(t.compilation_cache)
     shapes = Shapes.of(config, mesh)
 
     # 2. Data.
@@ -78,11 +69,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     processes.check_alike(
         {
             "version": f"{__version__}, jax {jax.__version__}",
-            **{
-                f"{section}.{name}": value
-                for section, fields in asdict(config).items()
-                for name, value in fields.items()
-            },
+            **flat(config),
             "training tokens": len(data.train),
             "validation tokens": len(data.val),
             "tokenizer": data.tokenizer.sha256,
@@ -92,19 +79,19 @@ def train(config: Config, directory: Path, console: Console) -> int:
     # 3. The configuration, its cost, and each tensor's optimizer, before anything is computed.
     if config.optim.qat_below:
         qat.check(shapes.state.params, config)
-    plan = make_plan(shapes)
-    console.header("configuration", settings(config))
+    plan, settings = make_plan(shapes), list[tuple[str, str]]()
+    for section, fields in vars(config).items():
+        settings.append((section, ", ".join(f"{name} {x!r}" for name, x in vars(fields).items())))
+    console.header("configuration", settings)
     console.header(f"sngpt_jax {__version__}", derived(shapes, directory, data, plan, accumulation))
-    for line in format_table(describe(config.optim, shapes.state.params)).splitlines():
-        console.print(line)
+    console.print(format_table(describe(config.optim, shapes.state.params)))
 
     # 4. The program. It comes before the run, so that a compiler error leaves nothing behind.
     console.print("compiling the training step …")
     start = time.perf_counter()
-    controls = StepControls(np.float32(0), np.float32(0), np.bool_(False), np.bool_(False))
-    train_step = compiler.compile_step(
-        make_train_step(shapes).lower(shapes.state, place(batches[0]), controls)
-    )
+    controls = step_controls(config.optim, t, 0, 0.0)
+    lowered = make_train_step(shapes).lower(shapes.state, place(batches[0]), controls)
+    train_step = compiler.compile_step(lowered)
     console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     # 5. State: the last checkpoint that verifies, or a new one.
@@ -113,12 +100,11 @@ def train(config: Config, directory: Path, console: Console) -> int:
         checkpoint.Checkpointer(folder, keep=t.keep_checkpoints) as checkpoints,
         StopSignals() as signals,
     ):
-        done, position = 0, Position()
         if restored := checkpoint.restore(folder, shapes.state):
             state, done = restored.state, restored.step
             position = Position.from_json(restored.extra, f"{folder}, step {done}")
         else:
-            state = init_state(shapes)
+            state, done, position = init_state(shapes), 0, Position()
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
             environment.record(directory, done)
@@ -129,10 +115,13 @@ def train(config: Config, directory: Path, console: Console) -> int:
         # 6. The loop.
         processes.barrier()
         if t.max_seconds:  # a program's first call takes longer; the schedule must not see it
-            jax.block_until_ready(
-                train_step(jax.tree.map(jnp.copy, state), place(batches[done]), controls)
-            )
+            copied = jax.tree.map(jnp.copy, state)
+            jax.block_until_ready(train_step(copied, place(batches[done]), controls))
         peak = peak_flops(jax.devices()[0].device_kind)
+        meter = StepMeter(
+            d.batch_tokens, plan["flops_per_token"]["train"], peak and peak * mesh.devices.size
+        )
+        window = profile_window(t) if processes.index() == 0 else None
         with (
             closing(make_loader(batches, place, num_steps=t.steps, state=position.data)) as loader,
             MetricsWriter(directory, resume_step=done if restored else None) as writer,
@@ -149,14 +138,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
                 loader=loader,
                 writer=writer,
                 checkpoints=checkpoints,
-                meter=StepMeter(
-                    d.batch_tokens,
-                    plan["flops_per_token"]["train"],
-                    peak and peak * mesh.devices.size,
-                ),
-                profiler=Profiler(
-                    directory / "profile", profile_window(t) if processes.index() == 0 else None
-                ),
+                meter=meter,
+                profiler=Profiler(directory / "profile", window),
                 signals=signals,
             )
             try:
@@ -178,14 +161,6 @@ def train(config: Config, directory: Path, console: Console) -> int:
         return 0
 
 
-def settings(config: Config) -> list[tuple[str, str]]:
-    """A row per section, with every field and its value."""
-    return [
-        (name, ", ".join(f"{k} {v!r}" for k, v in section.items()))
-        for name, section in asdict(config).items()
-    ]
-
-
 def derived(
     shapes: Shapes, directory: Path, data: Dataset, plan: dict[str, Any], accumulation: int
 ) -> list[tuple[str, str]]:
@@ -196,13 +171,13 @@ def derived(
     limit = f", at most {peak / 1e12:,.0f} TFLOP/s per device" if peak else ""
     cap = f", at most {config.train.max_seconds:g} s" if config.train.max_seconds else ""
     members = f" in {n} processes" if (n := processes.count()) > 1 else ""
-    tokens, plural = f"{config.data.batch_tokens:,} tokens", "es" * (accumulation > 1)
+    plural = "es" * (accumulation > 1)
     return [
         ("run", str(directory)),
         ("devices", f"{devices.size} x {kind}{members}"),
         ("data", f"{len(data.train):,} training tokens, {len(data.val):,} for validation"),
         ("parameters", f"{plan['parameters']['total']:,}"),
-        ("step", f"{tokens} in {accumulation} microbatch{plural}"),
+        ("step", f"{config.data.batch_tokens:,} tokens in {accumulation} microbatch{plural}"),
         ("training", f"{config.train.steps:,} steps, {plan['tokens']['run']:,} tokens{cap}"),
         ("FLOPs", f"{plan['flops_per_token']['train'] / 1e6:,.1f} M per token{limit}"),
     ]
@@ -210,27 +185,19 @@ def derived(
 
 def print_summary(console: Console, directory: Path, summary: Summary) -> None:
     """Prints the result of a finished run and the commands that can follow."""
-    run, ratio = str(directory), ""
-    if untrained := summary.untrained_val_bpb:
-        ratio = f" = {summary.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
-    validation = f"loss {summary.val_loss:.4f} nats/token, {summary.val_bpb:.4f} bits/byte{ratio}"
-    training = (
-        f"{summary.steps:,} steps, {summary.tokens:,} tokens in {summary.train_seconds:,.1f} s"
-    )
-    averages = [("SWA", summary.swa_val_bpb), ("EMA", summary.ema_val_bpb)]
+    s, run, ratio = summary, str(directory), ""
+    if untrained := s.untrained_val_bpb:
+        ratio = f" = {s.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
+    averages = [("SWA weights", s.swa_val_bpb), ("EMA weights", s.ema_val_bpb)]
     console.result(
         "finished",
         [
             ("run", run),
-            ("training", training),
-            ("speed", f"{summary.tok_per_s:,.0f} tok/s"),
-            ("validation", validation),
-            *(
-                (f"{name} weights", f"{bpb:.4f} bits/byte")
-                for name, bpb in averages
-                if bpb is not None
-            ),
-            ("checkpoint", summary.checkpoint),
+            ("training", f"{s.steps:,} steps, {s.tokens:,} tokens in {s.train_seconds:,.1f} s"),
+            ("speed", f"{s.tok_per_s:,.0f} tok/s"),
+            ("validation", f"loss {s.val_loss:.4f} nats/token, {s.val_bpb:.4f} bits/byte{ratio}"),
+            *((name, f"{bpb:.4f} bits/byte") for name, bpb in averages if bpb is not None),
+            ("checkpoint", s.checkpoint),
         ],
         [
             cli.command("sngpt_jax.evaluate", "--run", run),
@@ -245,9 +212,7 @@ def print_sample(run: Run) -> None:
     """Prints a text that the trained model continues from the recipe's prompt."""
     e, weights = run.config.eval, run.weights()
     if e.weights not in weights:
-        run.console.print(
-            f"eval.weights = {e.weights}: no snapshot was taken; the sample uses the final weights"
-        )
+        run.console.print(f"eval.weights = {e.weights}: has no snapshot; the sample uses final")
     text = generate(
         run.config.model,
         weights.get(e.weights, weights["final"]),
@@ -258,18 +223,14 @@ def print_sample(run: Run) -> None:
         max_tokens=e.sample_tokens,
         temperature=0.8,
     )
-    run.console.print("sample:")
-    for line in cli.escape_controls(text).splitlines():
-        run.console.print(line)
+    run.console.print(f"sample:\n{cli.escape_controls(text)}")
 
 
 def run(
     config: Config, directory: Path, members: ProcessArguments, *, quiet: bool, again: str
 ) -> int:
     """Trains `config` in `directory`, alone or as one of several processes; returns the command's
-    exit status.
-
-    `again` is the command line that resumes the run.
+    exit status. `again` is the command line that resumes the run.
     """
     with (
         processes.joined(members),
@@ -289,8 +250,8 @@ def run(
             good = "no good checkpoint"
             if saved:
                 good = f"the last good checkpoint is {checkpoint.step_folder(folder, saved[-1])}"
+            advice = "try lower learning rates in another --run-dir"
             if processes.index() == 0:
-                advice = "try lower learning rates in another --run-dir"
                 print(f"error: {error}; {good}; {advice}", file=sys.stderr)
             return EXIT_NON_FINITE
         if status and processes.index() == 0:

@@ -30,15 +30,10 @@ def slurm(monkeypatch):
     return set_to
 
 
-def test_without_options_and_slurm_a_process_is_alone(slurm):
-    assert find_layout(ProcessArguments()) is None
-
-
 def test_options_say_who_is_who(slurm):
     slurm(STEP)
-    assert find_layout(ProcessArguments("node1:1234", 2, 3)) == Layout(
-        "node1:1234", 2, 3, None, "options"
-    )
+    given = find_layout(ProcessArguments("node1:1234", 2, 3))
+    assert given == Layout("node1:1234", 2, 3, None, "options")
     assert find_layout(ProcessArguments(num_processes=1)) is None
 
 
@@ -48,7 +43,7 @@ def test_options_say_who_is_who(slurm):
         (ProcessArguments(coordinator="node1:1234"), "give all three"),
         (ProcessArguments(process_id=0), "give all three"),
         (ProcessArguments("node1:1234", num_processes=2), "give all three"),
-        (ProcessArguments("node1:1234", 2, 2), "--process-id 2 is not one of --num-processes 2"),
+        (ProcessArguments("node1:1234", 2, 2), "--process-id 2 is not one of 0 … 1"),
         (ProcessArguments("node1:1234", -1, 2), "--process-id -1"),
         (ProcessArguments("node1:1234", 1, 1), "--process-id 1"),
         (ProcessArguments("node1", 0, 2), "not HOST:PORT"),
@@ -64,14 +59,8 @@ def test_options_that_do_not_go_together_are_one_line(slurm, arguments, said):
 def test_a_step_of_several_tasks_is_found(slurm):
     slurm(STEP)
     layout = find_layout(ProcessArguments())
-    assert (layout.index, layout.count, layout.local_devices, layout.source) == (
-        1,
-        2,
-        None,
-        "Slurm",
-    )
-    host, _, port = layout.coordinator.partition(":")
-    assert host == "gpu007"
+    port = layout.coordinator.rpartition(":")[2]
+    assert layout == Layout(f"gpu007:{port}", 1, 2, None, "Slurm")
     assert 1024 < int(port) < 65536
     for nodes, first in (("gpu[007,9]", "gpu007"), ("a-1,b2", "a-1"), ("n[12-13],m", "n12")):
         slurm({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": nodes})
@@ -81,6 +70,7 @@ def test_a_step_of_several_tasks_is_found(slurm):
 @pytest.mark.parametrize(
     "left",
     [
+        {},
         {**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},  # srun --ntasks 1
         # the shell of salloc, a step of a job of two tasks
         {**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
@@ -88,39 +78,24 @@ def test_a_step_of_several_tasks_is_found(slurm):
         {name: value for name, value in STEP.items() if "STEP" not in name},
     ],
 )
-def test_one_task_and_a_batch_script_are_alone(slurm, left):
+def test_without_a_step_of_several_tasks_a_process_is_alone(slurm, left):
     slurm(left)
     assert find_layout(ProcessArguments()) is None
 
 
 @pytest.mark.parametrize(
-    ("tasks", "visible", "devices"),
+    ("tasks", "visible", "per_task", "devices"),
     [
-        ("1(x2)", "0,1,2,3", None),  # a task a node has all of its GPUs
-        ("1", "", None),
-        ("8(x2)", "0,1,2,3,4,5,6,7", (3,)),  # a task a GPU
-        ("8(x2)", "", (3,)),
-        ("4,2", "", (3,)),
-        ("8(x2)", "5", None),  # the same, where Slurm has bound it
+        ("1(x2)", "0,1,2,3", "", None),  # one task per node has all of its GPUs
+        ("1", "", "", None),
+        ("8(x2)", "0,1,2,3,4,5,6,7", "", (3,)),  # one task per GPU
+        ("8(x2)", "", "", (3,)),
+        ("4,2", "", "", (3,)),
+        ("8(x2)", "5", "", None),  # Slurm has bound it
+        ("4(x2)", "2,3", "2", None),
     ],
 )
-def test_a_tasks_gpus(slurm, tasks, visible, devices):
-    slurm(
-        {
-            **STEP,
-            "SLURM_LOCALID": "3",
-            "SLURM_STEP_TASKS_PER_NODE": tasks,
-            "CUDA_VISIBLE_DEVICES": visible,
-        }
-    )
+def test_the_gpus_of_a_task(slurm, tasks, visible, per_task, devices):
+    gpus = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_PER_TASK": per_task}
+    slurm({**STEP, "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": tasks, **gpus})
     assert find_layout(ProcessArguments()).local_devices == devices
-
-
-def test_a_task_takes_all_gpus_that_slurm_has_bound_to_it(slurm):
-    bound = {
-        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-        "CUDA_VISIBLE_DEVICES": "2,3",
-        "SLURM_GPUS_PER_TASK": "2",
-    }
-    slurm({**STEP, "SLURM_LOCALID": "1", **bound})
-    assert find_layout(ProcessArguments()).local_devices is None

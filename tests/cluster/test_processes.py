@@ -1,6 +1,4 @@
-"""Several processes on this machine: the same losses as one, each other's checkpoints, one line
-when one of them ends.
-"""
+"""Several processes on this machine: the losses of one, its checkpoints, one line at an end."""
 
 import contextlib
 import json
@@ -12,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import pytest
 
 from sngpt_jax.cluster import processes
 from sngpt_jax.run import checkpoint
-from sngpt_jax.run.metrics import read_metrics
 from tests import tiny_run
 
 slow = pytest.mark.slow
@@ -28,37 +26,26 @@ slow = pytest.mark.slow
 STATED = 60  # seconds within which docs/clusters.md promises the end
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def slurm_port() -> int:
-    """A free port among those that follow from the number of a Slurm job."""
-    for port in random.sample(range(2**16 - 2**12, 2**16), 100):
+def free_port(ports: Iterable[int] = (0,)) -> int:
+    for port in ports:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))
-            return port
+            return probe.getsockname()[1]
     raise AssertionError("no port is free")
 
 
 def processes_of_options(num: int) -> list[tuple[list[str], dict[str, str]]]:
     """The options and the variables that make two processes those of a job of `num`."""
-    options = [
-        "--coordinator",
-        f"localhost:{free_port()}",
-        "--num-processes",
-        str(num),
-        "--process-id",
-    ]
-    return [([*options, str(i)], {}) for i in range(2)]
+    options = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(num)]
+    return [([*options, "--process-id", str(i)], {}) for i in range(2)]
 
 
 def processes_of_slurm() -> list[tuple[list[str], dict[str, str]]]:
     """The same by Slurm, for two tasks on this node, with a proxy that leads nowhere."""
+    lowest = 2**16 - 2**12
+    ports = random.sample(range(lowest, 2**16), 100)  # those that follow from a job's number
     step = {
-        "SLURM_JOB_ID": str(slurm_port() - (2**16 - 2**12)),
+        "SLURM_JOB_ID": str(free_port(ports) - lowest),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NUM_TASKS": "2",
@@ -87,19 +74,16 @@ def start(
 
 
 def finish(started: list[subprocess.Popen[str]], within: float = 300) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of each; gloo's own lines left out."""
+    """Status, stdout and stderr of each, without gloo's own lines."""
+    ended = []
     try:
-        outputs = [process.communicate(timeout=within) for process in started]
+        for process in started:
+            out, err = process.communicate(timeout=within)
+            ended.append((process.returncode, out, re.sub(r".*\[Gloo\].*\n?", "", err)))
     finally:
         for process in started:
             process.kill()
-    errors = (
-        "".join(line for line in err.splitlines(True) if "[Gloo]" not in line) for _, err in outputs
-    )
-    return [
-        (process.returncode, out, err)
-        for process, (out, _), err in zip(started, outputs, errors, strict=True)
-    ]
+    return ended
 
 
 def train(recipe: Path, directory: Path, *arguments: object) -> list[subprocess.Popen[str]]:
@@ -110,18 +94,12 @@ def wait_for_step(started: list[subprocess.Popen[str]], directory: Path, step: i
     tiny_run.wait_for(started[0], directory / "metrics.jsonl", f'"step": {step}, "train_loss"')
 
 
-def losses(directory: Path) -> dict[tuple[int, str], float]:
-    return {
-        (record["step"], name): record[name]
-        for record in read_metrics(directory / "metrics.jsonl")
-        for name in ("train_loss", "grad_norm", "val_loss", "swa_val_loss", "ema_val_loss")
-        if name in record
-    }
-
-
 def assert_same_losses(a: Path, b: Path) -> None:
     """Every loss that `b` has logged is in `a` too."""
-    ours, theirs = losses(a), losses(b)
+    names = ("train_loss", "grad_norm", "val_loss", "swa_val_loss", "ema_val_loss")
+    ours, theirs = (
+        {(step, name): value for step, name, value in tiny_run.losses(run, names)} for run in (a, b)
+    )
     assert len(theirs) == 20 + 20 + 3 + 2
     np.testing.assert_allclose([ours[key] for key in theirs], [*theirs.values()], rtol=0, atol=1e-5)
 
@@ -145,7 +123,7 @@ def test_a_run_stopped_in_one_of_two_processes_is_gone_on_with_by_one(
     assert "to go on:" in err, err
     assert other_out == "" and "to go on" not in other_err
     saved = max(checkpoint.steps(run / "checkpoints"))
-    assert saved == max(step for step, name in losses(run) if name == "train_loss")
+    assert saved == max(step for step, _, _ in tiny_run.losses(run, ("train_loss",)))
     done = tiny_run.run("train", "--config", tiny_recipe, "--run-dir", run, *often)
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {saved}" in done.stdout
@@ -170,9 +148,8 @@ def test_a_run_of_one_process_is_gone_on_with_by_two(tiny_recipe, tiny_trained, 
 @slow
 def test_two_processes_evaluate_as_one_does(tiny_trained):
     summary = json.loads((tiny_trained / "summary.json").read_text())
-    done = finish(
-        start(*tiny_run.command("evaluate", "--run", tiny_trained, "--tokens", 2048, "--json", "-"))
-    )
+    options = ("--run", tiny_trained, "--tokens", 2048, "--json", "-")
+    done = finish(start(*tiny_run.command("evaluate", *options)))
     assert [status for status, _, _ in done] == [0, 0], done
     assert json.loads(done[0][1])["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
     assert done[1][1] == ""
@@ -210,9 +187,7 @@ def program(body: str, before: str = "") -> tuple[str, ...]:
 
 def wait_for_work(started: list[subprocess.Popen[str]]) -> None:
     for process in started:
-        assert process.stdout and process.stdout.readline() == "working\n", (
-            process.stderr and process.stderr.read()
-        )
+        assert process.stdout.readline() == "working\n", process.stderr.read()
 
 
 @slow
@@ -250,11 +225,8 @@ def test_an_error_in_one_process_ends_all_and_one_of_all_is_said_by_all():
     mistake = start(*program("    if i == 1: raise UserError('no such\\n folder')\n    work()"))
     bug = start(*program("    if i == 1: raise ValueError('a bug')\n    work()"))
     unlike = start(*program("    processes.check_alike({'version': '1', 'tokenizer': 'ab'[i]})"))
-    uneven = start(
-        *program(
-            "    pass", before="jax.config.update('jax_num_cpu_devices', 1 + int(sys.argv[-1]))"
-        )
-    )
+    devices = "jax.config.update('jax_num_cpu_devices', 1 + int(sys.argv[-1]))"
+    uneven = start(*program("    pass", before=devices))
     for job, status, said in (
         (mistake, 2, "process 1: error: no such folder"),
         (bug, 1, "ValueError: a bug"),
@@ -301,18 +273,15 @@ def test_a_reader_that_leaves_is_no_error():
 @slow
 @pytest.mark.full
 def test_processes_of_unlike_options_end(tiny_recipe, tiny_trained, tmp_path):
+    modes = ["standard"], ["sliding"]
     evaluate = tiny_run.command("evaluate", "--run", tiny_trained, "--mode")
-    seeded = tiny_run.command(
-        "train", "--config", tiny_recipe, "--run-dir", tmp_path / "run", "--train.seed"
-    )
-    for job, said in (
-        (
-            start(*evaluate, differing=(["standard"], ["sliding"])),
-            "mode: 'standard' in process 0, 'sliding' in process 1",
-        ),
-        (start(*seeded, differing=(["1"], ["2"])), "train.seed: 1 in process 0, 2 in process 1"),
+    recipe = ("--config", tiny_recipe, "--run-dir", tmp_path / "run")
+    seeded = tiny_run.command("train", *recipe, "--train.seed")
+    for command, differing, said in (
+        (evaluate, modes, "mode: 'standard' in process 0, 'sliding' in process 1"),
+        (seeded, (["1"], ["2"]), "train.seed: 1 in process 0, 2 in process 1"),
     ):
-        for status, _, err in finish(job):
+        for status, _, err in finish(start(*command, differing=differing)):
             assert status == 2
             assert f"error: {said}; start all processes with the same" in err
 
@@ -346,9 +315,8 @@ def test_what_process_0_says_goes(tmp_path):
         if signal: break
     print(turn, signal)
 """
-    done = finish(
-        start(*program(body.replace("FOLDER", repr(str(tmp_path)))), by=processes_of_slurm())
-    )
+    body = body.replace("FOLDER", repr(str(tmp_path)))
+    done = finish(start(*program(body), by=processes_of_slurm()))
     assert [status for status, _, _ in done] == [0, 0], done
     assert [out for _, out, _ in done] == ["7 15\n"] * 2, "all hear of a signal in the same turn"
 

@@ -1,6 +1,4 @@
-"""All scenarios, and the table of what came of them: `python -m tests.faults --kills 20 --markdown
-docs/reliability.md`.
-"""
+"""All scenarios, and the table of what came of them."""
 
 import argparse
 import os
@@ -61,74 +59,51 @@ def line(row: Row) -> str:
 
 
 def write_between(path: Path, lines: dict[int, str], count: int) -> None:
-    """Puts the `lines`, by their places among `count`, into the table between the marks in a page;
-    others stay as they are.
-    """
+    """Puts the `lines`, by their places among `count`, into the table between a page's marks."""
     before, begin, rest = path.read_text().partition(BEGIN)
     old, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"{path}: has no lines {BEGIN.strip()} and {END.strip()}")
     there = old.splitlines()[len(HEAD) :]
     if len(lines) < count and len(there) != count:
-        raise SystemExit(
-            f"{path}: its table has {len(there)} lines and not {count}; run all scenarios"
-        )
+        raise SystemExit(f"{path}: the table has not {count} lines; run all scenarios")
     new = [lines.get(i) or there[i] for i in range(count)]
     write_text_atomic(path, before + begin + "\n".join([*HEAD, *new]) + "\n" + end + after)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=20,
-        help="of trainings and of preparations; a quarter as many of exports",
-    )
+    kills_of = "of trainings and of preparations; a quarter as many of exports"
+    parser.add_argument("--kills", type=int, default=20, help=kills_of)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what is damaged")
-    parser.add_argument(
-        "--only", default="", help="scenarios, by the start of their names, comma between them"
-    )
-    parser.add_argument(
-        "--markdown", type=Path, help="page in whose table to put what came of them"
-    )
+    parser.add_argument("--only", default="", help="starts of scenarios' names, comma between them")
+    parser.add_argument("--markdown", type=Path, help="page with the table to fill in")
     arguments = parser.parse_args()
     tiny_run.heed_signals()
-    wanted = tuple(arguments.only.split(","))
-    if strangers := [
-        start
-        for start in wanted
-        if not any(name_of(scenario).startswith(start) for scenario in SCENARIOS)
-    ]:
-        parser.error(
-            f"--only: no scenario begins with {', '.join(strangers)}; there are"
-            f" {', '.join(map(name_of, SCENARIOS))}"
-        )
+    wanted, names = tuple(arguments.only.split(",")), [name_of(x) for x in SCENARIOS]
+    for start in wanted:
+        if not any(name.startswith(start) for name in names):
+            parser.error(f"--only: no scenario begins with {start}: {', '.join(names)}")
     lines: dict[int, str] = {}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lab = Lab(Path(folder), arguments.kills, random.Random())
-        for place, scenario in enumerate(SCENARIOS):
-            if not name_of(scenario).startswith(wanted):
+        for place, (name, scenario) in enumerate(zip(names, SCENARIOS, strict=True)):
+            if not name.startswith(wanted):
                 continue
-            lab.rng.seed(f"{arguments.seed} {name_of(scenario)}")
+            lab.rng.seed(f"{arguments.seed} {name}")
             start = time.monotonic()
             try:
                 row = described(scenario(lab), lab)
                 lines[place] = line(row)
-                print(
-                    f"{name_of(scenario)}: {row.tried} tried, {time.monotonic() - start:.0f} s:"
-                    f" {row.message}",
-                    flush=True,
-                )
+                seconds = time.monotonic() - start
+                print(f"{name}: {row.tried} tried, {seconds:.0f} s: {row.message}", flush=True)
             except Exception as error:
                 failed += 1
                 where = traceback.extract_tb(error.__traceback__)[1:]
                 at = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in where)
-                print(
-                    f"{name_of(scenario)}: FAILED at {at}: {type(error).__name__}: {error}"[:3000],
-                    flush=True,
-                )
+                what = f"{type(error).__name__}: {error}"
+                print(f"{name}: FAILED at {at}: {what}"[:3000], flush=True)
     if arguments.markdown and not failed:
         write_between(arguments.markdown, lines, len(SCENARIOS))
     return int(failed > 0)

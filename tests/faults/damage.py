@@ -2,12 +2,14 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sngpt_jax.data.preparation import PrepareSpec, prepare
 from sngpt_jax.data.tokenizer import train_sentencepiece
 from tests.faults.lab import Ended, Lab, Row
+
+SEPARATOR = "\n<|endoftext|>\n"  # between the documents of the tiny run's text
 
 
 def flip(path: Path, lab: Lab) -> None:
@@ -23,7 +25,6 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def a_byte_of_the_latest_checkpoint(lab: Lab) -> Row:
-    """The checkpoint before is taken, with a line that names both."""
     tried = 3 if lab.thorough else 1
     for _ in range(tried):
         run = lab.copy_of_reference("damaged")
@@ -43,7 +44,6 @@ def a_byte_of_the_latest_checkpoint(lab: Lab) -> Row:
 
 
 def a_byte_of_every_checkpoint(lab: Lab) -> Row:
-    """Nothing is left to go on from: said, and nothing is overwritten."""
     run = lab.copy_of_reference("damaged")
     for folder in (run / "checkpoints").iterdir():
         if folder.is_dir():
@@ -74,16 +74,13 @@ def set_aside(path: Path) -> Iterator[None]:
         kept.rename(path)
 
 
-def refused_and_then_gone_on_with(lab: Lab, damaged: Path, damage: object) -> Ended:
-    """A run is killed, `damage` done to `damaged`, the run refused; once all is as it was it goes
-    on.
-    """
+def refused_and_then_gone_on_with(lab: Lab, damaged: Path, damage: Callable[[], object]) -> Ended:
+    """A run is killed, `damage` done to `damaged`, the run refused. Undamaged it goes on."""
     run = lab.fresh("of_changed_data")
-    assert lab.kill_at(
-        lab.start(lab.training(run)), lambda: (run / "checkpoints" / "00000006.json").exists()
-    )
+    saved = run / "checkpoints" / "00000006.json"
+    assert lab.kill_at(lab.start(lab.training(run)), saved.exists)
     with set_aside(damaged):
-        damage()  # type: ignore[operator]
+        damage()
         done = lab.run(lab.training(run))
         assert done.status == 2, done
     lab.goes_on_to_the_same(run)
@@ -91,7 +88,6 @@ def refused_and_then_gone_on_with(lab: Lab, damaged: Path, damage: object) -> En
 
 
 def a_missing_shard(lab: Lab) -> Row:
-    """Refused with the shard's name."""
     shard = lab.data / "train_000000.bin"
     done = refused_and_then_gone_on_with(lab, shard, shard.unlink)
     return Row(
@@ -103,7 +99,6 @@ def a_missing_shard(lab: Lab) -> Row:
 
 
 def a_changed_shard(lab: Lab) -> Row:
-    """One bit of a shard, after the run began."""
     shard = lab.data / "train_000000.bin"
     done = refused_and_then_gone_on_with(lab, shard, lambda: flip(shard, lab))
     return Row(
@@ -115,19 +110,21 @@ def a_changed_shard(lab: Lab) -> Row:
     )
 
 
+def documents_of(lab: Lab) -> list[str]:
+    return (lab.recipe.parent / "text.txt").read_text().split(SEPARATOR)
+
+
 def other_data(lab: Lab) -> Row:
     """The folder is prepared anew, of other text, with the same tokenizer."""
     text = lab.folder / "other.txt"
-    documents = (lab.recipe.parent / "text.txt").read_text().split("\n<|endoftext|>\n")
-    text.write_text("\n<|endoftext|>\n".join(documents[:200]))
+    text.write_text(SEPARATOR.join(documents_of(lab)[:200]))
     tokenizer = shutil.copy(lab.data / "tokenizer.model", lab.folder / "same.model")
 
     def prepare_other() -> None:
         shutil.rmtree(lab.data)
-        prepare(
-            PrepareSpec(source=str(text), out=str(lab.data), val_docs=20, tokenizer=str(tokenizer)),
-            workers=1,
-        )
+        source, out = str(text), str(lab.data)
+        spec = PrepareSpec(source=source, out=out, val_docs=20, tokenizer=str(tokenizer))
+        prepare(spec, workers=1)
 
     done = refused_and_then_gone_on_with(lab, lab.data, prepare_other)
     return Row(
@@ -140,9 +137,8 @@ def other_data(lab: Lab) -> Row:
 
 def another_tokenizer(lab: Lab) -> Row:
     """In the data folder, and in the run's own copy."""
-    documents = (lab.recipe.parent / "text.txt").read_text().split("\n<|endoftext|>\n")
     other = lab.folder / "other.model"
-    train_sentencepiece(documents[:100], other, vocab_size=320, normalization="identity")
+    train_sentencepiece(documents_of(lab)[:100], other, vocab_size=320, normalization="identity")
     kept = lab.data / "tokenizer.model"
     done = refused_and_then_gone_on_with(lab, kept, lambda: shutil.copy(other, kept))
     run = lab.copy_of_reference("swapped")

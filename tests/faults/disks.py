@@ -8,9 +8,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests import tiny_run
 from tests.faults import kills
-from tests.faults.lab import PREPARATION, Ended, Lab, Row
+from tests.faults.lab import Lab, Row
 
 # bytes of disks on which a training fails: sooner or later
 ROOM = ("4k", "12k", "24k", "64k", "300k", "700k", "1300k")
@@ -25,23 +24,14 @@ def mounted(folder: Path, *options: str) -> bool:
 @contextlib.contextmanager
 def small_disk(lab: Lab, size: str) -> Iterator[tuple[Path, Callable[[], None], dict[str, object]]]:
     """A folder on a disk of that `size`, what makes room there, and options for the process that
-    is to meet it full.
-
-    A disk in memory where one can be mounted, else files that may not become larger than that.
+    is to meet it full: a disk in memory, or a limit to the size of files where none can be mounted.
     """
     folder = lab.fresh("disk")
     folder.mkdir()
     if not mounted(folder, "-o", f"size={size}"):
         most = int(size.removesuffix("k")) * 1024 // 4
-        yield (
-            folder,
-            lambda: None,
-            {
-                "preexec_fn": functools.partial(
-                    resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)
-                )
-            },
-        )
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+        yield folder, lambda: None, {"preexec_fn": limit}
         return
     try:
         yield folder, lambda: _remount(folder, "size=100m"), {}
@@ -54,12 +44,9 @@ def _remount(folder: Path, option: str) -> None:
 
 
 def full_in_training(lab: Lab) -> Row:
-    """A training on a disk that becomes full at its start, in its metrics, in a checkpoint; then
-    there is room.
-    """
+    """A disk becomes full at the start, in the metrics, in a checkpoint; then there is room."""
     messages: list[str] = []
-    # where a write fails is also a matter of chance
-    rooms = 3 * ROOM if lab.thorough else ROOM[2:3]
+    rooms = 3 * ROOM if lab.thorough else ROOM[2:3]  # where a write fails is a matter of chance too
     for size in rooms:
         with small_disk(lab, size) as (disk, make_room, limits):
             done = lab.run(lab.training(disk / "run"), **limits)
@@ -67,9 +54,7 @@ def full_in_training(lab: Lab) -> Row:
             messages.append(done.error)
             make_room()
             lab.goes_on_to_the_same(disk / "run")
-    of_checkpoints = [
-        message for message in messages if "the checkpoint could not be saved" in message
-    ]
+    of_checkpoints = [x for x in messages if "the checkpoint could not be saved" in x]
     return Row(
         "full disk during training",
         "The training stops and names the file that it could not write. Once there is room, the"
@@ -99,28 +84,23 @@ def full_for_output(lab: Lab) -> Row:
 def full_in_preparation(lab: Lab) -> Row:
     """Shards on a full disk; with room they are those of an undisturbed preparation."""
 
-    def command(out: Path) -> list[str]:
-        return tiny_run.command(
-            "prepare", "--source", lab.recipe.parent / "text.txt", "--out", out, *PREPARATION
-        )
-
-    assert lab.run(command(lab.fresh("undisturbed"))).status == 0
-    messages: list[Ended] = []
-    for size in ("4k", "16k", "40k"):
+    undisturbed, sizes = lab.fresh("undisturbed"), ("4k", "16k", "40k")
+    assert lab.run(kills.prepare_command(lab, undisturbed)).status == 0
+    for size in sizes:
         with small_disk(lab, size) as (disk, make_room, limits):
-            done = lab.run(command(disk / "data"), **limits)
-            assert done.status == 2, (size, done)
-            messages.append(done)
+            command = kills.prepare_command(lab, disk / "data")
+            done = lab.run(command, **limits)
+            assert done.status == 2 and done.error, (size, done)
             make_room()
-            assert lab.run(command(disk / "data")).status == 0
-            assert kills.contents(disk / "data") == kills.contents(lab.folder / "undisturbed")
+            assert lab.run(command).status == 0
+            assert kills.contents(disk / "data") == kills.contents(undisturbed)
     return Row(
         "full disk during the preparation of shards",
         "The preparation stops. The same command resumes after the last whole shard and writes the"
         " same bytes.",
-        messages[-1].error,
+        done.error,
         "2",
-        len(messages),
+        len(sizes),
     )
 
 
@@ -141,9 +121,7 @@ def full_in_export(lab: Lab) -> Row:
 
 
 def unwritable(lab: Lab) -> Row:
-    """A run directory that cannot be made, one on a disk that is read-only, and one that becomes
-    so during the run.
-    """
+    """A run directory that cannot be made, on a read-only disk, or read-only during the run."""
     (lab.folder / "a_file").write_text("")
     done = lab.run(lab.training(lab.folder / "a_file" / "run"))
     assert done.status == 2, done
@@ -153,16 +131,12 @@ def unwritable(lab: Lab) -> Row:
     if mounted(folder):
         try:
             process = lab.start(lab.training(folder / "run"))
-            lab.until(lambda: (folder / "run" / "checkpoints" / "00000004.json").exists(), process)
-            # files that are open for writing keep a disk from becoming read-only; its folders may
-            # be immutable nevertheless
-            subprocess.run(
-                ["chattr", "+i", str(folder / "run" / "checkpoints")],
-                check=True,
-                capture_output=True,
-            )
+            checkpoints = folder / "run" / "checkpoints"
+            lab.until((checkpoints / "00000004.json").exists, process)
+            # immutable, since open files keep a disk from becoming read-only
+            subprocess.run(["chattr", "+i", str(checkpoints)], check=True, capture_output=True)
             done = lab.end(process)
-            subprocess.run(["chattr", "-i", str(folder / "run" / "checkpoints")], check=True)
+            subprocess.run(["chattr", "-i", str(checkpoints)], check=True)
             assert done.status == 2, done
             message, tried = done.error, tried + 1
             lab.goes_on_to_the_same(folder / "run")
@@ -170,8 +144,7 @@ def unwritable(lab: Lab) -> Row:
             done = lab.run(lab.training(folder / "other"))
             assert done.status == 2 and done.error, done
             tried += 1
-        # a system whose disks in memory have no such attribute
-        except subprocess.CalledProcessError:
+        except subprocess.CalledProcessError:  # disks in memory may not have this attribute
             lab.end(process)
         finally:
             subprocess.run(["umount", str(folder)], check=True)

@@ -40,9 +40,7 @@ def make_nan(steps: list[int]) -> None:
 
 
 def make_clock_jump(seed: int) -> None:
-    """The clock that people set, `time.time`, jumps at every hundredth look at it; those that
-    cannot be set do not.
-    """
+    """The clock that people set, `time.time`, jumps at about every hundredth look at it."""
     rng, real, jump = random.Random(seed), time.time, [0.0]
 
     def jumping() -> float:

@@ -17,9 +17,7 @@ LONGEST_SILENCE = 100  # seconds that the one which is left may take to notice
 
 
 def a_moment(lab: Lab, directory: Path) -> Callable[[], bool]:
-    """A random moment of a training: while it starts, between steps, or while a checkpoint is
-    being written.
-    """
+    """A random moment of a training: while it starts, between steps, or during a save."""
     kind, logged = lab.rng.choice(("starting", "training", "saving")), steps_logged(directory)
     if kind == "starting":
         return lab.after(lab.rng.uniform(0, 0.8 * lab.seconds))
@@ -27,13 +25,10 @@ def a_moment(lab: Lab, directory: Path) -> Callable[[], bool]:
     if kind == "training":
         return lambda: steps_logged(directory) >= target
     delay = lab.rng.uniform(0, 0.05)
-    before = set(unfinished_saves(directory))
+    before = unfinished_saves(directory)
 
     def saving() -> bool:
-        if (
-            steps_logged(directory) < min(target, 36)
-            or not set(unfinished_saves(directory)) - before
-        ):
+        if steps_logged(directory) < min(target, 36) or unfinished_saves(directory) <= before:
             return False
         time.sleep(delay)
         return True
@@ -47,21 +42,18 @@ def of_trainings(lab: Lab) -> Row:
     while (tried := seen.total()) < lab.kills:
         directory = lab.fresh("killed")
         for _ in range(min(IN_A_ROW, lab.kills - tried)):
-            logged, old = steps_logged(directory), set(unfinished_saves(directory))
+            logged, old = steps_logged(directory), unfinished_saves(directory)
             if not lab.kill_at(lab.start(lab.training(directory)), a_moment(lab, directory)):
                 break
-            saving = set(unfinished_saves(directory)) - old
-            during = (
-                "saves" if saving else "steps" if steps_logged(directory) != logged else "starts"
-            )
-            seen[during] += 1
+            if unfinished_saves(directory) - old:
+                seen["saves"] += 1
+            else:
+                seen["steps" if steps_logged(directory) != logged else "starts"] += 1
         lab.goes_on_to_the_same(directory)
         assert not list(directory.glob("**/*tmp*")), "something half written is left"
+    moments = [f"{seen[x]} during {x}" for x in ("starts", "steps", "saves") if seen[x]]
     return Row(
-        "SIGKILL of a training, "
-        + ", ".join(
-            f"{seen[name]} during {name}" for name in ("starts", "steps", "saves") if seen[name]
-        ),
+        f"SIGKILL of a training, {', '.join(moments)}",
         "The same command resumes from the last finished checkpoint. Parameters, optimizer state,"
         " averages and logged losses end equal to those of an uninterrupted run, bit for bit.",
         "resuming after step N",
@@ -72,32 +64,29 @@ def of_trainings(lab: Lab) -> Row:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder, but for the lock."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and path.name != ".lock"
-    }
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != ".lock")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def prepare_command(lab: Lab, out: Path) -> list[str]:
+    """The command that prepares the recipe's text into `out`."""
+    source = lab.recipe.parent / "text.txt"
+    return tiny_run.command("prepare", "--source", source, "--out", out, *PREPARATION)
 
 
 def of_preparations(lab: Lab) -> Row:
-    """Shards, byte corrections, tokenizer and manifest in the end are those of the undisturbed
-    preparation.
-    """
-    source = lab.recipe.parent / "text.txt"
-
-    def command(out: Path) -> list[str]:
-        return tiny_run.command("prepare", "--source", source, "--out", out, *PREPARATION)
-
-    start = time.monotonic()
-    assert lab.run(command(lab.fresh("undisturbed"))).status == 0
-    seconds, expected, tried = time.monotonic() - start, contents(lab.folder / "undisturbed"), 0
+    """All files in the end are those of an undisturbed preparation."""
+    undisturbed, start = lab.fresh("undisturbed"), time.monotonic()
+    assert lab.run(prepare_command(lab, undisturbed)).status == 0
+    seconds, expected, tried = time.monotonic() - start, contents(undisturbed), 0
     while tried < lab.kills:
         out = lab.fresh("killed_data")
+        command = prepare_command(lab, out)
         for _ in range(min(IN_A_ROW, lab.kills - tried)):
-            if not lab.kill_at(lab.start(command(out)), lab.after(lab.rng.uniform(0, seconds))):
+            if not lab.kill_at(lab.start(command), lab.after(lab.rng.uniform(0, seconds))):
                 break
             tried += 1
-        done = lab.run(command(out))
+        done = lab.run(command)
         assert done.status == 0, done.err
         assert contents(out) == expected
     return Row(
@@ -111,15 +100,12 @@ def of_preparations(lab: Lab) -> Row:
 
 def export_command(lab: Lab, folder: Path) -> list[str]:
     """The command that exports the reference run into `folder`."""
-    return tiny_run.command(
-        "export", "--run", lab.reference, "--out", folder / "m.sngpt", "--tokens", 2048
-    )
+    out = folder / "m.sngpt"
+    return tiny_run.command("export", "--run", lab.reference, "--out", out, "--tokens", 2048)
 
 
 def of_exports(lab: Lab) -> Row:
-    """Artifact, program and tokenizer in the end are those of the undisturbed export, and nothing
-    else is there.
-    """
+    """All files in the end are those of an undisturbed export."""
     start = time.monotonic()
     undisturbed = lab.fresh("exported")
     assert lab.run(export_command(lab, undisturbed)).status == 0
@@ -128,15 +114,12 @@ def of_exports(lab: Lab) -> Row:
         folder = lab.fresh("killed_export")
         # the files appear at the end, so most moments are late ones
         moment = lab.after(seconds * lab.rng.triangular(0, 1, 0.9))
-        hidden = lab.rng.random() < 0.5
-        condition = (
-            (lambda folder=folder: any(folder.glob(".export-*/m.sngpt"))) if hidden else moment
-        )
-        if lab.kill_at(lab.start(export_command(lab, folder)), condition):
+        if lab.rng.random() < 0.5:
+            moment = lambda folder=folder: any(folder.glob(".export-*/m.sngpt"))  # noqa: E731
+        if lab.kill_at(lab.start(export_command(lab, folder)), moment):
             tried += 1
-            assert not (folder / "m.sngpt").exists() or contents(folder) == contents(undisturbed), (
-                "half an export is visible"
-            )
+            whole = contents(folder) == contents(undisturbed) if folder.exists() else False
+            assert whole or not (folder / "m.sngpt").exists(), "half an export is visible"
         done = lab.run(export_command(lab, folder))
         assert done.status == 0, done.err
         assert contents(folder) == contents(undisturbed)
@@ -151,7 +134,7 @@ def of_exports(lab: Lab) -> Row:
 
 
 def of_one_of_two_processes(lab: Lab) -> Row:
-    """The survivor ends by itself; both, started again, or one alone, go on."""
+    """The survivor ends by itself. Both, started again, go on."""
     directory = lab.fresh("two")
     started = test_processes.train(lab.recipe, directory, *TWO)
     try:
@@ -164,13 +147,10 @@ def of_one_of_two_processes(lab: Lab) -> Row:
             process.communicate()
     assert started[0].returncode == 5 and "Traceback" not in err, err
     (message,) = [line for line in err.splitlines() if "another process is gone" in line]
-    done = test_processes.finish(test_processes.train(lab.recipe, directory, *TWO))
-    assert [status for status, _, _ in done] == [0, 0], done
     whole = lab.fresh("two_whole")
-    assert [
-        status
-        for status, _, _ in test_processes.finish(test_processes.train(lab.recipe, whole, *TWO))
-    ] == [0, 0]
+    for run in (directory, whole):
+        done = test_processes.finish(test_processes.train(lab.recipe, run, *TWO))
+        assert [status for status, _, _ in done] == [0, 0], done
     tiny_run.assert_same_run(directory, whole)
     shutil.rmtree(whole)
     return Row(

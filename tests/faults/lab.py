@@ -1,6 +1,4 @@
-"""A workspace with a tiny recipe, its uninterrupted results, and the processes that scenarios
-start and break in it.
-"""
+"""A workspace with a tiny recipe, its uninterrupted results, and processes to break in it."""
 
 import dataclasses
 import os
@@ -54,14 +52,12 @@ class Row:
 
 @dataclass
 class Lab:
-    """`kills` is how often each kind of kill is tried, `thorough` whether what takes long is done
-    too.
-    """
+    """What the scenarios share."""
 
     folder: Path
-    kills: int
+    kills: int  # of each kind
     rng: random.Random
-    thorough: bool = True
+    thorough: bool = True  # whether what takes long is done too
 
     @cached_property
     def recipe(self) -> Path:
@@ -80,7 +76,7 @@ class Lab:
 
     @cached_property
     def seconds(self) -> float:
-        """Seconds that a training takes whose programs are compiled already."""
+        """The time of a training whose programs are compiled already."""
         assert self.reference.exists()
         start = time.monotonic()
         self.finished(self.fresh("timed"))
@@ -103,47 +99,31 @@ class Lab:
 
     def training(self, directory: Path, *more: object) -> list[str]:
         """The command that trains into `directory`."""
-        return tiny_run.command(
-            "train", "--config", self.recipe, "--run-dir", directory, *TRAINING, *more
-        )
+        where = ("--config", self.recipe, "--run-dir", directory)
+        return tiny_run.command("train", *where, *TRAINING, *more)
 
     def injected(self, faults: Sequence[object], command: Sequence[str]) -> list[str]:
         """`command` with `faults`, as `inject.py` takes them, in its process."""
         return [sys.executable, "-m", "tests.faults.inject", *map(str, faults), *command[2:]]
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[str]:
-        """Starts a command; what it prints goes to files, since nobody may be there to read a
-        pipe.
-        """
-        out, err = (open(self.folder / f"std{name}", "w+") for name in ("out", "err"))  # noqa: SIM115 - the process keeps them
-        settings = {
-            "cwd": tiny_run.ROOT,
-            "env": tiny_run.environment(),
-            "stdout": out,
-            "stderr": err,
-            **options,
-        }
-        process = subprocess.Popen(command, text=True, **settings)  # type: ignore[call-overload]
-        out.close()
-        err.close()
-        return process
+        """Starts a command that prints to files: a pipe may have no reader."""
+        with open(self.folder / "out", "w") as out, open(self.folder / "err", "w") as err:
+            settings = {"cwd": tiny_run.ROOT, "env": tiny_run.environment(), "text": True}
+            return subprocess.Popen(
+                command, **{"stdout": out, "stderr": err, **settings, **options}
+            )
 
     def end(self, process: subprocess.Popen[str]) -> Ended:
-        """Waits for the end of the process that was started last; one that hangs is killed and
-        fails.
-        """
+        """Waits for the end of the process that was started last. A process that hangs fails."""
         try:
             status = process.wait(LONGEST)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(
-                f"{process.args} hangs: {(self.folder / 'stderr').read_text()}"
-            ) from None
-        return Ended(
-            status,
-            (self.folder / "stdout").read_text(),
-            (self.folder / "stderr").read_text(errors="replace"),
-        )
+            status = None
+        out, err = ((self.folder / name).read_text(errors="replace") for name in ("out", "err"))
+        assert status is not None, f"{process.args} hangs: {err}"
+        return Ended(status, out, err)
 
     def run(self, command: Sequence[str], **options: object) -> Ended:
         """Runs a command to its end."""
@@ -156,9 +136,7 @@ class Lab:
         return directory
 
     def goes_on_to_the_same(self, directory: Path) -> None:
-        """The same command again ends with the parameters, optimizer state and logged losses of
-        the reference.
-        """
+        """The same command again ends with the state and the losses of the reference."""
         tiny_run.assert_same_run(self.reference, self.finished(directory))
 
     # ---------------------------------------- moments
@@ -171,7 +149,7 @@ class Lab:
             time.sleep(0.0005)
 
     def kill_at(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
-        """SIGKILL once `condition` holds; whether it came before the process's own end."""
+        """SIGKILL once `condition` holds; returns whether it came before the process's own end."""
         self.until(condition, process)
         process.kill()
         return self.end(process).status == -signal.SIGKILL
@@ -185,11 +163,8 @@ class Lab:
 
     def shown(self, message: str) -> str:
         """`message` as the table has it: no paths of this machine, no addresses."""
-        message = (
-            message.removeprefix("error: ")
-            .replace(str(self.folder), "…")
-            .replace(sys.executable, "python")
-        )
+        message = message.removeprefix("error: ").replace(str(self.folder), "…")
+        message = message.replace(sys.executable, "python")
         message = re.sub(r"\b[0-9a-f]{12,}\b", "<hash>", message)
         message = re.sub(r" \[[\d.]+\]:\d+", "", message)
         return " ".join(message.replace("|", "\\|").split())
@@ -203,17 +178,14 @@ def described(row: Row, lab: Lab) -> Row:
     return dataclasses.replace(row, message=lab.shown(row.message))
 
 
-def unfinished_saves(directory: Path) -> list[str]:
+def unfinished_saves(directory: Path) -> set[str]:
     """The checkpoints of a run that have begun and are not recorded."""
     try:
         names = set(os.listdir(directory / "checkpoints"))
     except FileNotFoundError:
-        return []
-    return [
-        name
-        for name in names
-        if not name.endswith(".json") and f"{name.split('.')[0]}.json" not in names
-    ]
+        return set()
+    saves = {name for name in names if not name.endswith(".json")}
+    return {name for name in saves if f"{name.split('.')[0]}.json" not in names}
 
 
 def steps_logged(directory: Path) -> int:

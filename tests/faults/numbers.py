@@ -6,7 +6,6 @@ from tests.faults.lab import Lab, Row
 
 
 def nan_stops(lab: Lab) -> Row:
-    """The run ends and names the last good checkpoint; the parameters there are finite."""
     run = lab.fresh("nan")
     done = lab.run(lab.injected(("--nan", 7), lab.training(run)))
     assert done.status == 3, done
@@ -27,24 +26,14 @@ def nan_is_skipped(lab: Lab) -> Row:
     assert done.status == 0 and "Traceback" not in done.err, done
     said = [line for line in done.out.splitlines() if "skipped," in line]
     assert len(said) == 2, said
-    counts = {
-        record["step"]: record["skipped"]
-        for record in read_metrics(whole / "metrics.jsonl")
-        if "skipped" in record
-    }
+    counts = {step: count for step, _, count in tiny_run.losses(whole, ("skipped",))}
     assert [counts[step] for step in (6, 7, 14, 15, 40)] == [0, 1, 1, 2, 2]
     command = lab.injected(nan, lab.training(killed, *skip))
-    assert lab.kill_at(
-        lab.start(command), lambda: (killed / "checkpoints" / "00000010.json").exists()
-    )
+    saved = killed / "checkpoints" / "00000010.json"
+    assert lab.kill_at(lab.start(command), saved.exists)
     assert lab.run(command).status == 0
     tiny_run.assert_same_run(whole, killed)
-    again = {
-        record["step"]: record["skipped"]
-        for record in read_metrics(killed / "metrics.jsonl")
-        if "skipped" in record
-    }
-    assert again == counts
+    assert tiny_run.losses(killed, ("skipped",)) == tiny_run.losses(whole, ("skipped",))
     return Row(
         "NaN in two gradients, with `train.nonfinite = skip`",
         "The steps change nothing and are counted. The count survives a kill.",
@@ -57,15 +46,9 @@ def nan_is_skipped(lab: Lab) -> Row:
 
 def nan_to_the_limit(lab: Lab) -> Row:
     """One skipped step more in a row than are allowed."""
-    options = (
-        "--train.nonfinite",
-        "skip",
-        "--train.max-skipped-steps",
-        2,
-        "--train.keep-checkpoints",
-        4,
-    )
-    done = lab.run(lab.injected(("--nan", "9,10,11"), lab.training(lab.fresh("limit"), *options)))
+    limit = ("--train.nonfinite", "skip", "--train.max-skipped-steps", 2)
+    training = lab.training(lab.fresh("limit"), *limit, "--train.keep-checkpoints", 4)
+    done = lab.run(lab.injected(("--nan", "9,10,11"), training))
     assert done.status == 3, done
     assert "step 11" in done.error and "number 3 in a row" in done.error, done
     # step 8's parameters are those that the steps after it failed with
@@ -80,9 +63,7 @@ def nan_to_the_limit(lab: Lab) -> Row:
 
 
 def clock(lab: Lab) -> Row:
-    """The clock that people set jumps by up to a day all the time; schedules and measurements take
-    another one.
-    """
+    """Schedules and measurements take another clock than the one that people set."""
     runs = [lab.fresh(f"clock{i}") for i in range(2 if lab.thorough else 1)]
     for seed, run in enumerate(runs):
         done = lab.run(lab.injected(("--clock", seed), lab.training(run)))

@@ -30,7 +30,7 @@ def asked_to_stop(lab: Lab) -> Row:
 
 
 def interrupted_while_starting(lab: Lab) -> Row:
-    """Ctrl-C while modules are imported and programs compiled, before there is anything to save."""
+    """Before there is anything to save."""
     tried = 5 if lab.thorough else 2
     for _ in range(tried):
         run, moment = lab.fresh("hardly_begun"), lab.after(lab.rng.uniform(0.3, 0.5 * lab.seconds))

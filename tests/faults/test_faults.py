@@ -1,6 +1,4 @@
-"""The short form of `python -m tests.faults`: what neither tests/test_train.py nor the other tests
-of runs do already.
-"""
+"""The short form of `python -m tests.faults`: what other tests of runs do not do already."""
 
 import random
 

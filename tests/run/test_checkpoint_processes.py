@@ -1,6 +1,4 @@
-"""Checkpoints between processes: other numbers of devices, SIGKILL at each moment of a save, full
-disks.
-"""
+"""Checkpoints between processes: other devices, SIGKILL at each moment of a save, full disks."""
 
 import json
 import os
@@ -54,7 +52,6 @@ def expected_params(step: int) -> np.ndarray:
 
 
 def test_another_process_with_another_number_of_devices(tmp_path):
-    """Eight devices save what one loads, and the other way round."""
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
     target = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding)}
     with Checkpointer(tmp_path, keep=1) as checkpointer:

@@ -1,4 +1,4 @@
-"""The console: its text to the letter, what is printed when, and that it costs nothing."""
+"""The console: its text to the letter, and what is printed when."""
 
 import io
 import logging
@@ -42,11 +42,7 @@ def test_the_console_line_to_the_letter(record, steps, line):
 
 
 LARGE = RECORD | {"step": 99_999, "train_loss": 10.8258, "grad_norm": 0.0123, "step_ms": 9999.9}
-LARGE |= {"tok_per_s": 1_234_567.0}
-
-
-def test_the_line_fits_with_every_number_large():
-    assert len(format_step(LARGE | {"eta": 273_600.0}, 100_000)) <= 120
+LARGE |= {"tok_per_s": 1_234_567.0, "eta": 273_600.0}
 
 
 def test_a_narrow_line_leaves_out_what_matters_least():
@@ -60,7 +56,8 @@ def test_a_narrow_line_leaves_out_what_matters_least():
         "step 00120/02000 │ loss 3.2145 │ 66,400 tok/s │ eta 3m12s",
         "step 00120/02000 │ loss 3.2145 │ eta 3m12s",
     ]
-    assert len(format_step(LARGE, 100_000, 80)) <= 80 and "mfu" in format_step(LARGE, 100_000, 80)
+    assert len(format_step(LARGE, 100_000)) <= 120
+    assert len(line := format_step(LARGE, 100_000, 80)) <= 80 and "mfu" in line
     # nothing more to leave out
     assert format_step(RECORD, 2000, 1) == "step 00120/02000 │ loss 3.2145 │ eta 3m12s"
 
@@ -86,10 +83,8 @@ def test_the_last_step_is_printed_even_when_the_run_ends_early():
         for step in range(1, 20):
             console.step({"step": step})
         raise KeyboardInterrupt
-    assert (
-        out.getvalue().splitlines()[-1].startswith("step 00019/04000")
-        and out.getvalue().count("00019/") == 1
-    )
+    assert out.getvalue().splitlines()[-1].startswith("step 00019/04000")
+    assert out.getvalue().count("00019/") == 1
 
 
 def test_header_validation_and_long_lines():
@@ -112,11 +107,8 @@ def test_the_live_line_fits_the_terminal(monkeypatch, columns, has_bar):
         for step in range(1, 12):  # the eleventh is not printed
             console.step(RECORD | {"step": step})
         await_text(out, "00011/02000")
-        (live,) = {
-            line.rstrip()
-            for line in re.split(r"[\r\n]", plain(out.getvalue()))
-            if "00011/02000" in line
-        }
+        lines = re.split(r"[\r\n]", plain(out.getvalue()))
+        (live,) = {line.rstrip() for line in lines if "00011/02000" in line}
     assert len(live) <= columns and "…" not in live and ("━" in live) == has_bar
     for name in ("loss", "tok/s", "mfu", "eta 3m12s", "lr", "grad", "ms"):
         assert (name in live) == (columns > 80 or name not in ("lr", "grad", "ms")), name
@@ -140,19 +132,8 @@ def test_a_terminal_has_a_live_line_and_keeps_the_printed_ones(monkeypatch):
         await_text(out, "00030/02000")
     text = out.getvalue()
     assert "\x1b[" in text and "\x1b[?25h" in text  # the cursor is given back
-    assert format_step(RECORD | {"step": 3}, 2000) in plain(text) and format_step(
-        VAL, 2000
-    ) in plain(text)
-
-
-def test_a_step_that_is_not_printed_costs_little():
-    console = Console(100_000, stream=io.StringIO())
-    for step in range(1, 11):
-        console.step(RECORD | {"step": step})
-    start = time.perf_counter()
-    for step in range(11, 2011):
-        console.step(RECORD | {"step": step})
-    assert (time.perf_counter() - start) / 2000 < 50e-6
+    for record in (RECORD | {"step": 3}, VAL):
+        assert format_step(record, 2000) in plain(text)
 
 
 def test_a_run_that_ends_by_the_clock_is_as_far_as_the_clock(monkeypatch):
@@ -180,10 +161,8 @@ def test_printed_steps_fit_a_narrow_terminal(monkeypatch):
     out = Screen()
     with Console(2000, stream=out, clock=Clock()) as console:
         console.step(RECORD)
-    assert (
-        "step 00120/02000 │ loss 3.2145 │ eta 3m12s" in plain(out.getvalue())
-        and "tok/s" not in out.getvalue()
-    )
+    assert "step 00120/02000 │ loss 3.2145 │ eta 3m12s" in plain(out.getvalue())
+    assert "tok/s" not in out.getvalue()
 
 
 def test_work_aside_takes_the_live_line_while_it_lasts(monkeypatch):
@@ -241,9 +220,7 @@ def test_a_log_line_beside_the_live_line_is_whole(monkeypatch):
     as_terminal(monkeypatch, 60)
     out = Screen()
     monkeypatch.setattr(sys, "stderr", out)
-    command = (
-        f"stopped; to go on: python -m sngpt_jax.train --run-dir {'x' * 80} --train.steps 3000"
-    )
+    command = f"to go on: python -m sngpt_jax.train --run-dir {'x' * 80} --train.steps 3000"
     with Console(2000, stream=out, clock=Clock()) as console:
         console.step(RECORD)
         print(command, file=sys.stderr)

@@ -1,6 +1,4 @@
-"""Which weights a run directory gives out: those of the last step, or an average where there is
-one.
-"""
+"""Who may write to a run directory, and which weights it gives out."""
 
 import dataclasses
 
@@ -11,7 +9,7 @@ import pytest
 from sngpt_jax.base.errors import UserError, one_line
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.optim.averaging import update_swa
@@ -25,17 +23,12 @@ from sngpt_jax.weights.source import load_model
 def run(tiny_recipe, tmp_path_factory):
     """A run without an EMA: its SWA is empty at step 0 and holds twice the weights at step 1."""
     run_dir = tmp_path_factory.mktemp("run")
-    config = load(str(tiny_recipe))
-    config = dataclasses.replace(
-        config,
-        optim=dataclasses.replace(config.optim, ema_decay=0.0, average_table_dtype="bfloat16"),
-        eval=dataclasses.replace(config.eval, weights="swa"),
-    )
+    averages = {"ema_decay": 0.0, "average_table_dtype": "bfloat16"}
+    config = changed(load(str(tiny_recipe)), optim=averages, eval={"weights": "swa"})
     run_directory.begin(run_dir, config, None)
     state = init_state(Shapes.of(config, make_mesh(jax.devices()[:1])))
-    later = dataclasses.replace(
-        state, swa=update_swa(state.swa, jax.tree.map(lambda p: 2 * p, state.params), True)
-    )
+    doubled = jax.tree.map(lambda p: 2 * p, state.params)
+    later = dataclasses.replace(state, swa=update_swa(state.swa, doubled, True))
     with Checkpointer(run_directory.checkpoint_dir(run_dir), keep=2) as checkpoints:
         checkpoints.save(0, state, extra={})
         checkpoints.save(1, later, extra={})
@@ -47,9 +40,8 @@ def test_the_weights_asked_for_are_given(run):
     mesh = make_mesh(jax.devices()[:1])
     final, mean = (load_model(run_dir, mesh, weights=name) for name in ("final", "swa"))
     assert (final.weights, final.step, mean.weights, mean.step) == ("final", 1, "swa", 1)
-    for given, average, p in zip(
-        *map(jax.tree.leaves, (final.variables, mean.variables, params)), strict=True
-    ):
+    trees = (final.variables, mean.variables, params)
+    for given, average, p in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_array_equal(given, p)
         assert average.dtype == np.float32  # whatever the average is kept in
         np.testing.assert_allclose(average, 2 * p, rtol=2**-8)
@@ -59,11 +51,7 @@ def test_the_weights_asked_for_are_given(run):
 @pytest.mark.parametrize(
     ("step", "weights", "said"),
     [
-        (
-            None,
-            "ema",
-            "the run .* keeps no such average .optim.ema_decay = 0.; take --weights final",
-        ),
+        (None, "ema", "keeps no such average .optim.ema_decay = 0.; take --weights final"),
         (0, "swa", "--weights swa: no snapshot was taken up to step 0"),
         (0, None, "--weights swa: no snapshot was taken up to step 0"),
     ],
@@ -75,17 +63,11 @@ def test_an_average_that_is_not_there_is_an_error(run, step, weights, said):
 
 def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny_recipe):
     config = load(str(tiny_recipe))
-    spread = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, fsdp=4, shard_optimizer=True)
-    )
-    other = dataclasses.replace(config, train=dataclasses.replace(config.train, fsdp=4, seed=1))
     run_directory.begin(tmp_path, config, None)
-    with run_directory.claim(tmp_path, spread):
+    with run_directory.claim(tmp_path, changed(config, train={"fsdp": 4, "shard_optimizer": True})):
         pass
-    with (
-        pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"),
-        run_directory.claim(tmp_path, other),
-    ):
+    other = run_directory.claim(tmp_path, changed(config, train={"fsdp": 4, "seed": 1}))
+    with pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"), other:
         pass
 
 
@@ -94,17 +76,14 @@ def test_other_data_than_the_run_began_with_are_refused(tmp_path, tiny_recipe):
     run_directory.keep_data(tmp_path, data)
     run_directory.keep_data(tmp_path, data)
     shard, *rest = data.manifest.train
-    changed = dataclasses.replace(
-        data.manifest, train=(dataclasses.replace(shard, sha256="0" * 64), *rest)
-    )
-    with pytest.raises(
-        UserError, match="not the data that the run in .* began with .* choose another --run-dir"
-    ):
-        run_directory.keep_data(tmp_path, dataclasses.replace(data, manifest=changed))
+    shards = (dataclasses.replace(shard, sha256="0" * 64), *rest)
+    manifest = dataclasses.replace(data.manifest, train=shards)
+    said = "not the data that the run in .* began with .* choose another --run-dir"
+    with pytest.raises(UserError, match=said):
+        run_directory.keep_data(tmp_path, dataclasses.replace(data, manifest=manifest))
     fewer = dataclasses.replace(data, train=data.val, manifest=None)
-    with pytest.raises(
-        UserError, match=f"{len(data.train):,} training .* then, {len(data.val):,} training .* now"
-    ):
+    said = f"{len(data.train):,} training .* then, {len(data.val):,} training .* now"
+    with pytest.raises(UserError, match=said):
         run_directory.keep_data(tmp_path, fewer)
 
 

@@ -15,17 +15,12 @@ from sngpt_jax.run import environment
 def test_every_start_is_a_line(tmp_path):
     environment.record(tmp_path, 0)
     environment.record(tmp_path, 7)
-    first, second = (
-        json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines()
-    )
-    assert (first["step"], second["step"]) == (0, 7)
-    assert first["jax"] == jax.__version__ and first["python"] == platform.python_version()
-    assert first["sngpt_jax"] == sngpt_jax.__version__
-    assert (first["device"], first["devices"], first["processes"]) == (
-        jax.devices()[0].device_kind,
-        8,
-        1,
-    )
+    lines = (tmp_path / "environment.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    expected = {"step": 0, "jax": jax.__version__, "python": platform.python_version()}
+    expected |= {"sngpt_jax": sngpt_jax.__version__, "device": jax.devices()[0].device_kind}
+    assert first == first | expected | {"devices": 8, "processes": 1}
+    assert second["step"] == 7
     assert first["time"] <= second["time"] and first["time"].endswith("+00:00")
 
 
@@ -37,10 +32,8 @@ def test_of_very_many_starts_the_first_and_the_latest_are_kept(tmp_path, monkeyp
 
 
 def test_the_machine_is_not_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        socket, "gethostname", lambda: pytest.fail("asked for the name of the machine")
-    )
-    monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the name of the machine"))
+    for module, name in ((socket, "gethostname"), (platform, "node")):
+        monkeypatch.setattr(module, name, lambda: pytest.fail("asked for the machine's name"))
     environment.record(tmp_path, 0)
 
 

@@ -1,21 +1,16 @@
-"""The clock without its pauses, and signals that wait for a step's end."""
+"""The clock without its pauses, signals that wait for a step's end, and the profiler."""
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from sngpt_jax.run.checkpoint import forgive_late_callbacks
 from sngpt_jax.run.clock import Stopwatch
 from sngpt_jax.run.profiler import Profiler
 from sngpt_jax.run.signals import EXIT_STATUS, StopSignals
-from tests.tiny_run import ROOT, environment
 
 
 def test_the_stopwatch_leaves_out_pauses():
@@ -64,17 +59,12 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_late_callbacks_of_a_failed_save_are_not_heard(monkeypatch):
     heard = []
-    monkeypatch.setattr(
-        sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value))
-    )
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable))
     forgive_late_callbacks()
-    for error in (
-        RuntimeError("Event loop is closed"),
-        RuntimeError("another"),
-        ValueError("Event loop is closed"),
-    ):
-        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
-    assert heard == ["another", "Event loop is closed"]
+    closed = "Event loop is closed"
+    for error in (RuntimeError(closed), RuntimeError("another"), ValueError(closed)):
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+    assert [str(unraisable.exc_value) for unraisable in heard] == ["another", closed]
 
 
 def test_handlers_come_back():
@@ -82,22 +72,6 @@ def test_handlers_come_back():
     with StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def traced(monkeypatch, folder, window, first, last):
-    """Starts, stops and steps in order, as the loop drives the profiler."""
-    calls = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda path: calls.append("start"))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
-    profiler = Profiler(folder, window)
-    for step in range(first, last + 1):
-        if profiler.begins_with(step):
-            profiler.start()
-        calls.append(step)
-        if profiler.ends_with(step):
-            profiler.stop()
-    profiler.stop()
-    return calls
 
 
 @pytest.mark.parametrize(
@@ -111,50 +85,15 @@ def traced(monkeypatch, folder, window, first, last):
     ],
 )
 def test_the_profiler_runs_from_first_to_last(monkeypatch, tmp_path, window, first, want):
-    assert traced(monkeypatch, tmp_path, window, first, 5) == want
-
-
-MEMORY = """
-import resource, sys
-import jax, jax.numpy as jnp
-from sngpt_jax.training.compiler import keep_working_memory
-if sys.argv[1] == "kept":
-    keep_working_memory()
-program = jax.jit(lambda x: jnp.sum(x @ x.T))  # of a product that takes 64 MB
-x = jnp.ones((1 << 12, 16))
-for _ in range(3):
-    program(x).block_until_ready()
-faults = []
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(x).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))  # a system short of memory takes some pages back now and then
-"""
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"),
-    reason="glibc's heap",
-)
-@pytest.mark.skipif(
-    HUGE_PAGES.is_file() and "[always]" in HUGE_PAGES.read_text(), reason="huge pages: few faults"
-)
-def test_a_program_finds_the_memory_of_the_call_before():
-    def page_faults(how):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, how],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout)
-
-    assert page_faults("kept") < 1000
-    if jax.__version_info__ < (0, 11):  # 0.12 finds it by itself
-        assert page_faults("as jax does") > 10_000
+    calls = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda path: calls.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
+    profiler = Profiler(tmp_path, window)
+    for step in range(first, 6):  # as the loop drives it
+        if profiler.begins_with(step):
+            profiler.start()
+        calls.append(step)
+        if profiler.ends_with(step):
+            profiler.stop()
+    profiler.stop()
+    assert calls == want

@@ -1,4 +1,4 @@
-"""Training steps of small models. A process compiles each step once, whatever tests use it."""
+"""Training steps of small models. A process compiles each of them once."""
 
 import functools
 
@@ -13,8 +13,8 @@ from sngpt_jax.training.step import make_train_step
 
 def controls(rate=1.0, adam=None, swa=False, qat=False):
     """The host's decisions; `adam` is Adam's multiplier where it differs from Muon's `rate`."""
-    adam = rate if adam is None else adam
-    return StepControls(np.float32(rate), np.float32(adam), np.bool_(swa), np.bool_(qat))
+    rates = np.float32([rate, rate if adam is None else adam])
+    return StepControls(*rates, *np.bool_([swa, qat]))
 
 
 def host_batch(seed=0, vocab=97, shape=(16, 16)):
@@ -55,10 +55,9 @@ def take(config, state, batch, *, devices=1, fsdp=1, microbatches=1, **decisions
 def run(config, steps, devices=1, fsdp=1, microbatches=1):
     """The state after so many steps from the start, and the metrics of each."""
     state, seen = begin(config, devices, fsdp), []
+    layout = {"devices": devices, "fsdp": fsdp, "microbatches": microbatches}
     for i in range(steps):
-        state, metrics = take(
-            config, state, host_batch(i), devices=devices, fsdp=fsdp, microbatches=microbatches
-        )
+        state, metrics = take(config, state, host_batch(i), **layout)
         seen.append(metrics)
     return state, seen
 

@@ -1,6 +1,4 @@
-"""Decisions of the loop that no whole run shows: what is not saved, and which validation is the
-best.
-"""
+"""Decisions of a run that no whole run shows."""
 
 import dataclasses
 import itertools
@@ -9,18 +7,21 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.config import changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.evaluation.bpb import Score
-from sngpt_jax.optim.schedules import StepControls
+from sngpt_jax.model.gpt import GPT
 from sngpt_jax.run.clock import Stopwatch
+from sngpt_jax.run.console import Console
 from sngpt_jax.run.meter import StepMeter
-from sngpt_jax.training import loop
+from sngpt_jax.training import compiler, loop, state, trainer
 from sngpt_jax.training.loop import NonFinite, Position, Run, Stopped, Validation
 from sngpt_jax.training.state import TrainState
+from tests.screen import Clock
+from tests.training.steps import controls
 
 
 class Recorder:
@@ -36,6 +37,10 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
+def state_of(w):
+    return TrainState(jnp.int32(0), {"w": w}, opt_state={}, key=jax.random.key(0))
+
+
 @pytest.fixture
 def run(tiny_recipe):
     return Run(
@@ -43,9 +48,7 @@ def run(tiny_recipe):
         console=Recorder(),
         mesh=make_mesh(jax.devices()[:1]),
         data=SimpleNamespace(val=range(5000), tokenizer=SimpleNamespace(token_bytes=lambda: None)),
-        state=TrainState(
-            step=jnp.int32(0), params={"w": jnp.ones(3)}, opt_state={}, key=jax.random.key(0)
-        ),
+        state=state_of(jnp.ones(3)),
         done=0,
         position=Position(),
         train_step=None,
@@ -84,43 +87,30 @@ def test_a_checkpoint_is_given_the_score_of_its_own_step_alone(run, monkeypatch)
 
 
 def test_parameters_that_are_not_finite_are_not_saved(run):
-    run.state = TrainState(
-        step=jnp.int32(1),
-        params={"w": jnp.asarray([1.0, jnp.nan])},
-        opt_state={},
-        key=jax.random.key(0),
-    )
+    run.state = state_of(jnp.asarray([1.0, jnp.nan]))
     with pytest.raises(NonFinite, match="parameter is not finite after step 0"):
         run.save()
     assert not run.checkpoints.calls
 
 
-def skipping(run, most):
-    run.config = dataclasses.replace(
-        run.config,
-        train=dataclasses.replace(
-            run.config.train, nonfinite="skip", max_skipped_steps=most, log_every=100
-        ),
-    )
-    run.meter = StepMeter(1, 1.0, None)
+@pytest.fixture
+def skipping(run):
+    rule = {"nonfinite": "skip", "max_skipped_steps": 2, "log_every": 100}
+    run.config, run.meter = changed(run.config, train=rule), StepMeter(1, 1.0, None)
     run.meter.start(0)
+    return run
 
 
 def read(run, step, loss, skipped, in_a_row):
     metrics = {"loss": loss, "grad_norm": 1.0, "skipped": skipped, "skipped_in_a_row": in_a_row}
-    run.sent = (step, StepControls(*np.float32([1, 1]), *np.bool_([0, 0])), metrics)
+    run.sent = (step, controls(), metrics)
     run.read()
 
 
-def test_a_skipped_step_is_logged_and_said_once(run):
-    skipping(run, most=2)
-    for step, loss, skipped, in_a_row in (
-        (1, 3.0, 0, 0),
-        (2, math.nan, 1, 1),
-        (3, 9.0, 2, 2),
-        (4, 3.0, 2, 0),
-    ):
-        read(run, step, loss, skipped, in_a_row)
+def test_a_skipped_step_is_logged_and_said_once(skipping):
+    run, steps = skipping, ((1, 3.0, 0, 0), (2, math.nan, 1, 1), (3, 9.0, 2, 2), (4, 3.0, 2, 0))
+    for step in steps:
+        read(run, *step)
     logged = [args[0] for name, args, _ in run.writer.calls if name == "write"]
     assert [(record["step"], record["skipped"]) for record in logged] == [(2, 1), (3, 2)]
     said = [args[0] for name, args, _ in run.console.calls if name == "print"]
@@ -130,31 +120,19 @@ def test_a_skipped_step_is_logged_and_said_once(run):
     ]
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run(run):
-    skipping(run, most=2)
+def test_too_many_skipped_steps_in_a_row_end_the_run(skipping):
     for step, skipped, in_a_row in ((5, 1, 1), (6, 1, 0), (7, 2, 1), (8, 3, 2)):
-        read(run, step, math.nan if in_a_row else 3.0, skipped, in_a_row)
-    with pytest.raises(
-        NonFinite, match="step 9, loss nan, .* number 3 in a row; train.max_skipped_steps = 2"
-    ) as error:
-        read(run, 9, math.nan, 4, 3)
+        read(skipping, step, math.nan if in_a_row else 3.0, skipped, in_a_row)
+    said = "step 9, loss nan, .* number 3 in a row; train.max_skipped_steps = 2"
+    with pytest.raises(NonFinite, match=said) as error:
+        read(skipping, 9, math.nan, 4, 3)
     # step 6 was the last that counted, and its loss that of the parameters after step 5
     assert error.value.good == 5
 
 
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.mark.parametrize("inline", [True, False])
 def test_a_step_is_given_its_own_time_whenever_it_is_read(run, monkeypatch, inline):
-    """Step n takes n seconds, before the call returns as on a CPU or after it; saving and
-    validating take none.
-    """
+    """Step n takes n seconds, before the call returns as on a CPU or after it."""
     clock, ends = Clock(), {}
 
     class Loss:
@@ -184,9 +162,8 @@ def test_a_step_is_given_its_own_time_whenever_it_is_read(run, monkeypatch, inli
     monkeypatch.setattr(run, "save", lambda: setattr(clock, "now", clock.now + 1000))
     run.loop()
     logged = [args[0] for name, args, _ in run.writer.calls if name == "write"]
-    assert [(record["step"], record["step_ms"]) for record in logged] == [
-        (n, 1000 * n) for n in range(1, 21)
-    ]
+    found = [(record["step"], record["step_ms"]) for record in logged]
+    assert found == [(n, 1000 * n) for n in range(1, 21)]
 
 
 @pytest.mark.parametrize(
@@ -198,9 +175,7 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(run, monkeypatch, done,
     run.position = Position(latest=None if known is None else Validation(known, 3.0, 2.0, 10))
     monkeypatch.setattr(run, "aside", lambda validating, saving: seen.append((validating, saving)))
     monkeypatch.setattr(run, "agree_on_time", lambda: math.inf)
-    run.config = dataclasses.replace(
-        run.config, train=dataclasses.replace(run.config.train, max_seconds=1.0)
-    )
+    run.config = changed(run.config, train={"max_seconds": 1.0})
     run.loop()
     assert seen == asked
 
@@ -238,7 +213,31 @@ def test_a_signal_in_the_measurement_of_health_keeps_the_validation(run, monkeyp
 
     monkeypatch.setattr(loop, "score_health", health)
     run.health_step = lambda *args: None
-    run.state = TrainState(step=jnp.int32(0), params={}, opt_state={}, key=jax.random.key(0))
     with pytest.raises(Stopped):
         validate(run, monkeypatch, 5.0)
     assert (run.position.latest.loss, run.position.best_val_loss) == (5.0, 5.0)
+
+
+def test_a_run_builds_its_model_and_optimizer_twice_at_most(tiny_recipe, tmp_path, monkeypatch):
+    """Up to its first step: once for the shapes, and the model once more for its initial values."""
+    built = []
+
+    def counting(name, build):
+        return lambda *args, **kwargs: (built.append(name), build(*args, **kwargs))[1]
+
+    def first_step(run, seconds):
+        raise StopIteration
+
+    # a vocabulary that no other test has, since the model's graph is kept for a process
+    config = changed(load(str(tiny_recipe)), model={"vocab_size": 323}, optim={"qat_below": 0.5})
+    monkeypatch.setattr(GPT, "__init__", counting("model", GPT.__init__))
+    monkeypatch.setattr(state, "make_optimizer", counting("optimizer", state.make_optimizer))
+    monkeypatch.setattr(loop.Run, "step", first_step)
+    for change_of_the_process in ("keep_working_memory", "use_compilation_cache"):
+        monkeypatch.setattr(compiler, change_of_the_process, lambda *args: None)
+    monkeypatch.setattr(trainer, "make_mesh", lambda fsdp: make_mesh(jax.devices()[:1], fsdp))
+    console = Console(config.train.steps, config.train.max_seconds, quiet=True)
+    with pytest.raises(StopIteration), console:
+        trainer.train(config, tmp_path, console)
+    assert built.count("model") == 2
+    assert built.count("optimizer") == 1

@@ -1,6 +1,4 @@
-"""The training step: its numbers after one step, its gradient, accumulation, devices, and what it
-compiles to.
-"""
+"""The training step: its numbers, its gradient, accumulation, devices, and its program."""
 
 import dataclasses
 import functools
@@ -13,15 +11,7 @@ import numpy as np
 import pytest
 
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import (
-    Config,
-    DataConfig,
-    ExportConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    changed,
-)
+from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, changed
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.forward import forward, losses
 from sngpt_jax.optim.groups import make_optimizer
@@ -63,7 +53,6 @@ CONFIG = Config(
 
 @functools.cache
 def metrics(devices, microbatches):
-    """Of three steps on as many devices, each step's batch in so many microbatches."""
     state, seen = run(CONFIG, 3, devices, microbatches=microbatches)
     assert int(state.step) == 3
     return seen
@@ -110,14 +99,11 @@ def test_devices_reduce_once_a_step_and_not_in_the_loop():
     batch = batch_placer(found.mesh, 2)(host_batch())
     text = program(CONFIG, 8).lower(found.state, batch, controls()).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    reducing = [
-        name
-        for name, body in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-        if " all-reduce(" in body
-    ]
+    computations = re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    reducing = {name for name, body in computations if " all-reduce(" in body}
     assert bodies, "the accumulation is no loop any more"
     assert " all-reduce(" in text
-    assert not bodies & set(reducing)
+    assert not bodies & reducing
 
 
 def test_the_state_passed_in_gives_up_its_memory():
@@ -146,7 +132,6 @@ def test_training_lowers_the_loss():
 
 @pytest.mark.parametrize("scored", [None, 5])
 def test_eval_reads_the_scored_positions(scored):
-    """Whole rows, and five positions of each from another place in every row."""
     mesh, batch = make_mesh(), host_batch()
     params = begin(CONFIG, 8).params
     B, T = batch["inputs"].shape
@@ -196,23 +181,13 @@ def test_all_finite():
     assert not all_finite({"a": jnp.asarray([1.0, jnp.inf])})
 
 
-# ------------------------------------------------------------ averages and quantization
-
-LATE = dataclasses.replace(
-    changed(
-        CONFIG,
-        optim={
-            "schedule": "linear_warmdown",
-            "warmdown_steps": 4,
-            "muon_weight_decay": 0.5,
-            "adam_weight_decay": 0.5,
-            "ema_decay": 0.9,
-            "swa_every": 2,
-            "swa_below": 0.9,
-            "qat_below": 0.5,
-        },
-    ),
-    export=ExportConfig(mlp_bits=5, attention_bits=6),
+SCHEDULE = {"schedule": "linear_warmdown", "warmdown_steps": 4}
+DECAY = {"muon_weight_decay": 0.5, "adam_weight_decay": 0.5}
+AVERAGES = {"ema_decay": 0.9, "swa_every": 2, "swa_below": 0.9}
+LATE = changed(
+    CONFIG,
+    optim={**SCHEDULE, **DECAY, **AVERAGES, "qat_below": 0.5},
+    export={"mlp_bits": 5, "attention_bits": 6},
 )
 
 
@@ -232,11 +207,8 @@ def test_averages_are_those_of_the_weights_after_each_step():
 
 
 def test_quantization_switches_on_in_the_compiled_step():
-    """The loss is then that of the weights on the grid, the gradient theirs, and the master
-    weights take the update.
-    """
-    # no output projection is zero any more
-    trained, _ = take(LATE, begin(LATE), host_batch())
+    """Loss and gradient are of the weights on the grid, and the master weights take the update."""
+    trained, _ = take(LATE, begin(LATE), host_batch())  # no output projection is zero any more
     programs = program(LATE)._cache_size()
     start = jax.tree.map(np.asarray, trained.params)
 
@@ -268,9 +240,7 @@ def test_quantization_switches_on_in_the_compiled_step():
 
 
 def test_gradients_clipped_on_each_device_depend_on_the_devices():
-    """Each device's gradient has its own norm, so that the mean of the clipped ones is not the
-    clipped mean.
-    """
+    """The mean of the clipped gradients is not the clipped mean."""
     config = changed(CONFIG, optim={"grad_clip": 0.3, "grad_clip_scope": "device"})
     norms = {n: run(config, 1, devices=n)[1][0]["grad_norm"] for n in (1, 8)}
     params, batch = begin(config).params, as_int32(host_batch())

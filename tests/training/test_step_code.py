@@ -1,8 +1,7 @@
-"""The training step of a model with sparse codes: their statistics, their layout over devices, and
-what a checkpoint keeps.
-"""
+"""The training step of a model with sparse codes: statistics, devices, and checkpoints."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +61,6 @@ CONFIG = Config(
 )
 
 
-def losses_of(metrics):
-    return [found["loss"] for found in metrics]
-
-
 def on_host(state):
     return in_float64((state.params, state.statistics))
 
@@ -94,9 +89,7 @@ def test_statistics_of_a_step_are_those_of_its_tokens():
 
 @pytest.mark.parametrize(("devices", "dtype"), [(1, "float32"), (8, "float32"), (1, "bfloat16")])
 def test_a_thinned_sample_of_trained_statistics(devices, dtype):
-    """32 of 64 positions of each sequence, others at every step; from statistics that are no
-    longer those of the start.
-    """
+    """32 of 64 positions of each sequence, others at every step."""
     config = changed(
         CONFIG,
         model={"num_layers": 1, "max_seq_len": 64, "compute_dtype": dtype},
@@ -112,15 +105,13 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
     for number in (1, 2):
         before = on_host(state)[1]["blocks"][0]["code"]
         variables = jax.device_get(state.variables())
-        positions = sample_positions(
-            jax.random.fold_in(jax.random.key(3), SAMPLE), jnp.int32(number - 1), 64, 32
-        )
+        key = jax.random.fold_in(jax.random.key(3), SAMPLE)
+        positions = sample_positions(key, jnp.int32(number - 1), 64, 32)
         _, taps = probe(variables, *as_int32(batch).values(), positions)
         state, _ = take(config, state, batch, devices=devices)
         after = on_host(state)[1]["blocks"][0]["code"]
-        mean, std = reference.update_statistics(
-            before["mean"], before["std"], np.asarray(taps.x[0], np.float64).reshape(-1, 64)
-        )
+        x = np.asarray(taps.x[0], np.float64).reshape(-1, 64)
+        mean, std = reference.update_statistics(before["mean"], before["std"], x)
         tolerance = 1e-6 if dtype == "float32" else 1e-4  # rounded to bfloat16 in another order
         np.testing.assert_allclose(after["mean"], mean, atol=tolerance)
         np.testing.assert_allclose(after["std"], std, atol=tolerance)
@@ -128,10 +119,8 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
         assert np.mean((after["last_fired"] == number) != fired) < 0.002
         seen.append(set(positions.tolist()))
     assert len(seen[0]) == 32 and seen[0] != seen[1]
-    assert all(
-        leaf.dtype == jnp.float32
-        for leaf in (state.statistics["blocks"][0]["code"][name] for name in ("mean", "std"))
-    )
+    code = state.statistics["blocks"][0]["code"]
+    assert code["mean"].dtype == code["std"].dtype == jnp.float32
 
 
 def test_each_rule_has_its_own_rate():
@@ -167,37 +156,27 @@ def test_statistics_do_not_depend_on_devices_or_microbatches():
     for devices, fsdp, microbatches in ((1, 1, 4), (8, 1, 1), (8, 8, 2)):
         other = on_host(run(CONFIG, 1, devices, fsdp, microbatches)[0])[1]
         for block in other["blocks"]:
+            a, b = (tree["blocks"][block]["code"] for tree in (one, other))
             for name in ("mean", "std"):
-                a, b = (tree["blocks"][block]["code"][name] for tree in (one, other))
-                np.testing.assert_allclose(
-                    a,
-                    b,
-                    atol=1e-6,
-                    err_msg=f"{devices} devices, {microbatches} microbatches: {name}",
-                )
-            fired, fired_there = (
-                tree["blocks"][block]["code"]["last_fired"] for tree in (one, other)
-            )
-            assert np.mean(fired != fired_there) < 0.002, "but for a feature at a tie"
+                where = f"{devices} devices, {microbatches} microbatches: {name}"
+                np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=where)
+            assert np.mean(a["last_fired"] != b["last_fired"]) < 0.002, "but for a feature at a tie"
 
 
 @pytest.mark.full
 def test_twenty_steps_on_one_and_eight_devices():
-    one = losses_of(run(CONFIG, 20)[1])
-    for devices, fsdp in ((8, 1), (8, 8)):
-        other = losses_of(run(CONFIG, 20, devices, fsdp)[1])
+    one, *others = (
+        [metrics["loss"] for metrics in run(CONFIG, 20, devices, fsdp)[1]]
+        for devices, fsdp in ((1, 1), (8, 1), (8, 8))
+    )
+    for other in others:
         np.testing.assert_allclose(other, one, atol=1e-3)
 
 
 def test_spread_weights_train_as_whole_ones():
-    """The same step where weights and moments live in eighths; each device holds one eighth of a
-    matrix.
-    """
     whole, spread = run(CONFIG, 2)[0], run(CONFIG, 2, devices=8, fsdp=8)[0]
-    for a, b in zip(
-        jax.tree.leaves(on_host(whole)[0]), jax.tree.leaves(on_host(spread)[0]), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    near = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    jax.tree.map(near, on_host(whole)[0], on_host(spread)[0])
     up = spread.params["blocks"][0]["mlp"]["up"]
     assert up.addressable_shards[0].data.size * 8 == up.size
     moments = [leaf for leaf in jax.tree.leaves(spread.opt_state) if leaf.shape == up.shape]
@@ -209,11 +188,8 @@ def test_evaluation_takes_spread_weights_and_leaves_the_statistics_alone():
     for devices, fsdp in ((1, 1), (8, 8)):
         mesh = shapes(CONFIG, devices, fsdp).mesh
         state = run(CONFIG, 2, devices, fsdp)[0]
-        before = on_host(state)[1]
-        found = make_eval_step(CONFIG.model, mesh)(
-            state.variables(), batch_placer(mesh)(host_batch(9))
-        )
-        rows[devices] = np.asarray(found["nll"])
+        before, batch = on_host(state)[1], batch_placer(mesh)(host_batch(9))
+        rows[devices] = make_eval_step(CONFIG.model, mesh)(state.variables(), batch)["nll"]
         jax.tree.map(np.testing.assert_array_equal, on_host(state)[1], before)
     np.testing.assert_allclose(rows[8], rows[1], rtol=1e-4)
 
