@@ -19,7 +19,7 @@ from tests import tiny_run
 tiny_run.heed_signals()
 jax.config.update("jax_num_cpu_devices", 8)
 inherited = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{inherited} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{inherited} {tiny_run.COMPILE_QUICKLY}"
 jax.devices()  # the flags are read here; processes that tests start are not to inherit them
 os.environ["XLA_FLAGS"] = inherited
 jax.config.update("jax_numpy_rank_promotion", "raise")

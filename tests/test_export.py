@@ -47,10 +47,9 @@ def exported(tiny_trained, tmp_path_factory):
     compiling.
     """
     out = tmp_path_factory.mktemp("artifact") / "model.sngpt"
-    flags = f"--xla_force_host_platform_device_count={len(jax.devices())}"
     options = ["--limit", "16000000", "--export.mlp-bits", "5", "--export.codec", "zstd"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", f"{flags} --xla_backend_optimization_level=0")
+        patch.setenv("XLA_FLAGS", tiny_run.environment(len(jax.devices()))["XLA_FLAGS"])
         return out, run_export(tiny_trained, out, *options)
 
 

@@ -21,6 +21,12 @@ from sngpt_jax.training.state import Shapes, TrainState
 
 ROOT = Path(__file__).parents[1]
 
+# Programs of tests take longer to compile than to run. The second flag, which later versions of jax
+# do not know, saves a third of that time.
+COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):
+    COMPILE_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
+
 RECIPE = """
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -87,7 +93,7 @@ def command(name: str, *arguments: object) -> list[str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment for a command on so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_QUICKLY}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 

@@ -250,8 +250,7 @@ def test_scores_as_the_project_does(built, tiny_recipe, tmp_path, monkeypatch, m
     )
 
     # this process's devices and way of compiling
-    flags = f"--xla_force_host_platform_device_count={len(mesh.devices.flat)}"
-    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", tiny_run.environment(mesh.devices.size)["XLA_FLAGS"])
     # -S leaves out what makes the project importable; an installed project stays importable
     libraries = sysconfig.get_paths()["purelib"]
     options = {"options": ["-S", "-P"], "PYTHONPATH": libraries}

@@ -58,13 +58,12 @@ def processes_of_slurm() -> list[tuple[list[str], dict[str, str]]]:
 def start(
     *command: object, differing: tuple[list[str], list[str]] = ([], []), by: Any = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts two processes of one job on a CPU device each. Their programs compile quickly."""
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    """Starts two processes of one job on a CPU device each."""
     return [
         subprocess.Popen(
             [*map(str, command), *own, *options],
             cwd=tiny_run.ROOT,
-            env={**tiny_run.environment(), "XLA_FLAGS": flags, **variables},
+            env={**tiny_run.environment(), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
