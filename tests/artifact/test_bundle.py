@@ -21,7 +21,7 @@ from sngpt_jax.config.recipe import load
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.model.forward import abstract_variables
 from sngpt_jax.weights.trained_model import from_artifact
-from tests import golf_oracle
+from tests import golf_oracle, tiny_run
 
 ENTRY = '''
 """Docstring."""
