@@ -21,6 +21,7 @@ from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.weights import exporter
 from sngpt_jax.weights.source import load_model
 from sngpt_jax.weights.trained_model import from_artifact, tokenizer_beside
+from tests import tiny_run
 
 pytestmark = pytest.mark.slow
 TOKENS = ["--tokens", "2048"]
