@@ -51,6 +51,7 @@ class EvaluateArguments:
 
 
 def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
+    """Raises `UserError` for options that are wrong or change nothing."""
     exported = arguments.export != default.export and not arguments.fake_quantize
     unscored = arguments.stream.mode == "none" and not arguments.tasks
     of_tasks = bool(arguments.task_limit or arguments.task_definitions)
