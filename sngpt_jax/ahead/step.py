@@ -159,6 +159,14 @@ def part_seconds(step: CompiledStep, target: Target) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
+def part_launches(program: hlo.Program) -> dict[str, int]:
+    """The kernels that each part of the step launches, the most first."""
+    launches: dict[str, int] = defaultdict(int)
+    for kernel in program.kernels:
+        launches[part_of(kernel)] += kernel.times
+    return dict(sorted(launches.items(), key=lambda item: -item[1]))
+
+
 def place_of(scope: str) -> str:
     """A kernel's scope without the common parts: `backward block/mlp/dot_general`."""
     inner = re.sub(r"^jit\(\w+\)/|\b(gradient|shard_map|while|body|closed_call)/", "", scope)
@@ -237,6 +245,7 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
         "optimizer": optimizer_share(program),
         "collectives": count_collectives(program),
         "kernels": dict(sorted(program.custom_kernels().items())),
+        "launches": part_launches(program),
         "heaviest": heaviest(program, target),
         "roofline": {
             "kernel_seconds": kernels,
@@ -258,6 +267,7 @@ def format_topology(figures: dict[str, Any]) -> str:
     if not fitting:
         verdict = "it does NOT fit even with one sequence per device; set --train.fsdp or add GPUs"
     kernels = ", ".join(f"{count} {name}" for name, count in figures["kernels"].items())
+    launches = figures["launches"]
     flops = f"{update['flops'] / 1e12:,.3f} TFLOP ({update['flops'] / figures['flops']:.1%})"
     moved = f"{update['bytes'] / 1e9:,.2f} GB moved ({update['bytes'] / figures['bytes']:.1%})"
     parts = roof["part_seconds"].items()
@@ -273,6 +283,8 @@ def format_topology(figures: dict[str, Any]) -> str:
         "optimizer": f"{flops}, {moved}, collectives: {_format_collectives(update['collectives'])}",
         "collectives": _format_collectives(figures["collectives"]),
         "kernels": kernels or "none of our own",
+        "launches": f"{sum(launches.values()):,} kernels: "
+        + ", ".join(f"{part} {count:,}" for part, count in launches.items()),
         "limit": f"{roof['step_seconds'] * 1e3:,.1f} ms per step,"
         f" {roof['tokens_per_second'] / 1e3:,.0f} thousand tokens per second: kernels at their"
         f" rooflines {roof['kernel_seconds'] * 1e3:,.1f} ms, then collectives"

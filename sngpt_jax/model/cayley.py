@@ -111,23 +111,23 @@ def update_statistics(
     mean ← 0.99 mean + 0.01 m and std ← 0.99 std + 0.01 s; m is the sample's mean input, and s the
     standard deviation of each feature's score around the sample's mean score.
     """
-    old = {name: _stacked(statistics, name) for name in ("mean", "std", "last_fired")}
-    layers, features = old["std"].shape
+    codes = [block["code"] for block in statistics["blocks"].values()]
+    layers, features = len(codes), codes[0]["std"].size
     x_LND = taps.x.reshape(layers, -1, taps.x.shape[-1]).astype(jnp.float32)
     mean_LD = jax.lax.pmean(jnp.mean(x_LND, axis=1), axis_names)
-    centred_LND = x_LND - mean_LD[:, None]
-
-    # one layer after the other, so that only one layer's scores exist at a time
-    bits = int(math.log2(features))
-    squares_LF = jax.lax.map(lambda x_ND: xla.sum_squared_scores(x_ND, bits), centred_LND)
-    variance_LF = jax.lax.pmean(squares_LF / x_LND.shape[1], axis_names)
+    squares_LF = xla.sum_squared_scores(x_LND - mean_LD[:, None], int(math.log2(features)))
+    std_LF = jnp.sqrt(jax.lax.pmean(squares_LF / x_LND.shape[1], axis_names))
     ids = taps.ids.reshape(layers, -1)
     fired_LF = jnp.zeros((layers, features), jnp.int32).at[jnp.arange(layers)[:, None], ids].set(1)
     fired_LF = jax.lax.pmax(fired_LF, axis_names)
-    new = {
-        "mean": DECAY * old["mean"] + (1 - DECAY) * mean_LD,
-        "std": DECAY * old["std"] + (1 - DECAY) * jnp.sqrt(variance_LF),
-        "last_fired": jnp.where(fired_LF > 0, step, old["last_fired"]),
-    }
-    codes = [{"code": {name: new[name][i] for name in new}} for i in range(layers)]
-    return {"blocks": dict(zip(statistics["blocks"], codes, strict=True))}
+
+    # from the arrays of one layer each, which the results overwrite in place
+    new = [
+        {
+            "mean": DECAY * old["mean"] + (1 - DECAY) * mean_D,
+            "std": DECAY * old["std"] + (1 - DECAY) * std_F,
+            "last_fired": jnp.where(fired_F > 0, step, old["last_fired"]),
+        }
+        for old, mean_D, std_F, fired_F in zip(codes, mean_LD, std_LF, fired_LF, strict=True)
+    ]
+    return {"blocks": {name: {"code": c} for name, c in zip(statistics["blocks"], new, strict=True)}}

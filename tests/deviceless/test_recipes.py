@@ -68,6 +68,7 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     if model.levels:
         calls = turns * model.num_layers
         assert kernels["cayley_forward"] == kernels["cayley_backward"] == calls
+        assert 0 < found["launches"]["statistics"] <= 60  # of all layers
     assert not any("sort" in name.lower() or "topk" in name.lower() for name in kernels)
 
     gradient = 4 * plan["parameters"]["total"]

@@ -123,6 +123,15 @@ def test_inner_products_depend_on_the_sum_of_the_ids_alone(f, g, shift):
     np.testing.assert_allclose([a @ b, c @ e], inner_products(1024, 17)[f ^ g], atol=1e-12)
 
 
+@pytest.mark.parametrize(("d", "n"), [(4, 2), (16, 7), (64, 12)])
+def test_derivatives_of_the_masks_are_linear(d, n):
+    points = np.arange(d)
+    masks = dictionary.signs(np.arange(0, 2**n, d), d)[:, None]
+    products = masks * masks[..., points[:, None] ^ points].squeeze(1)
+    linear = dictionary.characters(dictionary.derivatives(d, n), points)
+    np.testing.assert_array_equal(products, masks.squeeze(1)[..., None] * linear)
+
+
 def test_reachable_counts():
     assert [dictionary.reachable(SMALL, level) for level in range(3)] == [1024, 31744, 98304]
     assert [dictionary.reachable(LARGE, level) for level in range(3)] == [2048, 30720, 98304]

@@ -83,6 +83,24 @@ def trace_masks(d: int) -> np.ndarray:
     return w
 
 
+@functools.cache
+def derivatives(d: int, n_last: int) -> np.ndarray:
+    """ℓ [2^n_last / d, d] int32, read-only: the derivatives of the sign masks.
+
+    A sign mask is quadratic in α: with s_h[α] = (-1)^popc(h d & w[α]), the product
+    s_h[α] s_h[α ⊕ δ] is s_h[δ] (-1)^popc(ℓ[h, δ] & α).
+    """
+    t = d.bit_length() - 1
+    high, points = trace_masks(d) >> t, np.arange(d)
+    masks = np.arange(2 ** (n_last - t))[:, None]
+    result = np.zeros((len(masks), d), np.int32)
+    for j in range(t):
+        odd = np.bitwise_count(masks & (high[1 << j] ^ high[points ^ (1 << j)] ^ high)) & 1
+        result |= odd.astype(np.int32) << j
+    result.setflags(write=False)
+    return result
+
+
 def characters(ids: ArrayLike, points: np.ndarray) -> np.ndarray:
     """(-1)^popc(id & point) of `ids` [...] and `points` [P]: int8 [..., P]."""
     odd = np.bitwise_count(np.asarray(ids, np.int64)[..., None] & points) & 1

@@ -90,14 +90,24 @@ def all_scores(x: Array, n_last: int) -> Array:
 
 
 def sum_squared_scores(x: Array, n_last: int) -> Array:
-    """Σ ⟨x, v_f⟩² over the rows of x [N, d] for every f < 2^n_last: float32 [2^n_last]."""
+    """Σ ⟨x, v_f⟩² over the rows of x [..., N, d] for every f < 2^n_last: float32 [..., 2^n_last].
+
+    The sum is v_f C v_f with C = xᵀx. With f = (high, low), d v_f[α] v_f[α ⊕ δ] is the sign of δ
+    in v_f times (-1)^popc(ℓ & α), and ℓ depends on (high, δ) alone (`dictionary.derivatives`). So
+    a Walsh-Hadamard transform of C along α ⊕ δ holds all sums over α, and another one along δ
+    holds all f. Rounding errors are relative to the mean over f, not to each sum.
+    """
     d = x.shape[-1]
     x = x.astype(jnp.float32)
-
-    def of(high: Array) -> Array:
-        return jnp.sum(jnp.square(hadamard(x * high[None])), 0)
-
-    return lax.map(of, _high_signs(d, n_last)).reshape(-1) / d
+    c = jnp.einsum("...na,...nb->...ab", x, x, precision=EXACT).reshape(*x.shape[:-2], d * d)
+    delta, alpha = lax.broadcasted_iota(jnp.int32, (2, d, d), 1)[0], np.arange(d, dtype=np.int32)
+    sheared = jnp.take(c, alpha[None] * d + (alpha[None] ^ delta), axis=-1)  # [..., δ, α]
+    sums = hadamard(sheared).reshape(c.shape)
+    rows = np.arange(d, dtype=np.int32) * d
+    of_high = jnp.take(sums, rows[None] + dictionary.derivatives(d, n_last), axis=-1)
+    signed = of_high * _high_signs(d, n_last).reshape((1,) * (x.ndim - 2) + (-1, d))
+    squares = hadamard(signed).reshape(*x.shape[:-2], 2**n_last) / d
+    return jnp.maximum(squares, 0)  # rounding
 
 
 def _score_at(x: Array, ids: Array) -> Array:
