@@ -130,4 +130,5 @@ def update_statistics(
         }
         for old, mean_D, std_F, fired_F in zip(codes, mean_LD, std_LF, fired_LF, strict=True)
     ]
-    return {"blocks": {name: {"code": c} for name, c in zip(statistics["blocks"], new, strict=True)}}
+    blocks = zip(statistics["blocks"], new, strict=True)
+    return {"blocks": {name: {"code": code} for name, code in blocks}}

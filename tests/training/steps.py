@@ -39,9 +39,15 @@ def program(config, devices=1, fsdp=1):
     return make_train_step(shapes(config, devices, fsdp))
 
 
-def begin(config, devices=1, fsdp=1):
-    """The state before the first step."""
+@functools.cache
+def _first(config, devices, fsdp):
     return init_state(shapes(config, devices, fsdp))
+
+
+def begin(config, devices=1, fsdp=1):
+    """The state before the first step. It is a copy, since a step overwrites what it takes."""
+    copied = functools.partial(jax.device_put, may_alias=False)
+    return jax.tree.map(lambda x: copied(x, x.sharding), _first(config, devices, fsdp))
 
 
 def take(config, state, batch, *, devices=1, fsdp=1, microbatches=1, **decisions):

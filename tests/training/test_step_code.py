@@ -21,7 +21,7 @@ from sngpt_jax.config import (
 )
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.cayley import code_state, sample_positions
-from sngpt_jax.model.forward import losses, tapped_losses
+from sngpt_jax.model.forward import tapped_losses
 from sngpt_jax.run import checkpoint
 from sngpt_jax.training.step import SAMPLE
 from tests.training.steps import as_int32, begin, host_batch, in_float64, run, shapes, take
@@ -36,7 +36,7 @@ CONFIG = Config(
         num_kv_heads=2,
         mlp_dim=128,
         mlp_activation="gelu",
-        levels=parse_levels("6,4,0;8,8,16;10,8,16"),
+        levels=parse_levels("6,4,0;10,8,16"),
         max_seq_len=16,
         positions="learned",
         qk_norm=False,
@@ -55,22 +55,37 @@ CONFIG = Config(
         newton_schulz_dtype="float32",
         muon_momentum_warmup_steps=0,
         grad_clip=1.0,
+        adam_weight_decay=0.5,
     ),
     data=DataConfig(batch_tokens=256, seq_len=16, slices=4),
     train=TrainConfig(steps=4, device_batch_tokens=64, seed=3),
 )
 
 
+SPREAD = {"devices": 8, "fsdp": 8, "microbatches": 2}  # one program for all tests
+
+
 def on_host(state):
     return in_float64((state.params, state.statistics))
 
 
+@functools.cache
+def probe(model):
+    """The jitted `tapped_losses`."""
+    return jax.jit(tapped_losses(model))
+
+
+def seen(model, variables, batch, positions=None):
+    """The losses of a batch, and the taps at `positions`, by default at all."""
+    inputs, targets = as_int32(batch).values()
+    tapped = jnp.arange(inputs.shape[1]) if positions is None else positions
+    return probe(model)(variables, inputs, targets, tapped)
+
+
 def test_statistics_of_a_step_are_those_of_its_tokens():
     """Every token is in the sample here: 1024 / 16 sequences exceed the 16 positions of each."""
-    start, batch = begin(CONFIG), as_int32(host_batch())
-    _, taps = tapped_losses(CONFIG.model)(
-        start.variables(), batch["inputs"], batch["targets"], jnp.arange(16)
-    )
+    start = begin(CONFIG)
+    _, taps = seen(CONFIG.model, start.variables(), host_batch())
     before = code_state(start.variables())
     np.testing.assert_array_equal(before.std, np.ones((2, 1024)))
     assert not before.mean.any() and not before.last_fired.any() and not before.bias.any()
@@ -87,7 +102,7 @@ def test_statistics_of_a_step_are_those_of_its_tokens():
         assert 0 < fired.sum() < 1024
 
 
-@pytest.mark.parametrize(("devices", "dtype"), [(1, "float32"), (8, "float32"), (1, "bfloat16")])
+@pytest.mark.parametrize(("devices", "dtype"), [(8, "float32"), (1, "bfloat16")])
 def test_a_thinned_sample_of_trained_statistics(devices, dtype):
     """32 of 64 positions of each sequence, others at every step."""
     config = changed(
@@ -100,14 +115,13 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
     code = state.statistics["blocks"][0]["code"]
     code["mean"] = jnp.asarray(rng.normal(size=64) * 0.1, jnp.float32)
     code["std"] = jnp.asarray(rng.uniform(0.5, 2.0, 1024), jnp.float32)
-    probe = jax.jit(tapped_losses(config.model))
-    seen = []
+    drawn = []
     for number in (1, 2):
         before = on_host(state)[1]["blocks"][0]["code"]
         variables = jax.device_get(state.variables())
         key = jax.random.fold_in(jax.random.key(3), SAMPLE)
         positions = sample_positions(key, jnp.int32(number - 1), 64, 32)
-        _, taps = probe(variables, *as_int32(batch).values(), positions)
+        _, taps = seen(config.model, variables, batch, positions)
         state, _ = take(config, state, batch, devices=devices)
         after = on_host(state)[1]["blocks"][0]["code"]
         x = np.asarray(taps.x[0], np.float64).reshape(-1, 64)
@@ -117,8 +131,8 @@ def test_a_thinned_sample_of_trained_statistics(devices, dtype):
         np.testing.assert_allclose(after["std"], std, atol=tolerance)
         fired = np.isin(np.arange(1024), np.asarray(taps.ids))
         assert np.mean((after["last_fired"] == number) != fired) < 0.002
-        seen.append(set(positions.tolist()))
-    assert len(seen[0]) == 32 and seen[0] != seen[1]
+        drawn.append(set(positions.tolist()))
+    assert len(drawn[0]) == 32 and drawn[0] != drawn[1]
     code = state.statistics["blocks"][0]["code"]
     assert code["mean"].dtype == code["std"].dtype == jnp.float32
 
@@ -136,10 +150,9 @@ def test_each_rule_has_its_own_rate():
 
 def test_a_step_sees_the_statistics_of_the_step_before():
     first, _ = run(CONFIG, 1)
-    batch = as_int32(host_batch(1))
 
     def loss(variables):
-        return float(losses(CONFIG.model)(variables, batch["inputs"], batch["targets"]).mean())
+        return float(seen(CONFIG.model, variables, host_batch(1))[0].mean())
 
     own = loss(first.variables())
     fresh = begin(CONFIG).statistics
@@ -151,14 +164,16 @@ def test_a_step_sees_the_statistics_of_the_step_before():
 
 
 def test_statistics_do_not_depend_on_devices_or_microbatches():
-    """Updated once a step, whatever the microbatches, and from all devices' tokens."""
+    """Updated once a step, whatever the microbatches, and from all devices' tokens. The thinned
+    sample is the case of 8 devices with whole weights.
+    """
     one = on_host(run(CONFIG, 1)[0])[1]
-    for devices, fsdp, microbatches in ((1, 1, 4), (8, 1, 1), (8, 8, 2)):
-        other = on_host(run(CONFIG, 1, devices, fsdp, microbatches)[0])[1]
+    for layout in ({"microbatches": 4}, SPREAD):
+        other = on_host(run(CONFIG, 1, **layout)[0])[1]
         for block in other["blocks"]:
             a, b = (tree["blocks"][block]["code"] for tree in (one, other))
             for name in ("mean", "std"):
-                where = f"{devices} devices, {microbatches} microbatches: {name}"
+                where = f"{layout}: {name}"
                 np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=where)
             assert np.mean(a["last_fired"] != b["last_fired"]) < 0.002, "but for a feature at a tie"
 
@@ -174,7 +189,7 @@ def test_twenty_steps_on_one_and_eight_devices():
 
 
 def test_spread_weights_train_as_whole_ones():
-    whole, spread = run(CONFIG, 2)[0], run(CONFIG, 2, devices=8, fsdp=8)[0]
+    whole, spread = run(CONFIG, 2)[0], run(CONFIG, 2, **SPREAD)[0]
     near = functools.partial(np.testing.assert_allclose, atol=2e-5)
     jax.tree.map(near, on_host(whole)[0], on_host(spread)[0])
     up = spread.params["blocks"][0]["mlp"]["up"]
@@ -185,9 +200,10 @@ def test_spread_weights_train_as_whole_ones():
 
 def test_evaluation_takes_spread_weights_and_leaves_the_statistics_alone():
     rows = {}
-    for devices, fsdp in ((1, 1), (8, 8)):
-        mesh = shapes(CONFIG, devices, fsdp).mesh
-        state = run(CONFIG, 2, devices, fsdp)[0]
+    for layout in ({"devices": 1, "fsdp": 1}, SPREAD):
+        devices = layout["devices"]
+        mesh = shapes(CONFIG, devices, layout["fsdp"]).mesh
+        state = run(CONFIG, 2, **layout)[0]
         before, batch = on_host(state)[1], batch_placer(mesh)(host_batch(9))
         rows[devices] = make_eval_step(CONFIG.model, mesh)(state.variables(), batch)["nll"]
         jax.tree.map(np.testing.assert_array_equal, on_host(state)[1], before)
@@ -210,7 +226,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path):
 
 
 def test_a_checkpoint_of_spread_weights_serves_any_layout(tmp_path):
-    spread, _ = run(CONFIG, 2, devices=8, fsdp=8)
+    spread, _ = run(CONFIG, 2, **SPREAD)
     with checkpoint.Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, spread, {})
     for devices, fsdp in ((1, 1), (8, 4)):
@@ -221,15 +237,13 @@ def test_a_checkpoint_of_spread_weights_serves_any_layout(tmp_path):
 
 
 def test_biases_learn_and_do_not_decay():
-    ends = []
-    for config in (CONFIG, changed(CONFIG, optim={"adam_weight_decay": 0.5})):
-        state = begin(config)
-        params = state.params
-        params["blocks"][1]["code"]["bias"] = jnp.full((1024,), 0.5)
-        state, _ = take(config, dataclasses.replace(state, params=params), host_batch())
-        ends.append(on_host(state)[0])
-    biases = [end["blocks"][1]["code"]["bias"] for end in ends]
-    np.testing.assert_allclose(*biases, atol=1e-7)
-    assert np.any(biases[0] != 0.5), "no bias has learnt"
-    assert np.any(biases[0] == 0.5), "a feature that nothing selected has moved"
-    assert np.any(ends[0]["final_norm"] != ends[1]["final_norm"]), "gains do decay"
+    """A first step of Adam moves by at most its rate, and the decay of a gain of 1 adds half."""
+    state, rate = begin(CONFIG), CONFIG.optim.scalar_lr
+    params = state.params
+    params["blocks"][1]["code"]["bias"] = jnp.full((1024,), 0.5)
+    state, _ = take(CONFIG, dataclasses.replace(state, params=params), host_batch())
+    after = on_host(state)[0]
+    moved = np.abs(after["blocks"][1]["code"]["bias"] - 0.5)
+    assert 0.9 * rate < moved.max() < 1.01 * rate, "no bias has learnt, or one decays"
+    assert moved.min() == 0, "a feature that nothing selected has moved"
+    assert np.abs(after["final_norm"] - 1).max() > 1.4 * rate, "gains do decay"

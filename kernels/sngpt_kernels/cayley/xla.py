@@ -100,11 +100,10 @@ def sum_squared_scores(x: Array, n_last: int) -> Array:
     d = x.shape[-1]
     x = x.astype(jnp.float32)
     c = jnp.einsum("...na,...nb->...ab", x, x, precision=EXACT).reshape(*x.shape[:-2], d * d)
-    delta, alpha = lax.broadcasted_iota(jnp.int32, (2, d, d), 1)[0], np.arange(d, dtype=np.int32)
-    sheared = jnp.take(c, alpha[None] * d + (alpha[None] ^ delta), axis=-1)  # [..., δ, α]
-    sums = hadamard(sheared).reshape(c.shape)
-    rows = np.arange(d, dtype=np.int32) * d
-    of_high = jnp.take(sums, rows[None] + dictionary.derivatives(d, n_last), axis=-1)
+    delta, alpha = (lax.broadcasted_iota(jnp.int32, (d, d), axis) for axis in range(2))
+    sums = hadamard(jnp.take(c, alpha * d + (alpha ^ delta), axis=-1)).reshape(c.shape)
+    rows = np.arange(d, dtype=np.int32)[None] * d
+    of_high = jnp.take(sums, rows + dictionary.derivatives(d, n_last), axis=-1)
     signed = of_high * _high_signs(d, n_last).reshape((1,) * (x.ndim - 2) + (-1, d))
     squares = hadamard(signed).reshape(*x.shape[:-2], 2**n_last) / d
     return jnp.maximum(squares, 0)  # rounding
