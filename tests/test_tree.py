@@ -93,6 +93,13 @@ def test_configuration_preparation_and_artifacts_import_no_jax():
     assert subprocess.check_output([sys.executable, "-c", check], text=True) == "[]\n"
 
 
+def test_training_and_bench_import_neither_pyarrow_nor_tokenizers():
+    """A machine for measurements need not have them."""
+    imports = "import sngpt_jax.training.trainer, sngpt_jax.bench.step, sngpt_jax.bench.kernels"
+    check = f"import sys; {imports}; print({{'pyarrow', 'tokenizers'}} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True) == "set()\n"
+
+
 def cpu_seconds(*command: str) -> float:
     """User and system seconds of a command that must succeed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

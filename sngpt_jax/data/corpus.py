@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import file_sha256
 from sngpt_jax.data.manifest import DataError, explained
@@ -177,6 +175,8 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (number from 1, line with its end) of a plain or compressed file, without a BOM."""
+    import pyarrow  # a large library that only the preparation needs
+
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     number = 0
     with explained(lambda: f"{path}:{number}: cannot be read"):

@@ -14,16 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import sentencepiece
-import tokenizers
 
 from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import write_bytes_atomic
 from sngpt_jax.data.manifest import TokenizerEntry, explained
+
+if TYPE_CHECKING:
+    import tokenizers
 
 MAX_VOCAB = 65_536  # tokens are stored as uint16
 TRAINING_CHARS_PER_TOKEN = 4096  # text that is read per vocabulary entry
@@ -211,6 +213,8 @@ class ByteLevelTokenizer(Tokenizer):
     """A byte-level BPE. The text of a special token in a document is encoded as plain text."""
 
     def __init__(self, path: Path, data: bytes):
+        import tokenizers  # a large library that only this kind needs
+
         with explained(lambda: f"{path}: not a tokenizer.json, or a damaged one"):
             # The package makes a list of this length.
             _check_vocab(path, _largest_id(typed_json.loads(data)) + 1)
@@ -267,7 +271,7 @@ def _largest_id(spec: Any) -> int:
     return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
-def _byte_level_problem(tok: tokenizers.Tokenizer, spec: dict[str, Any]) -> str | None:
+def _byte_level_problem(tok: "tokenizers.Tokenizer", spec: dict[str, Any]) -> str | None:
     """Why a `tokenizer.json` does not spell exactly the bytes of normalized text, or None."""
     model, alphabet = spec["model"], _byte_alphabet()
     if model["type"] != "BPE":
