@@ -28,6 +28,8 @@ class Case:
     implementations: tuple[str, ...]
     forward: Cost
     backward: Cost
+    # largest share of the output's rows that may differ, because a choice met a tie
+    ties: float = 0.0
 
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes and dtypes of the arguments."""

@@ -58,6 +58,7 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
         # decoding is signed sums and no matrix products
         forward=Cost(matmul_flops=2 * TOKENS * scored, bytes=moved),
         backward=Cost(matmul_flops=0, bytes=moved),
+        ties=0.02,
     )
 
 
