@@ -1,8 +1,11 @@
 """The MLP: the half of a block that maps each position by itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from sngpt_kernels.dispatch import current_device
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
@@ -21,7 +24,9 @@ def leaky_relu2(h: jax.Array) -> jax.Array:
 
 def gelu(h: jax.Array) -> jax.Array:
     """h Φ(h) with the normal distribution function Φ, exact. arXiv:1606.08415."""
-    return jax.nn.gelu(h, approximate=False)
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    # the gradient computes Φ again on a GPU, where memory to keep it costs more
+    return jax.checkpoint(exact)(h) if current_device().platform == "cuda" else exact(h)
 
 
 ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2, "gelu": gelu}

@@ -5,16 +5,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sngpt_kernels.dispatch import current_device, targeting
 
+from sngpt_jax.ahead.targets import find
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.mlp import ACTIVATIONS, MLP
 from tests import oracles
 from tests.model.test_techniques import TINY, changed, functional
 
+H100 = find("h100")
 ORACLES = {"relu2": oracles.relu2, "leaky_relu2": oracles.leaky_relu2}
 
 
-def test_activations_by_hand():
+@pytest.mark.parametrize("device", [current_device(), H100.device])
+def test_activations_by_hand(device):
+    with targeting(device):
+        activations_by_hand()
+
+
+def test_gradient_of_gelu_on_a_gpu_keeps_its_input_alone():
+    with targeting(H100.device):
+        _, backward = jax.vjp(ACTIVATIONS["gelu"], jnp.ones(5, jnp.bfloat16))
+    assert [leaf.size for leaf in jax.tree.leaves(backward)] == [5]
+
+
+def activations_by_hand():
     h = jnp.asarray([-3.0, -1.0, 0.0, 0.5, 2.0])
     assert ACTIVATIONS["relu2"](h).tolist() == [0.0, 0.0, 0.0, 0.25, 4.0]
     assert ACTIVATIONS["leaky_relu2"](h).tolist() == [2.25, 0.25, 0.0, 0.25, 4.0]
