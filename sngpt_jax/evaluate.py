@@ -16,7 +16,15 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.config import ExportConfig
 from sngpt_jax.config.checks import validate
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config.file import with_own_cache
+from sngpt_jax.config.options import (
+    Json,
+    KernelsOption,
+    OptionalInt,
+    OptionalPath,
+    Quiet,
+    WeightsOption,
+)
 from sngpt_jax.config.recipe import peek
 from sngpt_jax.evaluation.options import StreamOptions
 
@@ -43,6 +51,7 @@ class EvaluateArguments:
     tasks: str = ""
     task_limit: int = 0  # number of samples to take from the start of each task; 0: all
     task_definitions: OptionalPath = None  # folder with more task files for lm-eval, YAML
+    kernels: KernelsOption = "check"
     json: Json = ""
     quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(
@@ -124,6 +133,7 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax.cluster.mesh import make_mesh
     from sngpt_jax.evaluation import report
     from sngpt_jax.run.console import progress_reporter
+    from sngpt_jax.training import trust
     from sngpt_jax.weights.quantized_model import quantize_variables
     from sngpt_jax.weights.source import open_model
 
@@ -136,6 +146,7 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config, variables = model.config, model.variables
+    trust.settle(with_own_cache(config), config.eval.device_batch_tokens, arguments.kernels)
     if arguments.run:
         config = validate(replace(config, export=arguments.export))
     dataset = None

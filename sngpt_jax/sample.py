@@ -8,7 +8,15 @@ import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config.file import with_own_cache
+from sngpt_jax.config.options import (
+    Json,
+    KernelsOption,
+    OptionalInt,
+    OptionalPath,
+    Quiet,
+    WeightsOption,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class SampleArguments:
     seed: int = 0  # seed of the random draws
     step: OptionalInt = None  # checkpoint to load; default: the latest
     weights: WeightsOption = None
+    kernels: KernelsOption = "check"
     json: Json = ""
     quiet: Quiet = False
 
@@ -41,11 +50,13 @@ def main(argv: Sequence[str]) -> int:
     cli.log_to_stderr(arguments.quiet)
     from sngpt_jax.cluster.mesh import make_mesh  # imports jax
     from sngpt_jax.model import generation
+    from sngpt_jax.training import trust
     from sngpt_jax.weights.source import open_model
 
     mesh = make_mesh()
     model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
     config, prompt = model.config, arguments.prompt
+    trust.settle(with_own_cache(config), config.data.seq_len, arguments.kernels)
     text = generation.generate(
         config.model,
         model.variables,

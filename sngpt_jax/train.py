@@ -12,7 +12,7 @@ import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.cluster.layout import ProcessArguments
-from sngpt_jax.config.options import Quiet
+from sngpt_jax.config.options import KernelsOption, Quiet
 from sngpt_jax.config.recipe import Overrides, parse_command, recipe_name
 
 
@@ -21,6 +21,7 @@ class TrainArguments:
     config: str  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     run_dir: str = ""  # folder in which the run is kept and resumed; default: runs/NAME
+    kernels: KernelsOption = "check"
     quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(
         default_factory=ProcessArguments
@@ -40,7 +41,12 @@ def main(argv: Sequence[str]) -> int:
     from sngpt_jax.training import trainer  # jax takes seconds to import; --help needs none
 
     return trainer.run(
-        arguments.overrides, directory, arguments.processes, quiet=arguments.quiet, again=again
+        arguments.overrides,
+        directory,
+        arguments.processes,
+        quiet=arguments.quiet,
+        again=again,
+        kernels=arguments.kernels,
     )
 
 

@@ -15,6 +15,9 @@ class Cost:
     bytes: int  # read from and written to the device's memory
 
 
+UNCOUNTED = Cost(0, 0)
+
+
 @dataclass(frozen=True)
 class Case:
     """One shape of one operation. All its implementations take the same arguments."""

@@ -83,10 +83,25 @@ def check_nvidia(implementation: str, device: Device) -> None:
         raise CannotServe(f"{implementation} serves compute capability 8.0 and later; {has}")
 
 
+_distrusted: dict[str, str] = {}
+
+
+def distrust(operation: str, reason: str) -> None:
+    """Makes the operation's kernels refuse to serve, for `reason`, from the next trace on.
+
+    An empty `reason` trusts them again.
+    """
+    _distrusted[operation] = reason
+
+
 def pallas_triton(operation: str, device: Device) -> Any:
-    """The module of an operation's kernels. Raises CannotServe if it cannot run on the device."""
+    """The module of an operation's kernels. Raises CannotServe if it cannot run on the device, or
+    is not trusted.
+    """
     # It is imported by name, so that a bundled program can do without it.
     check_nvidia("pallas_triton", device)
+    if reason := _distrusted.get(operation):
+        raise CannotServe(f"pallas_triton is not used: {reason}")
     name = f"sngpt_kernels.{operation}.pallas_triton"
     if importlib.util.find_spec(name) is None:
         raise CannotServe("pallas_triton is no part of this program")
@@ -105,9 +120,32 @@ def without_derivative(operation: str, function: Callable[..., Any]) -> Callable
     return result
 
 
-@functools.cache
+_choices: list[str] | None = None
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[str]]:
+    """Inside, the implementations that are chosen enter the list, and no line is logged."""
+    global _choices
+    choices: list[str] = []
+    _choices = choices
+    try:
+        yield choices
+    finally:
+        _choices = None
+
+
 def announce(operation: str, implementation: str, reason: str) -> None:
-    """Logs one line per choice that a process makes."""
+    """Logs the choice, or records it inside `recorded_choices`."""
+    if _choices is None:
+        log_choice(operation, implementation, reason)
+    else:
+        _choices.append(implementation)
+
+
+@functools.cache
+def log_choice(operation: str, implementation: str, reason: str) -> None:
+    """Logs the choice the first time that a process makes it."""
     log.info("%s runs as %s: %s", operation, implementation, reason)
 
 

@@ -10,7 +10,14 @@ from typing import Annotated, Literal
 import tyro
 
 from sngpt_jax.ahead.cases import CaseArguments
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config.options import (
+    Json,
+    KernelsOption,
+    OptionalInt,
+    OptionalPath,
+    Quiet,
+    WeightsOption,
+)
 from sngpt_jax.config.recipe import Overrides
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -35,6 +42,7 @@ class StepArguments(RecipeArguments):
     against: Literal["none", "torch"] = "none"
     rounds: int = 9  # rounds in which all implementations take turns
     steps: int = 10  # steps per round of each implementation
+    kernels: KernelsOption = "check"
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from sngpt_jax.data.loader import make_loader
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.run.meter import peak_flops, peak_memory
+from sngpt_jax.training import trust
 from sngpt_jax.training.compiler import compile_step, keep_working_memory, use_compilation_cache
 from sngpt_jax.training.cost import forward_flops_per_token
 from sngpt_jax.training.state import Shapes, init_state
@@ -207,6 +208,8 @@ def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
     if against:
         check_torch(config)
     use_compilation_cache(config.train.compilation_cache)
+    tokens = config.data.batch_tokens // jax.device_count()
+    trust.settle(config, min(config.train.device_batch_tokens, tokens), arguments.kernels)
     mesh, losses = make_mesh(fsdp=config.train.fsdp), {}
     if against:
         optim = replace(config.optim, ema_decay=0.0, swa_every=0, qat_below=0.0)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,4 +22,8 @@ WeightsOption = Annotated[
         metavar="{final,swa,ema}",
         help="weights of the last step, or an average; default: the run's eval.weights",
     ),
+]
+KernelsOption = Annotated[
+    Literal["check", "trust", "off"],
+    _arg(help="custom kernels: compare each with XLA before its first use, use all, or use none"),
 ]

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,15 @@ def environment(step: int) -> dict[str, Any]:
     }
 
 
-def record(run_dir: Path, step: int) -> None:
-    """Appends this start of the run to its `environment.jsonl`. Only process 0 writes."""
+def record(run_dir: Path, step: int, kernels: Mapping[str, str] | None = None) -> None:
+    """Appends this start of the run to its `environment.jsonl`, with the verdicts on its custom
+    kernels. Only process 0 writes.
+    """
     if processes.index():
         return
     before = _lines(run_dir)
-    lines = [*before[:1], *before[1:][2 - MOST_STARTS :], json.dumps(environment(step)).encode()]
+    start = environment(step) | ({"kernels": dict(kernels)} if kernels else {})
+    lines = [*before[:1], *before[1:][2 - MOST_STARTS :], json.dumps(start).encode()]
     write_bytes_atomic(path(run_dir), b"\n".join(lines) + b"\n")
 
 
@@ -87,3 +91,8 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(typed_json.loads(line))
     return [start for start in found if isinstance(start, dict)]
+
+
+def last(run_dir: Path) -> dict[str, Any]:
+    """The latest start of a run, or {}."""
+    return (read(run_dir) or [{}])[-1]

@@ -34,15 +34,16 @@ from sngpt_jax.run.meter import StepMeter, peak_flops
 from sngpt_jax.run.metrics import MetricsWriter
 from sngpt_jax.run.profiler import Profiler
 from sngpt_jax.run.signals import EXIT_STATUS, StopSignals
-from sngpt_jax.training import compiler
+from sngpt_jax.training import compiler, trust
 from sngpt_jax.training.cost import make_plan
 from sngpt_jax.training.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.training.step import make_train_step
 
 
-def train(config: Config, directory: Path, console: Console) -> int:
+def train(config: Config, directory: Path, console: Console, kernels: trust.Mode = "check") -> int:
     """Trains into `directory`, from its last checkpoint if it has one. Returns the exit status.
+    `kernels` says which custom kernels may run.
 
     Raises `NonFinite` if the run diverges, and `UserError` if the machine or the directory does not
     fit the recipe.
@@ -70,6 +71,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
         {
             "version": f"{__version__}, jax {jax.__version__}",
             **flat(config),
+            "--kernels": kernels,
             "training tokens": len(data.train),
             "validation tokens": len(data.val),
             "tokenizer": data.tokenizer.sha256,
@@ -87,6 +89,7 @@ def train(config: Config, directory: Path, console: Console) -> int:
     console.print(format_table(describe(config.optim, shapes.state.params)))
 
     # 4. The program. It comes before the run, so that a compiler error leaves nothing behind.
+    verdicts = trust.settle(config, d.batch_tokens // accumulation // mesh.devices.size, kernels)
     console.print("compiling the training step …")
     start = time.perf_counter()
     controls = step_controls(config.optim, t, 0, 0.0)
@@ -107,7 +110,8 @@ def train(config: Config, directory: Path, console: Console) -> int:
             state, done, position = init_state(shapes), 0, Position()
         with processes.first():
             run_directory.begin(directory, config, data.tokenizer)
-            environment.record(directory, done)
+            trust.report_changes(environment.last(directory).get("kernels"), verdicts)
+            environment.record(directory, done, verdicts)
             run_directory.keep_data(directory, data)
         if restored:
             console.print(f"resuming after step {done:,}")
@@ -227,7 +231,13 @@ def print_sample(run: Run) -> None:
 
 
 def run(
-    config: Config, directory: Path, members: ProcessArguments, *, quiet: bool, again: str
+    config: Config,
+    directory: Path,
+    members: ProcessArguments,
+    *,
+    quiet: bool,
+    again: str,
+    kernels: trust.Mode = "check",
 ) -> int:
     """Trains `config` in `directory`, alone or as one of several processes; returns the command's
     exit status. `again` is the command line that resumes the run.
@@ -243,7 +253,7 @@ def run(
                 print_summary(console, directory, summary)
             return 0
         try:
-            status = train(config, directory, console)
+            status = train(config, directory, console, kernels)
         except NonFinite as error:
             folder = run_directory.checkpoint_dir(directory)
             saved = [step for step in checkpoint.steps(folder) if step <= error.good]

@@ -32,7 +32,7 @@ ONLY_NVIDIA = "xla: pallas_triton serves NVIDIA GPUs; the device is"
     ],
 )
 def test_says_once_what_runs_and_why(device, d, said, caplog):
-    dispatch.announce.cache_clear()
+    dispatch.log_choice.cache_clear()
     levels = ((d.bit_length() - 1, 4, 0),)
     x, table = jax.ShapeDtypeStruct((3, d), jnp.float32), jax.ShapeDtypeStruct((d,), jnp.float32)
     with caplog.at_level(logging.INFO, logger="sngpt_kernels"), dispatch.targeting(device):

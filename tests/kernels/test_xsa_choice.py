@@ -72,7 +72,7 @@ def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch):
 
 
 def test_choice_is_said_once(caplog):
-    dispatch.announce.cache_clear()
+    dispatch.log_choice.cache_clear()
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
     with caplog.at_level(logging.INFO, logger="sngpt_kernels"):
         for _ in range(3):

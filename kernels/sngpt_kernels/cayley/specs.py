@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sngpt_kernels.case import Case, Cost
+from sngpt_kernels.case import UNCOUNTED, Case, Cost
 from sngpt_kernels.cayley import reference
 from sngpt_kernels.cayley.api import Implementation, encode_decode
 from sngpt_kernels.cayley.dictionary import Levels, Scheme
@@ -14,15 +14,22 @@ TOKENS = 8192
 REFERENCE_TOKENS = 16  # the reference takes about 0.1 s per token
 
 
-def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
-    scheme = Scheme(levels)
+def case(
+    name: str,
+    scheme: Scheme,
+    dtype: jnp.dtype,
+    tokens: int,
+    forward: Cost = UNCOUNTED,
+    backward: Cost = UNCOUNTED,
+) -> Case:
+    """The code of `tokens` tokens. The costs are for tables of times."""
     d, features = scheme.width, scheme.features
 
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
         """Statistics and biases as during training, which spread the choices over all features."""
         x, mean, std, bias = jax.random.split(key, 4)
         return (
-            jax.random.normal(x, (TOKENS, d), dtype),
+            jax.random.normal(x, (tokens, d), dtype),
             0.1 * jax.random.normal(mean, (d,)),
             jax.random.uniform(std, (features,), minval=0.5, maxval=1.5),
             0.1 * jax.random.normal(bias, (features,)),
@@ -35,19 +42,14 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
         bias: jax.Array,
         implementation: Implementation | None = None,
     ) -> jax.Array:
-        return encode_decode(x, mean, std, bias, levels, implementation=implementation)[0]
+        static = vars(scheme) | {"implementation": implementation}
+        return encode_decode(x, mean, std, bias, **static)[0]
 
     def in_float64(
         x: np.ndarray, mean: np.ndarray, std: np.ndarray, bias: np.ndarray
     ) -> np.ndarray:
-        return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, levels).x_hat
+        return reference.encode_decode(x[:REFERENCE_TOKENS], mean, std, bias, **vars(scheme)).x_hat
 
-    # level 0 is two products with square matrices
-    scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))
-    for level in range(1, len(levels)):
-        scored += levels[level - 1][1] * d * fold(levels, "spread", level).member_steps.size
-    # x, std and bias, x_hat and the ids; or dx_hat, the ids and std, dx and the bias gradient
-    moved = 2 * TOKENS * d * dtype.itemsize + 4 * TOKENS * scheme.active + 2 * 4 * features
     return Case(
         name=name,
         make=make,
@@ -55,11 +57,24 @@ def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
         differentiated=(0, 3),
         reference=in_float64,
         implementations=("xla", "pallas_triton"),
-        # decoding is signed sums and no matrix products
-        forward=Cost(matmul_flops=2 * TOKENS * scored, bytes=moved),
-        backward=Cost(matmul_flops=0, bytes=moved),
+        forward=forward,
+        backward=backward,
         ties=0.02,
     )
+
+
+def _case(name: str, levels: Levels, dtype: jnp.dtype) -> Case:
+    scheme = Scheme(levels)
+    d, features = scheme.width, scheme.features
+    # level 0 is two products with square matrices
+    scored = d * (2 ** -(-levels[0][0] // 2) + 2 ** (levels[0][0] // 2))
+    for level in range(1, len(levels)):
+        scored += levels[level - 1][1] * d * fold(levels, "spread", level).member_steps.size
+    # x, std and bias, x_hat and the ids; or dx_hat, the ids and std, dx and the bias gradient
+    moved = 2 * TOKENS * d * dtype.itemsize + 4 * TOKENS * scheme.active + 2 * 4 * features
+    # decoding is signed sums and no matrix products
+    forward, backward = Cost(2 * TOKENS * scored, moved), Cost(0, moved)
+    return case(name, scheme, dtype, TOKENS, forward, backward)
 
 
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)

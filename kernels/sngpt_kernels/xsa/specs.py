@@ -10,9 +10,11 @@ from sngpt_kernels.xsa import reference
 from sngpt_kernels.xsa.api import attention
 
 
-def _case(
+def case(
     name: str, B: int, T: int, H: int, K: int, h: int, *, exclusive: bool, dtype: jnp.dtype
 ) -> Case:
+    """Attention of B sequences of T positions, with H query heads and K key/value heads of h."""
+
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
         heads_and_keys = zip((H, K, K), jax.random.split(key, 3), strict=True)
         return tuple(jax.random.normal(k, (B, T, heads, h), dtype) for heads, k in heads_and_keys)
@@ -38,12 +40,12 @@ BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 CASES: tuple[Case, ...] = (
     # golf_12l_recycled has the same shape
-    _case("golf_9l_xsa_ngram", 48, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
-    _case("golf_11l_xsa4", 32, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
-    _case("golf_baseline", 64, 1024, 8, 4, 64, exclusive=False, dtype=BFLOAT16),
-    _case("cayley_small", 32, 1024, 8, 8, 128, exclusive=False, dtype=BFLOAT16),
-    _case("cayley_large", 8, 1024, 16, 16, 128, exclusive=False, dtype=BFLOAT16),
-    _case("quickstart", 4, 256, 2, 1, 64, exclusive=True, dtype=FLOAT32),
-    _case("golf_float32", 8, 2048, 8, 4, 64, exclusive=True, dtype=FLOAT32),
-    _case("wide_float32", 4, 1024, 8, 4, 128, exclusive=True, dtype=FLOAT32),
+    case("golf_9l_xsa_ngram", 48, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
+    case("golf_11l_xsa4", 32, 2048, 8, 4, 64, exclusive=True, dtype=BFLOAT16),
+    case("golf_baseline", 64, 1024, 8, 4, 64, exclusive=False, dtype=BFLOAT16),
+    case("cayley_small", 32, 1024, 8, 8, 128, exclusive=False, dtype=BFLOAT16),
+    case("cayley_large", 8, 1024, 16, 16, 128, exclusive=False, dtype=BFLOAT16),
+    case("quickstart", 4, 256, 2, 1, 64, exclusive=True, dtype=FLOAT32),
+    case("golf_float32", 8, 2048, 8, 4, 64, exclusive=True, dtype=FLOAT32),
+    case("wide_float32", 4, 1024, 8, 4, 128, exclusive=True, dtype=FLOAT32),
 )
