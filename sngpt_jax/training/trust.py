@@ -144,18 +144,16 @@ def _chosen(
     operation: Operation, config: ModelConfig, sequences: int, length: int, named: str
 ) -> list[Case]:
     """The operation's calls that would run as a custom kernel on the current device."""
-    try:
-        dispatch.check_nvidia("pallas_triton", dispatch.current_device())
-    except dispatch.CannotServe:
-        return []
     found = []
-    for case in operation.cases(config, sequences, length):
-        run = functools.partial(case.run, implementation=None if named == "auto" else named)
-        # the comparison or the model's own trace says what fails
-        with dispatch.recorded_choices() as choices, contextlib.suppress(Exception):
-            jax.eval_shape(run, *case.abstract())
-        if "pallas_triton" in choices:
-            found.append(case)
+    with contextlib.suppress(dispatch.CannotServe):
+        dispatch.check_nvidia("pallas_triton", dispatch.current_device())
+        for case in operation.cases(config, sequences, length):
+            run = functools.partial(case.run, implementation=None if named == "auto" else named)
+            # the comparison or the model's own trace says what fails
+            with dispatch.recorded_choices() as choices, contextlib.suppress(Exception):
+                jax.eval_shape(run, *case.abstract())
+            if "pallas_triton" in choices:
+                found.append(case)
     return found
 
 
@@ -215,11 +213,10 @@ def _kept(path: Path | None) -> str | None:
     """The verdict in `path`; None if there is none that can be read."""
     if path is None or not path.is_file():
         return None
-    try:
+    with contextlib.suppress(UserError, KeyError, TypeError):
         problem = typed_json.read(path, UserError)["problem"]
-    except (UserError, KeyError, TypeError):
-        return None
-    return problem if isinstance(problem, str) else None
+        return problem if isinstance(problem, str) else None
+    return None
 
 
 def _keep(path: Path | None, name: str, case: Case, problem: str) -> None:
