@@ -55,6 +55,8 @@ fi
 
 if [ "$command" = bench ] && [[ " $* " == *" --against torch "* || " $* " == *" --against=torch "* ]]; then
   wanted+=(torch)
+elif [ "$command" = bench ] && [ "${1:-}" = first-light ] && [[ " $* " != *" --pack"* && " $* " != *" --device"[=\ ]cpu* ]]; then
+  wanted+=(torch)
 fi
 
 # One file per installed part records the installation. Its name depends on the place of this checkout and on its

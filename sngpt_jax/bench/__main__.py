@@ -24,6 +24,7 @@ NAMES: dict[str, type] = {
     "export": options.ExportArguments,
     "policies": options.PoliciesArguments,
     "scoring": options.ScoringArguments,
+    "first-light": options.FirstLightArguments,
     "all": options.AllArguments,
 }
 
@@ -41,7 +42,9 @@ def measure(name: str, arguments: Any, say: Callable[[str], None]) -> dict[str, 
     if name == "all":
         return measure_all(arguments, say)
     # jax takes seconds to import, which --help does not need
-    return importlib.import_module(f"sngpt_jax.bench.{name}").measure(arguments, say)
+    return importlib.import_module(f"sngpt_jax.bench.{name.replace('-', '_')}").measure(
+        arguments, say
+    )
 
 
 def measure_all(arguments: options.AllArguments, say: Callable[[str], None]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class RecipeArguments:
 class StepArguments(RecipeArguments):
     """Times the training step of a recipe, alone or beside the same model in PyTorch.
 
-    Other benchmarks: bench kernels | tune | export | policies | scoring | all.
+    Other benchmarks: bench kernels | tune | export | policies | scoring |
+    first-light | all.
     """
 
     # torch: also time the same model in PyTorch, eager and compiled, on one device
@@ -102,3 +103,18 @@ class AllArguments(RecipeArguments):
     """Runs every benchmark that this machine can run, one after the other."""
 
     run: OptionalPath = None  # run directory of a trained model, for the export policies
+
+
+@dataclass(frozen=True)
+class FirstLightArguments:
+    """Shows in a few minutes what works on this GPU and how fast; see docs/first_light.md."""
+
+    minutes: float = 8.0  # time for all parts, whose limits scale with it
+    out: str = "first_light"  # folder for the results
+    # cpu: tries the parts themselves, with tiny shapes
+    device: Literal["gpu", "cpu"] = "gpu"
+    data: str = ""  # prepared folder of a pack for the training run; default: prepared here
+    # makes this folder with what a machine without a network needs, and measures nothing
+    pack: str = ""
+    python: str = "3.12"  # version of Python on that machine
+    json: Json = ""
