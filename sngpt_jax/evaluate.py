@@ -16,7 +16,6 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.config import ExportConfig
 from sngpt_jax.config.checks import validate
-from sngpt_jax.config.file import with_own_cache
 from sngpt_jax.config.options import (
     Json,
     KernelsOption,
@@ -133,7 +132,6 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax.cluster.mesh import make_mesh
     from sngpt_jax.evaluation import report
     from sngpt_jax.run.console import progress_reporter
-    from sngpt_jax.training import trust
     from sngpt_jax.weights.quantized_model import quantize_variables
     from sngpt_jax.weights.source import open_model
 
@@ -144,9 +142,15 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     alike = {name: repr(value) for name, value in options.items()}
     processes.check_alike({"version": f"{__version__}, jax {jax.__version__}"} | alike)
     mesh = make_mesh()
-    model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
+    model = open_model(
+        arguments.run,
+        arguments.artifact,
+        mesh,
+        arguments.step,
+        arguments.weights,
+        arguments.kernels,
+    )
     config, variables = model.config, model.variables
-    trust.settle(with_own_cache(config), config.eval.device_batch_tokens, arguments.kernels)
     if arguments.run:
         config = validate(replace(config, export=arguments.export))
     dataset = None

@@ -8,7 +8,6 @@ import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.config.file import with_own_cache
 from sngpt_jax.config.options import (
     Json,
     KernelsOption,
@@ -50,13 +49,18 @@ def main(argv: Sequence[str]) -> int:
     cli.log_to_stderr(arguments.quiet)
     from sngpt_jax.cluster.mesh import make_mesh  # imports jax
     from sngpt_jax.model import generation
-    from sngpt_jax.training import trust
     from sngpt_jax.weights.source import open_model
 
     mesh = make_mesh()
-    model = open_model(arguments.run, arguments.artifact, mesh, arguments.step, arguments.weights)
+    model = open_model(
+        arguments.run,
+        arguments.artifact,
+        mesh,
+        arguments.step,
+        arguments.weights,
+        arguments.kernels,
+    )
     config, prompt = model.config, arguments.prompt
-    trust.settle(with_own_cache(config), config.data.seq_len, arguments.kernels)
     text = generation.generate(
         config.model,
         model.variables,

@@ -33,6 +33,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import write_text_atomic
 from sngpt_jax.cluster import processes
 from sngpt_jax.config import Config, ModelConfig
+from sngpt_jax.config.file import with_own_cache
 from sngpt_jax.model.layers import compute_dtype
 
 logger = logging.getLogger("sngpt_jax")
@@ -105,6 +106,11 @@ def settle(config: Config, tokens: int, mode: Mode) -> Verdicts:
     for name, problem in verdicts.items():
         dispatch.distrust(name, problem)
     return verdicts
+
+
+def settle_own(config: Config, mode: Mode = "check") -> Verdicts:
+    """`settle` for a trained model, whose file does not choose the folder of verdicts."""
+    return settle(with_own_cache(config), config.eval.device_batch_tokens, mode)
 
 
 def report_changes(before: object, now: Verdicts) -> None:

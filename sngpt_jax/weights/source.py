@@ -13,6 +13,7 @@ from sngpt_jax.model.forward import join
 from sngpt_jax.optim.averaging import SWA, averaged_weights
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.directory import checkpoint_dir, read_config, tokenizer_path
+from sngpt_jax.training import trust
 from sngpt_jax.training.compiler import use_compilation_cache
 from sngpt_jax.training.state import Shapes
 from sngpt_jax.weights.trained_model import TrainedModel, from_artifact, on_any_device
@@ -24,28 +25,39 @@ def open_model(
     mesh: Mesh,
     step: int | None = None,
     weights: Weights | None = None,
+    kernels: trust.Mode = "check",
 ) -> TrainedModel:
-    """The model of `run` or `artifact`. Raises `UserError` unless exactly one of them is given, and
-    for a `step` or `weights` of an artifact.
+    """The model of `run` or `artifact`. `kernels` says which custom kernels may run.
+
+    Raises `UserError` unless exactly one of `run` and `artifact` is given, and for a `step` or
+    `weights` of an artifact.
     """
     if run and not artifact:
-        return load_model(run, mesh, step, weights)
+        return load_model(run, mesh, step, weights, kernels)
     if run or not artifact:
         raise UserError("give either --run, a run directory, or --artifact, an exported model")
     if step is not None or weights:
         raise UserError("--step and --weights need --run: an artifact holds one set of weights")
-    return from_artifact(artifact, mesh)
+    model = from_artifact(artifact, mesh)
+    trust.settle_own(model.config, kernels)
+    return model
 
 
 def load_model(
-    run_dir: Path, mesh: Mesh, step: int | None = None, weights: Weights | None = None
+    run_dir: Path,
+    mesh: Mesh,
+    step: int | None = None,
+    weights: Weights | None = None,
+    kernels: trust.Mode = "check",
 ) -> TrainedModel:
     """The weights of the run in `run_dir` at checkpoint `step`, or at the latest intact one, laid
     out over `mesh`. `weights`: the last step's (final) or an average (swa, ema); None: the run's
-    eval.weights. Raises `UserError` if the run keeps no such average, or has no snapshot yet.
+    eval.weights. `kernels`: which custom kernels may run. Raises `UserError` if the run keeps no
+    such average, or has no snapshot yet.
     """
     config = on_any_device(read_config(run_dir))
     use_compilation_cache(config_file.with_own_cache(config).train.compilation_cache)
+    trust.settle_own(config, kernels)
     weights = weights or config.eval.weights
     state = Shapes.of(config, mesh).state
     name = "params" if weights == "final" else weights

@@ -7,6 +7,7 @@ interprets the true kernel.
 import json
 import logging
 from functools import partial
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,11 +22,12 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.layout import Layout
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, changed
+from sngpt_jax.config import Config, TrainConfig, changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.run import environment
 from sngpt_jax.run.console import Console
 from sngpt_jax.training import compiler, loop, trainer, trust
+from sngpt_jax.weights import source
 
 INTERPRETED = partial(xsa_kernels.attention, interpret=True)
 
@@ -177,6 +179,20 @@ def test_process_0_decides(config, monkeypatch):
     monkeypatch.setattr(parity, "compare", lambda *_, **__: pytest.fail("compared"))
     assert trust.settle(config, 32, "check") == {"xsa": "it is wrong"}
     assert used(config) == ["xla"]
+
+
+def test_a_trained_model_is_checked_in_this_machines_folder(config, monkeypatch):
+    """Its config.json does not choose the folder."""
+    asked = []
+    monkeypatch.setattr(source, "read_config", lambda _: config)
+    monkeypatch.setattr(source, "use_compilation_cache", lambda _: None)
+    monkeypatch.setattr(trust, "settle", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(source.Shapes, "of", lambda *_: pytest.fail("traced", pytrace=False))
+    with pytest.raises(pytest.fail.Exception):
+        source.load_model(Path("run"), make_mesh(), kernels="trust")
+    ((own, tokens, mode),) = asked
+    assert own.train.compilation_cache == TrainConfig.compilation_cache
+    assert (tokens, mode) == (config.eval.device_batch_tokens, "trust")
 
 
 # ---------------------------------------- in a run
