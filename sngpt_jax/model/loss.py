@@ -137,12 +137,16 @@ def _mean_and_gradients(
         x_CD, targets_C, real_C = (values[0] for values in batch)
         logits_CV = logits(x_CD[None], weights_VD, cap)[0]
         # capped logits need no shift by the largest one: 2^16 times exp(64) is a finite float32
-        shift_C1 = 0.0 if 0 < cap <= 64 else jnp.max(logits_CV, axis=-1, keepdims=True)
+        shifted = not 0 < cap <= 64
+        shift_C1 = jnp.max(logits_CV, axis=-1, keepdims=True) if shifted else 0.0
         e_CV = jnp.exp(logits_CV - shift_C1)
         sum_C1 = jnp.sum(e_CV, axis=-1, keepdims=True)
         # compared in place: a one-hot array or a scatter would be another pass over V
         hit_CV = jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
-        target_C = jnp.sum(logits_CV, axis=-1, where=hit_CV)
+        if shifted:  # a GPU joins no other sum with that of the shifted ones
+            target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        else:
+            target_C = jnp.sum(logits_CV, axis=-1, where=hit_CV)
         losses_C = (jnp.log(sum_C1) + shift_C1)[:, 0] - target_C
         d_CV = e_CV * (1.0 / sum_C1)
         d_CV = jnp.where(hit_CV, d_CV - 1.0, d_CV)
