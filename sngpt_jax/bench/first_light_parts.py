@@ -67,7 +67,9 @@ def interpreted(case: Case) -> Case:
     def run(*arguments: jax.Array, implementation: str) -> jax.Array:
         if implementation != "pallas_triton":
             return case.run(*arguments, implementation=implementation)
-        return pallas_triton.attention(*arguments, *options.values(), interpret=True)
+        q, k, v = arguments
+        exclusive, scale = options["exclusive"], options["scale"]
+        return pallas_triton.attention(q, k, v, exclusive, scale, interpret=True)
 
     return replace(case, run=run)
 
