@@ -34,7 +34,10 @@ MOST_AT_A_TIME = 4  # programs that compile at once; each takes about 1 GB of me
 LIMITS_ON = ("h100", "h200")
 CUT_FOR = ("h100", "h200")  # by the block sizes chosen without a measurement
 # kernels that multiply no matrices
-WITHOUT_PRODUCTS = ("cayley_backward", "cayley_bias_gradient", "xsa_prepare_backward")
+WITHOUT_PRODUCTS = (
+    *("cayley_backward", "cayley_bias_gradient", "xsa_prepare_backward"),
+    *("rotary_forward", "rotary_backward"),
+)
 
 
 def compile_program(

@@ -92,6 +92,8 @@ class ModelConfig:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     # implementation of attention; auto: the fastest known on this device
     attention: Literal["auto", "xla", "cudnn", "pallas_triton"] = "auto"
+    # implementation of queries' and keys' norm and rotation; auto: pallas_triton on an NVIDIA GPU
+    rotary: Literal["auto", "xla", "pallas_triton"] = "auto"
     # implementation of the sparse codes; auto: pallas_triton on an NVIDIA GPU
     code: Literal["auto", "xla", "pallas_triton"] = "auto"
 

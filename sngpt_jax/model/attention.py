@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from sngpt_kernels.rotary import api as rotary
+from sngpt_kernels.rotary.xla import apply_rotary
 from sngpt_kernels.xsa import api as xsa
 from sngpt_kernels.xsa import xla
 
@@ -101,21 +103,6 @@ def make_positions(config: ModelConfig, num_positions: int) -> Positions:
     return Positions((cos, sin), causal)
 
 
-def apply_rotary(
-    x_BTHh: jax.Array, tables: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
-) -> jax.Array:
-    """Rotates each pair (j, j + r/2) of a head's leading r dimensions; `tables` [1 or B, T, r/2].
-
-    Computed in float32; returns x's dtype.
-    """
-    cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
-    half = cos.shape[-1]
-    x1, x2, rest = jnp.split(x_BTHh, (half, 2 * half), axis=-1)
-    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
-    turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
-    return jnp.concatenate([*(x.astype(x_BTHh.dtype) for x in turned), rest], axis=-1)
-
-
 @functools.cache
 def _announce_single_positions() -> None:
     logger.info("attention runs as xla while a text grows by single positions")
@@ -134,6 +121,7 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = H, K, h
         self.norm_eps, self.scale = config.norm_eps, h**-0.5
         self.implementation = None if config.attention == "auto" else config.attention
+        self.rotary = None if config.rotary == "auto" else config.rotary
         self.exclusive = layer >= config.num_layers - config.xsa_layers
         self.qk_norm, self.gated = config.qk_norm, config.attention_gate
         self.mixes_values = config.value_residual
@@ -149,22 +137,44 @@ class Attention(nnx.Module):
         if self.mixes_values:
             self.value_mix = nnx.Param(0.5 * jnp.ones((2,)))
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, h], keys and values [B, T, K, h], raw.
+    def project(
+        self, x_BTD: jax.Array, positions: Positions
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, h] and keys [B, T, K, h] as attention takes them, and raw values.
 
         One product computes all three if a norm follows. Otherwise, and if XSA uses the values
-        twice, splitting the product would be an extra pass over it.
+        twice, splitting the product would be an extra pass over it. A kernel reads queries and keys
+        side by side and writes them apart.
         """
         matrices = [self.query[...], self.key[...], self.value[...]]
 
         def heads(*matrices: jax.Array) -> jax.Array:
             return linear(x_BTD, *matrices).reshape(*x_BTD.shape[:2], -1, self.head_dim)
 
+        if self.qk_norm and positions.rotary:
+            with chosen_by("rotary"):
+                chosen = rotary.choose(x_BTD.dtype, self.head_dim, self.rotary)
+            if chosen != "xla":
+                q_BTHh, k_BTKh = rotary.prepare(
+                    heads(*matrices[:2]),
+                    self.q_gain[...],
+                    *positions.rotary,
+                    eps=self.norm_eps,
+                    implementation=self.rotary,
+                )
+                return q_BTHh, k_BTKh, heads(matrices[2])
         if self.exclusive or not self.qk_norm:
             q_BTHh, k_BTKh, v_BTKh = map(heads, matrices)
         else:
             ends = (self.num_heads, self.num_heads + self.num_kv_heads)
             q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(*matrices), ends, axis=2)
+        if self.qk_norm:
+            q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
+        if positions.rotary:
+            q_BTHh = apply_rotary(q_BTHh, positions.rotary)
+            k_BTKh = apply_rotary(k_BTKh, positions.rotary)
+        if self.qk_norm:
+            q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
@@ -179,14 +189,7 @@ class Attention(nnx.Module):
 
         `added_value` is added to the values; `first_value` are the first layer's values.
         """
-        q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD)
-        if self.qk_norm:
-            q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
-        if positions.rotary:
-            q_BTHh = apply_rotary(q_BTHh, positions.rotary)
-            k_BTKh = apply_rotary(k_BTKh, positions.rotary)
-        if self.qk_norm:
-            q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
+        q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD, positions)
         if added_value is not None:
             v_BTKh += added_value
         if self.mixes_values and first_value is not None:

@@ -25,6 +25,7 @@ from sngpt_kernels import dispatch, parity
 from sngpt_kernels.case import Case
 from sngpt_kernels.cayley import specs as cayley
 from sngpt_kernels.cayley.dictionary import Scheme
+from sngpt_kernels.rotary import specs as rotary
 from sngpt_kernels.xsa import specs as xsa
 
 from sngpt_jax import __version__
@@ -70,6 +71,15 @@ def _attention(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     return found
 
 
+def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:
+    if not config.qk_norm or config.positions != "rotary":
+        return []
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    dtype, turned = compute_dtype(config), config.rotary_dims
+    name = f"{dtype} {[length, *heads, turned]}"
+    return [rotary.case(name, sequences, length, *heads, rotary=turned, dtype=dtype)]
+
+
 def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     if not config.levels:
         return []
@@ -82,6 +92,7 @@ def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
 # by the package in sngpt_kernels; a new operation joins by a row
 OPERATIONS: Mapping[str, Operation] = {
     "xsa": Operation(_attention, lambda config: config.attention),
+    "rotary": Operation(_rotary, lambda config: config.rotary),
     "cayley": Operation(_code, lambda config: config.code),
 }
 

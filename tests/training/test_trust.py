@@ -14,6 +14,7 @@ import pytest
 from sngpt_kernels import dispatch, parity
 from sngpt_kernels.cayley import pallas_triton as cayley_kernels
 from sngpt_kernels.cayley import xla as cayley_xla
+from sngpt_kernels.rotary import pallas_triton as rotary_kernels
 from sngpt_kernels.xsa import api as xsa_api
 from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 from sngpt_kernels.xsa import xla as xsa_xla
@@ -66,7 +67,13 @@ def gpu(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     sections = {
-        "model": {"d_model": 32, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2},
+        "model": {
+            "d_model": 32,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "num_layers": 2,
+            "rotary": "xla",
+        },
         "data": {"seq_len": 16},
         "train": {"compilation_cache": str(tmp_path / "cache")},
     }
@@ -171,6 +178,20 @@ def test_a_sparse_code_and_both_kinds_of_attention(config, tmp_path, monkeypatch
     assert len(kept(tmp_path)) == 3
 
 
+@pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])
+def test_queries_and_keys(factor, problem, config, monkeypatch):
+    right = partial(rotary_kernels.prepare, interpret=True)
+
+    def kernel(*args):
+        return tuple(factor * part for part in right(*args))
+
+    monkeypatch.setattr(rotary_kernels, "prepare", kernel)
+    chosen = changed(config, model={"rotary": "auto", "attention": "xla"})
+    verdicts = trust.settle(chosen, 32, "check")
+    assert list(verdicts) == ["rotary"] and verdicts["rotary"].startswith(problem)
+    assert bool(verdicts["rotary"]) == bool(problem)
+
+
 def test_process_0_decides(config, monkeypatch):
     """Another process compares nothing and takes its verdict."""
     monkeypatch.setattr(processes, "_layout", Layout("localhost:1", 2, 1, None, "a test"))
@@ -212,7 +233,9 @@ def start(tiny_recipe, tmp_path, monkeypatch):
 
     def start(kernels="check", **model):
         own = {"compilation_cache": str(tmp_path / "cache")}
-        config = changed(load(str(tiny_recipe)), model=model, train=own, eval={"every": 0})
+        config = changed(
+            load(str(tiny_recipe)), model={"rotary": "xla"} | model, train=own, eval={"every": 0}
+        )
         console = Console(config.train.steps, config.train.max_seconds, quiet=True)
         with console:
             trainer.train(config, tmp_path / "run", console, kernels)

@@ -1,0 +1,107 @@
+"""The public operation: it checks its arguments, chooses an implementation and calls it."""
+
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from jax import Array
+
+from sngpt_kernels import dispatch
+from sngpt_kernels.dispatch import CannotServe, Device, describe
+from sngpt_kernels.rotary import xla
+
+Implementation = Literal["xla", "pallas_triton"]
+OPERATION = "rotary.prepare"
+MOST = 256  # the largest head that a program's registers hold
+
+
+def tuned_entry(device: Device, dtype: jnp.dtype, head_size: int) -> dict[str, Any]:
+    """The entry of these arguments in the device's table, or {}."""
+    table = dispatch.tuned("sngpt_kernels.rotary", device.kind)
+    return table.get(f"{dtype}_h{head_size}", {})
+
+
+def prepare(
+    x: Array,
+    gain: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """Queries and keys for attention: RMSNorm, rotary positions, and a gain of each query head.
+
+    Each head is divided by sqrt(mean(x²) + eps). Then each pair (j, j + r/2) of its leading r
+    dimensions is rotated (arXiv:2104.09864), and a query is multiplied by its head's gain.
+    `pallas_triton` reads the heads once, computes in float32 and rounds once. Its gradient reads
+    the heads and the two cotangents once. That gradient has no derivative. The operation works
+    under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False).
+
+    Args:
+      x: the raw heads [B, T, H + K, h] of queries, then keys, bfloat16 or float32.
+      gain: [H], float32.
+      cos, sin: [1 or B, T, r/2], float32, constants without a gradient.
+      eps: added to the mean square, above 0. Static.
+      implementation: None chooses by the device that the code is traced for.
+
+    Returns:
+      Queries [B, T, H, h] and keys [B, T, K, h] in x's dtype.
+
+    Raises:
+      ValueError: an argument is not as described.
+      CannotServe: the named implementation does not serve these arguments on this device.
+    """
+    _check_arguments(x, gain, cos, sin, eps)
+    if choose(x.dtype, x.shape[-1], implementation) == "xla":
+        return xla.prepare(x, gain, cos, sin, eps)
+    kernels = dispatch.pallas_triton("rotary", dispatch.current_device())
+    return kernels.prepare(x, gain, cos, sin, eps)
+
+
+def _check_arguments(x: Array, gain: Array, cos: Array, sin: Array, eps: float) -> None:
+    if x.ndim != 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x is {describe(x)}; expected bfloat16 or float32 [B, T, H + K, h]")
+    B, T, N, h = x.shape
+    if gain.ndim != 1 or not 0 < gain.shape[0] <= N or gain.dtype != jnp.float32:
+        raise ValueError(f"gain is {describe(gain)}; expected float32 [H], H at most {N}")
+    half = cos.shape[-1] if cos.ndim == 3 else 0
+    if not 0 < 2 * half <= h or cos.shape not in ((1, T, half), (B, T, half)):
+        raise ValueError(f"cos is {describe(cos)}; expected [1 or {B}, {T}, at most {h // 2}]")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin is {describe(sin)}; expected {describe(cos)}, as cos")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps!r}; expected a number above 0")
+
+
+def choose(
+    dtype: jnp.dtype, head_size: int, implementation: Implementation | None
+) -> Implementation:
+    """The implementation that `prepare` takes, here and now, and logs with its reason.
+
+    Raises CannotServe, with the reason, if the named implementation cannot serve.
+    """
+    dispatch.check_name(implementation, get_args(Implementation))
+    device = dispatch.current_device()
+    chosen: Implementation = implementation or "pallas_triton"
+    reason = "as asked" if implementation else "on an NVIDIA GPU, where no measurement says another"
+    if chosen == "pallas_triton":
+        try:
+            check(device, head_size)
+        except CannotServe as error:
+            if implementation:
+                raise
+            chosen, reason = "xla", str(error)
+    fastest = tuned_entry(device, dtype, head_size).get("implementation")
+    if not implementation and fastest == "xla" != chosen:
+        arguments = f"{dtype}, head size {head_size}"
+        chosen, reason = "xla", f"the fastest measured on {device.kind}, {arguments}"
+    dispatch.announce(OPERATION, chosen, reason)
+    return chosen
+
+
+def check(device: Device, head_size: int) -> None:
+    """Raises CannotServe if the kernels cannot serve heads of that size on that device."""
+    dispatch.pallas_triton("rotary", device)
+    if head_size % 8 or head_size > MOST:
+        served = f"pallas_triton serves head sizes of 8, 16, … {MOST}"
+        raise CannotServe(f"{served}; x has {head_size}")

@@ -1,0 +1,255 @@
+"""The operation as two Pallas Triton kernels, one pass over memory in each direction.
+
+A program takes some positions of all heads. It loads the positions' cosines and sines once. A
+head's columns are cut into spans whose widths are powers of two, as a tile needs them.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from sngpt_kernels import dispatch
+from sngpt_kernels.launch import launch
+from sngpt_kernels.rotary.api import OPERATION, tuned_entry
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one program takes, and what runs it."""
+
+    rows: int = 32  # positions; a power of two
+    num_warps: int = 4
+
+    @classmethod
+    def heuristic(cls) -> "Config":
+        """A thread of the four warps loads 16 bytes of each half of a head of 64 bfloat16."""
+        return cls()
+
+
+def spans(start: int, width: int) -> Iterator[slice]:
+    """The columns from `start` in parts whose widths are powers of two, widest first."""
+    while width:
+        part = 1 << (width.bit_length() - 1)
+        yield slice(start, start + part)
+        start, width = start + part, width - part
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static arguments of one call, for both kernels."""
+
+    batch: int
+    length: int  # T
+    heads: int  # H, of queries
+    keys: int  # K, the heads of keys
+    head_size: int
+    half: int  # r/2
+    tables: int  # the tables' first axis: 1 or B
+    eps: float
+    config: Config
+    interpret: bool
+
+    def columns(self) -> list[slice]:
+        """The spans of a head: of first halves, then of second halves, then of the rest."""
+        rest = spans(2 * self.half, self.head_size - 2 * self.half)
+        return [*spans(0, self.half), *spans(self.half, self.half), *rest]
+
+    def exist(self) -> Array | None:
+        """Which of the program's rows exist, [rows, 1]; None means all."""
+        rows = self.config.rows
+        if self.length % rows == 0:
+            return None
+        return pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < self.length
+
+    def head(self, ref: Any, head: Array, exist: Array | None) -> list[Array]:
+        """The spans of a head."""
+        return [load(ref.at[:, head, columns], exist) for columns in self.columns()]
+
+    def turn(self, parts: list[Array], tables: list[tuple[Array, Array]], way: int) -> list[Array]:
+        """The rotated spans; `way` is 1, or -1 for the inverse."""
+        n = len(tables)
+        triples = list(zip(parts[:n], parts[n : 2 * n], tables, strict=True))
+        first = [a * cos + b * (way * sin) for a, b, (cos, sin) in triples]
+        second = [b * cos - a * (way * sin) for a, b, (cos, sin) in triples]
+        return [*first, *second, *parts[2 * n :]]
+
+    def angles(self, cos_ref: Any, sin_ref: Any, exist: Array | None) -> list[tuple[Array, Array]]:
+        """The cosines and sines of each span of a half."""
+        tiles = (tuple(r.at[:, part] for r in (cos_ref, sin_ref)) for part in spans(0, self.half))
+        return [(load(cos, exist), load(sin, exist)) for cos, sin in tiles]
+
+    def inverse_norm(self, parts: list[Array]) -> Array:
+        """[rows, 1]."""
+        return lax.rsqrt(dot(parts, parts) / self.head_size + self.eps)
+
+    def specs(self) -> tuple[pl.BlockSpec, ...]:
+        """Those of queries, keys, both side by side, a table, and the gain."""
+        rows, per_row = self.config.rows, self.tables > 1
+
+        def heads(count: int) -> pl.BlockSpec:
+            return pl.BlockSpec((None, rows, count, self.head_size), lambda i, b: (b, i, 0, 0))
+
+        table = pl.BlockSpec((None, rows, self.half), lambda i, b: (b if per_row else 0, i, 0))
+        gain = pl.BlockSpec((self.heads,), lambda i, b: (0,))
+        counts = (self.heads, self.keys, self.heads + self.keys)
+        return (*map(heads, counts), table, gain)
+
+    def launch(self, name: str, kernel: Any, inputs: Any, results: Any, **specs: Any) -> Any:
+        size = self.batch * self.length * (self.heads + self.keys)
+        return launch(
+            name,
+            functools.partial(kernel, problem=self),
+            (pl.cdiv(self.length, self.config.rows), self.batch),
+            inputs,
+            results,
+            flops=10 * size * self.head_size,
+            transcendentals=size,
+            num_warps=self.config.num_warps,
+            interpret=self.interpret,
+            **specs,
+        )
+
+
+def load(tile: Any, exist: Array | None) -> Array:
+    """The tile as float32, with 0 in the rows that do not exist."""
+    if exist is None:
+        return plgpu.load(tile).astype(jnp.float32)
+    mask = jnp.broadcast_to(exist, tile.shape)
+    return plgpu.load(tile, mask=mask, other=0.0).astype(jnp.float32)
+
+
+def store(tile: Any, values: Array, exist: Array | None) -> None:
+    mask = None if exist is None else jnp.broadcast_to(exist, values.shape)
+    plgpu.store(tile, values.astype(tile.dtype), mask=mask)
+
+
+def dot(a: list[Array], b: list[Array]) -> Array:
+    """The products of the rows of two heads, [rows, 1]."""
+    sums = [jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, sums)
+
+
+def _forward_kernel(*refs: Any, problem: Problem) -> None:
+    x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref = refs
+    exist = problem.exist()
+    tables = problem.angles(cos_ref, sin_ref, exist)
+
+    def one(head: Array, out_ref: Any, to: Array, gain: Array | float) -> None:
+        parts = problem.head(x_ref, head, exist)
+        scale = problem.inverse_norm(parts) * gain
+        turned = problem.turn(parts, tables, 1)
+        for columns, values in zip(problem.columns(), turned, strict=True):
+            store(out_ref.at[:, to, columns], values * scale, exist)
+
+    @pl.loop(0, problem.heads)
+    def _query(head: Array) -> None:
+        one(head, q_ref, head, gain_ref[head])
+
+    @pl.loop(0, problem.keys)
+    def _key(head: Array) -> None:
+        one(problem.heads + head, k_ref, head, 1.0)
+
+
+def _backward_kernel(*refs: Any, problem: Problem) -> None:
+    x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, dx_ref, dgain_ref = refs
+    exist = problem.exist()
+    tables = problem.angles(cos_ref, sin_ref, exist)
+
+    def one(head: Array, cotangent_ref: Any, at: Array, gain: Array | float) -> Array:
+        parts = problem.head(x_ref, head, exist)
+        dturned = problem.turn(problem.head(cotangent_ref, at, exist), tables, -1)
+        inverse = problem.inverse_norm(parts)
+        along = dot(dturned, parts) * inverse  # with the normalized head, before the gain
+        back = along * inverse / problem.head_size
+        for columns, d, x in zip(problem.columns(), dturned, parts, strict=True):
+            store(dx_ref.at[:, head, columns], (d - x * back) * (inverse * gain), exist)
+        return jnp.sum(along)
+
+    @pl.loop(0, problem.heads)
+    def _query(head: Array) -> None:
+        dgain_ref[head] = one(head, dq_ref, head, gain_ref[head])
+
+    @pl.loop(0, problem.keys)
+    def _key(head: Array) -> None:
+        one(problem.heads + head, dk_ref, head, 1.0)
+
+
+def _forward(problem: Problem, x: Array, gain: Array, cos: Array, sin: Array) -> Any:
+    queries, keys, both, table, gains = problem.specs()
+    results = tuple(
+        ShapeDtypeStruct((*x.shape[:2], count, x.shape[3]), x.dtype)
+        for count in (problem.heads, problem.keys)
+    )
+    return problem.launch(
+        "rotary_forward",
+        _forward_kernel,
+        (x, gain, cos, sin),
+        results,
+        in_specs=[both, gains, table, table],
+        out_specs=(queries, keys),
+    )
+
+
+def _backward(problem: Problem, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
+    """The gradients of x and of the gain. Each program sums the gain's gradient over its rows."""
+    x = saved[0]
+    queries, keys, both, table, gains = problem.specs()
+    programs = pl.cdiv(problem.length, problem.config.rows)
+    sums = pl.BlockSpec((None, None, problem.heads), lambda i, b: (b, i, 0))
+    dx, dgain = problem.launch(
+        "rotary_backward",
+        _backward_kernel,
+        (*saved, *cotangents),
+        (
+            ShapeDtypeStruct(x.shape, x.dtype),
+            ShapeDtypeStruct((problem.batch, programs, problem.heads), jnp.float32),
+        ),
+        in_specs=[both, gains, table, table, queries, keys],
+        out_specs=(both, sums),
+    )
+    return dx, jnp.sum(dgain, axis=(0, 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _prepare(x: Array, gain: Array, cos: Array, sin: Array, problem: Problem) -> Any:
+    return _forward(problem, x, gain, cos, sin)
+
+
+def _prepare_forward(x: Array, gain: Array, cos: Array, sin: Array, problem: Problem) -> Any:
+    saved = (x, gain, cos, sin)
+    forward = functools.partial(_forward, problem)
+    return dispatch.without_derivative(OPERATION, forward)(*saved), saved
+
+
+def _prepare_backward(problem: Problem, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    gradients = functools.partial(_backward, problem)
+    return *dispatch.without_derivative(OPERATION, gradients)(saved, cotangents), None, None
+
+
+_prepare.defvjp(_prepare_forward, _prepare_backward)
+
+
+def prepare(
+    x: Array,
+    gain: Array,
+    cos: Array,
+    sin: Array,
+    eps: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """`api.prepare` of valid arguments. `interpret` serves any device."""
+    B, T, N, h = x.shape
+    if config is None:
+        entry = tuned_entry(dispatch.current_device(), x.dtype, h)
+        config = Config(**entry["config"]) if "config" in entry else Config.heuristic()
+    H = gain.shape[0]
+    problem = Problem(B, T, H, N - H, h, cos.shape[2], cos.shape[0], eps, config, interpret)
+    return _prepare(x, gain, cos, sin, problem)
