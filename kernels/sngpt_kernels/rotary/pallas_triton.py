@@ -126,6 +126,7 @@ def load(tile: Any, exist: Array | None) -> Array:
 
 
 def store(tile: Any, values: Array, exist: Array | None) -> None:
+    """Writes the tile's rows that exist, rounded to its dtype."""
     mask = None if exist is None else jnp.broadcast_to(exist, values.shape)
     plgpu.store(tile, values.astype(tile.dtype), mask=mask)
 
