@@ -15,7 +15,7 @@ from sngpt_jax.model import cayley, loss
 from sngpt_jax.model.cayley import Taps
 from sngpt_jax.model.forward import Batch, Params, join, with_taps
 from sngpt_jax.optim import averaging, qat, skipping
-from sngpt_jax.optim.groups import clip
+from sngpt_jax.optim.groups import clip, global_norm
 from sngpt_jax.optim.schedules import StepControls
 from sngpt_jax.training import compiler
 from sngpt_jax.training.state import Shapes, TrainState
@@ -122,7 +122,7 @@ def make_train_step(shapes: Shapes) -> jax.stages.Wrapped:
                 ema = averaging.update_ema(ema, params, o.ema_decay)
             if swa is not None:
                 swa = averaging.update_swa(swa, params, controls.swa)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "grad_norm": global_norm(grads)}
         after = TrainState(
             state.step + 1, params, opt_state, state.key, ema, swa, statistics, state.skips
         )

@@ -237,6 +237,16 @@ def test_clip():
     np.testing.assert_allclose(clipped["b"]["c"], 4 * 0.3 / math.sqrt(112), rtol=1e-6)
 
 
+def test_the_global_norm_takes_one_sum_per_shape():
+    shapes = [(3, 4)] * 3 + [(4, 3), (4,), (4,)]
+    draw = np.random.default_rng(0).standard_normal
+    leaves = [draw(shape).astype(np.float32) for shape in shapes]
+    exact = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
+    np.testing.assert_allclose(groups.global_norm(leaves), exact, rtol=1e-6)
+    assert not np.isfinite(groups.global_norm([*leaves, np.array([np.nan], np.float32)]))
+    assert str(jax.make_jaxpr(groups.global_norm)(leaves)).count("reduce_sum") == 3
+
+
 def test_a_group_without_members_keeps_no_state():
     state = groups.make_optimizer(CONFIG, abstract()).init(abstract())
     assert set(state[1].inner_states) == {"embed", "matrix", "scalar"}
