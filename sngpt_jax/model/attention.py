@@ -182,10 +182,11 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         positions: Positions,
         *,
+        gain_D: jax.Array | None = None,
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The output [B, T, D] and the values [B, T, K, h] at these positions.
+        """The output [B, T, D], its channels times `gain_D`, and the values [B, T, K, h].
 
         `added_value` is added to the values; `first_value` are the first layer's values.
         """
@@ -220,4 +221,4 @@ class Attention(nnx.Module):
             logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
-        return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...]), v_BTKh
+        return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...], gain=gain_D), v_BTKh

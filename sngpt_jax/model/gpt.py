@@ -89,10 +89,11 @@ class Block(nnx.Module):
         keep_D, mix_D = self.resid_mix[...]
         u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
-            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, **values)
-            u_BTD += per_channel(self.attn_scale[...], y_BTD)
+            gain_D = self.attn_scale[...]
+            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, gain_D=gain_D, **values)
+            u_BTD += y_BTD
         with jax.named_scope("mlp"):
-            u_BTD += per_channel(self.mlp_scale[...], self.mlp(normed(u_BTD)))
+            u_BTD += self.mlp(normed(u_BTD), self.mlp_scale[...])
         return u_BTD, v_BTKh
 
 

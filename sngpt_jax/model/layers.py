@@ -39,13 +39,20 @@ class Observed:
         return Observed(self.matrix[index], self.seen)
 
 
-def linear(x_BTn: jax.Array, *matrices: jax.Array | Observed) -> jax.Array:
-    """x times the matrices [n, m_i] side by side, in x's dtype: one product, [B, T, Σ m_i]."""
+def linear(
+    x_BTn: jax.Array, *matrices: jax.Array | Observed, gain: jax.Array | None = None
+) -> jax.Array:
+    """x times the matrices [n, m_i] side by side, in x's dtype: one product, [B, T, Σ m_i].
+
+    `gain` [m_i] multiplies the columns of each matrix. So the result needs no pass of its own.
+    """
     rounded = []
     for matrix in matrices:
         if isinstance(matrix, Observed):
             matrix.seen.append(x_BTn)
             matrix = matrix.matrix
+        if gain is not None:
+            matrix = matrix * gain
         rounded.append(matrix.astype(x_BTn.dtype))
     return _product(x_BTn, jnp.concatenate(rounded, axis=1) if len(rounded) > 1 else rounded[0])
 

@@ -40,5 +40,6 @@ class MLP(nnx.Module):
         self.up = nnx.Param(init.matrix(config, rngs.params(), (config.d_model, config.mlp_dim)))
         self.down = nnx.Param(init.residual_output(config, rngs, (config.mlp_dim, config.d_model)))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return linear(self.activation(linear(x_BTD, self.up[...])), self.down[...])
+    def __call__(self, x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
+        """The output [B, T, D], its channels times `gain_D`."""
+        return linear(self.activation(linear(x_BTD, self.up[...])), self.down[...], gain=gain_D)
