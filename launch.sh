@@ -45,8 +45,8 @@ case "$command" in test | docs) wanted+=("$command") ;; esac
 if [ "$command" = evaluate ]; then # every cache's name begins with another letter than none's
   case " $* " in *" --tasks"[=\ ]* | *" --ngram"[=\ ][!n]*) wanted+=(eval) ;; esac
 fi
-if [ "$command" = plan ] && [[ " $* " == *" --topology"* || " $* " == *" --kernels"* ]] && [[ " ${wanted[*]} " != *" cuda13 "* ]]; then
-  wanted+=(cuda13) # compiles for GPUs, also on a machine without one
+if [[ "$command $* " == plan*" --topology"* || "$command $* " == plan*" --kernels"* || "$command $* " == "bench compiled "* ]]; then
+  [[ " ${wanted[*]} " == *" cuda13 "* ]] || wanted+=(cuda13) # compiles for GPUs, also on a machine without one
 fi
 if [ "$command" = prepare ]; then
   case " $* " in *" hub:"* | *" golf "* | *" golf:"*) wanted+=(hub) ;; esac

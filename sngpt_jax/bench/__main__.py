@@ -21,6 +21,7 @@ NAMES: dict[str, type] = {
     "step": options.StepArguments,
     "kernels": options.KernelsArguments,
     "tune": options.TuneArguments,
+    "compiled": options.CompiledArguments,
     "export": options.ExportArguments,
     "policies": options.PoliciesArguments,
     "scoring": options.ScoringArguments,

@@ -35,8 +35,8 @@ class RecipeArguments:
 class StepArguments(RecipeArguments):
     """Times the training step of a recipe, alone or beside the same model in PyTorch.
 
-    Other benchmarks: bench kernels | tune | export | policies | scoring |
-    first-light | all.
+    Other benchmarks: bench kernels | tune | compiled | export | policies |
+    scoring | first-light | all.
     """
 
     # torch: also time the same model in PyTorch, eager and compiled, on one device
@@ -44,6 +44,18 @@ class StepArguments(RecipeArguments):
     rounds: int = 9  # rounds in which all implementations take turns
     steps: int = 10  # steps per round of each implementation
     kernels: KernelsOption = "check"
+
+
+@dataclass(frozen=True)
+class CompiledArguments:
+    """Compiles the training steps for GPUs and compares them with those of an older commit.
+
+    No GPU is needed, but jax's CUDA plugin is.
+    """
+
+    recipes: tuple[str, ...] = ()  # names of recipes; none: all with older figures
+    topology: str = "h100x8"  # GPUs; the older figures are those of h100x8
+    json: Json = ""
 
 
 @dataclass(frozen=True)

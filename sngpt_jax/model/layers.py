@@ -52,7 +52,7 @@ def linear(
             matrix.seen.append(x_BTn)
             matrix = matrix.matrix
         if gain is not None:
-            matrix = matrix * gain
+            matrix = matrix * gain[None, :]
         rounded.append(matrix.astype(x_BTn.dtype))
     return _product(x_BTn, jnp.concatenate(rounded, axis=1) if len(rounded) > 1 else rounded[0])
 
