@@ -216,8 +216,8 @@ def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         select(CaseArguments(("xsa",), "toys"))
 
 
-@pytest.mark.skipif(targets.has_plugin(), reason="jax's CUDA plugin is installed")
-def test_without_the_plugin_one_line_says_what_to_install() -> None:
+def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "has_plugin", lambda: False)
     with pytest.raises(UserError) as caught:
         plan.main(["--kernels", "--json"])
     needs = "compiling for a GPU needs jax's CUDA plugin, even without a GPU here"

@@ -76,8 +76,8 @@ def test_configurations_state_the_device() -> None:
     assert config.count("{") == config.count("}")
 
 
-@pytest.mark.skipif(targets.has_plugin(), reason="jax's CUDA plugin is installed")
-def test_without_the_plugin_the_error_says_what_to_install() -> None:
+def test_without_the_plugin_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "has_plugin", lambda: False)
     install = r"CUDA plugin.*; run: pip install 'sngpt-jax\[cuda13\]'$"
     with pytest.raises(targets.MissingToolchain, match=install):
         targets.prepare()
