@@ -12,10 +12,13 @@ def apply_rotary(x_BTHh: Array, tables: tuple[jax.typing.ArrayLike, jax.typing.A
     """
     cos, sin = (jnp.asarray(table)[:, :, None] for table in tables)
     half = cos.shape[-1]
-    x1, x2, rest = jnp.split(x_BTHh, (half, 2 * half), axis=-1)
-    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
+    # slices, because the gradient of jnp.split is a concatenation that XLA joins to nothing
+    parts = (x_BTHh[..., :half], x_BTHh[..., half : 2 * half])
+    x1, x2 = (part.astype(jnp.float32) for part in parts)
     turned = (x1 * cos + x2 * sin, x2 * cos - x1 * sin)
-    return jnp.concatenate([*(x.astype(x_BTHh.dtype) for x in turned), rest], axis=-1)
+    return jnp.concatenate(
+        [*(x.astype(x_BTHh.dtype) for x in turned), x_BTHh[..., 2 * half :]], axis=-1
+    )
 
 
 def _normalized(x: Array, eps: float) -> Array:
@@ -28,6 +31,6 @@ def prepare(x: Array, gain: Array, cos: Array, sin: Array, eps: float) -> tuple[
     """`api.prepare` of valid arguments. Each of the three steps rounds to x's dtype."""
     q, k = (
         apply_rotary(_normalized(part, eps), (cos, sin))
-        for part in jnp.split(x, (gain.shape[0],), axis=2)
+        for part in (x[:, :, : gain.shape[0]], x[:, :, gain.shape[0] :])
     )
     return q * gain.astype(x.dtype)[None, None, :, None], k
