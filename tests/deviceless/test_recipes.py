@@ -63,7 +63,8 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
     assert 0.98 * least <= found["flops"] <= 1.4 * least
 
     kernels, model = found["kernels"], config.model
-    for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward"):
+    rotary = ("rotary_forward", "rotary_backward") if model.qk_norm else ()
+    for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward", *rotary):
         assert kernels[name] == turns * (model.num_layers + len(model.recycle_layers))
     if model.levels:
         calls = turns * model.num_layers
