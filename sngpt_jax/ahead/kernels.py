@@ -1,6 +1,6 @@
 """Every kernel, compiled for GPUs that this machine need not have.
 
-`python -m sngpt_jax.plan --kernels [cayley|rotary|xsa] [--target h100] [--json [PATH]]`. Every case of
+`python -m sngpt_jax.plan --kernels [OPERATION] [--target h100] [--json [PATH]]`. Every case of
 every operation is compiled, forward alone and with its backward pass. The report shows the
 resources of each kernel, and for each case the least time on H100 and H200. The exit status is 1
 if `problems` finds one.

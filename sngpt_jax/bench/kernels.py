@@ -1,4 +1,4 @@
-"""Every implementation of every operation, timed: `python -m sngpt_jax.bench kernels [cayley|rotary|xsa]`.
+"""Every implementation of every operation, timed: `python -m sngpt_jax.bench kernels [OPERATION]`.
 
 The least time that the device allows and the error stand beside each time. Arguments are fresh and
 random, and together larger than the cache. A host processor runs only small cases.
