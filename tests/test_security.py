@@ -51,6 +51,7 @@ EXCEPTIONS = {
     "kernels/sngpt_kernels/dispatch.py": (LATE, "a backend that the source names"),
     "sngpt_jax/ahead/cases.py": (LATE, "operations that are folders of the source"),
     "sngpt_jax/bench/__main__.py": (LATE, "benchmarks that the source lists"),
+    "sngpt_jax/bench/first_light_parts.py": (LATE, "operations that the package lists"),
     "sngpt_jax/bench/tune.py": (LATE, "operations that the command line lists"),
 }
 
