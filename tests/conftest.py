@@ -4,7 +4,9 @@ Programs are compiled without optimizing their machine code: here they take long
 to run.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
@@ -33,6 +35,17 @@ settings.load_profile("no deadline")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that several tests compile are compiled once in a session."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command sends its log to stderr, where `caplog` of a later test would not see it."""
+    loggers = [logging.getLogger(name) for name in ("sngpt_jax", "sngpt_kernels")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

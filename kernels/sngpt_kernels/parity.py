@@ -20,6 +20,9 @@ from sngpt_kernels.case import Case
 BOUNDS = {"bfloat16": 2.0**-6, "float32": 2.0**-14}
 
 
+TOKENS = 4096  # compared at most, in whole rows
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far one result is from that of `xla`."""
@@ -100,6 +103,15 @@ def compare(case: Case, implementation: str, key: Array, *, rows: int | None = N
     pairs = zip((value, *gradients), (want, *exact_gradients), strict=True)
     differences = [_difference(name, *pair, bound) for name, pair in zip(names, pairs, strict=True)]
     return Parity(tuple(differences), ties, case.ties)
+
+
+def rows_within(case: Case, tokens: int = TOKENS) -> int:
+    """The rows of the case's output that hold at most so many tokens; at least one.
+
+    A row of an output [B, T, ..., h] is a sequence, and a row of an output [N, d] is one token.
+    """
+    shape = jax.eval_shape(lambda *a: case.run(*a, implementation="xla"), *case.abstract()).shape
+    return max(1, min(tokens // (shape[1] if len(shape) > 2 else 1), shape[0]))
 
 
 def _widened(array: Array) -> Array:

@@ -50,10 +50,10 @@ def measure(arguments: CompiledArguments, say: Say) -> dict[str, Any]:
             f"--recipes: {BASELINE.name} has no figures of {', '.join(unknown)}; it has those of"
             f" {', '.join(baseline)}"
         )
-    aims = ", ".join(f"{key} {aim:.2f}" for key, aim in AIMS.items())
-    say(f"per device and step on {arguments.topology}; aims for the golf recipes: {aims}")
+    say(f"per device and step on {arguments.topology}; the aims are for the golf recipes")
     titles = ["recipe", "GB moved", "bound, ms", "kernels launched"]
-    say(table_head([*titles, *(f"{name} ratio" for name in ("bytes", "bound", "launches"))]))
+    ratios = zip(("bytes", "bound", "launches"), AIMS.values(), strict=True)
+    say(table_head([*titles, *(f"{name} ratio, aim {aim:.2f}" for name, aim in ratios)]))
     result = {}
     for name in names:
         result[name] = {"now": figures(name, arguments.topology), "before": baseline[name]}

@@ -46,8 +46,6 @@ RECIPES = {
 }
 COMPARED = {"gpu": "golf_9l_xsa_ngram", "cpu": "quickstart"}  # with PyTorch
 
-COMPARED_TOKENS = 4096  # of a kernel's comparison with XLA, at most
-
 
 @dataclass(frozen=True)
 class PartArguments:
@@ -81,15 +79,10 @@ def cases(device: str) -> list[tuple[str, Case]]:
     return select(CaseArguments(operation=("xsa",), case="quickstart"))
 
 
-def compared_rows(case: Case) -> int:
-    """The rows of the case's first argument that hold at most `COMPARED_TOKENS` tokens."""
-    shape = case.abstract()[0].shape
-    return max(1, min(shape[0], COMPARED_TOKENS // (shape[1] if len(shape) > 2 else 1)))
-
-
 def compare(case: Case, implementation: str) -> Result:
     """The errors of an implementation's values and gradients, and what is wrong with them."""
-    found = parity.compare(case, implementation, jax.random.key(1), rows=compared_rows(case))
+    rows = parity.rows_within(case)
+    found = parity.compare(case, implementation, jax.random.key(1), rows=rows)
     errors = {one.result: one.error for one in found.differences}
     bounds = {one.result: one.bound for one in found.differences}
     return {"problem": found.problem, "errors": errors, "bounds": bounds, "ties": found.ties}

@@ -83,7 +83,7 @@ def in_plain_xla(config: Config) -> Config:
     rows = config.data.batch_tokens // config.data.seq_len
     most = max(1, rows // XLA_SHARE)
     tokens = next(n for n in range(most, 0, -1) if rows % n == 0) * config.data.seq_len
-    model = replace(config.model, attention="xla", code="xla")
+    model = replace(config.model, attention="xla", rotary="xla", code="xla")
     return replace(config, model=model, train=replace(config.train, device_batch_tokens=tokens))
 
 
@@ -157,6 +157,9 @@ def compare_steps(name: str, config: Config, out: Path, keep: Keep) -> Result:
     if "losses" in mine and "losses" in plain:
         bound = LOSS_BOUNDS[compute_dtype(config.model).name]
         mine["problem"] = loss_problem(mine, plain, bound)
+    for row in (mine, plain):
+        if "losses" not in row:  # nothing is proven then
+            row.setdefault("problem", row.get("cannot_serve"))
     return result | problems([mine, plain])
 
 

@@ -1,9 +1,9 @@
 """Continues many texts at once: one pass over the prompts, then one token at a time from the kept
 keys and values.
 
-These take 2 · applications · S · K · h numbers per row, S positions of a text. An application is
-one use of a block, so a recycled block counts twice. For example, a row of 2,048 tokens takes 19 MB
-in 9 layers with 4 heads of 64 in bfloat16.
+The kept keys and values take 2 · applications · S · K · h numbers per row, S positions of a text.
+An application is one use of a block, so a recycled block counts twice. For example, a row of 2,048
+tokens takes 19 MB in 9 layers with 4 heads of 64 in bfloat16.
 
 Rows are texts, split over the mesh. The devices exchange nothing until all their rows have ended.
 """

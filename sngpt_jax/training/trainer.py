@@ -216,7 +216,9 @@ def print_sample(run: Run) -> None:
     """Prints a text that the trained model continues from the recipe's prompt."""
     e, weights = run.config.eval, run.weights()
     if e.weights not in weights:
-        run.console.print(f"eval.weights = {e.weights}: has no snapshot; the sample uses final")
+        run.console.print(
+            f"eval.weights = {e.weights} has no snapshot; final weights give the sample"
+        )
     text = generate(
         run.config.model,
         weights.get(e.weights, weights["final"]),

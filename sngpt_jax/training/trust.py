@@ -42,7 +42,6 @@ logger = logging.getLogger("sngpt_jax")
 Mode = Literal["check", "trust", "off"]
 Verdicts = dict[str, str]  # by operation: what is wrong with its kernel; empty: nothing
 
-TOKENS = 4096  # compared at most
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -148,7 +147,7 @@ def _verdicts(config: Config, tokens: int) -> Verdicts:
             path = _path(Path(folder).expanduser(), name, case) if folder else None
             problem = _kept(path)
             if problem is None:
-                problem = _compared(name, case, length)
+                problem = _compared(name, case)
                 _keep(path, name, case, problem)
             where = f"report it as CONTRIBUTING.md says, with {path or 'this line'}"
             if problem:
@@ -174,16 +173,11 @@ def _chosen(
     return found
 
 
-def _compared(name: str, case: Case, length: int) -> str:
+def _compared(name: str, case: Case) -> str:
     """What is wrong with the kernel; empty if nothing is."""
     start, key = time.perf_counter(), jax.random.key(secrets.randbits(32))
-    output = jax.eval_shape(functools.partial(case.run, implementation="xla"), *case.abstract())
-    # a row is a sequence [T, heads, h], or one token
-    per_row = length if len(output.shape) > 2 else 1
     try:
-        result = parity.compare(
-            case, "pallas_triton", key, rows=max(1, min(TOKENS // per_row, output.shape[0]))
-        )
+        result = parity.compare(case, "pallas_triton", key, rows=parity.rows_within(case))
     except Exception as error:  # a kernel may fail in any way, and the run can do without it
         first = str(error).strip().partition("\n")[0]
         return f"it fails with {type(error).__name__}: {first[:200]}"

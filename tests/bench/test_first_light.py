@@ -4,12 +4,14 @@ import json
 import sys
 
 import pytest
+from sngpt_kernels.dispatch import CannotServe
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import __main__ as command
-from sngpt_jax.bench import first_light, first_light_parts
+from sngpt_jax.bench import first_light, first_light_parts, first_light_steps
 from sngpt_jax.bench.first_light import FAILED, LATE, PROVEN, SKIPPED, Part
 from sngpt_jax.config.recipe import load
+from sngpt_jax.training.trust import OPERATIONS
 from tests.tiny_run import COMPILE_QUICKLY
 
 # Part 1 with a kernel whose values are a hundredth too large.
@@ -125,3 +127,18 @@ def test_refusals(tmp_path):
         command.main(["first-light", "--pack", str(tmp_path)])
     with pytest.raises(UserError, match="--minutes 0: expected more than 0"):
         command.main(["first-light", "--minutes", "0", "--out", str(tmp_path)])
+
+
+def test_plain_xla_names_it_for_every_operation():
+    plain = first_light_steps.in_plain_xla(load("golf_9l_xsa_ngram")).model
+    assert {operation.named(plain) for operation in OPERATIONS.values()} == {"xla"}
+
+
+def test_steps_that_cannot_run_prove_nothing(monkeypatch, tmp_path):
+    def cannot_serve(config, trace):
+        raise CannotServe("no such device")
+
+    monkeypatch.setattr(first_light_steps, "run_steps", cannot_serve)
+    config = first_light_steps.one_microbatch("quickstart", "cpu")
+    found = first_light_steps.compare_steps("quickstart", config, tmp_path / "step", print)
+    assert found["problem"] == "kernels: no such device; plain xla: no such device"

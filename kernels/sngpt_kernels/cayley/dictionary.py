@@ -227,12 +227,12 @@ class Scheme:
 
     @property
     def features(self) -> int:
-        """F."""
+        """F, the number of ids over all levels."""
         return 2 ** self.levels[-1][0]
 
     @property
     def active(self) -> int:
-        """A = Σk."""
+        """A = Σk, the selected features per token."""
         return sum(k for _, k, _ in self.levels)
 
     def children(self, level: int) -> Children:
