@@ -207,7 +207,7 @@ class Checkpointer:
         record = SaveRecord(step, value, dict(extra), _described(leaves), {})
         record_text(record)  # raises now for values that JSON cannot hold
         response = None
-        if processes.broadcast(lambda: is_whole(self._directory, step)):
+        if processes.broadcast(lambda: self._keep_whole(step)):
             if processes.index() == 0:  # only the writer: the record is replaced meanwhile
                 whole = read_record(self._directory, step)
                 value = whole.value if value is None else value
@@ -220,10 +220,31 @@ class Checkpointer:
             folder = step_folder(self._directory, step)
             try:
                 with context:
-                    response = ocp.save_async(folder, leaves, overwrite=True)
-            except OSError as error:
+                    response = ocp.save_async(folder, leaves)
+            except (OSError, ValueError) as error:  # a ValueError if the folder is there again
                 raise self._failure(step, error) from error
         self._pending = self._executor.submit(self._finish, response, record)
+
+    def _keep_whole(self, step: int) -> bool:
+        """Whether a whole `step` is there. Otherwise what a killed or damaged save left of it is
+        deleted.
+
+        orbax's `overwrite` would let each process look for the folder by itself. A process that
+        looks after another one has deleted the folder waits elsewhere than that one, for ever.
+        """
+        if is_whole(self._directory, step):
+            return True
+        try:
+            self._delete(step)
+        except OSError as error:
+            raise self._failure(step, error) from error
+        return False
+
+    def _delete(self, step: int) -> None:
+        # before the folder: half a folder must have no record
+        record_path(self._directory, step).unlink(missing_ok=True)
+        if (folder := step_folder(self._directory, step)).exists():
+            shutil.rmtree(folder)
 
     def _finish(self, response: "ocp.AsyncResponse[None] | None", record: SaveRecord) -> None:
         try:
@@ -254,10 +275,7 @@ class Checkpointer:
         kept = {record.step for record in records[-self._keep :]} | {best(records)}
         for step in steps_on_disk(self._directory):
             if step not in kept:
-                # before the folder: half a folder must have no record
-                record_path(self._directory, step).unlink(missing_ok=True)
-                if (folder := step_folder(self._directory, step)).exists():
-                    shutil.rmtree(folder)
+                self._delete(step)
 
     def check(self) -> None:
         """Raises the `CheckpointError` of a background save that has failed by now. Never waits."""

@@ -420,3 +420,24 @@ def test_another_sharding(tmp_path):
     assert_bit_equal(restored, state)
     assert restored["w"].sharding == NamedSharding(two, P("fsdp"))
     assert len(restored["w"].addressable_shards) == 2
+
+
+@pytest.mark.parametrize("record", [None, "{}"], ids=["killed", "damaged"])
+def test_orbax_finds_nothing_to_overwrite(record, tmp_path, monkeypatch):
+    """Several processes would look for the old folder by themselves, and could disagree."""
+    (tmp_path / "00000001").mkdir()
+    (tmp_path / "00000001" / "old").touch()
+    if record:
+        (tmp_path / "00000001.json").write_text(record)
+    save, found = checkpoint.ocp.save_async, []
+
+    def look(folder, *arguments, **options):
+        found.append((sorted(path.name for path in tmp_path.iterdir()), options))
+        return save(folder, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", look)
+    state = make_state(1)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, {})
+    assert found == [([], {})]
+    assert_bit_equal(restore(tmp_path, abstract(state)).state, state)
