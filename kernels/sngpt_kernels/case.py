@@ -1,7 +1,7 @@
 """A named real shape of an operation, for the inspection, the benchmark and the tuning."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -33,6 +33,11 @@ class Case:
     backward: Cost
     # largest share of the output's rows that may differ, because a choice met a tie
     ties: float = 0.0
+    # runs the kernels in interpretation, on arguments for which their loops run as often as usual
+    interpret: Callable[[], Any] | None = None
+    # by the name of a loop's body, or of a kernel: the kind of work of its code, and of the code
+    # after the loop
+    work: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes and dtypes of the arguments."""

@@ -45,6 +45,8 @@ class InspectArguments(CaseArguments):
     # GPU to compile for: a100, h100, h200 or b200; can be repeated; default: a100, h100 and b200
     target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # only each operation's first case
+    # count the instructions per token by loop; needs nvdisasm
+    sass: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def select(arguments: CaseArguments) -> "list[tuple[str, Case]]":

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sngpt_jax.ahead import sass
 from sngpt_jax.ahead.targets import INSTALL, MissingToolchain
 
 _TENSOR_CORES = {  # products of small matrices
@@ -32,6 +33,7 @@ class Code:
     mma: int
     tcgen05: int
     instructions: int  # including the padding at the end
+    loops: sass.Loop | None = None  # where a disassembler read them
 
 
 def find_ptxas() -> str:
@@ -55,7 +57,7 @@ def architectures(ptxas: str) -> set[str]:
     return set(re.findall(r"sm_\w+", done.stdout))
 
 
-def assemble(ptxas: str, text: str) -> list[Code]:
+def assemble(ptxas: str, text: str, nvdisasm: str = "") -> list[Code]:
     """The kernels of a PTX module. Raises RuntimeError with the first complaint of ptxas."""
     if ".entry" not in text:
         return []
@@ -68,9 +70,17 @@ def assemble(ptxas: str, text: str) -> list[Code]:
         if done.returncode:
             raise RuntimeError(f"ptxas: {done.stderr.strip().splitlines()[0]}")
         sizes = code_sizes(binary.read_bytes())
+        loops = sass.disassemble(nvdisasm, binary) if nvdisasm else {}
     resources = parse_resources(done.stderr)
     return [
-        Code(name, arch, **resources[name], **cores(body), instructions=sizes[name] // _SASS_BYTES)
+        Code(
+            name,
+            arch,
+            **resources[name],
+            **cores(body),
+            instructions=sizes[name] // _SASS_BYTES,
+            loops=loops.get(name),
+        )
         for name, body in split_entries(text).items()
     ]
 

@@ -1,5 +1,7 @@
 """Real shapes of the operation: one layer of a recipe's codes, for 8,192 tokens."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,34 @@ from sngpt_kernels.cayley.folding import fold
 
 TOKENS = 8192
 REFERENCE_TOKENS = 16  # the reference takes about 0.1 s per token
+COUNTED_TOKENS = 64  # whose loops are counted in interpretation
+WORK = {  # see `Case.work`
+    "cayley_forward": ("decoding", ""),
+    "encode": ("keys", "decoding"),
+    "halve": ("selection", "selection"),
+    "write": ("selection", "products"),
+    "add_part": ("products", "keys"),
+    "add_atom": ("decoding", "decoding"),
+    "cayley_backward": ("decoding", ""),
+    "cayley_bias_gradient": ("bias gradient", ""),
+    "add_tile": ("bias gradient", "bias gradient"),
+}
+
+
+def _interpret(scheme: Scheme, dtype: jnp.dtype) -> None:
+    """The code of some tokens whose scores are normal, and its gradient."""
+    from sngpt_kernels.cayley import pallas_triton
+
+    def code(x: jax.Array, bias: jax.Array) -> jax.Array:
+        mean, std = jnp.zeros(scheme.width), jnp.ones(scheme.features)
+        return pallas_triton.encode_decode(x, mean, std, bias, scheme, interpret=True)[0]
+
+    def gradients(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        x_hat, vjp = jax.vjp(code, x, bias)
+        return vjp(x_hat)
+
+    x = jax.random.normal(jax.random.key(0), (COUNTED_TOKENS, scheme.width), dtype)
+    jax.block_until_ready(jax.jit(gradients)(x, jnp.zeros(scheme.features)))
 
 
 def case(
@@ -60,6 +90,8 @@ def case(
         forward=forward,
         backward=backward,
         ties=0.02,
+        interpret=partial(_interpret, scheme, dtype),
+        work=WORK,
     )
 
 
