@@ -33,8 +33,6 @@ class Config:
 
     forward_tokens: int
     forward_warps: int
-    backward_tokens: int
-    backward_warps: int
     bias_features: int  # per program of the kernel that adds up the bias gradient
     bias_lanes: int  # per feature of that kernel
     bias_warps: int
@@ -43,7 +41,7 @@ class Config:
     def heuristic(cls, d: int) -> "Config":
         """One column per thread, with at most 16 tokens so that narrow tokens leave programs."""
         tokens = min(max(1, THREADS * WORD // d), 16)
-        return cls(tokens, 4, tokens, 4, bias_features=8, bias_lanes=128, bias_warps=4)
+        return cls(tokens, 4, bias_features=8, bias_lanes=128, bias_warps=4)
 
     @classmethod
     def of(cls, dtype: jnp.dtype, levels: Levels) -> "Config":

@@ -136,11 +136,10 @@ def _encode_decode_bwd(
         inverse_std = jnp.ones(features, jnp.float32)
     else:
         inverse_std = 1 / jnp.maximum(std, STD_FLOOR)
-    how = static.config, static.interpret
-    backward = partial(pallas_backward.backward, *how)
+    backward = partial(pallas_backward.backward, static.interpret)
     underivable = dispatch.without_derivative("cayley.encode_decode", backward)
     dx, g = underivable(dx_hat.reshape(-1, dx_hat.shape[-1]), saved, inverse_std)
-    dbias = pallas_backward.bias_gradient(*how, saved, g, features)
+    dbias = pallas_backward.bias_gradient(static.config, static.interpret, saved, g, features)
     return dx.reshape(dx_hat.shape), None, None, dbias
 
 
