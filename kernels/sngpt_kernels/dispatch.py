@@ -98,14 +98,24 @@ def pallas_triton(operation: str, device: Device) -> Any:
     """The module of an operation's kernels. Raises CannotServe if it cannot run on the device, or
     is not trusted.
     """
-    # It is imported by name, so that a bundled program can do without it.
     check_nvidia("pallas_triton", device)
+    check_trusted("pallas_triton", operation)
+    return backend(operation, "pallas_triton")
+
+
+def check_trusted(implementation: str, operation: str) -> None:
+    """Raises CannotServe if the operation's kernels are distrusted."""
     if reason := _distrusted.get(operation):
-        raise CannotServe(f"pallas_triton is not used: {reason}")
-    name = f"sngpt_kernels.{operation}.pallas_triton"
-    if importlib.util.find_spec(name) is None:
-        raise CannotServe("pallas_triton is no part of this program")
-    return importlib.import_module(name)
+        raise CannotServe(f"{implementation} is not used: {reason}")
+
+
+def backend(operation: str, name: str) -> Any:
+    """The module `name` of an operation. Raises CannotServe if this program lacks the module."""
+    # It is imported by name, so that a bundled program can do without it.
+    module = f"sngpt_kernels.{operation}.{name}"
+    if importlib.util.find_spec(module) is None:
+        raise CannotServe(f"{name} is no part of this program")
+    return importlib.import_module(module)
 
 
 def without_derivative(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ from sngpt_jax.ahead.targets import Target
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 
-IMPLEMENTATIONS = ("pallas_triton", "cudnn")  # those with kernels of their own
+IMPLEMENTATIONS = ("pallas_triton", "cudnn", "tokamax")  # those with kernels of their own
 DEFAULT_TARGETS = ("a100", "h100", "b200")  # one per architecture
 MOST_AT_A_TIME = 4  # programs that compile at once; each takes about 1 GB of memory
 LIMITS_ON = ("h100", "h200")

@@ -197,6 +197,7 @@ def tracing(target: Target) -> Iterator[None]:
     device = AbstractDevice(device_kind=target.kind, num_cores=target.sms, platform="gpu")
     with (
         targeting(target.device),
+        jax.default_device(devices(target)[0]),  # which tokamax asks
         jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
     ):
         yield

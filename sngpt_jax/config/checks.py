@@ -227,7 +227,7 @@ def _model_relations(m: ModelConfig, of: Callable[[str], str]) -> Iterator[tuple
         " head size",
     )
     yield (
-        m.attention == "cudnn" and m.compute_dtype == "float32",
+        m.attention in ("cudnn", "tokamax", "fa4_jax") and m.compute_dtype == "float32",
         f"{of('model.attention')} does not support {of('model.compute_dtype')}",
     )
     yield (

@@ -90,8 +90,9 @@ class ModelConfig:
     norm_eps: float = 1.1920929e-7  # added to the mean square in every RMSNorm
     # dtype of activations; auto: bfloat16 on an accelerator, float32 on a CPU
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # implementation of attention; auto: the fastest known on this device
-    attention: Literal["auto", "xla", "cudnn", "pallas_triton"] = "auto"
+    # implementation of attention; auto: the fastest known on this device; tokamax and fa4_jax need
+    # the extra `attention`
+    attention: Literal["auto", "xla", "cudnn", "pallas_triton", "tokamax", "fa4_jax"] = "auto"
     # implementation of queries' and keys' norm and rotation; auto: pallas_triton on an NVIDIA GPU
     rotary: Literal["auto", "xla", "pallas_triton"] = "auto"
     # implementation of the sparse codes; auto: pallas_triton on an NVIDIA GPU

@@ -42,6 +42,8 @@ logger = logging.getLogger("sngpt_jax")
 Mode = Literal["check", "trust", "off"]
 Verdicts = dict[str, str]  # by operation: what is wrong with its kernel; empty: nothing
 
+KERNELS = ("pallas_triton", *xsa.LIBRARIES)  # the implementations that are compared
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -132,7 +134,7 @@ def report_changes(before: object, now: Verdicts) -> None:
         old = before.get(name) if isinstance(before, dict) else None
         if old is not None and bool(old) != bool(problem):
             logger.warning(
-                f"{name}: the verdict on its pallas_triton kernel has changed since the run's last"
+                f"{name}: the verdict on its kernel has changed since the run's last"
                 f" start, from {old or 'right'} to {problem or 'right'}; the run goes on with"
                 f" {'another implementation' if problem else 'the kernel'}"
             )
@@ -143,23 +145,23 @@ def _verdicts(config: Config, tokens: int) -> Verdicts:
     length = min(config.data.seq_len, tokens)
     for name, operation in OPERATIONS.items():
         named = operation.named(config.model)
-        for case in _chosen(operation, config.model, tokens // length, length, named):
-            path = _path(Path(folder).expanduser(), name, case) if folder else None
+        for case, kernel in _chosen(operation, config.model, tokens // length, length, named):
+            path = _path(Path(folder).expanduser(), name, kernel, case) if folder else None
             problem = _kept(path)
             if problem is None:
-                problem = _compared(name, case)
-                _keep(path, name, case, problem)
+                problem = _compared(name, kernel, case)
+                _keep(path, name, kernel, case, problem)
             where = f"report it as CONTRIBUTING.md says, with {path or 'this line'}"
             if problem:
-                logger.warning(f"{name}: pallas_triton is not used: {problem}; {where}")
+                logger.warning(f"{name}: {kernel} is not used: {problem}; {where}")
             found[name] = found.get(name) or problem
     return found
 
 
 def _chosen(
     operation: Operation, config: ModelConfig, sequences: int, length: int, named: str
-) -> list[Case]:
-    """The operation's calls that would run as a custom kernel on the current device."""
+) -> list[tuple[Case, str]]:
+    """The operation's calls that would run as a custom kernel on the current device, and which."""
     found = []
     with contextlib.suppress(dispatch.CannotServe):
         dispatch.check_nvidia("pallas_triton", dispatch.current_device())
@@ -168,23 +170,22 @@ def _chosen(
             # the comparison or the model's own trace says what fails
             with dispatch.recorded_choices() as choices, contextlib.suppress(Exception):
                 jax.eval_shape(run, *case.abstract())
-            if "pallas_triton" in choices:
-                found.append(case)
+            found += [(case, choice) for choice in choices if choice in KERNELS]
     return found
 
 
-def _compared(name: str, case: Case) -> str:
+def _compared(name: str, kernel: str, case: Case) -> str:
     """What is wrong with the kernel; empty if nothing is."""
     start, key = time.perf_counter(), jax.random.key(secrets.randbits(32))
     try:
-        result = parity.compare(case, "pallas_triton", key, rows=parity.rows_within(case))
+        result = parity.compare(case, kernel, key, rows=parity.rows_within(case))
     except Exception as error:  # a kernel may fail in any way, and the run can do without it
         first = str(error).strip().partition("\n")[0]
         return f"it fails with {type(error).__name__}: {first[:200]}"
     if not result.problem:
         largest = max(one.error for one in result.differences)
         seconds = time.perf_counter() - start
-        logger.info(f"{name}: pallas_triton equals xla within {largest:.1e} ({seconds:.1f} s)")
+        logger.info(f"{name}: {kernel} equals xla within {largest:.1e} ({seconds:.1f} s)")
     return result.problem
 
 
@@ -200,11 +201,12 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _facts(name: str, case: Case) -> dict[str, str]:
+def _facts(name: str, kernel: str, case: Case) -> dict[str, str]:
     """What a verdict depends on."""
     device = jax.local_devices()[0]
     return {
         "operation": name,
+        "implementation": kernel,
         "case": case.name,
         "device": device.device_kind,
         "platform": " ".join(device.client.platform_version.split()),
@@ -215,8 +217,8 @@ def _facts(name: str, case: Case) -> dict[str, str]:
     }
 
 
-def _path(folder: Path, name: str, case: Case) -> Path:
-    digest = hashlib.sha256(json.dumps(_facts(name, case)).encode()).hexdigest()
+def _path(folder: Path, name: str, kernel: str, case: Case) -> Path:
+    digest = hashlib.sha256(json.dumps(_facts(name, kernel, case)).encode()).hexdigest()
     return folder / "kernels" / f"{name}-{digest[:32]}.json"
 
 
@@ -230,10 +232,10 @@ def _kept(path: Path | None) -> str | None:
     return None
 
 
-def _keep(path: Path | None, name: str, case: Case, problem: str) -> None:
+def _keep(path: Path | None, name: str, kernel: str, case: Case, problem: str) -> None:
     if path is None:
         return
     try:
-        write_text_atomic(path, json.dumps({**_facts(name, case), "problem": problem}, indent=1))
+        write_text_atomic(path, json.dumps(_facts(name, kernel, case) | {"problem": problem}, indent=1))
     except OSError as error:  # the run needs no kept verdict, as it needs no kept program
         logger.warning(f"{path}: {error.strerror}; the next start compares the kernel again")

@@ -137,6 +137,6 @@ def test_bad_dtypes_and_names_are_refused():
         api.attention(q, q.astype(jnp.bfloat16), q, exclusive=False, scale=1.0)
     with pytest.raises(ValueError, match="q is int32"):
         api.attention(q.astype(jnp.int32), q, q, exclusive=False, scale=1.0)
-    expected = "expected one of xla, cudnn, pallas_triton, or None"
+    expected = "expected one of xla, cudnn, pallas_triton, tokamax, fa4_jax, or None"
     with pytest.raises(ValueError, match=f"implementation is 'triton'; {expected}"):
         api.attention(q, q, q, exclusive=False, scale=1.0, implementation="triton")

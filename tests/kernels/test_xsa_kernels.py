@@ -45,8 +45,8 @@ def test_cases_are_real_shapes(case):
     """Every implementation takes them and returns the shapes that the costs count."""
     arguments = case.abstract()
     with dispatch.targeting(H100):
-        # cudnn asks for a GPU while it is traced
-        for implementation in set(case.implementations) - {"cudnn"}:
+        # the others ask for a GPU or are not installed
+        for implementation in ("xla", "pallas_triton"):
             out = jax.eval_shape(
                 lambda *a, name=implementation: case.run(*a, implementation=name), *arguments
             )

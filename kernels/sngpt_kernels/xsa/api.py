@@ -11,7 +11,9 @@ from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import CannotServe, Device, describe
 from sngpt_kernels.xsa import xla
 
-Implementation = Literal["xla", "cudnn", "pallas_triton"]
+Implementation = Literal["xla", "cudnn", "pallas_triton", "tokamax", "fa4_jax"]
+
+LIBRARIES = ("tokamax", "fa4_jax")  # of other authors, installed apart
 
 # xla may store so many bytes of float32 scores if a kernel could do without them
 SCORES_BYTES = 2**30
@@ -42,8 +44,8 @@ def attention(
     operation works under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). The
     gradients of `pallas_triton` have no derivative.
 
-    `xla` stores the scores [B, H, T, T], the others nothing of size T². With `cudnn`, XLA adds the
-    exclusion as one elementwise kernel.
+    `xla` stores the scores [B, H, T, T], the others nothing of size T². With `cudnn` and the
+    libraries, XLA adds the exclusion as one elementwise kernel.
 
     Args:
       q: [B, T, H, h], bfloat16 or float32.
@@ -75,6 +77,8 @@ def attention(
         y = jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation="cudnn"
         )
+    elif chosen in LIBRARIES:
+        y = dispatch.backend("xsa", "libraries").attention(chosen, q, k, v, scale)
     else:
         y = xla.causal_attention(q, k, v, scale)
     return xla.exclude_own_value(y, v) if exclusive else y
@@ -99,13 +103,16 @@ def check(implementation: Implementation, device: Device, q: Array) -> None:
     if implementation == "xla":
         return
     dispatch.check_nvidia(implementation, device)
-    if implementation == "cudnn" and q.dtype != jnp.bfloat16:
-        raise CannotServe(f"cudnn serves bfloat16; q is {q.dtype}")
+    if implementation != "pallas_triton" and q.dtype != jnp.bfloat16:
+        raise CannotServe(f"{implementation} serves bfloat16; q is {q.dtype}")
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         served = f"{implementation} serves head sizes of 8, 16, … 128"
         raise CannotServe(f"{served}; q has {q.shape[-1]}")
     if implementation == "pallas_triton":
         dispatch.pallas_triton("xsa", device)
+    elif implementation in LIBRARIES:
+        dispatch.check_trusted(implementation, "xsa")
+        dispatch.backend("xsa", "libraries").check(implementation, device)
 
 
 def choose(device: Device, q: Array, exclusive: bool) -> tuple[Implementation, str]:
@@ -129,4 +136,4 @@ def choose(device: Device, q: Array, exclusive: bool) -> tuple[Implementation, s
     if "pallas_triton" not in cannot:
         stored = f"xla would store {scores / 2**30:.1f} GiB of scores"
         return "pallas_triton", f"{cannot['cudnn']}; {stored}"
-    return "xla", "; ".join(cannot.values())
+    return "xla", f"{cannot['cudnn']}; {cannot['pallas_triton']}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sngpt_kernels.case import Case, Cost
 from sngpt_kernels.xsa import reference
-from sngpt_kernels.xsa.api import attention
+from sngpt_kernels.xsa.api import LIBRARIES, attention
 
 
 def case(
@@ -20,7 +20,7 @@ def case(
         return tuple(jax.random.normal(k, (B, T, heads, h), dtype) for heads, k in heads_and_keys)
 
     static = {"exclusive": exclusive, "scale": h**-0.5}
-    cudnn = ("cudnn",) if dtype == jnp.bfloat16 else ()
+    low = ("cudnn", *LIBRARIES) if dtype == jnp.bfloat16 else ()
     dot = 2 * h * B * H * T * (T + 1) // 2  # one product up to the diagonal
     queries, keys = B * T * H * h * dtype.itemsize, B * T * K * h * dtype.itemsize
     return Case(
@@ -29,7 +29,7 @@ def case(
         run=partial(attention, **static),
         differentiated=(0, 1, 2),
         reference=partial(reference.attention, **static),
-        implementations=("xla", *cudnn, "pallas_triton"),
+        implementations=("xla", *low, "pallas_triton"),
         forward=Cost(matmul_flops=2 * dot, bytes=2 * queries + 2 * keys),
         # the scores, their gradient, dq, dk and dv; q, out, its cotangent, dq, and k, v, dk, dv
         backward=Cost(matmul_flops=5 * dot, bytes=4 * queries + 4 * keys),
