@@ -87,7 +87,8 @@ def compile_step(config: Config, target: Target, count: int) -> CompiledStep:
         step_controls(config.optim, config.train, step=0, elapsed_seconds=0.0),
     )
     start = time.perf_counter()
-    with targeting(target.device), jax.default_device(mesh.devices.flat[0]):  # tokamax asks the latter
+    # tokamax asks jax's default device for its kind
+    with targeting(target.device), jax.default_device(mesh.devices.flat[0]):
         shapes = Shapes.of(config, mesh)
         traced = make_train_step(shapes).trace(shapes.state, batch, controls)
         lowered = traced.lower(lowering_platforms=("cuda",))

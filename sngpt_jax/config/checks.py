@@ -110,6 +110,11 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
         yield ragged, f"{of(larger)} is not divisible by {of(smaller)}"
     unit = d.slices * d.seq_len
     yield (
+        m.attention == "fa4_jax" and t.deterministic,
+        f"{of('model.attention')} adds gradients in no fixed order; it does not support"
+        f" {of('train.deterministic')}",
+    )
+    yield (
         d.batch_tokens % unit,
         f"{of('data.batch_tokens')} is not divisible by data.slices x data.seq_len = {d.slices} x"
         f" {d.seq_len} = {unit}",

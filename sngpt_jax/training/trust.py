@@ -236,6 +236,8 @@ def _keep(path: Path | None, name: str, kernel: str, case: Case, problem: str) -
     if path is None:
         return
     try:
-        write_text_atomic(path, json.dumps(_facts(name, kernel, case) | {"problem": problem}, indent=1))
+        write_text_atomic(
+            path, json.dumps(_facts(name, kernel, case) | {"problem": problem}, indent=1)
+        )
     except OSError as error:  # the run needs no kept verdict, as it needs no kept program
         logger.warning(f"{path}: {error.strerror}; the next start compares the kernel again")

@@ -93,6 +93,10 @@ IMPOSSIBLE = {
         (SPARSE | {"positions": "learned", "rope_dims": 16}, "model.rope_dims|model.positions"),
         ({"matrix_init_std": -0.1}, "model.matrix_init_std"),
         ({"attention": "cudnn", "compute_dtype": "float32"}, "model.attention|model.compute_dtype"),
+        (
+            {"attention": "tokamax", "compute_dtype": "float32"},
+            "model.attention|model.compute_dtype",
+        ),
         ({"vocab_size": 70_000}, "model.vocab_size = 70000"),
         ({"max_seq_len": 2**20 + 1, "num_layers": 257}, "1048577 exceeds|model.num_layers"),
         ({"recycle_layers": (0,) * 257}, "model.recycle_layers has 257 entries"),
@@ -140,6 +144,13 @@ def test_an_impossible_combination_names_its_fields(section, fields, named):
         validate(changed(GOOD, **{section: fields}))
     assert [name for name in named.split("|") if name not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+def test_gradients_in_no_fixed_order_are_not_deterministic():
+    with pytest.raises(
+        ConfigError, match="model.attention = fa4_jax .* train.deterministic = True"
+    ):
+        validate(changed(GOOD, model={"attention": "fa4_jax"}, train={"deterministic": True}))
 
 
 def test_levels_are_a_text_on_the_command_line():

@@ -1,4 +1,4 @@
-"""Attention by tokamax and fa4-jax: when they serve, and their plain versions beside the definition.
+"""Attention by tokamax and fa4-jax: when they serve, and their plain versions by the definition.
 
 The plain versions check how the arguments are passed on. Their kernels need a GPU.
 """
