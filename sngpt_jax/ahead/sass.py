@@ -15,9 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sngpt_jax.ahead.targets import MissingToolchain
-
-INSTALL = "pip install nvidia-cuda-nvdisasm"
+from sngpt_jax.ahead.targets import INSTALL, MissingToolchain
 
 _LABEL = re.compile(r"(\.L\w+):")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -54,7 +52,7 @@ class _Instruction:
     @property
     def fields(self) -> list[str]:
         """The operands, of which the first is mostly the result."""
-        return [field.strip() for field in self.operands.split(",")] if self.operands else []
+        return [field.strip().removesuffix(".reuse") for field in self.operands.split(",")]
 
 
 def find_nvdisasm() -> str:
@@ -226,26 +224,34 @@ def _trips(code: list[_Instruction], body: list[int], head: int, last: int) -> i
     comparison with a constant, and where the last instruction before the loop that writes it
     writes a constant.
     """
-    fields = {i: [f.removesuffix(".reuse") for f in code[i].fields] for i in range(len(code))}
-    guard = code[last].guard.lstrip("!")
-    compares = [i for i in body if i < last and "ISETP" in code[i].name and fields[i][0] == guard]
-    if not guard or not compares:
-        return None
-    _, _, counter, bound, *_ = fields[compares[-1]]
-    adds = [i for i in body if fields[i] and fields[i][0] == counter]
-    if len(adds) != 1 or _constant(bound) is None:
+    fields = [instruction.fields for instruction in code]
+    predicate, at = code[last].guard.lstrip("!"), last
+    while not re.match(r"U?ISETP\.(NE|GE|LT)\b", code[at].name):
+        before = [i for i in body if i < at and fields[i][:1] == [predicate]]
+        if not before or not re.match(r"BRA|PLOP3", code[at].name):
+            return None
+        at = before[-1]
+        if code[at].name.startswith("PLOP3"):  # a copy of the predicate of a whole warp
+            predicate = next((f for f in fields[at][1:] if re.fullmatch(r"UP\d", f)), "")
+    _, _, counter, bound, *_ = fields[at]
+    adds = [i for i in body if fields[i][:1] == [counter]]
+    end = _constant(bound)
+    if len(adds) != 1 or end is None or "ADD" not in code[adds[0]].name:
         return None
     terms = [field for field in fields[adds[0]][1:] if not re.fullmatch(r"!?U?P[\dT]", field)]
     steps = [step for step in map(_constant, terms) if step]
-    if "ADD" not in code[adds[0]].name or counter not in terms or len(steps) != 1:
+    pair = re.sub(r"\d+", lambda number: str(int(number[0]) & ~1), counter)
+    starts = [
+        i
+        for i in range(head)
+        if fields[i][:1] == [counter] or (fields[i][:1] == [pair] and code[i].name == "CS2R")
+    ]
+    if counter not in terms or len(steps) != 1 or not starts:
         return None
-    low = re.sub(r"\d+", lambda number: str(int(number[0]) // 2 * 2), counter)  # of a pair
-    for i in reversed(range(head)):
-        wide = code[i].name.endswith((".64", "CS2R"))
-        if fields[i] and fields[i][0] in ((counter, low) if wide else (counter,)):
-            values = [_constant(field) for field in fields[i][1:]]
-            if code[i].name not in ("MOV", "UMOV", "CS2R", "IMAD.MOV.U32") or None in values:
-                return None
-            trips, rest = divmod(int(bound, 0) - (values[-1] or 0), steps[0])
-            return trips if trips > 0 and not rest else None
-    return None
+    values = [_constant(field) for field in fields[starts[-1]][1:]]
+    if not re.fullmatch(r"U?MOV|CS2R|IMAD\.MOV\.U32", code[starts[-1]].name) or None in values:
+        return None
+    (step,) = (step - 2**32 * (step >= 2**31) for step in steps)
+    span = end - (values[-1] or 0)
+    trips, rest = divmod((span if step > 0 else -span) % 2**32, abs(step))
+    return trips if trips and not rest else None

@@ -5,6 +5,7 @@ such as a bisection's. A case runs on typical arguments, and every loop of its k
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,14 +54,12 @@ def counting() -> Iterator[dict[str, Loop]]:
 
         return body
 
-    def counted_call(kernel: Any, *arguments: Any, name: str, **options: Any) -> Any:
-        loop = kernels[name] = Loop(name, fixed=True)
-
-        def program(*refs: Any) -> None:
-            jax.debug.callback(loop.count, 1)
-            body_of(loop, kernel)(*refs)
-
-        return pallas_call(program, *arguments, name=name, **options)
+    def counted_call(
+        kernel: Any, *rest: Any, name: str, grid: tuple[int, ...], **options: Any
+    ) -> Any:
+        programs = math.prod(grid)
+        loop = kernels[name] = Loop(name, True, entries=programs, trips=programs)
+        return pallas_call(body_of(loop, kernel), *rest, name=name, grid=grid, **options)
 
     def counted_while(go_on: Any, function: Any, start: Any) -> Any:
         if not around:  # a loop of the interpreter

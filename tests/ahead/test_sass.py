@@ -1,10 +1,17 @@
-"""Instructions by loop, on a small kernel written by hand."""
+"""Instructions by loop, on a small kernel written by hand and on an interpreted one."""
 
 import dataclasses
+import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+from jax.experimental import pallas as pl
 
-from sngpt_jax.ahead import sass, trips
+from sngpt_jax import plan
+from sngpt_jax.ahead import sass, targets, trips
+from sngpt_jax.base.errors import UserError
 
 # A loop of 8 trips around a loop without a known count and around a condition, one side of which
 # holds a loop and lies behind the end. Warps that diverge would go to .L_x_9.
@@ -96,3 +103,86 @@ def test_other_loops_than_counted_are_refused() -> None:
     other = dataclasses.replace(code, inside=(dataclasses.replace(outer, inside=()),))
     with pytest.raises(RuntimeError, match="0 in outer, which has: search, rare"):
         trips.rows(other, counted(8), WORK)
+
+
+COUNTER = """
+        /*0000*/                   {start} ;
+        /*0010*/                   MOV R9, 0x5 ;
+.L_x_0:
+        /*0020*/                   {step} ;
+        /*0030*/                   {compare} ;
+        /*0040*/                   PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0 ;
+        /*0050*/               @{guard} BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "compare", "guard", "found"),
+    [
+        (
+            "CS2R R2, SRZ",
+            "IADD3 R3, P2, R3, 0x2000, RZ",
+            "ISETP.NE.AND P1, PT, R3, 0x10000, PT",
+            "P1",
+            8,
+        ),
+        (
+            "UMOV UR4, URZ",
+            "UIADD3 UR4, UR4, 0x1, URZ",
+            "UISETP.NE.U32.AND UP0, UPT, UR4, 0x30, UPT",
+            "P0",
+            48,
+        ),
+        ("MOV R2, 0xfffffff0", "VIADD R2, R2, 0x4", "ISETP.GE.AND P1, PT, R2, 0x10, PT", "!P1", 8),
+        ("MOV R2, 0x6", "VIADD R2, R2, 0xffffffff", "ISETP.NE.AND P1, PT, R2, RZ, PT", "P1", 6),
+        ("MOV R2, RZ", "VIADD R2, R2, 0x3", "ISETP.NE.AND P1, PT, R2, 0x10, PT", "P1", None),
+        ("MOV R2, R7", "VIADD R2, R2, 0x1", "ISETP.NE.AND P1, PT, R2, 0x10, PT", "P1", None),
+        ("MOV R2, RZ", "VIADD R2, R2, 0x1", "ISETP.NE.AND P1, PT, R2, R9, PT", "P1", None),
+        ("MOV R2, RZ", "VIADD R2, R2, 0x1", "FSETP.GE.AND P1, PT, R2, 0x10, PT", "P1", None),
+    ],
+)
+def test_trips_that_the_code_states(
+    start: str, step: str, compare: str, guard: str, found: int | None
+) -> None:
+    text = COUNTER.format(start=start, step=step, compare=compare, guard=guard)
+    assert sass.loops(text).inside[0].trips == found
+
+
+def kernel(x_ref, y_ref):
+    def add(i, total):
+        return total + x_ref[i]
+
+    def shrink(total):
+        return lax.cond(total > 100, lambda: total / 100, lambda: total / 2)
+
+    def row(i, _):
+        total = lax.fori_loop(0, 4, add, jnp.float32(0))
+        y_ref[i] = lax.while_loop(lambda total: total > 1, shrink, total)
+
+    lax.fori_loop(0, jnp.minimum(pl.program_id(0) + 1, 2), row, None)
+
+
+def test_loops_count_while_they_are_interpreted() -> None:
+    """Two programs do 1 and 2 rows. A sum of 12 is halved four times."""
+    with trips.counting() as found:
+        y = pl.pallas_call(
+            kernel, jax.ShapeDtypeStruct((2,), jnp.float32), grid=(2,), name="k", interpret=True
+        )(jnp.full(4, 3.0))
+        assert jnp.all(y == 0.75)
+    add, shrink = trips.Loop("add", True, [], 3, 12), trips.Loop("shrink", False, [], 3, 12)
+    row = trips.Loop("row", False, [add, shrink], 2, 3)
+    assert found == {"k": trips.Loop("k", True, [row], 2, 2)}
+
+
+def test_without_the_disassembler_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(targets, "prepare", lambda: None)
+    monkeypatch.setattr("sngpt_jax.ahead.ptx.find_ptxas", lambda: "ptxas")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        plan.main(["--kernels", "cayley", "--sass", "--json"])
+    needs = "counting instructions by loop needs nvdisasm"
+    assert str(caught.value) == f"{needs}; run: {targets.INSTALL}"
