@@ -10,7 +10,6 @@ Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/
 8×H100     ./launch.sh train --config configs/cayley_large_2l.py
 1×H100     add --train.fsdp 1
 Here       Batch and steps are those of the small recipe.
-           Speed, memory and score: not measured on a GPU.
 """
 
 from sngpt_jax.config import Level

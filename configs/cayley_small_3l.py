@@ -11,7 +11,6 @@ Data       tokenizer.json: https://huggingface.co/openai-community/gpt2/resolve/
 2×H200     ./launch.sh train --config configs/cayley_small_3l.py
 8×H100     the same command: all devices share the 1536 sequences of a step
 Here       The token table has 50,304 rows for GPT-2's 50,257 tokens.
-           Speed, memory and score: not measured on a GPU.
 """
 
 from sngpt_jax.config import Level

@@ -9,7 +9,6 @@ Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/finewe
 Here       The described cosine schedule was never run: the warmdown is linear, by the clock.
            Master weights, tables, Adam state and averages are float32. The submission kept its
            tables in bfloat16 (--optim.average-table-dtype sets that for the averages).
-           Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config.families import golf

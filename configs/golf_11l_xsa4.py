@@ -12,7 +12,6 @@ Here       XSA is as described. The submission's code subtracted v / 2048 instea
            nearly nothing (--model.xsa-layers 0). Master weights, tables and Adam state are
            float32. Late quantization-aware training is off, as in the logged run;
            --optim.qat-below 0.66 begins it at 75 % of the time.
-           Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config.families import golf

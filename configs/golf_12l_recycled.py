@@ -15,7 +15,6 @@ Here       docs/seeds.md says which text is followed where the submission's text
            gradient (--optim.grad-clip-scope). Late quantization-aware training missed the int5
            weights there and is off here; --optim.qat-below 0.15 does what it was meant to do.
            SWA and EMA are both kept. The submission scored SWA.
-           Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config.families import golf

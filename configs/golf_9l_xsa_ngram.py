@@ -8,7 +8,6 @@ Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/finewe
 1×H100     ./launch.sh train --config configs/golf_9l_xsa_ngram.py --train.max-seconds 4800
 Here       Rotary positions rotate the described 25 % of a head. The submission's code rotated
            50 % (--model.rope-dims 32). Master weights, tables and Adam state are float32.
-           Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config.families import golf

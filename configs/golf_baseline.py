@@ -9,7 +9,6 @@ Data       ./launch.sh prepare --source golf --vocab-size 1024 --out data/finewe
 1×H100     ./launch.sh train --config configs/golf_baseline.py --train.max-seconds 4800
 Here       Master weights and optimizer state are float32, the embedding's included. Logits are
            never rounded to bfloat16. One priming step instead of 20 runs off the clock.
-           Speed and score: not measured on a GPU.
 """
 
 from sngpt_jax.config import Config, DataConfig, OptimConfig, TrainConfig
