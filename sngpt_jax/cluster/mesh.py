@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,6 +25,11 @@ PARAMETER_AXES = ("fsdp",)
 ALL_AXES = ("fsdp", "data")
 
 _LEAST_ELEMENTS = 2**12  # a smaller array is not worth a collective operation
+
+# Limits of a buffer of gradients. XLA joins reductions below 30 MiB, and a kernel takes at most 96
+# arrays.
+_BUFFER_BYTES = 2**25
+_BUFFER_ARRAYS = 48
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Mesh:
@@ -106,20 +112,45 @@ def gather(tree: Any, specs: Any) -> Any:
 def reduce_mean(tree: Any, specs: Any) -> Any:
     """Whole arrays, which differ per device → each device's pieces of their mean, by `specs`.
 
-    Call it inside `shard_map` with `check_vma=False`.
+    Call it inside `shard_map` with `check_vma=False`. Arrays that stay whole are reduced side by
+    side in few buffers. XLA would join their reductions too, but late: the results would then be
+    cut apart by a kernel per array, instead of within the kernels that use them.
     """
-
-    def mean(x: jax.Array, spec: P) -> jax.Array:
-        split = split_of(spec)
+    arrays, structure = jax.tree.flatten(tree)
+    splits = [split_of(spec) for spec in structure.flatten_up_to(specs)]
+    whole = [i for i, split in enumerate(splits) if split is None]
+    means = dict(zip(whole, _whole_means([arrays[i] for i in whole]), strict=True))
+    for i, split in enumerate(splits):
         if split is None:
-            return jax.lax.pmean(x, BATCH_AXES)
+            continue
         axis, over = split
         # pieces first, so that the devices along `data` exchange 1/fsdp of the bytes
-        piece = jax.lax.psum_scatter(x, over, scatter_dimension=axis, tiled=True)
+        piece = jax.lax.psum_scatter(arrays[i], over, scatter_dimension=axis, tiled=True)
         rest = [name for name in BATCH_AXES if name not in over and jax.lax.axis_size(name) > 1]
-        return jax.lax.psum(piece, tuple(rest)) / jax.lax.axis_size(BATCH_AXES)
+        means[i] = jax.lax.psum(piece, tuple(rest)) / jax.lax.axis_size(BATCH_AXES)
+    return jax.tree.unflatten(structure, [means[i] for i in range(len(arrays))])
 
-    return jax.tree.map(mean, tree, specs)
+
+def _whole_means(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The means of whole arrays over all devices."""
+    if jax.lax.axis_size(BATCH_AXES) == 1:
+        return list(arrays)
+    buffers: list[list[jax.Array]] = []
+    size = 0
+    for array in arrays:
+        size += array.nbytes
+        fits = size <= _BUFFER_BYTES and len(buffers[-1]) < _BUFFER_ARRAYS if buffers else False
+        if not fits or array.dtype != buffers[-1][0].dtype:
+            buffers.append([])
+            size = array.nbytes
+        buffers[-1].append(array)
+    means = []
+    for members in buffers:
+        ends = np.cumsum([array.size for array in members])[:-1]
+        joined = jnp.concatenate([array.ravel() for array in members])
+        pieces = jnp.split(jax.lax.pmean(joined, BATCH_AXES), ends)
+        means += [x.reshape(array.shape) for x, array in zip(pieces, members, strict=True)]
+    return means
 
 
 def batch_placer(
