@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sngpt_jax.cluster.mesh import PARAMETER_AXES, path_name
 from sngpt_jax.config import OptimConfig
 from sngpt_jax.config.parameters import OptimizerGroup, parameter
-from sngpt_jax.optim import muon, schedules
+from sngpt_jax.optim import muon, schedules, stacks
 
 Rule = Literal["muon", "adam"]
 
@@ -95,7 +95,7 @@ def _scale_by_lr_multiplier(rule: Rule) -> optax.GradientTransformationExtraArgs
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         multiplier = adam_lr_multiplier if rule == "adam" else lr_multiplier
-        return optax.tree.scale(multiplier, updates), state
+        return optax.tree.scale(stacks.read_by_all(multiplier), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

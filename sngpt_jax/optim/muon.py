@@ -152,7 +152,7 @@ def scale_by_muon(
         grads: optax.Updates, state: MuonState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MuonState]:
         del params
-        mu = momentum(state.count) if callable(momentum) else momentum
+        mu = stacks.read_by_all(momentum(state.count) if callable(momentum) else momentum)
         buffers = jax.tree.map(lambda m, g: mu * m.astype(jnp.float32) + g, state.momentum, grads)
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda m, g: g + mu * m, buffers, grads))
         leaves = stacks.map_stacks(orthogonalize, leaves, ns_dtype, mesh, kept_over)

@@ -27,6 +27,24 @@ from sngpt_jax.cluster.mesh import BATCH_AXES, PARAMETER_AXES, partition_spec, s
 Shape = tuple[int, ...]
 
 
+def one_kernel(array: jax.Array) -> jax.Array:
+    """`array`, which a GPU computes once. XLA would compute it again in each kernel that uses it.
+
+    It is a compiler's barrier: a CPU's compiler drops it before it joins operations.
+    """
+    # as a vector, because XLA would keep a transposed matrix as it was and turn it in every kernel
+    return jax.lax.optimization_barrier(array.ravel()).reshape(array.shape)
+
+
+def read_by_all(scalar: jax.typing.ArrayLike) -> jax.Array:
+    """`scalar`, as a part of a small array.
+
+    XLA on GPUs updates arrays of equal shape in one kernel if they read another array in common. A
+    common scalar does not count.
+    """
+    return one_kernel(jnp.stack([jnp.asarray(scalar)] * 2))[0]
+
+
 def is_dealt_out(count: int, shape: Shape, mesh: Mesh, kept_over: tuple[str, ...]) -> bool:
     """Whether the devices share a stack of `count` matrices of this shape: not if there is a
     single device, or one matrix that every device has whole.
@@ -54,14 +72,20 @@ def map_stacks(
     for index, matrix in enumerate(matrices):
         stacks[min(matrix.shape), max(matrix.shape)].append(index)
     for shape, members in stacks.items():
-        found = [matrices[i] for i in members]
-        stack = jnp.stack([matrix if matrix.shape == shape else matrix.mT for matrix in found])
+        wide = [i for i in members if matrices[i].shape == shape]
+        tall = [i for i in members if matrices[i].shape != shape]
+        stack = jnp.stack([matrices[i] for i in wide]) if wide else jnp.zeros((0, *shape))
+        if tall:  # one kernel, or XLA keeps each of them transposed for all its uses
+            turned = one_kernel(jnp.stack([matrices[i] for i in tall])).mT
+            stack = jnp.concatenate([stack, turned])
         if mesh is not None and is_dealt_out(len(members), shape, mesh, kept_over):
             stack = _dealt_out(function, stack, dtype, mesh, kept_over)
         else:
-            stack = function(stack)
-        for i, matrix in zip(members, stack, strict=True):
-            results[i] = matrix if matrices[i].shape == shape else matrix.mT
+            stack = function(one_kernel(stack))
+        # one kernel transposes all of them, and the kernels that use them need not
+        stacked = one_kernel(stack[len(wide) :].mT) if tall else []
+        for i, matrix in zip(wide + tall, [*stack[: len(wide)], *stacked], strict=True):
+            results[i] = matrix.astype(jnp.float32)
     return results
 
 
@@ -90,7 +114,7 @@ def _dealt_out(
             pieces = jax.lax.all_to_all(
                 pieces, over, split_axis=0, concat_axis=1 + split[0], tiled=True
             )
-        results = function(pieces).astype(dtype)
+        results = function(one_kernel(pieces)).astype(dtype)
 
         split = split_of(wanted)
         if split is None:
@@ -103,7 +127,7 @@ def _dealt_out(
             results = jax.lax.all_to_all(
                 for_all.reshape(-1, *parts.shape[2:]), order, 0, 0, tiled=True
             )
-        return results[:count].astype(jnp.float32)
+        return results[:count]
 
     deal = jax.shard_map(
         local, mesh=mesh, in_specs=P(None, *given), out_specs=P(None, *wanted), check_vma=False
