@@ -133,7 +133,8 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
 
 def _whole_means(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The means of whole arrays over all devices."""
-    if jax.lax.axis_size(BATCH_AXES) == 1:
+    devices = jax.lax.axis_size(BATCH_AXES)
+    if devices == 1:
         return list(arrays)
     buffers: list[list[jax.Array]] = []
     size = 0
@@ -148,8 +149,8 @@ def _whole_means(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     for members in buffers:
         ends = np.cumsum([array.size for array in members])[:-1]
         joined = jnp.concatenate([array.ravel() for array in members])
-        pieces = jnp.split(jax.lax.pmean(joined, BATCH_AXES), ends)
-        means += [x.reshape(array.shape) for x, array in zip(pieces, members, strict=True)]
+        pieces = jnp.split(jax.lax.psum(joined, BATCH_AXES), ends)
+        means += [x.reshape(array.shape) / devices for x, array in zip(pieces, members, strict=True)]
     return means
 
 

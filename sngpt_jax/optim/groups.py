@@ -84,7 +84,7 @@ def clip(grads: optax.Updates, max_norm: float) -> optax.Updates:
     return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads)
 
 
-def _scale_by_lr_multiplier(rule: Rule) -> optax.GradientTransformationExtraArgs:
+def _scale_by_learning_rate(group: UpdateRule) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -94,8 +94,8 @@ def _scale_by_lr_multiplier(rule: Rule) -> optax.GradientTransformationExtraArgs
         adam_lr_multiplier: jax.typing.ArrayLike,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        multiplier = adam_lr_multiplier if rule == "adam" else lr_multiplier
-        return optax.tree.scale(stacks.read_by_all(multiplier), updates), state
+        multiplier = adam_lr_multiplier if group.rule == "adam" else lr_multiplier
+        return optax.tree.scale(stacks.read_by_all(-group.lr * multiplier), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -129,8 +129,9 @@ def make_optimizer(
             )
         else:
             direction = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
-        decay, scale = optax.add_decayed_weights(group.weight_decay), optax.scale(-group.lr)
-        return optax.chain(direction, decay, scale, _scale_by_lr_multiplier(group.rule))
+        decay = optax.add_decayed_weights(group.weight_decay)
+        # the third has nothing to do; checkpoints number the members of the chain
+        return optax.chain(direction, decay, optax.identity(), _scale_by_learning_rate(group))
 
     max_norm = config.grad_clip if config.grad_clip_scope == "global" else 0.0
     clip_all = optax.stateless(lambda grads, _: clip(grads, max_norm))

@@ -72,49 +72,64 @@ def map_stacks(
     for index, matrix in enumerate(matrices):
         stacks[min(matrix.shape), max(matrix.shape)].append(index)
     for shape, members in stacks.items():
-        wide = [i for i in members if matrices[i].shape == shape]
-        tall = [i for i in members if matrices[i].shape != shape]
-        stack = jnp.stack([matrices[i] for i in wide]) if wide else jnp.zeros((0, *shape))
-        if tall:  # one kernel, or XLA keeps each of them transposed for all its uses
-            turned = one_kernel(jnp.stack([matrices[i] for i in tall])).mT
-            stack = jnp.concatenate([stack, turned])
-        if mesh is not None and is_dealt_out(len(members), shape, mesh, kept_over):
-            stack = _dealt_out(function, stack, dtype, mesh, kept_over)
+        members.sort(key=lambda i: matrices[i].shape != shape)  # tall matrices last
+        found = [matrices[i] for i in members]
+        if mesh is not None and is_dealt_out(len(found), shape, mesh, kept_over):
+            found = _dealt_out(function, found, dtype, mesh, kept_over)
         else:
-            stack = function(one_kernel(stack))
-        # one kernel transposes all of them, and the kernels that use them need not
-        stacked = one_kernel(stack[len(wide) :].mT) if tall else []
-        for i, matrix in zip(wide + tall, [*stack[: len(wide)], *stacked], strict=True):
+            wide = sum(matrix.shape == shape for matrix in found)
+            found = _unstacked(function(one_kernel(_stacked(found, wide))), wide)
+        for i, matrix in zip(members, found, strict=True):
             results[i] = matrix.astype(jnp.float32)
     return results
 
 
+def _stacked(matrices: list[jax.Array], wide: int) -> jax.Array:
+    """[S, m, n]: the first `wide` matrices, then the others, transposed."""
+    parts = [jnp.stack(matrices[:wide])] if wide else []
+    if tall := matrices[wide:]:
+        # otherwise XLA keeps each of them transposed, in all its uses
+        parts.append(jnp.stack([matrix.mT for matrix in one_kernel(jnp.stack(tall))]))
+    return jnp.concatenate(parts)
+
+
+def _unstacked(stack: jax.Array, wide: int) -> list[jax.Array]:
+    """The matrices of `_stacked(matrices, wide)`."""
+    tall = one_kernel(stack[wide:].mT) if wide < len(stack) else []
+    return [*stack[:wide], *tall]
+
+
 def _dealt_out(
     function: Callable[[jax.Array], jax.Array],
-    stack: jax.Array,
+    matrices: list[jax.Array],
     dtype: jax.typing.DTypeLike,
     mesh: Mesh,
     kept_over: tuple[str, ...],
-) -> jax.Array:
-    count, shape = len(stack), stack.shape[1:]
-    given, wanted = partition_spec(mesh, shape, kept_over), partition_spec(mesh, shape)
+) -> list[jax.Array]:
+    """The results for matrices of one shape, or its transpose, of which the wide ones come first.
+
+    They have `dtype`.
+    """
+    count, m, n = len(matrices), *sorted(matrices[0].shape)
+    wide = sum(matrix.shape == (m, n) for matrix in matrices)
+    given, wanted = partition_spec(mesh, (m, n), kept_over), partition_spec(mesh, (m, n))
     rows = math.ceil(count / mesh.size)
 
-    def local(pieces: jax.Array) -> jax.Array:
-        pieces = jnp.pad(pieces, ((0, rows * mesh.size - count), (0, 0), (0, 0)))
+    def local(pieces: list[jax.Array]) -> list[jax.Array]:
+        stack = jnp.pad(_stacked(pieces, wide), ((0, rows * mesh.size - count), (0, 0), (0, 0)))
         split = split_of(given)
         over = split[1] if split else ()
         # devices along these axes have equal pieces
         alike = tuple(name for name in BATCH_AXES if name not in over)
         order = alike + over  # in which the devices take the rows
         if alike:
-            own = len(pieces) // jax.lax.axis_size(alike)
-            pieces = jax.lax.dynamic_slice_in_dim(pieces, jax.lax.axis_index(alike) * own, own)
+            own = len(stack) // jax.lax.axis_size(alike)
+            stack = jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(alike) * own, own)
         if split:
-            pieces = jax.lax.all_to_all(
-                pieces, over, split_axis=0, concat_axis=1 + split[0], tiled=True
+            stack = jax.lax.all_to_all(
+                stack, over, split_axis=0, concat_axis=1 + split[0], tiled=True
             )
-        results = function(one_kernel(pieces)).astype(dtype)
+        results = function(one_kernel(stack)).astype(dtype)
 
         split = split_of(wanted)
         if split is None:
@@ -127,9 +142,13 @@ def _dealt_out(
             results = jax.lax.all_to_all(
                 for_all.reshape(-1, *parts.shape[2:]), order, 0, 0, tiled=True
             )
-        return results[:count]
+        return _unstacked(results[:count], wide)
 
     deal = jax.shard_map(
-        local, mesh=mesh, in_specs=P(None, *given), out_specs=P(None, *wanted), check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=([partition_spec(mesh, matrix.shape, kept_over) for matrix in matrices],),
+        out_specs=[partition_spec(mesh, matrix.shape) for matrix in matrices],
+        check_vma=False,
     )
-    return deal(stack)
+    return deal(matrices)
