@@ -150,7 +150,8 @@ def _whole_means(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         ends = np.cumsum([array.size for array in members])[:-1]
         joined = jnp.concatenate([array.ravel() for array in members])
         pieces = jnp.split(jax.lax.psum(joined, BATCH_AXES), ends)
-        means += [x.reshape(array.shape) / devices for x, array in zip(pieces, members, strict=True)]
+        for piece, array in zip(pieces, members, strict=True):
+            means.append(piece.reshape(array.shape) / devices)
     return means
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.cluster.mesh import BATCH_AXES, PARAMETER_AXES, partition_spec, split_of
 
