@@ -27,6 +27,7 @@ from sngpt_kernels.cayley import specs as cayley
 from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.rotary import specs as rotary
 from sngpt_kernels.xsa import specs as xsa
+from sngpt_kernels.xsa.api import LIBRARIES
 
 from sngpt_jax import __version__
 from sngpt_jax.base import typed_json
@@ -42,7 +43,7 @@ logger = logging.getLogger("sngpt_jax")
 Mode = Literal["check", "trust", "off"]
 Verdicts = dict[str, str]  # by operation: what is wrong with its kernel; empty: nothing
 
-KERNELS = ("pallas_triton", *xsa.LIBRARIES)  # the implementations that are compared
+KERNELS = ("pallas_triton", *LIBRARIES)  # the implementations that are compared
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
