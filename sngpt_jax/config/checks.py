@@ -38,6 +38,7 @@ _BOUNDS = {
     "train.steps": (1, 2**53),
     "train.device_batch_tokens": (1, 2**53),
     "train.fsdp": (1, 2**53),
+    "train.seed": (0, 2**32 - 1),  # what jax.random.key keeps of a seed
     "train.max_skipped_steps": (1, 2**53),
     "train.log_every": (1, 2**53),
     "train.keep_checkpoints": (1, 2**53),

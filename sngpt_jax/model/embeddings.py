@@ -14,6 +14,15 @@ from sngpt_jax.model.layers import compute_dtype, linear, per_channel
 LOOK_BACK = 2
 
 
+def look_up(table_Vn: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows of a table that `ids` name, [..., n], rounded to `dtype` after the lookup.
+
+    So the table's gradient adds float32 numbers. A sum of equal terms in bfloat16 stops growing
+    after 256 of them.
+    """
+    return table_Vn[ids].astype(dtype)
+
+
 class LearnedPositions(nnx.Module):
     """One vector per absolute position: `positions(T)` → [1, T, D] in the compute dtype.
 
@@ -44,7 +53,7 @@ class TiedEmbedding(nnx.Module):
 
     def encode(self, tokens_BT: jax.Array) -> jax.Array:
         """Vectors [B, T, D] of token ids, in the compute dtype."""
-        return self.table[...].astype(self.dtype)[tokens_BT]
+        return look_up(self.table[...], tokens_BT, self.dtype)
 
     def decode(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] of the result of the model's `hidden`."""
@@ -118,7 +127,7 @@ class BigramHash(nnx.Module):
             self.scale = nnx.Param(config.bigram_scale_init * jnp.ones(()))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        rows = self.table[...].astype(self.dtype)[self.hash(tokens_BT, self.buckets)]
+        rows = look_up(self.table[...], self.hash(tokens_BT, self.buckets), self.dtype)
         x_BTD = linear(rows, self.proj[...])
         return self.scale[...].astype(self.dtype) * x_BTD if self.scaled else x_BTD
 
@@ -140,7 +149,7 @@ class ValueEmbedding(nnx.Module):
         self.layer_scale = nnx.Param(jnp.ones((len(self.layers),)))
 
     def __call__(self, tokens_BT: jax.Array) -> dict[int, jax.Array]:
-        rows = self.table[...].astype(self.dtype)[tokens_BT]
+        rows = look_up(self.table[...], tokens_BT, self.dtype)
         v_BTKh = linear(rows, self.proj[...]).reshape(*tokens_BT.shape, *self.heads)
         scales = (self.scale[...] * self.layer_scale[...]).astype(self.dtype)
         return {layer: scales[i] * v_BTKh for i, layer in enumerate(self.layers)}

@@ -10,7 +10,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sngpt_jax.model.embeddings import BigramHash, SmearGate, ValueEmbedding, hash_sum, hash_xor
+from sngpt_jax.model.embeddings import (
+    BigramHash,
+    LearnedPositions,
+    SmearGate,
+    TiedEmbedding,
+    ValueEmbedding,
+    hash_sum,
+    hash_xor,
+)
 from sngpt_jax.model.forward import losses
 from tests import oracles
 from tests.model.test_techniques import (
@@ -34,6 +42,40 @@ near = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 def replaced(params, part, **leaves):
     """`params` with other leaves of one embedding."""
     return {**params, part: {**params[part], **leaves}}
+
+
+# ------------------------------------------------------------------------------ tables
+
+ROUNDED = changed(**BIGRAM, **VALUE_EMBED, compute_dtype="bfloat16", max_seq_len=4096)
+FREQUENT = np.where(np.arange(4096) % 4 < 3, 5, np.arange(4096) % TINY.vocab_size)[None]
+
+
+def rows_of(module):
+    """The vectors that a module's table gives for `FREQUENT`, where a row occurs 3,072 times."""
+    ids = jnp.asarray(FREQUENT)
+    if isinstance(module, TiedEmbedding):
+        return module.encode(ids)
+    if isinstance(module, LearnedPositions):
+        return module(1, ids[0])
+    rows = module(ids)
+    return rows if isinstance(module, BigramHash) else rows[module.layers[0]]
+
+
+@pytest.mark.parametrize("kind", [TiedEmbedding, LearnedPositions, BigramHash, ValueEmbedding])
+def test_gradient_of_a_frequent_row_is_the_float64_sum(kind):
+    graph, state = nnx.split(kind(ROUNDED, rngs=RNGS))
+    params = jax.tree.map(jnp.ones_like, nnx.to_pure_dict(state))
+    if "proj" in params:  # the first columns of the table are the first of the result
+        params["proj"] = jnp.eye(*params["proj"].shape)
+
+    rows, pullback = jax.vjp(lambda p: rows_of(nnx.merge(graph, p)), params)
+    weights = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, rows.shape), rows.dtype)
+    gradient = pullback(weights)[0]["table"]
+    assert rows.dtype == jnp.bfloat16 and gradient.dtype == jnp.float32
+
+    uses = np.asarray(weights, np.float64).reshape(FREQUENT.size, -1)[:, : gradient.shape[1]]
+    total = np.asarray(gradient, np.float64)[:, : uses.shape[1]].sum(axis=0)
+    np.testing.assert_allclose(total, uses.sum(axis=0), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------ smear
