@@ -13,7 +13,15 @@ from sngpt_jax.base.errors import UserError
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
     `OSError` names a file.
+
+    A link is followed. A pipe or a device takes the bytes as they come, and stays what it is.
     """
+    if _is_stream(path):
+        descriptor = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # keeps its position
+        with open(descriptor or path, "ab", closefd=not descriptor) as stream:
+            stream.write(content)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -28,6 +36,15 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether the path names a pipe, a device, or a descriptor of this process."""
+    if not path.exists():
+        return False
+    # the shell's redirection to a plain file would lose its other lines
+    redirected = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return redirected or not (path.is_file() or path.is_dir())
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -63,6 +80,11 @@ def check_writable(path: Path, option: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(0, "its permissions do not allow it")
+            return
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -1,0 +1,76 @@
+"""Files that a user names for output: plain ones, links, pipes, devices, and the shell's own."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import check_writable, write_bytes_atomic, write_text_atomic
+
+
+def test_plain_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new" / "out.json"
+    write_text_atomic(path, "old")
+    before = path.stat().st_ino
+    write_text_atomic(path, "é")
+    assert path.read_bytes() == "é".encode() and path.stat().st_ino != before
+    assert os.listdir(path.parent) == ["out.json"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_link_is_followed(tmp_path, exists):
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if exists:
+        target.write_text("old")
+    link.symlink_to(os.path.join("elsewhere", "target"))
+    check_writable(link, "--out")
+    write_text_atomic(link, "new")
+    assert link.is_symlink() and target.read_text() == "new" and not target.is_symlink()
+
+
+def test_pipe_takes_the_bytes_and_stays(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    check_writable(pipe, "--out")
+    thread = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    thread.start()
+    write_bytes_atomic(pipe, b"content")
+    thread.join(10)
+    assert read == [b"content"] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_device_stays_a_device(tmp_path):
+    node = tmp_path / "n"
+    try:
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null
+        node.open("ab").close()
+    except PermissionError:
+        pytest.skip("making a device needs root")
+    check_writable(node, "--out")
+    write_bytes_atomic(node, b"content")
+    assert stat.S_ISCHR(node.stat().st_mode)
+
+
+def test_redirected_output_keeps_its_other_lines(tmp_path):
+    code = (
+        "from pathlib import Path; from sngpt_jax.base.files import write_text_atomic as write;"
+        "print('before', flush=True); write(Path('/dev/stdout'), 'middle\\n'); print('after')"
+    )
+    with open(tmp_path / "log", "wb") as log:  # as the shell's >
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_text().split() == ["before", "middle", "after"]
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert piped.stdout.split() == [b"before", b"middle", b"after"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="--out .*it is a folder"):
+        check_writable(tmp_path, "--out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .*cannot be written"):
+        check_writable(tmp_path / "file" / "below", "--out")
