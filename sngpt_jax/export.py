@@ -84,6 +84,7 @@ def print_result(
         ("artifact", f"{result['artifact_bytes']:>12,} bytes, including a header of {header:,}"),
         ("program", f"{result['code_bytes']:>12,} bytes"),
         ("total", f"{total:>12,} bytes{verdict if limit else ''}"),
+        *((f"level {level}", f"{n:>12,} streams") for level, n in result["codec_levels"].items()),
         *(("wrote", str(file)) for file in files),
     ]
     if scores := result.get("score"):

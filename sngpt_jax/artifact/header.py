@@ -62,7 +62,7 @@ class Grid:
     bits: int
     q_min: int
     transposed: bool
-    length: int  # bytes of the stream of codes
+    length: int  # bytes of the stream of codes; 0: the codes go on an earlier tensor's stream
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Tensor:
 
 
 class Stream(NamedTuple):
-    """A stream of the payload: one tensor's codes, all scales, or all tensors of a float type."""
+    """A stream of the payload: codes of a tensor, all packed codes of a grid, all scales, or all
+    tensors of a float type.
+    """
 
     what: str  # its name in messages
     length: int  # in bytes; 0 without parts
@@ -107,12 +109,17 @@ class Table:
     @property
     def streams(self) -> list[Stream]:
         """The streams in file order."""
-        codes, scales = [], {}
+        codes: list[Stream] = []
+        scales, shared = {}, {}
         floats: dict[str, dict[str, tuple[int, ...]]] = {"float16": {}, "float32": {}}
         for x in self.tensors:
             if x.grid:
-                parts = {x.name: x.code_shape}
-                codes.append(Stream(x.name, x.grid.length, np.dtype(np.int8), parts, x.grid))
+                parts, alike = {x.name: x.code_shape}, (x.grid.bits, x.grid.q_min)
+                if x.grid.length or alike not in shared:
+                    shared[alike] = parts
+                    codes.append(Stream(x.name, x.grid.length, np.dtype(np.int8), parts, x.grid))
+                else:
+                    shared[alike] |= parts
                 scales[x.name] = x.code_shape[:1]
             else:
                 floats[x.kind][x.name] = x.shape
@@ -156,7 +163,9 @@ def parse(raw: bytes, payload: int | None) -> Header:
         if storage.packed and storage.codec == "rans":
             raise ValueError("the codec rans takes no packed codes")
         for tensor in header.table.tensors:
-            name = tensor.name
+            name, grid = tensor.name, tensor.grid
+            if grid and not grid.length and not (storage.packed and grid.bits < 8):
+                raise ValueError(f"{name!r} has no stream, and only packed codes share one")
             if not NAME.fullmatch(name):
                 raise ValueError(f"not a tensor's name: {name!r}")
             if name in names:

@@ -91,6 +91,7 @@ def export_run(
         "code_bytes": code_bytes,
         "total_bytes": total,
         "header_bytes": encoded.header_bytes,
+        "codec_levels": encoded.levels,
         "limit": limit,
         "fits": not limit or total <= limit,
         "parameters": sum(group.weights for group in groups),

@@ -78,7 +78,7 @@ def test_bytes_are_accounted_for_and_do_not_depend_on_threads(storage, monkeypat
 def test_layout():
     data = encode(METADATA, tensors(), Storage(packed=True, codec="lzma", level=1)).data
     magic, version, header_length, payload_length = struct.unpack("<8sIIQ", data[:24])
-    assert (magic, version) == (MAGIC, 1)
+    assert (magic, version) == (MAGIC, 2)
     assert len(data) == 24 + header_length + payload_length + 32
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
     header = json.loads(zstandard.ZstdDecompressor().decompress(data[24 : 24 + header_length]))
@@ -107,6 +107,46 @@ def test_layout():
     assert streams[4] == scales[0::2] + scales[1::2]
     singles = np.append(expected["blocks/0/gain"], expected["scale"]).tobytes()
     assert streams[6] == b"".join(singles[i::4] for i in range(4))
+
+
+def test_packed_codes_of_one_grid_share_a_stream():
+    alike = {f"blocks/{i}/mlp/up": quantized(10 + i, 7, 5, seed=i) for i in range(3)}
+    other = {"embed/table": quantized(11, 5, 8), "skips": quantized(3, 7, 5, full=True)}
+    encoded = encode({}, {**alike, **other}, Storage(packed=True, codec="lzma", level=1))
+    table = json.loads(split(encoded.data)[0])["table"]
+    lengths = [entry["grid"]["length"] for entry in table["tensors"]]
+    assert lengths[1:3] == [0, 0] and min(lengths[:1] + lengths[3:]) > 0
+    assert_same(decode(encoded.data).tensors, {**alike, **other})
+    # the tensors share the bytes by their sizes
+    shares = [encoded.tensor_bytes[name] for name in alike]
+    assert shares == sorted(shares) and sum(shares) > lengths[0]  # with the scales
+
+
+def test_a_file_of_version_1_with_a_stream_per_packed_tensor_is_read():
+    first, second = quantized(10, 8, 5), quantized(12, 8, 5, seed=1)
+    storage = Storage(packed=True, codec="zstd", level=1)
+    alone = [encode({}, {"a": tensor}, storage).data for tensor in (first, second)]
+    headers = [json.loads(split(data)[0]) for data in alone]
+    bodies = [split(data)[1] for data in alone]
+    cuts = [header["table"]["tensors"][0]["grid"]["length"] for header in headers]
+    scales = np.concatenate([first.scales, second.scales]).view(np.uint8).reshape(-1, 2)
+    frame = zstandard.ZstdCompressor(level=1).compress(scales.T.tobytes())
+    both = headers[0]
+    both["table"]["tensors"].append(headers[1]["table"]["tensors"][0] | {"name": "b"})
+    both["table"]["scales"] = len(frame)
+    payload = b"".join(body[:cut] for body, cut in zip(bodies, cuts, strict=True)) + frame
+    assert_same(decode(assemble(as_text(both), payload)).tensors, {"a": first, "b": second})
+
+
+def test_zstd_keeps_the_smaller_of_two_levels():
+    random = {"a": quantized(64, 500, 5), "b": np.zeros((64, 500), np.float16)}
+    encoded = encode({}, random, Storage(packed=False, codec="zstd", level=22))
+    assert sum(encoded.levels.values()) == 3 and set(encoded.levels) <= {1, 22}
+    sizes = {
+        level: len(zstandard.ZstdCompressor(level=level).compress(random["a"].codes.tobytes()))
+        for level in (1, 22)
+    }
+    assert encoded.tensor_bytes["a"] <= min(sizes.values()) + 150
 
 
 def test_the_decoder_imports_no_jax(tmp_path):
@@ -154,7 +194,7 @@ def test_what_the_editing_here_makes_is_an_artifact():
         (GOOD[:-1], "truncated: "),
         (GOOD[:-100], "truncated: "),
         (GOOD + b"\n", "continues after its end"),
-        (GOOD[:8] + b"\2" + GOOD[9:], "an artifact of version 2, expected version 1"),
+        (GOOD[:8] + b"\3" + GOOD[9:], "an artifact of version 3, expected version 1 or 2"),
         (GOOD[:200] + bytes([GOOD[200] ^ 4]) + GOOD[201:], "damaged: its SHA-256"),
         (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "damaged: its SHA-256"),
         (GOOD[:12] + b"\xff\xff\xff\xff" + GOOD[16:], "truncated: "),
@@ -231,6 +271,7 @@ def refused(data, message, **limits):
         ({"tensors__0__grid__q_min": -14}, "expected -15 or -16 as the least code of 5 bits"),
         ({"tensors__0__grid__transposed": 1}, "expected bool, found 1"),
         ({"tensors__0__grid__length": -1}, "do not fill the payload"),
+        ({"tensors__0__grid__length": 0}, "has no stream"),
         ({"tensors__0__grid__length": 2**63 - 1}, "do not fill the payload"),
         ({"tensors__0__grid__offset": 0}, "unknown key 'offset'"),
         ({"scales": 0}, "do not fill the payload"),
