@@ -38,6 +38,5 @@ config = golf(
         "late_key_layers": 1,
         "control_dtype": "float16",
         "codes": "full",
-        "codec": "zstd",
     },
 )

@@ -50,6 +50,5 @@ config = golf(
         "passthrough_size": 65_536,
         "codes": "full",
         "prune_fraction": 0.02,
-        "codec": "zstd",
     },
 )

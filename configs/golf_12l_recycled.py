@@ -55,8 +55,5 @@ config = golf(
         "clip": "search",
         "table_clip": "percentile",
         "clip_floor": 1.0,
-        "packed": True,
-        "codec": "lzma",
-        "codec_level": 9,
     },
 )

@@ -35,11 +35,5 @@ config = golf(
         "muon_weight_decay": 0.04,
         "warmdown_steps": 3500,
     },
-    export={
-        "codes": "full",
-        "clip": "percentile",
-        "table_clip": "percentile",
-        "clip_floor": 1.0,
-        "codec": "zstd",
-    },
+    export={"codes": "full", "clip": "percentile", "table_clip": "percentile", "clip_floor": 1.0},
 )

@@ -64,6 +64,8 @@ class ExportArguments(RecipeArguments):
 
     sigma: float = 0.14  # standard deviation of the drawn matrices and tables
     repeats: int = 5  # rounds in which all parts take turns; medians are printed
+    # also print the bytes of the same codes in the form of the submission's own script
+    against_published: bool = False
 
 
 @dataclass(frozen=True)

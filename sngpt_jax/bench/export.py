@@ -22,7 +22,7 @@ from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.policy import is_exported, policy_of
 from sngpt_jax.artifact.quantize import Quantized, Stored, dequantize
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.bench import harness
+from sngpt_jax.bench import harness, published
 from sngpt_jax.bench.arguments import ExportArguments
 from sngpt_jax.cluster.mesh import path_name
 from sngpt_jax.config import Config
@@ -112,6 +112,9 @@ def measure(arguments: ExportArguments, say: harness.Say) -> dict[str, Any]:
         f" {os.cpu_count()} threads: {said}; quantize and encode take {ratio:.2f} x the codec alone"
     )
     say(f"artifact {size:,} + program {program:,} = {size + program:,} bytes")
+    beside = None
+    if arguments.against_published:
+        beside = published.compare(arguments.config, config, stored, say)
     return harness.environment() | {
         "config": arguments.config,
         "sigma": arguments.sigma,
@@ -122,4 +125,5 @@ def measure(arguments: ExportArguments, say: harness.Say) -> dict[str, Any]:
         "code_bytes": program,
         "total_bytes": size + program,
         "bits_per_weight": account.as_json(lines),
+        "against_published": beside,
     }

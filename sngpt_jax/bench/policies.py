@@ -16,6 +16,7 @@ from sngpt_jax.artifact.quantize import Quantized, dequantize
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import harness
 from sngpt_jax.bench.arguments import PoliciesArguments
+from sngpt_jax.bench.published import FORMS, as_published
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import ExportConfig
 from sngpt_jax.config.checks import validate
@@ -26,12 +27,6 @@ from sngpt_jax.weights.quantized_model import calibrate, host_tensors
 from sngpt_jax.weights.source import load_model
 from sngpt_jax.weights.trained_model import to_variables
 
-PUBLISHED = {
-    "#333": "golf_11l_xsa4",
-    "#465": "golf_10l_int5mlp",
-    "#1573": "golf_12l_recycled",
-    "#740": "golf_9l_xsa_ngram",
-}
 COLUMNS = {  # the titles of the table, and how a cell shows a row
     "policy": "{policy}",
     "entropy": "{entropy:.3f}",
@@ -47,8 +42,8 @@ def policies(passthrough_size: int, gptq_tokens: int) -> dict[str, ExportConfig]
     """The policies by the names that the table shows."""
     common = ExportConfig(passthrough_size=passthrough_size, control_dtype="float16")
     published = {
-        name: replace(load(recipe).export, passthrough_size=passthrough_size)
-        for name, recipe in PUBLISHED.items()
+        name: as_published(recipe, replace(load(recipe).export, passthrough_size=passthrough_size))
+        for recipe, (name, _) in FORMS.items()
     }
     plain = replace(published["#1573"], packed=False)
     rans = replace(plain, codec="rans", codec_level=22)

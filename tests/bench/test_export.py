@@ -1,12 +1,20 @@
 """The benchmarks of exports and of scoring on the tiny model: their figures agree."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from sngpt_jax.artifact import bundle
+from sngpt_jax.artifact import bundle, codecs
+from sngpt_jax.artifact.header import Storage
+from sngpt_jax.artifact.pipeline import quantize_tensors
+from sngpt_jax.artifact.quantize import Quantized
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import __main__ as command
+from sngpt_jax.bench import published
+from sngpt_jax.bench.export import draw
+from sngpt_jax.config.recipe import load
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +34,7 @@ def bench(capsys, monkeypatch):
 def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe, bench):
     arguments = ["export", "--config", tiny_recipe, "--repeats", 2, "--sigma", 0.1]
     result = bench(*arguments)
+    assert result["against_published"] is None
     assert result["seconds"].keys() == {"quantize", "encode", "codec_alone", "decode", "dequantize"}
     assert all(seconds > 0 for seconds in result["seconds"].values())
     assert result["ratio_to_codec"] > 0
@@ -35,6 +44,37 @@ def test_bench_times_the_parts_and_accounts_for_the_bytes(tiny_recipe, bench):
     assert bench(*arguments)["artifact_bytes"] == result["artifact_bytes"], "drawn from the seed"
     with pytest.raises(UserError, match="--repeats must be 1 or more"):
         bench(*arguments[:3], "--repeats", 0)
+
+
+@pytest.mark.parametrize("recipe", ["golf_10l_int5mlp", "golf_12l_recycled"])
+def test_same_codes_take_no_more_bytes_than_in_the_scripts_form(recipe):
+    config = load(recipe)
+    small = replace(config.model, d_model=256, num_heads=4, num_kv_heads=2, mlp_dim=512)
+    # one grid of every kind, large enough that its codes outweigh the file's header
+    export = replace(config.export, passthrough_size=16_384)
+    config = replace(config, model=small, export=export)
+    stored, said = quantize_tensors(draw(config, 0.16), config), []
+    found = published.compare(recipe, config, stored, said.append)
+    script, form, default = found["bytes"].values()
+    assert form <= 1.005 * script and default <= script
+    assert default <= 0.85 * script or recipe != "golf_12l_recycled"
+    assert found["coded_bytes"] <= 1.01 * found["entropy_bytes"]
+    assert f"{default:,}" in said[3] and "each tensor" in said[-1]
+
+
+def test_published_form_is_that_of_a_submission():
+    with pytest.raises(UserError, match="golf_baseline is none of golf_11l_xsa4, "):
+        published.compare("golf_baseline", load("golf_baseline"), {}, print)
+
+
+def test_scripts_file_is_one_compressed_block_of_codes_scales_and_floats():
+    grid = Quantized(np.int8([[1, -2, 3, 0]]), np.float16([0.5]), 5, -15, True)
+    stored = {"a": grid, "b": np.float32([7])}
+    raw = bytes([1, 254, 3, 0]) + np.float16(0.5).tobytes() + np.float32(7).tobytes()
+    byte_form, packed = Storage(False, "zstd", 3), Storage(True, "lzma", 9)
+    assert published.script_bytes(stored, byte_form) == len(codecs.compress(raw, "zstd", 3))
+    joined = (16 + (13 << 5) + (18 << 10) + (15 << 15)).to_bytes(5, "little") + raw[4:]
+    assert published.script_bytes(stored, packed) == len(codecs.compress(joined, "lzma", 9))
 
 
 def test_scoring_beside_the_forward_pass_and_the_caches(tiny_recipe, bench):

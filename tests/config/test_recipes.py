@@ -101,9 +101,9 @@ SETTINGS = {
     "export.table_clip": ("row_max", "row_max", "percentile", "percentile"),
     "export.clip_floor": (0.0, 0.0, 1.0, 1.0),
     "export.prune_fraction": (0.02, 0.0, 0.0, 0.0),
-    "export.packed": (False, False, True, False),
-    "export.codec": ("zstd", "zstd", "lzma", "zstd"),
-    "export.codec_level": (22, 22, 9, 22),
+    "export.packed": False,  # the codes are the submission's; `bench.published` has their form
+    "export.codec": "rans",
+    "export.codec_level": 22,
     "eval.weights": ("swa", "swa", "swa", "final"),
 }
 
