@@ -72,7 +72,5 @@ def compare(recipe: str, config: Config, stored: Mapping[str, Stored], say: Say)
     say(table_head(["form of the same codes", "bytes", "divided by the script's"]))
     for name, size in sizes.items():
         say(table_row([name, f"{size:,}", f"{size / script:.4f}"]))
-    say(
-        f"rANS: {coded:,} bytes of codes, {coded / entropy:.4f} x the entropy of each tensor's codes"
-    )
+    say(f"rANS takes {coded:,} bytes, {coded / entropy:.4f} x the entropy of each tensor's codes")
     return {"bytes": sizes, "coded_bytes": coded, "entropy_bytes": entropy}
