@@ -38,5 +38,8 @@ config = golf(
         "late_key_layers": 1,
         "control_dtype": "float16",
         "codes": "full",
+        "table_clip": "percentile",
+        "table_clip_floor": 1.0,
+        "table_codes": "symmetric",
     },
 )

@@ -52,6 +52,8 @@ def search(
         late_key_layers=0,
         prune_fraction=0.0,
         clip_floor=0.0,
+        table_clip_floor=None,
+        table_codes="as_matrices",
         packed=False,
         codec="rans",
         codec_level=22,

@@ -8,7 +8,7 @@ import numpy as np
 
 from sngpt_jax.artifact.gptq import gptq
 from sngpt_jax.artifact.parallel import Progress, in_threads
-from sngpt_jax.artifact.policy import FLOAT16, MATRICES, policy_of
+from sngpt_jax.artifact.policy import FLOAT16, MATRICES, of_tables, policy_of
 from sngpt_jax.artifact.quantize import Stored, prune, quantize
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config
@@ -44,7 +44,7 @@ def _quantize(name: str, tensor: np.ndarray, config: Config, moment: np.ndarray 
         tensor = prune(tensor, export.prune_fraction)
     if not policy.has_grid:
         return _as_floats(tensor, policy.bits)
-    nearest = quantize(tensor, policy, export)
+    nearest = quantize(tensor, policy, export if policy.group in MATRICES else of_tables(export))
     if not export.gptq or policy.group not in MATRICES:
         return nearest
     if moment is None:

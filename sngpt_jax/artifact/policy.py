@@ -7,11 +7,11 @@ last axis. A row of a table [entries, width] is an entry.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sngpt_jax.config import Clip, Config
+from sngpt_jax.config import Clip, Config, ExportConfig
 from sngpt_jax.config.parameters import ExportGroup, parameter
 
 MATRICES: tuple[ExportGroup, ...] = ("mlp", "attention", "projection")
@@ -44,6 +44,13 @@ def is_exported(dtype: np.dtype) -> bool:
 def largest_code(bits: int) -> int:
     """q of a grid of `bits` bits: codes run from -q to q."""
     return 2 ** (bits - 1) - 1
+
+
+def of_tables(export: ExportConfig) -> ExportConfig:
+    """The settings with `clip_floor` and `codes` as embeddings and tables have them."""
+    floor = export.clip_floor if export.table_clip_floor is None else export.table_clip_floor
+    codes = export.codes if export.table_codes == "as_matrices" else export.table_codes
+    return replace(export, clip_floor=floor, codes=codes)
 
 
 def policy_of(path: str, shape: Sequence[int], config: Config) -> Policy:

@@ -246,6 +246,8 @@ class ExportConfig:
     clip_sd: float = 12.85  # range of a matrix row in its standard deviations, for sd (SDClip)
     table_clip_sd: float = 20.0  # range of a table row in its standard deviations, for sd
     clip_floor: float = 0.0  # smallest range of a row
+    table_clip_floor: float | None = None  # smallest range of a row of a table; None: clip_floor
+    table_codes: Literal["as_matrices", "symmetric", "full"] = "as_matrices"  # codes of tables
     prune_fraction: float = 0.0  # share of smallest weights of each tensor that become 0 first
     gptq: bool = False  # round matrices by their effect on training text (GPTQ)
     # GPTQ adds this share of their mean to the diagonal of the inputs' second moments

@@ -62,6 +62,19 @@ def test_each_tensor_is_kept_as_the_policy_says():
         assert 0 < np.abs(back - tensor).max() < bound, name
 
 
+def test_tables_may_have_a_floor_and_codes_of_their_own():
+    """As submission 465 ran: its matrices had neither."""
+    own = replace(EXPORT, codes="full", clip_floor=0.0, table_clip_floor=1.0, table_bits=8)
+    own = replace(own, table_codes="symmetric")
+    stored = quantize_tensors(tensors(), replace(CONFIG, export=own))
+    table, up = stored["bigram/table"], stored[UP]
+    assert (table.q_min, up.q_min) == (-127, -16)
+    assert np.array_equal(table.scales, np.full(30, 1 / 127, np.float16))
+    exact = tensors()["bigram/table"] / np.float64(np.float16(1 / 127))
+    assert np.abs(table.codes - exact).max() <= 0.5 + 1e-6
+    assert up.scales.max() < 0.6 / 15
+
+
 def test_matrices_are_what_late_quantization_aware_training_imitates():
     """To the last bit."""
     found = tensors()

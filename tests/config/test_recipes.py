@@ -98,7 +98,9 @@ SETTINGS = {
     "export.codes": ("full", "full", "symmetric", "full"),
     "export.clip": ("row_max", "row_max", "search", "percentile"),
     "export.clip_scope": "row",
-    "export.table_clip": ("row_max", "row_max", "percentile", "percentile"),
+    "export.table_clip": ("row_max", "percentile", "percentile", "percentile"),
+    "export.table_clip_floor": (None, 1.0, None, None),
+    "export.table_codes": ("as_matrices", "symmetric", "as_matrices", "as_matrices"),
     "export.clip_floor": (0.0, 0.0, 1.0, 1.0),
     "export.prune_fraction": (0.02, 0.0, 0.0, 0.0),
     "export.packed": False,  # the codes are the submission's; `bench.published` has their form
