@@ -23,6 +23,7 @@ from typing import Any
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import file_sha256
+from sngpt_jax.data import zstd
 from sngpt_jax.data.manifest import DataError, explained
 from sngpt_jax.data.tokenizer import replace_surrogates
 
@@ -173,17 +174,22 @@ def _file_texts(path: Path) -> Iterator[str]:
     return _jsonl_texts(path) if path.name.endswith(JSONL) else _txt_texts(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, line with its end) of a plain or compressed file, without a BOM."""
+def _unpacked(path: Path) -> Any:
+    """The file's bytes, raw. Members of gzip and frames of zstd are read on over their ends."""
+    if path.suffix == ".zst":
+        return zstd.Reader(path)
     import pyarrow  # a large library that only the preparation needs
 
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    return pyarrow.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, line with its end) of a plain or compressed file, without a BOM."""
     number = 0
     with explained(lambda: f"{path}:{number}: cannot be read"):
-        if codec and not path.stat().st_size:
+        if path.suffix in (".gz", ".zst") and not path.stat().st_size:
             raise OSError("the file is empty")
-        # pyarrow reads on over members and frames
-        with io.BufferedReader(pyarrow.input_stream(str(path), compression=codec)) as file:
+        with io.BufferedReader(_unpacked(path)) as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_DOCUMENT + 1), b""), 1):
                 if len(line) > MAX_DOCUMENT:
                     raise DataError(f"{path}:{number}: {_TOO_LONG}")

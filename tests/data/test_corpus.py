@@ -109,6 +109,26 @@ def test_truncated_compression(tmp_path, ending):
         fails(path, f"{path}.*cannot be read: ")
 
 
+def with_window(content, log):
+    """A zstd frame of a stored block, made by hand, whose header asks for a window of 2^log."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    return bytes.fromhex("28b52ffd00") + bytes([log - 10 << 3]) + block
+
+
+def test_zstd_with_a_long_window_says_its_memory(tmp_path, caplog):
+    caplog.set_level("INFO", logger="sngpt_jax")
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(with_window(b"some text", 27))
+    assert list(documents(str(path))) == ["some text"] and not caplog.messages
+    path.write_bytes(with_window(b"some text", 30))
+    assert list(documents(str(path))) == ["some text"]
+    assert caplog.messages == [f"{path}: its zstd window takes 1.00 GiB of memory"]
+    path.write_bytes(with_window(b"some text", 32))
+    fails(
+        path, f"{path}:0: cannot be read.*too much memory.*; compress it again with zstd --long=31"
+    )
+
+
 def test_damaged_compression(tmp_path):
     data, path = bytearray(gzip.compress(os.urandom(50_000).hex().encode())), tmp_path / "a.txt.gz"
     data[len(data) // 2] ^= 255
