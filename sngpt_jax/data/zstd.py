@@ -4,7 +4,6 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import zstandard
 
@@ -21,7 +20,7 @@ class Reader(io.RawIOBase):
     """
 
     def __init__(self, path: Path):
-        self._file, self._path = open(path, "rb"), path
+        self._file, self._path = io.FileIO(path), path
         self._chunks, self._rest = self._unpacked(self._file), b""
 
     def readable(self) -> bool:
@@ -41,7 +40,7 @@ class Reader(io.RawIOBase):
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
-    def _unpacked(self, file: BinaryIO) -> Iterator[bytes]:
+    def _unpacked(self, file: io.FileIO) -> Iterator[bytes]:
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
         frame = None
         while data := file.read(_READ):
