@@ -13,8 +13,11 @@ Over N tokens, for each layer and level with the features V:
     min_z       smallest standardized score of any selected feature, without its bias
     duplicates  candidates per token that an earlier parent of the token had already brought
 
-and for each layer `cos`, the mean cosine between a code's input x and its reconstruction x̂, and
-`rms`, the root of the mean square of x̂'s coordinates.
+and for each layer
+
+    cos           mean cosine between a code's input x and its reconstruction x̂
+    cos_centered  the same between x - m and x̂: the code leaves the mean m out by design
+    rms           root of the mean square of x̂'s coordinates
 """
 
 import math
@@ -56,6 +59,7 @@ class Sums(NamedTuple):
     min_z: Any  # [L, levels]
     repeats: Any  # [L, levels], parents whose children an earlier parent of the token has too
     cos: Any  # [L]
+    cos_centered: Any  # [L]
     mean_square: Any  # [L]
 
 
@@ -63,6 +67,12 @@ def _repeats(parents_PK: jax.Array, group_of_parent: np.ndarray) -> jax.Array:
     # parents of one group have equal children
     group_PK = jnp.sort(jnp.asarray(group_of_parent)[parents_PK], axis=-1)
     return jnp.sum(group_PK[:, 1:] == group_PK[:, :-1], dtype=jnp.int32)
+
+
+def _cosines(a_PD: jax.Array, b_PD: jax.Array) -> jax.Array:
+    """[P]; 0 for a vector of zeros."""
+    lengths_P = jnp.linalg.norm(a_PD, axis=-1) * jnp.linalg.norm(b_PD, axis=-1)
+    return jnp.sum(a_PD * b_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)
 
 
 def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.Array) -> Sums:
@@ -78,8 +88,6 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
         x_PD, ids_PA, counted = row[0].astype(jnp.float32), *row[1:]
         z_PA, c_PA = activations(config, Taps(x_PD, ids_PA), code)
         x_hat_PD = xla.combine(c_PA, ids_PA, config.d_model)
-        lengths_P = jnp.linalg.norm(x_PD, axis=-1) * jnp.linalg.norm(x_hat_PD, axis=-1)
-        cos_P = jnp.sum(x_PD * x_hat_PD, axis=-1) / jnp.maximum(lengths_P, 1e-30)  # 0 for a zero
         ids = ids_PA.reshape(-1)
         lowest = [jnp.min(z) for z in jnp.split(z_PA, splits, axis=-1)]
         repeats = map(_repeats, jnp.split(ids_PA, splits, axis=-1), groups)
@@ -89,7 +97,8 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
             activations=total.activations.at[ids].add(c_PA.reshape(-1)),
             min_z=jnp.minimum(total.min_z, jnp.stack(lowest)),
             repeats=total.repeats + jnp.stack([jnp.int32(0), *repeats]),
-            cos=total.cos + jnp.sum(cos_P),
+            cos=total.cos + jnp.sum(_cosines(x_PD, x_hat_PD)),
+            cos_centered=total.cos_centered + jnp.sum(_cosines(x_PD - code.mean[None], x_hat_PD)),
             mean_square=total.mean_square + jnp.sum(jnp.mean(jnp.square(x_hat_PD), axis=-1)),
         )
         return jax.tree.map(lambda new, old: jnp.where(counted, new, old), after, total), None
@@ -97,7 +106,7 @@ def layer_sums(config: ModelConfig, taps: Taps, code: CodeState, counted_B: jax.
     zeros = jnp.zeros(code.std.shape)
     zero, no_repeats = jnp.float32(0), jnp.zeros(len(levels), jnp.int32)
     min_z = jnp.full(len(levels), jnp.inf)
-    start = Sums(jnp.int32(0), zeros.astype(jnp.int32), zeros, min_z, no_repeats, zero, zero)
+    start = Sums(jnp.int32(0), zeros.astype(jnp.int32), zeros, min_z, no_repeats, *[zero] * 3)
     return jax.lax.scan(row, start, (*taps, counted_B))[0]
 
 
@@ -129,7 +138,7 @@ def is_dead(counts: np.ndarray, tokens: int, k: int) -> np.ndarray:
     return RARE * counts * counts.shape[-1] < tokens * k
 
 
-NOTHING = Sums(0, 0, 0, np.inf, 0, 0, 0)
+NOTHING = Sums(0, 0, 0, np.inf, 0, 0, 0, 0)
 
 
 def accumulate(total: Sums, batch: Sums) -> Sums:
@@ -141,7 +150,7 @@ def accumulate(total: Sums, batch: Sums) -> Sums:
 
 @dataclass(frozen=True)
 class Health:
-    """The quantities of the module's docstring, [L, levels], but `cos` and `rms` [L]."""
+    """The quantities of the module's docstring, [L, levels], or [L] for those of a layer."""
 
     tokens: int  # N
     dead: np.ndarray
@@ -153,6 +162,7 @@ class Health:
     min_z: np.ndarray
     duplicates: np.ndarray
     cos: np.ndarray
+    cos_centered: np.ndarray
     rms: np.ndarray
 
     def record(self) -> dict[str, float]:
@@ -170,8 +180,8 @@ class Health:
         return found
 
     def line(self) -> str:
-        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83`: means over layers, per
-        level.
+        """`code │ dead 0.0/0.3/2.1 % │ silent … │ zombies … │ cos 0.83, 0.90 centered`: means over
+        layers, per level.
         """
 
         def text(share: float) -> str:
@@ -184,7 +194,8 @@ class Health:
             f"{name} {'/'.join(map(text, 100 * share.mean(axis=0)))} %"
             for name, share in shares.items()
         )
-        return " │ ".join(["code", *parts, f"cos {self.cos.mean():.2f}"])
+        cosines = f"cos {self.cos.mean():.2f}, {self.cos_centered.mean():.2f} centered"
+        return " │ ".join(["code", *parts, cosines])
 
 
 def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> Health:
@@ -217,8 +228,8 @@ def summarize(config: ModelConfig, code: CodeState, sums: Sums, step: int) -> He
 
     found = [of_level(level) for level in range(len(levels))]
     by_name = {name: np.stack([values[name] for values in found], axis=1) for name in found[0]}
-    rms = np.sqrt(sums.mean_square / tokens)
-    return Health(tokens=tokens, **by_name, cos=sums.cos / tokens, rms=rms)
+    means = {name: getattr(sums, name) / tokens for name in ("cos", "cos_centered")}
+    return Health(tokens=tokens, **by_name, **means, rms=np.sqrt(sums.mean_square / tokens))
 
 
 def score_health(

@@ -47,13 +47,21 @@ HEALTH = {
     "silent": "Silent features, share of the level",
     "zombies": "Zombie features, share of the level",
     "cos": "Cosine of input and reconstruction",
+    "cos_centered": "Cosine of input less its mean and reconstruction",
     "rms": "Size of the reconstruction (RMS)",
     "mu_mean": "Size of the scores’ running mean",
     "sigma_mean": "Standard deviation of the scores",
     "min_z": "Smallest standardized score selected",
     "duplicates": "Candidates proposed twice, per token",
 }
-ALWAYS_SHOWN = ("dead", "silent", "zombies", "cos", "rms")  # a click shows the others
+ALWAYS_SHOWN = (
+    "dead",
+    "silent",
+    "zombies",
+    "cos",
+    "cos_centered",
+    "rms",
+)  # a click shows the others
 _CODE = re.compile(rf"code/(?:layer(\d+)/)?(?:level(\d+)/)?({'|'.join(HEALTH)})")
 
 

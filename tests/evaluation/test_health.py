@@ -81,7 +81,7 @@ def oracle(x_ND, ids_NA, code, config=MODEL):
     """One layer's sums and its duplicate candidates, one token at a time."""
     x_ND, mean, std, bias = (np.asarray(a, np.float64) for a in (x_ND, *code[:3]))
     counts, activations, z_min = np.zeros(F, int), np.zeros(F), np.full(3, np.inf)
-    cos = mean_square = 0.0
+    cos = centered = mean_square = 0.0
     duplicates = np.zeros(3)
     for x, ids in zip(x_ND, ids_NA, strict=True):
         x_hat = np.zeros(D)
@@ -101,19 +101,22 @@ def oracle(x_ND, ids_NA, code, config=MODEL):
                 duplicates[level] += sum(map(len, candidates)) - len(set().union(*candidates))
         if np.any(x) and np.any(x_hat):
             cos += x @ x_hat / np.linalg.norm(x) / np.linalg.norm(x_hat)
+        if np.any(x != mean) and np.any(x_hat):
+            centered += (x - mean) @ x_hat / np.linalg.norm(x - mean) / np.linalg.norm(x_hat)
         mean_square += np.mean(x_hat**2)
-    return counts, activations, z_min, cos, mean_square, duplicates
+    return counts, activations, z_min, (cos, centered), mean_square, duplicates
 
 
 def check(sums, health, layer, expected, tokens, generators="spread"):
-    counts, activations, z_min, cos, mean_square, duplicates = expected
+    counts, activations, z_min, cosines, mean_square, duplicates = expected
     assert int(sums.tokens[layer]) == tokens
     np.testing.assert_array_equal(sums.counts[layer], counts)
     np.testing.assert_allclose(sums.activations[layer], activations, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(sums.min_z[layer], z_min, rtol=1e-4, atol=1e-4)
     assert generators == "prefix" or duplicates[1:].all()  # else the comparison shows nothing
     np.testing.assert_allclose(health.duplicates[layer], duplicates / tokens, rtol=1e-12)
-    np.testing.assert_allclose(health.cos[layer], cos / tokens, rtol=1e-4, atol=1e-6)
+    found = [health.cos[layer], health.cos_centered[layer]]
+    np.testing.assert_allclose(found, np.array(cosines) / tokens, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(health.rms[layer], math.sqrt(mean_square / tokens), rtol=1e-4)
 
 
@@ -189,6 +192,7 @@ def host_sums(tokens, counts, activations=None, repeats=(0, 0, 0)):
         min_z=np.array([[-1.5, 0.25, 2.0]]),
         repeats=np.array([repeats]),
         cos=np.array([tokens * 0.75]),
+        cos_centered=np.array([tokens * 0.5]),
         mean_square=np.array([tokens * 2.25]),
     )
 
@@ -276,6 +280,7 @@ def test_statistics_by_level():
     np.testing.assert_allclose(health.duplicates[0], [0, 25 * 6 / 50, 10 * 12 / 50])
     assert health.min_z.tolist() == [[-1.5, 0.25, 2.0]]
     assert (health.tokens, health.cos.tolist(), health.rms.tolist()) == (50, [0.75], [1.5])
+    assert health.cos_centered.tolist() == [0.5]
 
 
 def test_sums_of_batches_add_up_without_rounding_to_float32():
@@ -303,14 +308,19 @@ def by_hand(**changes):
         "silent": np.array([[0, 0.0002, 0.004]] * 2),
         "zombies": np.array([[0, 0, 1.0]] * 2),
     }
-    layers = {"cos": np.array([0.8, 0.86]), "rms": np.array([1.0, 2.0])}
+    layers = {
+        "cos": np.array([0.8, 0.86]),
+        "cos_centered": np.array([0.9, 0.92]),
+        "rms": np.array([1.0, 2.0]),
+    }
     zeros = dict.fromkeys(PER_LEVEL, np.zeros((2, 3)))
     return Health(tokens=40, **(zeros | shares | layers | changes))
 
 
 def test_the_record_has_every_layer_and_level_and_their_means():
     record = by_hand().record()
-    names = [f"level{level}/{name}" for level in range(3) for name in PER_LEVEL] + ["cos", "rms"]
+    names = [f"level{level}/{name}" for level in range(3) for name in PER_LEVEL]
+    names += ["cos", "cos_centered", "rms"]
     places = ("", "layer00/", "layer01/")
     expected = {f"code/{place}{name}" for place in places for name in names}
     assert set(record) == expected | {"code/tokens"}
@@ -323,7 +333,7 @@ def test_the_record_has_every_layer_and_level_and_their_means():
 
 def test_the_line_is_short_and_no_share_above_zero_reads_as_zero():
     shares = "dead 0.0/0.3/2.1 % │ silent 0.0/<0.1/0.4 % │ zombies 0.0/0.0/100.0 %"
-    assert by_hand().line() == f"code │ {shares} │ cos 0.83"
+    assert by_hand().line() == f"code │ {shares} │ cos 0.83, 0.91 centered"
 
 
 def test_numbers_that_are_not_finite_break_nothing(tmp_path):

@@ -59,7 +59,8 @@ def test_every_validation_logs_the_health_of_every_layer_and_level(trained):
     of_levels = ["reachable", "dead", "silent", "zombies", "mu_mean", "sigma_mean", "min_z"]
     of_levels.append("duplicates")
     names = [f"level{level}/{name}" for level in range(3) for name in of_levels]
-    keys = {f"code/layer0{layer}/{name}" for layer in range(2) for name in [*names, "cos", "rms"]}
+    names += ["cos", "cos_centered", "rms"]
+    keys = {f"code/layer0{layer}/{name}" for layer in range(2) for name in names}
     for record in found.values():
         assert keys <= record.keys()
         assert record["code/tokens"] == 480  # whole windows of 32
