@@ -25,13 +25,13 @@ function linesOf(name) {
   const back = [], front = [], array = (i) => report.numbers[i];
   report.groups.forEach((group, g) => {
     const shown = group.runs.map((i) => report.runs[i]).filter((run) => !hidden.has(run.name));
-    const band = shown.length > 1 ? group.bands[name] : undefined;
+    const band = shown.length > 1 ? own(group.bands, name) : undefined;
     if (band) {
       const [steps, mean, sd] = band.map(array);
       front.push({...colorOf(g), name: `${group.name}, mean`, x: places(shown[0], steps), y: mean, sd, width: 2.2, tip: true});
     }
     for (const run of band && !$("singles").checked ? [] : shown) {
-      const curve = run.curves[name];
+      const curve = own(run.curves, name);
       if (!curve) continue;
       const [steps, values] = curve.raw.map(array);
       const line = {...colorOf(g), name: run.name, x: places(run, steps), y: values, tip: true};

@@ -32,6 +32,9 @@ def url(tmp_path_factory):
     config = json.loads((evil / "config.json").read_text())
     config["eval"]["sample_prompt"] = HOSTILE
     (evil / "config.json").write_text(json.dumps(config))
+    lines = [json.loads(line) for line in (evil / "metrics.jsonl").read_text().splitlines()]
+    inherited = [line | {"toString": 1.5, "constructor": line["step"]} for line in lines]
+    (evil / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in inherited))
     runs.append(evil.rename(folder / "<b>&amp;<img src=x onerror=document.title='taken'>"))
     (folder / "page.html").write_text(page(report([read_run(run) for run in runs], "now")))
     return f"file://{folder}/page.html"
@@ -94,6 +97,14 @@ def test_the_mouse_shows_the_values_of_all_runs(browser, url):
     assert drawn(browser, "lr", "line.cursor") == 1  # the crosshair is in all charts
     browser.mouse("mouseMoved", 5, 5)
     assert browser.ask(visible) == 0
+
+
+def test_metrics_named_as_what_every_object_inherits_are_drawn_for_their_run_alone(browser, url):
+    browser.open(url, DESKTOP)
+    browser.ask("document.getElementById('more').querySelector('details').open = true")
+    for name in ("toString", "constructor"):
+        assert drawn(browser, name) == 1
+    assert drawn(browser, "train_loss") > 1
 
 
 def test_dragging_zooms_all_charts(browser, url):
@@ -202,7 +213,10 @@ def test_a_page_that_is_served_follows_the_run(browser, tmp_path):
             assert browser.problems == []
         finally:
             server.shutdown()
-    browser.ask("refresh()")
+    for _ in range(50):  # a connection that is still open may answer once more
+        browser.ask("refresh()")
+        if "has ended" in text_of(browser, "live"):
+            break
     assert "has ended" in text_of(browser, "live")
     browser.problems.clear()  # that nobody answers is one
     browser.open("about:blank")  # or it would go on asking

@@ -2,6 +2,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const SVG_TAGS = new Set(["svg", "g", "rect", "line", "path", "circle", "text", "title"]);
 
+/** A value by a key from data, which may be the name of something that every object inherits. */
+const own = (object, key) => Object.hasOwn(object, key) ? object[key] : undefined;
+
 /** An element with attributes and children; text goes in as text, never as markup. */
 function el(tag, attributes = {}, ...children) {
   const node = document.createElementNS(`http://www.w3.org/${SVG_TAGS.has(tag) ? "2000/svg" : "1999/xhtml"}`, tag);
@@ -35,7 +38,7 @@ function setTheme(theme, keep = true) {
 {
   let kept = "";
   try { kept = localStorage.getItem("sngpt_jax.theme") ?? ""; } catch { /* none is kept */ }
-  setTheme(kept in THEMES ? kept : "", false);
+  setTheme(Object.hasOwn(THEMES, kept) ? kept : "", false);
   $("theme").addEventListener("click", () => {
     const names = Object.keys(THEMES);
     setTheme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
