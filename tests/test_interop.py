@@ -16,6 +16,7 @@ from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import changed
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.run.checkpoint import Checkpointer, steps
 from sngpt_jax.weights.source import load_model
 from tests import golf_oracle, tiny_run
 
@@ -101,6 +102,32 @@ def test_imported_runs_are_scored_and_trained_on(
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["val_loss"] == pytest.approx(expected, abs=1e-5)
     assert [line["val_loss"] for line in lines if "val_loss" in line][-1] < expected
+
+
+def test_killed_import_is_done_again_and_never_trained_from_drawn_weights(
+    tiny_recipe, checkpoint_file, tmp_path, capsys, monkeypatch
+):
+    file, state = checkpoint_file
+    run_dir = tmp_path / "run"
+    recipe = ["--config", tiny_recipe, "--run-dir", run_dir, *OVERRIDES]
+
+    def killed(self, step, *_, **__):
+        (self._directory / f"{step:08d}").mkdir()  # half a checkpoint
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            interop.main(["import", str(file), *map(str, recipe)])
+    done = tiny_run.run("train", *recipe)
+    assert done.returncode == 2 and "import of its weights did not finish; run the" in done.stderr
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert status(["import", file, *recipe], capsys)[0] == 0
+    assert steps(run_dir / "checkpoints") == [0]
+    out = tmp_path / "out.safetensors"
+    assert status(["export", "--run", run_dir, "--out", out], capsys)[0] == 0
+    found = safetensors.numpy.load_file(out)
+    assert all(np.array_equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_a_run_without_a_tokenizer_says_so(tiny_recipe, checkpoint_file, tmp_path, capsys):

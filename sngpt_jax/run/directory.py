@@ -2,6 +2,7 @@
 
 config.json        the resolved configuration; replays the run
 tokenizer.*        the tokenizer that the model was trained with
+imported.json      the file that the run's first weights came from, of an import
 data.json          which tokens the run takes
 metrics.jsonl      one object per line
 environment.jsonl  versions, devices and commit; one line per start of the run
@@ -50,6 +51,11 @@ def checkpoint_dir(run_dir: Path) -> Path:
 def summary_path(run_dir: Path) -> Path:
     """The file of the finished run's result; missing until then."""
     return run_dir / "summary.json"
+
+
+def imported_path(run_dir: Path) -> Path:
+    """The file that marks a run of imported weights, from before its first checkpoint on."""
+    return run_dir / "imported.json"
 
 
 def tokenizer_path(run_dir: Path) -> Path | None:

@@ -106,6 +106,11 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
         if restored := checkpoint.restore(folder, shapes.state):
             state, done = restored.state, restored.step
             position = Position.from_json(restored.extra, f"{folder}, step {done}")
+        elif run_directory.imported_path(directory).exists():
+            raise UserError(
+                f"{directory}: the import of its weights did not finish; run the same"
+                " sngpt_jax.interop import again, or choose another --run-dir"
+            )
         else:
             state, done, position = init_state(shapes), 0, Position()
         with processes.first():

@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import safetensors.numpy
@@ -98,9 +98,20 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 }
 
 
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors by their names in the model: without the part `_orig_mod` that torch.compile puts
+    in, and the `module` in front that data parallelism puts before all of them.
+    """
+    names = {name: [part for part in name.split(".") if part != "_orig_mod"] for name in state}
+    while names and all(parts[:1] == ["module"] and parts[1:] for parts in names.values()):
+        names = {name: parts[1:] for name, parts in names.items()}
+    found = {".".join(parts): state[name] for name, parts in names.items()}
+    return found if len(found) == len(state) else state
+
+
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors, .npz, .pt, .pth or .bin file by name. The last three need
-    PyTorch. Raises `InteropError` for any other file and for a damaged one.
+    """The tensors of a .safetensors, .npz, .pt, .pth or .bin file by name, `without_wrappers`. The
+    last three need PyTorch. Raises `InteropError` for any other file and for a damaged one.
     """
     if not (reader := _READERS.get(path.suffix)):
         raise InteropError(f"{path}: expected a file named *{', *'.join(_READERS)}")
@@ -108,7 +119,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb"):  # an error of the system passes here, before the libraries' errors
         pass
     try:
-        return reader(path)
+        return without_wrappers(reader(path))
     except InteropError as error:
         raise InteropError(f"{path}: {error}") from None
     except Exception as error:  # the libraries raise a dozen types for damaged bytes

@@ -5,6 +5,7 @@ The scripts' linear weights are [out, in]; this project's are [in, out]. In 1573
 matrices are stacked into four banks. `tensors_of` is the one table of corresponding names.
 """
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,14 @@ import safetensors.numpy
 from flax import nnx
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.files import write_bytes_atomic
+from sngpt_jax.base.files import write_bytes_atomic, write_text_atomic
 from sngpt_jax.cluster.mesh import leaves_by_path, make_mesh
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.model.gpt import GPT
 from sngpt_jax.run import directory as run_directory
-from sngpt_jax.run.checkpoint import Checkpointer, step_folder
+from sngpt_jax.run.checkpoint import Checkpointer, step_folder, steps
 from sngpt_jax.training.state import Shapes, init_state
 from sngpt_jax.weights.state_dict_files import InteropError, read_state_dict
 from sngpt_jax.weights.trained_model import TrainedModel
@@ -190,8 +191,8 @@ def export_file(trained: TrainedModel, out: Path) -> dict[str, np.ndarray]:
 def import_run(file: Path, config: Config, run_dir: Path, tokenizer: str = "") -> Path:
     """Makes `run_dir` a run of `config` at step 0 with the weights of `file`; returns the folder of
     its checkpoint. The run keeps the tokenizer in the file `tokenizer`; "" stands for the tokenizer
-    of the recipe's data. Raises `InteropError` if `file` does not fit, or if the run has
-    checkpoints.
+    of the recipe's data. An import that was killed is done again. Raises `InteropError` if `file`
+    does not fit, or if the run has checkpoints.
     """
     kept, state = _tokenizer(tokenizer, config), read_state_dict(file)
     try:
@@ -200,8 +201,12 @@ def import_run(file: Path, config: Config, run_dir: Path, tokenizer: str = "") -
         raise InteropError(f"{file}: {error}") from None
     folder = run_directory.checkpoint_dir(run_dir)
     with run_directory.claim(run_dir, config):
-        if folder.is_dir() and any(folder.iterdir()):
+        mark = run_directory.imported_path(run_dir)
+        left = folder.is_dir() and any(folder.iterdir())
+        if steps(folder) or (left and not mark.exists()):
             raise InteropError(f"{folder}: holds checkpoints already; choose another --run-dir")
+        # first: a training in what a killed import leaves must not start from drawn weights
+        write_text_atomic(mark, json.dumps({"file": str(file)}) + "\n")
         run_directory.begin(run_dir, config, kept)
         with Checkpointer(folder, keep=config.train.keep_checkpoints) as checkpoints:
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

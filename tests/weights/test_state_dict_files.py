@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sngpt_jax.weights.state_dict_files import InteropError, read_state_dict
+from sngpt_jax.weights.state_dict_files import InteropError, read_state_dict, without_wrappers
 
 _rng = np.random.default_rng(0)
 STATE = {
@@ -102,3 +102,25 @@ def test_pt_files_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InteropError, match="model.pt: reading it needs PyTorch.*pip install torch"):
         read_state_dict(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_lose_what_wrappers_put_before_them(tmp_path, prefix):
+    names = ["tok_emb.weight", "blocks.0.attn.c_q.weight", "module.weight"]
+    inside = "blocks.1._orig_mod.mlp.fc.weight"  # a block compiled by itself
+    state = {
+        f"{prefix}{name}": np.full(2, i, np.float32) for i, name in enumerate([*names, inside])
+    }
+    safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
+    found = read_state_dict(tmp_path / "a.safetensors")
+    assert {name: int(array[0]) for name, array in found.items()} == {
+        **{name: i for i, name in enumerate(names[:3])},
+        "blocks.1.mlp.fc.weight": 3,
+    }
+
+
+def test_names_that_would_become_the_same_keep_their_prefixes():
+    state = {"_orig_mod.a": 1, "a": 2}
+    assert without_wrappers(state) == state
