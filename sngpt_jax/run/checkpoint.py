@@ -26,8 +26,10 @@ from sngpt_jax.run.records import (
     best,
     finished,
     hash_files,
+    is_read,
     is_whole,
     read_record,
+    reading,
     record_path,
     record_text,
     steps_on_disk,
@@ -114,10 +116,14 @@ def _choose(directory: Path, step: int | None) -> int | None:
             raise CheckpointError(f"{directory}: no checkpoint of step {step}; available: {there}")
         candidates = [step]
     broken: list[str] = []
+    recorded = {other for other in candidates if record_path(directory, other).exists()}
     for candidate in reversed(candidates):
         try:
-            verified_record(directory, candidate)
+            with reading(directory, candidate):
+                verified_record(directory, candidate)
         except CheckpointError as error:
+            if candidate in recorded and not record_path(directory, candidate).exists():
+                return _choose(directory, step)  # a training has deleted it: list again
             broken.append(str(error))
             continue
         if broken:
@@ -153,11 +159,19 @@ def restore(
     Raises `CheckpointError` if `step` is missing or damaged, if every finished save is damaged, or
     if leaves differ in path, shape or dtype.
     """
-    chosen = processes.broadcast(lambda: _choose(directory, step))
-    if chosen is None:
-        return None
-    record = read_record(directory, chosen)
-    return Restored(chosen, _load(directory, record, abstract_state, parts), record.extra)
+    while True:
+        chosen = processes.broadcast(lambda: _choose(directory, step))
+        if chosen is None:
+            return None
+        with reading(directory, chosen):
+            try:
+                record = read_record(directory, chosen)
+                state = _load(directory, record, abstract_state, parts)
+                return Restored(chosen, state, record.extra)
+            except CheckpointError:
+                # a training has deleted it since it was chosen: choose again
+                if step is not None or record_path(directory, chosen).exists():
+                    raise
 
 
 def restore_parts(directory: Path, abstract: dict[str, Any], step: int | None = None) -> Restored:
@@ -270,11 +284,17 @@ class Checkpointer:
         return failure
 
     def _prune(self, latest: int) -> None:
-        """Deletes all steps but the newest ones and the best one up to `latest`, which is whole."""
+        """Deletes all steps but the newest ones and the best one up to `latest`, which is whole.
+
+        A save inside a series of skipped steps does not count as one of the newest: the series may
+        end the run, and an earlier step is then the last good one. A step that somebody reads stays
+        until a later save.
+        """
         records = [record for record in finished(self._directory) if record.step <= latest]
-        kept = {record.step for record in records[-self._keep :]} | {best(records)}
+        counted = [record.step for record in records if not record.extra.get("skipped_in_a_row")]
+        kept = {latest, best(records), *counted[-self._keep :]}
         for step in steps_on_disk(self._directory):
-            if step not in kept:
+            if step not in kept and not is_read(self._directory, step):
                 self._delete(step)
 
     def check(self) -> None:

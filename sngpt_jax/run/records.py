@@ -5,6 +5,8 @@ For each saved step a run's `checkpoints/` holds the folder `STEP`, written by o
 byte without an error. It is written last, atomically: a folder without one is an unfinished save.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -71,6 +73,30 @@ def read_record(directory: Path, step: int) -> SaveRecord:
     if record.step != step:
         raise CheckpointError(f"{path}: the record of step {record.step}; rename it back")
     return record
+
+
+@contextlib.contextmanager
+def reading(directory: Path, step: int) -> Iterator[None]:
+    """Inside the context the training that writes `directory` does not delete `step`, where the
+    file system has locks.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # the record is missing, or there are no locks
+            record = stack.enter_context(record_path(directory, step).open("rb"))
+            fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_read(directory: Path, step: int) -> bool:
+    """Whether a process is `reading` the step."""
+    try:
+        with record_path(directory, step).open("rb") as record:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -77,6 +77,7 @@ class Position:
     latest: Validation | None = None
     averages: dict[Weights, float] | None = None  # BPB of the trained model's averages
     data: dict[str, int] | None = None  # the loader's position
+    skipped_in_a_row: int = 0  # steps up to this one; such a save does not replace an older one
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "Position":
@@ -178,6 +179,7 @@ class Run:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         skipped = {"skipped": int(metrics["skipped"])} if "skipped" in metrics else {}
         in_a_row = int(metrics.get("skipped_in_a_row", 0))
+        self.position = replace(self.position, skipped_in_a_row=in_a_row)
         train, finite = self.config.train, math.isfinite(loss)
         if step % train.log_every == 0 or step == train.steps or in_a_row or not finite:
             record = {

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.checkpoint import Checkpointer, CheckpointError, restore, restore_parts, steps
+from sngpt_jax.run.records import reading
 
 
 class Moments(NamedTuple):
@@ -152,6 +153,43 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path, keep, values, left):
     assert {p.name for p in tmp_path.iterdir()} == {
         f"{s:08d}{suffix}" for s in left for suffix in ("", ".json")
     }
+
+
+def test_saves_inside_a_series_of_skipped_steps_replace_no_other(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, in_a_row in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 0)):
+            checkpointer.save(step, make_state(step), {"skipped_in_a_row": in_a_row})
+            checkpointer.wait()
+            if in_a_row:
+                assert steps(tmp_path) == [1, 2, step]
+    assert steps(tmp_path) == [2, 5]
+
+
+def test_a_step_that_is_read_stays_until_a_later_save(tmp_path):
+    save_steps(tmp_path, (1, None), keep=1)
+    with reading(tmp_path, 1), reading(tmp_path, 1):
+        save_steps(tmp_path, (2, None), keep=1)
+        assert steps(tmp_path) == [1, 2]
+    save_steps(tmp_path, (3, None), keep=1)
+    assert steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("where", ["verified_record", "_load"])
+def test_a_step_that_a_training_deletes_meanwhile_is_chosen_again(tmp_path, monkeypatch, where):
+    save_steps(tmp_path, (1, None), keep=1)
+    original = getattr(checkpoint, where)
+
+    def pruned(*arguments):
+        monkeypatch.setattr(checkpoint, where, original)
+        with monkeypatch.context() as patch:  # as on a file system without locks
+            patch.setattr(checkpoint, "is_read", lambda *_: False)
+            save_steps(tmp_path, (2, None), keep=1)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, where, pruned)
+    found = read(tmp_path)
+    assert found.step == 2
+    assert_bit_equal(found.state, make_state(2))
 
 
 def test_the_old_step_stays_until_the_new_one_has_its_record(tmp_path, monkeypatch):
