@@ -96,7 +96,7 @@ def test_gradients(d, features, rows, active):
 def run_warp(asm, operands):
     """Runs PTX of one warp: `operands` are arrays of 32 lanes, to which the results are written."""
     values = {f"${i}": a for i, a in enumerate(operands)}
-    values["%laneid"] = np.arange(32, dtype=np.uint32)
+    values["%tid.x"] = np.arange(32, dtype=np.uint32)
     functions = {
         "mov": lambda a: a,
         "shl": lambda a, by: a << np.uint32(by),
@@ -115,15 +115,17 @@ def run_warp(asm, operands):
             values.setdefault(places[0], np.zeros(32, np.uint32))[:] = result
 
 
-@pytest.mark.parametrize("pack", [1, 4])
-def test_the_lookups_machine_code_does_what_interpretation_does(pack):
+@pytest.mark.parametrize(("count", "pack"), [(5, 4), (4, 8), (2, 1)])
+def test_the_lookups_machine_code_does_what_interpretation_does(count, pack):
     """As a simulated warp runs it, which is all that can be checked without a GPU."""
     rng = np.random.default_rng(pack)
-    values = rng.standard_normal(4).astype(np.float32)
+    values = rng.standard_normal(count).astype(np.float32)
     index = rng.integers(-(2**31), 2**31, (pack, 32)).astype(np.int32)
     results = [np.zeros(32, np.uint32) for _ in range(pack)]
     copies = [np.full(32, value).view(np.uint32) for value in values for _ in range(pack)]
-    run_warp(pallas_backward.lookup_asm(pack), [*results, *copies, *index.view(np.uint32)])
+    run_warp(
+        pallas_backward.lookup_asm(len(values), pack), [*results, *copies, *index.view(np.uint32)]
+    )
     expected = pallas_backward.signed_sums(list(values), jnp.asarray(index), True)
     np.testing.assert_array_equal(np.stack(results).view(np.float32), expected)
 

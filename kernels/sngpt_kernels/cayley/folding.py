@@ -27,15 +27,16 @@ MOST_POINTS = 128  # of a part of a class, so that a product's operands fit into
 DIGIT_BITS = 5  # The tables of all digits take 4 to 40 kB and stay in a GPU's L1 cache.
 
 
-def sign_words(masks: np.ndarray, n: int) -> np.ndarray:
-    """The signs of the features below 2^n at P `masks` int64 as bits: int32 [ceil(n/5), 32, P/32].
+def sign_words(masks: np.ndarray, n: int, digit_bits: int = DIGIT_BITS) -> np.ndarray:
+    """The signs of the features below 2^n at P `masks` int64 as bits.
 
-    The exclusive or of a feature's words has the signs of 32 points. There is one table per
-    five-bit digit of the feature. Bit i of word j belongs to mask i·(P/32) + j. It is set if the
-    parity popc(f & w) is odd. A population count per point would run at a quarter of the rate.
+    Returns int32 [digits, entries, P/32]. The exclusive or of a feature's words has the signs of 32
+    points. There is one table per digit of the feature. Bit i of word j belongs to mask
+    i·(P/32) + j. It is set if the parity popc(f & w) is odd. A population count per point would run
+    at a quarter of the rate.
     """
-    digits = np.arange(0, n, DIGIT_BITS)[:, None]
-    features = np.arange(2**DIGIT_BITS) << digits
+    digits = np.arange(0, n, digit_bits)[:, None]
+    features = np.arange(2**digit_bits) << digits
     odd = np.bitwise_count(features[..., None, None] & masks.reshape(32, -1)) & 1
     bits = odd.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]
     return np.bitwise_or.reduce(bits, axis=-2).view(np.int32)

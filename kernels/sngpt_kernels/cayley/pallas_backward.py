@@ -1,18 +1,19 @@
 """The backward pass as Triton kernels, without atomics: the gradients of x and of the bias.
 
 Let g_a = ⟨v_(f_a), dx_hat⟩ where c_a > 0, else 0. Then dx = Σ_a g_a v_(f_a) / max(σ_(f_a), floor).
-One kernel of one warp per token makes both sums and writes g. A stable sort orders g by feature,
+One kernel makes both sums and writes g, with one warp per token. A stable sort orders g by feature,
 and a second kernel adds up the values of each feature in a fixed order. So a run repeats bit for
 bit.
 
-The atoms are signs, and both sums take their signs by four. For g, a lane has a feature, and four
-points of dx_hat have 16 signed sums, one per pattern of four signs. For dx, a lane has a column of
-32 points, and four features have 16 signed sums. The lanes hold these sums, and a shuffle looks
-one up. So a sign costs three quarters of an instruction, where a flip and an addition cost three.
+The atoms are signs, and both sums take several signs at once. For g, a lane has a feature. The sum
+of five points of dx_hat has 32 patterns of signs, each lane makes one, and a shuffle looks up the
+pattern of the lane's feature. For dx, a lane has a column of 32 points, and the shuffle looks up a
+sum over four features. So four or five signs cost a shift, a shuffle and an addition.
 """
 
 import functools
 import operator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -23,50 +24,50 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley import dictionary, pallas_decode
-from sngpt_kernels.cayley.folding import DIGIT_BITS, sign_words
+from sngpt_kernels.cayley.folding import sign_words
 from sngpt_kernels.cayley.pallas_decode import WORD, Config, flip
 from sngpt_kernels.cayley.pallas_encode import barrier
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, ID_MASK
 from sngpt_kernels.launch import launch
 
-NIBBLE = 4  # signs per look-up
-LANES = 32  # threads of the backward kernel's warp
+LANES = 32  # threads of the warp of a token
+POINTS = 5  # per look-up, at most: a pattern per lane
+FEATURES = 4  # per look-up; five would need more instructions to collect their signs
+DIGIT_BITS = 6  # The two tables of signs take 8 to 96 kB together and stay in a GPU's L1 cache.
 
 
-def lookup_asm(pack: int) -> str:
-    """PTX that looks `pack` signed sums up: results, 4 · pack values and pack indices.
+def lookup_asm(values: int, pack: int) -> str:
+    """PTX that looks `pack` signed sums up: results, `pack` copies of each value, `pack` indices.
 
-    A value's `pack` copies are equal. Every lane makes the sum of the bits of its own number.
+    Every lane makes the sum whose index is its own number.
     """
-    lines = [".reg .b32 lane, s; .reg .f32 t; mov.u32 lane, %laneid;"]
-    for bit in range(NIBBLE):
+    lines = [".reg .b32 lane, s; .reg .f32 t; mov.u32 lane, %tid.x;"]
+    for bit in range(values):
         # the lane's sign of this value as ±1
         lines.append(f"shl.b32 s, lane, {31 - bit}; and.b32 s, s, 0x80000000;")
         lines.append("or.b32 s, s, 0x3f800000;")
         value = f"${pack * (1 + bit)}"
         lines.append(f"fma.rn.f32 t, s, {value}, t;" if bit else f"mul.f32 t, s, {value};")
     for i in range(pack):  # a shuffle reads the lowest five bits of an index
-        lines.append(f"shfl.sync.idx.b32 ${i}, t, ${pack * (1 + NIBBLE) + i}, 31, 0xffffffff;")
+        lines.append(f"shfl.sync.idx.b32 ${i}, t, ${pack * (1 + values) + i}, 31, 0xffffffff;")
     return "{ " + " ".join(lines) + " }"
 
 
 def signed_sums(values: list[Array], index: Array, interpret: bool) -> Array:
-    """The sum of four scalars, each minus where its bit of `index` is set: float32 like `index`.
+    """The sum of up to five values, each minus where its bit of `index` is set: float32.
 
-    All threads of the program's only warp must have the same values.
+    The values broadcast to `index`. All threads of the program's only warp must have the same
+    values. Higher bits of `index` have no effect.
     """
-    wide = [jnp.full(index.shape, value) for value in values]
+    values = [jnp.broadcast_to(value, index.shape) for value in values]
     if interpret:
-        bits = enumerate(wide)
-        return functools.reduce(
-            operator.add,
-            (flip(value, index << 31 - bit & jnp.int32(-(2**31))) for bit, value in bits),
-        )
+        signs = [index << 31 - bit & jnp.int32(-(2**31)) for bit in range(len(values))]
+        return functools.reduce(operator.add, map(flip, values, signs))
     pack = max(1, min(8, index.size // LANES))
     (sums,) = plgpu.elementwise_inline_asm(
-        lookup_asm(pack),
-        args=[*wide, index],
-        constraints=",".join(["=&f"] * pack + ["f"] * (pack * NIBBLE) + ["r"] * pack),
+        lookup_asm(len(values), pack),
+        args=[*values, index],
+        constraints=",".join(["=&f"] * pack + ["f"] * (pack * len(values)) + ["r"] * pack),
         pack=pack,
         result_shape_dtypes=[ShapeDtypeStruct(index.shape, jnp.float32)],
     )
@@ -88,61 +89,115 @@ def transposed(words: list[Array]) -> list[Array]:
     return [a, b, c, d]
 
 
+def _digits(ids: Array, count: int) -> list[Array]:
+    return [(ids >> DIGIT_BITS * c) & (2**DIGIT_BITS - 1) for c in range(count)]
+
+
+def _xor(words: Iterable[Array]) -> Array:
+    return functools.reduce(operator.xor, words)
+
+
+def _parts(array: Array) -> list[Array]:
+    """The n slices [...] of array [..., n]."""
+    parts = lax.split(array, [1] * array.shape[-1], axis=array.ndim - 1)
+    return [part.reshape(array.shape[:-1]) for part in parts]
+
+
+def _float32(x: Array) -> Array:
+    """x in float32. Triton's conversion of a bfloat16 takes two instructions for every other."""
+    if x.dtype == jnp.float32:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) << 16
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def _backward_kernel(*refs: Any, interpret: bool) -> None:
-    dx_hat_ref, saved_ref, inverse_std_ref, by_point_ref, by_lane_ref, dx_ref, g_ref = refs
+    dx_hat_ref, saved_ref, inverse_std_ref, by_lane_ref, by_point_ref, dx_ref, g_ref = refs
     (_, d), active = dx_hat_ref.shape, saved_ref.shape[1]
     row, root, columns = pl.program_id(0), np.float32(d**-0.5), d // WORD
-    lanes = LANES * pl.next_power_of_2(pl.cdiv(active, LANES))
-    a = lax.broadcasted_iota(jnp.int32, (lanes,), 0)
+    blocks, digits, _, block = by_point_ref.shape
+
+    # g: the lanes have the features
+    shape = pl.next_power_of_2(pl.cdiv(active, LANES)), LANES
+    group, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    a = plgpu.max_contiguous(group * LANES + lane, (1, 1))  # else a lane would have neighbours
     exists = a < active
     saved = saved_ref[row, jnp.minimum(a, active - 1)]
     ids = saved & ID_MASK
-    digits = [(ids >> DIGIT_BITS * c) & (2**DIGIT_BITS - 1) for c in range(by_lane_ref.shape[1])]
+    of_block = lax.broadcasted_iota(jnp.int32, (*shape, block), 2)
+    entries = [jnp.broadcast_to(e[..., None], of_block.shape) for e in _digits(ids, digits)]
+    eight = lax.broadcasted_iota(jnp.int32, (LANES, 8), 1)  # 16 bytes, the same for all lanes
 
-    def add_column(j: Array, scores: Array) -> Array:
-        words = functools.reduce(
-            operator.xor, [by_lane_ref[j, c, digit] for c, digit in enumerate(digits)]
-        )
-        for first in range(0, WORD, NIBBLE):
-            points = j * WORD + first
-            values = [dx_hat_ref[row, points + k].astype(jnp.float32) for k in range(NIBBLE)]
-            scores += signed_sums(values, words >> first, interpret)
+    def add_columns(i: Array | int, scores: Array) -> Array:
+        words = _xor(by_point_ref[i, c, entry, of_block] for c, entry in enumerate(entries))
+        for j, word in enumerate(_parts(words)):
+            points: list[Array] = []
+            for first in range(0, WORD, 8):
+                at = (i * block + j) * WORD + first + eight
+                points += _parts(_float32(dx_hat_ref[row, at]))
+            for first in range(0, WORD, POINTS):
+                few = [point[None] for point in points[first : first + POINTS]]
+                scores += signed_sums(few, word >> first, interpret)
         return scores
 
-    scores = lax.fori_loop(0, columns, add_column, jnp.zeros((lanes,), jnp.float32))
+    scores = jnp.zeros(shape, jnp.float32)
+    if blocks == 1:
+        scores = add_columns(0, scores)
+    else:
+        scores = lax.fori_loop(0, blocks, add_columns, scores)
     g = jnp.where(saved >> ACTIVE_BIT == 1, scores * root, np.float32(0))
-    # All lanes need every number. They pass through memory.
-    row_of_a = pallas_decode.store_row(g_ref, jnp.broadcast_to(row, a.shape), exists)
+    # Every lane needs the coefficients of all atoms. They pass through memory, in the place of g.
+    row_of_a = pallas_decode.store_row(g_ref, jnp.broadcast_to(row, shape), exists)
     plgpu.store(g_ref.at[row_of_a, a], g * inverse_std_ref[ids] * root, mask=exists)
     barrier(interpret)
 
-    bit = lax.broadcasted_iota(jnp.int32, (WORD // NIBBLE, columns), 0) * NIBBLE
+    # dx: the lanes have the columns
     column = lax.broadcasted_iota(jnp.int32, (columns,), 0)
+    nibble, of_nibble = (
+        lax.broadcasted_iota(jnp.int32, (WORD // FEATURES, columns), axis) for axis in range(2)
+    )
+    four = lax.broadcasted_iota(jnp.int32, (columns, FEATURES), 1)
 
     def add_features(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        first = i * NIBBLE
-        words, values = [], []
-        for k in range(NIBBLE):
-            at = jnp.minimum(first + k, active - 1)
-            value = g_ref[row, at]
-            if active % NIBBLE:
-                value = jnp.where(first + k < active, value, np.float32(0))
-            values.append(value)
-            of_id = jnp.broadcast_to(saved_ref[row, at] & ID_MASK, column.shape)
-            words.append(pallas_decode.words(by_point_ref, of_id, column))
+        at = i * FEATURES + four
+        if active % FEATURES:
+            missing, at = at >= active, jnp.minimum(at, active - 1)
+            coefficients = jnp.where(missing, np.float32(0), g_ref[row, at])
+        else:
+            coefficients = g_ref[row, at]
+        values = [value[None] for value in _parts(coefficients)]
+        words = [
+            _xor(by_lane_ref[c, entry, column] for c, entry in enumerate(_digits(ids, digits)))
+            for ids in _parts(saved_ref[row, at] & ID_MASK)
+        ]
         return tuple(
-            sums[p] + signed_sums(values, jnp.broadcast_to(word[None], bit.shape) >> bit, interpret)
-            for p, word in enumerate(transposed(words))
+            p_sums + signed_sums(values, jnp.broadcast_to(word, nibble.shape) >> shift, interpret)
+            for p_sums, word in zip(sums, transposed(words), strict=True)
         )
 
-    zeros = (jnp.zeros(bit.shape, jnp.float32),) * NIBBLE
-    sums = lax.fori_loop(0, pl.cdiv(active, NIBBLE), add_features, zeros)
+    shift = FEATURES * nibble
+    zeros = (jnp.zeros(nibble.shape, jnp.float32),) * FEATURES
+    sums = lax.fori_loop(0, pl.cdiv(active, FEATURES), add_features, zeros)
     barrier(interpret)
     plgpu.store(g_ref.at[row_of_a, a], g, mask=exists)
-    for p in range(NIBBLE):
-        point = (bit + p) * columns + jnp.broadcast_to(column[None], bit.shape)
-        point = plgpu.max_contiguous(point, (1, 1))
-        dx_ref[row, point] = sums[p].astype(dx_ref.dtype)
+    for p, p_sums in enumerate(sums):
+        point = plgpu.max_contiguous((shift + p) * columns + of_nibble, (1, 1))
+        dx_ref[row, point] = p_sums.astype(dx_ref.dtype)
+
+
+def _tables(d: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """The signs of the features as bits: for lanes with columns, and for lanes with features.
+
+    Bit i of word j belongs to point i · d/32 + j in the first table, int32 [digits, entries, d/32],
+    and to point 32 j + i in the second, [blocks, digits, entries, words per block].
+    """
+    masks, n = dictionary.trace_masks(d), features.bit_length() - 1
+    by_point = sign_words(masks.reshape(-1, WORD).T.reshape(-1), n, DIGIT_BITS)
+    digits, entries, columns = by_point.shape
+    # At width 2048, where a lane has two columns, more words would take more than 128 registers.
+    block = min(4, columns) if columns <= LANES else 2
+    by_point = by_point.reshape(digits, entries, -1, block).transpose(2, 0, 1, 3)
+    return sign_words(masks, n, DIGIT_BITS), by_point
 
 
 def backward(
@@ -153,13 +208,11 @@ def backward(
     `saved` [N, A] holds ids with the active bit, `inverse_std` [F] 1 / max(σ, floor) or ones.
     """
     (rows, d), active = dx_hat.shape, saved.shape[1]
-    masks, n = dictionary.trace_masks(d), inverse_std.shape[0].bit_length() - 1
-    by_point = sign_words(masks.reshape(-1, WORD).T.reshape(-1), n)
     return launch(
         "cayley_backward",
         partial(_backward_kernel, interpret=interpret),
         (rows,),
-        (dx_hat, saved, inverse_std, sign_words(masks, n), by_point.transpose(2, 0, 1)),
+        (dx_hat, saved, inverse_std, *_tables(d, inverse_std.shape[0])),
         (ShapeDtypeStruct((rows, d), dx_hat.dtype), ShapeDtypeStruct((rows, active), jnp.float32)),
         flops=4 * rows * active * d,
         num_warps=1,

@@ -23,6 +23,8 @@ WORK = {  # see `Case.work`
     "add_part": ("products", "keys"),
     "add_atom": ("decoding", "decoding"),
     "cayley_backward": ("decoding", ""),
+    "add_columns": ("decoding", "decoding"),
+    "add_features": ("decoding", "decoding"),
     "cayley_bias_gradient": ("bias gradient", ""),
     "add_tile": ("bias gradient", "bias gradient"),
 }
