@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-from sngpt_kernels.cayley import dictionary, folding, pallas_backward, pallas_decode
+from sngpt_kernels.cayley import dictionary, folding, pallas_backward, pallas_decode, pallas_lookup
 from sngpt_kernels.cayley.pallas_decode import Config
 from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
@@ -45,6 +45,18 @@ def decode(saved, c, d, features, tokens):
     )
 
 
+def combine(saved, c, d, features):
+    def kernel(saved_ref, c_ref, table_ref, out_ref):
+        row = pl.program_id(0)
+        sums = pallas_lookup.combine(row, c_ref, saved_ref, table_ref, True)
+        pallas_lookup.store(out_ref, row, tuple(a * np.float32(d**-0.5) for a in sums))
+
+    out = jax.ShapeDtypeStruct((len(saved), d), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=out, grid=(len(saved),), interpret=True)(
+        saved, c, pallas_lookup.table(d, features)
+    )
+
+
 def make_code(d, features, rows, active):
     """Ids, coefficients, half of them 0, and ids with the bit of c > 0."""
     rng = np.random.default_rng(d)
@@ -63,12 +75,13 @@ SIZES = pytest.mark.parametrize(
 
 @SIZES
 def test_decodes(d, features, rows, tokens):
-    """Σ c v, also where the rows fill no whole number of programs."""
+    """Σ c v by flips, also where the rows fill no whole number of programs, and by look-ups."""
     ids, c, saved = make_code(d, features, rows, 13)
     expected = np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
-    difference = np.abs(decode(saved, c, d, features, tokens) - expected)
-    print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
-    assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
+    for x_hat in (decode(saved, c, d, features, tokens), combine(saved, c, d, features)):
+        difference = np.abs(x_hat - expected)
+        print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
+        assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
 
 
 def backward(dx_hat, saved, inverse_std):
@@ -124,16 +137,16 @@ def test_the_lookups_machine_code_does_what_interpretation_does(count, pack):
     results = [np.zeros(32, np.uint32) for _ in range(pack)]
     copies = [np.full(32, value).view(np.uint32) for value in values for _ in range(pack)]
     run_warp(
-        pallas_backward.lookup_asm(len(values), pack), [*results, *copies, *index.view(np.uint32)]
+        pallas_lookup.lookup_asm(len(values), pack), [*results, *copies, *index.view(np.uint32)]
     )
-    expected = pallas_backward.signed_sums(list(values), jnp.asarray(index), True)
+    expected = pallas_lookup.signed_sums(list(values), jnp.asarray(index), True)
     np.testing.assert_array_equal(np.stack(results).view(np.float32), expected)
 
 
 def test_transposed_words_hold_the_bits_of_four():
     words = np.random.default_rng(0).integers(-(2**31), 2**31, (4, 5)).astype(np.int32)
     nibbles = np.stack(
-        [a >> 4 * q & 15 for q in range(8) for a in pallas_backward.transposed(list(words))]
+        [a >> 4 * q & 15 for q in range(8) for a in pallas_lookup.transposed(list(words))]
     )
     bits = words[..., None] >> np.arange(32) & 1
     np.testing.assert_array_equal(nibbles.T, (bits << np.arange(4)[:, None, None]).sum(0))
