@@ -23,7 +23,8 @@ class TestMosaic:
 
     @pytest.fixture
     def trial(self):
-        pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params", reason="jax 0.12")
+        if jax.__version_info__ < (0, 12):
+            pytest.skip("the trial is written for jax 0.12")
         from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
         from jax.experimental.pallas import mosaic_gpu
 
