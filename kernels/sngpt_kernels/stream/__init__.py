@@ -1,0 +1,1 @@
+"""The residual stream's sum with channel weights, and its RMSNorm, in one pass."""
