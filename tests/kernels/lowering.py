@@ -25,4 +25,4 @@ def kernels_of_gradients(loss, argnums, arguments):
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
     with dispatch.targeting(H100):
         lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
-    return Counter(re.findall(r'name = "((?:cayley|xsa|rotary)_\w+)"', lowered.as_text()))
+    return Counter(re.findall(r'name = "((?:cayley|xsa|rotary|stream)_\w+)"', lowered.as_text()))

@@ -5,7 +5,6 @@ head's columns are cut into spans whose widths are powers of two, as a tile need
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels import dispatch
 from sngpt_kernels.launch import launch
 from sngpt_kernels.rotary.api import OPERATION, tuned_entry
+from sngpt_kernels.tiles import dot, load, spans, store
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,6 @@ class Config:
     def heuristic(cls) -> "Config":
         """A thread of the four warps loads 16 bytes of each half of a head of 64 bfloat16."""
         return cls()
-
-
-def spans(start: int, width: int) -> Iterator[slice]:
-    """The columns from `start` in parts whose widths are powers of two, widest first."""
-    while width:
-        part = 1 << (width.bit_length() - 1)
-        yield slice(start, start + part)
-        start, width = start + part, width - part
 
 
 @dataclass(frozen=True)
@@ -115,26 +106,6 @@ class Problem:
             interpret=self.interpret,
             **specs,
         )
-
-
-def load(tile: Any, exist: Array | None) -> Array:
-    """The tile as float32, with 0 in the rows that do not exist."""
-    if exist is None:
-        return plgpu.load(tile).astype(jnp.float32)
-    mask = jnp.broadcast_to(exist, tile.shape)
-    return plgpu.load(tile, mask=mask, other=0.0).astype(jnp.float32)
-
-
-def store(tile: Any, values: Array, exist: Array | None) -> None:
-    """Writes the tile's rows that exist, rounded to its dtype."""
-    mask = None if exist is None else jnp.broadcast_to(exist, values.shape)
-    plgpu.store(tile, values.astype(tile.dtype), mask=mask)
-
-
-def dot(a: list[Array], b: list[Array]) -> Array:
-    """The products of the rows of two heads, [rows, 1]."""
-    sums = [jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(a, b, strict=True)]
-    return functools.reduce(jnp.add, sums)
 
 
 def _forward_kernel(*refs: Any, problem: Problem) -> None:

@@ -1,1 +1,4 @@
-"""The residual stream's sum with channel weights, and its RMSNorm, in one pass."""
+"""The residual stream's weighted sums, each with the RMSNorm that follows it, in one pass.
+
+`api.sum_norm` is the operation. `specs.CASES` are its real shapes.
+"""

@@ -1,90 +1,258 @@
-"""u = Σ wᵢ ⊙ xᵢ and n = scale · u / √(mean(u²) + eps) in one pass over memory, each way.
+"""The operation as two Pallas Triton kernels, one pass over memory in each direction.
 
-Forward, a program reads its rows of every xᵢ and writes u, n and one float32 per row, the inverse root. The backward pass computes u again from the xᵢ.
-Backward, a program goes over `ROWS` rows, and writes dxᵢ and its sum of the gradients of w.
-XLA adds these sums, so that the gradients repeat bit for bit. D is a power of two.
+The backward kernel computes the sum again from the arrays, which the gradients of the weights need
+anyway. Without weights it reads the rounded sum instead, so that the arrays need not be kept. A
+program sums the gradients of the vectors over its rows. XLA adds the programs' sums, so the
+gradients are the same in every run.
 """
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 
+from sngpt_kernels import dispatch
 from sngpt_kernels.launch import launch
+from sngpt_kernels.stream.api import OPERATION, tuned_entry
+from sngpt_kernels.tiles import dot, load, spans, store
 
-BLOCK = 4  # rows that a program holds at once
-ROWS = 64  # rows that a backward program sums over
-
-
-def _forward(*refs: Any, terms: int, eps: float, scale: float) -> None:
-    xs, ws, (u_ref, n_ref, inverse_ref) = refs[:terms], refs[terms : 2 * terms], refs[2 * terms :]
-    rows = pl.ds(pl.program_id(0) * BLOCK, BLOCK)
-    u = sum(x[rows, :].astype(jnp.float32) * w[:][None].astype(jnp.float32) for x, w in zip(xs, ws))
-    u_ref[rows, :] = u.astype(u_ref.dtype)
-    u = u.astype(u_ref.dtype).astype(jnp.float32)  # the backward pass reads the rounded sum
-    inverse = jax.lax.rsqrt(jnp.mean(u * u, axis=1) + eps)
-    n_ref[rows, :] = (u * (scale * inverse)[:, None]).astype(n_ref.dtype)
-    inverse_ref[rows] = inverse
+Groups = tuple[tuple[Array, ...], ...]
+Weights = tuple[Array | None, ...]
 
 
-def _backward(*refs: Any, terms: int, scale: float) -> None:
-    xs, ws = refs[:terms], refs[terms : 2 * terms]
-    inverse_ref, du_ref, dn_ref = refs[2 * terms : 2 * terms + 3]
-    dxs, dws = refs[2 * terms + 3 : 3 * terms + 3], refs[3 * terms + 3 :]
-    first = pl.program_id(0) * ROWS
+@dataclass(frozen=True)
+class Config:
+    """What one program takes, and what runs it."""
 
-    def block(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rows = pl.ds(first + i * BLOCK, BLOCK)
-        terms32 = [x[rows, :].astype(jnp.float32) for x in xs]
-        u = sum(x * w[:][None].astype(jnp.float32) for x, w in zip(terms32, ws))
-        u = u.astype(du_ref.dtype).astype(jnp.float32)  # rounded as the forward pass rounds
-        dn = dn_ref[rows, :].astype(jnp.float32)
-        inverse = inverse_ref[rows][:, None]
-        along = jnp.mean(dn * u, axis=1, keepdims=True) * (inverse * inverse)
-        g = du_ref[rows, :].astype(jnp.float32) + scale * inverse * (dn - u * along)
-        for dx, w in zip(dxs, ws):
-            dx[rows, :] = (g * w[:][None].astype(jnp.float32)).astype(dx.dtype)
-        return tuple(
-            s + jnp.sum(g * x, axis=0) for s, x in zip(sums, terms32)
+    rows: int = 4  # that a program holds at once; a power of two
+    sums: int = 128  # rows of a backward program; a multiple of `rows`
+    num_warps: int = 4
+
+    @classmethod
+    def heuristic(cls, width: int) -> "Config":
+        """A thread of the four warps holds 16 elements of an array, which are 32 or 64 bytes."""
+        return cls(rows=max(1, 1 << (2048 // width).bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static arguments of one call, for both kernels."""
+
+    length: int  # rows
+    width: int  # D
+    groups: tuple[tuple[int, bool], ...]  # each group's number of arrays, and if it has a weight
+    gain: bool
+    eps: float
+    scale: float
+    config: Config
+    interpret: bool
+
+    @property
+    def spans(self) -> list[slice]:
+        return list(spans(0, self.width))
+
+    def terms(self, refs: tuple[Any, ...]) -> tuple[list[tuple[Any, list[Any]]], Any, list[Any]]:
+        """Each group's weight and arrays, the gain, and the rest of the references."""
+        left = iter(refs)
+        arrays = [[next(left) for _ in range(count)] for count, _ in self.groups]
+        weights = [next(left) if weighted else None for _, weighted in self.groups]
+        gain = next(left) if self.gain else None
+        return list(zip(weights, arrays, strict=True)), gain, list(left)
+
+    def exist(self, first: Any) -> Array | None:
+        """Which of the rows from `first` on exist, [rows, 1]; None means all."""
+        rows = self.config.rows
+        if self.length % self.config.sums == 0:
+            return None
+        return first + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < self.length
+
+    def inner(self, arrays: list[Any], rows: Any, exist: Array | None) -> list[Array]:
+        """The sum of a group's arrays; 1 if it has none."""
+        if not arrays:
+            return [jnp.ones((self.config.rows, c.stop - c.start)) for c in self.spans]
+        tiles = ([load(x.at[rows, c], exist) for x in arrays] for c in self.spans)
+        return [functools.reduce(jnp.add, parts) for parts in tiles]
+
+    def total(self, inner: list[list[Array]], weights: list[Any], dtype: Any) -> list[Array]:
+        """The groups' sum, rounded to the dtype of the result."""
+        weighted = (self.times(parts, w) for parts, w in zip(inner, weights, strict=True))
+        sums = (functools.reduce(jnp.add, parts) for parts in zip(*weighted, strict=True))
+        return [part.astype(dtype).astype(jnp.float32) for part in sums]
+
+    def times(self, parts: list[Array], vector: Any) -> list[Array]:
+        """A row times a vector [D], or 1 if it is None."""
+        if vector is None:
+            return parts
+        return [x * load(vector.at[c], None)[None] for x, c in zip(parts, self.spans, strict=True)]
+
+    def inverse_norm(self, u: list[Array]) -> Array:
+        """[rows, 1]."""
+        return lax.rsqrt(dot(u, u) / self.width + self.eps)
+
+    def launch(self, name: str, kernel: Any, rows: int, inputs: Any, results: Any) -> Any:
+        """Runs the kernel on so many rows per program. Vectors are whole, sums per program."""
+
+        def spec(array: Any) -> pl.BlockSpec:
+            if array.ndim == 1:
+                return pl.BlockSpec((self.width,), lambda i: (0,))
+            if array.ndim == 3:
+                return pl.BlockSpec((None, *array.shape[1:]), lambda i: (i, 0, 0))
+            return pl.BlockSpec((rows, self.width), lambda i: (i, 0))
+
+        return launch(
+            name,
+            functools.partial(kernel, problem=self),
+            (pl.cdiv(self.length, rows),),
+            inputs,
+            results,
+            flops=8 * self.length * self.width,
+            transcendentals=self.length,
+            num_warps=self.config.num_warps,
+            interpret=self.interpret,
+            in_specs=[spec(array) for array in inputs],
+            out_specs=tuple(spec(array) for array in results),
         )
 
-    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in ws)
-    for dw, s in zip(dws, jax.lax.fori_loop(0, ROWS // BLOCK, block, zeros)):
-        dw[pl.program_id(0), :] = s
+
+def _forward_kernel(*refs: Any, problem: Problem) -> None:
+    terms, gain, (u_ref, n_ref) = problem.terms(refs)
+    exist = problem.exist(pl.program_id(0) * problem.config.rows)
+    inner = [problem.inner(arrays, slice(None), exist) for _, arrays in terms]
+    u = problem.total(inner, [weight for weight, _ in terms], u_ref.dtype)
+    factor = problem.scale * problem.inverse_norm(u)
+    n = problem.times([part * factor for part in u], gain)
+    for columns, sums, normed in zip(problem.spans, u, n, strict=True):
+        store(u_ref.at[:, columns], sums, exist)
+        store(n_ref.at[:, columns], normed, exist)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def sum_norm(xs: tuple, ws: tuple, eps: float, scale: float, interpret: bool = False) -> tuple:
-    """u and n [N, D] of arrays xs [N, D] and weights ws [D]; `ROWS` divides N."""
-    return _run_forward(xs, ws, eps, scale, interpret)[0]
+def _backward_kernel(*refs: Any, problem: Problem) -> None:
+    terms, gain, (du_ref, dn_ref, *results) = problem.terms(refs)
+    weights = [weight for weight, _ in terms]
+    rows, first = problem.config.rows, pl.program_id(0) * problem.config.sums
+    vectors = sum(weight is not None for weight in (*weights, gain))
+
+    def block(i: Array, sums: list[list[Array]]) -> list[list[Array]]:
+        at = pl.ds(i * rows, rows)
+        exist = problem.exist(first + i * rows)
+        inner = [problem.inner(arrays, at, exist) for _, arrays in terms]
+        u = problem.total(inner, weights, du_ref.dtype)
+        inverse = problem.inverse_norm(u)
+        dn = [part * problem.scale for part in problem.inner([dn_ref], at, exist)]
+        dunit = problem.times(dn, gain)
+        along = dot(dunit, u) * inverse * inverse / problem.width
+        du = problem.inner([du_ref], at, exist)
+        g = [a + inverse * (b - c * along) for a, b, c in zip(du, dunit, u, strict=True)]
+        outputs = iter(results)
+        for weight, arrays in terms:
+            if arrays:
+                out = next(outputs)
+                for columns, part in zip(problem.spans, problem.times(g, weight), strict=True):
+                    store(out.at[at, columns], part, exist)
+        of_vectors = [(g, part) for part, w in zip(inner, weights, strict=True) if w is not None]
+        if gain is not None:
+            of_vectors.append((dn, [part * inverse for part in u]))
+        return [
+            [s + a * b for s, a, b in zip(total, *pair, strict=True)]
+            for total, pair in zip(sums, of_vectors, strict=True)
+        ]
+
+    # tiles of as many rows, which are added up once, at the end
+    zeros = [jnp.zeros((rows, c.stop - c.start)) for c in problem.spans]
+    totals = lax.fori_loop(0, problem.config.sums // rows, block, [zeros] * vectors)
+    for which, total in enumerate(totals):
+        for columns, part in zip(problem.spans, total, strict=True):
+            one = results[-1].at[pl.ds(which, 1), columns]
+            store(one, jnp.sum(part, axis=0, keepdims=True), None)
 
 
-def _run_forward(xs: tuple, ws: tuple, eps: float, scale: float, interpret: bool) -> tuple:
-    N, D = xs[0].shape
-    like = jax.ShapeDtypeStruct((N, D), xs[0].dtype)
-    kernel = functools.partial(_forward, terms=len(xs), eps=eps, scale=scale)
-    u, n, inverse = launch(
-        "stream_forward", kernel, (N // BLOCK,), (*xs, *ws),
-        (like, like, jax.ShapeDtypeStruct((N,), jnp.float32)),
-        flops=6 * N * D, num_warps=4, interpret=interpret,
-    )  # fmt: skip
-    return (u, n), (xs, ws, inverse)
+def _flat(groups: Groups, weights: Weights, gain: Array | None) -> tuple[Array, ...]:
+    vectors = (vector for vector in (*weights, gain) if vector is not None)
+    return (*(x for group in groups for x in group), *vectors)
 
 
-def _run_backward(eps: float, scale: float, interpret: bool, kept: tuple, grads: tuple) -> tuple:
-    xs, ws, inverse = kept
-    N, D = xs[0].shape
-    kernel = functools.partial(_backward, terms=len(xs), scale=scale)
-    like = tuple(jax.ShapeDtypeStruct((N, D), x.dtype) for x in xs)
-    partial = tuple(jax.ShapeDtypeStruct((N // ROWS, D), jnp.float32) for _ in ws)
-    out = launch(
-        "stream_backward", kernel, (N // ROWS,), (*xs, *ws, inverse, *grads), (*like, *partial),
-        flops=12 * N * D, num_warps=4, interpret=interpret,
-    )  # fmt: skip
-    dws = tuple(jnp.sum(d, axis=0).astype(w.dtype) for d, w in zip(out[len(xs) :], ws))
-    return out[: len(xs)], dws
+def _forward(
+    problem: Problem, groups: Groups, weights: Weights, gain: Array | None
+) -> tuple[Array, Array]:
+    x = groups[0][0]
+    results = (ShapeDtypeStruct(x.shape, x.dtype),) * 2
+    inputs = _flat(groups, weights, gain)
+    return problem.launch("stream_forward", _forward_kernel, problem.config.rows, inputs, results)
 
 
-sum_norm.defvjp(_run_forward, _run_backward)
+def _backward(
+    problem: Problem, saved: tuple[Groups, Weights, Array | None], cotangents: tuple[Array, Array]
+) -> tuple[list[Array], list[Array]]:
+    """The gradient that each group's arrays share, of groups with arrays, and of the vectors."""
+    inputs = (*_flat(*saved), *cotangents)
+    like, vectors = cotangents[0], sum(array.ndim == 1 for array in inputs)
+    results = [ShapeDtypeStruct(like.shape, like.dtype) for group in saved[0] if group]
+    if vectors:
+        programs = pl.cdiv(problem.length, problem.config.sums)
+        results.append(ShapeDtypeStruct((programs, vectors, problem.width), jnp.float32))
+    gradients = problem.launch(
+        "stream_backward", _backward_kernel, problem.config.sums, inputs, results
+    )
+    if not vectors:
+        return gradients, []
+    return gradients[:-1], list(jnp.sum(gradients[-1], axis=0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_norm(groups: Groups, weights: Weights, gain: Array | None, problem: Problem) -> Any:
+    return _forward(problem, groups, weights, gain)
+
+
+def _sum_norm_forward(
+    groups: Groups, weights: Weights, gain: Array | None, problem: Problem
+) -> Any:
+    forward = dispatch.without_derivative(OPERATION, functools.partial(_forward, problem))
+    u, n = forward(groups, weights, gain)
+    weighted = any(weight is not None for weight in weights)
+    return (u, n), (groups if weighted else ((u,),), weights if weighted else (None,), gain)
+
+
+def _sum_norm_backward(problem: Problem, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    groups, weights, _ = saved
+    inner = tuple((len(group), w is not None) for group, w in zip(groups, weights, strict=True))
+    mine = Problem(**{**vars(problem), "groups": inner})
+    gradients = dispatch.without_derivative(OPERATION, functools.partial(_backward, mine))
+    dgroups, dvectors = gradients(saved, cotangents)
+    of_arrays, of_vectors = iter(dgroups), iter(dvectors)
+    if not any(weighted for _, weighted in problem.groups):
+        of_arrays = iter(dgroups * len(problem.groups))
+    return (
+        tuple((next(of_arrays),) * count if count else () for count, _ in problem.groups),
+        tuple(next(of_vectors) if weighted else None for _, weighted in problem.groups),
+        next(of_vectors) if problem.gain else None,
+    )
+
+
+_sum_norm.defvjp(_sum_norm_forward, _sum_norm_backward)
+
+
+def sum_norm(
+    groups: Groups,
+    weights: Weights,
+    gain: Array | None,
+    eps: float,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """`api.sum_norm` of valid arguments. `interpret` serves any device."""
+    shape, dtype = groups[0][0].shape, groups[0][0].dtype
+    if config is None:
+        entry = tuned_entry(dispatch.current_device(), dtype, shape[-1])
+        config = Config(**entry["config"]) if "config" in entry else Config.heuristic(shape[-1])
+    flat = tuple(tuple(x.reshape(-1, shape[-1]) for x in group) for group in groups)
+    kinds = tuple((len(group), w is not None) for group, w in zip(groups, weights, strict=True))
+    length = math.prod(shape[:-1])
+    problem = Problem(length, shape[-1], kinds, gain is not None, eps, scale, config, interpret)
+    u, n = _sum_norm(flat, weights, gain, problem)
+    return u.reshape(shape), n.reshape(shape)

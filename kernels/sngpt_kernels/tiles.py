@@ -1,0 +1,40 @@
+"""Tiles of Pallas Triton kernels whose widths are no powers of two, and whose rows may be too few.
+
+Triton's tiles are powers of two wide. So a row of an array is a list of tiles, one per span.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import triton as plgpu
+
+
+def spans(start: int, width: int) -> Iterator[slice]:
+    """The columns from `start` in parts whose widths are powers of two, widest first."""
+    while width:
+        part = 1 << (width.bit_length() - 1)
+        yield slice(start, start + part)
+        start, width = start + part, width - part
+
+
+def load(tile: Any, exist: Array | None) -> Array:
+    """The tile as float32, with 0 in the rows that do not exist; `exist` is None if all do."""
+    if exist is None:
+        return plgpu.load(tile).astype(jnp.float32)
+    mask = jnp.broadcast_to(exist, tile.shape)
+    return plgpu.load(tile, mask=mask, other=0.0).astype(jnp.float32)
+
+
+def store(tile: Any, values: Array, exist: Array | None) -> None:
+    """Writes the tile's rows that exist, rounded to its dtype."""
+    mask = None if exist is None else jnp.broadcast_to(exist, values.shape)
+    plgpu.store(tile, values.astype(tile.dtype), mask=mask)
+
+
+def dot(a: list[Array], b: list[Array]) -> Array:
+    """The products of the rows of two lists of tiles, [rows, 1]."""
+    sums = [jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, sums)
