@@ -64,7 +64,8 @@ def heuristic(operation: str, case: Case) -> Config:
     """The sizes that the operation's kernels take without a table."""
     first = case.abstract()[0]
     config = importlib.import_module(f"sngpt_kernels.{operation}.pallas_triton").Config
-    arguments = {"cayley": first.shape[-1:], "xsa": (first.dtype, first.shape[-1]), "rotary": ()}
+    width, by_dtype = first.shape[-1:], (first.dtype, first.shape[-1])
+    arguments = {"cayley": width, "xsa": by_dtype, "rotary": (), "stream": width}
     return dataclasses.asdict(config.heuristic(*arguments[operation]))
 
 

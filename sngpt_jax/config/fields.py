@@ -95,6 +95,8 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn", "pallas_triton", "tokamax", "fa4_jax"] = "auto"
     # implementation of queries' and keys' norm and rotation; auto: pallas_triton on an NVIDIA GPU
     rotary: Literal["auto", "xla", "pallas_triton"] = "auto"
+    # implementation of the residual stream's sums and norms; auto: pallas_triton on an NVIDIA GPU
+    stream: Literal["auto", "xla", "pallas_triton"] = "auto"
     # implementation of the sparse codes; auto: pallas_triton on an NVIDIA GPU
     code: Literal["auto", "xla", "pallas_triton"] = "auto"
 

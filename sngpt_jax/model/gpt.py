@@ -7,7 +7,6 @@ second half:                x = block(x + w ⊙ latest unused skip, x0)
 logits = softcap(norm(x) Eᵀ)
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,9 @@ from sngpt_jax.model import init
 from sngpt_jax.model.attention import Attention, Positions, make_positions
 from sngpt_jax.model.cayley import Taps
 from sngpt_jax.model.embeddings import BigramHash, SmearGate, TiedEmbedding, ValueEmbedding
-from sngpt_jax.model.layers import per_channel, rms_norm
+from sngpt_jax.model.layers import rms_norm
 from sngpt_jax.model.mlp import MLP
+from sngpt_jax.model.stream import Stream
 
 
 class LanguageModel(nnx.Module):
@@ -82,19 +82,18 @@ class Block(nnx.Module):
         self.mlp_scale = nnx.Param(jnp.ones((D,)))
 
     def __call__(
-        self, x_BTD: jax.Array, x0_BTD: jax.Array, positions: Positions, **values: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The block's output [B, T, D] and its attention's values; `values` as for `Attention`."""
-        normed = functools.partial(rms_norm, eps=self.norm_eps, scale=self.norm_scale)
+        self, x: Stream, x0: Stream, positions: Positions, **values: jax.Array | None
+    ) -> tuple[Stream, jax.Array]:
+        """The block's output and its attention's values; `values` as for `Attention`."""
         keep_D, mix_D = self.resid_mix[...]
-        u_BTD = per_channel(keep_D, x_BTD) + per_channel(mix_D, x0_BTD)
         with jax.named_scope("attention"):
+            mixed = x.scaled(keep_D) + x0.scaled(mix_D)
+            u, n_BTD = mixed.normed(self.norm_eps, scale=self.norm_scale)
             gain_D = self.attn_scale[...]
-            y_BTD, v_BTKh = self.attn(normed(u_BTD), positions, gain_D=gain_D, **values)
-            u_BTD += y_BTD
+            y_BTD, v_BTKh = self.attn(n_BTD, positions, gain_D=gain_D, **values)
         with jax.named_scope("mlp"):
-            u_BTD += self.mlp(normed(u_BTD), self.mlp_scale[...])
-        return u_BTD, v_BTKh
+            u, n_BTD = (u + y_BTD).normed(self.norm_eps, scale=self.norm_scale)
+            return u + self.mlp(n_BTD, self.mlp_scale[...]), v_BTKh
 
 
 class RecycledCore(nnx.Module):
@@ -108,9 +107,8 @@ class RecycledCore(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape))
         self.bias = nnx.Param(jnp.zeros(shape))
 
-    def __call__(self, application: int, x_BTD: jax.Array) -> jax.Array:
-        bias_D = self.bias[...][application].astype(x_BTD.dtype)
-        return per_channel(self.scale[...][application], x_BTD) + bias_D[None, None]
+    def __call__(self, application: int, x: Stream) -> Stream:
+        return x.scaled(self.scale[...][application]).shifted(self.bias[...][application])
 
 
 class GPT(LanguageModel):
@@ -156,22 +154,20 @@ class GPT(LanguageModel):
         """The head's input [B, T, D]; no code is there to tap."""
         config = self.config
         x0_BTD, added_values = encoded
-        x_BTD, first_value = x0_BTD, None
-        skips: list[jax.Array] = []
+        x0, first_value = Stream.of(x0_BTD, config), None
+        x, skips = x0, list[Stream]()
         for i, block in enumerate(self.blocks):
             if i == config.num_skips:
                 for application, layer in enumerate(config.recycle_layers):
                     with jax.named_scope(f"recycle_{layer}"):
-                        x_BTD = self.recycle(application, x_BTD)
-                        x_BTD, _ = self.blocks[layer](
-                            x_BTD, x0_BTD, positions, first_value=first_value
-                        )
+                        x = self.recycle(application, x)
+                        x, _ = self.blocks[layer](x, x0, positions, first_value=first_value)
             if i >= config.num_skips and skips:
-                x_BTD += per_channel(self.skip_weights[...][i - config.num_skips], skips.pop())
+                x += skips.pop().scaled(self.skip_weights[...][i - config.num_skips])
             values = {"added_value": added_values.get(i), "first_value": first_value}
             with jax.named_scope(f"block_{i}"):
-                x_BTD, value = block(x_BTD, x0_BTD, positions, **values)
+                x, value = block(x, x0, positions, **values)
             first_value = value if i == 0 else first_value
             if i < config.num_skips:
-                skips.append(x_BTD)
-        return rms_norm(x_BTD, config.norm_eps), None
+                skips.append(x)
+        return x.normed(config.norm_eps)[1], None

@@ -15,8 +15,8 @@ from sngpt_jax.model.attention import Attention, Positions
 from sngpt_jax.model.cayley import CayleySAE, Taps
 from sngpt_jax.model.embeddings import LearnedPositions
 from sngpt_jax.model.gpt import LanguageModel
-from sngpt_jax.model.layers import per_channel, rms_norm
 from sngpt_jax.model.mlp import MLP
+from sngpt_jax.model.stream import Stream
 
 
 class PreNormBlock(nnx.Module):
@@ -33,24 +33,20 @@ class PreNormBlock(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """The block's output [B, T, D], and the code's input [B, T, D] and features [B, T, A]."""
-
-        def normed(u_BTD: jax.Array, gain: nnx.Param[jax.Array]) -> jax.Array:
-            return per_channel(gain[...], rms_norm(u_BTD, self.norm_eps))
-
+        self, x: Stream, positions: Positions
+    ) -> tuple[Stream, tuple[jax.Array, jax.Array] | None]:
+        """The block's output, and the code's input [B, T, D] and features [B, T, A]."""
         with jax.named_scope("attention"):
-            y_BTD, _ = self.attn(normed(x_BTD, self.attn_norm), positions)
-            u_BTD = x_BTD + y_BTD
-        h_BTD = normed(u_BTD, self.mlp_norm)
+            x, h_BTD = x.normed(self.norm_eps, gain_D=self.attn_norm[...])
+            y_BTD, _ = self.attn(h_BTD, positions)
+        u, h_BTD = (x + y_BTD).normed(self.norm_eps, gain_D=self.mlp_norm[...])
         seen = None
         if self.coded:
             with jax.named_scope("code"):
                 decoded_BTD, ids_BTA = self.code(h_BTD)
             seen, h_BTD = (h_BTD, ids_BTA), decoded_BTD
         with jax.named_scope("mlp"):
-            return u_BTD + self.mlp(h_BTD), seen
+            return u + self.mlp(h_BTD), seen
 
 
 class PreNormGPT(LanguageModel):
@@ -75,11 +71,11 @@ class PreNormGPT(LanguageModel):
         self, encoded: jax.Array, positions: Positions, tapped_P: jax.Array | None = None
     ) -> tuple[jax.Array, Taps | None]:
         """The head's input [B, T, D], and the taps if there are codes and `tapped_P`."""
-        x_BTD, taps = encoded, []
+        x, taps = Stream.of(encoded, self.config), []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
-                x_BTD, seen = block(x_BTD, positions)
+                x, seen = block(x, positions)
             if seen is not None and tapped_P is not None:
                 taps.append([array[:, tapped_P] for array in seen])
-        x_BTD = per_channel(self.final_norm[...], rms_norm(x_BTD, self.config.norm_eps))
+        _, x_BTD = x.normed(self.config.norm_eps, gain_D=self.final_norm[...])
         return x_BTD, Taps(*map(jnp.stack, zip(*taps, strict=True))) if taps else None

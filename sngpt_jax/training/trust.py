@@ -26,6 +26,7 @@ from sngpt_kernels.case import Case
 from sngpt_kernels.cayley import specs as cayley
 from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.rotary import specs as rotary
+from sngpt_kernels.stream import specs as stream
 from sngpt_kernels.xsa import specs as xsa
 from sngpt_kernels.xsa.api import LIBRARIES
 
@@ -82,6 +83,21 @@ def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     return [rotary.case(name, sequences, length, *heads, rotary=turned, dtype=dtype)]
 
 
+def _stream(config: ModelConfig, sequences: int, length: int) -> list[Case]:
+    compact = config.family == "compact"
+    dtype, width = compute_dtype(config), config.d_model
+    return [
+        stream.case(
+            f"{dtype} {width}{' mixed' * weighted}{' with a gain' * (not compact)}",
+            *(sequences * length, width),
+            weighted=weighted,
+            gain=not compact,
+            dtype=dtype,
+        )
+        for weighted in ((False, True) if compact else (False,))
+    ]
+
+
 def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     if not config.levels:
         return []
@@ -95,6 +111,7 @@ def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
 OPERATIONS: Mapping[str, Operation] = {
     "xsa": Operation(_attention, lambda config: config.attention),
     "rotary": Operation(_rotary, lambda config: config.rotary),
+    "stream": Operation(_stream, lambda config: config.stream),
     "cayley": Operation(_code, lambda config: config.code),
 }
 

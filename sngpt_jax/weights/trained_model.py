@@ -71,7 +71,7 @@ class TrainedModel:
 
 def on_any_device(config: Config) -> Config:
     """`config` without the implementations that the run named, which other devices may lack."""
-    return changed(config, model={"attention": "auto", "rotary": "auto", "code": "auto"})
+    return changed(config, model=dict.fromkeys(("attention", "rotary", "stream", "code"), "auto"))
 
 
 @dataclass(frozen=True)

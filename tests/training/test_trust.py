@@ -73,6 +73,7 @@ def config(tmp_path):
             "num_kv_heads": 1,
             "num_layers": 2,
             "rotary": "xla",
+            "stream": "xla",
         },
         "data": {"seq_len": 16},
         "train": {"compilation_cache": str(tmp_path / "cache")},
@@ -234,7 +235,10 @@ def start(tiny_recipe, tmp_path, monkeypatch):
     def start(kernels="check", **model):
         own = {"compilation_cache": str(tmp_path / "cache")}
         config = changed(
-            load(str(tiny_recipe)), model={"rotary": "xla"} | model, train=own, eval={"every": 0}
+            load(str(tiny_recipe)),
+            model={"rotary": "xla", "stream": "xla"} | model,
+            train=own,
+            eval={"every": 0},
         )
         console = Console(config.train.steps, config.train.max_seconds, quiet=True)
         with console:
