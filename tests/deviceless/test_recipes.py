@@ -65,8 +65,11 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
 
     kernels, model = found["kernels"], config.model
     rotary = ("rotary_forward", "rotary_backward") if model.qk_norm else ()
+    blocks = model.num_layers + len(model.recycle_layers)
     for name in ("cudnn$fmhaSoftmax", "cudnn$fmhaSoftmaxBackward", *rotary):
-        assert kernels[name] == turns * (model.num_layers + len(model.recycle_layers))
+        assert kernels[name] == turns * blocks
+    for name in ("stream_forward", "stream_backward"):  # before each half, and before the head
+        assert kernels[name] == turns * (2 * blocks + 1)
     if model.levels:
         calls = turns * model.num_layers
         assert kernels["cayley_forward"] == kernels["cayley_backward"] == calls
