@@ -71,7 +71,7 @@ def compile_program(
         )
     program = hlo.analyse(compiled.as_text())
     calls, launches = program.custom_kernels(), parse_launches("".join(thunks))
-    codes = {}
+    codes: dict[str, ptx.Code] = {}
     for module in modules:
         ours = any(base_name(name) in counted.kernels for name in ptx.split_entries(module))
         found = ptx.assemble(ptxas, module, counted.nvdisasm if ours else "")

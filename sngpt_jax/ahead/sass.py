@@ -129,8 +129,8 @@ def _blocks(following: list[list[int]]) -> tuple[list[range], list[list[int]]]:
         reached |= new
         waiting += new
     kept = sorted(reached)
-    place = {number: i for i, number in enumerate(kept)}
-    return [blocks[i] for i in kept], [[place[j] for j in after[i]] for i in kept]
+    renumbered = {number: i for i, number in enumerate(kept)}
+    return [blocks[i] for i in kept], [[renumbered[j] for j in after[i]] for i in kept]
 
 
 def _dominators(after: list[list[int]]) -> list[set[int]]:

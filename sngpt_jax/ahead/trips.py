@@ -113,6 +113,17 @@ class Row:
     shares: dict[str, float]  # the same by kind of work
 
 
+def _without_unrolled(loop: Loop, left: int) -> list[Loop]:
+    """The loops inside a loop of which `left` are loops in the machine code.
+
+    The compiler unrolls loops of few trips completely, the ones of the fewest trips first.
+    """
+    able = [inner for inner in loop.inside if inner.fixed and inner.entries and not inner.inside]
+    able.sort(key=lambda inner: inner.trips / inner.entries)
+    gone = [id(inner) for inner in able[: max(len(loop.inside) - left, 0)]]
+    return [inner for inner in loop.inside if id(inner) not in gone]
+
+
 def rows(code: sass.Loop, counted: Loop, work: Mapping[str, tuple[str, str]]) -> list[Row]:
     """The code of a kernel by loop.
 
@@ -133,13 +144,14 @@ def rows(code: sass.Loop, counted: Loop, work: Mapping[str, tuple[str, str]]) ->
                 has = f"{loop.name} runs {per_entry:g} times, and its machine code {code.trips}"
                 raise RuntimeError(f"{counted.name}: {has}")
         trips = loop.trips / (unrolled or 1) / programs
-        if len(code.inside) != len(loop.inside):
-            inside = ", ".join(inner.name for inner in loop.inside) or "none"
-            found = f"{len(code.inside)} in {loop.name}, which has: {inside}"
+        inside = _without_unrolled(loop, len(code.inside))
+        if len(code.inside) != len(inside):
+            names = ", ".join(inner.name for inner in loop.inside) or "none"
+            found = f"{len(code.inside)} in {loop.name}, which has: {names}"
             raise RuntimeError(f"{counted.name}: the machine code has other loops: {found}")
         shares: dict[str, float] = {}
         kinds = [work.get(loop.name, ("other", ""))[0]]
-        kinds += [work.get(inner.name, ("", "other"))[1] for inner in loop.inside]
+        kinds += [work.get(inner.name, ("", "other"))[1] for inner in inside]
         for kind, part in zip(kinds, code.parts, strict=True):
             shares["products"] = shares.get("products", 0) + part.products * trips
             shares[kind] = shares.get(kind, 0) + (part.instructions - part.products) * trips
@@ -159,7 +171,7 @@ def rows(code: sass.Loop, counted: Loop, work: Mapping[str, tuple[str, str]]) ->
                 {kind: count for kind, count in shares.items() if count},
             )
         )
-        for inner in zip(code.inside, loop.inside, strict=True):
+        for inner in zip(code.inside, inside, strict=True):
             add(*inner, depth + 1)
 
     add(code, counted, 0)

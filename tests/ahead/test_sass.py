@@ -97,6 +97,15 @@ def test_a_loop_that_the_compiler_unrolled() -> None:
         trips.rows(sass.loops(KERNEL), counted(12), WORK)
 
 
+def test_a_loop_that_the_compiler_unrolled_completely() -> None:
+    gone = trips.Loop("gone", True, [], 80, 160)
+    whole = counted(8)
+    whole.inside[0].inside.insert(1, gone)
+    assert trips.rows(sass.loops(KERNEL), whole, WORK) == trips.rows(
+        sass.loops(KERNEL), counted(8), WORK
+    )
+
+
 def test_other_loops_than_counted_are_refused() -> None:
     code = sass.loops(KERNEL)
     (outer,) = code.inside
