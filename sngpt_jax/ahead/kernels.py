@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from sngpt_kernels import dispatch
 from sngpt_kernels.case import Case
 
-from sngpt_jax.ahead import hlo, programs, ptx, sass, targets, trips
+from sngpt_jax.ahead import by_loop, hlo, programs, ptx, sass, targets, trips
 from sngpt_jax.ahead.cases import InspectArguments, select
 from sngpt_jax.ahead.targets import Target
 from sngpt_jax.base import cli
@@ -87,11 +87,7 @@ def compile_program(
         "calls": calls,  # in one run, of kernels that XLA did not generate
         "kernels": [
             describe(codes[name], launch, base_name(name) in calls, target)
-            | (
-                {"by_loop": by_loop(codes[name], launch, case, counted)}
-                if codes[name].loops
-                else {}
-            )
+            | count(codes[name], launch, case, counted)
             for name, launch in launches.items()
             if name in codes  # kernels of libraries have no PTX
         ],
@@ -145,27 +141,16 @@ def describe(
     return values | {"blocks_per_sm": blocks_per_sm(target, *sizes)}
 
 
-def by_loop(
+def count(
     code: ptx.Code, launch: dict[str, int], case: Case, counted: Counted
-) -> list[dict[str, Any]]:
-    """The rows of a kernel's loops (`trips.Row`), with their warp instructions per token."""
-    assert code.loops
-    tokens = math.prod(case.abstract()[0].shape[:-1])
-    programs, warps = launch["blocks"] / tokens, launch["threads"] // 32
-    found = trips.rows(code.loops, counted.kernels[base_name(code.name)], case.work)
-    return [
-        {
-            "loop": row.loop,
-            "depth": row.depth,
-            "trips": row.trips * programs,
-            "unrolled": row.unrolled,
-            "instructions": row.instructions,
-            "barriers": row.barriers * programs,
-            "warp_instructions": row.warp_instructions * programs * warps,
-            "shares": {kind: n * programs * warps for kind, n in row.shares.items()},
-        }
-        for row in found
-    ]
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a kernel's loops, if they were read."""
+    if code.loops is None:
+        return {}
+    loops = counted.kernels[base_name(code.name)]
+    programs = launch["blocks"] / math.prod(case.abstract()[0].shape[:-1])
+    found = by_loop.rows(code.loops, loops, case.work, programs, launch["threads"] // 32)
+    return {"by_loop": [asdict(row) for row in found]}
 
 
 def limits(case: Case) -> dict[str, Any]:
@@ -287,37 +272,6 @@ _COLUMNS = {  # the titles of the printed table
 }
 
 
-def shares(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Warp instructions per token by kind of work, the most first."""
-    found: dict[str, float] = {}
-    for row in rows:
-        for kind, count in row["shares"].items():
-            found[kind] = found.get(kind, 0) + count
-    return dict(sorted(found.items(), key=lambda share: -share[1]))
-
-
-def format_loops(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines of a kernel's instructions by loop."""
-    if not rows:
-        return []
-    total = sum(row["warp_instructions"] for row in rows)
-    barriers = sum(row["barriers"] for row in rows)
-    parts = ", ".join(f"{kind} {count / total:.0%}" for kind, count in shares(rows).items())
-    title = f"{name}: {total:,.0f} warp instructions and {barriers:,.0f} barriers a token: {parts}"
-    lines = [
-        f"    {title}",
-        f"      {'loop':26}  {'trips':>8}  {'unrolled':>8}  {'code':>6}  {'barriers':>8}"
-        f"  {'warp instructions':>17}",
-    ]
-    for row in rows:
-        unrolled = "?" if row["unrolled"] is None else f"{row['unrolled']:g}"
-        lines.append(
-            f"      {'  ' * row['depth'] + row['loop']:26}  {row['trips']:8.2f}  {unrolled:>8}"
-            f"  {row['instructions']:6,}  {row['barriers']:8.1f}  {row['warp_instructions']:17,.0f}"
-        )
-    return lines
-
-
 def format_case(case: dict[str, Any]) -> str:
     """A case for a person."""
     lines = [f"{case['operation']} {case['case']}   {', '.join(case['arguments'])}"]
@@ -344,7 +298,7 @@ def format_case(case: dict[str, Any]) -> str:
             cells = (f"  {kernel[key]:{max(7, len(title))}}" for title, key in _COLUMNS.items())
             lines.append(f"    {kernel['name']:{width}}" + "".join(cells))
         for kernel in pallas:
-            lines += format_loops(kernel["name"], kernel.get("by_loop", []))
+            lines += by_loop.format_rows(kernel)
     return "\n".join(lines)
 
 
@@ -372,6 +326,8 @@ def run(arguments: InspectArguments) -> int:
     }
     if arguments.json != "-":
         print("\n\n".join(map(format_case, report["cases"])), flush=True)
+        if nvdisasm:
+            print("", by_loop.format_totals(report["cases"]), sep="\n", flush=True)
     report["problems"] = problems(report)
     for line in report["problems"]:
         cli.progress(f"problem: {line}")

@@ -6,7 +6,7 @@ such as a bisection's. A case runs on typical arguments, and every loop of its k
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -17,8 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import Device
-
-from sngpt_jax.ahead import sass
 
 
 @dataclass
@@ -97,82 +95,3 @@ def of(interpret: Callable[[], Any], device: Device) -> dict[str, Loop]:
     with dispatch.targeting(device), counting() as kernels:
         interpret()
     return kernels
-
-
-@dataclass(frozen=True)
-class Row:
-    """A loop's code beside that of the loops inside, or the code around the loops of a kernel."""
-
-    loop: str
-    depth: int  # loops around it
-    trips: float  # per program, of the machine code
-    unrolled: float | None  # trips of the kernel per trip of the machine code; None: not readable
-    instructions: int  # per trip of the machine code
-    barriers: float  # per program, of a warp
-    warp_instructions: float  # per program, of a warp
-    shares: dict[str, float]  # the same by kind of work
-
-
-def _without_unrolled(loop: Loop, left: int) -> list[Loop]:
-    """The loops inside a loop of which `left` are loops in the machine code.
-
-    The compiler unrolls loops of few trips completely, the ones of the fewest trips first.
-    """
-    able = [inner for inner in loop.inside if inner.fixed and inner.entries and not inner.inside]
-    able.sort(key=lambda inner: inner.trips / inner.entries)
-    gone = [id(inner) for inner in able[: max(len(loop.inside) - left, 0)]]
-    return [inner for inner in loop.inside if id(inner) not in gone]
-
-
-def rows(code: sass.Loop, counted: Loop, work: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """The code of a kernel by loop.
-
-    `work` has, per name of a loop, the kind of work of its code and of the code after it. Code up
-    to the last instruction on tensor cores is the work "products".
-
-    Raises RuntimeError if the loops of the machine code are not those that were counted.
-    """
-    programs = counted.trips
-    result: list[Row] = []
-
-    def add(code: sass.Loop, loop: Loop, depth: int) -> None:
-        per_entry = loop.trips / loop.entries if loop.entries else 0
-        unrolled: float | None = 1
-        if loop.fixed and depth:
-            unrolled = per_entry / code.trips if code.trips and loop.entries else None
-            if unrolled and unrolled % 1:
-                has = f"{loop.name} runs {per_entry:g} times, and its machine code {code.trips}"
-                raise RuntimeError(f"{counted.name}: {has}")
-        trips = loop.trips / (unrolled or 1) / programs
-        inside = _without_unrolled(loop, len(code.inside))
-        if len(code.inside) != len(inside):
-            names = ", ".join(inner.name for inner in loop.inside) or "none"
-            found = f"{len(code.inside)} in {loop.name}, which has: {names}"
-            raise RuntimeError(f"{counted.name}: the machine code has other loops: {found}")
-        shares: dict[str, float] = {}
-        kinds = [work.get(loop.name, ("other", ""))[0]]
-        kinds += [work.get(inner.name, ("", "other"))[1] for inner in inside]
-        for kind, part in zip(kinds, code.parts, strict=True):
-            shares["products"] = shares.get("products", 0) + part.products * trips
-            shares[kind] = shares.get(kind, 0) + (part.instructions - part.products) * trips
-        entries = loop.entries / programs if depth else 0
-        shares[kinds[0]] += code.arm.instructions * entries
-        instructions = sum(part.instructions for part in code.parts)
-        barriers = sum(part.barriers for part in code.parts) * trips + code.arm.barriers * entries
-        result.append(
-            Row(
-                loop.name,
-                depth,
-                trips,
-                unrolled,
-                instructions,
-                barriers,
-                sum(shares.values()),
-                {kind: count for kind, count in shares.items() if count},
-            )
-        )
-        for inner in zip(code.inside, inside, strict=True):
-            add(*inner, depth + 1)
-
-    add(code, counted, 0)
-    return result

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from sngpt_jax import plan
-from sngpt_jax.ahead import sass, targets, trips
+from sngpt_jax.ahead import by_loop, sass, targets, trips
 from sngpt_jax.base.errors import UserError
 
 # A loop of 8 trips around a loop without a known count and around a condition, one side of which
@@ -73,37 +73,45 @@ WORK = {"small": ("rest", ""), "outer": ("sums", "rest"), "search": ("selection"
 
 
 def test_trips_multiply_inwards() -> None:
-    rows = trips.rows(sass.loops(KERNEL), counted(8), WORK)
-    assert [(row.loop, row.depth, row.trips) for row in rows] == [
-        ("small", 0, 1),
-        ("outer", 1, 8),
-        ("search", 2, 52),
-        ("rare", 2, 2.4),
+    """A program of four warps does two tokens."""
+    rows = by_loop.rows(sass.loops(KERNEL), counted(8), WORK, 1 / 2, 4)
+    assert [(row.loop, row.depth) for row in rows] == [
+        ("small", 0),
+        ("outer", 1),
+        ("search", 2),
+        ("rare", 2),
     ]
-    assert [row.warp_instructions for row in rows] == [4, 56, 156, pytest.approx(0.8 * 2 + 2.4 * 2)]
-    assert [row.barriers for row in rows] == [1, 0, 52, 0]
+    assert [row.trips for row in rows] == pytest.approx([0.5, 4, 26, 1.2])
+    assert [row.barriers for row in rows] == [0.5, 0, 26, 0]
+    rare = pytest.approx(4 * (0.4 * 2 + 1.2 * 2))
+    assert [row.warp_instructions for row in rows] == [4 * 2, 4 * 28, 4 * 78, rare]
     assert [row.shares for row in rows] == [
-        {"rest": 4},
-        {"products": 8, "sums": 48},
-        {"selection": 156},
-        {"other": pytest.approx(6.4)},
+        {"rest": 8},
+        {"products": 16, "sums": 96},
+        {"selection": 312},
+        {"other": rare},
     ]
+    kernel = {"name": "small", "by_loop": [dataclasses.asdict(row) for row in rows]}
+    print(*by_loop.format_rows(kernel), sep="\n")
+    program = {"target": "h100", "pass": "forward_backward", "kernels": [kernel]}
+    kinds = "selection 70%, sums 22%, products 4%, other 3%, rest 2%"
+    table = by_loop.format_totals([{"case": "toy", "programs": [program]}])
+    assert table.splitlines()[2:] == [f"| toy | h100 | `small` | 445 | 26 | {kinds} |"]
 
 
 def test_a_loop_that_the_compiler_unrolled() -> None:
-    rows = trips.rows(sass.loops(KERNEL), counted(16), WORK)
-    assert (rows[1].unrolled, rows[1].trips, rows[1].warp_instructions) == (2, 8, 56)
+    rows = by_loop.rows(sass.loops(KERNEL), counted(16), WORK, 0.5, 4)
+    assert (rows[1].unrolled, rows[1].trips, rows[1].warp_instructions) == (2, 4, 112)
     with pytest.raises(RuntimeError, match="small: outer runs 12 times, and its machine code 8"):
-        trips.rows(sass.loops(KERNEL), counted(12), WORK)
+        by_loop.rows(sass.loops(KERNEL), counted(12), WORK, 0.5, 4)
 
 
 def test_a_loop_that_the_compiler_unrolled_completely() -> None:
     gone = trips.Loop("gone", True, [], 80, 160)
     whole = counted(8)
     whole.inside[0].inside.insert(1, gone)
-    assert trips.rows(sass.loops(KERNEL), whole, WORK) == trips.rows(
-        sass.loops(KERNEL), counted(8), WORK
-    )
+    code = sass.loops(KERNEL)
+    assert by_loop.rows(code, whole, WORK, 1, 4) == by_loop.rows(code, counted(8), WORK, 1, 4)
 
 
 def test_other_loops_than_counted_are_refused() -> None:
@@ -111,7 +119,7 @@ def test_other_loops_than_counted_are_refused() -> None:
     (outer,) = code.inside
     other = dataclasses.replace(code, inside=(dataclasses.replace(outer, inside=()),))
     with pytest.raises(RuntimeError, match="0 in outer, which has: search, rare"):
-        trips.rows(other, counted(8), WORK)
+        by_loop.rows(other, counted(8), WORK, 0.5, 4)
 
 
 COUNTER = """
