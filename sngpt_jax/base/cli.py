@@ -20,9 +20,19 @@ from typing import Any
 
 from sngpt_jax.base import terminal
 from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, FULL, one_line
-from sngpt_jax.base.files import check_writable, write_text_atomic
+from sngpt_jax.base.files import at_home, check_writable, write_text_atomic
 from sngpt_jax.base.interrupts import end_quietly, heed_interrupts
 
+# jax reads these, and they change what a command computes or whether it can
+_IGNORED = (
+    "JAX_DEFAULT_DTYPE_BITS",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_DEFAULT_PRNG_IMPL",
+    "JAX_ENABLE_X64",
+    "JAX_NUMPY_DTYPE_PROMOTION",
+    "JAX_NUMPY_RANK_PROMOTION",
+    "JAX_THREEFRY_PARTITIONABLE",
+)
 _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||----++++++++x<u-", strict=True)) | {"…": "...", "▁": "_"}
 
 
@@ -41,7 +51,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status.
 
     An error that `one_line` knows is one line on stderr. Any other is a bug and shows its
-    traceback. Characters that the terminal's encoding lacks are replaced.
+    traceback. Characters that the terminal's encoding lacks are replaced. An argument that begins
+    with ~/ names a path in the home folder, behind an option's = too. Environment variables that
+    would change jax's numbers are ignored.
     """
     codecs.register_error("plain", _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -52,7 +64,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if signal.getsignal(signal.SIGINT) is end_quietly:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            status = main(sys.argv[1:])
+            os.getcwd()  # a deleted working folder ends the command now, not after its work
+            for name in _IGNORED:
+                if os.environ.pop(name, None) is not None:
+                    print(f"{name} is ignored: it would change the results", file=sys.stderr)
+            status = main([_at_home(argument) for argument in sys.argv[1:]])
         finally:
             with contextlib.suppress(OSError):
                 terminal.clear()
@@ -77,6 +93,12 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
                 _flush()
             os._exit(status)
     sys.exit(status)
+
+
+def _at_home(argument: str) -> str:
+    option = argument[: argument.find("=") + 1] if argument.startswith("--") else ""
+    value = argument.removeprefix(option)
+    return option + (at_home(value) if value.startswith("~/") else value)
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:

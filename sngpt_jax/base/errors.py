@@ -36,6 +36,10 @@ def one_line(error: BaseException) -> str | None:
         case MemoryError() | OSError(errno=errno.ENOMEM):
             reason = f": {error}" if str(error) else ""
             return f"out of memory{reason}; choose smaller sizes or a machine with more memory"
+        case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE):
+            return f"{error.strerror}; raise the limit of open files with ulimit -n"
+        case FileNotFoundError(filename=None):
+            return "the working folder is gone; change into a folder that exists"
         case UnicodeDecodeError():
             return f"text is not {error.encoding}: {error.reason} at byte {error.start}"
         case OSError(errno=number) if number in FULL:

@@ -10,6 +10,16 @@ from pathlib import Path
 from sngpt_jax.base.errors import UserError
 
 
+def at_home(path: str) -> str:
+    """`path` with a leading ~ replaced by the home folder. Raises `UserError` if there is none."""
+    if path != "~" and not path.startswith("~/"):
+        return path
+    found = os.path.expanduser(path)
+    if found == path:  # neither HOME nor an entry in the list of users
+        raise UserError(f"{path}: there is no home folder; set HOME, or give the whole path")
+    return found
+
+
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
     `OSError` names a file.

@@ -109,6 +109,9 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     for larger, smaller in pairwise(("model.d_model", "model.num_heads", "model.num_kv_heads")):
         ragged = values[larger] % values[smaller]
         yield ragged, f"{of(larger)} is not divisible by {of(smaller)}"
+    for name in ("data.dir", "data.source", "data.val_source", "data.tokenizer"):
+        where = f"{of(name)} begins with ~, which only a command line expands; give the whole path"
+        yield str(values[name]).startswith("~"), where
     unit = d.slices * d.seq_len
     yield (
         m.attention == "fa4_jax" and t.deterministic,

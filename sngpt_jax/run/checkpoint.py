@@ -275,10 +275,11 @@ class Checkpointer:
             raise self._failure(record.step, error) from error
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
+        files = "Too many open files" in str(error)
+        remedy = "raise ulimit -n" if files else "free space or repair the folder"
         failure = CheckpointError(
             f"{step_folder(self._directory, step)}: the checkpoint could not be saved: {error};"
-            " free space or repair the folder, then start again: the run resumes from the last"
-            " finished checkpoint"
+            f" {remedy}, then start again: the run resumes from the last finished checkpoint"
         )
         failure.at_once = True  # orbax's threads would print tracebacks as the interpreter ends
         return failure

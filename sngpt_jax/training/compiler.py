@@ -5,13 +5,13 @@ The options belong to the jitted step, so that they also reach a compilation for
 """
 
 import ctypes
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from sngpt_kernels.dispatch import Device
 
+from sngpt_jax.base.files import at_home
 from sngpt_jax.config import ConfigError, TrainConfig
 
 Options = dict[str, str | bool | int]
@@ -52,7 +52,7 @@ def compile_step(lowered: jax.stages.Lowered, more: Mapping[str, Any] | None = N
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`, unless it is empty, for later processes."""
     if folder:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        jax.config.update("jax_compilation_cache_dir", at_home(folder))
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>

@@ -33,7 +33,7 @@ from sngpt_kernels.xsa.api import LIBRARIES
 from sngpt_jax import __version__
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.files import write_text_atomic
+from sngpt_jax.base.files import at_home, write_text_atomic
 from sngpt_jax.cluster import processes
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.config.file import with_own_cache
@@ -164,7 +164,7 @@ def _verdicts(config: Config, tokens: int) -> Verdicts:
     for name, operation in OPERATIONS.items():
         named = operation.named(config.model)
         for case, kernel in _chosen(operation, config.model, tokens // length, length, named):
-            path = _path(Path(folder).expanduser(), name, kernel, case) if folder else None
+            path = _path(Path(at_home(folder)), name, kernel, case) if folder else None
             problem = _kept(path)
             if problem is None:
                 problem = _compared(name, kernel, case)

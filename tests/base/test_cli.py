@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sngpt_jax.base.errors import FULL, UserError, one_line
-from sngpt_jax.base.files import write_text_atomic
+from sngpt_jax.base.files import at_home, write_text_atomic
 from tests.tiny_run import ROOT
 
 # Modules of a command, in a package that is imported first as `sngpt_jax` is.
@@ -64,11 +64,12 @@ cli.run(main)
 """
 
 
-def run(folder, module, **options):
+def run(folder, module, *arguments, env=None, **options):
     (folder / "package").mkdir()
     (folder / "package" / "__init__.py").write_text(PACKAGE)
     (folder / "package" / "command.py").write_text(module)
-    command, env = [sys.executable, "-m", "package.command"], {"PYTHONPATH": f"{folder}:{ROOT}"}
+    command = [sys.executable, "-m", "package.command", *arguments]
+    env = {**(env or {}), "PYTHONPATH": f"{folder}:{ROOT}"}
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.run(command, cwd=folder, env=env, text=True, **settings)
 
@@ -102,6 +103,8 @@ def test_a_file_on_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 NO_ROOM = "/a cannot be written: No room; free space and start again"
+FILES = "raise the limit of open files with ulimit -n"
+GONE = "the working folder is gone; change into a folder that exists"
 CHECK = "check the path and its permissions"
 
 
@@ -113,6 +116,8 @@ CHECK = "check the path and its permissions"
         (FileNotFoundError(errno.ENOENT, "Missing", "/a"), f"/a: Missing; {CHECK}"),
         (PermissionError(errno.EACCES, "Denied", "/a"), f"/a: Denied; {CHECK}"),
         (OSError(errno.EIO, "Broken"), f"a file: Broken; {CHECK}"),
+        (OSError(errno.EMFILE, "Too many", "/a"), f"Too many; {FILES}"),
+        (FileNotFoundError(errno.ENOENT, "Gone"), GONE),
         (MemoryError(), "out of memory; choose smaller sizes or a machine with more memory"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "text is not utf-8: bad at byte 0"),
         (OSError(errno.EPERM, "no file is named"), None),
@@ -122,6 +127,43 @@ CHECK = "check the path and its permissions"
 )
 def test_errors_of_the_system_are_one_line_and_bugs_are_none(error, line):
     assert one_line(error) == line
+
+
+ARGUMENTS = """
+import os
+from sngpt_jax.base import cli
+
+names = ("JAX_ENABLE_X64", "JAX_PLATFORMS")
+cli.run(lambda argv: print(argv, *(name in os.environ for name in names)) or 0)
+"""
+
+
+def test_paths_in_the_home_folder_are_expanded_in_every_argument(tmp_path):
+    arguments = ["--out", "~/a", "--json=~/b", "~other", "x~/c", "--prompt=a=~/d", "~"]
+    done = run(tmp_path, ARGUMENTS, *arguments, env={"HOME": "/home/me"})
+    expected = ["--out", "/home/me/a", "--json=/home/me/b", *arguments[3:]]
+    assert done.stdout.startswith(str(expected)), done.stderr
+
+
+def test_no_home_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="~/a: there is no home folder; set HOME, or give the"):
+        at_home("~/a")
+
+
+def test_variables_that_change_jaxs_numbers_are_ignored_and_said(tmp_path):
+    env = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+    done = run(tmp_path, ARGUMENTS, env=env)
+    assert done.stdout == "[] False True\n"
+    assert done.stderr == "JAX_ENABLE_X64 is ignored: it would change the results\n"
+
+
+def test_deleted_working_folder_ends_a_command_before_its_work(tmp_path):
+    (tmp_path / "gone").mkdir()
+    script = "import os; os.chdir('gone'); os.rmdir(os.getcwd())" + ARGUMENTS
+    done = run(tmp_path, script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {GONE}\n"
 
 
 def test_an_error_that_ends_at_once_waits_for_no_thread(tmp_path):

@@ -110,9 +110,13 @@ IMPOSSIBLE = {
         ({"warmdown_clock": "wall_clock"}, "optim.warmdown_clock|train.max_seconds"),
         ({"muon_momentum": 1.0}, "optim.muon_momentum"),
     ],
-    "data": [({"batch_tokens": 524_289}, "data.batch_tokens = 524289|data.slices|data.seq_len")],
+    "data": [
+        ({"batch_tokens": 524_289}, "data.batch_tokens = 524289|data.slices|data.seq_len"),
+        ({"dir": "~/data"}, "data.dir = ~/data|whole path"),
+    ],
     "train": [
         ({"fsdp": 0}, "train.fsdp = 0"),
+        ({"seed": 2**32}, "train.seed = 4294967296 exceeds 4294967295"),
         ({"device_batch_tokens": 512}, "train.device_batch_tokens = 512|data.seq_len = 1024"),
         ({"profile_steps": "8:5"}, "train.profile_steps = '8:5'"),
         ({"profile_steps": "5-8"}, "train.profile_steps"),

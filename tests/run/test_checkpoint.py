@@ -406,6 +406,15 @@ def test_an_error_under_way_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch
     assert failed.value.at_once and error.value.at_once and not UserError("a third").at_once
 
 
+def test_too_many_open_files_have_their_own_remedy(tmp_path, monkeypatch):
+    def refused(path, text):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(checkpoint, "write_text_atomic", refused)
+    with pytest.raises(CheckpointError, match="Too many open files; raise ulimit -n, then start"):
+        save_steps(tmp_path, (1, None))
+
+
 def test_check_says_that_a_save_has_failed_and_never_waits_for_one(tmp_path, monkeypatch):
     disk_is_full = threading.Event()
 
