@@ -20,6 +20,7 @@ def rotary_kernel(  # type: ignore[no-untyped-def] # Triton reads no types
     h: tl.constexpr,
     half: tl.constexpr,
     rest: tl.constexpr,
+    width: tl.constexpr,
     eps: tl.constexpr,
     rows: tl.constexpr,
 ):
@@ -27,7 +28,7 @@ def rotary_kernel(  # type: ignore[no-untyped-def] # Triton reads no types
     t = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
     exist = t < length
     pair = tl.arange(0, half)[None, :]
-    last = tl.arange(0, triton.next_power_of_2(rest + 1))[None, :]
+    last = tl.arange(0, width)[None, :]
     remain = exist & (last < rest)
     c = tl.load(cos_ptr + t * half + pair, mask=exist, other=0.0)
     s = tl.load(sin_ptr + t * half + pair, mask=exist, other=0.0)
@@ -54,6 +55,7 @@ def prepare(
     """
     B, T, N, h = x.shape
     half, rows = cos.shape[-1], 32
+    rest = h - 2 * half
     return jax_triton.triton_call(
         x,
         jnp.concatenate([gain, jnp.ones(N - gain.shape[0])]),
@@ -66,7 +68,8 @@ def prepare(
         grid=(triton.cdiv(T, rows), B),
         h=h,
         half=half,
-        rest=h - 2 * half,
+        rest=rest,
+        width=triton.next_power_of_2(max(1, rest)),  # of a tile
         eps=eps,
         rows=rows,
         num_warps=4,
