@@ -14,9 +14,9 @@ def rotary_kernel(  # type: ignore[no-untyped-def] # Triton reads no types
     gain_ptr,
     cos_ptr,
     sin_ptr,
-    out_ptr,
     length,
     heads,
+    out_ptr,  # results follow all operands
     h: tl.constexpr,
     half: tl.constexpr,
     rest: tl.constexpr,
