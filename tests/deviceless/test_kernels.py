@@ -24,8 +24,8 @@ pytestmark = [
 # warp instructions and barriers per token of cayley_small_3l, at most
 LIMITS = {
     "cayley_forward": (67_000, 240),
-    "cayley_backward": (15_500, 2),
-    "cayley_bias_gradient": (2_000, 6),
+    "cayley_backward": (11_000, 2),
+    "cayley_bias_gradient": (1_000, 0),
 }
 
 

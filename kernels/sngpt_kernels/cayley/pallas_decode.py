@@ -41,7 +41,7 @@ class Config:
     def heuristic(cls, d: int) -> "Config":
         """One column per thread, with at most 16 tokens so that narrow tokens leave programs."""
         tokens = min(max(1, THREADS * WORD // d), 16)
-        return cls(tokens, 4, bias_features=8, bias_lanes=128, bias_warps=4)
+        return cls(tokens, 4, bias_features=4, bias_lanes=128, bias_warps=1)
 
     @classmethod
     def of(cls, dtype: jnp.dtype, levels: Levels) -> "Config":
