@@ -18,8 +18,8 @@ SMALL = pallas_triton.Config(rows=4, sums=16)
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "function",
     [
-        lambda *a: api.sum_norm(*a, eps=EPS, scale=SCALE, implementation="xla"),
-        lambda *a: INTERPRETED(*a, EPS, SCALE, config=SMALL),
+        lambda *a, **k: api.sum_norm(*a, **k, eps=EPS, scale=SCALE, implementation="xla"),
+        lambda *a, **k: INTERPRETED(*a, EPS, SCALE, **k, config=SMALL),
     ],
     ids=["xla", "pallas_triton"],
 )
@@ -67,6 +67,22 @@ def check(got, want, tolerance):
 
 @IMPLEMENTATIONS
 class TestImplementation:
+    @pytest.mark.parametrize("name", ["a sum and a gain", "a mix"])
+    def test_more_results_have_their_cotangents(self, function, name):
+        """n is used twice, u and the third n are not, and the first group's sum is used."""
+        groups, weights, gain, dfirst, dn = draw(SHAPES[name])
+
+        def used(groups, weights, gain):
+            _, n, again, _, first = function(groups, weights, gain, uses=3, first=True)
+            return n, again, first
+
+        out, vjp = jax.vjp(used, groups, weights, gain)
+        (dfirst_group, *dothers), *dvectors = vjp((dn, 2 * dn, dfirst))
+        u, n, (first, *others), *vectors = expected(groups, weights, gain, 0 * dn, 3 * dn)
+        check(out, (n, n, np.sum(np.float64(groups[0]), axis=0)), 2e-6)
+        check(dfirst_group, [d + dfirst for d in first], 2e-6)
+        check((dothers, dvectors), (others, vectors), 2e-6)
+
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     def test_equals_the_definition(self, function, shape):
         arrays = draw(shape)

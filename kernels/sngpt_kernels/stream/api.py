@@ -27,8 +27,10 @@ def sum_norm(
     *,
     eps: float,
     scale: float = 1.0,
+    uses: int = 1,
+    first: bool = False,
     implementation: Implementation | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """u = Σᵢ wᵢ ⊙ Σⱼ xᵢⱼ, and its RMSNorm n = scale · gain ⊙ u / sqrt(mean(u²) + eps).
 
     Both kernels read each array once, compute in float32 and round once. n is computed from the
@@ -42,10 +44,13 @@ def sum_norm(
       gain: [D], float32, or None, which is 1.
       eps: added to the mean square, above 0. Static.
       scale: static.
+      uses: how often n is returned. The kernel adds the gradients of uses of their own, which
+        spares a pass over memory. Static.
+      first: whether Σⱼ xᵢⱼ of the first group is returned too. Static.
       implementation: None chooses by the device that the code is traced for.
 
     Returns:
-      u and n, as the arrays.
+      u, then n as often as `uses` says, then the first group's sum if `first`; as the arrays.
 
     Raises:
       ValueError: an argument is not as described.
@@ -55,9 +60,10 @@ def sum_norm(
     _check_arguments(groups, factors, gain, eps)
     x = groups[0][0]
     if choose(x.dtype, x.shape[-1], implementation) == "xla":
-        return xla.sum_norm(groups, factors, gain, eps, scale)
+        return xla.sum_norm(groups, factors, gain, eps, scale, uses, first)
     kernels = dispatch.pallas_triton("stream", dispatch.current_device())
-    return kernels.sum_norm(groups, factors, gain, eps, scale)
+    results: tuple[Array, ...] = kernels.sum_norm(groups, factors, gain, eps, scale, uses, first)
+    return results
 
 
 def _check_arguments(

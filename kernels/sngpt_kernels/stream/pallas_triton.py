@@ -3,17 +3,19 @@
 The backward kernel computes the sum again from the arrays, which the gradients of the weights need
 anyway. Without weights it reads the rounded sum instead, so that the arrays need not be kept. A
 program sums the gradients of the vectors over its rows. XLA adds the programs' sums, so the
-gradients are the same in every run.
+gradients are the same in every run. The kernel also adds the cotangents of n's uses, and reads no
+cotangent that is zero.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
 from sngpt_kernels import dispatch
@@ -47,6 +49,8 @@ class Problem:
     width: int  # D
     groups: tuple[tuple[int, bool], ...]  # each group's number of arrays, and if it has a weight
     gain: bool
+    first: bool  # whether the first group's own sum is a result, or has a cotangent
+    cotangents: tuple[bool, int]  # whether u has one, and how many n has
     eps: float
     scale: float
     config: Config
@@ -120,7 +124,7 @@ class Problem:
 
 
 def _forward_kernel(*refs: Any, problem: Problem) -> None:
-    terms, gain, (u_ref, n_ref) = problem.terms(refs)
+    terms, gain, (u_ref, n_ref, *first_ref) = problem.terms(refs)
     exist = problem.exist(pl.program_id(0) * problem.config.rows)
     inner = [problem.inner(arrays, slice(None), exist) for _, arrays in terms]
     u = problem.total(inner, [weight for weight, _ in terms], u_ref.dtype)
@@ -129,10 +133,17 @@ def _forward_kernel(*refs: Any, problem: Problem) -> None:
     for columns, sums, normed in zip(problem.spans, u, n, strict=True):
         store(u_ref.at[:, columns], sums, exist)
         store(n_ref.at[:, columns], normed, exist)
+    for ref in first_ref:
+        for columns, part in zip(problem.spans, inner[0], strict=True):
+            store(ref.at[:, columns], part, exist)
 
 
 def _backward_kernel(*refs: Any, problem: Problem) -> None:
-    terms, gain, (du_ref, dn_ref, *results) = problem.terms(refs)
+    terms, gain, left = problem.terms(refs)
+    has_du, uses = problem.cotangents
+    ends = uses, uses + has_du, uses + has_du + problem.first
+    dns, dus, dfirst = left[: ends[0]], left[ends[0] : ends[1]], left[ends[1] : ends[2]]
+    results = left[ends[2] :]
     weights = [weight for weight, _ in terms]
     rows, first = problem.config.rows, pl.program_id(0) * problem.config.sums
     vectors = sum(weight is not None for weight in (*weights, gain))
@@ -141,18 +152,22 @@ def _backward_kernel(*refs: Any, problem: Problem) -> None:
         at = pl.ds(i * rows, rows)
         exist = problem.exist(first + i * rows)
         inner = [problem.inner(arrays, at, exist) for _, arrays in terms]
-        u = problem.total(inner, weights, du_ref.dtype)
+        u = problem.total(inner, weights, dns[0].dtype)
         inverse = problem.inverse_norm(u)
-        dn = [part * problem.scale for part in problem.inner([dn_ref], at, exist)]
+        dn = [part * problem.scale for part in problem.inner(dns, at, exist)]
         dunit = problem.times(dn, gain)
         along = dot(dunit, u) * inverse * inverse / problem.width
-        du = problem.inner([du_ref], at, exist)
-        g = [a + inverse * (b - c * along) for a, b, c in zip(du, dunit, u, strict=True)]
+        g = [inverse * (a - b * along) for a, b in zip(dunit, u, strict=True)]
+        if dus:
+            g = [a + b for a, b in zip(g, problem.inner(dus, at, exist), strict=True)]
         outputs = iter(results)
-        for weight, arrays in terms:
+        for i_group, (weight, arrays) in enumerate(terms):
             if arrays:
-                out = next(outputs)
-                for columns, part in zip(problem.spans, problem.times(g, weight), strict=True):
+                out, parts = next(outputs), problem.times(g, weight)
+                if dfirst and i_group == 0:
+                    more = problem.inner(dfirst, at, exist)
+                    parts = [a + b for a, b in zip(parts, more, strict=True)]
+                for columns, part in zip(problem.spans, parts, strict=True):
                     store(out.at[at, columns], part, exist)
         of_vectors = [(g, part) for part, w in zip(inner, weights, strict=True) if w is not None]
         if gain is not None:
@@ -178,15 +193,17 @@ def _flat(groups: Groups, weights: Weights, gain: Array | None) -> tuple[Array, 
 
 def _forward(
     problem: Problem, groups: Groups, weights: Weights, gain: Array | None
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     x = groups[0][0]
-    results = (ShapeDtypeStruct(x.shape, x.dtype),) * 2
+    results = (ShapeDtypeStruct(x.shape, x.dtype),) * (2 + problem.first)
     inputs = _flat(groups, weights, gain)
-    return problem.launch("stream_forward", _forward_kernel, problem.config.rows, inputs, results)
+    return tuple(
+        problem.launch("stream_forward", _forward_kernel, problem.config.rows, inputs, results)
+    )
 
 
 def _backward(
-    problem: Problem, saved: tuple[Groups, Weights, Array | None], cotangents: tuple[Array, Array]
+    problem: Problem, saved: tuple[Groups, Weights, Array | None], cotangents: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     """The gradient that each group's arrays share, of groups with arrays, and of the vectors."""
     inputs = (*_flat(*saved), *cotangents)
@@ -203,29 +220,41 @@ def _backward(
     return gradients[:-1], list(jnp.sum(gradients[-1], axis=0))
 
 
+def _repeated(problem: Problem, u: Array, n: Array, *first: Array) -> tuple[Array, ...]:
+    return u, *(n,) * problem.cotangents[1], *first
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sum_norm(groups: Groups, weights: Weights, gain: Array | None, problem: Problem) -> Any:
-    return _forward(problem, groups, weights, gain)
+    return _repeated(problem, *_forward(problem, groups, weights, gain))
 
 
-def _sum_norm_forward(
-    groups: Groups, weights: Weights, gain: Array | None, problem: Problem
-) -> Any:
+def _sum_norm_forward(groups: Any, weights: Any, gain: Any, problem: Problem) -> Any:
+    groups, weights, gain = jax.tree.map(lambda primal: primal.value, (groups, weights, gain))
     forward = dispatch.without_derivative(OPERATION, functools.partial(_forward, problem))
-    u, n = forward(groups, weights, gain)
-    weighted = any(weight is not None for weight in weights)
-    return (u, n), (groups if weighted else ((u,),), weights if weighted else (None,), gain)
+    u, n, *first = forward(groups, weights, gain)
+    weighted = problem.first or any(weight is not None for weight in weights)
+    kept = (groups if weighted else ((u,),), weights if weighted else (None,), gain)
+    return _repeated(problem, u, n, *first), kept
 
 
 def _sum_norm_backward(problem: Problem, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     groups, weights, _ = saved
     inner = tuple((len(group), w is not None) for group, w in zip(groups, weights, strict=True))
-    mine = Problem(**{**vars(problem), "groups": inner})
+    du, *dns = cotangents
+    dfirst = [dns.pop()] if problem.first else []
+    given = [[d for d in ds if not isinstance(d, SymbolicZero)] for ds in (dns, [du], dfirst)]
+    given[0] = given[0] or [jnp.zeros(du.shape, du.dtype)]
+    mine = replace(
+        problem, groups=inner, first=bool(given[2]), cotangents=(bool(given[1]), len(given[0]))
+    )
     gradients = dispatch.without_derivative(OPERATION, functools.partial(_backward, mine))
-    dgroups, dvectors = gradients(saved, cotangents)
-    of_arrays, of_vectors = iter(dgroups), iter(dvectors)
-    if not any(weighted for _, weighted in problem.groups):
-        of_arrays = iter(dgroups * len(problem.groups))
+    dgroups, dvectors = gradients(saved, sum(given, []))
+    # without weights all arrays share one gradient
+    of_arrays = iter(
+        dgroups if len(groups) == len(problem.groups) else dgroups * len(problem.groups)
+    )
+    of_vectors = iter(dvectors)
     return (
         tuple((next(of_arrays),) * count if count else () for count, _ in problem.groups),
         tuple(next(of_vectors) if weighted else None for _, weighted in problem.groups),
@@ -233,7 +262,7 @@ def _sum_norm_backward(problem: Problem, saved: Any, cotangents: Any) -> tuple[A
     )
 
 
-_sum_norm.defvjp(_sum_norm_forward, _sum_norm_backward)
+_sum_norm.defvjp(_sum_norm_forward, _sum_norm_backward, symbolic_zeros=True)
 
 
 def sum_norm(
@@ -242,9 +271,11 @@ def sum_norm(
     gain: Array | None,
     eps: float,
     scale: float,
+    uses: int = 1,
+    first: bool = False,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """`api.sum_norm` of valid arguments. `interpret` serves any device."""
     shape, dtype = groups[0][0].shape, groups[0][0].dtype
     if config is None:
@@ -252,7 +283,8 @@ def sum_norm(
         config = Config(**entry["config"]) if "config" in entry else Config.heuristic(shape[-1])
     flat = tuple(tuple(x.reshape(-1, shape[-1]) for x in group) for group in groups)
     kinds = tuple((len(group), w is not None) for group, w in zip(groups, weights, strict=True))
-    length = math.prod(shape[:-1])
-    problem = Problem(length, shape[-1], kinds, gain is not None, eps, scale, config, interpret)
-    u, n = _sum_norm(flat, weights, gain, problem)
-    return u.reshape(shape), n.reshape(shape)
+    length, results = math.prod(shape[:-1]), (True, uses)
+    problem = Problem(
+        length, shape[-1], kinds, gain is not None, first, results, eps, scale, config, interpret
+    )
+    return tuple(x.reshape(shape) for x in _sum_norm(flat, weights, gain, problem))

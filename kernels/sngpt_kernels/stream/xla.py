@@ -13,12 +13,17 @@ def sum_norm(
     gain: Array | None,
     eps: float,
     scale: float,
-) -> tuple[Array, Array]:
-    """`api.sum_norm` of valid arguments. The sum and the norm are each rounded once."""
+    uses: int = 1,
+    first: bool = False,
+) -> tuple[Array, ...]:
+    """`api.sum_norm` of valid arguments. Each result is rounded once."""
+
+    def inner(group: tuple[Array, ...]) -> Array:
+        wide = [x.astype(jnp.float32) for x in group] or [jnp.ones((), jnp.float32)]
+        return functools.reduce(jnp.add, wide)
 
     def widened(group: tuple[Array, ...], weight: Array | None) -> Array:
-        inner = [x.astype(jnp.float32) for x in group] or [jnp.ones((), jnp.float32)]
-        total = functools.reduce(jnp.add, inner)
+        total = inner(group)
         return total if weight is None else total * weight.reshape(*(1,) * (ndim - 1), -1)
 
     dtype, ndim = arrays[0][0].dtype, arrays[0][0].ndim
@@ -28,4 +33,5 @@ def sum_norm(
     n = u32 * (scale * inverse)
     if gain is not None:
         n *= gain.reshape(*(1,) * (ndim - 1), -1)
-    return u, n.astype(dtype)
+    kept = (inner(arrays[0]).astype(dtype),) if first else ()
+    return u, *(n.astype(dtype),) * uses, *kept
