@@ -138,7 +138,7 @@ class Attention(nnx.Module):
             self.value_mix = nnx.Param(0.5 * jnp.ones((2,)))
 
     def project(
-        self, x_BTD: jax.Array, positions: Positions
+        self, inputs: tuple[jax.Array, ...], positions: Positions
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, h] and keys [B, T, K, h] as attention takes them, and raw values.
 
@@ -147,8 +147,9 @@ class Attention(nnx.Module):
         side by side and writes them apart.
         """
         matrices = [self.query[...], self.key[...], self.value[...]]
+        x_BTD = inputs[0]
 
-        def heads(*matrices: jax.Array) -> jax.Array:
+        def heads(x_BTD: jax.Array, *matrices: jax.Array) -> jax.Array:
             return linear(x_BTD, *matrices).reshape(*x_BTD.shape[:2], -1, self.head_dim)
 
         if self.qk_norm and positions.rotary:
@@ -156,18 +157,18 @@ class Attention(nnx.Module):
                 chosen = rotary.choose(x_BTD.dtype, self.head_dim, self.rotary)
             if chosen != "xla":
                 q_BTHh, k_BTKh = rotary.prepare(
-                    heads(*matrices[:2]),
+                    heads(x_BTD, *matrices[:2]),
                     self.q_gain[...],
                     *positions.rotary,
                     eps=self.norm_eps,
                     implementation=self.rotary,
                 )
-                return q_BTHh, k_BTKh, heads(matrices[2])
+                return q_BTHh, k_BTKh, heads(inputs[1], matrices[2])
         if self.exclusive or not self.qk_norm:
-            q_BTHh, k_BTKh, v_BTKh = map(heads, matrices)
+            q_BTHh, k_BTKh, v_BTKh = map(heads, inputs, matrices)
         else:
             ends = (self.num_heads, self.num_heads + self.num_kv_heads)
-            q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(*matrices), ends, axis=2)
+            q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(x_BTD, *matrices), ends, axis=2)
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
         if positions.rotary:
@@ -182,15 +183,18 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         positions: Positions,
         *,
+        copies: tuple[jax.Array, ...] = (),
         gain_D: jax.Array | None = None,
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The output [B, T, D], its channels times `gain_D`, and the values [B, T, K, h].
 
-        `added_value` is added to the values; `first_value` are the first layer's values.
+        A kernel may give two `copies` of x with it, and adds the gradients of x and of its copies,
+        which the products read. `added_value` is added to the values; `first_value` are the first layer's values.
         """
-        q_BTHh, k_BTKh, v_BTKh = self.project(x_BTD, positions)
+        inputs = (x_BTD, *copies) if copies else (x_BTD,) * 3
+        q_BTHh, k_BTKh, v_BTKh = self.project(inputs, positions)
         if added_value is not None:
             v_BTKh += added_value
         if self.mixes_values and first_value is not None:
@@ -218,7 +222,7 @@ class Attention(nnx.Module):
                 y_BTHh = xla.exclude_own_value(y_BTHh, v_BTKh)
         if self.gated:
             # rounded to the compute dtype first, so that the backward products have it too
-            logits_BTH = linear(x_BTD, self.gate_weight[...]).astype(jnp.float32)
+            logits_BTH = linear(inputs[2], self.gate_weight[...]).astype(jnp.float32)
             gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
             y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
         return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...], gain=gain_D), v_BTKh

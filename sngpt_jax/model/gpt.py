@@ -88,9 +88,9 @@ class Block(nnx.Module):
         keep_D, mix_D = self.resid_mix[...]
         with jax.named_scope("attention"):
             mixed = x.scaled(keep_D) + x0.scaled(mix_D)
-            u, n_BTD = mixed.normed(self.norm_eps, scale=self.norm_scale)
-            gain_D = self.attn_scale[...]
-            y_BTD, v_BTKh = self.attn(n_BTD, positions, gain_D=gain_D, **values)
+            u, n_BTD, *copies = mixed.normed(self.norm_eps, scale=self.norm_scale, uses=3)
+            values |= {"copies": tuple(copies), "gain_D": self.attn_scale[...]}
+            y_BTD, v_BTKh = self.attn(n_BTD, positions, **values)
         with jax.named_scope("mlp"):
             u, n_BTD = (u + y_BTD).normed(self.norm_eps, scale=self.norm_scale)
             return u + self.mlp(n_BTD, self.mlp_scale[...]), v_BTKh
@@ -169,5 +169,7 @@ class GPT(LanguageModel):
                 x, value = block(x, x0, positions, **values)
             first_value = value if i == 0 else first_value
             if i < config.num_skips:
+                x = x.used_twice()
                 skips.append(x)
-        return x.normed(config.norm_eps)[1], None
+        _, x_BTD = x.normed(config.norm_eps)
+        return x_BTD, None

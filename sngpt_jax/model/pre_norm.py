@@ -37,8 +37,8 @@ class PreNormBlock(nnx.Module):
     ) -> tuple[Stream, tuple[jax.Array, jax.Array] | None]:
         """The block's output, and the code's input [B, T, D] and features [B, T, A]."""
         with jax.named_scope("attention"):
-            x, h_BTD = x.normed(self.norm_eps, gain_D=self.attn_norm[...])
-            y_BTD, _ = self.attn(h_BTD, positions)
+            x, h_BTD, *copies = x.normed(self.norm_eps, gain_D=self.attn_norm[...], uses=3)
+            y_BTD, _ = self.attn(h_BTD, positions, copies=tuple(copies))
         u, h_BTD = (x + y_BTD).normed(self.norm_eps, gain_D=self.mlp_norm[...])
         seen = None
         if self.coded:

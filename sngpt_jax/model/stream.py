@@ -1,7 +1,7 @@
 """The residual stream, a weighted sum that is computed where an RMSNorm follows."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import jax
 from sngpt_kernels.stream import api
@@ -9,6 +9,14 @@ from sngpt_kernels.stream.api import Implementation
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.layers import chosen_by, per_channel, rms_norm
+
+
+@dataclass(eq=False)
+class Shared:
+    """A sum that several kernels read. The first of them also writes it, for the others."""
+
+    arrays: tuple[jax.Array, ...]
+    written: bool = field(default=False, init=False)
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Stream:
     the kernel each step is computed at once, and there is one group of one array.
     """
 
-    groups: tuple[tuple[jax.Array | None, tuple[jax.Array, ...]], ...]
+    groups: tuple[tuple[jax.Array | None, tuple[jax.Array, ...] | Shared], ...]
     named: Implementation | None  # by the recipe
     by_kernel: bool
 
@@ -38,8 +46,16 @@ class Stream:
     @property
     def array(self) -> jax.Array:
         """The stream [B, T, D] that has been computed."""
-        ((_, (x_BTD,)),) = self.groups
+        ((_, (x_BTD,)),) = self.groups  # type: ignore[misc]  # only a kernel reads shared sums
         return x_BTD
+
+    def used_twice(self) -> Self:
+        """The same stream, for two sums; each would otherwise compute it."""
+        if not self.by_kernel:
+            return self
+        ((weight, arrays),) = self.groups
+        assert isinstance(arrays, tuple)
+        return replace(self, groups=((weight, Shared(arrays)),))
 
     def scaled(self, weights_D: jax.Array) -> Self:
         """Each channel times its weight."""
@@ -62,19 +78,32 @@ class Stream:
         if not self.by_kernel:
             return self._now(self.array + other)
         *before, (weight, arrays) = self.groups
-        if weight is None:  # arrays of one group share a gradient
+        if weight is None and isinstance(arrays, tuple):  # arrays of one group share a gradient
             return replace(self, groups=(*before, (None, (*arrays, other))))
         return replace(self, groups=(*self.groups, (None, (other,))))
 
     def normed(
-        self, eps: float, *, scale: float = 1.0, gain_D: jax.Array | None = None
-    ) -> tuple[Self, jax.Array]:
-        """The stream, computed, and gain ⊙ rms_norm(stream, eps, scale) [B, T, D]."""
-        if self.by_kernel:
-            weights, arrays = zip(*self.groups, strict=True)
-            u_BTD, n_BTD = api.sum_norm(
-                arrays, weights, gain_D, eps=eps, scale=scale, implementation=self.named
-            )
-            return self._now(u_BTD), n_BTD
-        n_BTD = rms_norm(self.array, eps, scale)
-        return self, n_BTD if gain_D is None else per_channel(gain_D, n_BTD)
+        self, eps: float, *, scale: float = 1.0, gain_D: jax.Array | None = None, uses: int = 1
+    ) -> tuple[Any, ...]:
+        """The stream, computed, and gain ⊙ rms_norm(stream, eps, scale) [B, T, D].
+
+        The kernel adds the gradients of the norm's `uses`, of which each takes its own copy.
+        """
+        if not self.by_kernel:
+            n_BTD = rms_norm(self.array, eps, scale)
+            n_BTD = n_BTD if gain_D is None else per_channel(gain_D, n_BTD)
+            return self, *(n_BTD,) * uses
+        weights, sums = zip(*self.groups, strict=True)
+        shared = sums[0] if isinstance(sums[0], Shared) and not sums[0].written else None
+        u_BTD, *results = api.sum_norm(
+            [s.arrays if isinstance(s, Shared) else s for s in sums],
+            *(weights, gain_D),
+            eps=eps,
+            scale=scale,
+            uses=uses,
+            first=shared is not None,
+            implementation=self.named,
+        )
+        if shared:
+            shared.arrays, shared.written = (results.pop(),), True
+        return self._now(u_BTD), *results

@@ -78,7 +78,7 @@ class TestImplementation:
 
         out, vjp = jax.vjp(used, groups, weights, gain)
         (dfirst_group, *dothers), *dvectors = vjp((dn, 2 * dn, dfirst))
-        u, n, (first, *others), *vectors = expected(groups, weights, gain, 0 * dn, 3 * dn)
+        _, n, (first, *others), *vectors = expected(groups, weights, gain, 0 * dn, 3 * dn)
         check(out, (n, n, np.sum(np.float64(groups[0]), axis=0)), 2e-6)
         check(dfirst_group, [d + dfirst for d in first], 2e-6)
         check((dothers, dvectors), (others, vectors), 2e-6)

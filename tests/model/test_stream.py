@@ -34,7 +34,7 @@ def test_loss_and_gradients_equal_those_of_xla(name, monkeypatch):
     calls = []
 
     def interpreted(*arguments):
-        calls.append([len(group) for group in arguments[0]])
+        calls.append(sum(len(group) for group in arguments[0]))
         return pallas_triton.sum_norm(*arguments, interpret=True)
 
     kernels = type("kernels", (), {"sum_norm": staticmethod(interpreted)})

@@ -249,7 +249,7 @@ def _sum_norm_backward(problem: Problem, saved: Any, cotangents: Any) -> tuple[A
         problem, groups=inner, first=bool(given[2]), cotangents=(bool(given[1]), len(given[0]))
     )
     gradients = dispatch.without_derivative(OPERATION, functools.partial(_backward, mine))
-    dgroups, dvectors = gradients(saved, sum(given, []))
+    dgroups, dvectors = gradients(saved, [*given[0], *given[1], *given[2]])
     # without weights all arrays share one gradient
     of_arrays = iter(
         dgroups if len(groups) == len(problem.groups) else dgroups * len(problem.groups)
