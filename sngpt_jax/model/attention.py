@@ -190,8 +190,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The output [B, T, D], its channels times `gain_D`, and the values [B, T, K, h].
 
-        A kernel may give two `copies` of x with it, and adds the gradients of x and of its copies,
-        which the products read. `added_value` is added to the values; `first_value` are the first layer's values.
+        A kernel that gives two `copies` of x, too, adds the gradients of the products that read
+        them. `added_value` is added to the values; `first_value` are the first layer's values.
         """
         inputs = (x_BTD, *copies) if copies else (x_BTD,) * 3
         q_BTHh, k_BTKh, v_BTKh = self.project(inputs, positions)

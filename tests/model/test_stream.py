@@ -11,11 +11,11 @@ from sngpt_kernels.stream import api, pallas_triton
 
 from sngpt_jax.model.forward import losses
 from tests.model import test_pre_norm
-from tests.model.test_techniques import STACKS, TOKENS, changed, random_params
+from tests.model.test_techniques import TOKENS, changed, random_params
 
 MODELS = {
-    "compact": changed(**{**STACKS["12l_recycled"], "rotary": "xla"}),
-    "pre_norm": dataclasses.replace(test_pre_norm.DENSE, rotary="xla", num_layers=2),
+    "compact": changed(num_layers=2, recycle_layers=(0,), attention_gate=True, rotary="xla"),
+    "pre_norm": dataclasses.replace(test_pre_norm.DENSE, rotary="xla", num_layers=1),
 }
 
 
