@@ -17,6 +17,7 @@ class Shared:
 
     arrays: tuple[jax.Array, ...]
     written: bool = field(default=False, init=False)
+    readers: int = field(default=2, init=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Stream:
         if isinstance(other, Stream):
             if not self.by_kernel:
                 return self._now(self.array + other.array)
+            (weight, sums), *more = other.groups
+            (own, same), *mine = self.groups
+            if isinstance(sums, Shared) and sums is same:  # one kernel reads it for both
+                sums.readers -= 1
+                both = (1.0 if own is None else own) + (1.0 if weight is None else weight)
+                return replace(self, groups=((both, sums), *mine, *more))
             return replace(self, groups=self.groups + other.groups)
         if not self.by_kernel:
             return self._now(self.array + other)
@@ -94,16 +101,17 @@ class Stream:
             n_BTD = n_BTD if gain_D is None else per_channel(gain_D, n_BTD)
             return self, *(n_BTD,) * uses
         weights, sums = zip(*self.groups, strict=True)
-        shared = sums[0] if isinstance(sums[0], Shared) and not sums[0].written else None
+        first = sums[0]
+        write = isinstance(first, Shared) and not first.written and first.readers > 1
         u_BTD, *results = api.sum_norm(
             [s.arrays if isinstance(s, Shared) else s for s in sums],
             *(weights, gain_D),
             eps=eps,
             scale=scale,
             uses=uses,
-            first=shared is not None,
+            first=write,
             implementation=self.named,
         )
-        if shared:
-            shared.arrays, shared.written = (results.pop(),), True
+        if write:
+            first.arrays, first.written = (results.pop(),), True
         return self._now(u_BTD), *results

@@ -14,6 +14,7 @@ from tests.model import test_pre_norm
 from tests.model.test_techniques import TOKENS, changed, random_params
 
 MODELS = {
+    "compact without a core": changed(num_layers=2, rotary="xla"),
     "compact": changed(num_layers=2, recycle_layers=(0,), attention_gate=True, rotary="xla"),
     "pre_norm": dataclasses.replace(test_pre_norm.DENSE, rotary="xla", num_layers=1),
 }
