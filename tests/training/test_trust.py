@@ -15,6 +15,7 @@ from sngpt_kernels import dispatch, parity
 from sngpt_kernels.cayley import pallas_triton as cayley_kernels
 from sngpt_kernels.cayley import xla as cayley_xla
 from sngpt_kernels.rotary import pallas_triton as rotary_kernels
+from sngpt_kernels.stream import pallas_triton as stream_kernels
 from sngpt_kernels.xsa import api as xsa_api
 from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 from sngpt_kernels.xsa import xla as xsa_xla
@@ -180,17 +181,20 @@ def test_a_sparse_code_and_both_kinds_of_attention(config, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])
-def test_queries_and_keys(factor, problem, config, monkeypatch):
-    right = partial(rotary_kernels.prepare, interpret=True)
+@pytest.mark.parametrize(
+    ("name", "module", "function"),
+    [("rotary", rotary_kernels, "prepare"), ("stream", stream_kernels, "sum_norm")],
+)
+def test_element_wise_kernels(name, module, function, factor, problem, config, monkeypatch):
+    right = partial(getattr(module, function), interpret=True)
 
     def kernel(*args):
         return tuple(factor * part for part in right(*args))
 
-    monkeypatch.setattr(rotary_kernels, "prepare", kernel)
-    chosen = changed(config, model={"rotary": "auto", "attention": "xla"})
-    verdicts = trust.settle(chosen, 32, "check")
-    assert list(verdicts) == ["rotary"] and verdicts["rotary"].startswith(problem)
-    assert bool(verdicts["rotary"]) == bool(problem)
+    monkeypatch.setattr(module, function, kernel)
+    verdicts = trust.settle(changed(config, model={name: "auto", "attention": "xla"}), 32, "check")
+    assert list(verdicts) == [name] and verdicts[name].startswith(problem)
+    assert bool(verdicts[name]) == bool(problem)
 
 
 def test_process_0_decides(config, monkeypatch):
