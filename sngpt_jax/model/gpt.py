@@ -89,8 +89,10 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             mixed = x.scaled(keep_D) + x0.scaled(mix_D)
             u, n_BTD, *copies = mixed.normed(self.norm_eps, scale=self.norm_scale, uses=3)
-            values |= {"copies": tuple(copies), "gain_D": self.attn_scale[...]}
-            y_BTD, v_BTKh = self.attn(n_BTD, positions, **values)
+            gain_D = self.attn_scale[...]
+            y_BTD, v_BTKh = self.attn(
+                n_BTD, positions, copies=tuple(copies), gain_D=gain_D, **values
+            )
         with jax.named_scope("mlp"):
             u, n_BTD = (u + y_BTD).normed(self.norm_eps, scale=self.norm_scale)
             return u + self.mlp(n_BTD, self.mlp_scale[...]), v_BTKh

@@ -1,9 +1,10 @@
 """The residual stream, a weighted sum that is computed where an RMSNorm follows."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from sngpt_kernels.stream import api
 from sngpt_kernels.stream.api import Implementation
 
@@ -16,8 +17,7 @@ class Shared:
     """A sum that several kernels read. The first of them also writes it, for the others."""
 
     arrays: tuple[jax.Array, ...]
-    written: bool = field(default=False, init=False)
-    readers: int = field(default=2, init=False)
+    again: bool = True  # whether a kernel after the next one reads it too
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ class Stream:
                 return self._now(self.array + other.array)
             (weight, sums), *more = other.groups
             (own, same), *mine = self.groups
-            if isinstance(sums, Shared) and sums is same:  # one kernel reads it for both
-                sums.readers -= 1
-                both = (1.0 if own is None else own) + (1.0 if weight is None else weight)
+            if sums is same:  # one kernel reads it, for both
+                if isinstance(sums, Shared):
+                    sums.again = False
+                both = jnp.add(1.0 if own is None else own, 1.0 if weight is None else weight)
                 return replace(self, groups=((both, sums), *mine, *more))
             return replace(self, groups=self.groups + other.groups)
         if not self.by_kernel:
@@ -102,7 +103,7 @@ class Stream:
             return self, *(n_BTD,) * uses
         weights, sums = zip(*self.groups, strict=True)
         first = sums[0]
-        write = isinstance(first, Shared) and not first.written and first.readers > 1
+        write = isinstance(first, Shared) and first.again
         u_BTD, *results = api.sum_norm(
             [s.arrays if isinstance(s, Shared) else s for s in sums],
             *(weights, gain_D),
@@ -113,5 +114,5 @@ class Stream:
             implementation=self.named,
         )
         if write:
-            first.arrays, first.written = (results.pop(),), True
+            first.arrays, first.again = (results.pop(),), False
         return self._now(u_BTD), *results
