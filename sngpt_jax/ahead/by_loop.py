@@ -55,12 +55,12 @@ def rows(
     times = programs / counted.trips  # of everything that was counted, for one token
 
     def add(code: sass.Loop, loop: Loop, depth: int) -> None:
-        unrolled: float | None = 1
-        if loop.fixed and depth:
-            unrolled = (
-                loop.trips / (code.trips * loop.entries) if code.trips and loop.trips else None
-            )
-            if unrolled and unrolled % 1:
+        unrolled: float | None = None if loop.fixed and depth else 1
+        if depth and code.trips and loop.trips:
+            factor = loop.trips / (code.trips * loop.entries)
+            if factor % 1 == 0:
+                unrolled = factor
+            elif loop.fixed:
                 kernel = f"{loop.name} runs {loop.trips / loop.entries:g} times"
                 raise RuntimeError(f"{counted.name}: {kernel}, and its machine code {code.trips}")
         inside = _without_unrolled(loop, len(code.inside))

@@ -76,7 +76,8 @@ def counting() -> Iterator[dict[str, Loop]]:
     def counted_fori(low: Any, high: Any, function: Any, start: Any, **options: Any) -> Any:
         if not around:
             return fori_loop(low, high, function, start, **options)
-        loop = Loop(function.__name__, fixed=isinstance(low, int) and isinstance(high, int))
+        traced = any(isinstance(end, jax.core.Tracer) for end in (low, high))
+        loop = Loop(function.__name__, fixed=not traced)
         around[-1].inside.append(loop)
         jax.debug.callback(loop.count, high - low)
         return fori_loop(low, high, body_of(loop, function), start, **options)
