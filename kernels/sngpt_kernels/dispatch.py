@@ -118,6 +118,48 @@ def backend(operation: str, name: str) -> Any:
     return importlib.import_module(module)
 
 
+def check_heads(operation: str, device: Device, head_size: int, most: int) -> None:
+    """Raises CannotServe if the operation's kernels cannot serve heads of that size there."""
+    pallas_triton(operation, device)
+    if head_size % 8 or head_size > most:
+        served = f"pallas_triton serves head sizes of 8, 16, … {most}"
+        raise CannotServe(f"{served}; the heads have {head_size}")
+
+
+def kernel_or_xla(
+    operation: str,
+    implementation: str | None,
+    check: Callable[[], None],
+    entry: dict[str, Any],
+    arguments: str,
+) -> str:
+    """`pallas_triton` or `xla`, here and now, logged with its reason.
+
+    Args:
+      operation: as the log names it.
+      implementation: the one that is named; None chooses.
+      check: raises CannotServe, with the reason, if the kernels cannot serve.
+      entry: of these arguments in the device's table.
+      arguments: what `entry` was measured for, in words.
+
+    Raises: what `check` raises, if the kernels are named.
+    """
+    check_name(implementation, ("xla", "pallas_triton"))
+    chosen = implementation or "pallas_triton"
+    reason = "as asked" if implementation else "on an NVIDIA GPU, where no measurement says another"
+    if chosen == "pallas_triton":
+        try:
+            check()
+        except CannotServe as error:
+            if implementation:
+                raise
+            chosen, reason = "xla", str(error)
+    if not implementation and entry.get("implementation") == "xla" != chosen:
+        chosen, reason = "xla", f"the fastest measured on {current_device().kind}, {arguments}"
+    announce(operation, chosen, reason)
+    return chosen
+
+
 def without_derivative(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, a part of the operation's gradient. Its own derivative raises CannotServe."""
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
@@ -20,17 +21,27 @@ def spans(start: int, width: int) -> Iterator[slice]:
         start, width = start + part, width - part
 
 
-def load(tile: Any, exist: Array | None) -> Array:
-    """The tile as float32, with 0 in the rows that do not exist; `exist` is None if all do."""
-    if exist is None:
+def exist(length: int, rows: int) -> Array | None:
+    """Which of this program's `rows` exist, [rows, 1]; None means all.
+
+    The programs along the grid's first axis share `length` rows.
+    """
+    if length % rows == 0:
+        return None
+    return pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < length
+
+
+def load(tile: Any, existing: Array | None) -> Array:
+    """The tile as float32, with 0 in the rows that do not exist; `existing` is None if all do."""
+    if existing is None:
         return plgpu.load(tile).astype(jnp.float32)
-    mask = jnp.broadcast_to(exist, tile.shape)
+    mask = jnp.broadcast_to(existing, tile.shape)
     return plgpu.load(tile, mask=mask, other=0.0).astype(jnp.float32)
 
 
-def store(tile: Any, values: Array, exist: Array | None) -> None:
+def store(tile: Any, values: Array, existing: Array | None) -> None:
     """Writes the tile's rows that exist, rounded to its dtype."""
-    mask = None if exist is None else jnp.broadcast_to(exist, values.shape)
+    mask = None if existing is None else jnp.broadcast_to(existing, values.shape)
     plgpu.store(tile, values.astype(tile.dtype), mask=mask)
 
 

@@ -65,8 +65,8 @@ def heuristic(operation: str, case: Case) -> Config:
     first = case.abstract()[0]
     config = importlib.import_module(f"sngpt_kernels.{operation}.pallas_triton").Config
     width, by_dtype = first.shape[-1:], (first.dtype, first.shape[-1])
-    arguments = {"cayley": width, "xsa": by_dtype, "rotary": (), "stream": width}
-    return dataclasses.asdict(config.heuristic(*arguments[operation]))
+    arguments = {"cayley": width, "xsa": by_dtype, "stream": width}
+    return dataclasses.asdict(config.heuristic(*arguments.get(operation, ())))
 
 
 def neighbours(config: Config) -> Iterator[Config]:

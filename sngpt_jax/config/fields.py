@@ -91,7 +91,7 @@ class ModelConfig:
     # dtype of activations; auto: bfloat16 on an accelerator, float32 on a CPU
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     # implementation of attention; auto: the fastest known on this device; tokamax and fa4_jax need
-    # the extra `attention`
+    # the extra `attention`; with xla no kernel makes the exclusion and the gate either
     attention: Literal["auto", "xla", "cudnn", "pallas_triton", "tokamax", "fa4_jax"] = "auto"
     # implementation of queries' and keys' norm and rotation; auto: pallas_triton on an NVIDIA GPU
     rotary: Literal["auto", "xla", "pallas_triton"] = "auto"

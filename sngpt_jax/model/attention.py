@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from sngpt_kernels.epilogue.xla import finish
 from sngpt_kernels.rotary import api as rotary
 from sngpt_kernels.rotary.xla import apply_rotary
 from sngpt_kernels.xsa import api as xsa
@@ -204,6 +205,9 @@ class Attention(nnx.Module):
         if positions.memory:
             k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, x_BTD.shape[1], k_BSKh.shape[1]))
+        gate = None
+        if self.gated:
+            gate = linear(inputs[2], self.gate_weight[...]), self.gate_bias[...]
         if k_BSKh is k_BTKh:
             with chosen_by("attention"):
                 y_BTHh = xsa.attention(
@@ -212,17 +216,12 @@ class Attention(nnx.Module):
                     v_BTKh,
                     exclusive=self.exclusive,
                     scale=self.scale,
+                    gate=gate,
                     implementation=self.implementation,
                 )
         else:
             _announce_single_positions()
             mask = positions.causal
             y_BTHh = xla.masked_attention(q_BTHh, k_BSKh, v_BSKh, mask, scale=self.scale)
-            if self.exclusive:
-                y_BTHh = xla.exclude_own_value(y_BTHh, v_BTKh)
-        if self.gated:
-            # rounded to the compute dtype first, so that the backward products have it too
-            logits_BTH = linear(inputs[2], self.gate_weight[...]).astype(jnp.float32)
-            gate_BTH = jax.nn.sigmoid(logits_BTH + self.gate_bias[...][None, None])
-            y_BTHh *= gate_BTH.astype(y_BTHh.dtype)[..., None]
+            y_BTHh = finish(y_BTHh, v_BTKh if self.exclusive else None, gate)
         return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...], gain=gain_D), v_BTKh

@@ -25,6 +25,7 @@ from sngpt_kernels import dispatch, parity
 from sngpt_kernels.case import Case
 from sngpt_kernels.cayley import specs as cayley
 from sngpt_kernels.cayley.dictionary import Scheme
+from sngpt_kernels.epilogue import specs as epilogue
 from sngpt_kernels.rotary import specs as rotary
 from sngpt_kernels.stream import specs as stream
 from sngpt_kernels.xsa import specs as xsa
@@ -98,6 +99,18 @@ def _stream(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     ]
 
 
+def _epilogue(config: ModelConfig, sequences: int, length: int) -> list[Case]:
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    gated, dtype = config.attention_gate, compute_dtype(config)
+    plain = config.xsa_layers < config.num_layers
+    found = []
+    for exclusive in (True,) * (config.xsa_layers > 0) + (False,) * (gated and plain):
+        name = f"{dtype} {[length, *heads]}{' exclusive' * exclusive}{' gated' * gated}"
+        parts = {"exclusive": exclusive, "gated": gated}
+        found.append(epilogue.case(name, sequences, length, *heads, **parts, dtype=dtype))
+    return found
+
+
 def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     if not config.levels:
         return []
@@ -110,6 +123,8 @@ def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
 # by the package in sngpt_kernels; a new operation joins by a row
 OPERATIONS: Mapping[str, Operation] = {
     "xsa": Operation(_attention, lambda config: config.attention),
+    # attention that is named xla runs no kernel after it
+    "epilogue": Operation(_epilogue, lambda config: "xla" if config.attention == "xla" else "auto"),
     "rotary": Operation(_rotary, lambda config: config.rotary),
     "stream": Operation(_stream, lambda config: config.stream),
     "cayley": Operation(_code, lambda config: config.code),
@@ -188,7 +203,8 @@ def _chosen(
             # the comparison or the model's own trace says what fails
             with dispatch.recorded_choices() as choices, contextlib.suppress(Exception):
                 jax.eval_shape(run, *case.abstract())
-            found += [(case, choice) for choice in choices if choice in KERNELS]
+            # later choices are of operations inside it
+            found += [(case, choice) for choice in choices[:1] if choice in KERNELS]
     return found
 
 

@@ -70,6 +70,9 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
         assert kernels[name] == turns * blocks
     for name in ("stream_forward", "stream_backward"):  # before each half, and before the head
         assert kernels[name] == turns * (2 * blocks + 1)
+    finished = blocks if model.attention_gate else model.xsa_layers  # no layer with XSA runs twice
+    for name in ("epilogue_forward", "epilogue_backward"):
+        assert kernels.get(name, 0) == turns * finished
     if model.levels:
         calls = turns * model.num_layers
         assert kernels["cayley_forward"] == kernels["cayley_backward"] == calls

@@ -25,4 +25,5 @@ def kernels_of_gradients(loss, argnums, arguments):
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
     with dispatch.targeting(H100):
         lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
-    return Counter(re.findall(r'name = "((?:cayley|xsa|rotary|stream)_\w+)"', lowered.as_text()))
+    kernels = r'name = "((?:cayley|epilogue|rotary|stream|xsa)_\w+)"'
+    return Counter(re.findall(kernels, lowered.as_text()))

@@ -80,7 +80,9 @@ def test_choice_is_said_once(caplog):
         api.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
     assert [record.getMessage() for record in caplog.records] == [
         "xsa.attention runs as xla: cudnn serves NVIDIA GPUs; the device is cpu",
+        "epilogue.finish runs as xla: pallas_triton serves NVIDIA GPUs; the device is cpu",
         "xsa.attention runs as xla: as asked",
+        "epilogue.finish runs as xla: as asked",
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sngpt_kernels.xsa.xla import exclude_own_value
+from sngpt_kernels.epilogue.xla import exclude_own_value
 
 from tests import oracles
 

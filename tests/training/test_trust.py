@@ -14,6 +14,8 @@ import pytest
 from sngpt_kernels import dispatch, parity
 from sngpt_kernels.cayley import pallas_triton as cayley_kernels
 from sngpt_kernels.cayley import xla as cayley_xla
+from sngpt_kernels.epilogue import pallas_triton as epilogue_kernels
+from sngpt_kernels.epilogue import xla as epilogue_xla
 from sngpt_kernels.rotary import pallas_triton as rotary_kernels
 from sngpt_kernels.stream import pallas_triton as stream_kernels
 from sngpt_kernels.xsa import api as xsa_api
@@ -32,11 +34,17 @@ from sngpt_jax.training import compiler, loop, trainer, trust
 from sngpt_jax.weights import source
 
 INTERPRETED = partial(xsa_kernels.attention, interpret=True)
+SMALL = {  # a kernel's module and function, and the choices of a model that runs it
+    "rotary": (rotary_kernels, "prepare", {"rotary": "auto", "attention": "xla"}),
+    "stream": (stream_kernels, "sum_norm", {"stream": "auto", "attention": "xla"}),
+    "epilogue": (epilogue_kernels, "finish", {"xsa_layers": 1, "attention_gate": True}),
+}
+FINISH = epilogue_kernels.finish
 
 
 def attention(q, k, v, exclusive, scale, factor=1.0):
     y = xsa_xla.causal_attention(q, k, v, scale)
-    return factor * (xsa_xla.exclude_own_value(y, v) if exclusive else y)
+    return factor * (epilogue_xla.exclude_own_value(y, v) if exclusive else y)
 
 
 def broken(*args):
@@ -58,6 +66,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(xsa_api, "SCORES_BYTES", -1)
     monkeypatch.setattr(xsa_kernels, "attention", attention)
     monkeypatch.setattr(cayley_kernels, "encode_decode", cayley_xla.encode_decode)
+    monkeypatch.setattr(epilogue_kernels, "finish", epilogue_xla.finish)
     monkeypatch.setattr(cayley_kernels, "check", lambda *_: None)
     dispatch.log_choice.cache_clear()
     yield
@@ -177,24 +186,22 @@ def test_a_sparse_code_and_both_kinds_of_attention(config, tmp_path, monkeypatch
     monkeypatch.setattr(cayley_kernels, "encode_decode", wrong_code)
     verdicts = trust.settle(coded, 32, "check")
     assert verdicts["xsa"] == "" and verdicts["cayley"].startswith("100.0% of its rows differ")
-    assert len(kept(tmp_path)) == 3
+    assert len(kept(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])
-@pytest.mark.parametrize(
-    ("name", "module", "function"),
-    [("rotary", rotary_kernels, "prepare"), ("stream", stream_kernels, "sum_norm")],
-)
-def test_element_wise_kernels(name, module, function, factor, problem, config, monkeypatch):
-    right = partial(getattr(module, function), interpret=True)
+@pytest.mark.parametrize("name", SMALL)
+def test_element_wise_kernels(name, factor, problem, config, monkeypatch):
+    module, function, choices = SMALL[name]
+    right = partial(FINISH if name == "epilogue" else getattr(module, function), interpret=True)
 
     def kernel(*args):
-        return tuple(factor * part for part in right(*args))
+        return jax.tree.map(lambda part: factor * part, right(*args))
 
     monkeypatch.setattr(module, function, kernel)
-    verdicts = trust.settle(changed(config, model={name: "auto", "attention": "xla"}), 32, "check")
-    assert list(verdicts) == [name] and verdicts[name].startswith(problem)
-    assert bool(verdicts[name]) == bool(problem)
+    verdicts = trust.settle(changed(config, model=choices), 32, "check")
+    assert set(verdicts) == {name, *["xsa"] * (name == "epilogue")}
+    assert verdicts[name].startswith(problem) and bool(verdicts[name]) == bool(problem)
 
 
 def test_process_0_decides(config, monkeypatch):

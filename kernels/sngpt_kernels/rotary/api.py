@@ -1,12 +1,13 @@
 """The public operation: it checks its arguments, chooses an implementation and calls it."""
 
-from typing import Any, Literal, get_args
+import functools
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
 from sngpt_kernels import dispatch
-from sngpt_kernels.dispatch import CannotServe, Device, describe
+from sngpt_kernels.dispatch import Device, describe
 from sngpt_kernels.rotary import xla
 
 Implementation = Literal["xla", "pallas_triton"]
@@ -73,35 +74,16 @@ def _check_arguments(x: Array, gain: Array, cos: Array, sin: Array, eps: float) 
         raise ValueError(f"eps is {eps!r}; expected a number above 0")
 
 
-def choose(
-    dtype: jnp.dtype, head_size: int, implementation: Implementation | None
-) -> Implementation:
+def choose(dtype: jnp.dtype, head_size: int, implementation: Implementation | None) -> str:
     """The implementation that `prepare` takes, here and now, and logs with its reason.
 
     Raises CannotServe, with the reason, if the named implementation cannot serve.
     """
-    dispatch.check_name(implementation, get_args(Implementation))
     device = dispatch.current_device()
-    chosen: Implementation = implementation or "pallas_triton"
-    reason = "as asked" if implementation else "on an NVIDIA GPU, where no measurement says another"
-    if chosen == "pallas_triton":
-        try:
-            check(device, head_size)
-        except CannotServe as error:
-            if implementation:
-                raise
-            chosen, reason = "xla", str(error)
-    fastest = tuned_entry(device, dtype, head_size).get("implementation")
-    if not implementation and fastest == "xla" != chosen:
-        arguments = f"{dtype}, head size {head_size}"
-        chosen, reason = "xla", f"the fastest measured on {device.kind}, {arguments}"
-    dispatch.announce(OPERATION, chosen, reason)
-    return chosen
-
-
-def check(device: Device, head_size: int) -> None:
-    """Raises CannotServe if the kernels cannot serve heads of that size on that device."""
-    dispatch.pallas_triton("rotary", device)
-    if head_size % 8 or head_size > MOST:
-        served = f"pallas_triton serves head sizes of 8, 16, … {MOST}"
-        raise CannotServe(f"{served}; x has {head_size}")
+    return dispatch.kernel_or_xla(
+        OPERATION,
+        implementation,
+        functools.partial(dispatch.check_heads, "rotary", device, head_size, MOST),
+        tuned_entry(device, dtype, head_size),
+        f"{dtype}, head size {head_size}",
+    )

@@ -1,7 +1,6 @@
 """The operation as two Pallas Triton kernels, one pass over memory in each direction.
 
-A program takes some positions of all heads. It loads the positions' cosines and sines once. A
-head's columns are cut into spans whose widths are powers of two, as a tile needs them.
+A program takes some positions of all heads. It loads the positions' cosines and sines once.
 """
 
 import functools
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from sngpt_kernels import dispatch
 from sngpt_kernels.launch import launch
 from sngpt_kernels.rotary.api import OPERATION, tuned_entry
-from sngpt_kernels.tiles import dot, load, spans, store
+from sngpt_kernels.tiles import dot, exist, load, spans, store
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,9 @@ class Problem:
         rest = spans(2 * self.half, self.head_size - 2 * self.half)
         return [*spans(0, self.half), *spans(self.half, self.half), *rest]
 
-    def exist(self) -> Array | None:
-        """Which of the program's rows exist, [rows, 1]; None means all."""
-        rows = self.config.rows
-        if self.length % rows == 0:
-            return None
-        return pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < self.length
-
-    def head(self, ref: Any, head: Array, exist: Array | None) -> list[Array]:
+    def head(self, ref: Any, head: Array, existing: Array | None) -> list[Array]:
         """The spans of a head."""
-        return [load(ref.at[:, head, columns], exist) for columns in self.columns()]
+        return [load(ref.at[:, head, columns], existing) for columns in self.columns()]
 
     def turn(self, parts: list[Array], tables: list[tuple[Array, Array]], way: int) -> list[Array]:
         """The rotated spans; `way` is 1, or -1 for the inverse."""
@@ -71,10 +63,12 @@ class Problem:
         second = [b * cos - a * (way * sin) for a, b, (cos, sin) in triples]
         return [*first, *second, *parts[2 * n :]]
 
-    def angles(self, cos_ref: Any, sin_ref: Any, exist: Array | None) -> list[tuple[Array, Array]]:
+    def angles(
+        self, cos_ref: Any, sin_ref: Any, existing: Array | None
+    ) -> list[tuple[Array, Array]]:
         """The cosines and sines of each span of a half."""
         tiles = (tuple(r.at[:, part] for r in (cos_ref, sin_ref)) for part in spans(0, self.half))
-        return [(load(cos, exist), load(sin, exist)) for cos, sin in tiles]
+        return [(load(cos, existing), load(sin, existing)) for cos, sin in tiles]
 
     def inverse_norm(self, parts: list[Array]) -> Array:
         """[rows, 1]."""
@@ -110,15 +104,15 @@ class Problem:
 
 def _forward_kernel(*refs: Any, problem: Problem) -> None:
     x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref = refs
-    exist = problem.exist()
-    tables = problem.angles(cos_ref, sin_ref, exist)
+    existing = exist(problem.length, problem.config.rows)
+    tables = problem.angles(cos_ref, sin_ref, existing)
 
     def one(head: Array, out_ref: Any, to: Array, gain: Array | float) -> None:
-        parts = problem.head(x_ref, head, exist)
+        parts = problem.head(x_ref, head, existing)
         scale = problem.inverse_norm(parts) * gain
         turned = problem.turn(parts, tables, 1)
         for columns, values in zip(problem.columns(), turned, strict=True):
-            store(out_ref.at[:, to, columns], values * scale, exist)
+            store(out_ref.at[:, to, columns], values * scale, existing)
 
     @pl.loop(0, problem.heads)
     def _query(head: Array) -> None:
@@ -131,17 +125,17 @@ def _forward_kernel(*refs: Any, problem: Problem) -> None:
 
 def _backward_kernel(*refs: Any, problem: Problem) -> None:
     x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, dx_ref, dgain_ref = refs
-    exist = problem.exist()
-    tables = problem.angles(cos_ref, sin_ref, exist)
+    existing = exist(problem.length, problem.config.rows)
+    tables = problem.angles(cos_ref, sin_ref, existing)
 
     def one(head: Array, cotangent_ref: Any, at: Array, gain: Array | float) -> Array:
-        parts = problem.head(x_ref, head, exist)
-        dturned = problem.turn(problem.head(cotangent_ref, at, exist), tables, -1)
+        parts = problem.head(x_ref, head, existing)
+        dturned = problem.turn(problem.head(cotangent_ref, at, existing), tables, -1)
         inverse = problem.inverse_norm(parts)
         along = dot(dturned, parts) * inverse  # with the normalized head, before the gain
         back = along * inverse / problem.head_size
         for columns, d, x in zip(problem.columns(), dturned, parts, strict=True):
-            store(dx_ref.at[:, head, columns], (d - x * back) * (inverse * gain), exist)
+            store(dx_ref.at[:, head, columns], (d - x * back) * (inverse * gain), existing)
         return jnp.sum(along)
 
     @pl.loop(0, problem.heads)

@@ -1,7 +1,8 @@
 """The public operation: it checks its arguments, chooses an implementation and calls it."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -89,27 +90,19 @@ def _check_arguments(
         raise ValueError(f"eps is {eps!r}; expected a number above 0")
 
 
-def choose(dtype: jnp.dtype, width: int, implementation: Implementation | None) -> Implementation:
+def choose(dtype: jnp.dtype, width: int, implementation: Implementation | None) -> str:
     """The implementation that `sum_norm` takes, here and now, and logs with its reason.
 
     Raises CannotServe, with the reason, if the named implementation cannot serve.
     """
-    dispatch.check_name(implementation, get_args(Implementation))
     device = dispatch.current_device()
-    chosen: Implementation = implementation or "pallas_triton"
-    reason = "as asked" if implementation else "on an NVIDIA GPU, where no measurement says another"
-    if chosen == "pallas_triton":
-        try:
-            check(device, width)
-        except CannotServe as error:
-            if implementation:
-                raise
-            chosen, reason = "xla", str(error)
-    fastest = tuned_entry(device, dtype, width).get("implementation")
-    if not implementation and fastest == "xla" != chosen:
-        chosen, reason = "xla", f"the fastest measured on {device.kind}, {dtype}, width {width}"
-    dispatch.announce(OPERATION, chosen, reason)
-    return chosen
+    return dispatch.kernel_or_xla(
+        OPERATION,
+        implementation,
+        functools.partial(check, device, width),
+        tuned_entry(device, dtype, width),
+        f"{dtype}, width {width}",
+    )
 
 
 def check(device: Device, width: int) -> None:

@@ -9,6 +9,7 @@ from jax import Array
 
 from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import CannotServe, Device, describe
+from sngpt_kernels.epilogue import api as epilogue
 from sngpt_kernels.xsa import xla
 
 Implementation = Literal["xla", "cudnn", "pallas_triton", "tokamax", "fa4_jax"]
@@ -35,17 +36,18 @@ def attention(
     *,
     exclusive: bool,
     scale: float,
+    gate: epilogue.Gate | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
     """Causal softmax(scale · q kᵀ) v, without the position's own value if `exclusive`.
 
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245).
-    `xla.exclude_own_value` defines the exclusion. The softmax and the exclusion are float32. The
-    operation works under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). The
-    gradients of `pallas_triton` have no derivative.
+    `epilogue.api.finish` defines the exclusion and the gate, and chooses for itself unless `xla` is
+    named. `pallas_triton` makes the exclusion with the softmax. Both are float32. The operation
+    works under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). The gradients
+    of the kernels have no derivative.
 
-    `xla` stores the scores [B, H, T, T], the others nothing of size T². With `cudnn` and the
-    libraries, XLA adds the exclusion as one elementwise kernel.
+    `xla` stores the scores [B, H, T, T], the others nothing of size T².
 
     Args:
       q: [B, T, H, h], bfloat16 or float32.
@@ -53,6 +55,7 @@ def attention(
       v: like k.
       exclusive: whether to remove the direction of a position's own value. Static.
       scale: of the products q kᵀ, above 0. Static.
+      gate: of each head's output: logits [B, T, H] in q's dtype and bias [H] float32.
       implementation: None chooses by the device that the code is traced for.
 
     Returns:
@@ -72,8 +75,9 @@ def attention(
         chosen, reason = choose(device, q, exclusive)
     dispatch.announce("xsa.attention" if exclusive else "attention", chosen, reason)
     if chosen == "pallas_triton":
-        return dispatch.pallas_triton("xsa", device).attention(q, k, v, exclusive, scale)
-    if chosen == "cudnn":
+        y = dispatch.pallas_triton("xsa", device).attention(q, k, v, exclusive, scale)
+        exclusive = False
+    elif chosen == "cudnn":
         y = jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation="cudnn"
         )
@@ -81,7 +85,8 @@ def attention(
         y = dispatch.backend("xsa", "libraries").attention(chosen, q, k, v, scale)
     else:
         y = xla.causal_attention(q, k, v, scale)
-    return xla.exclude_own_value(y, v) if exclusive else y
+    named = "xla" if implementation == "xla" else None
+    return epilogue.finish(y, v if exclusive else None, gate, implementation=named)
 
 
 def _check_arguments(q: Array, k: Array, v: Array, scale: float) -> None:
