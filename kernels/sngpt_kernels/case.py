@@ -37,7 +37,7 @@ class Case:
     interpret: Callable[[], Any] | None = None
     # by the name of a loop's body, or of a kernel: the kind of work of its code, and of the code
     # after the loop
-    work: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    work: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
 
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes and dtypes of the arguments."""
