@@ -9,7 +9,7 @@ from jax import Array
 
 
 @triton.jit
-def rotary_kernel(  # type: ignore[no-untyped-def] # Triton reads no types
+def rotary_kernel(
     x_ptr,
     gain_ptr,
     cos_ptr,
