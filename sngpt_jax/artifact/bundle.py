@@ -33,8 +33,15 @@ logger = logging.getLogger("sngpt_jax")
 
 PROJECT = ("sngpt_jax", "sngpt_kernels")
 ENTRY = "sngpt_jax.score_artifact"
-# The program draws no progress bars, which need rich, so this source replaces the module.
-STAND_INS = {"sngpt_jax.base.terminal": "def clear(): pass"}
+# Sources that replace modules: the program draws no progress bars, which need rich, and has no
+# kernels of ours to choose.
+STAND_INS = {
+    "sngpt_jax.base.terminal": "def clear(): pass",
+    "sngpt_kernels.epilogue.api": """from sngpt_kernels.epilogue import xla
+def finish(*arrays, implementation): return xla.finish(*arrays)""",
+    "sngpt_kernels.rotary.api": "def choose(*_): return 'xla'",
+    "sngpt_kernels.stream.api": "def choose(*_): return 'xla'",
+}
 _ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # the entry's progress lines
 
 # The compressed text begins with this source. `_` is the list of the parts behind it: the entry's

@@ -6,7 +6,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from sngpt_kernels.stream import api
-from sngpt_kernels.stream.api import Implementation
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.layers import chosen_by, per_channel, rms_norm
@@ -30,7 +29,7 @@ class Stream:
     """
 
     groups: tuple[tuple[jax.Array | None, tuple[jax.Array, ...] | Shared], ...]
-    named: Implementation | None  # by the recipe
+    named: Any  # the implementation in the recipe, or None
     by_kernel: bool
 
     @classmethod
