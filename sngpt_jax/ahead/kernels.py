@@ -36,8 +36,7 @@ LIMITS_ON = ("h100", "h200")
 CUT_FOR = ("h100", "h200")  # by the block sizes chosen without a measurement
 # kernels that multiply no matrices
 WITHOUT_PRODUCTS = (
-    *("cayley_backward", "cayley_bias_gradient", "xsa_prepare_backward"),
-    *("epilogue_forward", "epilogue_backward"),
+    *("cayley_backward", "cayley_bias_gradient", "epilogue_forward", "epilogue_backward"),
     *("rotary_forward", "rotary_backward", "stream_forward", "stream_backward"),
 )
 

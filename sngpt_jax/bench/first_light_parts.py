@@ -58,6 +58,7 @@ class PartArguments:
 
 def interpreted(case: Case) -> Case:
     """An XSA case whose Triton kernels run in interpretation, which any device can."""
+    from sngpt_kernels.epilogue.api import finish
     from sngpt_kernels.xsa import pallas_triton
 
     options = getattr(case.run, "keywords")  # noqa: B009  # `run` is a partial
@@ -66,8 +67,8 @@ def interpreted(case: Case) -> Case:
         if implementation != "pallas_triton":
             return case.run(*arguments, implementation=implementation)
         q, k, v = arguments
-        exclusive, scale = options["exclusive"], options["scale"]
-        return pallas_triton.attention(q, k, v, exclusive, scale, interpret=True)
+        y = pallas_triton.attention(q, k, v, options["scale"], interpret=True)
+        return finish(y, v if options["exclusive"] else None)
 
     return replace(case, run=run)
 

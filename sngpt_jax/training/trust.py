@@ -62,17 +62,9 @@ class Operation:
 def _attention(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     dtype = compute_dtype(config)
-    found = []
-    for exclusive, layers in (
-        (True, config.xsa_layers),
-        (False, config.num_layers - config.xsa_layers),
-    ):
-        if layers > 0:
-            name = f"{dtype} {[length, *heads]}{' exclusive' * exclusive}"
-            found.append(
-                xsa.case(name, sequences, length, *heads, exclusive=exclusive, dtype=dtype)
-            )
-    return found
+    # the exclusion is the epilogue's
+    name, parts = f"{dtype} {[length, *heads]}", {"exclusive": False, "dtype": dtype}
+    return [xsa.case(name, sequences, length, *heads, **parts)]
 
 
 def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:

@@ -79,6 +79,6 @@ def test_a_kernel(monkeypatch):
     monkeypatch.setattr(dispatch, "check_nvidia", lambda *_: None)
     kernel = partial(pallas_triton.attention, interpret=True)
     monkeypatch.setattr(pallas_triton, "attention", kernel)
-    small = specs.case("small", 1, 24, 2, 1, 16, exclusive=True, dtype=specs.BFLOAT16)
+    small = specs.case("small", 1, 24, 2, 1, 16, exclusive=False, dtype=specs.BFLOAT16)
     found = parity.compare(small, "pallas_triton", jax.random.key(1))
     assert not found.problem and 0 < found.differences[0].error < parity.BOUNDS["bfloat16"]

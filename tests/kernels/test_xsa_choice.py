@@ -43,21 +43,20 @@ SIZES = "head sizes of 8, 16, … 128"
 )
 def test_choice_without_a_measurement(device, q, chosen, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: {})
-    choice, said = api.choose(device, q, True)
+    choice, said = api.choose(device, q)
     assert choice == chosen and reason in said
 
 
 def test_a_measurement_decides(monkeypatch):
     """Its entry is for one device, dtype, head size, exclusion and rounded length."""
-    entry = {"bfloat16_t1024_h64_exclusive": {"implementation": "pallas_triton", "config": {}}}
+    entry = {"bfloat16_t1024_h64": {"implementation": "pallas_triton", "config": {}}}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry if kind == H100.kind else {})
     q = abstract(LOW, 64)
     reason = f"the fastest measured on {H100.kind}, bfloat16, head size 64, about 1024 positions"
-    assert api.choose(H100, q, True) == ("pallas_triton", reason)
-    assert api.choose(H100, abstract(LOW, 64, T=600), True)[0] == "pallas_triton"
-    assert api.choose(H100, abstract(LOW, 64, T=1025), True)[0] == "cudnn"
-    assert api.choose(H100, q, False)[0] == "cudnn"
-    assert api.choose(H200, q, True)[0] == "cudnn"
+    assert api.choose(H100, q) == ("pallas_triton", reason)
+    assert api.choose(H100, abstract(LOW, 64, T=600))[0] == "pallas_triton"
+    assert api.choose(H100, abstract(LOW, 64, T=1025))[0] == "cudnn"
+    assert api.choose(H200, q)[0] == "cudnn"
 
 
 def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch):
@@ -65,10 +64,10 @@ def test_a_measurement_of_what_does_not_serve_here_decides_nothing(monkeypatch):
     table = {key: {"implementation": name} for key, name in fastest.items()}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table)
     short, long = abstract(WIDE, 64, T=512), abstract(WIDE, 64)
-    assert api.choose(H100, short, False) == ("xla", "cudnn serves bfloat16; q is float32")
-    assert api.choose(H100, long, False)[0] == "pallas_triton"  # xla would store too much
+    assert api.choose(H100, short) == ("xla", "cudnn serves bfloat16; q is float32")
+    assert api.choose(H100, long)[0] == "pallas_triton"  # xla would store too much
     monkeypatch.setattr(api, "SCORES_BYTES", 2**40)
-    assert api.choose(H100, long, False)[0] == "xla"
+    assert api.choose(H100, long)[0] == "xla"
 
 
 def test_choice_is_said_once(caplog):
@@ -79,9 +78,9 @@ def test_choice_is_said_once(caplog):
             api.attention(q, k, k, exclusive=True, scale=1.0)
         api.attention(q, k, k, exclusive=True, scale=1.0, implementation="xla")
     assert [record.getMessage() for record in caplog.records] == [
-        "xsa.attention runs as xla: cudnn serves NVIDIA GPUs; the device is cpu",
+        "attention runs as xla: cudnn serves NVIDIA GPUs; the device is cpu",
         "epilogue.finish runs as xla: pallas_triton serves NVIDIA GPUs; the device is cpu",
-        "xsa.attention runs as xla: as asked",
+        "attention runs as xla: as asked",
         "epilogue.finish runs as xla: as asked",
     ]
 
@@ -107,7 +106,7 @@ def test_cannot_serve_says_why(device, implementation, q, reason):
 
 def test_program_without_the_kernels_runs_xla(monkeypatch):
     monkeypatch.setitem(sys.modules, "sngpt_kernels.xsa.pallas_triton", None)
-    choice, reason = api.choose(H100, abstract(WIDE, 64), True)
+    choice, reason = api.choose(H100, abstract(WIDE, 64))
     assert choice == "xla" and "no part of this program" in reason
 
 

@@ -22,10 +22,11 @@ def test_gradients_are_of_these_kernels(exclusive):
     q, k = (jax.ShapeDtypeStruct((8, 200, heads, 64), jnp.bfloat16) for heads in (4, 2))
     backward = {"xsa_backward_keys_values": 1, "xsa_backward_queries": 1}
     if exclusive:
-        backward["xsa_prepare_backward"] = 1
-    for forward, function in ((1, loss), (2, jax.checkpoint(loss))):
+        backward["epilogue_backward"] = 1
+    for times, function in ((1, loss), (2, jax.checkpoint(loss))):
         kernels = kernels_of_gradients(function, (0, 1, 2), (q, k, k))
-        assert kernels == {"xsa_forward": forward, **backward}
+        forward = dict.fromkeys(["xsa_forward", *["epilogue_forward"] * exclusive], times)
+        assert kernels == forward | backward
 
 
 def test_blocks_are_those_of_the_devices_table(monkeypatch):
@@ -35,9 +36,9 @@ def test_blocks_are_those_of_the_devices_table(monkeypatch):
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table if kind == H100.kind else {})
     dtype, tuned = jnp.dtype(jnp.float32), Blocks(32, 64, 2, 1)
     with dispatch.targeting(H100):
-        assert Config.of(dtype, 100, 64, exclusive=False) == Config(tuned, tuned, tuned)
-        assert Config.of(dtype, 100, 64, exclusive=True) == Config.heuristic(dtype, 64)
-    assert Config.of(dtype, 100, 64, exclusive=False) == Config.heuristic(dtype, 64)
+        assert Config.of(dtype, 100, 64) == Config(tuned, tuned, tuned)
+        assert Config.of(dtype, 200, 64) == Config.heuristic(dtype, 64)
+    assert Config.of(dtype, 100, 64) == Config.heuristic(dtype, 64)
 
 
 @pytest.mark.parametrize("case", specs.CASES, ids=lambda case: case.name)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 from sngpt_kernels import dispatch
 from sngpt_kernels.dispatch import CannotServe, Device
-from sngpt_kernels.xsa import api, libraries, xla
+from sngpt_kernels.epilogue.api import finish
+from sngpt_kernels.xsa import api, libraries
 
 from tests.kernels.lowering import H100
 from tests.kernels.test_xsa_attention import SHAPES, check, draw, expected, value_and_gradients
@@ -30,7 +31,7 @@ if INSTALLED:  # .ci/other_pythons installs them
     def test_equals_the_definition(library, exclusive):
         def function(q, k, v, *, exclusive, scale):
             y = libraries.attention(library, q, k, v, scale, plain=True)
-            return xla.exclude_own_value(y, v) if exclusive else y
+            return finish(y, v if exclusive else None)
 
         arrays, static = draw(SHAPES[0]), {"exclusive": exclusive, "scale": 0.3}
         got = value_and_gradients(function, *arrays, **static)
@@ -89,10 +90,9 @@ def test_a_measurement_chooses_a_library(installed, monkeypatch):
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: entry)
     q = jax.ShapeDtypeStruct((8, 1024, 8, 64), jnp.bfloat16)
     installed()
-    assert api.choose(H100, q, False)[0] == "cudnn"
+    assert api.choose(H100, q)[0] == "cudnn"
     installed("tokamax")
-    assert api.choose(H100, q, False)[0] == "tokamax"
-    assert api.choose(H100, q, True)[0] == "cudnn"
+    assert api.choose(H100, q)[0] == "tokamax"
 
 
 @LIBRARIES

@@ -42,9 +42,8 @@ SMALL = {  # a kernel's module and function, and the choices of a model that run
 FINISH = epilogue_kernels.finish
 
 
-def attention(q, k, v, exclusive, scale, factor=1.0):
-    y = xsa_xla.causal_attention(q, k, v, scale)
-    return factor * (epilogue_xla.exclude_own_value(y, v) if exclusive else y)
+def attention(q, k, v, scale, factor=1.0):
+    return factor * xsa_xla.causal_attention(q, k, v, scale)
 
 
 def broken(*args):
@@ -180,13 +179,22 @@ def test_each_version_has_its_own_verdict(config, tmp_path, monkeypatch, agreein
         assert len(kept(tmp_path)) == number + 1
 
 
-def test_a_sparse_code_and_both_kinds_of_attention(config, tmp_path, monkeypatch):
+def test_a_sparse_code_beside_attention(config, tmp_path, monkeypatch):
     levels = ((5, 4, 0), (8, 4, 8))
     coded = changed(config, model={"levels": levels, "xsa_layers": 1, "family": "pre_norm"})
     monkeypatch.setattr(cayley_kernels, "encode_decode", wrong_code)
     verdicts = trust.settle(coded, 32, "check")
     assert verdicts["xsa"] == "" and verdicts["cayley"].startswith("100.0% of its rows differ")
-    assert len(kept(tmp_path)) == 4
+    assert len(kept(tmp_path)) == 3
+
+
+def test_a_kernel_of_a_library(config, monkeypatch):
+    named = changed(config, model={"attention": "tokamax", "compute_dtype": "bfloat16"})
+    monkeypatch.setattr(libraries, "check", lambda *_: None)
+    monkeypatch.setattr(libraries, "attention", lambda name, *arrays: WRONG(*arrays))
+    assert trust.settle(named, 32, "check")["xsa"].startswith("its value differs")
+    with pytest.raises(dispatch.CannotServe, match="tokamax is not used: its value differs"):
+        used(named)
 
 
 @pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])

@@ -20,13 +20,11 @@ LIBRARIES = ("tokamax", "fa4_jax")  # of other authors, installed apart
 SCORES_BYTES = 2**30
 
 
-def tuned_entry(
-    device: Device, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool
-) -> dict[str, Any]:
+def tuned_entry(device: Device, dtype: jnp.dtype, length: int, head_size: int) -> dict[str, Any]:
     """The entry of these arguments in the device's table, or {}."""
     rounded = 1 << (length - 1).bit_length()
-    key = f"{dtype}_t{rounded}_h{head_size}{'_exclusive' * exclusive}"
-    return dispatch.tuned("sngpt_kernels.xsa", device.kind).get(key, {})
+    table = dispatch.tuned("sngpt_kernels.xsa", device.kind)
+    return table.get(f"{dtype}_t{rounded}_h{head_size}", {})
 
 
 def attention(
@@ -43,9 +41,9 @@ def attention(
 
     Query head i uses key/value head ⌊i · K / H⌋ (grouped-query attention, arXiv:2305.13245).
     `epilogue.api.finish` defines the exclusion and the gate, and chooses for itself unless `xla` is
-    named. `pallas_triton` makes the exclusion with the softmax. Both are float32. The operation
-    works under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False). The gradients
-    of the kernels have no derivative.
+    named. The exclusion and the softmax are float32. The operation works under jit, vmap,
+    jax.checkpoint and inside jax.shard_map(check_vma=False). The gradients of the kernels have no
+    derivative.
 
     `xla` stores the scores [B, H, T, T], the others nothing of size T².
 
@@ -72,11 +70,10 @@ def attention(
     if chosen:
         check(chosen, device, q)
     else:
-        chosen, reason = choose(device, q, exclusive)
-    dispatch.announce("xsa.attention" if exclusive else "attention", chosen, reason)
+        chosen, reason = choose(device, q)
+    dispatch.announce("attention", chosen, reason)
     if chosen == "pallas_triton":
-        y = dispatch.pallas_triton("xsa", device).attention(q, k, v, exclusive, scale)
-        exclusive = False
+        y = dispatch.pallas_triton("xsa", device).attention(q, k, v, scale)
     elif chosen == "cudnn":
         y = jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation="cudnn"
@@ -120,7 +117,7 @@ def check(implementation: Implementation, device: Device, q: Array) -> None:
         dispatch.backend("xsa", "libraries").check(implementation, device)
 
 
-def choose(device: Device, q: Array, exclusive: bool) -> tuple[Implementation, str]:
+def choose(device: Device, q: Array) -> tuple[Implementation, str]:
     """The implementation for q [B, T, H, h] on that device, and the reason."""
     B, T, H, h = q.shape
     scores = 4 * B * H * T * T
@@ -130,7 +127,7 @@ def choose(device: Device, q: Array, exclusive: bool) -> tuple[Implementation, s
             check(implementation, device, q)
         except CannotServe as error:
             cannot[implementation] = str(error)
-    fastest = tuned_entry(device, q.dtype, T, h, exclusive).get("implementation")
+    fastest = tuned_entry(device, q.dtype, T, h).get("implementation")
     if fastest and fastest not in cannot and not (fastest == "xla" and scores > SCORES_BYTES):
         arguments = f"{q.dtype}, head size {h}, about {T} positions"
         return fastest, f"the fastest measured on {device.kind}, {arguments}"

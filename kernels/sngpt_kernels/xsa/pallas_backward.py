@@ -1,10 +1,8 @@
 """The backward pass of `pallas_triton`, without atomics, so that it repeats bit for bit.
 
-Let u = v̂, and out = y - s u with s = ⟨y, u⟩. From the output's cotangent c a first kernel computes
-the cotangent of y, dy = c - ⟨c, u⟩ u, and δ = ⟨dy, y⟩ for the softmax's gradient. It also computes
-the gradient of v through u: (1 - u uᵀ) (-⟨c, u⟩ y - s c) / |v|. Where |v| is below the floor, the
-projection 1 - u uᵀ is omitted. Then one kernel passes over the queries for a tile of keys (dk, dv).
-Another passes over the keys for a tile of queries (dq).
+One kernel passes over the queries for a tile of keys (dk, dv). Another passes over the keys for a
+tile of queries (dq). δ = ⟨dy, y⟩ of each row is the softmax's part of the gradient, with the
+output's cotangent dy.
 """
 
 from functools import partial
@@ -15,75 +13,11 @@ from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sngpt_kernels.xsa.pallas_tiles import (
-    MIN_SQUARE,
-    Blocks,
-    Config,
-    Problem,
-    inverse_norm,
-    is_causal,
-    load,
-)
-
-# The first kernel's rows per program, without keys. 4 warps hold 3 tiles of 64 to 128 columns.
-PREPARE = Blocks(queries=32, keys=0, num_warps=4, num_stages=1)
-
-
-def _prepare_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
-    cotangent_ref, out_ref, v_ref, share_ref, dy_ref, delta_ref, dv_ref = refs
-    start = pl.program_id(0) * blocks.queries
-    exists = problem.exists(start, blocks.queries)
-    rows_exist = problem.rows_exist(start, blocks.queries)
-    v = load(v_ref, exists).astype(jnp.float32)
-    inverse = inverse_norm(v)
-    unit = v * inverse[:, None]
-    keeps_norm = jnp.sum(v * v, axis=1) > MIN_SQUARE
-
-    def head(g: Array, dunit: Array) -> Array:
-        cotangent, out = (
-            load(ref.at[:, g, :], exists).astype(jnp.float32) for ref in (cotangent_ref, out_ref)
-        )
-        share = load(share_ref.at[g, :], rows_exist)
-        y = out + share[:, None] * unit
-        along = jnp.sum(cotangent * unit, axis=1)
-        dy = (cotangent - along[:, None] * unit).astype(problem.dtype)
-        plgpu.store(dy_ref.at[:, g, :], dy, mask=exists)
-        delta = jnp.sum(dy.astype(jnp.float32) * y, axis=1)
-        plgpu.store(delta_ref.at[g, :], delta, mask=rows_exist)
-        return dunit - along[:, None] * y - share[:, None] * cotangent
-
-    dunit = lax.fori_loop(0, problem.heads_per_group, head, jnp.zeros_like(v))
-    along = jnp.where(keeps_norm, jnp.sum(dunit * unit, axis=1), 0.0)
-    plgpu.store(dv_ref, (dunit - along[:, None] * unit) * inverse[:, None], mask=exists)
-
-
-def _prepare(
-    problem: Problem, cotangent: Array, out: Array, v: Array, share: Array
-) -> tuple[Array, Array, Array]:
-    """dy [B, T, H, h], δ [B, H, T] float32 and dv through the exclusion [B, T, K, h] float32."""
-    rows, G, width = PREPARE.queries, problem.heads_per_group, problem.width
-    heads = pl.BlockSpec((None, rows, G, width), lambda i, group, b: (b, i, group, 0))
-    values = pl.BlockSpec((None, rows, None, width), lambda i, group, b: (b, i, group, 0))
-    per_row = pl.BlockSpec((None, G, rows), lambda i, group, b: (b, group, i))
-    return problem.launch(
-        "xsa_prepare_backward",
-        _prepare_kernel,
-        PREPARE,
-        (pl.cdiv(problem.length, rows), problem.groups),
-        (cotangent, out, v, share),
-        (
-            ShapeDtypeStruct(cotangent.shape, problem.dtype),
-            ShapeDtypeStruct(share.shape, jnp.float32),
-            ShapeDtypeStruct(v.shape, jnp.float32),
-        ),
-        dots=0,
-        in_specs=[heads, heads, values, per_row],
-        out_specs=(heads, per_row, values),
-    )
+from sngpt_kernels.xsa.pallas_tiles import Blocks, Config, Problem, is_causal, load
 
 
 def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
-    q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *through_exclusion_ref, dk_ref, dv_ref = refs
+    q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, dk_ref, dv_ref = refs
     rows, keys = blocks.queries, blocks.keys
     start = pl.program_id(0) * keys
     exists = problem.exists(start, keys)
@@ -117,22 +51,17 @@ def _keys_values_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
         return carry
 
     nothing = jnp.zeros((keys, problem.width), jnp.float32)
-    dv = load(through_exclusion_ref[0], exists) if problem.exclusive else nothing
-    dk, dv = lax.fori_loop(0, problem.heads_per_group, head, (nothing, dv))
+    dk, dv = lax.fori_loop(0, problem.heads_per_group, head, (nothing, nothing))
     plgpu.store(dk_ref, (dk * problem.scale).astype(problem.dtype), mask=exists)
     plgpu.store(dv_ref, dv.astype(problem.dtype), mask=exists)
 
 
 def _keys_values(problem: Problem, blocks: Blocks, *arrays: Array) -> tuple[Array, Array]:
-    """The gradients of k and v.
-
-    `arrays` are q, k, v, dy, lse, δ and, if exclusive, dv through the exclusion.
-    """
+    """The gradients of k and v. `arrays` are q, k, v, dy, lse and δ."""
     T, G, width = problem.length, problem.heads_per_group, problem.width
     heads = pl.BlockSpec((None, T, G, width), lambda j, group, b: (b, 0, group, 0))
     values = pl.BlockSpec((None, blocks.keys, None, width), lambda j, group, b: (b, j, group, 0))
     per_row = pl.BlockSpec((None, G, T), lambda j, group, b: (b, group, 0))
-    in_specs = [heads, values, values, heads, per_row, per_row]
     return problem.launch(
         "xsa_backward_keys_values",
         _keys_values_kernel,
@@ -141,7 +70,7 @@ def _keys_values(problem: Problem, blocks: Blocks, *arrays: Array) -> tuple[Arra
         arrays,
         tuple(ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[1:3]),
         dots=4,
-        in_specs=in_specs + [values] * problem.exclusive,
+        in_specs=[heads, values, values, heads, per_row, per_row],
         out_specs=(values, values),
     )
 
@@ -171,21 +100,16 @@ def _queries_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
 
 
 def gradients(
-    problem: Problem, config: Config, saved: tuple[Array, ...], cotangent: Array
+    problem: Problem, config: Config, saved: tuple[Array, ...], dy: Array
 ) -> tuple[Array, Array, Array]:
     """The gradients of q, k and v, in their shapes and dtypes.
 
-    The forward pass saved q, k, v, out, lse and, if exclusive, the share.
+    The forward pass saved q, k, v, y and lse.
     """
-    q, k, v, out, lse, *share = saved
-    through_exclusion: list[Array] = []
-    if problem.exclusive:
-        dy, delta, *through_exclusion = _prepare(problem, cotangent, out, v, *share)
-    else:
-        delta = jnp.einsum("bthd,bthd->bht", cotangent.astype(jnp.float32), out.astype(jnp.float32))
-        dy = cotangent
+    q, k, v, y, lse = saved
+    delta = jnp.einsum("bthd,bthd->bht", dy.astype(jnp.float32), y.astype(jnp.float32))
     arrays = [q, k, v, dy, lse, delta]
-    dk, dv = _keys_values(problem, config.keys_values, *arrays, *through_exclusion)
+    dk, dv = _keys_values(problem, config.keys_values, *arrays)
     programs, tile, per_row, whole = problem.query_specs(config.queries)
     dq = problem.launch(
         "xsa_backward_queries",

@@ -20,7 +20,6 @@ from sngpt_kernels.launch import launch
 from sngpt_kernels.xsa.api import tuned_entry
 
 LOG2_E = math.log2(math.e)
-MIN_SQUARE = 1e-24  # the least |v|²: the square of the floor 1e-12 of the norm
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Config:
         return cls(Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2))
 
     @classmethod
-    def of(cls, dtype: jnp.dtype, length: int, head_size: int, exclusive: bool) -> "Config":
+    def of(cls, dtype: jnp.dtype, length: int, head_size: int) -> "Config":
         """The entry of the device's table, or `heuristic` if it has none."""
-        entry = tuned_entry(dispatch.current_device(), dtype, length, head_size, exclusive)
+        entry = tuned_entry(dispatch.current_device(), dtype, length, head_size)
         if "config" in entry:
             return cls(**{kernel: Blocks(**blocks) for kernel, blocks in entry["config"].items()})
         return cls.heuristic(dtype, head_size)
@@ -70,7 +69,6 @@ class Problem:
     heads: int
     groups: int  # K, the key/value heads
     head_size: int
-    exclusive: bool
     scale: float
     dtype: Any
     interpret: bool
@@ -191,8 +189,3 @@ def is_causal(
     keys = key_start + lax.broadcasted_iota(jnp.int32, shape, key_axis)
     queries = query_start + lax.broadcasted_iota(jnp.int32, shape, 1 - key_axis)
     return queries >= keys
-
-
-def inverse_norm(v: Array) -> Array:
-    """1 / max(|v|, 1e-12) of the rows of v [rows, h] float32."""
-    return lax.rsqrt(jnp.maximum(jnp.sum(v * v, axis=1), MIN_SQUARE))

@@ -1,8 +1,7 @@
-"""The operation as Pallas Triton kernels for NVIDIA GPUs: flash attention with the exclusion.
+"""The operation as Pallas Triton kernels for NVIDIA GPUs: flash attention.
 
 The forward kernel keeps a tile of queries and passes over the keys up to the diagonal with an
-online softmax in base 2 (FlashAttention-2, arXiv:2307.08691). The exclusion acts on the float32
-accumulator.
+online softmax in base 2 (FlashAttention-2, arXiv:2307.08691).
 """
 
 from functools import partial
@@ -16,19 +15,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels import dispatch
 from sngpt_kernels.xsa import pallas_backward
-from sngpt_kernels.xsa.pallas_tiles import (
-    LOG2_E,
-    Blocks,
-    Config,
-    Problem,
-    inverse_norm,
-    is_causal,
-    load,
-)
+from sngpt_kernels.xsa.pallas_tiles import LOG2_E, Blocks, Config, Problem, is_causal, load
 
 
 def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
-    q_ref, k_ref, v_ref, out_ref, lse_ref, *share_ref = refs
+    q_ref, k_ref, v_ref, y_ref, lse_ref = refs
     rows, keys = blocks.queries, blocks.keys
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * rows
     q = load(q_ref, problem.exists(start, rows))
@@ -56,34 +47,24 @@ def _forward_kernel(*refs: Any, problem: Problem, blocks: Blocks) -> None:
     carry = lax.fori_loop(0, before, partial(step, diagonal=False), carry)
     y, maximum, total = lax.fori_loop(before, through, partial(step, diagonal=True), carry)
     y = y / total[:, None]
-    exist = problem.rows_exist(start, rows)
-    if problem.exclusive:
-        v = load(v_ref.at[pl.ds(start, rows), :], problem.exists(start, rows)).astype(jnp.float32)
-        inverse = inverse_norm(v)
-        share = jnp.sum(y * v, axis=1) * inverse
-        y = y - (share * inverse)[:, None] * v
-        plgpu.store(share_ref[0], share, mask=exist)
-    plgpu.store(out_ref, y.astype(problem.dtype), mask=problem.exists(start, rows))
-    plgpu.store(lse_ref, maximum + jnp.log2(total), mask=exist)
+    plgpu.store(y_ref, y.astype(problem.dtype), mask=problem.exists(start, rows))
+    plgpu.store(lse_ref, maximum + jnp.log2(total), mask=problem.rows_exist(start, rows))
 
 
-def _forward(problem: Problem, blocks: Blocks, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-    """The output, and float32 [B, H, T]: the log-sum-exp of the scores in base 2 and, if exclusive,
-    the removed share ⟨y, v̂⟩.
-    """
+def _forward(problem: Problem, blocks: Blocks, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """The output, and float32 [B, H, T], the log-sum-exp of the scores in base 2."""
     programs, tile, per_row, whole = problem.query_specs(blocks)
     row = ShapeDtypeStruct((problem.batch, problem.heads, problem.length), jnp.float32)
-    rows = 1 + problem.exclusive
     return problem.launch(
         "xsa_forward",
         _forward_kernel,
         blocks,
         (programs, problem.heads),
         (q, k, v),
-        (ShapeDtypeStruct(q.shape, q.dtype), *[row] * rows),
+        (ShapeDtypeStruct(q.shape, q.dtype), row),
         dots=2,
         in_specs=[tile, whole, whole],
-        out_specs=(tile, *[per_row] * rows),
+        out_specs=(tile, per_row),
     )
 
 
@@ -96,8 +77,8 @@ def _attention_forward(
     q: Array, k: Array, v: Array, problem: Problem, config: Config
 ) -> tuple[Array, Any]:
     forward = partial(_forward, problem, config.forward)
-    out, *rows = dispatch.without_derivative("attention", forward)(q, k, v)
-    return out, (q, k, v, out, *rows)
+    y, lse = dispatch.without_derivative("attention", forward)(q, k, v)
+    return y, (q, k, v, y, lse)
 
 
 def _attention_backward(
@@ -114,12 +95,11 @@ def attention(
     q: Array,
     k: Array,
     v: Array,
-    exclusive: bool,
     scale: float,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`api.attention` of valid arguments. `interpret` serves any device."""
+    """`api.attention` of valid arguments, before the epilogue. `interpret` serves any device."""
     B, T, H, h = q.shape
-    problem = Problem(B, T, H, k.shape[2], h, exclusive, scale, q.dtype, interpret)
-    return _attention(q, k, v, problem, config or Config.of(q.dtype, T, h, exclusive))
+    problem = Problem(B, T, H, k.shape[2], h, scale, q.dtype, interpret)
+    return _attention(q, k, v, problem, config or Config.of(q.dtype, T, h))
