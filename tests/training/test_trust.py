@@ -19,6 +19,7 @@ from sngpt_kernels.epilogue import xla as epilogue_xla
 from sngpt_kernels.rotary import pallas_triton as rotary_kernels
 from sngpt_kernels.stream import pallas_triton as stream_kernels
 from sngpt_kernels.xsa import api as xsa_api
+from sngpt_kernels.xsa import libraries
 from sngpt_kernels.xsa import pallas_triton as xsa_kernels
 from sngpt_kernels.xsa import xla as xsa_xla
 
@@ -193,8 +194,9 @@ def test_a_kernel_of_a_library(config, monkeypatch):
     monkeypatch.setattr(libraries, "check", lambda *_: None)
     monkeypatch.setattr(libraries, "attention", lambda name, *arrays: WRONG(*arrays))
     assert trust.settle(named, 32, "check")["xsa"].startswith("its value differs")
+    (case,) = trust._attention(named.model, 2, 16)
     with pytest.raises(dispatch.CannotServe, match="tokamax is not used: its value differs"):
-        used(named)
+        jax.eval_shape(partial(case.run, implementation="tokamax"), *case.abstract())
 
 
 @pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])
