@@ -117,7 +117,8 @@ def reduce_mean(tree: Any, specs: Any) -> Any:
     cut apart by a kernel per array, instead of within the kernels that use them.
     """
     arrays, structure = jax.tree.flatten(tree)
-    splits = [split_of(spec) for spec in structure.flatten_up_to(specs)]
+    each = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
+    splits = [split_of(spec) for spec in each]
     whole = [i for i, split in enumerate(splits) if split is None]
     means = dict(zip(whole, _whole_means([arrays[i] for i in whole]), strict=True))
     for i, split in enumerate(splits):

@@ -94,8 +94,9 @@ def _stacked(matrices: list[jax.Array], wide: int) -> jax.Array:
 
 def _unstacked(stack: jax.Array, wide: int) -> list[jax.Array]:
     """The matrices of `_stacked(matrices, wide)`."""
-    tall = one_kernel(stack[wide:].mT) if wide < len(stack) else []
-    return [*stack[:wide], *tall]
+    if wide == len(stack):
+        return [*stack]
+    return [*stack[:wide], *one_kernel(stack[wide:].mT)]
 
 
 def _dealt_out(
