@@ -62,9 +62,9 @@ class Operation:
 def _attention(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     dtype = compute_dtype(config)
+    name = f"{dtype} {[length, *heads]}"
     # the exclusion is the epilogue's
-    name, parts = f"{dtype} {[length, *heads]}", {"exclusive": False, "dtype": dtype}
-    return [xsa.case(name, sequences, length, *heads, **parts)]
+    return [xsa.case(name, sequences, length, *heads, exclusive=False, dtype=dtype)]
 
 
 def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:
