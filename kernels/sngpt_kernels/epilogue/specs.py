@@ -1,5 +1,7 @@
 """Real shapes of the operation: one layer of a recipe for one GPU's microbatch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def case(
     gated. All arguments with rows have four axes, as a comparison cuts them.
     """
 
-    def split(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+    def split(arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         return (arrays[0] if exclusive else None), arrays[exclusive:]
 
     def make(key: jax.Array) -> tuple[jax.Array, ...]:

@@ -82,7 +82,7 @@ def attention(
         y = dispatch.backend("xsa", "libraries").attention(chosen, q, k, v, scale)
     else:
         y = xla.causal_attention(q, k, v, scale)
-    named = "xla" if implementation == "xla" else None
+    named: epilogue.Implementation | None = "xla" if implementation == "xla" else None
     return epilogue.finish(y, v if exclusive else None, gate, implementation=named)
 
 
