@@ -40,7 +40,8 @@ STAND_INS = {
     "sngpt_kernels.epilogue.api": """from sngpt_kernels.epilogue import xla
 def finish(*arrays, implementation): return xla.finish(*arrays)""",
     "sngpt_kernels.rotary.api": "def choose(*_): return 'xla'",
-    "sngpt_kernels.stream.api": "def choose(*_): return 'xla'",
+    "sngpt_jax.model.lazy_stream": """from sngpt_jax.model.stream import Stream
+def start(x, _): return Stream(x)""",
 }
 _ROWS = re.compile(r"(\d+) of (\d+) rows of windows")  # the entry's progress lines
 

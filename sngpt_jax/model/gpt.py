@@ -21,6 +21,7 @@ from sngpt_jax.model.attention import Attention, Positions, make_positions
 from sngpt_jax.model.cayley import Taps
 from sngpt_jax.model.embeddings import BigramHash, SmearGate, TiedEmbedding, ValueEmbedding
 from sngpt_jax.model.layers import rms_norm
+from sngpt_jax.model.lazy_stream import start
 from sngpt_jax.model.mlp import MLP
 from sngpt_jax.model.stream import Stream
 
@@ -156,7 +157,7 @@ class GPT(LanguageModel):
         """The head's input [B, T, D]; no code is there to tap."""
         config = self.config
         x0_BTD, added_values = encoded
-        x0, first_value = Stream.of(x0_BTD, config), None
+        x0, first_value = start(x0_BTD, config), None
         x, skips = x0, list[Stream]()
         for i, block in enumerate(self.blocks):
             if i == config.num_skips:

@@ -15,6 +15,7 @@ from sngpt_jax.model.attention import Attention, Positions
 from sngpt_jax.model.cayley import CayleySAE, Taps
 from sngpt_jax.model.embeddings import LearnedPositions
 from sngpt_jax.model.gpt import LanguageModel
+from sngpt_jax.model.lazy_stream import start
 from sngpt_jax.model.mlp import MLP
 from sngpt_jax.model.stream import Stream
 
@@ -71,7 +72,7 @@ class PreNormGPT(LanguageModel):
         self, encoded: jax.Array, positions: Positions, tapped_P: jax.Array | None = None
     ) -> tuple[jax.Array, Taps | None]:
         """The head's input [B, T, D], and the taps if there are codes and `tapped_P`."""
-        x, taps = Stream.of(encoded, self.config), []
+        x, taps = start(encoded, self.config), []
         for i, block in enumerate(self.blocks):
             with jax.named_scope(f"block_{i}"):
                 x, seen = block(x, positions)
