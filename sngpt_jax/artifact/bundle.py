@@ -37,6 +37,10 @@ ENTRY = "sngpt_jax.score_artifact"
 # kernels of ours to choose.
 STAND_INS = {
     "sngpt_jax.base.terminal": "def clear(): pass",
+    "sngpt_kernels.cayley.api": """from sngpt_kernels.cayley import xla
+from sngpt_kernels.cayley.dictionary import Scheme
+def encode_decode(*arrays, forward_standardized, generators, implementation):
+    return xla.encode_decode(*arrays[:4], Scheme(arrays[4], forward_standardized, generators))""",
     "sngpt_kernels.epilogue.api": """from sngpt_kernels.epilogue import xla
 def finish(*arrays, implementation): return xla.finish(*arrays)""",
     "sngpt_kernels.rotary.api": "def choose(*_): return 'xla'",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from sngpt_kernels.cayley import api, xla
-from sngpt_kernels.cayley.reference import STD_FLOOR
+from sngpt_kernels.cayley.dictionary import STD_FLOOR
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model.layers import chosen_by

@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
+STD_FLOOR = 1e-3  # the least divisor instead of a standard deviation; part of the definition
+
 # (n, k, degree) per level: its ids are below 2^n, k are selected, degree bounds a parent's children
 Levels = tuple[tuple[int, int, int], ...]
 Generators = Literal["spread", "prefix"]

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from sngpt_kernels.cayley.dictionary import Generators, Levels, Scheme, hadamard
+from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels, Scheme, hadamard
 from sngpt_kernels.cayley.folding import Fold, fold
 from sngpt_kernels.cayley.pallas_decode import THREADS, words
 from sngpt_kernels.cayley.pallas_select import (
@@ -25,7 +25,6 @@ from sngpt_kernels.cayley.pallas_select import (
     keys_of,
     select,
 )
-from sngpt_kernels.cayley.reference import STD_FLOOR
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
 from sngpt_kernels.dispatch import CannotServe
 

@@ -17,11 +17,10 @@ from jax.experimental import pallas as pl
 
 from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import pallas_backward, pallas_decode, pallas_encode
-from sngpt_kernels.cayley.dictionary import Scheme
+from sngpt_kernels.cayley.dictionary import STD_FLOOR, Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_decode import Config
 from sngpt_kernels.cayley.pallas_select import Output
-from sngpt_kernels.cayley.reference import STD_FLOOR
 from sngpt_kernels.cayley.xla import ID_MASK, Code, Saved
 from sngpt_kernels.launch import launch
 

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sngpt_kernels.cayley import dictionary
-from sngpt_kernels.cayley.dictionary import Generators, Levels
-
-STD_FLOOR = 1e-3  # the least divisor instead of a standard deviation; part of the definition
+from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels
 
 
 class Code(NamedTuple):

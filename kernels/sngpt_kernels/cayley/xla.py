@@ -20,8 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from sngpt_kernels.cayley import dictionary
-from sngpt_kernels.cayley.dictionary import Scheme
-from sngpt_kernels.cayley.reference import STD_FLOOR
+from sngpt_kernels.cayley.dictionary import STD_FLOOR, Scheme
 
 CPU_CHUNK_BYTES = 8 * 2**20  # about a core's share of the caches
 # On other devices a chunk is enough work for a GPU and small beside a step's activations.
