@@ -65,7 +65,7 @@ def heuristic(operation: str, case: Case) -> Config:
     first = case.abstract()[0]
     config = importlib.import_module(f"sngpt_kernels.{operation}.pallas_triton").Config
     width, by_dtype = first.shape[-1:], (first.dtype, first.shape[-1])
-    arguments = {"cayley": width, "xsa": by_dtype, "stream": width}
+    arguments = {"xsa": by_dtype, "stream": width}
     return dataclasses.asdict(config.heuristic(*arguments.get(operation, ())))
 
 

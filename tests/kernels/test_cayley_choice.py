@@ -51,7 +51,7 @@ def test_the_devices_table_chooses(monkeypatch):
     assert api.choose(H100, WIDE, SHALLOW, "spread")[0] == "pallas_triton"
     with dispatch.targeting(H100):
         assert Config.of(LOW, SHALLOW) == Config(**config)
-        assert Config.of(WIDE, SHALLOW) == Config.heuristic(64)
+        assert Config.of(WIDE, SHALLOW) == Config.heuristic()
 
 
 def test_a_program_without_the_kernels_runs_xla(monkeypatch):

@@ -21,7 +21,7 @@ from sngpt_kernels.cayley import dictionary
 from sngpt_kernels.cayley.dictionary import Generators, Levels
 
 MOST_CLASS_BITS = 3  # The transform keeps one tile of sums per class in registers.
-FEWEST_MEMBER_BITS = 5  # Four warps share the members, and a tensor core's tile has 8 columns.
+FEWEST_MEMBER_BITS = 5  # An array of members has at least 32 rows.
 WORD_BITS = 5  # A class holds whole words of 32 signs.
 MOST_POINTS = 128  # of a part of a class, so that a product's operands fit into registers
 DIGIT_BITS = 5  # The tables of all digits take 4 to 40 kB and stay in a GPU's L1 cache.

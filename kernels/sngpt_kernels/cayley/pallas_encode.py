@@ -1,9 +1,9 @@
 """Scoring on chip: the device functions that make the code of one token in a Pallas Triton kernel.
 
 Level 0 is a Walsh-Hadamard transform, two products with small matrices. Later levels score the
-children of their parents as `folding` describes. All products are of ±1 and bfloat16, on the
-tensor cores. A float32 is split into three bfloat16 that add up to it exactly, so that only sums
-round. Four warps encode a token and share tiles of scores [16 parents, members].
+children of their parents as `folding` describes, in passes of 16 parents and 16 members per class.
+All products are of ±1 and bfloat16, on the tensor cores. A float32 is split into three bfloat16
+that add up to it exactly, so that only sums round. One warp encodes a token.
 """
 
 from typing import Any, NamedTuple
@@ -15,22 +15,27 @@ from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels, Scheme, hadamard
 from sngpt_kernels.cayley.folding import Fold, fold
-from sngpt_kernels.cayley.pallas_decode import THREADS, words
+from sngpt_kernels.cayley.pallas_decode import words
 from sngpt_kernels.cayley.pallas_select import (
+    LOWEST,
     NEVER,
     Output,
     Tile,
+    Work,
     add_up,
-    all_bits,
-    keys_of,
+    capacity,
+    finite_or_infinite,
+    load,
     select,
+    sift,
 )
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
 from sngpt_kernels.dispatch import CannotServe
 
 PARENTS = 16  # per block: the rows of a tensor core's tile
-MOST_TILES = 31  # of candidates; an int32 marks which tiles are chosen
-MOST_HELD = 64  # candidates per thread; more do not fit into its registers
+MEMBERS = 16  # per pass
+UNROLLED = 4  # columns of 32 points of a class
+MOST_CANDIDATES = 2**13  # per token and level; more would take more than 16 passes
 
 
 class _Level(NamedTuple):
@@ -60,6 +65,18 @@ def _parent_blocks(levels: Levels, level: int) -> range:
     return range(-(-levels[level - 1][1] // PARENTS))
 
 
+def passes_of(levels: Levels, generators: Generators, level: int) -> int:
+    """Blocks of parents times chunks of members, of level ≥ 1."""
+    chunks = fold(levels, generators, level).member_steps.size // MEMBERS
+    return len(_parent_blocks(levels, level)) * chunks
+
+
+def list_size(levels: Levels, generators: Generators) -> int:
+    """The most candidates that the passes of a level sift out."""
+    passes = [1, *(passes_of(levels, generators, level) for level in range(1, len(levels)))]
+    return max(n * capacity(k) for n, (_, k, _) in zip(passes, levels, strict=True))
+
+
 def check(levels: Levels, generators: Generators) -> None:
     """Raises CannotServe, with the reason, if the kernel is not made for such levels."""
     d = 2 ** levels[0][0]
@@ -67,11 +84,26 @@ def check(levels: Levels, generators: Generators) -> None:
         raise CannotServe(f"pallas_triton serves widths from 64 to 2048; x has {d}")
     for level in range(1, len(levels)):
         folded = fold(levels, generators, level)
-        tiles = len(_parent_blocks(levels, level)) * len(folded.class_steps)
-        held = tiles * PARENTS * folded.member_steps.size // THREADS
-        if tiles > MOST_TILES or held > MOST_HELD:
+        classes = len(folded.class_steps)
+        held = passes_of(levels, generators, level) * PARENTS * MEMBERS * classes
+        if held > MOST_CANDIDATES:
             has = f"level {level} has {levels[level - 1][1]} x {levels[level][2]}"
             raise CannotServe(f"pallas_triton keeps candidates in registers; {has}, too many")
+
+
+def _in_order(folded: Fold) -> tuple[np.ndarray, ...]:
+    """points [2, d / 2], matrix [d / 32, M, 32] and words [digits, 32, d / 32], by column.
+
+    A column of a part has 32 points. Point j of its first 16 and point j + 16 are neighbours.
+    """
+    parts, members, size = folded.matrix.shape
+    columns = size // 32
+    pairs = folded.points.reshape(parts, 2, 16, columns).transpose(1, 0, 3, 2)
+    matrix = folded.matrix.reshape(parts, members, 2, 16, columns).transpose(0, 4, 1, 3, 2)
+    # Thread t of four has the points 4t to 4t + 3 of 16 in a product, and loads 8 neighbours.
+    matrix = matrix.reshape(parts * columns, members, 2, 4, 4).swapaxes(2, 3)
+    matrix = matrix.reshape(parts * columns, members, 32)
+    return pairs.reshape(2, -1), matrix.astype(jnp.bfloat16), folded.words
 
 
 def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
@@ -81,12 +113,7 @@ def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
     for level in range(1, len(scheme.levels)):
         table, folded = scheme.children(level), fold(scheme.levels, scheme.generators, level)
         result += _Level(
-            table.group_of_parent,
-            table.representatives,
-            folded.member_steps,
-            folded.points,
-            folded.matrix.astype(jnp.bfloat16),
-            folded.words,
+            table.group_of_parent, table.representatives, folded.member_steps, *_in_order(folded)
         )
     return tuple(result)
 
@@ -107,7 +134,7 @@ def tables(mean: Array, std: Array, bias: Array, scheme: Scheme) -> tuple[Array,
         folded = fold(scheme.levels, scheme.generators, level)
         steps = np.array(folded.class_steps, np.int32)[:, None] ^ folded.member_steps
         ids = scheme.children(level).representatives[:, None, None] ^ steps
-        result += [scale[ids], offset[ids]]
+        result += [scale[ids].reshape(-1), offset[ids].reshape(-1)]
     return tuple(result) if scheme.forward_standardized else (*result, deviation, bias)
 
 
@@ -129,15 +156,16 @@ def _zero(row: Array) -> Array:
     return row >> 31
 
 
-def _slots(size: int) -> Array:
-    """0 … size - 1, declared as not contiguous: a thread then has the same slots everywhere."""
-    return plgpu.max_contiguous(lax.iota(jnp.int32, size), 1)
+def _halves(y: Array) -> tuple[Array, Array]:
+    """The even and the odd elements."""
+    even, odd = jnp.unstack(y.reshape(-1, 2), axis=-1)
+    return even, odd
 
 
 def _roots(
     row: Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any
-) -> Tile:
-    """The candidates of level 0."""
+) -> list[Tile]:
+    """The candidates of level 0: four tiles."""
     rows, columns = _grid(x_ref.shape[-1])
     shape = (left_ref.shape[0], right_ref.shape[0])
 
@@ -149,16 +177,23 @@ def _roots(
     left, right = left_ref[...], right_ref[...]
     half = add_up([plgpu.dot(piece, right) for piece in _pieces(x)])
     sums = add_up([plgpu.dot(left, piece) for piece in _pieces(half)])
-    slots = _slots(shape[0] * shape[1])
+    slots = lax.iota(jnp.int32, shape[0] * shape[1])
     ids, inside = points(slots // shape[1], slots % shape[1])
+    if x_ref.shape[-1] > 1024:  # else registers spill
+        ids += _zero(row)
     scale, offset = (
-        plgpu.load(ref.at[ids + _zero(row)], mask=inside, other=0)
-        for ref in (scale_ref, offset_ref)
+        plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref)
     )
-    return Tile(keys_of(sums.reshape(-1) * scale + offset, all_bits(inside)), ids, 0)
+    kept = jnp.where(inside, jnp.inf, NEVER)
+    y = finite_or_infinite(sums.reshape(-1) * scale + offset, kept)
+    # The ids of four neighbours differ in the two lowest bits.
+    scores = [half for pair in _halves(y) for half in _halves(pair)]
+    slots = 4 * lax.iota(jnp.int32, shape[0] * shape[1] // 4)
+    ids, _ = points(slots // shape[1], slots % shape[1])
+    return [Tile(y, ids, step) for y, step in zip(scores, (0, 2, 1, 3), strict=True)]
 
 
-def _parents(out: Output, start: int, k: int, block: int, group_ref: Any) -> tuple[Array, Array]:
+def _parents(out: Output, start: int, k: int, block: Array, group_ref: Any) -> tuple[Array, Array]:
     """The groups of a block of the k parents, and which parents are the first of their group."""
 
     def load(slots: Array) -> Array:
@@ -172,67 +207,108 @@ def _parents(out: Output, start: int, k: int, block: int, group_ref: Any) -> tup
     return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
 
 
-def _parent_signs(level: _Level, index: Array, representatives: Array) -> Array:
-    """The signs of the parents at the points of one part of a class: bfloat16 [K, PARENTS]."""
-    columns = level.points.shape[1] // 32
-    shape = (columns, PARENTS)
-    column = index * columns + lax.broadcasted_iota(jnp.int32, shape, 0)
-    of_parents = words(level.words, jnp.broadcast_to(representatives[None, :], shape), column)
-    flat = of_parents.reshape(1, columns * PARENTS)
-    shift = 31 - lax.broadcasted_iota(jnp.int32, (32, columns * PARENTS), 0)
-    bits = ((flat << shift) & NEVER) | 0x3F800000  # the sign, and the bits of 1.0
-    signs = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-    return signs.reshape(32 * columns, PARENTS)
+def _signed(of_parents: Array, pairs: Array) -> Array:
+    """32 points with the signs of the parents, bfloat16 [PARENTS, 32].
+
+    Two neighbours are the halves of an int32 of `pairs` [16]. Their signs are the bits j and j + 16
+    of the parents' words.
+    """
+    shift = 15 - lax.broadcasted_iota(jnp.int32, (PARENTS, 16), 1)
+    signs = (of_parents[:, None] << shift) & jnp.int32(-(2**31) + 2**15)
+    both = signs ^ pairs[None, :]
+    points = jnp.stack([both.astype(jnp.int16), (both >> 16).astype(jnp.int16)], axis=-1)
+    return lax.bitcast_convert_type(points.reshape(PARENTS, 32), jnp.bfloat16)
+
+
+def _write_pairs(row: Array, x_ref: Any, level: _Level, work: Work) -> None:
+    """Writes x in the order of the level's products, two points per int32."""
+    half = x_ref.shape[-1] // 2
+    q = lax.iota(jnp.int32, half)
+    sides = []
+    for side in range(2):
+        x = plgpu.load(x_ref.at[row, level.points[side, q]])
+        sides.append([lax.bitcast_convert_type(piece, jnp.int16) for piece in _pieces(x)])
+    for number, (low, high) in enumerate(zip(*sides, strict=True)):
+        pair = (low.astype(jnp.int32) & 0xFFFF) | (high.astype(jnp.int32) << 16)
+        plgpu.store(work.pairs_ref.at[work.row, number * half + q], pair)
+
+
+def _write_words(representatives: Array, level: _Level, work: Work) -> None:
+    """Writes the words of the signs of a block of parents."""
+    columns = level.words.shape[-1]
+    shape = (PARENTS, columns)
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    of_parents = words(level.words, jnp.broadcast_to(representatives[:, None], shape), column)
+    place = lax.broadcasted_iota(jnp.int32, shape, 0) * columns + column
+    plgpu.store(work.words_ref.at[work.row, place], of_parents)
 
 
 def _children(
-    row: Array,
-    parents: list[tuple[Array, Array]],
-    x_ref: Any,
+    groups: Array,
+    first: Array,
+    chunk: Array,
+    pieces: int,
     level: _Level,
     scale_ref: Any,
     offset_ref: Any,
     folded: Fold,
+    work: Work,
 ) -> list[Tile]:
-    """The children of the parents' groups: a tile of PARENTS · M per block of parents and class."""
-    classes = range(len(folded.class_steps))
-    representatives = [level.representatives[groups] for groups, _ in parents]
-    parts = level.points.shape[0] // len(classes)  # per class
+    """The children of a block of parents' groups, of one chunk of members: a tile per class."""
+    count = len(folded.class_steps)
+    representatives = level.representatives[groups]
+    _write_words(representatives, level, work)
+    barrier(work.interpret)
+    columns = level.words.shape[-1]
+    shape = (PARENTS, MEMBERS)
+    members = chunk * MEMBERS + lax.iota(jnp.int32, MEMBERS)
 
-    def add_part(part: Array, sums: list[list[Array]]) -> list[list[Array]]:
-        """Adds a part of a class to Σ_class (-1)^<i, class> · S(class), per block and i."""
-        matrix, x = level.matrix[part, :, :], x_ref[row, level.points[part, :]]
-        signed = [(matrix * piece[None, :]).T for piece in _pieces(x)]
-        sign = [
-            1 - 2 * (lax.population_count(part // parts & i) & 1).astype(jnp.float32)
-            for i in classes
-        ]
-        totals = []
-        for f in representatives:
-            signs = _parent_signs(level, part, f).T
-            totals.append(add_up([plgpu.dot(signs, piece) for piece in signed]))
-        return [
-            [before[i] + sign[i] * total for i in classes]
-            for before, total in zip(sums, totals, strict=True)
-        ]
+    def add_column(column: Array | int, total: Array) -> Array:
+        """Adds 32 points."""
+        matrix = level.matrix[column, members[:, None], lax.iota(jnp.int32, 32)[None, :]]
+        matrix = matrix.reshape(MEMBERS, 4, 2, 4).transpose(0, 2, 1, 3).reshape(MEMBERS, 32).T
+        place = lax.iota(jnp.int32, PARENTS) * columns + column
+        of_parents = work.words_ref[work.row, place]
+        for piece in range(pieces):
+            place = (piece * columns + column) * 16 + lax.iota(jnp.int32, 16)
+            pairs = work.pairs_ref[work.row, place]
+            total += plgpu.dot(_signed(of_parents, pairs), matrix)
+        return total
 
-    # Unrolled over all parts, the program would exceed the instruction cache.
-    zeros = jnp.zeros((PARENTS, folded.member_steps.size), jnp.float32)
-    nothing = [[zeros] * len(classes)] * len(parents)
-    sums = lax.fori_loop(0, level.points.shape[0], add_part, nothing)
+    def sum_class(index: int) -> Array:
+        total = jnp.zeros(shape, jnp.float32)
+        per_class = columns // count
+        start = index * per_class
+        if per_class <= UNROLLED:
+            for column in range(start, start + per_class):
+                total = add_column(column, total)
+            return total
+        return lax.fori_loop(start, start + per_class, add_column, total)
+
+    sums = [sum_class(index) for index in range(count)]
+    step = 1
+    while step < count:  # a Walsh-Hadamard transform
+        for i in range(count):
+            if not i & step:
+                a, b = sums[i], sums[i + step]
+                sums[i], sums[i + step] = a + b, a - b
+        step *= 2
 
     def spread(values: Array) -> Array:
-        return jnp.broadcast_to(values[:, None], zeros.shape).reshape(-1)
+        return jnp.broadcast_to(values[:, None], shape).reshape(-1)
 
+    # Declared as not contiguous, slots lie in the threads as the stores of `sift` need them.
+    slots = plgpu.max_contiguous(lax.iota(jnp.int32, PARENTS * MEMBERS), 1)
+    member = chunk * MEMBERS + (slots & (MEMBERS - 1))
+    is_member = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
+    kept = jnp.where(is_member, spread(jnp.where(first, jnp.inf, NEVER)), NEVER)
+    first_child = spread(groups) * (count * folded.member_steps.size) + member
+    child = spread(representatives) ^ level.member_steps[member]
     tiles = []
-    for (groups, first), f, totals in zip(parents, representatives, sums, strict=True):
-        member = _slots(zeros.size) & (zeros.shape[1] - 1)
-        is_member = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
-        kept = all_bits(is_member) & spread(all_bits(first))
-        group, child = spread(groups), spread(f) ^ level.member_steps[member + _zero(row)]
-        for i, total in enumerate(totals):
-            y = total.reshape(-1) * scale_ref[group, i, member] + offset_ref[group, i, member]
-            tiles.append(Tile(keys_of(y, kept), child, folded.class_steps[i]))
+    for i, total in enumerate(sums):
+        place = first_child + i * folded.member_steps.size
+        y = total.reshape(-1) * scale_ref[place] + offset_ref[place]
+        tiles.append(Tile(finite_or_infinite(y, kept), child, folded.class_steps[i]))
     return tiles
 
 
@@ -255,8 +331,40 @@ def _finish(out: Output, active: int, unstandardize: tuple[Any, ...]) -> None:
     plgpu.store(out.c_ref.at[out.row, slots], c, mask=used)
 
 
+def _encode_level(
+    out: Output,
+    work: Work,
+    x_ref: Any,
+    level: _Level,
+    tables: tuple[Any, ...],
+    scheme: Scheme,
+    index: int,
+    start: int,
+) -> None:
+    """Writes the ids and scores of a level ≥ 1 to the places from `start` on."""
+    (_, parents, _), (_, k, _) = scheme.levels[index - 1 : index + 1]
+    folded = fold(scheme.levels, scheme.generators, index)
+    chunks = folded.member_steps.size // MEMBERS
+    pieces = 1 if x_ref.dtype == jnp.bfloat16 else 3
+    _write_pairs(out.row, x_ref, level, work)
+
+    def take(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        stop, bound = state
+        block, chunk = number >> (chunks.bit_length() - 1), number & (chunks - 1)
+        groups, first = _parents(out, start - parents, parents, block, level.group_of_parent)
+        tiles = _children(groups, first, chunk, pieces, level, *tables, folded, work)
+        return sift(tiles, k, bound, stop, work)
+
+    passes = passes_of(scheme.levels, scheme.generators, index)
+    state = jnp.int32(0), jnp.int32(LOWEST)
+    stop, bound = lax.fori_loop(0, passes, take, state)
+    barrier(out.interpret)
+    select(load(work, passes * capacity(k), stop), k, start, out, bound)
+
+
 def encode_token(
     out: Output,
+    work: Work,
     x_ref: Any,
     constant_refs: tuple[Any, ...],
     table_refs: tuple[Any, ...],
@@ -268,20 +376,16 @@ def encode_token(
     """
     levels, fields = scheme.levels, len(_Level._fields)
     roots = _roots(out.row, x_ref, *constant_refs[:2], *table_refs[:2])
-    select([roots], levels[0][1], 0, out)
-    start = 0
+    k = levels[0][1]
+    stop, bound = sift(roots, k, LOWEST, jnp.int32(0), work)
+    barrier(out.interpret)
+    select(load(work, capacity(k), stop), k, 0, out, bound)
+    start = k
     for index in range(1, len(levels)):
         barrier(out.interpret)
         level = _Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
-        k = levels[index - 1][1]
-        parents = [
-            _parents(out, start, k, block, level.group_of_parent)
-            for block in _parent_blocks(levels, index)
-        ]
-        start += k
-        folded = fold(levels, scheme.generators, index)
-        scale_ref, offset_ref = table_refs[2 * index : 2 * index + 2]
-        children = _children(out.row, parents, x_ref, level, scale_ref, offset_ref, folded)
-        select(children, levels[index][1], start, out)
+        tables = table_refs[2 * index : 2 * index + 2]
+        _encode_level(out, work, x_ref, level, tables, scheme, index, start)
+        start += levels[index][1]
     barrier(out.interpret)
     _finish(out, scheme.active, table_refs[2 * len(levels) :])

@@ -1,6 +1,8 @@
-"""Selection on chip: the k best of some tiles of candidates, inside a Pallas Triton kernel.
+"""Selection on chip: the k best of some candidates, inside a Pallas Triton kernel of one warp.
 
-A bisection finds the threshold that k integer keys reach. The keys order like the scores.
+A bisection over float32 scores finds the threshold that k of them reach. A pass with many
+candidates is sifted first: the k-th largest of its slots' maxima is a lower bound of the threshold,
+few candidates reach the bound, and only these go on, through memory.
 """
 
 import functools
@@ -14,14 +16,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley import dictionary
 
-NEVER = -(2**31)  # the key of a candidate that must not be chosen; below the key of any number
-INFINITY = 0x7F800000  # the key of +inf
+NEVER = -jnp.inf  # the score of a candidate that must not be chosen
+LOWEST = -(2**31) + 2**23  # the order of the lowest finite score
 
 
 class Tile(NamedTuple):
-    """Candidates with the ids base ⊕ step. Tiles that share bases save registers."""
+    """Candidates with the ids base ⊕ step. The scores are finite, +inf or NEVER."""
 
-    keys: Array  # int32 [S]
+    scores: Array  # float32 [S]
     base: Array  # int32 [S]
     step: int
 
@@ -35,42 +37,53 @@ class Output(NamedTuple):
     interpret: bool
 
 
+class Work(NamedTuple):
+    """Memory of a program for what its threads exchange."""
+
+    row: Array
+    ids_ref: Any  # [programs, L] int32: the candidates that the passes sifted out
+    scores_ref: Any  # [programs, L] float32: their scores
+    pairs_ref: Any  # [programs, pieces · d / 2] int32: x, as `pallas_encode` multiplies it
+    words_ref: Any  # [programs, 16 · d / 32] int32: the signs of a block of parents
+    interpret: bool
+
+
 def add_up(terms: Sequence[Array]) -> Array:
     """The sum of arrays, from the left."""
     return functools.reduce(operator.add, terms)
 
 
-def _ordered(bits: Array) -> Array:
-    """The bits of a float32 as an integer that orders like it, and back."""
+def finite_or_infinite(y: Array, kept: Array) -> Array:
+    """Scores: y, or +inf where y is not finite. `kept` is +inf, or NEVER to get NEVER."""
+    return jnp.where(jnp.abs(y) < kept, y, kept)
+
+
+def _order(y: Array) -> Array:
+    """The int32 that order like the float32 y."""
+    bits = lax.bitcast_convert_type(y, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def keys_of(y: Array, kept: Array) -> Array:
-    """int32 keys that order like y, which is never -0. A y that is not finite counts as +inf.
-
-    The key is NEVER where `kept` has no bits set.
-    """
-    keys = _ordered(lax.bitcast_convert_type(y, jnp.int32))
-    keys = jnp.where(jnp.abs(y) < jnp.inf, keys, INFINITY)
-    return (keys & kept) | (NEVER & ~kept)
-
-
-def all_bits(mask: Array) -> Array:
-    """int32 with every bit set where `mask`, else 0: long-lived masks would use up predicates."""
-    return jnp.where(mask, jnp.int32(-1), jnp.int32(0))
+def _score(order: Array) -> Array:
+    """The inverse of `_order`."""
+    return lax.bitcast_convert_type(order ^ ((order >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
 def _count(masks: list[Array]) -> Array:
     return jnp.sum(add_up([mask.astype(jnp.int32) for mask in masks]))
 
 
-def _threshold(keys: list[Array], k: int) -> tuple[Array, Array]:
-    """(t, n): n keys are at least t. Either n = k, or n > k and t is the k-th largest key."""
-    top = jnp.max(functools.reduce(jnp.maximum, keys))
+def _threshold(scores: list[Array], k: int, most: int, least: Array | int) -> tuple[Array, Array]:
+    """(t, n): n scores are at least t ≥ `least`, and k ≤ n ≤ `most`.
+
+    Otherwise n > most. Then t is the k-th largest score, or `least` if fewer than k reach it.
+    """
+    top = jnp.max(functools.reduce(jnp.maximum, scores))
 
     def narrow(state: tuple[Array, ...], middle: Array) -> tuple[Array, ...]:
-        low, high, reached = state  # k or more keys are at least low, fewer are at least high
-        n = _count([key >= middle for key in keys])
+        low, high, reached = state  # k or more scores are at least low, fewer are at least high
+        t = _score(middle)
+        n = _count([y >= t for y in scores])
         return (
             jnp.where(n >= k, middle, low),
             jnp.where(n >= k, high, middle),
@@ -79,16 +92,20 @@ def _threshold(keys: list[Array], k: int) -> tuple[Array, Array]:
 
     def searching(state: tuple[Array, ...]) -> Array:
         low, high, reached = state
-        return (reached != k) & (low + 1 < high)
+        return (reached > most) & (low + 1 < high)
 
     def halve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, _ = state
         return narrow(state, (low & high) + ((low ^ high) >> 1))  # their mean, without overflow
 
+    low, high = jnp.int32(least), jnp.maximum(_order(top), least) + 1
     # The threshold of a positive score is mostly more than half the largest score. That is a
-    # difference of 2^23 in keys.
-    state = narrow((jnp.int32(NEVER + 1), top + 1, jnp.int32(k + 1)), jnp.maximum(top, 0) - 2**23)
-    low, _, reached = lax.while_loop(searching, halve, state)
+    # difference of 2^23 in order.
+    first = jnp.maximum(jnp.maximum(high, 0) - 2**23, low)
+    if not isinstance(least, int):
+        # Often too few scores reach a bound of the passes before, and then this is all.
+        first = jnp.where(least > LOWEST, low, first)
+    low, _, reached = lax.while_loop(searching, halve, narrow((low, high, jnp.int32(2**30)), first))
     return low, reached
 
 
@@ -98,11 +115,11 @@ def _mark(tiles: list[Tile], chosen: Callable[[Tile], Array]) -> Array:
 
 
 def _mark_by_id(tiles: list[Tile], k: int, t: Array) -> Array:
-    """`_mark` of the keys above t, and of keys equal to t with the lowest ids up to k in all."""
-    missing = k - _count([tile.keys > t for tile in tiles])
+    """`_mark` of the scores above t, and of those equal to t with the lowest ids up to k in all."""
+    missing = k - _count([tile.scores > t for tile in tiles])
 
     def equal(tile: Tile, last: Array) -> Array:
-        return (tile.keys == t) & ((tile.base ^ tile.step) <= last)
+        return (tile.scores == t) & ((tile.base ^ tile.step) <= last)
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state  # fewer than `missing` have ids up to low, enough have ids up to high
@@ -112,40 +129,108 @@ def _mark_by_id(tiles: list[Tile], k: int, t: Array) -> Array:
 
     ends = jnp.int32(-1), jnp.int32(2**dictionary.MAX_BITS)
     _, last = lax.while_loop(lambda state: state[0] + 1 < state[1], halve, ends)
-    return _mark(tiles, lambda tile: (tile.keys > t) | equal(tile, last))
+    return _mark(tiles, lambda tile: (tile.scores > t) | equal(tile, last))
 
 
-def select(tiles: list[Tile], k: int, start: int, out: Output) -> None:
-    """Writes the ids and y of the k largest keys to the places from `start` on.
-
-    Of equal keys the lower id wins. Few places are chosen in more than one or two tiles. So each
-    round writes one candidate per place, for all places at once.
-    """
-    t, reached = _threshold([tile.keys for tile in tiles], k)
-    chosen = lax.cond(
+def _mark_best(tiles: list[Tile], k: int, least: Array | int) -> Array:
+    """`_mark` of the k largest scores from `least` on, at most k. Of equal ones lower ids win."""
+    order, reached = _threshold([tile.scores for tile in tiles], k, k, least)
+    t = _score(order)
+    return lax.cond(
         reached == k,
-        lambda: _mark(tiles, lambda tile: tile.keys >= t),
+        lambda: _mark(tiles, lambda tile: tile.scores >= t),
         lambda: _mark_by_id(tiles, k, t),
     )
+
+
+def _places(counts: Array) -> Array:
+    """Places so that slot i has the counts[i] ones from places[i] on."""
+    return jnp.cumsum(counts) - counts
+
+
+def _store(
+    ref_pair: tuple[Any, Any],
+    row: Array,
+    place: Array,
+    mask: Array,
+    ids: Array,
+    y: Array,
+    interpret: bool,
+) -> None:
+    # Interpretation stores the old value at masked places, so they are out of bounds.
+    slot = jnp.where(mask, place, ref_pair[0].shape[1]) if interpret else place
+    plgpu.store(ref_pair[0].at[row, slot], ids, mask=mask)
+    plgpu.store(ref_pair[1].at[row, slot], y, mask=mask)
+
+
+def select(tile: Tile, k: int, start: int, out: Output, least: Array | int) -> None:
+    """Writes the ids and scores of the k largest scores to the places from `start` on.
+
+    Of equal scores the lower id wins. k or more scores are at least `least`.
+    """
+    chosen = _mark_best([tile], k, least)
+    refs = out.saved_ref, out.c_ref
+    place = _places(chosen) + start
+    ids = tile.base ^ tile.step
+    _store(refs, out.row, place, chosen != 0, ids, tile.scores, out.interpret)
+
+
+def capacity(k: int) -> int:
+    """How many candidates a pass sifts out at most."""
+    return max(32, 2 * 2 ** (k - 1).bit_length())
+
+
+def sift(
+    tiles: list[Tile], k: int, bound: Array | int, start: Array, work: Work
+) -> tuple[Array, Array]:
+    """Appends the candidates that can be among the k best to `work`, from `start` on.
+
+    Returns the end, and a bound that k candidates of this pass or of the passes before reach. A
+    round writes one candidate per slot, for all slots at once: few slots have more than two.
+    """
+    maxima = functools.reduce(jnp.maximum, [tile.scores for tile in tiles])
+    bound, _ = _threshold([maxima], k, k + k // 8, bound)
+    t = _score(bound)
+    chosen = _mark(tiles, lambda tile: tile.scores >= t)
+    few = jnp.sum(lax.population_count(chosen)) <= capacity(k)
+    chosen = lax.cond(few, lambda: chosen, lambda: _mark_best(tiles, k, bound))
     counts = lax.population_count(chosen)
-    position = jnp.cumsum(counts) - counts + start
+    place = _places(counts) + start
+    refs = work.ids_ref, work.scores_ref
+
+    def pick(lowest: Array, values: list[Any]) -> Any:
+        """values[i] where bit i of `lowest` is the one that is set."""
+        bit = 1
+        while len(values) > 1:
+            odd = sum(1 << i for i in range(len(tiles)) if i & bit)
+            is_odd = (lowest & odd) != 0
+            values = [
+                jnp.where(is_odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)
+            ]
+            bit *= 2
+        return values[0]
 
     def write(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        chosen, position, rounds = state
+        chosen, place, rounds = state
         lowest = chosen & -chosen
-        key, base = tiles[0].keys, tiles[0].base
-        step = jnp.full(chosen.shape, tiles[0].step, jnp.int32)
-        for i, tile in enumerate(tiles[1:], 1):
-            this = lowest == 1 << i
-            key, step = jnp.where(this, tile.keys, key), jnp.where(this, tile.step, step)
-            if tile.base is not tiles[i - 1].base:
-                base = jnp.where(lowest >= 1 << i, tile.base, base)
-        y = lax.bitcast_convert_type(_ordered(key), jnp.float32)
-        mask = chosen != 0
-        # Interpretation stores the old value at masked positions, so they are out of bounds.
-        slot = jnp.where(mask, position, out.c_ref.shape[1]) if out.interpret else position
-        plgpu.store(out.saved_ref.at[out.row, slot], base ^ step, mask=mask)
-        plgpu.store(out.c_ref.at[out.row, slot], y, mask=mask)
-        return chosen ^ lowest, position + 1, rounds - 1
+        y = pick(lowest, [tile.scores for tile in tiles])
+        # the steps of the tiles are the sums of some of them
+        ids = tiles[0].base ^ tiles[0].step
+        for bit in range(len(tiles).bit_length() - 1):
+            odd = sum(1 << i for i in range(len(tiles)) if i >> bit & 1)
+            ids = ids ^ jnp.where((lowest & odd) != 0, tiles[1 << bit].step ^ tiles[0].step, 0)
+        _store(refs, work.row, place, chosen != 0, ids, y, work.interpret)
+        return chosen ^ lowest, place + 1, rounds - 1
 
-    lax.while_loop(lambda state: state[2] > 0, write, (chosen, position, jnp.max(counts)))
+    lax.while_loop(lambda state: state[2] > 0, write, (chosen, place, jnp.max(counts)))
+    return start + jnp.sum(counts), bound
+
+
+def load(work: Work, size: int, stop: Array) -> Tile:
+    """The first `stop` candidates of `work`, at most `size`."""
+    place = lax.iota(jnp.int32, 2 ** (size - 1).bit_length())
+    ids, y = (
+        plgpu.load(ref.at[work.row, place], mask=place < stop, other=other)
+        for ref, other in ((work.ids_ref, 0), (work.scores_ref, NEVER))
+    )
+    return Tile(y, ids, 0)

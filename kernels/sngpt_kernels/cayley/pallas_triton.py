@@ -1,8 +1,8 @@
 """The operation as Pallas Triton kernels for NVIDIA GPUs.
 
-A program of the forward kernel encodes its tokens one after the other with all its warps
-(`pallas_encode`) and then decodes them side by side (`pallas_decode`). Ids and coefficients pass
-through memory, because a thread needs values that another thread chose.
+A program of the forward kernel has one warp. It encodes a token (`pallas_encode`), decodes it
+(`pallas_lookup`) and goes on to the next. Ids and coefficients pass through memory, because a
+thread needs values that another thread chose.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 
 from sngpt_kernels import dispatch
-from sngpt_kernels.cayley import pallas_backward, pallas_decode, pallas_encode
+from sngpt_kernels.cayley import pallas_backward, pallas_encode, pallas_lookup
 from sngpt_kernels.cayley.dictionary import STD_FLOOR, Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_decode import Config
-from sngpt_kernels.cayley.pallas_select import Output
+from sngpt_kernels.cayley.pallas_select import Output, Work
 from sngpt_kernels.cayley.xla import ID_MASK, Code, Saved
 from sngpt_kernels.launch import launch
 
@@ -59,22 +59,28 @@ def _forward_kernel(
     x_hat_ref: Any,
     saved_ref: Any,
     c_ref: Any,
+    ids_ref: Any,
+    scores_ref: Any,
+    pairs_ref: Any,
+    sign_words_ref: Any,
     *,
     static: _Static,
 ) -> None:
     (rows, d), tokens = x_ref.shape, static.config.forward_tokens
     first_row = pl.program_id(0) * tokens
+    work = Work(pl.program_id(0), ids_ref, scores_ref, pairs_ref, sign_words_ref, static.interpret)
 
-    def encode(token: Array, _: None) -> None:
-        out = Output(first_row + token, saved_ref, c_ref, static.interpret)
-        pallas_encode.encode_token(out, x_ref, constant_refs, table_refs, static.scheme)
+    def code(token: Array, _: None) -> None:
+        row = first_row + token
+        out = Output(row, saved_ref, c_ref, static.interpret)
+        pallas_encode.encode_token(out, work, x_ref, constant_refs, table_refs, static.scheme)
+        # Threads read ids and coefficients that other threads stored.
+        pallas_encode.barrier(static.interpret)
+        sums = pallas_lookup.combine(row, c_ref, saved_ref, words_ref, static.interpret)
+        root = np.float32(d**-0.5)
+        pallas_lookup.store(x_hat_ref, row, tuple(p_sums * root for p_sums in sums))
 
-    lax.fori_loop(0, jnp.minimum(tokens, rows - first_row), encode, None)
-    # Threads read ids and coefficients that other threads stored.
-    pallas_encode.barrier(static.interpret)
-    at = pallas_decode.tile(first_row, rows, tokens, d)
-    sums = pallas_decode.decode(at, saved_ref, c_ref, words_ref)
-    pallas_decode.store(x_hat_ref, at, sums * np.float32(d**-0.5))
+    lax.fori_loop(0, jnp.minimum(tokens, rows - first_row), code, None)
 
 
 def _forward(
@@ -87,23 +93,30 @@ def _forward(
         return x, jnp.zeros((*x.shape[:-1], active), jnp.int32)
     constants = pallas_encode.constants(scheme)
     tables = pallas_encode.tables(mean, std, bias, scheme)
-    words = pallas_decode.table(d, bias.shape[0])
+    words = pallas_lookup.table(d, bias.shape[0])
     scored = sum(
         levels[level - 1][1] * fold(levels, scheme.generators, level).member_steps.size
         for level in range(1, len(levels))
     )
-    x_hat, saved, _ = launch(
+    programs = pl.cdiv(rows, static.config.forward_tokens)
+    pieces = 1 if x.dtype == jnp.bfloat16 else 3
+    found = programs, pallas_encode.list_size(levels, scheme.generators)
+    x_hat, saved, *_ = launch(
         "cayley_forward",
         partial(_forward_kernel, static=static),
-        (pl.cdiv(rows, static.config.forward_tokens),),
+        (programs,),
         (x.reshape(rows, d), constants, tables, words),
         (
             ShapeDtypeStruct((rows, d), x.dtype),
             ShapeDtypeStruct((rows, active), jnp.int32),
             ShapeDtypeStruct((rows, active), jnp.float32),  # c: scratch
+            ShapeDtypeStruct(found, jnp.int32),
+            ShapeDtypeStruct(found, jnp.float32),
+            ShapeDtypeStruct((programs, pieces * d // 2), jnp.int32),
+            ShapeDtypeStruct((programs, pallas_encode.PARENTS * d // 32), jnp.int32),
         ),
         flops=2 * rows * (active + scored) * d,
-        num_warps=static.config.forward_warps,
+        num_warps=1,
         interpret=static.interpret,
     )
     return x_hat.reshape(x.shape), saved.reshape(*x.shape[:-1], active)

@@ -17,11 +17,11 @@ REFERENCE_TOKENS = 16  # the reference takes about 0.1 s per token
 COUNTED_TOKENS = 64  # whose loops are counted in interpretation
 WORK = {  # see `Case.work`
     "cayley_forward": ("decoding", ""),
-    "encode": ("keys", "decoding"),
+    "code": ("keys", "decoding"),
     "halve": ("selection", "selection"),
-    "write": ("selection", "products"),
-    "add_part": ("products", "keys"),
-    "add_atom": ("decoding", "decoding"),
+    "write": ("selection", "selection"),
+    "take": ("keys", "selection"),
+    "add_column": ("products", "keys"),
     "cayley_backward": ("scores", ""),
     "add_columns": ("scores", "scores"),
     "add_features": ("decoding", "decoding"),
