@@ -143,9 +143,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, h] and keys [B, T, K, h] as attention takes them, and raw values.
 
-        One product computes all three if a norm follows. Otherwise, and if XSA uses the values
-        twice, splitting the product would be an extra pass over it. A kernel reads queries and keys
-        side by side and writes them apart.
+        One product computes all three if a norm follows. A kernel writes them apart on its way.
+        Without one, splitting the product is an extra pass where XSA uses the values twice.
         """
         matrices = [self.query[...], self.key[...], self.value[...]]
         x_BTD = inputs[0]
@@ -157,14 +156,15 @@ class Attention(nnx.Module):
             with chosen_by("rotary"):
                 chosen = rotary.choose(x_BTD.dtype, self.head_dim, self.rotary)
             if chosen != "xla":
-                q_BTHh, k_BTKh = rotary.prepare(
-                    heads(x_BTD, *matrices[:2]),
+                prepared = rotary.prepare(
+                    heads(x_BTD, *matrices),
                     self.q_gain[...],
                     *positions.rotary,
                     eps=self.norm_eps,
+                    values=self.num_kv_heads,
                     implementation=self.rotary,
                 )
-                return q_BTHh, k_BTKh, heads(inputs[1], matrices[2])
+                return prepared[0], prepared[1], prepared[2]
         if self.exclusive or not self.qk_norm:
             q_BTHh, k_BTKh, v_BTKh = map(heads, inputs, matrices)
         else:

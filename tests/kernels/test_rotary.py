@@ -95,6 +95,28 @@ class TestImplementation:
                 np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_values_are_copied(interpreted):
+    """And so are their cotangents, beside the gradients of queries and keys."""
+    x, gain, cos, sin, dy = draw(*SHAPES[0])
+    end = x.shape[2] - 1
+
+    def function(x, gain, cos, sin):
+        run = partial(INTERPRETED, config=pallas_triton.Config(rows=16))
+        prepare = run if interpreted else partial(api.prepare, implementation="xla")
+        q, k, v = prepare(x, gain, cos, sin, eps=EPS, values=1)
+        return q, jnp.concatenate([k, v], axis=2)
+
+    out, dx, dgain = value_and_gradients(function, x, gain, cos, sin, dy)
+    want, want_dx, want_dgain = expected(x[:, :, :end], gain, cos, sin, dy[:, :, :end])
+    check((out[:, :, :end], dx[:, :, :end], dgain), (want, want_dx, want_dgain), 1e-6)
+    assert np.array_equal(out[:, :, end:], x[:, :, end:])
+    assert np.array_equal(dx[:, :, end:], dy[:, :, end:])
+    np.testing.assert_allclose(out, reference.prepare(x, gain, cos, sin, eps=EPS, values=1), 1e-4)
+    with pytest.raises(ValueError, match="values is 3; expected 0 to 2"):
+        api.prepare(x, gain, cos, sin, eps=EPS, values=3)
+
+
 def test_the_written_gradients_are_those_of_the_definition():
     """By central differences in float64."""
     arrays = [array.astype(np.float64) for array in draw(1, 3, 2, 1, 6, 4)]

@@ -28,8 +28,9 @@ def prepare(
     sin: Array,
     *,
     eps: float,
+    values: int = 0,
     implementation: Implementation | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Queries and keys for attention: RMSNorm, rotary positions, and a gain of each query head.
 
     Each head is divided by sqrt(mean(x²) + eps). Then each pair (j, j + r/2) of its leading r
@@ -39,27 +40,31 @@ def prepare(
     under jit, vmap, jax.checkpoint and inside jax.shard_map(check_vma=False).
 
     Args:
-      x: the raw heads [B, T, H + K, h] of queries, then keys, bfloat16 or float32.
+      x: the raw heads [B, T, H + K + V, h] of queries, keys, values, bfloat16 or float32.
       gain: [H], float32.
       cos, sin: [1 or B, T, r/2], float32, constants without a gradient.
       eps: added to the mean square, above 0. Static.
+      values: V, the last heads, which stay as they are. Static.
       implementation: None chooses by the device that the code is traced for.
 
     Returns:
-      Queries [B, T, H, h] and keys [B, T, K, h] in x's dtype.
+      Queries [B, T, H, h], keys [B, T, K, h] and, if V > 0, values [B, T, V, h] in x's dtype.
 
     Raises:
       ValueError: an argument is not as described.
       CannotServe: the named implementation does not serve these arguments on this device.
     """
-    _check_arguments(x, gain, cos, sin, eps)
+    _check_arguments(x, gain, cos, sin, eps, values)
     if choose(x.dtype, x.shape[-1], implementation) == "xla":
-        return xla.prepare(x, gain, cos, sin, eps)
+        return xla.prepare(x, gain, cos, sin, eps, values)
     kernels = dispatch.pallas_triton("rotary", dispatch.current_device())
-    return kernels.prepare(x, gain, cos, sin, eps)
+    prepared: tuple[Array, ...] = kernels.prepare(x, gain, cos, sin, eps, values)
+    return prepared
 
 
-def _check_arguments(x: Array, gain: Array, cos: Array, sin: Array, eps: float) -> None:
+def _check_arguments(
+    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: int
+) -> None:
     if x.ndim != 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {describe(x)}; expected bfloat16 or float32 [B, T, H + K, h]")
     B, T, N, h = x.shape
@@ -70,6 +75,8 @@ def _check_arguments(x: Array, gain: Array, cos: Array, sin: Array, eps: float) 
         raise ValueError(f"cos is {describe(cos)}; expected [1 or {B}, {T}, at most {h // 2}]")
     if sin.shape != cos.shape:
         raise ValueError(f"sin is {describe(sin)}; expected {describe(cos)}, as cos")
+    if not 0 <= values <= N - gain.shape[0]:
+        raise ValueError(f"values is {values}; expected 0 to {N - gain.shape[0]}")
     if not eps > 0:
         raise ValueError(f"eps is {eps!r}; expected a number above 0")
 

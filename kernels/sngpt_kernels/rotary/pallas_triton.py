@@ -39,6 +39,7 @@ class Problem:
     length: int  # T
     heads: int  # H, of queries
     keys: int  # K, the heads of keys
+    values: int  # the heads of values, which are copied
     head_size: int
     half: int  # r/2
     tables: int  # the tables' first axis: 1 or B
@@ -75,7 +76,7 @@ class Problem:
         return lax.rsqrt(dot(parts, parts) / self.head_size + self.eps)
 
     def specs(self) -> tuple[pl.BlockSpec, ...]:
-        """Those of queries, keys, both side by side, a table, and the gain."""
+        """Those of queries, keys, values, all side by side, a table, and the gain."""
         rows, per_row = self.config.rows, self.tables > 1
 
         def heads(count: int) -> pl.BlockSpec:
@@ -83,7 +84,7 @@ class Problem:
 
         table = pl.BlockSpec((None, rows, self.half), lambda i, b: (b if per_row else 0, i, 0))
         gain = pl.BlockSpec((self.heads,), lambda i, b: (0,))
-        counts = (self.heads, self.keys, self.heads + self.keys)
+        counts = (self.heads, self.keys, self.values, self.heads + self.keys + self.values)
         return (*map(heads, counts), table, gain)
 
     def launch(self, name: str, kernel: Any, inputs: Any, results: Any, **specs: Any) -> Any:
@@ -102,8 +103,20 @@ class Problem:
         )
 
 
+def copy(
+    problem: Problem, first: int, source: Any, to: int, target: Any, existing: Array | None
+) -> None:
+    """Copies the values' heads, which begin at `first` and at `to`."""
+
+    @pl.loop(0, problem.values)
+    def _value(head: Array) -> None:
+        parts = problem.head(source, first + head, existing)
+        for columns, values in zip(problem.columns(), parts, strict=True):
+            store(target.at[:, to + head, columns], values, existing)
+
+
 def _forward_kernel(*refs: Any, problem: Problem) -> None:
-    x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref = refs
+    x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref, *v_ref = refs
     existing = exist(problem.length, problem.config.rows)
     tables = problem.angles(cos_ref, sin_ref, existing)
 
@@ -122,9 +135,12 @@ def _forward_kernel(*refs: Any, problem: Problem) -> None:
     def _key(head: Array) -> None:
         one(problem.heads + head, k_ref, head, 1.0)
 
+    if v_ref:
+        copy(problem, problem.heads + problem.keys, x_ref, 0, v_ref[0], existing)
+
 
 def _backward_kernel(*refs: Any, problem: Problem) -> None:
-    x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, dx_ref, dgain_ref = refs
+    x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, *dv_ref, dx_ref, dgain_ref = refs
     existing = exist(problem.length, problem.config.rows)
     tables = problem.angles(cos_ref, sin_ref, existing)
 
@@ -146,12 +162,15 @@ def _backward_kernel(*refs: Any, problem: Problem) -> None:
     def _key(head: Array) -> None:
         one(problem.heads + head, dk_ref, head, 1.0)
 
+    if dv_ref:
+        copy(problem, 0, dv_ref[0], problem.heads + problem.keys, dx_ref, existing)
+
 
 def _forward(problem: Problem, x: Array, gain: Array, cos: Array, sin: Array) -> Any:
-    queries, keys, both, table, gains = problem.specs()
+    *parts, both, table, gains = problem.specs()
+    counts = (problem.heads, problem.keys, problem.values)
     results = tuple(
-        ShapeDtypeStruct((*x.shape[:2], count, x.shape[3]), x.dtype)
-        for count in (problem.heads, problem.keys)
+        ShapeDtypeStruct((*x.shape[:2], count, x.shape[3]), x.dtype) for count in counts if count
     )
     return problem.launch(
         "rotary_forward",
@@ -159,14 +178,14 @@ def _forward(problem: Problem, x: Array, gain: Array, cos: Array, sin: Array) ->
         (x, gain, cos, sin),
         results,
         in_specs=[both, gains, table, table],
-        out_specs=(queries, keys),
+        out_specs=tuple(parts[: len(results)]),
     )
 
 
-def _backward(problem: Problem, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
+def _backward(problem: Problem, saved: tuple[Array, ...], cotangents: tuple[Array, ...]) -> Any:
     """The gradients of x and of the gain. Each program sums the gain's gradient over its rows."""
     x = saved[0]
-    queries, keys, both, table, gains = problem.specs()
+    *parts, both, table, gains = problem.specs()
     programs = pl.cdiv(problem.length, problem.config.rows)
     sums = pl.BlockSpec((None, None, problem.heads), lambda i, b: (b, i, 0))
     dx, dgain = problem.launch(
@@ -177,7 +196,7 @@ def _backward(problem: Problem, saved: tuple[Array, ...], cotangents: tuple[Arra
             ShapeDtypeStruct(x.shape, x.dtype),
             ShapeDtypeStruct((problem.batch, programs, problem.heads), jnp.float32),
         ),
-        in_specs=[both, gains, table, table, queries, keys],
+        in_specs=[both, gains, table, table, *parts[: len(cotangents)]],
         out_specs=(both, sums),
     )
     return dx, jnp.sum(dgain, axis=(0, 1))
@@ -208,14 +227,16 @@ def prepare(
     cos: Array,
     sin: Array,
     eps: float,
+    values: int = 0,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """`api.prepare` of valid arguments. `interpret` serves any device."""
     B, T, N, h = x.shape
     if config is None:
         entry = tuned_entry(dispatch.current_device(), x.dtype, h)
         config = Config(**entry["config"]) if "config" in entry else Config.heuristic()
     H = gain.shape[0]
-    problem = Problem(B, T, H, N - H, h, cos.shape[2], cos.shape[0], eps, config, interpret)
+    heads, tables = (H, N - H - values, values, h), (cos.shape[2], cos.shape[0])
+    problem = Problem(B, T, *heads, *tables, eps, config, interpret)
     return _prepare(x, gain, cos, sin, problem)

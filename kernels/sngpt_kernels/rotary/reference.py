@@ -20,9 +20,14 @@ def _gains(x: Array, gain: ArrayLike) -> Array:
     return np.concatenate([given, np.ones(x.shape[2] - len(given))])[:, None]
 
 
-def prepare(x: ArrayLike, gain: ArrayLike, cos: ArrayLike, sin: ArrayLike, *, eps: float) -> Array:
-    """`api.prepare`, with the heads of queries and keys side by side: [B, T, H + K, h]."""
+def prepare(
+    x: ArrayLike, gain: ArrayLike, cos: ArrayLike, sin: ArrayLike, *, eps: float, values: int = 0
+) -> Array:
+    """`api.prepare`, with the heads of queries, keys and values side by side: [B, T, …, h]."""
     x, cos, sin = (np.asarray(a, np.float64) for a in (x, cos, sin))
+    if values:
+        both = prepare(x[:, :, :-values], gain, cos, sin, eps=eps)
+        return np.concatenate([both, x[:, :, -values:]], axis=2)
     norm = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
     return _turn(x / norm, cos, sin) * _gains(x, gain)
 

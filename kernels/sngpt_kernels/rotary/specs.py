@@ -14,7 +14,7 @@ EPS = 1.1920929e-7
 def case(
     name: str, B: int, T: int, H: int, K: int, h: int, *, rotary: int, dtype: jnp.dtype
 ) -> Case:
-    """B sequences of T positions, H query and K key heads of h, of which `rotary` are rotated.
+    """B sequences of T positions; H query, K key and K value heads of h, `rotary` of it rotated.
 
     The output is the heads side by side, since a case has one output.
     """
@@ -23,7 +23,7 @@ def case(
         of_x, of_gain = jax.random.split(key)
         pairs = jnp.arange(rotary // 2, dtype=jnp.float32)
         angles = jnp.outer(jnp.arange(T), 10_000.0 ** (-2 * pairs / rotary))[None]
-        x = jax.random.normal(of_x, (B, T, H + K, h), dtype)
+        x = jax.random.normal(of_x, (B, T, H + 2 * K, h), dtype)
         gain = jax.random.uniform(of_gain, (H,), minval=0.5, maxval=2.0)
         return x, gain, jnp.cos(angles), jnp.sin(angles)
 
@@ -34,13 +34,13 @@ def case(
         sin: jax.Array,
         implementation: Implementation | None = None,
     ) -> jax.Array:
-        heads = prepare(x, gain, cos, sin, eps=EPS, implementation=implementation)
+        heads = prepare(x, gain, cos, sin, eps=EPS, values=K, implementation=implementation)
         return jnp.concatenate(heads, axis=2)
 
     def in_float64(x: np.ndarray, gain: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        return reference.prepare(x, gain, cos, sin, eps=EPS)
+        return reference.prepare(x, gain, cos, sin, eps=EPS, values=K)
 
-    heads, tables = B * T * (H + K) * h * dtype.itemsize, 2 * T * rotary // 2 * 4
+    heads, tables = B * T * (H + 2 * K) * h * dtype.itemsize, 2 * T * rotary // 2 * 4
     return Case(
         name=name,
         make=make,
@@ -49,7 +49,7 @@ def case(
         reference=in_float64,
         implementations=("xla", "pallas_triton"),
         forward=Cost(0, 2 * heads + tables),
-        backward=Cost(0, 3 * heads + tables),
+        backward=Cost(0, 3 * heads - B * T * K * h * dtype.itemsize + tables),
     )
 
 

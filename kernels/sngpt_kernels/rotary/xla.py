@@ -27,10 +27,14 @@ def _normalized(x: Array, eps: float) -> Array:
     return (x32 * inverse).astype(x.dtype)
 
 
-def prepare(x: Array, gain: Array, cos: Array, sin: Array, eps: float) -> tuple[Array, Array]:
+def prepare(
+    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: int = 0
+) -> tuple[Array, ...]:
     """`api.prepare` of valid arguments. Each of the three steps rounds to x's dtype."""
+    first, end = gain.shape[0], x.shape[2] - values
     q, k = (
         apply_rotary(_normalized(part, eps), (cos, sin))
-        for part in (x[:, :, : gain.shape[0]], x[:, :, gain.shape[0] :])
+        for part in (x[:, :, :first], x[:, :, first:end])
     )
-    return q * gain.astype(x.dtype)[None, None, :, None], k
+    v = (x[:, :, end:],) if values else ()
+    return q * gain.astype(x.dtype)[None, None, :, None], k, *v
