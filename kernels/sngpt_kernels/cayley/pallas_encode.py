@@ -151,11 +151,6 @@ def _pieces(x: Array) -> list[Array]:
     return [piece.astype(jnp.bfloat16) for piece in (*pieces, x)]
 
 
-def _zero(row: Array) -> Array:
-    """0, unknown to the compiler, so that it computes no addresses ahead of the tokens."""
-    return row >> 31
-
-
 def _halves(y: Array) -> tuple[Array, Array]:
     """The even and the odd elements."""
     even, odd = jnp.unstack(y.reshape(-1, 2), axis=-1)
@@ -179,8 +174,6 @@ def _roots(
     sums = add_up([plgpu.dot(left, piece) for piece in _pieces(half)])
     slots = lax.iota(jnp.int32, shape[0] * shape[1])
     ids, inside = points(slots // shape[1], slots % shape[1])
-    if x_ref.shape[-1] > 1024:  # else registers spill
-        ids += _zero(row)
     scale, offset = (
         plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref)
     )
@@ -346,13 +339,14 @@ def _encode_level(
     folded = fold(scheme.levels, scheme.generators, index)
     chunks = folded.member_steps.size // MEMBERS
     pieces = 1 if x_ref.dtype == jnp.bfloat16 else 3
+    scale_ref, offset_ref = tables
     _write_pairs(out.row, x_ref, level, work)
 
     def take(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         stop, bound = state
         block, chunk = number >> (chunks.bit_length() - 1), number & (chunks - 1)
         groups, first = _parents(out, start - parents, parents, block, level.group_of_parent)
-        tiles = _children(groups, first, chunk, pieces, level, *tables, folded, work)
+        tiles = _children(groups, first, chunk, pieces, level, scale_ref, offset_ref, folded, work)
         return sift(tiles, k, bound, stop, work)
 
     passes = passes_of(scheme.levels, scheme.generators, index)
