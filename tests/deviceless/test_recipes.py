@@ -81,8 +81,9 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
 
     then = json.loads(compiled.BASELINE.read_text())["recipes"].get(recipe)
     if then and topology == "h100x8":  # an older commit's; docs/performance.md has the ratios
-        assert found["bytes"] <= 0.94 * then["bytes"]
-        assert sum(found["launches"].values()) <= 0.83 * then["launches"]
+        most = 0.87 if recipe.startswith("golf") else 0.92
+        assert found["bytes"] <= most * then["bytes"]
+        assert sum(found["launches"].values()) <= 0.56 * then["launches"]
 
     gradient = 4 * plan["parameters"]["total"]
     moved = {kind: row["bytes"] for kind, row in found["collectives"].items()}
