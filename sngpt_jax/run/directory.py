@@ -79,11 +79,13 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
     """Holds `run_dir` for one training, of one process or of several that share the directory.
 
     Raises `UserError` if another training holds it, or if its run has another configuration.
-    `train.fsdp`, `train.shard_optimizer` and `train.compilation_cache` may differ.
+    `train.fsdp`, `train.shard_optimizer` and `train.compilation_cache` may differ. A finished run
+    is only read, so it may lie where nobody can write.
     """
     held = f"{run_dir}: another process is training in it; wait for it or choose another --run-dir"
-    with locked(run_dir, held) if processes.index() == 0 else contextlib.nullcontext():
-        if processes.index() == 0:
+    writes = processes.index() == 0 and not summary_path(run_dir).exists()
+    with locked(run_dir, held) if writes else contextlib.nullcontext():
+        if writes:
             remove_leftovers(run_dir)
         _check_shared(run_dir)
         if _config_path(run_dir).exists():

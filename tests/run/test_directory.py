@@ -9,7 +9,7 @@ import pytest
 from sngpt_jax.base.errors import UserError, one_line
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, changed
+from sngpt_jax.config import Config, changed, to_json
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
 from sngpt_jax.optim.averaging import update_swa
@@ -102,6 +102,20 @@ def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "file")
     with run_directory.claim(tmp_path / "run", Config()):
         assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_finished_run_is_claimed_without_a_write(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise AssertionError("a lock writes")
+
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.json").write_text(to_json(Config()))
+    monkeypatch.setattr(run_directory, "locked", refused)
+    with run_directory.claim(tmp_path, Config()):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "summary.json"]
+    other = changed(Config(), train={"seed": 5})
+    with pytest.raises(UserError, match="run of another configuration"):
+        run_directory.claim(tmp_path, other).__enter__()
 
 
 def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
