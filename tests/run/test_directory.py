@@ -108,12 +108,13 @@ def test_a_finished_run_is_claimed_without_a_write(tmp_path, monkeypatch):
     def refused(*arguments):
         raise AssertionError("a lock writes")
 
+    config = load("quickstart")
     (tmp_path / "summary.json").write_text("{}")
-    (tmp_path / "config.json").write_text(to_json(Config()))
+    (tmp_path / "config.json").write_text(to_json(config))
     monkeypatch.setattr(run_directory, "locked", refused)
-    with run_directory.claim(tmp_path, Config()):
+    with run_directory.claim(tmp_path, config):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "summary.json"]
-    other = changed(Config(), train={"seed": 5})
+    other = changed(config, train={"seed": 5})
     with pytest.raises(UserError, match="run of another configuration"):
         run_directory.claim(tmp_path, other).__enter__()
 
