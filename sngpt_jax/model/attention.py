@@ -23,7 +23,7 @@ from sngpt_kernels.xsa import xla
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import chosen_by, linear, rms_norm
+from sngpt_jax.model.layers import chosen_by, linear, rms_norm, weighted
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -176,7 +176,7 @@ class Attention(nnx.Module):
             q_BTHh = apply_rotary(q_BTHh, positions.rotary)
             k_BTKh = apply_rotary(k_BTKh, positions.rotary)
         if self.qk_norm:
-            q_BTHh = q_BTHh * self.q_gain[...].astype(x_BTD.dtype)[None, None, :, None]
+            q_BTHh = weighted(self.q_gain[...][None, None, :, None], q_BTHh)
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
@@ -199,8 +199,8 @@ class Attention(nnx.Module):
         if added_value is not None:
             v_BTKh += added_value
         if self.mixes_values and first_value is not None:
-            first, own = self.value_mix[...].astype(x_BTD.dtype)
-            v_BTKh = first * first_value + own * v_BTKh
+            first, own = self.value_mix[...]
+            v_BTKh = weighted(first, first_value) + weighted(own, v_BTKh)
         k_BSKh, v_BSKh = k_BTKh, v_BTKh
         if positions.memory:
             k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh)

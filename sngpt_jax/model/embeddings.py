@@ -8,7 +8,7 @@ from flax import nnx
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init, loss
-from sngpt_jax.model.layers import compute_dtype, linear, per_channel
+from sngpt_jax.model.layers import compute_dtype, linear, per_channel, weighted
 
 # The earlier tokens that a position's vector depends on: smear adds the previous position's bigram.
 LOOK_BACK = 2
@@ -24,21 +24,24 @@ def look_up(table_Vn: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 class LearnedPositions(nnx.Module):
-    """One vector per absolute position: `positions(T)` → [1, T, D] in the compute dtype.
+    """One vector per absolute position, added to the stream [B, T, D].
 
-    With first positions [B] per row: [B, T, D]. Source: Radford et al. 2018 (GPT).
+    `first_B` are the rows' first positions, by default 0. Source: Radford et al. 2018 (GPT).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dtype = compute_dtype(config)
         shape = (config.max_seq_len, config.d_model)
         self.table = nnx.Param(init.normal(rngs.params(), shape, config.embed_init_std))
 
-    def __call__(self, num_positions: int, first_B: jax.Array | None = None) -> jax.Array:
-        table_PD = self.table[...]
-        if first_B is None:
-            return table_PD[:num_positions].astype(self.dtype)[None]
-        return table_PD[first_B[:, None] + jnp.arange(num_positions)[None]].astype(self.dtype)
+    def __call__(self, x_BTD: jax.Array, first_B: jax.Array | None = None) -> jax.Array:
+        # in float32, as the gradient of a row adds those of all sequences
+        table_PD, T = self.table[...], x_BTD.shape[1]
+        rows = (
+            table_PD[None, :T]
+            if first_B is None
+            else (table_PD[first_B[:, None] + jnp.arange(T)[None]])
+        )
+        return (x_BTD.astype(jnp.float32) + rows).astype(x_BTD.dtype)
 
 
 class TiedEmbedding(nnx.Module):
@@ -129,7 +132,7 @@ class BigramHash(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         rows = look_up(self.table[...], self.hash(tokens_BT, self.buckets), self.dtype)
         x_BTD = linear(rows, self.proj[...])
-        return self.scale[...].astype(self.dtype) * x_BTD if self.scaled else x_BTD
+        return weighted(self.scale[...], x_BTD) if self.scaled else x_BTD
 
 
 class ValueEmbedding(nnx.Module):
@@ -151,5 +154,5 @@ class ValueEmbedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> dict[int, jax.Array]:
         rows = look_up(self.table[...], tokens_BT, self.dtype)
         v_BTKh = linear(rows, self.proj[...]).reshape(*tokens_BT.shape, *self.heads)
-        scales = (self.scale[...] * self.layer_scale[...]).astype(self.dtype)
-        return {layer: scales[i] * v_BTKh for i, layer in enumerate(self.layers)}
+        scales = self.scale[...] * self.layer_scale[...]
+        return {layer: weighted(scales[i], v_BTKh) for i, layer in enumerate(self.layers)}

@@ -79,6 +79,15 @@ def rms_norm(x: jax.Array, eps: float, scale: float = 1.0) -> jax.Array:
     return (x32 * (scale * inverse)).astype(x.dtype)
 
 
+def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """x times weights that broadcast to it, computed in float32 and rounded to x's dtype.
+
+    The gradient of the weights then adds float32 numbers. On a GPU a sum in bfloat16 adds in
+    bfloat16. XLA joins the conversions to the passes that are there.
+    """
+    return (weights * x.astype(jnp.float32)).astype(x.dtype)
+
+
 def per_channel(weights_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """Each channel of [B, T, D] times its weight, rounded to x's dtype."""
-    return weights_D.astype(x_BTD.dtype)[None, None, :] * x_BTD
+    return weighted(weights_D[None, None, :], x_BTD)

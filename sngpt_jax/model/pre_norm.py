@@ -65,7 +65,7 @@ class PreNormGPT(LanguageModel):
         """The stream [B, T, D] for rows that begin at the positions `first_B`, by default 0."""
         x_BTD = self.embed.encode(tokens_BT)
         if self.config.positions == "learned":
-            x_BTD += self.positions(tokens_BT.shape[1], first_B)
+            x_BTD = self.positions(x_BTD, first_B)
         return x_BTD
 
     def run(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sngpt_jax.model.layers import per_channel, rms_norm
 
@@ -23,7 +24,8 @@ class Stream:
 
     def shifted(self, bias_D: jax.Array) -> Any:
         """Each channel plus its bias."""
-        return Stream(self.array + bias_D.astype(self.array.dtype)[None, None])
+        shifted = self.array.astype(jnp.float32) + bias_D[None, None]
+        return Stream(shifted.astype(self.array.dtype))
 
     def __add__(self, other: Any) -> Any:
         """The sum with another stream or an array [B, T, D]."""

@@ -20,6 +20,7 @@ from sngpt_jax.model.embeddings import (
     hash_xor,
 )
 from sngpt_jax.model.forward import losses
+from sngpt_jax.model.layers import weighted
 from tests import oracles
 from tests.model.test_techniques import (
     BIGRAM,
@@ -56,7 +57,8 @@ def rows_of(module):
     if isinstance(module, TiedEmbedding):
         return module.encode(ids)
     if isinstance(module, LearnedPositions):
-        return module(1, ids[0])
+        zeros = jnp.zeros((FREQUENT.size, 1, TINY.d_model), jnp.bfloat16)
+        return module(zeros, ids[0])
     rows = module(ids)
     return rows if isinstance(module, BigramHash) else rows[module.layers[0]]
 
@@ -76,6 +78,20 @@ def test_gradient_of_a_frequent_row_is_the_float64_sum(kind):
     uses = np.asarray(weights, np.float64).reshape(FREQUENT.size, -1)[:, : gradient.shape[1]]
     total = np.asarray(gradient, np.float64)[:, : uses.shape[1]].sum(axis=0)
     np.testing.assert_allclose(total, uses.sum(axis=0), rtol=1e-5)
+
+
+def test_gradients_of_scalars_and_gates_add_in_float32():
+    """A sum of 4,096 equal terms in bfloat16 would stop at 256."""
+    ones = jnp.ones((1, 4096, TINY.d_model), jnp.bfloat16)
+    gradient = jax.grad(lambda w: jnp.sum(weighted(w, ones).astype(jnp.float32)))
+    assert gradient(jnp.float32(0.5)) == ones.size
+    per_channel = gradient(jnp.full((1, 1, TINY.d_model), 0.5))
+    assert np.array_equal(per_channel[0, 0], np.full(TINY.d_model, 4096))
+    positions = LearnedPositions(ROUNDED, rngs=RNGS)
+    graph, state = nnx.split(positions)
+    many = jnp.ones((4096, 1, TINY.d_model), jnp.bfloat16)
+    rows = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(many).astype(jnp.float32)))(state)
+    assert np.array_equal(rows["table"][...][0], np.full(TINY.d_model, 4096))
 
 
 # ------------------------------------------------------------------------------ smear
