@@ -22,6 +22,7 @@ _COLLECTIVES = {
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast",
 }  # fmt: skip
+_SUMS = {"reduce", "reduce-window", "scatter", "all-reduce", "reduce-scatter"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -69,6 +70,7 @@ class Program:
 
     kernels: list[Kernel] = field(default_factory=list)
     collectives: list[Kernel] = field(default_factory=list)
+    narrow_sums: Counter[str] = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
@@ -162,9 +164,31 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def analyse(text: str) -> Program:
     """The work of one run on one device; `text` is `compiled.as_text()`."""
     computations, entry = parse(text)
-    program = Program()
+    program = Program(narrow_sums=narrow_sums(computations))
     _visit(computations, entry, 1, program)
     return program
+
+
+def narrow_sums(computations: dict[str, Computation]) -> Counter[str]:
+    """The sums whose terms and results are bfloat16, such as `reduce bf16[512] …/block_1/mul`.
+
+    A GPU adds them in bfloat16, where 256 + 1 is 256. Products add in float32 whatever their type.
+    """
+    found: Counter[str] = Counter()
+    for computation in computations.values():
+        for x in computation.values():
+            kind = x.opcode.removesuffix("-start")
+            if kind not in _SUMS or "bf16[" not in x.type:
+                continue
+            roots = (
+                i.opcode
+                for c in _called(x, "to_apply")
+                for i in computations[c].values()
+                if i.is_root
+            )
+            if "add" in roots:
+                found[f"{kind} {x.type.partition('{')[0]} {x.attribute(_SCOPE)}"] += 1
+    return found
 
 
 def _called(instruction: Instruction, *names: str) -> list[str]:

@@ -248,6 +248,7 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
         "kernels": dict(sorted(program.custom_kernels().items())),
         "launches": part_launches(program),
         "heaviest": heaviest(program, target),
+        "narrow_sums": dict(program.narrow_sums),
         "roofline": {
             "kernel_seconds": kernels,
             "collective_seconds": collectives,

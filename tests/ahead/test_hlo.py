@@ -79,6 +79,44 @@ ENTRY %main (start: (s32[], bf16[64,32], bf16[32,16], f32[8,100]), g: f32[1000],
 """  # noqa: E501 (as the compiler writes it)
 
 
+NARROW = r"""
+HloModule sums
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+%most (c: bf16[], d: bf16[]) -> bf16[] {
+  %c = bf16[] parameter(0)
+  %d = bf16[] parameter(1)
+  ROOT %larger = bf16[] maximum(%c, %d)
+}
+
+%wide (e: f32[], f: f32[]) -> f32[] {
+  %e = f32[] parameter(0)
+  %f = f32[] parameter(1)
+  ROOT %sum.1 = f32[] add(%e, %f)
+}
+
+ENTRY %main (x: bf16[8,4], y: f32[8,4]) -> bf16[4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %y = f32[8,4]{1,0} parameter(1)
+  %zero = bf16[] constant(0)
+  %zero.1 = f32[] constant(0)
+  %greatest = bf16[4]{0} reduce(%x, %zero), dimensions={0}, to_apply=%most
+  %total = f32[4]{0} reduce(%y, %zero.1), dimensions={0}, to_apply=%wide
+  ROOT %narrow = bf16[4]{0} reduce(%x, %zero), dimensions={0}, to_apply=%add, metadata={op_name="jit(f)/block_1/reduce_sum"}
+}
+"""  # noqa: E501
+
+
+def test_sums_in_bfloat16_are_found_by_their_scope():
+    assert hlo.analyse(NARROW).narrow_sums == {"reduce bf16[4] jit(f)/block_1/reduce_sum": 1}
+    assert not hlo.analyse(PROGRAM).narrow_sums
+
+
 def test_counts_of_a_program_counted_by_hand() -> None:
     program = hlo.analyse(PROGRAM)
     kernels = {kernel.name: kernel for kernel in program.kernels}
