@@ -23,7 +23,7 @@ pytestmark = [
 
 # warp instructions and barriers per token of cayley_small_3l, at most
 LIMITS = {
-    "cayley_forward": (67_000, 240),
+    "cayley_forward": (34_000, 92),
     "cayley_backward": (10_000, 16),
     "cayley_bias_gradient": (1_000, 0),
 }
@@ -43,5 +43,7 @@ def test_instructions_per_token() -> None:
         barriers = sum(row["barriers"] for row in rows)
         print(f"{name}: {instructions:,.0f} warp instructions, {barriers:.0f} barriers per token")
         assert instructions <= most and barriers <= most_barriers
-        assert all(row["unrolled"] for row in rows)
+        # where the machine code hides a counter, the count assumes no unrolling, an upper limit
+        hidden = [(name, row["loop"]) for row in rows if not row["unrolled"]]
+        assert hidden in ([], [("cayley_forward", "take")])
         assert kernels[name]["spill_bytes"] == 0

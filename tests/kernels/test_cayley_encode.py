@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from sngpt_kernels import dispatch
 from sngpt_kernels.cayley import pallas_triton
 from sngpt_kernels.cayley.dictionary import Scheme
 
-from sngpt_jax.ahead import targets
 from tests.kernels.cayley_checks import D1024, D2048
+from tests.kernels.lowering import H100
 
 
 def traced(levels):
@@ -24,7 +25,7 @@ def traced(levels):
 @pytest.mark.parametrize("levels", [D1024, D2048])
 def test_lowers_for_a_gpu(levels):
     """Pallas Triton can express the kernel. This needs no GPU and no compiler of one."""
-    with targets.tracing(targets.find("h100")):
+    with dispatch.targeting(H100):
         lowered = traced(levels).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("cayley_forward") >= 1
 

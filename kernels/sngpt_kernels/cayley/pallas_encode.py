@@ -34,7 +34,6 @@ from sngpt_kernels.dispatch import CannotServe
 
 PARENTS = 16  # per block: the rows of a tensor core's tile
 MEMBERS = 16  # per pass
-UNROLLED = 4  # columns of 32 points of a class
 MOST_CANDIDATES = 2**13  # per token and level; more would take more than 16 passes
 
 
@@ -272,10 +271,6 @@ def _children(
         total = jnp.zeros(shape, jnp.float32)
         per_class = columns // count
         start = index * per_class
-        if per_class <= UNROLLED:
-            for column in range(start, start + per_class):
-                total = add_column(column, total)
-            return total
         return lax.fori_loop(start, start + per_class, add_column, total)
 
     sums = [sum_class(index) for index in range(count)]
