@@ -31,6 +31,11 @@ settings.register_profile("no deadline", deadline=None)  # a busy machine is no 
 settings.load_profile("no deadline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here and not beside the tests that read it: pytest reads other folders' options too late."""
+    parser.addoption("--golden", metavar="DIR", help="folder of golden cases, docs/seeds.md")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that several tests compile are compiled once in a session."""

@@ -25,6 +25,7 @@ OF_THEIR_OWN = {
     "docs": "what the documentation says",
     "deviceless": "programs for GPUs that are not here",
     "faults": "runs that are broken on purpose",
+    "published": "what the published scripts computed",
 }
 
 

@@ -1,7 +1,6 @@
-"""Schedules: worked examples of the published formulas, and what holds for every run."""
+"""Schedules: worked examples, and what holds for every run. tests/published has the scripts'."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -21,18 +20,6 @@ def multiplier(*now):
 def near(expected):
     """Equal in float32."""
     return pytest.approx(expected, rel=2e-7, abs=1e-9)
-
-
-def published_wall_clock(step, elapsed_ms, iterations, warmdown_iters, max_wallclock_seconds):
-    """The schedule of the challenge's training script, as written there."""
-    if max_wallclock_seconds <= 0:
-        start = max(iterations - warmdown_iters, 0)
-        return (iterations - step) / warmdown_iters if start <= step < iterations else 1.0
-    max_wallclock_ms = 1000.0 * max_wallclock_seconds
-    step_ms = elapsed_ms / max(step, 1)
-    warmdown_ms = warmdown_iters * step_ms
-    remaining_ms = max(max_wallclock_ms - elapsed_ms, 0.0)
-    return remaining_ms / max(warmdown_ms, 1e-9) if remaining_ms <= warmdown_ms else 1.0
 
 
 def wall_clock(**changes):
@@ -90,23 +77,6 @@ def test_constant():
     assert values == [0.0, 0.25, 1.0, 1.0]
 
 
-@given(
-    step=st.integers(0, 30_000),
-    elapsed=st.floats(0, 900),
-    warmdown_iters=st.integers(1, 20_000),
-    seconds=st.sampled_from([0.0, 600.0]),
-)
-def test_equals_the_published_script(step, elapsed, warmdown_iters, seconds):
-    optim = OptimConfig(
-        warmdown_steps=warmdown_iters, warmdown_clock="wall_clock" if seconds else "steps"
-    )
-    train = TrainConfig(steps=20_000, max_seconds=seconds)
-    if not seconds and step >= train.steps:
-        step %= train.steps  # the script never asks beyond its last step, and answers 1 there
-    expected = published_wall_clock(step, 1000 * elapsed, train.steps, warmdown_iters, seconds)
-    assert multiplier(optim, train, step, elapsed) == near(expected)
-
-
 @st.composite
 def runs(draw):
     """A valid pair of configurations, any clock and length."""
@@ -161,31 +131,6 @@ def test_is_continuous_in_the_clock(elapsed, step):
 
 
 # ------------------------------------------------------------ snapshots and the grid
-
-
-@pytest.mark.parametrize(
-    ("recipe", "seconds_a_step", "steps", "first", "count"),
-    [
-        ("golf_11l_xsa4", 0.07586, 7910, 6750, 24),
-        ("golf_10l_int5mlp", 0.10000, 5999, 4550, 29),
-        ("golf_12l_recycled", 0.11002, 5449, 4800, 13),
-    ],
-)
-def test_snapshots_of_the_published_runs(recipe, seconds_a_step, steps, first, count):
-    """Number and first of each run's snapshots. The pace is that before the first, a little above
-    the mean.
-    """
-    controls = functools.partial(step_controls, load(recipe).optim, CAP)
-    taken = [step + 1 for step in range(steps) if controls(step, step * seconds_a_step).swa]
-    assert len(taken) == count
-    assert taken == list(range(first, steps + 1, 50))
-
-
-def test_quantization_of_the_published_run_begins_with_its_step():
-    """That run logged 4,929 finished steps when its multiplier first was below 0.15."""
-    optim = dataclasses.replace(load("golf_12l_recycled").optim, qat_below=0.15)
-    controls = [step_controls(optim, CAP, i, i * 0.11002) for i in (0, 4928, 4929, 5448)]
-    assert [bool(c.qat) for c in controls] == [False, False, True, True]
 
 
 def test_controls_by_steps():
