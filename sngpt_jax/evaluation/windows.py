@@ -92,8 +92,8 @@ def sliding_windows(
     most `max_tokens` targets (0: all). Raises `UserError` if no window fits.
 
     With the published tail the targets end where standard windows end. Windows that overrun this
-    end score the last `stride` targets again with less context, as parameter-golf submissions 333,
-    465 and 1573 do.
+    end score the last `stride` targets again with less context, as parameter-golf submissions 465
+    and 1573 do.
     """
     if not 1 <= stride <= seq_len:
         raise UserError(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sngpt_jax.ahead import targets
@@ -127,3 +128,20 @@ def test_recipe_that_does_not_fit_says_what_does() -> None:
     assert 0 < fitting < 1572864
     smaller = ("--train.device-batch-tokens", str(fitting), "--model.num-layers", "2")
     assert planned("cayley_small_dense", "h100x1", *smaller)["topology"]["fits"]
+
+
+@pytest.mark.full
+def test_memory_of_the_sparse_model_beside_its_card() -> None:
+    """The card measured two batches and extrapolated two. Its last one does not fit an H200."""
+    card = {32: 44.8e9, 64: 84.6e9, 96: 124e9, 128: 164e9}  # sequences: bytes per device
+    peaks = {}
+    for sequences in card:
+        tokens = 1024 * sequences
+        batch = ("--data.batch-tokens", str(2 * tokens), "--data.slices", str(sequences))
+        options = ("--train.device-batch-tokens", str(tokens), *batch)
+        found = planned("cayley_small_3l", "h200x2", *options)["topology"]
+        assert found["microbatches"] == 1 and found["fits"]
+        peaks[sequences] = found["memory"]["peak"]
+        assert peaks[sequences] < card[sequences]
+    growth = np.diff(list(peaks.values()))
+    np.testing.assert_allclose(growth, growth.mean(), rtol=0.1)
