@@ -25,6 +25,7 @@ from sngpt_jax.cluster.mesh import BATCH_AXES, make_mesh
 from sngpt_jax.config import Config, microbatches
 from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.training import compiler
+from sngpt_jax.training.fitting import Need, fewer
 from sngpt_jax.training.state import Shapes
 from sngpt_jax.training.step import make_train_step
 
@@ -115,10 +116,9 @@ def largest_that_fits(
     limit = int(MEMORY_SHARE * target.memory)
     while step.peak > limit:
         sequences = step.device_batch_tokens // config.data.seq_len
-        room = limit - step.arguments - step.results
-        # temporaries grow about like the microbatch
-        wanted = min(sequences - 1, sequences * room // step.temporaries) * config.data.seq_len
-        if wanted <= 0:
+        need = Need(step.arguments + step.results, step.temporaries)
+        wanted = fewer(need, limit, sequences) * config.data.seq_len
+        if not wanted:
             return None
         logger.info(
             f"{step.device_batch_tokens} tokens per device take {step.peak / 1e9:.1f} GB of"
@@ -223,6 +223,8 @@ def describe(config: Config, target: Target, count: int) -> dict[str, Any]:
     logger.info(f"compiling a training step for {count} x {target.kind}")
     step = compile_step(config, target, count)
     fitting = largest_that_fits(config, step, target, count)
+    if fitting and not config.train.device_batch_tokens:  # automatic
+        step = fitting
     program = step.program
     kernels = program.seconds(target.matmul_rate, target.bandwidth)
     collectives = collective_seconds(step, target, count)

@@ -36,6 +36,12 @@ def one_line(error: BaseException) -> str | None:
         case MemoryError() | OSError(errno=errno.ENOMEM):
             reason = f": {error}" if str(error) else ""
             return f"out of memory{reason}; choose smaller sizes or a machine with more memory"
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # jax's, which base cannot name
+            asked = str(error).partition("RESOURCE_EXHAUSTED: ")[2].split("\n")[0][:200]
+            return (
+                f"the device has too little memory: {asked.rstrip('. ')}; lower"
+                " --train.device-batch-tokens in training, --eval.device-batch-tokens elsewhere"
+            )
         case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}; raise the limit of open files with ulimit -n"
         case FileNotFoundError(filename=None):

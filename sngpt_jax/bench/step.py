@@ -27,12 +27,12 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import harness
 from sngpt_jax.bench.arguments import StepArguments
 from sngpt_jax.cluster.mesh import batch_placer, leaves_by_path, make_mesh
-from sngpt_jax.config import Config, microbatches
+from sngpt_jax.config import Config
 from sngpt_jax.data.loader import make_loader
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.optim.schedules import step_controls
 from sngpt_jax.run.meter import peak_flops, peak_memory
-from sngpt_jax.training import trust
+from sngpt_jax.training import fitting, trust
 from sngpt_jax.training.compiler import compile_step, keep_working_memory, use_compilation_cache
 from sngpt_jax.training.cost import forward_flops_per_token
 from sngpt_jax.training.state import Shapes, init_state
@@ -85,19 +85,16 @@ class OurStep:
     """This package's step. As in `train`, step N starts before the loss of N-1 is read."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        data, devices = config.data, mesh.devices
-        accumulation = microbatches(
-            data.batch_tokens, config.train.device_batch_tokens, data.seq_len, devices.size
+        devices, batches, shapes = mesh.devices, RandomBatches(config), Shapes.of(config, mesh)
+        place = batch_placer(mesh, fitting.accumulation_of(shapes))
+        self.controls = partial(step_controls, config.optim, config.train, elapsed_seconds=0.0)
+        self.program = compile_step(
+            make_train_step(shapes).lower(shapes.state, place(batches[0]), self.controls(0))
         )
-        place, batches = batch_placer(mesh, accumulation), RandomBatches(config)
-        shapes = Shapes.of(config, mesh)
+        fitting.check(shapes, self.program)
         self.state, self.done = init_state(shapes), 0
         # copies, because the step donates the arrays
         self.weights = {p: np.array(leaf) for p, leaf in leaves_by_path(self.state.params).items()}
-        self.controls = partial(step_controls, config.optim, config.train, elapsed_seconds=0.0)
-        self.program = compile_step(
-            make_train_step(shapes).lower(self.state, place(batches[0]), self.controls(0))
-        )
         self.is_inline = devices.size == 1 and devices.flat[0].platform == "cpu"
         self.loader = make_loader(batches, place, num_steps=len(batches))
 
@@ -208,13 +205,15 @@ def measure(arguments: StepArguments, say: harness.Say) -> dict[str, Any]:
     if against:
         check_torch(config)
     use_compilation_cache(config.train.compilation_cache)
-    tokens = config.data.batch_tokens // jax.device_count()
-    trust.settle(config, min(config.train.device_batch_tokens, tokens), arguments.kernels)
     mesh, losses = make_mesh(fsdp=config.train.fsdp), {}
+    if against:
+        mesh = make_mesh(jax.devices()[:1])
+    config = fitting.resolved(Shapes.of(config, mesh), arguments.kernels).config
+    tokens = config.data.batch_tokens // mesh.devices.size
+    trust.settle(config, min(config.train.device_batch_tokens, tokens), arguments.kernels)
     if against:
         optim = replace(config.optim, ema_decay=0.0, swa_every=0, qat_below=0.0)
         config = replace(config, optim=optim, eval=replace(config.eval, weights="final"))
-        mesh = make_mesh(jax.devices()[:1])
         losses = first_losses(config, mesh)
     ours = OurStep(config, mesh)
     steps: dict[str, Callable[[int], Round]] = {"jax": ours}

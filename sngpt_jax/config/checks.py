@@ -36,7 +36,7 @@ _BOUNDS = {
     "data.seq_len": (1, 2**20),
     "data.slices": (1, 2**28),
     "train.steps": (1, 2**53),
-    "train.device_batch_tokens": (1, 2**53),
+    "train.device_batch_tokens": (0, 2**53),
     "train.fsdp": (1, 2**53),
     "train.seed": (0, 2**32 - 1),  # what jax.random.key keeps of a seed
     "train.max_skipped_steps": (1, 2**53),
@@ -133,7 +133,7 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     for name in ("model.rope_base", "export.clip_sd", "export.table_clip_sd"):
         yield values[name] <= 0, f"{of(name)} must be greater than 0"
     for name, used in (
-        ("train.device_batch_tokens", True),
+        ("train.device_batch_tokens", t.device_batch_tokens),
         ("eval.device_batch_tokens", True),
         ("eval.tokens", e.tokens),
         ("eval.health_tokens", m.levels and e.health_tokens),

@@ -189,7 +189,8 @@ class TrainConfig:
 
     steps: int = 20_000  # optimizer steps
     max_seconds: float = 0.0  # seconds without compilation and validation; 0: no limit
-    device_batch_tokens: int = 65_536  # most tokens in one device's microbatch
+    # most tokens in one device's microbatch; 0 or, on a command line, auto: what its memory holds
+    device_batch_tokens: int = 65_536
     fsdp: int = 1  # devices that share one copy of weights and optimizer state
     shard_optimizer: bool = False  # split optimizer state and averages over all devices (ZeRO)
     seed: int = 1337  # seed of the initial weights and of data.shuffle
@@ -322,6 +323,8 @@ def profile_window(train: TrainConfig) -> tuple[int, int] | None:
 def microbatches(tokens: int, device_tokens: int, seq_len: int, num_devices: int) -> int:
     """The fewest equal microbatches of a step of `tokens` with at most `device_tokens` per device.
 
+    There is one microbatch if `device_tokens` is 0.
+
     Raises `ConfigError` if the devices cannot share the sequences equally.
     """
     per_device, rest = divmod(tokens // seq_len, num_devices)
@@ -331,7 +334,8 @@ def microbatches(tokens: int, device_tokens: int, seq_len: int, num_devices: int
             f" {seq_len}, which do not divide over {num_devices} devices"
         )
     counts = (n for n in range(1, per_device + 1) if per_device % n == 0)
-    return next(n for n in counts if per_device // n * seq_len <= device_tokens)
+    most = device_tokens or tokens
+    return next(n for n in counts if per_device // n * seq_len <= most)
 
 
 def to_json(config: Config) -> str:

@@ -6,6 +6,7 @@ A recipe is a Python file that binds one `Config` to the name `config`.
 import argparse
 import dataclasses
 import difflib
+import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,9 @@ def recipe_name(name: str) -> str:
 # A command's field of this type becomes `--section.field value` options.
 Overrides = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
+# in arguments that \0 separates, which none of them holds
+_AUTO = re.compile(r"(?<![^\0])(--train\.device[-_]batch[-_]tokens[=\0])auto(?![^\0])")
+
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -103,7 +107,7 @@ def parse_command(kind: type[T], argv: Sequence[str], *, program: str, descripti
     make: Any = kind
     arguments: Any = tyro.cli(
         kind,
-        args=list(argv),
+        args=_AUTO.sub(r"\g<1>0", "\0".join(argv)).split("\0") if argv else [],
         prog=program,
         description=description,
         config=(tyro.conf.OmitSubcommandPrefixes,),

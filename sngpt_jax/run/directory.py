@@ -28,7 +28,7 @@ from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import locked, remove_leftovers, write_bytes_atomic, write_text_atomic
 from sngpt_jax.cluster import processes
-from sngpt_jax.config import Config, differences, to_json
+from sngpt_jax.config import Config, changed, differences, to_json
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +36,8 @@ from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger("sngpt_jax")
 
 _SEEN_WITHIN = 15.0  # seconds until a network file system shows a file to other nodes
-_LAYOUT = ("train.fsdp:", "train.shard_optimizer:")  # differences that fit any checkpoint
+# differences that fit any checkpoint
+_LAYOUT = ("train.fsdp:", "train.shard_optimizer:", "train.device_batch_tokens:")
 
 
 def _config_path(run_dir: Path) -> Path:
@@ -75,12 +76,14 @@ def read_config(run_dir: Path) -> Config:
 
 
 @contextlib.contextmanager
-def claim(run_dir: Path, config: Config) -> Iterator[None]:
+def claim(run_dir: Path, config: Config) -> Iterator[Config]:
     """Holds `run_dir` for one training, of one process or of several that share the directory.
+    Gives `config`, where an automatic `train.device_batch_tokens` becomes the run's own.
 
     Raises `UserError` if another training holds it, or if its run has another configuration.
-    `train.fsdp`, `train.shard_optimizer` and `train.compilation_cache` may differ. A finished run
-    is only read, so it may lie where nobody can write.
+    `train.fsdp`, `train.shard_optimizer`, `train.device_batch_tokens` and
+    `train.compilation_cache` may differ. A finished run is only read, so it may lie where nobody
+    can write.
     """
     held = f"{run_dir}: another process is training in it; wait for it or choose another --run-dir"
     writes = processes.index() == 0 and not summary_path(run_dir).exists()
@@ -89,20 +92,24 @@ def claim(run_dir: Path, config: Config) -> Iterator[None]:
             remove_leftovers(run_dir)
         _check_shared(run_dir)
         if _config_path(run_dir).exists():
-            _check_config(run_dir, config)
-        yield
+            config = _check_config(run_dir, config)
+        yield config
 
 
-def _check_config(run_dir: Path, config: Config) -> None:
-    before, now = map(config_file.with_own_cache, (read_config(run_dir), config))
-    changed = differences(before, now)
-    if undo := "; ".join(line for line in changed if not line.startswith(_LAYOUT)):
+def _check_config(run_dir: Path, config: Config) -> Config:
+    began = read_config(run_dir)
+    if not config.train.device_batch_tokens:
+        tokens = began.train.device_batch_tokens
+        config = changed(config, train={"device_batch_tokens": tokens})
+    found = differences(*map(config_file.with_own_cache, (began, config)))
+    if undo := "; ".join(line for line in found if not line.startswith(_LAYOUT)):
         raise UserError(
             f"{run_dir} holds a run of another configuration; choose another --run-dir, or undo:"
             f" {undo}"
         )
-    if changed:
-        logger.info(f"{run_dir} resumes with another layout of its state: {'; '.join(changed)}")
+    if found:
+        logger.info(f"{run_dir} resumes with another layout: {'; '.join(found)}")
+    return config
 
 
 def _check_shared(run_dir: Path) -> None:
@@ -149,7 +156,8 @@ def begin(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
                 f"{kept}: the run began with another tokenizer than {tokenizer.path}; choose"
                 " another --run-dir"
             )
-    if not _config_path(run_dir).exists():
+    # an import leaves automatic microbatches to the training
+    if not _config_path(run_dir).exists() or not read_config(run_dir).train.device_batch_tokens:
         write_text_atomic(_config_path(run_dir), to_json(config))
 
 

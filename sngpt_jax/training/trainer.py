@@ -18,7 +18,7 @@ from sngpt_jax.base.errors import EXIT_NON_FINITE, UserError
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
-from sngpt_jax.config import Config, flat, microbatches, profile_window
+from sngpt_jax.config import Config, flat, profile_window
 from sngpt_jax.data.loader import batches_of, make_loader
 from sngpt_jax.data.prepared import prepared_data
 from sngpt_jax.data.shards import Dataset
@@ -34,7 +34,7 @@ from sngpt_jax.run.meter import StepMeter, peak_flops
 from sngpt_jax.run.metrics import MetricsWriter
 from sngpt_jax.run.profiler import Profiler
 from sngpt_jax.run.signals import EXIT_STATUS, StopSignals
-from sngpt_jax.training import compiler, trust
+from sngpt_jax.training import compiler, fitting, trust
 from sngpt_jax.training.cost import make_plan
 from sngpt_jax.training.loop import NonFinite, Position, Run, Stopped
 from sngpt_jax.training.state import Shapes, init_state
@@ -53,9 +53,9 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
     compiler.keep_working_memory()
     checkpoint.forgive_late_callbacks()
     mesh = make_mesh(fsdp=t.fsdp)
-    accumulation = microbatches(d.batch_tokens, t.device_batch_tokens, d.seq_len, mesh.devices.size)
     compiler.use_compilation_cache(t.compilation_cache)
     shapes = Shapes.of(config, mesh)
+    fitting.accumulation_of(shapes)  # raises before the data are prepared
 
     # 2. Data.
     with processes.first():
@@ -66,7 +66,6 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
             " set model.bos_id to the tokenizer's"
         )
     batches = batches_of(config, data.train)
-    place = batch_placer(mesh, accumulation)
     processes.check_alike(
         {
             "version": f"{__version__}, jax {jax.__version__}",
@@ -79,6 +78,9 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
     )
 
     # 3. The configuration, its cost, and each tensor's optimizer, before anything is computed.
+    shapes = fitting.resolved(shapes, kernels)
+    config, accumulation = shapes.config, fitting.accumulation_of(shapes)
+    place = batch_placer(mesh, accumulation)
     if config.optim.qat_below:
         qat.check(shapes.state.params, config)
     plan, settings = make_plan(shapes), list[tuple[str, str]]()
@@ -95,6 +97,7 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
     controls = step_controls(config.optim, t, 0, 0.0)
     lowered = make_train_step(shapes).lower(shapes.state, place(batches[0]), controls)
     train_step = compiler.compile_step(lowered)
+    fitting.check(shapes, train_step)
     console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     # 5. State: the last checkpoint that verifies, or a new one.
@@ -252,7 +255,7 @@ def run(
     with (
         processes.joined(members),
         Console(config.train.steps, config.train.max_seconds, quiet=quiet) as console,
-        run_directory.claim(directory, config),
+        run_directory.claim(directory, config) as config,
     ):
         summary = run_directory.read_summary(directory)
         if processes.broadcast(lambda: summary is not None):

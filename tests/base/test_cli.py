@@ -105,6 +105,10 @@ def test_a_file_on_a_full_disk_is_named(tmp_path, monkeypatch):
 NO_ROOM = "/a cannot be written: No room; free space and start again"
 FILES = "raise the limit of open files with ulimit -n"
 GONE = "the working folder is gone; change into a folder that exists"
+DEVICE = (
+    "the device has too little memory: Out of memory allocating 7 bytes; lower"
+    " --train.device-batch-tokens in training, --eval.device-batch-tokens elsewhere"
+)
 CHECK = "check the path and its permissions"
 
 
@@ -119,6 +123,8 @@ CHECK = "check the path and its permissions"
         (OSError(errno.EMFILE, "Too many", "/a"), f"Too many; {FILES}"),
         (FileNotFoundError(errno.ENOENT, "Gone"), GONE),
         (MemoryError(), "out of memory; choose smaller sizes or a machine with more memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore"), DEVICE),
+        (RuntimeError("INTERNAL: no memory"), None),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "text is not utf-8: bad at byte 0"),
         (OSError(errno.EPERM, "no file is named"), None),
         (ValueError("a bug"), None),

@@ -53,6 +53,13 @@ def test_every_recipe_loads_by_path_and_by_name_and_says_what_it_is(path, monkey
     assert load(path.stem) == load(str(path))
 
 
+@pytest.mark.parametrize("given", [["-tokens", "auto"], ["_tokens=auto"], ["-tokens=0"]])
+def test_automatic_microbatches_are_a_word_on_the_command_line(given):
+    option, *value = given
+    argv = ["--config", "quickstart", f"--train.device-batch{option}", *value]
+    assert parse(*argv, "--data.source", "auto").train.device_batch_tokens == 0
+
+
 def test_a_run_replays_from_its_json(tmp_path):
     config = parse("--config", "quickstart", "--train.steps", "7", "--model.rope-base", "5000")
     file = tmp_path / "config.json"

@@ -66,6 +66,10 @@ def test_a_run_goes_on_with_its_weights_spread_over_other_devices(tmp_path, tiny
     run_directory.begin(tmp_path, config, None)
     with run_directory.claim(tmp_path, changed(config, train={"fsdp": 4, "shard_optimizer": True})):
         pass
+    for tokens, taken in ((0, 64), (512, 512)):  # 0: the run's own
+        other = changed(config, train={"device_batch_tokens": tokens})
+        with run_directory.claim(tmp_path, other) as own:
+            assert own.train.device_batch_tokens == taken
     other = run_directory.claim(tmp_path, changed(config, train={"fsdp": 4, "seed": 1}))
     with pytest.raises(UserError, match=r"undo: train\.seed: 1337 -> 1$"), other:
         pass
