@@ -14,9 +14,10 @@ import tyro
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.layout import ProcessArguments
-from sngpt_jax.config import ExportConfig
+from sngpt_jax.config import ExportConfig, changed
 from sngpt_jax.config.checks import validate
 from sngpt_jax.config.options import (
+    EvalTokensOption,
     Json,
     KernelsOption,
     OptionalInt,
@@ -50,6 +51,7 @@ class EvaluateArguments:
     tasks: str = ""
     task_limit: int = 0  # number of samples to take from the start of each task; 0: all
     task_definitions: OptionalPath = None  # folder with more task files for lm-eval, YAML
+    device_batch_tokens: EvalTokensOption = None
     kernels: KernelsOption = "check"
     json: Json = ""
     quiet: Quiet = False
@@ -153,6 +155,10 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     config, variables = model.config, model.variables
     if arguments.run:
         config = validate(replace(config, export=arguments.export))
+    if arguments.device_batch_tokens is not None:
+        config = validate(
+            changed(config, eval={"device_batch_tokens": arguments.device_batch_tokens})
+        )
     dataset = None
     if stream.mode != "none" or arguments.fake_quantize:
         dataset = model.open_data(arguments.data)

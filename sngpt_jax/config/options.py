@@ -23,6 +23,15 @@ WeightsOption = Annotated[
         help="weights of the last step, or an average; default: the run's eval.weights",
     ),
 ]
+# a field's `--eval.device-batch-tokens`
+EvalTokensOption = Annotated[
+    int | None,
+    _arg(
+        name="eval.device-batch-tokens",
+        metavar="INT",
+        help="most tokens that one device scores at a time; default: the run's",
+    ),
+]
 KernelsOption = Annotated[
     Literal["check", "trust", "off"],
     _arg(help="custom kernels: compare each with XLA before its first use, use all, or use none"),

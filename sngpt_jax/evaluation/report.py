@@ -18,7 +18,7 @@ from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes
 from sngpt_jax.evaluation.options import StreamOptions
-from sngpt_jax.evaluation.step import make_eval_step
+from sngpt_jax.evaluation.step import compile_for, make_eval_step
 from sngpt_jax.evaluation.windows import rows_at_a_time, window_batches
 from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter
@@ -59,7 +59,7 @@ def score(
     if cache and cache.hints:
         first["hints"] = first["targets"].astype("int32")
     eval_step = make_eval_step(config.model, mesh, readings)
-    compiled = eval_step.lower(variables, batch_placer(mesh)(first)).compile()
+    compiled = compile_for(eval_step, variables, batch_placer(mesh)(first))
     token_bytes, progress = dataset.tokenizer.token_bytes(), progress_reporter("evaluate")
     scoring = Pass(variables, compiled, stream, token_bytes, mesh, windows, most, progress)
     start = time.perf_counter()

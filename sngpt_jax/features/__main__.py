@@ -5,7 +5,7 @@ features fire. For some it finds contexts, tokens, parents and children.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -13,7 +13,16 @@ import tyro
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import check_writable, write_text_atomic
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config import changed
+from sngpt_jax.config.checks import validate
+from sngpt_jax.config.options import (
+    EvalTokensOption,
+    Json,
+    OptionalInt,
+    OptionalPath,
+    Quiet,
+    WeightsOption,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class FeaturesArguments:
     data: OptionalPath = None  # folder with prepared validation shards; default: the run's data
     step: OptionalInt = None  # checkpoint to study; default: the latest checkpoint
     weights: WeightsOption = None
+    device_batch_tokens: EvalTokensOption = None
     tokens: int = 65_536  # number of tokens to read from the start of the stream; 0: all
     layers: str = "all"  # layers whose features are studied, such as 0,3,11
     # number of features to study per level and layer, besides their closest parents and children
@@ -63,6 +73,9 @@ def main(argv: Sequence[str]) -> int:
 
     mesh = make_mesh()
     model = load_model(arguments.run, mesh, arguments.step, arguments.weights)
+    if arguments.device_batch_tokens is not None:
+        own = {"device_batch_tokens": arguments.device_batch_tokens}
+        model = replace(model, config=validate(changed(model.config, eval=own)))
     config = model.config.model
     if not config.levels:
         raise UserError(f"{arguments.run}: has no sparse code to study (model.levels is empty)")

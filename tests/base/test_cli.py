@@ -107,7 +107,8 @@ FILES = "raise the limit of open files with ulimit -n"
 GONE = "the working folder is gone; change into a folder that exists"
 DEVICE = (
     "the device has too little memory: Out of memory allocating 7 bytes; lower"
-    " --train.device-batch-tokens in training, --eval.device-batch-tokens elsewhere"
+    " --train.device-batch-tokens (training) or --eval.device-batch-tokens (scoring), or take a"
+    " device with more memory"
 )
 CHECK = "check the path and its permissions"
 
