@@ -40,8 +40,8 @@ def one_line(error: BaseException) -> str | None:
             asked = str(error).partition("RESOURCE_EXHAUSTED: ")[2].split("\n")[0][:200]
             return (
                 f"the device has too little memory: {asked.rstrip('. ')}; lower"
-                " --train.device-batch-tokens (training) or --eval.device-batch-tokens (scoring), or"
-                " take a device with more memory"
+                " --train.device-batch-tokens (training) or --eval.device-batch-tokens (scoring),"
+                " or take a device with more memory"
             )
         case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}; raise the limit of open files with ulimit -n"
