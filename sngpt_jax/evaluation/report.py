@@ -59,7 +59,7 @@ def score(
     if cache and cache.hints:
         first["hints"] = first["targets"].astype("int32")
     eval_step = make_eval_step(config.model, mesh, readings)
-    compiled = compile_for(eval_step, variables, batch_placer(mesh)(first))
+    compiled = compile_for(eval_step, variables, batch_placer(mesh)(first), mesh)
     token_bytes, progress = dataset.tokenizer.token_bytes(), progress_reporter("evaluate")
     scoring = Pass(variables, compiled, stream, token_bytes, mesh, windows, most, progress)
     start = time.perf_counter()

@@ -38,12 +38,12 @@ def on_each_device(
     )
 
 
-def compile_for(step: jax.stages.Wrapped, variables: Variables, batch: Batch) -> Any:
+def compile_for(step: jax.stages.Wrapped, variables: Variables, batch: Batch, mesh: Mesh) -> Any:
     """`step`, compiled for batches like `batch`.
 
     Raises `UserError` if it needs more memory than the device has left; it names what fits.
     """
-    mesh, (rows, length) = batch["inputs"].sharding.mesh, batch["inputs"].shape
+    rows, length = batch["inputs"].shape
 
     def left_now() -> int:
         device = mesh.local_devices[0]
@@ -55,7 +55,7 @@ def compile_for(step: jax.stages.Wrapped, variables: Variables, batch: Batch) ->
             name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
             for name, x in batch.items()
         }
-        compiled = step.lower(variables, like).compile()
+        compiled: Any = step.lower(variables, like).compile()
         memory = compiled.memory_analysis()
         return compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes
 

@@ -51,7 +51,7 @@ def losses_by_level(
         cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = Pass(
             variables,
-            compile_for(make_eval_step(cut, mesh), variables, first),
+            compile_for(make_eval_step(cut, mesh), variables, first, mesh),
             dataset.val,
             dataset.tokenizer.token_bytes(),
             mesh,

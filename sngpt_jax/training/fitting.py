@@ -84,8 +84,9 @@ def check(shapes: Shapes, compiled: Any) -> None:
 def _largest(shapes: Shapes, need: Need, limit: int) -> tuple[int, Need]:
     """Tokens of the largest microbatch that fits, and what it needs; `need` is that of `shapes`."""
     first, seq_len = need, shapes.config.data.seq_len
-    while need.total > limit:
-        sequences = fewer(need, limit, _tokens(shapes) // seq_len)
+    room = limit - limit // 16  # arrays lie with gaps, and a machine's free memory varies
+    while need.total > room:
+        sequences = fewer(need, room, _tokens(shapes) // seq_len)
         if not sequences:
             raise UserError(
                 f"the step needs {_shown(first.total)} and the device has {_shown(limit)}; not even"

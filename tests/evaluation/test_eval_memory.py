@@ -26,7 +26,7 @@ def test_scoring_names_the_batch_that_fits_before_it_begins(monkeypatch):
         tokens = np.zeros((rows, 16), np.uint16)
         batch = batch_placer(mesh)({"inputs": tokens, "targets": tokens})
         monkeypatch.setattr(step, "device_memory", lambda device: memory)
-        return step.compile_for(scoring, joined, batch), batch
+        return step.compile_for(scoring, joined, batch, mesh), batch
 
     program, batch = compiled(4, 2**30)
     memory = program.memory_analysis()

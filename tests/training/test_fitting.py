@@ -35,8 +35,10 @@ def mesh():
 
 @pytest.fixture
 def device(monkeypatch):
-    """A function that gives every device so many bytes from now on."""
-    return lambda size: monkeypatch.setattr(meter, "device_memory", lambda device: size)
+    """A function that gives every device so many bytes, and a sixteenth that stays free."""
+    return lambda size: monkeypatch.setattr(
+        meter, "device_memory", lambda device: 1 + size * 16 // 15
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_automatic_microbatches_are_the_largest_that_fit(device, needs):
     for tokens in (64 * T, 16 * T, T):
         device(needs[tokens])
         assert fitting.resolved(automatic, "check").config.train.device_batch_tokens == tokens
-    device(needs[T] - 1)
+    device(needs[T] - 2)
     with pytest.raises(UserError, match="not even one sequence per microbatch fits"):
         fitting.resolved(automatic, "check")
 
