@@ -1,4 +1,7 @@
-"""Operations for accelerators: sparse coding (`cayley`) and attention (`xsa`).
+"""Operations for accelerators, each in a package of its own.
+
+`cayley` is a sparse code, `xsa` an attention, `rotary` what prepares queries and keys, `epilogue`
+what follows an attention, and `stream` a sum of the residual stream with its norm.
 
 They import jax and numpy and never sngpt_jax. The packages themselves import nothing, so that
 `cayley.dictionary` runs without jax.

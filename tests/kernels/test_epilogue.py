@@ -22,7 +22,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     ids=["xla", "pallas_triton"],
 )
 # B, T, H, K, h
-SHAPES = [(2, 37, 4, 2, 24), (2, 16, 2, 2, 16), (1, 5, 6, 2, 64)]
+SHAPES = [(2, 37, 4, 2, 24), (2, 16, 2, 2, 16), (1, 5, 6, 2, 64), (2, 1, 2, 1, 8)]
 PARTS = {"exclusive": (True, False), "gated": (False, True), "both": (True, True)}
 
 

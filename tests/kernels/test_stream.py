@@ -117,6 +117,13 @@ class TestImplementation:
         check(summed, want, 1e-5)
 
 
+@pytest.mark.parametrize("width", [8, 2056, api.MOST])
+def test_the_usual_block_sizes_serve_the_narrowest_and_the_widest_rows(width):
+    arrays = draw(((5,), width, (2,), (True,), True))
+    got = value_and_gradients(lambda *a: INTERPRETED(*a, EPS, SCALE), *arrays)
+    check(got, expected(*arrays), 2e-6)
+
+
 def test_the_written_gradients_are_those_of_the_definition():
     """By central differences in float64."""
     shape = (3,), 4, (2, 1, 0), (True, False, True), True

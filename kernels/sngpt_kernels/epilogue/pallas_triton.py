@@ -68,11 +68,11 @@ class Problem:
         (B, T, H, h), rows = self.shape, self.config.rows
         names = [*inputs, *results]
 
-        def spec(array: Any) -> pl.BlockSpec:
+        def spec(name: str, array: Any) -> pl.BlockSpec:
             """The program's rows of [B, T, …], its own row of [B, programs, H], or all of [H]."""
-            if len(array.shape) == 1:
+            if name == "bias":
                 return pl.BlockSpec((H,), lambda i, b: (0,))
-            if array.shape[1] != T:
+            if name == "dbias":
                 return pl.BlockSpec((None, None, H), lambda i, b: (b, i, 0))
             rest = array.shape[2:]
             return pl.BlockSpec((None, rows, *rest), lambda i, b: (b, i, *(0 for _ in rest)))
@@ -87,8 +87,8 @@ class Problem:
             transcendentals=B * T * H,
             num_warps=self.config.num_warps,
             interpret=self.interpret,
-            in_specs=[spec(array) for array in inputs.values()],
-            out_specs=tuple(spec(array) for array in results.values()),
+            in_specs=[spec(*item) for item in inputs.items()],
+            out_specs=tuple(spec(*item) for item in results.items()),
         )
         return dict(zip(results, outputs, strict=True))
 

@@ -37,8 +37,12 @@ class Config:
 
     @classmethod
     def heuristic(cls, width: int) -> "Config":
-        """A thread of the four warps holds 16 elements of an array, which are 32 or 64 bytes."""
-        return cls(rows=max(1, 1 << (2048 // width).bit_length() - 1))
+        """A thread of the four warps holds 16 elements of an array, which are 32 or 64 bytes.
+
+        The widest rows have more elements than that, and the narrowest fill a backward program.
+        """
+        rows = min(max(2048 // width, 1), cls.sums)
+        return cls(rows=1 << rows.bit_length() - 1)
 
 
 @dataclass(frozen=True)
