@@ -45,7 +45,7 @@ def one_line(error: BaseException) -> str | None:
             )
         case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}; raise the limit of open files with ulimit -n"
-        case FileNotFoundError(filename=None):
+        case FileNotFoundError(errno=errno.ENOENT, filename=None):
             return "the working folder is gone; change into a folder that exists"
         case UnicodeDecodeError():
             return f"text is not {error.encoding}: {error.reason} at byte {error.start}"

@@ -26,10 +26,8 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
     A link is followed. A pipe or a device takes the bytes as they come, and stays what it is.
     """
-    if _is_stream(path):
-        descriptor = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # keeps its position
-        with open(descriptor or path, "ab", closefd=not descriptor) as stream:
-            stream.write(content)
+    if stream := _stream(path):
+        _write_stream(stream, content)
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +46,31 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _is_stream(path: Path) -> bool:
-    """Whether the path names a pipe, a device, or a descriptor of this process."""
+def _stream(path: Path) -> Path | None:
+    """The pipe, the device, or the descriptor of this process that the path or its link names."""
     if not path.exists():
-        return False
-    # the shell's redirection to a plain file would lose its other lines
-    redirected = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
-    return redirected or not (path.is_file() or path.is_dir())
+        return None
+    while True:
+        # the shell's redirection to a plain file would lose its other lines
+        if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+            return path
+        if not path.is_symlink():
+            return None if path.is_file() or path.is_dir() else path
+        path = path.parent / os.readlink(path)
+
+
+def _write_stream(path: Path, content: bytes) -> None:
+    descriptor = {"/dev/stdout": 1, "/dev/stderr": 2}.get(os.path.abspath(path))
+    try:
+        # the descriptor keeps its position
+        with open(descriptor or path, "ab", closefd=not descriptor) as stream:
+            stream.write(content)
+    except BrokenPipeError:
+        if descriptor:
+            raise
+        raise UserError(f"{path}: its reader closed the pipe before it had everything") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -90,7 +106,7 @@ def check_writable(path: Path, option: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        if _is_stream(path):
+        if _stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(0, "its permissions do not allow it")
             return

@@ -5,6 +5,7 @@ so that every machine has a model of full size. The times do not depend on their
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +27,7 @@ from sngpt_jax.bench import harness, published
 from sngpt_jax.bench.arguments import ExportArguments
 from sngpt_jax.cluster.mesh import path_name
 from sngpt_jax.config import Config
+from sngpt_jax.config.recipe import recipe_name
 from sngpt_jax.model.forward import abstract_variables
 
 
@@ -56,14 +58,20 @@ def codec_jobs(
             raw = codecs.split_planes(np.concatenate(parts))
             call = partial(codecs.compress, raw, storage.byte_codec, storage.level)
             jobs.append((len(raw), call))
+    shared = defaultdict[tuple[int, int], list[np.ndarray]](list)
     for grid in grids:
-        if storage.codec == "rans":
+        if storage.packed and grid.bits < 8:
+            shared[grid.bits, grid.q_min].append(grid.codes.reshape(-1))
+        elif storage.codec == "rans":
             call = partial(codecs.encode_codes, grid.codes, grid.bits, grid.q_min)
+            jobs.append((grid.codes.size, call))
         else:
-            flat, is_packed = grid.codes.reshape(-1), storage.packed and grid.bits < 8
-            raw = pack(flat, grid.bits, grid.q_min) if is_packed else flat.tobytes()
-            call = partial(codecs.compress, raw, storage.codec, storage.level)
-        jobs.append((grid.codes.size, call))
+            call = partial(codecs.compress, grid.codes.tobytes(), storage.codec, storage.level)
+            jobs.append((grid.codes.size, call))
+    for (bits, q_min), parts in shared.items():
+        codes = np.concatenate(parts)
+        call = partial(codecs.compress, pack(codes, bits, q_min), storage.byte_codec, storage.level)
+        jobs.append((codes.size, call))
     return jobs
 
 
@@ -97,6 +105,9 @@ def measure(arguments: ExportArguments, say: harness.Say) -> dict[str, Any]:
         raise UserError("--sigma must be more than 0")
     if config.export.gptq:
         raise UserError("--export.gptq needs a trained model; run sngpt_jax.bench policies")
+    recipe = recipe_name(arguments.config)
+    if arguments.against_published:
+        published.check(recipe)
     program, tensors = len(bundle.build().data), draw(config, arguments.sigma)
     work = {"export": lambda: export_once(tensors, config)}
     rounds = harness.in_turn(work, arguments.repeats)["export"]
@@ -114,7 +125,7 @@ def measure(arguments: ExportArguments, say: harness.Say) -> dict[str, Any]:
     say(f"artifact {size:,} + program {program:,} = {size + program:,} bytes")
     beside = None
     if arguments.against_published:
-        beside = published.compare(arguments.config, config, stored, say)
+        beside = published.compare(recipe, config, stored, say)
     return harness.environment() | {
         "config": arguments.config,
         "sigma": arguments.sigma,

@@ -31,6 +31,12 @@ FORMS = {
 }
 
 
+def check(recipe: str) -> None:
+    """Raises `UserError` for a recipe that is no submission."""
+    if recipe not in FORMS:
+        raise UserError(f"--against-published: {recipe} is none of {', '.join(FORMS)}")
+
+
 def as_published(recipe: str, export: ExportConfig) -> ExportConfig:
     """The policy with the submission's packing and codec."""
     form = FORMS[recipe][1]
@@ -52,10 +58,8 @@ def script_bytes(stored: Mapping[str, Stored], form: Storage) -> int:
 
 def compare(recipe: str, config: Config, stored: Mapping[str, Stored], say: Say) -> dict[str, Any]:
     """Bytes by form, and how near the entropy coder comes to the entropy of the codes of each
-    tensor. Raises `UserError` for a recipe that is no submission.
+    tensor.
     """
-    if recipe not in FORMS:
-        raise UserError(f"--against-published: {recipe} is none of {', '.join(FORMS)}")
     submission, form = FORMS[recipe]
     published = fit.storage_of(as_published(recipe, config.export))
     grids = [x for x in stored.values() if isinstance(x, Quantized)]

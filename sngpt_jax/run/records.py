@@ -90,7 +90,8 @@ def reading(directory: Path, step: int) -> Iterator[None]:
 def is_read(directory: Path, step: int) -> bool:
     """Whether a process is `reading` the step."""
     try:
-        with record_path(directory, step).open("rb") as record:
+        # writable, because NFS refuses an exclusive lock of a file that is open for reading only
+        with record_path(directory, step).open("r+b") as record:
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -25,6 +25,7 @@ def artifact(storage):
         "a/gain": rng.standard_normal(8).astype(np.float32),
         "a/key": quantized(7, 9, 6, full=True),
         "b/table": quantized(9, 5, 8, transposed=False),
+        "b/up": quantized(6, 8, 5, seed=1),  # shares the stream of a/up where codes are packed
         "b/half": rng.standard_normal((2, 3)).astype(np.float16),
         "c": np.array(2.0, np.float32),
     }

@@ -123,6 +123,7 @@ CHECK = "check the path and its permissions"
         (OSError(errno.EIO, "Broken"), f"a file: Broken; {CHECK}"),
         (OSError(errno.EMFILE, "Too many", "/a"), f"Too many; {FILES}"),
         (FileNotFoundError(errno.ENOENT, "Gone"), GONE),
+        (FileNotFoundError("a library's own words"), None),
         (MemoryError(), "out of memory; choose smaller sizes or a machine with more memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore"), DEVICE),
         (RuntimeError("INTERNAL: no memory"), None),

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,21 @@ def test_pipe_takes_the_bytes_and_stays(tmp_path):
     assert read == [b"content"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+def test_pipe_whose_reader_goes_is_one_line(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: os.close(os.open(pipe, os.O_RDONLY)))
+    thread.start()
+    with pytest.raises(UserError, match="pipe: its reader closed the pipe before it had"):
+        write_bytes_atomic(pipe, bytes(10**6))
+    thread.join(10)
+
+
+def test_full_device_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_bytes_atomic(Path("/dev/full"), b"content")
+
+
 def test_device_stays_a_device(tmp_path):
     node = tmp_path / "n"
     try:
@@ -56,10 +72,13 @@ def test_device_stays_a_device(tmp_path):
     assert stat.S_ISCHR(node.stat().st_mode)
 
 
-def test_redirected_output_keeps_its_other_lines(tmp_path):
+@pytest.mark.parametrize("linked", [False, True])
+def test_redirected_output_keeps_its_other_lines(tmp_path, linked):
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    path = tmp_path / "link" if linked else "/dev/stdout"
     code = (
         "from pathlib import Path; from sngpt_jax.base.files import write_text_atomic as write;"
-        "print('before', flush=True); write(Path('/dev/stdout'), 'middle\\n'); print('after')"
+        f"print('before', flush=True); write(Path('{path}'), 'middle\\n'); print('after')"
     )
     with open(tmp_path / "log", "wb") as log:  # as the shell's >
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from sngpt_jax.artifact import bundle, codecs
+from sngpt_jax.artifact import sngpt_file as artifact
 from sngpt_jax.artifact.header import Storage
 from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Quantized
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import __main__ as command
-from sngpt_jax.bench import published
-from sngpt_jax.bench.export import draw
+from sngpt_jax.bench import export, published
+from sngpt_jax.bench.export import codec_jobs, draw
 from sngpt_jax.config.recipe import load
 
 pytestmark = pytest.mark.slow
@@ -62,9 +63,10 @@ def test_same_codes_take_no_more_bytes_than_in_the_scripts_form(recipe):
     assert f"{default:,}" in said[3] and "each tensor" in said[-1]
 
 
-def test_published_form_is_that_of_a_submission():
+def test_published_form_is_that_of_a_submission(monkeypatch):
+    monkeypatch.setattr(export, "draw", lambda *_: pytest.fail("refused after the work"))
     with pytest.raises(UserError, match="golf_baseline is none of golf_11l_xsa4, "):
-        published.compare("golf_baseline", load("golf_baseline"), {}, print)
+        command.main(["export", "--config", "golf_baseline", "--against-published"])
 
 
 def test_scripts_file_is_one_compressed_block_of_codes_scales_and_floats():
@@ -75,6 +77,20 @@ def test_scripts_file_is_one_compressed_block_of_codes_scales_and_floats():
     assert published.script_bytes(stored, byte_form) == len(codecs.compress(raw, "zstd", 3))
     joined = (16 + (13 << 5) + (18 << 10) + (15 << 15)).to_bytes(5, "little") + raw[4:]
     assert published.script_bytes(stored, packed) == len(codecs.compress(joined, "lzma", 9))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_codec_alone_has_the_streams_of_an_artifact(packed):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-15, 16, (3, 8, 64), np.int8)
+    stored = {
+        f"w{i}": Quantized(x, np.ones(8, np.float16), 5, -15, True) for i, x in enumerate(codes)
+    }
+    storage = Storage(packed, "lzma", 6)
+    of_codec = sorted(len(job()) for _, job in codec_jobs(stored, storage))
+    encoded = artifact.encode({}, stored, storage)
+    assert sum(of_codec) == len(encoded.data) - encoded.header_bytes
+    assert len(of_codec) == (2 if packed else 4)
 
 
 def test_scoring_beside_the_forward_pass_and_the_caches(tiny_recipe, bench):

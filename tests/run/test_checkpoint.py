@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.run import checkpoint
 from sngpt_jax.run.checkpoint import Checkpointer, CheckpointError, restore, restore_parts, steps
-from sngpt_jax.run.records import reading
+from sngpt_jax.run.records import is_read, reading, record_path
 
 
 class Moments(NamedTuple):
@@ -170,6 +170,8 @@ def test_a_step_that_is_read_stays_until_a_later_save(tmp_path):
     with reading(tmp_path, 1), reading(tmp_path, 1):
         save_steps(tmp_path, (2, None), keep=1)
         assert steps(tmp_path) == [1, 2]
+    before = record_path(tmp_path, 2).stat()
+    assert not is_read(tmp_path, 2) and record_path(tmp_path, 2).stat() == before
     save_steps(tmp_path, (3, None), keep=1)
     assert steps(tmp_path) == [3]
 
