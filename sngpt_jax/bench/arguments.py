@@ -54,7 +54,6 @@ class CompiledArguments:
     """
 
     recipes: tuple[str, ...] = ()  # names of recipes; none: all with older figures
-    topology: str = "h100x8"  # GPUs; the older figures are those of h100x8
     json: Json = ""
 
 

@@ -43,19 +43,20 @@ def measure(arguments: CompiledArguments, say: Say) -> dict[str, Any]:
 
     Raises `UserError` for a recipe without older figures, and without the CUDA plugin.
     """
-    baseline = json.loads(BASELINE.read_text())["recipes"]
+    older = json.loads(BASELINE.read_text())
+    baseline, topology = older["recipes"], older["topology"]
     names = arguments.recipes or tuple(baseline)
     if unknown := [name for name in names if name not in baseline]:
         raise UserError(
             f"--recipes: {BASELINE.name} has no figures of {', '.join(unknown)}; it has those of"
             f" {', '.join(baseline)}"
         )
-    say(f"per device and step on {arguments.topology}; the aims are for the golf recipes")
+    say(f"per device and step on {topology}; the aims are for the golf recipes")
     titles = ["recipe", "GB moved", "bound, ms", "kernels launched"]
     ratios = zip(("bytes", "bound", "launches"), AIMS.values(), strict=True)
     say(table_head([*titles, *(f"{name} ratio, aim {aim:.2f}" for name, aim in ratios)]))
     result = {}
     for name in names:
-        result[name] = {"now": figures(name, arguments.topology), "before": baseline[name]}
+        result[name] = {"now": figures(name, topology), "before": baseline[name]}
         say(row(name, result[name]["now"], baseline[name]))
-    return {"topology": arguments.topology, "recipes": result}
+    return {"topology": topology, "recipes": result}

@@ -76,7 +76,7 @@ class Problem:
         return lax.rsqrt(dot(parts, parts) / self.head_size + self.eps)
 
     def specs(self) -> tuple[pl.BlockSpec, ...]:
-        """Those of queries, keys, values, all side by side, a table, and the gain."""
+        """The specs of queries, keys, values, all heads side by side, a table, and the gain."""
         rows, per_row = self.config.rows, self.tables > 1
 
         def heads(count: int) -> pl.BlockSpec:
