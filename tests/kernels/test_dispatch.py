@@ -48,7 +48,7 @@ def test_gradients_of_gradients_are_refused_in_a_sentence():
         return jnp.sum(kernels(x, mean, std, bias, Scheme(SHALLOW))[0] ** 2)
 
     def attend(q):
-        return jnp.sum(xsa_kernels.attention(q, q, q, True, 1.0, interpret=True) ** 2)
+        return jnp.sum(xsa_kernels.attention(q, q, q, 1.0, interpret=True) ** 2)
 
     for function, argument, operation in (
         (code, x, "cayley.encode_decode"),
