@@ -57,6 +57,8 @@ def check(arguments: ExportArguments) -> None:
     written = (out, out.with_suffix(".pyz"))
     for path in written:
         check_writable(path, "--out")
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out {path}: is a pipe or a device; the export needs a plain file")
     if json not in ("", "-") and Path(json).resolve() in [path.resolve() for path in written]:
         raise UserError(f"--json {json}: is written by --out; give the path of another file")
     cli.check_json(json)

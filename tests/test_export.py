@@ -1,6 +1,7 @@
 """The command on a trained run, and the other commands on its artifact."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -205,6 +206,24 @@ def test_nothing_appears_before_the_program_has_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the program fails"):
         exporter.publish(files, tensors, None, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed(tmp_path, monkeypatch):
+    tensors = {"a": np.zeros(3, np.float32)}
+    data = artifact.encode({}, tensors, STORAGE).data
+    link, target = tmp_path / "m.sngpt", tmp_path / "elsewhere" / "target"
+    link.symlink_to(target)
+    monkeypatch.setattr(bundle, "run", lambda *_: {})
+    exporter.publish({link: data, tmp_path / "m.pyz": b"program"}, tensors, None, 0)
+    assert link.is_symlink() and target.read_bytes() == data
+    assert (tmp_path / "m.pyz").read_bytes() == b"program" and not list(tmp_path.glob(".export*"))
+
+
+def test_a_pipe_is_refused_and_stays(tiny_trained, tmp_path):
+    pipe = tmp_path / "m.sngpt"
+    os.mkfifo(pipe)
+    refused(export.main, OUT, "is a pipe or a device", run=tiny_trained, tmp=tmp_path)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.usefixtures("scored_here")

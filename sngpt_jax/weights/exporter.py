@@ -155,7 +155,10 @@ def publish(
             progress = progress_reporter("score by the program")
             said = bundle.run(hidden / program.name, hidden / out.name, data, tokens, progress)
             for path in reversed(list(files)):  # the artifact last: where it is, the others are
-                os.replace(hidden / path.name, path)
+                if path.is_symlink():  # to what may be another file system
+                    write_bytes_atomic(path, files[path])
+                else:
+                    os.replace(hidden / path.name, path)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
     return said
