@@ -67,7 +67,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             os.getcwd()  # a deleted working folder ends the command now, not after its work
             for name in _IGNORED:
                 if os.environ.pop(name, None) is not None:
-                    print(f"{name} is ignored: it would change the results", file=sys.stderr)
+                    print(f"{name} is ignored: it changes how jax computes", file=sys.stderr)
             status = main([_at_home(argument) for argument in sys.argv[1:]])
         finally:
             with contextlib.suppress(OSError):

@@ -169,8 +169,10 @@ def restore(
                 state = _load(directory, record, abstract_state, parts)
                 return Restored(chosen, state, record.extra)
             except CheckpointError:
-                # a training has deleted it since it was chosen: choose again
-                if step is not None or record_path(directory, chosen).exists():
+                # a training has deleted it since it was chosen: choose again, if no other process
+                # waits for this one
+                kept = record_path(directory, chosen).exists()
+                if kept or step is not None or processes.count() > 1:
                     raise
 
 

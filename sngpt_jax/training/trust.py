@@ -85,6 +85,7 @@ def _stream(config: ModelConfig, sequences: int, length: int) -> list[Case]:
             *(sequences * length, width),
             weighted=weighted,
             gain=not compact,
+            shared=True,
             dtype=dtype,
         )
         for weighted in ((False, True) if compact else (False,))

@@ -163,7 +163,7 @@ def test_variables_that_change_jaxs_numbers_are_ignored_and_said(tmp_path):
     env = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     done = run(tmp_path, ARGUMENTS, env=env)
     assert done.stdout == "[] False True\n"
-    assert done.stderr == "JAX_ENABLE_X64 is ignored: it would change the results\n"
+    assert done.stderr == "JAX_ENABLE_X64 is ignored: it changes how jax computes\n"
 
 
 def test_deleted_working_folder_ends_a_command_before_its_work(tmp_path):

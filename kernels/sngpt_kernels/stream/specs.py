@@ -12,12 +12,21 @@ EPS = 1.1920929e-7
 
 
 def case(
-    name: str, tokens: int, D: int, *, weighted: bool, gain: bool = False, dtype: jnp.dtype
+    name: str,
+    tokens: int,
+    D: int,
+    *,
+    weighted: bool,
+    gain: bool = False,
+    shared: bool = False,
+    dtype: jnp.dtype,
 ) -> Case:
     """The sum of two arrays; `weighted` mixes in x0 and a bias, by vectors. The output is [u, n].
 
-    These are the sums in front of an MLP and in front of an attention.
+    These are the sums in front of an MLP and in front of an attention. `shared` has the norm for
+    three uses and the first group's sum in the output, too, as models ask for them.
     """
+    more = {"uses": 3, "first": True} if shared else {}
     arrays = 3 if weighted else 2
 
     def grouped(*arguments: jax.Array) -> tuple[list[list[jax.Array]], list[jax.Array | None]]:
@@ -33,13 +42,16 @@ def case(
 
     def run(*arguments: jax.Array, implementation: Implementation | None = None) -> jax.Array:
         last = arguments[-1][3] if gain else None
-        both = sum_norm(*grouped(*arguments), last, eps=EPS, implementation=implementation)
-        return jnp.concatenate(both, axis=1)
+        groups = grouped(*arguments)
+        results = sum_norm(*groups, last, eps=EPS, implementation=implementation, **more)
+        return jnp.concatenate(results, axis=1)
 
     def in_float64(*arguments: np.ndarray) -> np.ndarray:
         last = arguments[-1][3] if gain else None
-        both = reference.sum_norm(*grouped(*map(np.asarray, arguments)), last, eps=EPS)  # type: ignore[arg-type]
-        return np.concatenate(both, axis=1)
+        groups = grouped(*map(np.asarray, arguments))  # type: ignore[arg-type]
+        u, n = reference.sum_norm(*groups, last, eps=EPS)  # type: ignore[arg-type]
+        again = [n, n, np.sum(np.float64(groups[0][0]), axis=0)] if shared else []
+        return np.concatenate([u, n, *again], axis=1)
 
     size = tokens * D * dtype.itemsize
     return Case(
