@@ -26,7 +26,6 @@ def case(
     These are the sums in front of an MLP and in front of an attention. `shared` has the norm for
     three uses and the first group's sum in the output, too, as models ask for them.
     """
-    more = {"uses": 3, "first": True} if shared else {}
     arrays = 3 if weighted else 2
 
     def grouped(*arguments: jax.Array) -> tuple[list[list[jax.Array]], list[jax.Array | None]]:
@@ -43,14 +42,21 @@ def case(
     def run(*arguments: jax.Array, implementation: Implementation | None = None) -> jax.Array:
         last = arguments[-1][3] if gain else None
         groups = grouped(*arguments)
-        results = sum_norm(*groups, last, eps=EPS, implementation=implementation, **more)
+        results = sum_norm(
+            *groups,
+            last,
+            eps=EPS,
+            uses=3 if shared else 1,
+            first=shared,
+            implementation=implementation,
+        )
         return jnp.concatenate(results, axis=1)
 
     def in_float64(*arguments: np.ndarray) -> np.ndarray:
         last = arguments[-1][3] if gain else None
-        groups = grouped(*map(np.asarray, arguments))  # type: ignore[arg-type]
-        u, n = reference.sum_norm(*groups, last, eps=EPS)  # type: ignore[arg-type]
-        again = [n, n, np.sum(np.float64(groups[0][0]), axis=0)] if shared else []
+        sums, weights = grouped(*map(np.asarray, arguments))  # type: ignore[arg-type]
+        u, n = reference.sum_norm(sums, weights, last, eps=EPS)
+        again = [n, n, np.sum(np.asarray(sums[0], np.float64), axis=0)] if shared else []
         return np.concatenate([u, n, *again], axis=1)
 
     size = tokens * D * dtype.itemsize
