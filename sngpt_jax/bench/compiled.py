@@ -1,14 +1,17 @@
 """The training steps compiled for GPUs, beside those of an older commit: `bench compiled`.
 
 No GPU is needed and no time is measured. `compiled_442cc0a.json` has the older figures, per device
-and step: bytes that the kernels move, the roofline's bound, and kernels launched.
+and step: bytes that the kernels move, the roofline's bound, and kernels launched. For the sparse
+codes' kernels it has warp instructions and barriers per token.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from sngpt_jax.ahead import step
+from sngpt_jax.ahead import by_loop, step
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench.arguments import CompiledArguments
 from sngpt_jax.bench.harness import Say, table_head, table_row
@@ -29,6 +32,21 @@ def figures(name: str, topology: str) -> dict[str, float]:
         "bound_seconds": described["roofline"]["step_seconds"],
         "launches": sum(described["launches"].values()),
     }
+
+
+def instructions(case: str, target: str) -> dict[str, tuple[float, float]]:
+    """Warp instructions and barriers per token of the Cayley kernels, by name.
+
+    Another process counts them: this one compiles a kernel once. Raises `UserError` if it cannot.
+    """
+    chosen = ["--kernels", "cayley", "--case", case, "--target", target, "--sass", "--json"]
+    command = [sys.executable, "-m", "sngpt_jax.plan", *chosen]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.stdout:
+        raise UserError(done.stderr.strip().rpartition("error: ")[2])
+    *_, program = json.loads(done.stdout)["cases"][0]["programs"]
+    counted = (kernel for kernel in program["kernels"] if "by_loop" in kernel)
+    return {kernel["name"]: by_loop.totals(kernel["by_loop"])[:2] for kernel in counted}
 
 
 def row(name: str, now: dict[str, float], before: dict[str, float]) -> str:
@@ -59,4 +77,14 @@ def measure(arguments: CompiledArguments, say: Say) -> dict[str, Any]:
     for name in names:
         result[name] = {"now": figures(name, topology), "before": baseline[name]}
         say(row(name, result[name]["now"], baseline[name]))
-    return {"topology": topology, "recipes": result}
+    found: dict[str, Any] = {"topology": topology, "recipes": result}
+    then = older["instructions"]
+    if then["case"] in names:
+        now = found["instructions"] = instructions(then["case"], then["target"])
+        say(f"\nper token and layer of {then['case']} on {then['target']}")
+        say(table_head(["kernel", "warp instructions", "ratio", "barriers", "before"]))
+        for kernel, (count, barriers) in now.items():
+            old_count, old_barriers = then["kernels"][kernel]
+            cells = f"{count:,.0f}", f"{count / old_count:.3f}", f"{barriers:.0f}"
+            say(table_row([f"`{kernel}`", *cells, f"{old_barriers:.0f}"]))
+    return found
