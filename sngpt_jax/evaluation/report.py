@@ -15,10 +15,11 @@ from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
+from sngpt_jax.evaluation.memory import compile_for
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes
 from sngpt_jax.evaluation.options import StreamOptions
-from sngpt_jax.evaluation.step import compile_for, make_eval_step
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import rows_at_a_time, window_batches
 from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter

@@ -14,7 +14,8 @@ from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
-from sngpt_jax.evaluation.step import compile_for, make_eval_step
+from sngpt_jax.evaluation.memory import compile_for
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows, window_batches
 from sngpt_jax.features.study import Slice, study_slice
 from sngpt_jax.model.forward import Variables

@@ -9,7 +9,8 @@ import pytest
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import ModelConfig
-from sngpt_jax.evaluation import step
+from sngpt_jax.evaluation import memory as scoring_memory
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.forward import init_variables, join
 
 MODEL = ModelConfig(
@@ -19,14 +20,14 @@ MODEL = ModelConfig(
 
 def test_scoring_names_the_batch_that_fits_before_it_begins(monkeypatch):
     mesh = make_mesh(jax.devices()[:2])
-    scoring = step.make_eval_step(MODEL, mesh)
+    scoring = make_eval_step(MODEL, mesh)
     joined = join(*init_variables(MODEL, jax.random.key(0)))
 
-    def compiled(rows, memory):
+    def compiled(rows, limit):
         tokens = np.zeros((rows, 16), np.uint16)
         batch = batch_placer(mesh)({"inputs": tokens, "targets": tokens})
-        monkeypatch.setattr(step, "device_memory", lambda device: memory)
-        return step.compile_for(scoring, joined, batch, mesh), batch
+        monkeypatch.setattr(scoring_memory, "device_memory", lambda device: limit)
+        return scoring_memory.compile_for(scoring, joined, batch, mesh), batch
 
     program, batch = compiled(4, 2**30)
     memory = program.memory_analysis()
