@@ -5,12 +5,26 @@ Triton's tiles are powers of two wide. So a row of an array is a list of tiles, 
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one program takes of kernels over the positions of all heads, and what runs it."""
+
+    rows: int = 32  # positions; a power of two
+    num_warps: int = 4
+
+    @classmethod
+    def heuristic(cls) -> "Config":
+        """A thread of the four warps loads 16 bytes of each half of a head of 64 bfloat16."""
+        return cls()
 
 
 def spans(start: int, width: int) -> Iterator[slice]:

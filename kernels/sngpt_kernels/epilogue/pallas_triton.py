@@ -17,22 +17,10 @@ from jax.experimental import pallas as pl
 from sngpt_kernels import dispatch
 from sngpt_kernels.epilogue.api import OPERATION, Gate, tuned_entry
 from sngpt_kernels.launch import launch
+from sngpt_kernels.tiles import Config as Config
 from sngpt_kernels.tiles import dot, exist, load, spans, store
 
 MIN_SQUARE = 1e-24  # the least |v|²: the square of the floor 1e-12 of the norm
-
-
-@dataclass(frozen=True)
-class Config:
-    """What one program takes, and what runs it."""
-
-    rows: int = 32  # positions; a power of two
-    num_warps: int = 4
-
-    @classmethod
-    def heuristic(cls) -> "Config":
-        """A thread of the four warps loads 16 bytes of a head of 64 bfloat16 twice."""
-        return cls()
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,9 @@ def _check_arguments(
         raise ValueError(f"cos is {describe(cos)}; expected [1 or {B}, {T}, at most {h // 2}]")
     if sin.shape != cos.shape:
         raise ValueError(f"sin is {describe(sin)}; expected {describe(cos)}, as cos")
-    if not 0 <= values <= N - gain.shape[0]:
-        raise ValueError(f"values is {values}; expected 0 to {N - gain.shape[0]}")
+    if not 0 <= values < N - gain.shape[0]:
+        most = N - gain.shape[0] - 1  # one head of keys is left
+        raise ValueError(f"values is {values}; expected 0 to {most}, and a head of keys beside it")
     if not eps > 0:
         raise ValueError(f"eps is {eps!r}; expected a number above 0")
 
