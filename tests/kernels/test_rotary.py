@@ -113,8 +113,8 @@ def test_values_are_copied(interpreted):
     assert np.array_equal(out[:, :, end:], x[:, :, end:])
     assert np.array_equal(dx[:, :, end:], dy[:, :, end:])
     np.testing.assert_allclose(out, reference.prepare(x, gain, cos, sin, eps=EPS, values=1), 1e-4)
-    with pytest.raises(ValueError, match="values is 3; expected 0 to 1, and a head of keys"):
-        api.prepare(x, gain, cos, sin, eps=EPS, values=3)
+    with pytest.raises(ValueError, match="values is 2; expected 0 to 1, and a head of keys"):
+        api.prepare(x, gain, cos, sin, eps=EPS, values=2)
 
 
 def test_the_written_gradients_are_those_of_the_definition():
