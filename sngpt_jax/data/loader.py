@@ -4,7 +4,6 @@ The tokens of step s depend only on the stream, `batch_tokens`, `seq_len` and `s
 number of devices or processes.
 """
 
-import functools
 import operator
 import sys
 from collections.abc import Callable
@@ -17,30 +16,13 @@ from grain.sources import RandomAccessDataSource
 
 from sngpt_jax.config import Config
 from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.permutation import permuted
 from sngpt_jax.data.shards import TokenStream
 
 Loader: TypeAlias = grain.DatasetIterator
 
 _THREADS = 2  # reading takes about 1 ms; the second hides a slow page of a network file system
 _READY = 2  # placed batches that are kept ready
-_FEW = 4  # items of which the last is computed from the others
-
-
-def _permuted(index: int, count: int, seed: int) -> int:
-    """The place of `index` in a permutation of `count` items that `seed` draws, without a table.
-
-    grain walks through a permutation of 2^16 numbers or more until it meets one below `count`: at
-    most 17 ms for all items, and 5 ms for one of two. The last of few items is what the others
-    leave.
-    """
-    if count <= _FEW and index == count - 1:
-        return count * index // 2 - sum(_walked(i, count, seed) for i in range(index))
-    return _walked(index, count, seed)
-
-
-@functools.lru_cache(maxsize=128)
-def _walked(index: int, count: int, seed: int) -> int:
-    return grain.experimental.index_shuffle(index, max_index=count - 1, seed=seed, rounds=4)
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class GlobalBatches:
         """The place in the stream, in slices, of the run's slice `index`."""
         epoch, index = divmod(index, self._epoch_slices)
         (seed,) = np.random.SeedSequence([self.shuffle_seed or 0, epoch]).generate_state(1)
-        return _permuted(index, self._epoch_slices, int(seed))
+        return permuted(index, self._epoch_slices, int(seed))
 
     @property
     def _span(self) -> int:

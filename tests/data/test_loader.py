@@ -5,13 +5,11 @@ import threading
 import time
 from contextlib import closing
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sngpt_jax.data import loader
 from sngpt_jax.data.loader import GlobalBatches, make_loader
 from tests.data.conftest import damaged, stream_of, wait_until
 
@@ -93,18 +91,6 @@ def test_a_shuffled_epoch_takes_every_slice_once_in_an_order_of_its_own():
     inputs, targets = batches[7]["inputs"].astype(int), batches[7]["targets"].astype(int)
     np.testing.assert_array_equal(targets, inputs + 1)
     np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(8))
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 5])
-def test_the_last_of_few_slices_needs_no_walk_and_keeps_its_place(count, monkeypatch):
-    shuffle, calls = grain.experimental.index_shuffle, []
-    direct = [shuffle(i, max_index=count - 1, seed=9, rounds=4) for i in range(count)]
-    loader._walked.cache_clear()
-    monkeypatch.setattr(
-        grain.experimental, "index_shuffle", lambda *a, **k: calls.append(a) or shuffle(*a, **k)
-    )
-    assert [loader._permuted(i, count, 9) for i in range(count)] == direct
-    assert len(calls) == (count - 1 if count <= 4 else count)
 
 
 def test_a_stream_shorter_than_a_slice_cannot_be_shuffled():
