@@ -42,8 +42,8 @@ class VerifyArguments:
 
 
 def _counts(entries: Sequence[ShardEntry]) -> dict[str, int]:
-    units = ("tokens", "documents", "bytes")
-    sums = {unit: sum(getattr(entry, unit) for entry in entries) for unit in units}
+    units = {"tokens": "tokens", "documents": "documents", "bytes": "golf_bytes"}
+    sums = {unit: sum(getattr(entry, name) for entry in entries) for unit, name in units.items()}
     return {"shards": len(entries), **sums}
 
 

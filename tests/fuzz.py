@@ -40,7 +40,8 @@ from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_js
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data import manifest, shards, tokenizer
 from sngpt_jax.data.golf import _entry as golf_entry
-from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from sngpt_jax.data.shards import Shard, TokenStream
+from sngpt_jax.data.tokenizer import NO_CORRECTIONS
 from sngpt_jax.model.forward import abstract_variables
 from sngpt_jax.run import checkpoint, environment
 from sngpt_jax.run.directory import Summary, read_summary, write_summary
@@ -113,15 +114,15 @@ def of_data(folder: Path, data: Path) -> list[Format]:
     names = ("a_train_000000.bin", "extra.npy", "journal", "golf.json")
     shard, extra, progress, golf = (folder / name for name in names)
     shards.write_shard(shard, np.random.default_rng(0).integers(0, 320, 300).astype(np.uint16))
-    np.save(extra, np.array([[3, 1], [5, -2], [299, 7]], np.int64))
+    np.save(extra, np.array([[3, 1, 1, 1, 0], [5, -2, 0, 0, 0], [299, 7, 6, 7, 1]], np.int64))
 
     def read_shard() -> None:
-        stream = TokenStream((Shard(shard, shards.open_shard(shard), NO_EXTRA),), 320)
+        stream = TokenStream((Shard(shard, shards.open_shard(shard), NO_CORRECTIONS),), 320)
         assert stream.take(0, len(stream)).max() < 320
 
     def read_extra() -> None:
-        rows = shards.open_extra(extra, 300)
-        assert rows.dtype == np.int64 and rows.shape[1] == 2
+        rows = shards.open_extra(extra, 300, 5)
+        assert rows.dtype == np.int64 and rows.shape[1] == 5
         assert (np.diff(rows[:, 0].astype(object)) > 0).all()
 
     def read_manifest() -> None:
@@ -131,7 +132,7 @@ def of_data(folder: Path, data: Path) -> list[Format]:
 
     whole = manifest.load_manifest(data)
     split = manifest.SplitJournal(whole.train, 3, 7)
-    journal = manifest.Journal(1, whole.origin, whole.tokenizer, split)
+    journal = manifest.Journal(2, whole.origin, whole.tokenizer, split)
     progress.mkdir()
     manifest.save(journal, progress)
     for entry in whole.train:
@@ -252,7 +253,7 @@ def of_tokenizers(folder: Path, data: Path) -> list[Format]:
     def reader(path: Path) -> Callable[[], None]:
         def read() -> None:
             found = tokenizer.load_tokenizer(path)
-            tokens, _ = found.encode_document("to be, é ▁ x\n" * 3)
+            tokens = found.encode_document("to be, é ▁ x\n" * 3).tokens
             assert len(found.token_bytes().base) == found.vocab_size <= 65_536
             assert tokens.max() < found.vocab_size
 

@@ -40,7 +40,8 @@ from sngpt_jax.config import (
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.loader import batches_of
 from sngpt_jax.data.prepared import spec_of
-from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from sngpt_jax.data.shards import Shard, TokenStream
+from sngpt_jax.data.tokenizer import NO_CORRECTIONS
 from sngpt_jax.evaluation import health
 from sngpt_jax.model.forward import abstract_parts, init_variables, join, losses
 from sngpt_jax.model.generation import generate
@@ -182,7 +183,7 @@ def step_program(optim: OptimConfig, train: TrainConfig) -> str:
 @functools.cache
 def stream() -> TokenStream:
     tokens = np.random.default_rng(0).integers(0, 2**16, 2**21).astype(np.uint16)
-    return TokenStream((Shard(Path("0.bin"), tokens, NO_EXTRA),), 2**16)
+    return TokenStream((Shard(Path("0.bin"), tokens, NO_CORRECTIONS),), 2**16)
 
 
 def batch(config: Config) -> dict[str, str]:

@@ -23,7 +23,7 @@ from sngpt_jax.config import file as config_file
 from sngpt_jax.config.checks import validate
 from sngpt_jax.config.recipe import load
 from sngpt_jax.data.shards import open_dataset
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from sngpt_jax.evaluation.bpb import Pass
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows

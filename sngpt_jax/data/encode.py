@@ -12,17 +12,15 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.manifest import explained
-from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.data.tokenizer import Document, Tokenizer, load_tokenizer
 
 _CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about 0.1 s of work
 _CHUNKS_IN_FLIGHT = 3  # per worker: one in work and two that wait for it
 
 Chunk = tuple[int, list[str]]  # the first document's number, counted from 1, and the documents
-Encoded = list[tuple[np.ndarray, np.ndarray]]  # as `Tokenizer.encode_document`, by document
+Encoded = list[Document]
 
 _worker_tokenizer: Tokenizer  # in a worker process
 
@@ -70,7 +68,7 @@ def _work(source: str, chunk: Chunk) -> Encoded:
 
 
 def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
-    """The tokens of a chunk; an error names the document."""
+    """The documents of a chunk; an error names the document."""
     first, texts = chunk
     encoded: Encoded = []
     with explained(lambda: f"{source}: document {first + len(encoded)} cannot be tokenized"):

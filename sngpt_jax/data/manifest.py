@@ -17,7 +17,8 @@ from sngpt_jax.base.untrusted import file_sha256, inside, problem_of_name, shown
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # formats of finished folders
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 CHANGED = "the tokenizer changed since the preparation began"
@@ -77,8 +78,9 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class ExtraEntry:
-    """A shard's file of byte corrections: int64 [n, 2] in npy format, with rows (token position in
-    the shard, bytes).
+    """A shard's file of corrections in npy format: rows of int64, with the position of a token in
+    the shard, and what to add there to the table's bytes to get each count of the shard. Folders
+    of format 1 have one column of bytes.
     """
 
     name: str
@@ -92,7 +94,10 @@ class ShardEntry:
     name: str  # in the folder
     tokens: int
     documents: int  # that begin in this shard
-    bytes: int  # UTF-8 bytes of the text that its tokens stand for
+    golf_bytes: int  # UTF-8 bytes that its tokens stand for as the challenge counts
+    text_bytes: int | None  # of the source text that its tokens keep; None in format 1
+    source_bytes: int | None  # of the source text as it was read
+    lossy_documents: int | None  # that end in this shard and are not kept exactly
     sha256: str
     extra: ExtraEntry | None
 
@@ -159,17 +164,35 @@ def _check(name: str, value: Any, where: str) -> None:
     raise DataError(f"{where}: expected {expected}, found {shown(value)}")
 
 
-def _load(kind: type[T], path: Path) -> T:
+def _load(kind: type[T], path: Path, formats: tuple[int, ...]) -> T:
     values = typed_json.read(path, DataError)
-    if isinstance(values, dict) and values.get("format") != FORMAT:
+    if isinstance(values, dict) and values.get("format") not in formats:
         found = shown(values.get("format"))
         raise DataError(f"{path}: expected format {FORMAT}, found {found}; prepare the data again")
+    if isinstance(values, dict) and values["format"] == 1:
+        values = _upgraded(values)
     return typed_json.parse(kind, values, str(path), DataError, _check)
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1, whose shards have one count of bytes, in today's fields."""
+
+    def shard(old: Any) -> Any:
+        if not isinstance(old, dict) or "bytes" not in old:
+            return old
+        unknown = dict.fromkeys(("text_bytes", "source_bytes", "lossy_documents"))
+        return {name: x for name, x in old.items() if name != "bytes"} | {
+            "golf_bytes": old["bytes"],
+            **unknown,
+        }
+
+    splits = {name: values[name] for name in ("train", "val") if isinstance(values.get(name), list)}
+    return values | {name: [*map(shard, split)] for name, split in splits.items()}
 
 
 def load_manifest(directory: Path) -> Manifest:
     """`directory`'s manifest, read strictly. Raises `DataError`."""
-    manifest = _load(Manifest, directory / MANIFEST)
+    manifest = _load(Manifest, directory / MANIFEST, READABLE)
     name, count = Counter(name for name, _ in manifest.checksums()).most_common(1)[0]
     if count > 1:
         raise DataError(f"{directory / MANIFEST}: names {name} twice")
@@ -178,7 +201,7 @@ def load_manifest(directory: Path) -> Manifest:
 
 def load_journal(directory: Path) -> Journal:
     """`directory`'s journal, read strictly. Raises `DataError`."""
-    return _load(Journal, directory / PROGRESS)
+    return _load(Journal, directory / PROGRESS, (FORMAT,))
 
 
 def save(value: Manifest | Journal, directory: Path) -> None:

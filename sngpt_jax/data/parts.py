@@ -25,8 +25,8 @@ from sngpt_jax.data.manifest import (
     load_journal,
     save,
 )
-from sngpt_jax.data.shards import TokenStream, open_entries
-from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.shards import TokenStream, moved, open_entries
+from sngpt_jax.data.tokenizer import counted, load_tokenizer
 from sngpt_jax.data.writer import SplitWriter, begin_or_resume, held, refuse_other
 
 _SHARD_TOKENS = 10_000_000  # of a part's shard; a killed worker loses as much
@@ -107,8 +107,8 @@ class Parts:
             with encoder(self.tokenizer, workers=1) as encode:
                 for chunk in encode(name, cut_chunks(texts, writer.documents + 1)):
                     shards = len(writer.reached.shards)
-                    for tokens, extra in chunk:
-                        writer.append(tokens, extra)
+                    for document in chunk:
+                        writer.append(document)
                     if len(writer.reached.shards) > shards:
                         before = self._reread(before)  # other processes may be encoding them
                     if self._enough([*before, writer.reached]):
@@ -146,5 +146,9 @@ class Parts:
             counts = f"expected {reached.documents} documents, found {len(begins)}"
             raise DataError(f"{folder}: {counts}; {remedy}")
         spans = pairwise([*begins[first:], end])
+        table = load_tokenizer(self.tokenizer).token_bytes()
         while chunk := list(islice(spans, _CHUNK_DOCUMENTS)):
-            yield [(stream.take(a, b - a), stream.extra(a, b) - np.array([a, 0])) for a, b in chunk]
+            yield [
+                counted(table, stream.take(a, b - a), moved(stream.extra(a, b), -a))
+                for a, b in chunk
+            ]

@@ -24,7 +24,8 @@ from sngpt_jax.data.manifest import CHANGED, FORMAT, PROGRESS, Manifest, Origin,
 from sngpt_jax.data.parts import Parts, Submitted
 from sngpt_jax.data.shards import MAX_SHARD_TOKENS, write_hashed
 from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, origin_of
-from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished, held
 
 logger = logging.getLogger("sngpt_jax")
@@ -129,7 +130,7 @@ class _Preparation:
             source, limit, skipped = spec.source, spec.max_tokens or None, held_out
         size = text_bytes(source)
         if skipped:
-            size -= sum(entry.bytes for entry in self.journal.val.shards)
+            size -= sum(entry.golf_bytes for entry in self.journal.val.shards)
         table = load_tokenizer(self.tokenizer).token_bytes()
         which, read = (self.out, split, spec.shard_tokens, table, done), 0  # bytes
         writer = SplitWriter(*which, lambda reached: self._advance(**{split: reached}), limit)
@@ -145,8 +146,8 @@ class _Preparation:
         chunks = parts.read(first) if parts else encode(source, cut_chunks(texts, first + 1))
         report = progress_reporter(f"{self.out}: {split}")
         for chunk in chunks:
-            for tokens, extra in chunk:
-                writer.append(tokens, extra)
+            for document in chunk:
+                writer.append(document)
             share = read / size if size > 0 else 0.0
             if held_out and split == "val":
                 share = writer.documents / held_out

@@ -26,7 +26,14 @@ from sngpt_jax.data.manifest import (
     load_manifest,
     verify,
 )
-from sngpt_jax.data.tokenizer import TokenBytes, Tokenizer, load_tokenizer
+from sngpt_jax.data.tokenizer import (
+    NO_CORRECTIONS,
+    ByteCounts,
+    TokenBytes,
+    Tokenizer,
+    corrected,
+    load_tokenizer,
+)
 
 MAGIC = 20240520
 VERSION = 1
@@ -89,8 +96,10 @@ def open_headerless(path: Path) -> np.memmap:
     return tokens
 
 
-def open_extra(path: Path, tokens: int) -> np.ndarray:
-    """Reads the byte corrections of a shard of `tokens` tokens. Raises `DataError`."""
+def open_extra(path: Path, tokens: int, columns: int) -> np.ndarray:
+    """Reads the corrections of a shard of `tokens` tokens, int64 [n, columns]. Raises
+    `DataError`.
+    """
     with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
             # Later versions may state a header of 4 GB, which numpy allocates.
@@ -98,8 +107,8 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
                 raise ValueError("expected version 1.0 of npy")
         # A mapped file must be as long as its header says. `np.load` would also take archives.
         rows = np.array(np.lib.format.open_memmap(path, mode="r"))
-    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2:
-        problem = f"int64 [n, 2], found {rows.dtype} {list(rows.shape)}"
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != columns:
+        problem = f"int64 [n, {columns}], found {rows.dtype} {list(rows.shape)}"
     elif ((ends := np.concatenate([[-1], rows[:, 0], [tokens]]))[1:] <= ends[:-1]).any():
         problem = f"ascending token positions below {tokens}, found others"
     else:
@@ -109,8 +118,6 @@ def open_extra(path: Path, tokens: int) -> np.ndarray:
 
 # ---------------------------------------- a split as a stream
 
-NO_EXTRA = np.zeros((0, 2), np.int64)
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -118,7 +125,12 @@ class Shard:
 
     path: Path
     tokens: np.ndarray  # uint16 [N]
-    extra: np.ndarray  # byte corrections, int64 [n, 2]: ascending positions in the shard, bytes
+    extra: np.ndarray  # corrections, int64 [n, 5] of `CORRECTION_COLUMNS`, by ascending position
+
+
+def moved(corrections: np.ndarray, by: int) -> np.ndarray:
+    """The corrections with `by` added to their positions."""
+    return np.concatenate([corrections[:, :1] + by, corrections[:, 1:]], axis=1)
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class TokenStream:
     @cached_property
     def _extra(self) -> np.ndarray:
         placed = zip(self.shards, self._starts[:-1], strict=True)
-        return np.concatenate([shard.extra + np.array([start, 0]) for shard, start in placed])
+        return np.concatenate([moved(shard.extra, start) for shard, start in placed])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -169,21 +181,19 @@ class TokenStream:
         return result
 
     def extra(self, start: int, stop: int) -> np.ndarray:
-        """Byte corrections of tokens [start, stop), stop ≤ len(self): int64 [n, 2], by position in
-        the stream.
-        """
+        """Corrections of tokens [start, stop), stop ≤ len(self), by position in the stream."""
         first, last = np.searchsorted(self._extra[:, 0], [start, stop])
         return self._extra[first:last]
 
-    def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> int:
-        """UTF-8 bytes of tokens [start, stop), each after the one before, with corrections. Needs
+    def count_bytes(self, token_bytes: TokenBytes, start: int, stop: int) -> ByteCounts:
+        """The counts of tokens [start, stop), each after the one before, with corrections. Needs
         1 ≤ start ≤ stop ≤ len(self).
         """
-        total = int(self.extra(start, stop)[:, 1].sum())
+        total = 0
         for block in range(start, stop, _COUNT_BLOCK):
             tokens = self.take(block - 1, min(_COUNT_BLOCK, stop - block) + 1)
             total += int(token_bytes.count(tokens[:-1], tokens[1:]).sum())
-        return total
+        return corrected(total, self.extra(start, stop))
 
 
 # ---------------------------------------- a folder
@@ -210,12 +220,16 @@ def open_entries(directory: Path, entries: Sequence[ShardEntry]) -> list[Shard]:
         if not path.is_file():
             remedy = "restore it, or prepare the data again elsewhere"
             raise DataError(f"{path}: missing, though {MANIFEST} names it; {remedy}")
-        tokens, extra = open_shard(path), NO_EXTRA
+        tokens, extra = open_shard(path), NO_CORRECTIONS
         if len(tokens) != entry.tokens:
             expected = f"expected {entry.tokens} tokens as {MANIFEST} says"
             raise DataError(f"{path}: {expected}, found {len(tokens)}")
         if entry.extra:
-            extra = open_extra(inside(directory, entry.extra.name, DataError), entry.tokens)
+            file = inside(directory, entry.extra.name, DataError)
+            columns = NO_CORRECTIONS.shape[1] if entry.text_bytes is not None else 2
+            rows = open_extra(file, entry.tokens, columns)
+            extra = np.zeros((len(rows), NO_CORRECTIONS.shape[1]), np.int64)
+            extra[:, :columns] = rows  # format 1 has the challenge's count alone
         shards.append(Shard(path, tokens, extra))
     return shards
 
@@ -249,7 +263,7 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
     for pattern, read in (("*_{}_*.bin", open_shard), ("{}.bin", open_headerless)):
         train, val = (
             [
-                Shard(path, read(path), NO_EXTRA)
+                Shard(path, read(path), NO_CORRECTIONS)
                 for path in sorted(directory.glob(pattern.format(split)))
             ]
             for split in ("train", "val")

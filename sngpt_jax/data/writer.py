@@ -25,15 +25,15 @@ from sngpt_jax.data.manifest import (
     save,
 )
 from sngpt_jax.data.shards import (
-    NO_EXTRA,
     TOKEN,
     Shard,
     TokenStream,
+    moved,
     open_entries,
     write_hashed,
     write_shard,
 )
-from sngpt_jax.data.tokenizer import MAX_VOCAB, TokenBytes
+from sngpt_jax.data.tokenizer import MAX_VOCAB, NO_CORRECTIONS, Document, TokenBytes
 
 PARTS = ".parts"  # subfolder while the source is encoded in parts (`sngpt_jax.data.parts`)
 
@@ -117,18 +117,17 @@ class SplitWriter:
         """Whether the limit is reached."""
         return self._capacity == 0
 
-    def append(self, tokens: np.ndarray, extra: np.ndarray) -> None:
-        """Appends the next document: tokens uint16 [n], BOS first, and byte corrections int64 [m,
-        2]. A full split takes none.
-        """
+    def append(self, document: Document) -> None:
+        """Appends the next document. A full split takes none."""
         if self.full:
             return
+        tokens, extra = document.tokens, document.corrections
         while self._offset < len(tokens) and not self.full:
             piece = tokens[self._offset : self._offset + self._capacity - self._filled]
             stop = self._offset + len(piece)
             self._buffer[self._filled : self._filled + len(piece)] = piece
             inside = (extra[:, 0] >= self._offset) & (extra[:, 0] < stop)
-            self._extra.append(extra[inside] + np.array([self._filled - self._offset, 0]))
+            self._extra.append(moved(extra[inside], self._filled - self._offset))
             self._begun += self._offset == 0
             self._filled += len(piece)
             self.tokens += len(piece)
@@ -160,11 +159,11 @@ class SplitWriter:
             sidecar = ExtraEntry(sidecar_name, digest)
         # A split begins with BOS, which stands for 0 bytes after any token.
         previous = tokens[0] if self._previous is None else self._previous
-        before = Shard(path, np.array([previous], TOKEN), NO_EXTRA)
+        before = Shard(path, np.array([previous], TOKEN), NO_CORRECTIONS)
         stream = TokenStream((before, Shard(path, tokens, extra)), MAX_VOCAB)
-        size = stream.count_bytes(self._token_bytes, 1, len(stream))
+        counts = stream.count_bytes(self._token_bytes, 1, len(stream))
         digest = write_shard(path, tokens)
-        entry = ShardEntry(name, len(tokens), self._begun, size, digest, sidecar)
+        entry = ShardEntry(name, len(tokens), self._begun, *counts, digest, sidecar)
         self._previous = int(tokens[-1])
         self._reach(SplitJournal((*self.reached.shards, entry), documents, offset))
         self._begin_shard()

@@ -88,7 +88,7 @@ class Pass:
         spans = self.windows.spans()
         tokens = sum(stop - start for start, stop in spans)
         count_bytes = self.stream.count_bytes
-        size = sum(count_bytes(self.token_bytes, first + 1, end + 1) for first, end in spans)
+        size = sum(count_bytes(self.token_bytes, first + 1, end + 1).golf for first, end in spans)
         if not size:
             raise UserError(
                 f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score"

@@ -16,7 +16,8 @@ import sentencepiece
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.manifest import DataError
-from sngpt_jax.data.shards import NO_EXTRA, Shard, TokenStream
+from sngpt_jax.data.shards import Shard, TokenStream
+from sngpt_jax.data.tokenizer import NO_CORRECTIONS
 
 WORDS = ["river", "stone", "naïve", "über", "日本", "x = 3\n", "    return", "snow", "2024", "of"]
 WORDS += ["the", "▁", "🙂", "é" * 30]
@@ -31,7 +32,7 @@ class BytesOfPair:
 
 def stream_of(*pieces: Any, vocab_size: int = 2**16, extras: Any = None) -> TokenStream:
     """A stream of shards `0.bin`, `1.bin`, … with these tokens."""
-    extras = extras or [NO_EXTRA] * len(pieces)
+    extras = extras or [NO_CORRECTIONS] * len(pieces)
     made = (
         Shard(Path(f"{i}.bin"), np.asarray(tokens, np.uint16), extra)
         for i, (tokens, extra) in enumerate(zip(pieces, extras, strict=True))

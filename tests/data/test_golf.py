@@ -11,7 +11,7 @@ import pytest
 
 from sngpt_jax.data import golf
 from sngpt_jax.data.shards import unfinished
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from tests.data.conftest import refuses
 
 SHARDS = "datasets/datasets/fineweb10B_sp280/fineweb"

@@ -26,7 +26,8 @@ from sngpt_jax.data.shards import (
     open_shard,
     write_shard,
 )
-from sngpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from tests.data.conftest import BytesOfPair, damaged, stream_of
 
 GOLDEN = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes([1, 0, 0x34, 0x12, 0xFF, 0xFF])
@@ -41,7 +42,7 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
     path = tmp_path / "extra.npy"
     np.save(path, np.array([[3, 1], [9, 2]]))
     whole = path.read_bytes()
-    np.testing.assert_array_equal(open_extra(path, 10), [[3, 1], [9, 2]])
+    np.testing.assert_array_equal(open_extra(path, 10, 2), [[3, 1], [9, 2]])
     for content, said in (
         (whole.replace(b"(2, 2), }          ", b"(2, 1000000000), } "), "mmap length"),
         (whole.replace(b"NUMPY\1", b"NUMPY\3"), "version 1.0 of npy"),
@@ -49,13 +50,13 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
         (b"PK", "magic string"),
     ):
         path.write_bytes(content)
-        damaged(rf"extra\.npy: cannot be read: .*{said}", open_extra, path, 10)
+        damaged(rf"extra\.npy: cannot be read: .*{said}", open_extra, path, 10, 2)
     with open(path, "wb") as file:
         np.savez(file, x=np.zeros((1, 2), np.int64))
-    damaged("extra", open_extra, path, 10)
+    damaged("extra", open_extra, path, 10, 2)
     # each difference wraps to above 0
     np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))
-    damaged("expected ascending token positions below 10", open_extra, path, 10)
+    damaged("expected ascending token positions below 10", open_extra, path, 10, 2)
 
 
 def test_a_shard_has_the_published_bytes(tmp_path):
@@ -136,16 +137,20 @@ def test_bytes_are_of_each_token_after_the_one_before_plus_corrections(pieces, b
     previous = None
     for piece in pieces:
         rows = sorted(data.draw(st.sets(st.integers(0, len(piece) - 1))))
-        extras.append(np.array([[row, 10**9 + row] for row in rows], np.int64).reshape(-1, 2))
+        corrections = [[row, 10**9 + row, row, -row, 1] for row in rows]
+        extras.append(np.array(corrections, np.int64).reshape(-1, 5))
         for place, token in enumerate(piece):
             own = 0 if previous is None else previous * 1000 + token
-            expected.append(own + (10**9 + place) * (place in rows))
+            here = place in rows
+            more = np.array([10**9 + place, place, -place, 1]) * here
+            expected.append(np.array([own, own, own, 0]) + more)
             previous = token
     stream = stream_of(*pieces, extras=extras)
     start = data.draw(st.integers(1, len(expected)))
     stop = data.draw(st.integers(start, len(expected)))
     with mock.patch.object(shards, "_COUNT_BLOCK", block):
-        assert stream.count_bytes(BytesOfPair(), start, stop) == sum(expected[start:stop])
+        found = stream.count_bytes(BytesOfPair(), start, stop)
+    assert found == tuple(sum(expected[start:stop], np.zeros(4, int)))
 
 
 # ---------------------------------------- a folder
@@ -168,16 +173,16 @@ def folder(tmp_path, tokenizer_file):
     shutil.copy(tokenizer_file, directory / "tokenizer.model")
     tokenizer = load_tokenizer(tokenizer_file)
     sidecar = "train_000001.bin.extra.npy"
-    np.save(directory / sidecar, np.array([[1, 4]], np.int64))
+    np.save(directory / sidecar, np.array([[1, 4, 3, 5, 1]], np.int64))
     extra = ExtraEntry(sidecar, hashlib.sha256((directory / sidecar).read_bytes()).hexdigest())
 
     def entry(name, tokens, extra=None):
         digest = write_shard(directory / name, np.array(tokens, np.uint16))
-        return ShardEntry(name, len(tokens), 1, 3, digest, extra)
+        return ShardEntry(name, len(tokens), 1, 3, 2, 4, 1, digest, extra)
 
     train = (entry("train_000000.bin", [1, 9, 8, 7]), entry("train_000001.bin", [1, 3, 6], extra))
     about = dataclasses.replace(tokenizer.entry(), file="tokenizer.model")
-    manifest = Manifest(1, ORIGIN, about, train, (entry("val_000000.bin", [1, 5]),))
+    manifest = Manifest(2, ORIGIN, about, train, (entry("val_000000.bin", [1, 5]),))
     manifests.save(manifest, directory)
     return directory
 
@@ -186,7 +191,7 @@ def test_a_folder_opens_as_its_manifest_says(folder):
     data = open_dataset(str(folder), VOCAB)
     assert data.train.take(0, 8).tolist() == [1, 9, 8, 7, 1, 3, 6, 1]
     assert data.val.take(0, 2).tolist() == [1, 5]
-    assert data.train.extra(0, 7).tolist() == [[5, 4]]
+    assert data.train.extra(0, 7).tolist() == [[5, 4, 3, 5, 1]]
     assert data.tokenizer.vocab_size == VOCAB
     assert manifests.verify(folder) == data.manifest == manifests.load_manifest(folder)
 
@@ -195,12 +200,12 @@ def test_a_folder_opens_as_its_manifest_says(folder):
     ("path", "value", "message"),
     [
         ("colour", "red", "manifest.json: unknown key 'colour'"),
-        ("format", 2, "manifest.json: expected format 1, found 2"),
+        ("format", 3, "manifest.json: expected format 2, found 3"),
         ("train", {}, "manifest.json.train: expected a list, found dict"),
         ("tokenizer", [], "manifest.json.tokenizer: expected an object, found list"),
         ("train.1.tokens", "4", "train[1].tokens: expected int, found '4'"),
         ("train.1.tokens", True, "train[1].tokens: expected int, found True"),
-        ("train.1.bytes", -1, "train[1].bytes: expected a count of at least 0, found -1"),
+        ("train.1.text_bytes", -1, "train[1].text_bytes: expected a count of at least 0, found -1"),
         ("train.0.sha256", "abc", "train[0].sha256: expected 64 hexadecimal digits, found 'abc'"),
         ("train.0.name", "../train_000000.bin", "plain file name, found '../train_000000.bin'"),
         ("train.0.name", "/etc/passwd", "expected a plain file name, found '/etc/passwd'"),
@@ -246,14 +251,14 @@ def test_missing_damaged_and_swapped_files_are_named(folder, tokenizer_file):
     shard.write_bytes(whole)
 
     sidecar = folder / "train_000001.bin.extra.npy"
-    for rows in ([[3, 1]], [[-1, 1]], [[1, 1], [1, 1]], [[1, 1, 1]]):
+    for rows in ([[3] * 5], [[-1] * 5], [[1] * 5, [1] * 5], [[1, 4]]):
         np.save(sidecar, np.array(rows, np.int64))
         refused("train_000001.bin.extra.npy: expected")
     np.save(sidecar, np.array([{}]), allow_pickle=True)
     refused("train_000001.bin.extra.npy: cannot be read")
-    np.save(sidecar, np.array([[1, 5]], np.int64))
+    np.save(sidecar, np.array([[1, 5, 3, 5, 1]], np.int64))
     refused("train_000001.bin.extra.npy: expected SHA-256")
-    np.save(sidecar, np.array([[1, 4]], np.int64))
+    np.save(sidecar, np.array([[1, 4, 3, 5, 1]], np.int64))
     open_dataset(folder, VOCAB)
 
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes() + b"\n")
@@ -304,15 +309,16 @@ def test_a_folder_that_is_missing_empty_or_unfinished_says_what_to_do(tmp_path, 
     message = rf"{tmp_path}/no where: no such folder; .*--data\.dir DIR.*--data DIR.*{make}"
     damaged(message, open_dataset, "no where", VOCAB)
     damaged(r"expected manifest\.json, shards named", open_dataset, tmp_path, VOCAB)
-    manifests.save(manifests.Journal(1, ORIGIN), tmp_path)
+    manifests.save(manifests.Journal(2, ORIGIN), tmp_path)
     damaged("run the same prepare command again", open_dataset, tmp_path, VOCAB)
 
 
 def test_a_journal_reads_back_as_written(tmp_path):
     extra = ExtraEntry("a.npy", "1" * 64)
-    split = manifests.SplitJournal((ShardEntry("a.bin", 1, 1, 2, "0" * 64, extra),), 3, 4, True)
+    shard = ShardEntry("a.bin", 1, 1, 2, 3, 4, 0, "0" * 64, extra)
+    split = manifests.SplitJournal((shard,), 3, 4, True)
     tokenizer = TokenizerEntry("t.model", "2" * 64, 5, 1)
-    progress = manifests.Journal(1, ORIGIN, tokenizer, train=split)
+    progress = manifests.Journal(2, ORIGIN, tokenizer, train=split)
     for value in (progress, dataclasses.replace(progress, tokenizer=None)):
         manifests.save(value, tmp_path)
         assert manifests.load_journal(tmp_path) == value

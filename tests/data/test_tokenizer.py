@@ -16,12 +16,8 @@ from hypothesis import strategies as st
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data import tokenizer as module
 from sngpt_jax.data.corpus import documents
-from sngpt_jax.data.tokenizer import (
-    TRAINING_CHARS_PER_TOKEN,
-    load_tokenizer,
-    replace_surrogates,
-    train_sentencepiece,
-)
+from sngpt_jax.data.tokenizer import TokenBytes, base, load_tokenizer, replace_surrogates
+from sngpt_jax.data.tokenizer.learn import TRAINING_CHARS_PER_TOKEN, train_sentencepiece
 from tests.data.conftest import refuses
 from tests.fuzz import byte_level
 
@@ -95,8 +91,7 @@ def loaded(texts, tmp_path_factory):
 
 def bytes_of(tokenizer, text):
     """The bytes that a document's tokens stand for."""
-    tokens, extra = tokenizer.encode_document(text)
-    return tokenizer.token_bytes().count(tokens[:-1], tokens[1:]).sum() + extra[:, 1].sum()
+    return tokenizer.encode_document(text).bytes.golf
 
 
 def normalizer_of(tokenizer, name):
@@ -129,11 +124,14 @@ def test_bytes_of_any_document_equal_the_normalized_text(loaded, name):
     @given(TEXTS)
     def check(text):
         assert replace_surrogates(text) == clean(text)
-        tokens, extra = tokenizer.encode_document(text)
+        document = tokenizer.encode_document(text)
+        tokens, extra = document.tokens, document.corrections
         assert tokens[0] == tokenizer.bos_id and tokens.dtype == np.uint16
         np.testing.assert_array_equal(tokens[1:], tokenizer.encode(text))
         assert bytes_of(tokenizer, text) == len(normalized(text).encode())
-        assert np.all(np.diff(extra[:, 0]) > 0) and np.all(extra[:, 0] > 0)
+        assert np.all(np.diff(extra[:, 0]) > 0) and np.all(
+            extra[:, 0] > (0 if len(tokens) > 1 else -1)
+        )
         if name in SPELLING_ALL:
             assert tokenizer.decode(tokens) == normalized(text)
 
@@ -177,17 +175,17 @@ def test_corrections_for_unknown_text(loaded):
     tokenizer = loaded["challenge without bytes"]
     sp = processor(tokenizer)
     unknown, space, the = sp.unk_id(), sp.piece_to_id("▁"), sp.piece_to_id("▁the")
-    tokens, extra = tokenizer.encode_document("日本 the 日")
-    assert tokens.tolist() == [1, unknown, the, space, unknown]
-    # the run of two; the space after it; the last one
-    assert extra.tolist() == [[1, 6], [2, 1], [4, 3]]
-    assert tokenizer.encode_document("the lot of the")[1].shape == (0, 2)
-    for name in ("identity", "nmt_nfkc"):  # without unknown tokens
-        assert not len(loaded[name].encode_document(" 日本 ▁ \0")[1])
+    document = tokenizer.encode_document("日本 the 日")
+    assert document.tokens.tolist() == [1, unknown, the, space, unknown]
+    # the run of two; the space after it; the last one, and the source's bytes that are not spelled
+    assert document.corrections.tolist() == [[1, 6, 0, 0, 0], [2, 1, 1, 1, 0], [4, 3, 0, 9, 1]]
+    assert document.bytes == (14, 5, 14, 1) and "became ' the '" in document.example
+    assert tokenizer.encode_document("the lot of the").corrections.shape == (0, 5)
+    assert not len(loaded["identity"].encode_document(" 日本 ▁ \0").corrections)
 
 
 def test_count_by_hand():
-    table = module.TokenBytes(np.array([0, 2, 3], np.int32), np.arange(3) == 1, np.arange(3) == 0)
+    table = TokenBytes(np.array([0, 2, 3], np.int32), np.arange(3) == 1, np.arange(3) == 0)
     bytes_ = table.count(np.array([0, 1, 2, 1]), np.array([1, 1, 2, 0]))
     assert bytes_.tolist() == [2, 3, 3, 0] and bytes_.dtype == np.int64
 
@@ -355,12 +353,12 @@ def test_tokenizer_jsons_that_are_not_byte_level_bpe(tmp_path, texts):
 
 
 def test_a_vocabulary_beyond_16_bits_is_refused(loaded, monkeypatch):
-    assert module.MAX_VOCAB == 2**16  # of the shards' uint16
+    assert base.MAX_VOCAB == 2**16  # of the shards' uint16
     for name in ("identity", "byte level"):
         path, size = loaded[name].path, loaded[name].vocab_size
-        monkeypatch.setattr(module, "MAX_VOCAB", size)
+        monkeypatch.setattr(base, "MAX_VOCAB", size)
         assert load_tokenizer(path).vocab_size == size
-        monkeypatch.setattr(module, "MAX_VOCAB", size - 1)
+        monkeypatch.setattr(base, "MAX_VOCAB", size - 1)
         refused(path, f"vocabulary of {size} tokens")
 
 

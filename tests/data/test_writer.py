@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sngpt_jax.data.manifest import SplitJournal
 from sngpt_jax.data.shards import open_extra, open_shard
+from sngpt_jax.data.tokenizer import counted
 from sngpt_jax.data.writer import SplitWriter
 from tests.data.conftest import BytesOfPair
 
@@ -25,7 +26,11 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     stops = data.draw(st.sets(st.integers(0, sum(lengths))), label="shards that end it")
     rng = np.random.default_rng(len(lengths))
     documents = [
-        (rng.integers(0, 999, n).astype(np.uint16), np.array([[n - 1, n]], np.int64)[: n % 2])
+        counted(
+            BytesOfPair(),
+            rng.integers(0, 999, n).astype(np.uint16),
+            np.array([[n - 1, n, 2 * n, 3 * n, 1]], np.int64)[: n % 2],
+        )
         for n in lengths
     ]
     folder = tmp_path_factory.mktemp("writer")
@@ -42,12 +47,12 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
         with contextlib.suppress(Killed):
             which = (folder, "train", shard_tokens, BytesOfPair(), progress)
             writer = SplitWriter(*which, on_shard, limit)
-            for tokens, extra in documents[progress.documents :]:
-                writer.append(tokens, extra)
+            for document in documents[progress.documents :]:
+                writer.append(document)
             writer.finish()
 
     total = sum(lengths) if limit is None else min(limit, sum(lengths))
-    whole = np.concatenate([tokens for tokens, _ in documents])
+    whole = np.concatenate([document.tokens for document in documents])
     starts = np.cumsum([0, *lengths])
     cuts = range(0, total, shard_tokens)
     assert [e.tokens for e in progress.shards] == [min(shard_tokens, total - at) for at in cuts]
@@ -56,14 +61,16 @@ def test_writer_goes_on_exactly_after_any_number_of_stops(tmp_path_factory, data
     begun = starts[:-1][starts[:-1] < total]
     per_token = np.concatenate([whole[:1], whole[:-1]]).astype(np.int64) * 1000 + whole
     rows = [
-        (start + row, count)
-        for start, (_, extra) in zip(starts, documents, strict=False)
-        for row, count in extra.tolist()
+        (start + row, counts)
+        for start, document in zip(starts, documents, strict=False)
+        for row, *counts in document.corrections.tolist()
     ]
     for at, entry in zip(cuts, progress.shards, strict=True):
         end = min(at + shard_tokens, total)
-        here = [[position - at, count] for position, count in rows if at <= position < end]
-        found = open_extra(folder / entry.extra.name, entry.tokens).tolist() if entry.extra else []
-        assert found == here
+        here = [[position - at, *counts] for position, counts in rows if at <= position < end]
+        name = entry.extra and folder / entry.extra.name
+        assert (open_extra(name, entry.tokens, 5).tolist() if name else []) == here
         assert entry.documents == ((begun >= at) & (begun < end)).sum()
-        assert entry.bytes == per_token[at:end].sum() + sum(count for _, count in here)
+        found = entry.golf_bytes, entry.text_bytes, entry.source_bytes, entry.lossy_documents
+        more = np.array([[0] * 5, *here])[:, 1:].sum(axis=0)
+        assert found == tuple(per_token[at:end].sum() * np.array([1, 1, 1, 0]) + more)

@@ -12,7 +12,8 @@ import pytest
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh, path_name, state_shardings
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.data.shards import NO_EXTRA, Dataset, Shard, TokenStream
+from sngpt_jax.data.shards import Dataset, Shard, TokenStream
+from sngpt_jax.data.tokenizer import NO_CORRECTIONS
 from sngpt_jax.evaluation.calibration import second_moments, sum_of_products, training_stream
 from sngpt_jax.model.layers import Observed
 from tests import oracles
@@ -25,7 +26,7 @@ MATRICES = {"query", "key", "value", "out", "up", "down", "proj"}
 
 def stream_of(*pieces, vocab_size=29, name=""):
     """A stream with the pieces as shards, named `name` and their number."""
-    shards = (Shard(Path(f"{name}{i}"), piece, NO_EXTRA) for i, piece in enumerate(pieces))
+    shards = (Shard(Path(f"{name}{i}"), piece, NO_CORRECTIONS) for i, piece in enumerate(pieces))
     return TokenStream(tuple(shards), vocab_size)
 
 

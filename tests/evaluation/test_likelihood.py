@@ -13,7 +13,7 @@ import pytest
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, EvalConfig, ModelConfig
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from sngpt_jax.evaluation import likelihood
 from sngpt_jax.evaluation.likelihood import LanguageModel, cut_at
 from sngpt_jax.model.forward import init_variables

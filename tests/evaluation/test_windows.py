@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.data.tokenizer import ByteCounts
 from sngpt_jax.evaluation.windows import (
     Windows,
     rows_at_a_time,
@@ -31,7 +32,8 @@ class Stream:
 
     def count_bytes(self, token_bytes, start, stop):
         before, tokens = self.tokens[start - 1 : stop - 1], self.tokens[start:stop]
-        return int(token_bytes.count(before, tokens).sum())
+        size = int(token_bytes.count(before, tokens).sum())
+        return ByteCounts(size, size, size, 0)
 
 
 def literal(targets, T, S, tail):

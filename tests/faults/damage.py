@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sngpt_jax.data.preparation import PrepareSpec, prepare
-from sngpt_jax.data.tokenizer import train_sentencepiece
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from tests.faults.lab import Ended, Lab, Row
 
 SEPARATOR = "\n<|endoftext|>\n"  # between the documents of the tiny run's text
