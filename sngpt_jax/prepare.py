@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -47,6 +48,20 @@ def _counts(entries: Sequence[ShardEntry]) -> dict[str, int]:
     return {"shards": len(entries), **sums}
 
 
+def _rule(manifest: Manifest) -> str:
+    """How validation and training text were told apart."""
+    origin, separation = manifest.origin, manifest.separation
+    if origin.val_source:
+        return "validation has a source of its own"
+    if origin.val_docs:
+        return f"the first {origin.val_docs:,} documents are held out"
+    if separation and separation.cut:
+        held_out = "what follows is held out"
+        return f"the source is one document; after {separation.cut:,} characters {held_out}"
+    share = f"{origin.val_fraction:.4g} of the documents are held out"
+    return f"{share}, drawn by --split-seed {origin.split_seed}"
+
+
 def _show(
     title: str,
     out: str,
@@ -54,10 +69,12 @@ def _show(
     train: dict[str, int],
     val: dict[str, int],
     json: str,
+    manifest: Manifest | None = None,
 ) -> int:
     """Shows what the folder holds and the command that trains on it, or writes JSON."""
     summary = {"dir": out, "tokenizer": asdict(tokenizer), "train": train, "val": val}
-    cli.write_json(summary, json)
+    dropped = manifest.separation.dropped if manifest and manifest.separation else 0
+    cli.write_json(summary | ({"dropped": dropped} if manifest else {}), json)
     if json == "-":
         return 0
     rows = [("data", out)]
@@ -68,14 +85,20 @@ def _show(
             shards += f", {split['bytes'] / split['tokens']:.3f} bytes/token"
         rows.append((name, f"{counts} in {shards}"))
     rows.append(("tokenizer", f"{tokenizer.file}, {tokenizer.vocab_size:,} tokens"))
-    train_on = cli.command("sngpt_jax.train", "--config", "RECIPE", "--data.dir", out)
-    terminal.show_result(title, rows, [train_on])
+    if manifest:
+        rows.append(("split", _rule(manifest)))
+    if dropped:
+        why = "training documents that validation has, too; --allow-overlap keeps them"
+        rows.append(("left out", f"{dropped:,} {why}"))
+    recipe, run = "quickstart" if manifest else "golf_baseline", f"runs/{Path(out).resolve().name}"
+    options = ("--config", recipe, "--data.dir", out, "--run-dir", run)
+    terminal.show_result(title, rows, [cli.command("sngpt_jax.train", *options)])
     return 0
 
 
 def _show_manifest(title: str, out: str, manifest: Manifest, json: str) -> int:
     train, val = _counts(manifest.train), _counts(manifest.val)
-    return _show(title, out, manifest.tokenizer, train, val, json)
+    return _show(title, out, manifest.tokenizer, train, val, json, manifest)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from sngpt_jax.data.tokenizer import Document, Tokenizer, load_tokenizer
 _CHUNK_CHARACTERS = 2**17  # of text for one task of a worker: about 0.1 s of work
 _CHUNKS_IN_FLIGHT = 3  # per worker: one in work and two that wait for it
 
-Chunk = tuple[int, list[str]]  # the first document's number, counted from 1, and the documents
+Chunk = list[tuple[int, str]]  # documents with their numbers, counted from 0
 Encoded = list[Document]
 
 _worker_tokenizer: Tokenizer  # in a worker process
@@ -69,26 +69,25 @@ def _work(source: str, chunk: Chunk) -> Encoded:
 
 def _encode(tokenizer: Tokenizer, source: str, chunk: Chunk) -> Encoded:
     """The documents of a chunk; an error names the document."""
-    first, texts = chunk
     encoded: Encoded = []
-    with explained(lambda: f"{source}: document {first + len(encoded)} cannot be tokenized"):
-        for text in texts:
+    with explained(lambda: f"{source}: document {chunk[len(encoded)][0] + 1} cannot be tokenized"):
+        for _, text in chunk:
             encoded.append(tokenizer.encode_document(text))
     return encoded
 
 
-def cut_chunks(texts: Iterable[str], first: int) -> Iterator[Chunk]:
-    """Cuts `texts`, numbered from `first`, into runs of about `_CHUNK_CHARACTERS` characters."""
-    chunk: list[str] = []
+def cut_chunks(texts: Iterable[tuple[int, str]]) -> Iterator[Chunk]:
+    """Cuts numbered `texts` into runs of about `_CHUNK_CHARACTERS` characters."""
+    chunk: Chunk = []
     size = 0
-    for number, text in enumerate(texts, first):
-        chunk.append(text)
+    for number, text in texts:
+        chunk.append((number, text))
         size += len(text)
         if size >= _CHUNK_CHARACTERS:
-            yield number + 1 - len(chunk), chunk
+            yield chunk
             chunk, size = [], 0
     if chunk:
-        yield number + 1 - len(chunk), chunk
+        yield chunk
 
 
 def _in_order(

@@ -19,6 +19,7 @@ from sngpt_jax.data.tokenizer import load_tokenizer
 logger = logging.getLogger("sngpt_jax")
 
 REPO = "willdepueoai/parameter-golf"  # the Hugging Face data set with the challenge's shards
+GOLF_DOCUMENTS = 50_000  # the first ones, which the challenge holds out
 
 
 def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
@@ -32,6 +33,8 @@ def fetch_golf(spec: PrepareSpec, train_shards: int) -> Dataset:
     vocab_size = int(named[2:]) if named else spec.vocab_size or DEFAULT_VOCAB_SIZE
     check_size(spec, what, vocab_size)
     plain = asdict(PrepareSpec(spec.source, spec.out, vocab_size=spec.vocab_size))
+    if spec.val_docs == GOLF_DOCUMENTS:
+        plain["val_docs"] = GOLF_DOCUMENTS
     if other := [option(key) for key, value in plain.items() if getattr(spec, key) != value]:
         raise UserError(f"{what} is already tokens; it takes no {', '.join(other)} but its own")
     logger.info(f"{spec.out}: downloading the published shards of {vocab_size:,} tokens")

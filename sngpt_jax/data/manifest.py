@@ -56,13 +56,17 @@ class Origin:
     normalization: str  # of a learned tokenizer; empty for a given one
     shard_tokens: int  # of every shard but the last
     max_tokens: int  # of the training split; 0: no limit
+    val_fraction: float = 0.0  # share of documents that is held out; 0: val_docs or val_source
+    split_seed: int = 0  # of the documents that val_fraction holds out
+    # training documents stay that validation has, too; None: of an earlier version, which kept them
+    allow_overlap: bool | None = None
 
     def differences(self, asked: Mapping[str, Any]) -> dict[str, str]:
         """A phrase for each field in which `asked` differs."""
         return {
             name: f"{name}: {old!r} there, {new!r} asked for"
             for name, new in asked.items()
-            if (old := getattr(self, name)) != new
+            if (old := getattr(self, name)) != new and old is not None
         }
 
 
@@ -88,6 +92,14 @@ class ExtraEntry:
 
 
 @dataclass(frozen=True)
+class HashesEntry:
+    """A split's file of document hashes (`sngpt_jax.data.overlap`): uint64 [n] in npy format."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ShardEntry:
     """One shard."""
 
@@ -107,6 +119,16 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class Separation:
+    """How the splits were kept apart."""
+
+    dropped: int  # training documents left out, because validation has the same
+    cut: int  # characters of the source's only document that are for training; 0: it has several
+    train: HashesEntry
+    val: HashesEntry
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A complete folder, whose manifest is written last."""
 
@@ -115,12 +137,14 @@ class Manifest:
     tokenizer: TokenizerEntry
     train: tuple[ShardEntry, ...]
     val: tuple[ShardEntry, ...]
+    separation: Separation | None = None  # None in a folder of an earlier version
 
     def checksums(self) -> list[tuple[str, str]]:
         """(name, SHA-256) of every file in the folder."""
         files = (file for shard in (*self.val, *self.train) for file in shard.files)
         tokenizer = self.tokenizer.file, self.tokenizer.sha256
-        return [tokenizer, *((file.name, file.sha256) for file in files)]
+        hashes = (self.separation.val, self.separation.train) if self.separation else ()
+        return [tokenizer, *((file.name, file.sha256) for file in (*files, *hashes))]
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,7 @@ class SplitJournal:
     documents: int = 0  # whole ones in those shards
     offset: int = 0  # tokens of the next document in those shards
     finished: bool = False  # after the last shard
+    dropped: int = 0  # documents before the next one which the split leaves out
 
     @property
     def tokens(self) -> int:
@@ -171,7 +196,7 @@ def _load(kind: type[T], path: Path, formats: tuple[int, ...]) -> T:
         raise DataError(f"{path}: expected format {FORMAT}, found {found}; prepare the data again")
     if isinstance(values, dict) and values["format"] == 1:
         values = _upgraded(values)
-    return typed_json.parse(kind, values, str(path), DataError, _check)
+    return typed_json.parse(kind, values, str(path), DataError, _check, defaulted=[])
 
 
 def _upgraded(values: dict[str, Any]) -> dict[str, Any]:

@@ -74,12 +74,16 @@ class Parts:
             if self._enough(before):
                 break
             before.append(self.reached(part))
-            if not before[-1].finished:
+            if not before[-1].finished and not self._enough(before):
                 result.append(part)
         return result
 
     def _enough(self, parts: Sequence[SplitJournal]) -> bool:
-        """Whether what is encoded of the first parts surely holds `max_tokens` to train on."""
+        """Whether what is encoded of the first parts surely holds `max_tokens` to train on, if the
+        validation text has none of these documents.
+        """
+        if self.origin.val_fraction:  # which takes documents of every part
+            return False
         tokens = begun = 0
         for entry in (entry for part in parts for entry in part.shards):
             if begun > self.origin.val_docs:  # the first training document began before this shard
@@ -87,13 +91,15 @@ class Parts:
             begun += entry.documents
         return 0 < self.origin.max_tokens <= tokens
 
-    def encode(self, part: int) -> None:
-        """Encodes what is missing of part `part`. Whole shards outlast an error or a kill."""
+    def encode(self, part: int, whole: bool = False) -> None:
+        """Encodes what is missing of part `part`, or of what `max_tokens` needs if it need not be
+        `whole`. Whole shards outlast an error or a kill.
+        """
         folder = self.folder(part)
         with held(folder):
             journal = begin_or_resume(folder, self.origin)
             before = self._reread([SplitJournal()] * part if self.origin.max_tokens else [])
-            if journal.train.finished or self._enough(before):
+            if journal.train.finished or (not whole and self._enough(before)):
                 return
             check_sha256(self.tokenizer, self.tokenizer_entry.sha256, CHANGED)
 
@@ -103,16 +109,17 @@ class Parts:
             table = load_tokenizer(self.tokenizer).token_bytes()
             writer = SplitWriter(folder, "train", _SHARD_TOKENS, table, journal.train, on_shard)
             name = f"{self.source}, part {part + 1} of {self.count}"
-            texts = islice(documents(self.source, part, self.count), writer.documents, None)
+            texts = enumerate(documents(self.source, part, self.count))
+            left = islice(texts, writer.documents, None)
             with encoder(self.tokenizer, workers=1) as encode:
-                for chunk in encode(name, cut_chunks(texts, writer.documents + 1)):
+                for chunk in encode(name, cut_chunks(left)):
                     shards = len(writer.reached.shards)
                     for document in chunk:
                         writer.append(document)
                     if len(writer.reached.shards) > shards:
                         before = self._reread(before)  # other processes may be encoding them
-                    if self._enough([*before, writer.reached]):
-                        break
+                    if not whole and self._enough([*before, writer.reached]):
+                        return writer.finish(ended=False)
             writer.finish()
 
     def _reread(self, known: Sequence[SplitJournal]) -> list[SplitJournal]:
@@ -120,16 +127,20 @@ class Parts:
         return [state if state.finished else self.reached(part) for part, state in enumerate(known)]
 
     def read(self, first: int) -> Iterator[Encoded]:
-        """Yields the source's documents from number `first` (of 0, 1, …) on, in chunks. Raises
-        `DataError` for a part that is damaged or not whole.
+        """Yields the source's documents from number `first` (of 0, 1, …) on, in chunks. A part that
+        is not whole is encoded to its end only after its last document was taken. Raises
+        `DataError` for a part that is damaged.
         """
         for part in range(self.count):
-            reached = self.reached(part)
-            if not reached.finished:
-                unfinished = "not encoded to its end; run the same command again"
-                raise DataError(f"{self.folder(part)}: {unfinished}")
-            if reached.documents > first:
-                yield from self._read_part(self.folder(part), reached, first)
+            taken = first
+            while True:
+                reached = self.reached(part)
+                if not reached.offset and reached.documents > taken:
+                    yield from self._read_part(self.folder(part), reached, taken)
+                    taken = reached.documents
+                if reached.finished:
+                    break
+                self.encode(part, whole=True)
             first = max(0, first - reached.documents)
 
     def _read_part(self, folder: Path, reached: SplitJournal, first: int) -> Iterator[Encoded]:

@@ -1,9 +1,10 @@
 """Text to token shards.
 
-The first `val_docs` documents (or all of `val_source`) are the validation split, the rest are the
-training split. A document is its BOS token and its text's tokens, and full shards cut the sequence
-anywhere. So the files depend only on the text, the tokenizer and the shard size: the executor, the
-number of workers and interruptions do not matter.
+Documents of the source, or all of `val_source`, are the validation split, and the rest are the
+training split (`sngpt_jax.data.split`). Training leaves out what validation has, too. A document is
+its BOS token and its text's tokens, and full shards cut the sequence anywhere. So the files depend
+only on the text, the tokenizer and the shard size: the executor, the number of workers and
+interruptions do not matter.
 """
 
 import logging
@@ -12,18 +13,32 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.terminal import progress_reporter
-from sngpt_jax.data.corpus import count_parts, documents, imported, text_bytes
-from sngpt_jax.data.encode import Encoder, cut_chunks, encoder
-from sngpt_jax.data.manifest import CHANGED, FORMAT, PROGRESS, Manifest, Origin, check_sha256, save
+from sngpt_jax.data import overlap
+from sngpt_jax.data.corpus import count_parts, imported, text_bytes
+from sngpt_jax.data.encode import Encoded, Encoder, cut_chunks, encoder
+from sngpt_jax.data.manifest import (
+    CHANGED,
+    FORMAT,
+    PROGRESS,
+    Manifest,
+    Origin,
+    Separation,
+    check_sha256,
+    save,
+)
 from sngpt_jax.data.parts import Parts, Submitted
-from sngpt_jax.data.shards import MAX_SHARD_TOKENS, write_hashed
-from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, origin_of
+from sngpt_jax.data.shards import MAX_SHARD_TOKENS, TokenStream, open_entries, write_hashed
+from sngpt_jax.data.spec import COMMAND, PrepareSpec, command_line, option, origin_of, split_of
+from sngpt_jax.data.split import Name
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from sngpt_jax.data.writer import PARTS, SplitWriter, begin_or_resume, finished, held
@@ -34,28 +49,8 @@ logger = logging.getLogger("sngpt_jax")
 Executor = Literal["processes", "local", "slurm"]
 
 
-def _nonempty(texts: Iterator[str], message: str) -> Iterator[str]:
-    """`texts`. Raises `UserError(message)` if there are none."""
-    first = next(texts, None)
-    if first is None:
-        raise UserError(message)
-    return chain([first], texts)
-
-
-def _open_texts(spec: PrepareSpec) -> dict[str, Iterator[str]]:
-    """The documents of each split, which may not be empty."""
-    source, val_source = spec.source, spec.val_source
-    train, empty = documents(source), f"--source {source} holds no documents"
-    if val_source:
-        val = _nonempty(documents(val_source), f"--val-source {val_source} holds no documents")
-    else:
-        val = islice(documents(source), spec.val_docs)
-        held_out = sum(1 for _ in islice(train, spec.val_docs))
-        empty = (
-            f"--source {source} holds {held_out} documents and --val-docs {spec.val_docs} leaves"
-            " none to train on; lower --val-docs or give --val-source"
-        )
-    return {"val": val, "train": _nonempty(train, empty)}
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=8).digest()
 
 
 class _Preparation:
@@ -64,14 +59,14 @@ class _Preparation:
     def __init__(self, spec: PrepareSpec, origin: Origin, workers: int) -> None:
         self.spec, self.origin, self.workers, self.out = spec, origin, workers, Path(spec.out)
         self.journal = begin_or_resume(self.out, origin)
+        # before anything is written, to find a source that is too small
+        self.split = split_of(spec, origin)
         if self.journal.tokenizer is None:
             self._advance(tokenizer=self._place_tokenizer().entry())
         assert self.journal.tokenizer is not None
         self.entry = self.journal.tokenizer
         self.tokenizer = self.out / self.entry.file
         check_sha256(self.tokenizer, self.entry.sha256, CHANGED)
-        # opened before anything is written, to find a source that is too small
-        self.texts = _open_texts(spec)
 
     def _advance(self, **changes: Any) -> None:
         """Records changed fields of the journal."""
@@ -87,8 +82,11 @@ class _Preparation:
             return load_tokenizer(path)
         size = self.origin.vocab_size
         logger.info(f"{out}: learning a tokenizer of {size:,} tokens")
-        texts, path = _open_texts(spec)["train"], out / "tokenizer.model"
-        rule = spec.normalization
+        texts = (text for _, text in self.split.texts("train"))
+        if not spec.allow_overlap:
+            val = {_digest(text) for _, text in self.split.texts("val")}
+            texts = (text for text in texts if _digest(text) not in val)
+        path, rule = out / "tokenizer.model", spec.normalization
         return train_sentencepiece(texts, path, vocab_size=size, normalization=rule)
 
     def run(self, executor: Executor) -> Manifest | Submitted:
@@ -97,7 +95,9 @@ class _Preparation:
         if executor != "processes":
             from sngpt_jax.data import executor as executors  # needs the package datatrove
         parts = None
-        if not self.journal.train.finished and (executors or (self.out / PARTS).is_dir()):
+        if self.split.cut:  # a part would be encoded whole
+            executors = None
+        elif not self.journal.train.finished and (executors or (self.out / PARTS).is_dir()):
             source, which = self.spec.source, (self.origin, self.tokenizer, self.entry)
             parts = Parts(self.out / PARTS, source, count_parts(source), *which)
             if executor == "slurm":
@@ -110,53 +110,87 @@ class _Preparation:
             elif parts.left():  # incomplete parts are ignored
                 parts = None
         with encoder(self.tokenizer, self.workers) as encode:
-            self._write_split("val", encode, None)
+            self._write_split("val", encode, parts if self.split.below else None)
             self._write_split("train", encode, parts)
         shutil.rmtree(self.out / PARTS, ignore_errors=True)
-        train, val = self.journal.train.shards, self.journal.val.shards
-        manifest = Manifest(FORMAT, self.origin, self.entry, train, val)
+        train, val = self.journal.train, self.journal.val
+        kept = [
+            overlap.keep_hashes(self.out, name, self._hashes(name)) for name in ("train", "val")
+        ]
+        separation = Separation(train.dropped, self.split.cut, *kept)
+        manifest = Manifest(FORMAT, self.origin, self.entry, train.shards, val.shards, separation)
         save(manifest, self.out)
         (self.out / PROGRESS).unlink()
         return manifest
 
-    def _write_split(self, split: str, encode: Encoder, parts: Parts | None) -> None:
+    def _hashes(self, name: Name) -> np.ndarray:
+        """The hashes of a finished split's documents."""
+        shards = open_entries(self.out, getattr(self.journal, name).shards)
+        stream = TokenStream(tuple(shards), self.entry.vocab_size)
+        return overlap.document_hashes(stream, self.entry.bos_id)
+
+    @cached_property
+    def _held_out(self) -> np.ndarray:
+        """The sorted hashes of the documents that training leaves out."""
+        return np.sort(() if self.spec.allow_overlap else self._hashes("val"))
+
+    def _encoded(
+        self, name: Name, encode: Encoder, parts: Parts | None, start: int, texts: Any
+    ) -> Iterator[Encoded]:
+        """The split's documents from number `start` on, in chunks."""
+        if not parts:
+            yield from encode(self.split.val_source or self.spec.source, cut_chunks(texts))
+            return
+        for chunk in parts.read(start):
+            yield [x for n, x in enumerate(chunk, start) if self.split.takes(name, n)]
+            start += len(chunk)
+
+    def _write_split(self, name: Name, encode: Encoder, parts: Parts | None) -> None:
         """Writes what is missing of a split, from the encoded `parts` if given."""
-        spec, done = self.spec, getattr(self.journal, split)
+        spec, split, done = self.spec, self.split, getattr(self.journal, name)
         if done.finished:
             return
-        held_out = 0 if spec.val_source else spec.val_docs
-        source, limit, skipped = spec.val_source or spec.source, None, 0
-        if split == "train":
-            source, limit, skipped = spec.source, spec.max_tokens or None, held_out
-        size = text_bytes(source)
-        if skipped:
+        source = (name == "val" and spec.val_source) or spec.source
+        limit = spec.max_tokens or None if name == "train" else None
+        size: float = text_bytes(source)
+        if name == "train" and not spec.val_source:
             size -= sum(entry.golf_bytes for entry in self.journal.val.shards)
+        elif split.below or split.cut:
+            size *= self.origin.val_fraction
         table = load_tokenizer(self.tokenizer).token_bytes()
-        which, read = (self.out, split, spec.shard_tokens, table, done), 0  # bytes
-        writer = SplitWriter(*which, lambda reached: self._advance(**{split: reached}), limit)
+        which, read = (self.out, name, spec.shard_tokens, table, done), 0  # bytes
+        writer = SplitWriter(*which, lambda reached: self._advance(**{name: reached}), limit)
 
-        def counted() -> Iterator[str]:
+        def counted() -> Iterator[tuple[int, str]]:
             nonlocal read
-            for text in self.texts[split]:
+            for number, text in split.texts(name, start):
                 read += len(text.encode())
-                yield text
+                yield number, text
 
-        first = skipped + done.documents
-        texts = islice(counted(), done.documents, None)
-        chunks = parts.read(first) if parts else encode(source, cut_chunks(texts, first + 1))
-        report = progress_reporter(f"{self.out}: {split}")
-        for chunk in chunks:
+        start = split.number(name, done.documents + done.dropped)
+        report = progress_reporter(f"{self.out}: {name}")
+        for chunk in self._encoded(name, encode, parts, start, counted()):
             for document in chunk:
-                writer.append(document)
+                if writer.full:
+                    break
+                if name == "train" and overlap.is_among(document.tokens[1:], self._held_out):
+                    writer.drop()
+                else:
+                    writer.append(document)
             share = read / size if size > 0 else 0.0
-            if held_out and split == "val":
-                share = writer.documents / held_out
+            if split.first and name == "val":
+                share = writer.documents / split.first
             elif limit:
                 share = max(share, writer.tokens / limit)
             # The split is whole only after its last shard is written.
             report(min(share, 0.999), bool(share), f"{writer.tokens:,} tokens")
             if writer.full:
                 break
+        if not writer.tokens:
+            raise UserError(
+                f"--source {spec.source}: the validation text has all its training documents, too;"
+                " give other text, or another --out and --allow-overlap"
+            )
         writer.finish()
         report(1, 1, f"{writer.tokens:,} tokens")
 
@@ -179,12 +213,20 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
     for name, value, least in (
         ("--workers", workers, 1),
         ("--shard-tokens", spec.shard_tokens, 1),
-        ("--val-docs", spec.val_docs, 0 if spec.val_source else 1),
+        ("--val-docs", spec.val_docs, 0),
+        ("--val-fraction", spec.val_fraction, 0),
         ("--vocab-size", spec.vocab_size, 0),
         ("--max-tokens", spec.max_tokens, 0),
     ):
         if value < least:
             raise UserError(f"{name} {value}: expected at least {least}")
+    rules = {name: getattr(spec, name) for name in ("val_source", "val_docs", "val_fraction")}
+    if len(given := [option(name) for name, value in rules.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; give one")
+    if spec.val_fraction >= 1:
+        raise UserError(f"--val-fraction {spec.val_fraction}: expected less than 1")
+    if spec.split_seed and (spec.val_source or spec.val_docs):
+        raise UserError(f"--split-seed draws documents, which {given[0]} does not; leave one out")
     if spec.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
     out = Path(spec.out)

@@ -96,17 +96,22 @@ def open_headerless(path: Path) -> np.memmap:
     return tokens
 
 
-def open_extra(path: Path, tokens: int, columns: int) -> np.ndarray:
-    """Reads the corrections of a shard of `tokens` tokens, int64 [n, columns]. Raises
-    `DataError`.
-    """
+def open_npy(path: Path) -> np.ndarray:
+    """Reads the array in an npy file. Raises `DataError`."""
     with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
             # Later versions may state a header of 4 GB, which numpy allocates.
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("expected version 1.0 of npy")
         # A mapped file must be as long as its header says. `np.load` would also take archives.
-        rows = np.array(np.lib.format.open_memmap(path, mode="r"))
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
+
+
+def open_extra(path: Path, tokens: int, columns: int) -> np.ndarray:
+    """Reads the corrections of a shard of `tokens` tokens, int64 [n, columns]. Raises
+    `DataError`.
+    """
+    rows = open_npy(path)
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != columns:
         problem = f"int64 [n, {columns}], found {rows.dtype} {list(rows.shape)}"
     elif ((ends := np.concatenate([[-1], rows[:, 0], [tokens]]))[1:] <= ends[:-1]).any():
@@ -261,14 +266,15 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
         again = "its preparation has not finished; run the same prepare command again"
         raise DataError(f"{directory}: {again}")
     for pattern, read in (("*_{}_*.bin", open_shard), ("{}.bin", open_headerless)):
-        train, val = (
-            [
-                Shard(path, read(path), NO_CORRECTIONS)
-                for path in sorted(directory.glob(pattern.format(split)))
-            ]
-            for split in ("train", "val")
-        )
-        if train and val:
+        found = {split: sorted(directory.glob(pattern.format(split))) for split in ("train", "val")}
+        if both := sorted({*found["train"]} & {*found["val"]}):
+            names = "its name is that of a training and of a validation shard; rename it"
+            raise DataError(f"{both[0]}: {names}")
+        if all(found.values()):
+            train, val = (
+                [Shard(path, read(path), NO_CORRECTIONS) for path in found[split]]
+                for split in found
+            )
             return train, val
     expected = f"{MANIFEST}, shards named *_train_*.bin and *_val_*.bin, or train.bin and val.bin"
     raise DataError(f"{directory}: expected {expected}; found none")

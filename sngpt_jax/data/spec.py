@@ -8,6 +8,7 @@ from typing import Any, Literal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.corpus import fingerprint
 from sngpt_jax.data.manifest import Manifest, Origin
+from sngpt_jax.data.split import DEFAULT_FRACTION, HUB_DOCUMENTS, Split, choose
 from sngpt_jax.data.tokenizer import load_tokenizer
 
 COMMAND = "sngpt_jax.prepare"  # the module that prepares
@@ -25,8 +26,12 @@ class PrepareSpec:
     out: str  # folder for the shards, the tokenizer and manifest.json
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
     tokenizer: str = "train"
-    val_source: str = ""  # separate validation text; empty: the source's first val_docs documents
-    val_docs: int = 50_000  # documents held out for validation if there is no val_source
+    val_source: str = ""  # separate validation text, instead of documents of the source
+    val_docs: int = 0  # documents to hold out from the start of the source, instead of a fraction
+    # share of the documents to hold out, drawn by split_seed, or of a single document's end; 0: 0.1
+    val_fraction: float = 0.0
+    split_seed: int = 0  # seed that draws the held-out documents
+    allow_overlap: bool = False  # keep training documents that are in the validation text, too
     # vocabulary size of a tokenizer to learn or of golf (0: 1024); limit for a given one (0: none)
     vocab_size: int = 0
     # how the learned tokenizer changes text; identity keeps all whitespace
@@ -42,8 +47,11 @@ def option(field: str) -> str:
 
 def command_line(spec: PrepareSpec) -> list[str]:
     """The arguments of `COMMAND` that prepare `spec`."""
-    given = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
-    return [word for name in given for word in (option(name), str(getattr(spec, name)))]
+    words = []
+    for field in dataclasses.fields(spec):
+        if (value := getattr(spec, field.name)) != field.default:
+            words += [option(field.name)] if value is True else [option(field.name), str(value)]
+    return words
 
 
 # An origin's fields in groups: if the file of one is missing, `differing` compares the others.
@@ -52,9 +60,15 @@ def _source_fields(spec: PrepareSpec) -> dict[str, Any]:
 
 
 def _val_fields(spec: PrepareSpec) -> dict[str, Any]:
+    rule = {"val_source": "", "val_docs": spec.val_docs, "val_fraction": 0.0, "split_seed": 0}
     if spec.val_source:
-        return {"val_source": fingerprint(spec.val_source), "val_docs": 0}
-    return {"val_source": "", "val_docs": spec.val_docs}
+        rule |= {"val_source": fingerprint(spec.val_source), "val_docs": 0}
+    elif not spec.val_docs and spec.source.startswith("hub:") and not spec.val_fraction:
+        rule["val_docs"] = HUB_DOCUMENTS
+    elif not spec.val_docs:
+        rule["val_fraction"] = spec.val_fraction or DEFAULT_FRACTION
+        rule["split_seed"] = spec.split_seed
+    return rule
 
 
 def _tokenizer_fields(spec: PrepareSpec) -> dict[str, Any]:
@@ -79,8 +93,19 @@ def origin_of(spec: PrepareSpec) -> Origin:
     check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
         same = f"--val-source {spec.val_source} is the same text as --source {spec.source}"
-        raise UserError(f"{same}; give another, or none to hold out --val-docs")
-    return Origin(**fields, shard_tokens=spec.shard_tokens, max_tokens=spec.max_tokens)
+        raise UserError(f"{same}; give another, or none to hold out a part of the source")
+    return Origin(
+        **fields,
+        shard_tokens=spec.shard_tokens,
+        max_tokens=spec.max_tokens,
+        allow_overlap=spec.allow_overlap,
+    )
+
+
+def split_of(spec: PrepareSpec, origin: Origin) -> Split:
+    """Which documents of the source are for training. Raises `UserError` if none are."""
+    rule = origin.val_docs, origin.val_fraction, origin.split_seed
+    return choose(spec.source, spec.val_source, *rule)
 
 
 def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[str]]:

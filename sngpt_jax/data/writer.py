@@ -98,6 +98,7 @@ class SplitWriter:
     ) -> None:
         self.reached = reached
         self.documents, self.tokens = reached.documents, reached.tokens  # appended
+        self._dropped = reached.dropped
         self._directory, self._split, self._token_bytes = directory, split, token_bytes
         self._on_shard, self._limit, self._offset = on_shard, limit, reached.offset
         written = open_entries(directory, reached.shards)
@@ -138,11 +139,16 @@ class SplitWriter:
         if self._offset >= len(tokens):
             self.documents, self._offset = self.documents + 1, 0
 
-    def finish(self) -> None:
-        """Writes the remaining tokens as the last shard."""
+    def drop(self) -> None:
+        """Counts the next document as left out."""
+        self._dropped += 1
+
+    def finish(self, ended: bool = True) -> None:
+        """Writes the remaining tokens as the last shard. With `ended` the split has no more."""
         if self._filled:
             self._end_shard(self.documents, self._offset)
-        self._reach(SplitJournal(self.reached.shards, self.documents, self._offset, finished=True))
+        reached = (self.reached.shards, self.documents, self._offset, ended, self._dropped)
+        self._reach(SplitJournal(*reached))
 
     def _reach(self, state: SplitJournal) -> None:
         self.reached = state
@@ -165,5 +171,6 @@ class SplitWriter:
         digest = write_shard(path, tokens)
         entry = ShardEntry(name, len(tokens), self._begun, *counts, digest, sidecar)
         self._previous = int(tokens[-1])
-        self._reach(SplitJournal((*self.reached.shards, entry), documents, offset))
+        shards = (*self.reached.shards, entry)
+        self._reach(SplitJournal(shards, documents, offset, dropped=self._dropped))
         self._begin_shard()

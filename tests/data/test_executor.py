@@ -19,10 +19,12 @@ import pytest
 from sngpt_jax.data import encode
 from sngpt_jax.data import parts as parts_module
 from sngpt_jax.data import preparation as prepare_module
+from sngpt_jax.data.corpus import documents
 from sngpt_jax.data.manifest import load_journal
 from sngpt_jax.data.parts import Parts
 from sngpt_jax.data.preparation import prepare, prepare_on
 from sngpt_jax.data.spec import PrepareSpec, command_line, origin_of
+from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from sngpt_jax.data.writer import PARTS
 from sngpt_jax.prepare import main
 from tests.data.conftest import contents, refuses, start, wait_until, write_jsonl
@@ -60,14 +62,14 @@ def options(source, out, executor, workers=2):
     return [*command_line(spec_for(source, out)), *more]
 
 
-def begun(source, out):
+def begun(source, out, count=5, **changes):
     """A preparation's parts, stopped before the first was encoded."""
-    spec = spec_for(source, out)
+    spec = spec_for(source, out, **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "encoder", interrupt)
         prepare(spec)
     entry = load_journal(out).tokenizer
-    return Parts(out / PARTS, spec.source, 5, origin_of(spec), out / entry.file, entry)
+    return Parts(out / PARTS, spec.source, count, origin_of(spec), out / entry.file, entry)
 
 
 def interrupt(*_):
@@ -141,7 +143,7 @@ def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkey
     documents, encode_chunk = [], encode._encode
 
     def counting(tokenizer, name, chunk):
-        documents.extend(chunk[1])
+        documents.extend(chunk)
         return encode_chunk(tokenizer, name, chunk)
 
     monkeypatch.setattr(encode, "_encode", counting)
@@ -149,6 +151,32 @@ def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkey
     # the held-out ones are not taken from parts
     assert len(documents) == (130 if encoded == 5 else 500)
     assert contents(tmp_path / "out") == contents(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [({"val_docs": 0, "val_fraction": 0.2}, 20), ({"max_tokens": 2000}, 90)],
+)
+def test_parts_too_leave_out_what_validation_has(source, tmp_path, monkeypatch, changes, left_out):
+    """Where the limit needs more documents than were encoded, the last step encodes them."""
+    for number, file in enumerate((0, 0, 0, 1)):
+        text = (source / f"{file}.jsonl").read_text()
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    changes = {"val_docs": 100, "tokenizer": str(tmp_path / "t.model")} | changes
+    train_sentencepiece(
+        documents(str(source)), tmp_path / "t.model", vocab_size=300, normalization="identity"
+    )
+    one = prepare(spec_for(tmp_path, tmp_path / "one", **changes))
+    assert one.separation.dropped >= left_out
+    monkeypatch.setattr(parts_module, "_SHARD_TOKENS", 1000)
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
+    parts = begun(tmp_path, tmp_path / "two", 4, **changes)
+    while left := parts.left():
+        parts.encode(left[0])
+    assert parts.reached(3).finished == (not one.origin.max_tokens)
+    assert prepare(spec_for(tmp_path, tmp_path / "two", **changes)) == one
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow

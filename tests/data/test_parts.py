@@ -86,8 +86,6 @@ def test_a_part_that_was_stopped_is_gone_on_with_where_it_was(parts, texts, monk
         parts.encode(0)
     kept = {path: path.stat().st_mtime_ns for path in parts.folder(0).glob("train_*")}
     assert len(kept) >= 2 and parts.left() == [0, 1, 2, 3, 4]
-    unfinished = "00000-of-00005: not encoded to its end; run the same command again"
-    damaged(unfinished, next, parts.read(0))
     encode_all(parts)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     check_read(parts, texts)
@@ -124,7 +122,7 @@ def test_a_part_stops_where_those_before_it_that_ran_meanwhile_hold_enough(
 
     monkeypatch.setattr(module, "save", meanwhile)
     some.encode(2)
-    assert some.reached(2).finished and 0 < some.reached(2).documents < SIZES[2]
+    assert not some.reached(2).finished and 0 < some.reached(2).documents < SIZES[2]
     assert some.left() == []
     encode = load_tokenizer(parts.tokenizer).encode_document
     expected = [token for text in texts[0][30:] for token in encode(text).tokens]

@@ -90,7 +90,7 @@ def test_shards_are_the_documents_tokens_in_order_cut_every_so_many(
 def test_validation_text_of_its_own(spec_in, texts, tmp_path):
     val = tmp_path / "val.jsonl"
     val_texts = write_jsonl(val, 5, seed=1)
-    manifest = prepare(spec_in("out", val_source=str(val)))
+    manifest = prepare(spec_in("out", val_docs=0, val_source=str(val)))
     assert sum(e.documents for e in manifest.val) == len(val_texts)
     assert sum(e.documents for e in manifest.train) == len(texts)
 
@@ -128,9 +128,10 @@ class Killed(Exception):
 def test_chunks_keep_every_document_and_its_number(monkeypatch):
     monkeypatch.setattr("sngpt_jax.data.encode._CHUNK_CHARACTERS", 10)
     texts = ["", "abc", "defghij", "k" * 40, "", "l"]
-    chunks = list(cut_chunks(texts, 5))
-    assert chunks == [(5, ["", "abc", "defghij"]), (8, ["k" * 40]), (9, ["", "l"])]
-    assert list(cut_chunks([], 1)) == []
+    numbered = [(number**2, text) for number, text in enumerate(texts)]
+    chunks = list(cut_chunks(numbered))
+    assert chunks == [numbered[:3], numbered[3:4], numbered[4:]]
+    assert list(cut_chunks([])) == []
 
 
 @pytest.mark.slow
@@ -185,9 +186,13 @@ cli.run(main)
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_killed_again_and_again_it_ends_with_the_same_files(spec_in, tmp_path, workers):
     write_jsonl(tmp_path / "text.jsonl", 2500)
-    whole, killed = (spec_in(name, val_docs=350, shard_tokens=20_000) for name in ("whole", "out"))
+    whole, killed = (
+        spec_in(name, val_docs=0, val_fraction=0.14, shard_tokens=20_000)
+        for name in ("whole", "out")
+    )
     manifest = prepare(whole)
     assert len(manifest.val) >= 2 and len(manifest.train) >= 8
+    assert manifest.separation.dropped >= 5
     options = [*command_line(killed), "--workers", workers]
     seen = set()
     moments = [("replace", "after", 2)]  # the tokenizer is in place, the journal does not know it
@@ -218,7 +223,8 @@ def test_a_finished_folder_is_left_as_it_is(spec_in, texts, tmp_path, monkeypatc
     spec = spec_in("out")
     first = prepare(spec)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(module, "documents", lambda *_: pytest.fail("read the text again"))
+    again = lambda *_: pytest.fail("read the text again")  # noqa: E731
+    monkeypatch.setattr("sngpt_jax.data.split.documents", again)
     assert prepare(spec, workers=4) == first
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "train_000001.bin").unlink()
@@ -285,7 +291,7 @@ def test_the_same_text_for_training_and_validation_is_refused(spec_in, texts, tm
     copy.mkdir()
     (copy / "text.jsonl").write_bytes(text.read_bytes())
     for source in (text, copy):
-        spec = spec_in("out", val_source=str(source))
+        spec = spec_in("out", val_docs=0, val_source=str(source))
         refuses("is the same text as --source .*text.jsonl", prepare, spec)
     assert not (tmp_path / "out").exists()
 
@@ -300,9 +306,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(spec_in, texts, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
     with encoder(tokenizer_file, workers) as encode:
-        results = encode("text.jsonl", iter([(41, ["fine"]), (42, ["fine", None, "fine"])]))
+        chunks = [[(40, "fine")], [(41, "fine"), (50, None), (51, "fine")]]
+        results = encode("text.jsonl", iter(chunks))
         assert len(next(results)) == 1
-        refuses("^text.jsonl: document 43 cannot be tokenized: ", next, results)
+        refuses("^text.jsonl: document 51 cannot be tokenized: ", next, results)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +317,10 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
     [
         ({"shard_tokens": 0}, "--shard-tokens 0: expected at least 1"),
         ({"shard_tokens": 2**31}, "--shard-tokens 2147483648: expected at most 2147483647"),
-        ({"val_docs": 0}, "--val-docs 0: expected at least 1"),
+        ({"val_docs": -1}, "--val-docs -1: expected at least 0"),
+        ({"val_fraction": 0.1}, "--val-docs and --val-fraction exclude each other"),
+        ({"val_docs": 0, "val_fraction": 1.0}, "--val-fraction 1.0: expected less than 1"),
+        ({"split_seed": 7}, "--split-seed draws documents, which --val-docs does not"),
         ({"max_tokens": -1}, "--max-tokens -1: expected at least 0"),
         ({"vocab_size": 89}, "expected at most --vocab-size 89 tokens, found 90"),
     ],
@@ -387,8 +397,8 @@ def test_progress_tells_the_share_of_the_text(spec_in, tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     said: dict[str, list[tuple[float, float]]] = {}
 
-    def one_by_one(texts, first):
-        return ((number, [text]) for number, text in enumerate(texts, first))
+    def one_by_one(texts):
+        return ([numbered] for numbered in texts)
 
     def reporter(label):
         calls = said.setdefault(label.rpartition("/")[2], [])
@@ -397,7 +407,8 @@ def test_progress_tells_the_share_of_the_text(spec_in, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "cut_chunks", one_by_one)
     monkeypatch.setattr(module, "progress_reporter", reporter)
     for name, ending, limit in (("txt", "txt", 0), ("limited", "txt", 300), ("jsonl", "jsonl", 0)):
-        prepare(spec_in(name, f"text.{ending}", val_docs=10, max_tokens=limit))
+        rule = {"val_docs": 10, "allow_overlap": True, "max_tokens": limit}
+        prepare(spec_in(name, f"text.{ending}", **rule))
     assert said["txt: val"] == [(n / 10, 1) for n in range(1, 10)] + [(0.999, 1), (1, 1)]
     *shares, last = [share for share, _ in said["txt: train"]]
     expected = [min(n / 50, 0.999) for n in range(1, 51)]
