@@ -132,6 +132,7 @@ def kernel_or_xla(
     check: Callable[[], None],
     entry: dict[str, Any],
     arguments: str,
+    unmeasured: str = "",
 ) -> str:
     """`pallas_triton` or `xla`, here and now, logged with its reason.
 
@@ -141,10 +142,12 @@ def kernel_or_xla(
       check: raises CannotServe, with the reason, if the kernels cannot serve.
       entry: of these arguments in the device's table.
       arguments: what `entry` was measured for, in words.
+      unmeasured: why the choice without a measurement is `xla`; empty: it is `pallas_triton`.
 
     Raises: what `check` raises, if the kernels are named.
     """
     check_name(implementation, ("xla", "pallas_triton"))
+    measured = entry.get("implementation", "xla" if unmeasured else "pallas_triton")
     chosen = implementation or "pallas_triton"
     reason = "as asked" if implementation else "on an NVIDIA GPU, where no measurement says another"
     if chosen == "pallas_triton":
@@ -154,8 +157,9 @@ def kernel_or_xla(
             if implementation:
                 raise
             chosen, reason = "xla", str(error)
-    if not implementation and entry.get("implementation") == "xla" != chosen:
-        chosen, reason = "xla", f"the fastest measured on {current_device().kind}, {arguments}"
+    if not implementation and measured == "xla" != chosen:
+        fastest = f"the fastest measured on {current_device().kind}, {arguments}"
+        chosen, reason = "xla", fastest if "implementation" in entry else unmeasured
     announce(operation, chosen, reason)
     return chosen
 

@@ -35,22 +35,26 @@ def spans(start: int, width: int) -> Iterator[slice]:
         start, width = start + part, width - part
 
 
-def exist(length: int, rows: int) -> Array | None:
+def exist(length: int, rows: int, axis: int = 0) -> Array | None:
     """Which of this program's `rows` exist, [rows, 1]; None means all.
 
-    The programs along the grid's first axis share `length` rows.
+    The programs along that axis of the grid share `length` rows.
     """
     if length % rows == 0:
         return None
-    return pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < length
+    return pl.program_id(axis) * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < length
+
+
+def read(tile: Any, existing: Array | None) -> Array:
+    """The tile, with 0 in the rows that do not exist; `existing` is None if all do."""
+    if existing is None:
+        return plgpu.load(tile)
+    return plgpu.load(tile, mask=jnp.broadcast_to(existing, tile.shape), other=0.0)
 
 
 def load(tile: Any, existing: Array | None) -> Array:
-    """The tile as float32, with 0 in the rows that do not exist; `existing` is None if all do."""
-    if existing is None:
-        return plgpu.load(tile).astype(jnp.float32)
-    mask = jnp.broadcast_to(existing, tile.shape)
-    return plgpu.load(tile, mask=mask, other=0.0).astype(jnp.float32)
+    """`read` as float32."""
+    return read(tile, existing).astype(jnp.float32)
 
 
 def store(tile: Any, values: Array, existing: Array | None) -> None:

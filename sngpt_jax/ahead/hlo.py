@@ -24,6 +24,7 @@ _COLLECTIVES = {
 }  # fmt: skip
 _SUMS = {"reduce", "reduce-window", "scatter", "all-reduce", "reduce-scatter"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+PRODUCTS = "mlp_"  # begins the names of our kernels that are one matrix product each
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,8 @@ def _kernel(
             flops = _dot_flops(inside, instruction)
         elif is_custom:
             name, flops = custom_name(instruction), _attention_flops(inside, instruction)
+            if name.startswith(PRODUCTS):
+                flops = _product_flops(inside, instruction)
     return Kernel(name, opcode, times, flops, size, is_custom, instruction.attribute(_SCOPE))
 
 
@@ -284,6 +287,11 @@ def _flops(computations: dict[str, Computation], name: str) -> int:
         elif instruction.opcode == "fusion":
             total += sum(_flops(computations, callee) for callee in _called(instruction, "calls"))
     return total
+
+
+def _product_flops(inside: Computation, call: Instruction) -> int:
+    """The FLOPs of a kernel whose first result [M, N] is its operand [M, K] times a matrix."""
+    return 2 * math.prod(_shape(call.type)[:2]) * _shape(inside[call.operands[0]].type)[-1]
 
 
 def _attention_flops(inside: Computation, call: Instruction) -> int:

@@ -43,6 +43,7 @@ def encode_decode(*arrays, forward_standardized, generators, implementation):
     return xla.encode_decode(*arrays[:4], Scheme(arrays[4], forward_standardized, generators))""",
     "sngpt_kernels.epilogue.api": """from sngpt_kernels.epilogue import xla
 def finish(*arrays, implementation): return xla.finish(*arrays)""",
+    "sngpt_kernels.mlp.api": "def choose(*_): return 'xla'",
     "sngpt_kernels.rotary.api": "def choose(*_): return 'xla'",
     "sngpt_jax.model.lazy_stream": """from sngpt_jax.model.stream import Stream
 def start(x, _): return Stream(x)""",

@@ -83,7 +83,8 @@ def in_plain_xla(config: Config) -> Config:
     rows = config.data.batch_tokens // config.data.seq_len
     most = max(1, rows // XLA_SHARE)
     tokens = next(n for n in range(most, 0, -1) if rows % n == 0) * config.data.seq_len
-    model = replace(config.model, attention="xla", rotary="xla", stream="xla", code="xla")
+    fields = "attention", "rotary", "stream", "mlp", "code"
+    model = replace(config.model, **dict.fromkeys(fields, "xla"))
     return replace(config, model=model, train=replace(config.train, device_batch_tokens=tokens))
 
 

@@ -97,6 +97,9 @@ class ModelConfig:
     rotary: Literal["auto", "xla", "pallas_triton"] = "auto"
     # implementation of the residual stream's sums and norms; auto: pallas_triton on an NVIDIA GPU
     stream: Literal["auto", "xla", "pallas_triton"] = "auto"
+    # implementation of compact blocks' attention output and MLP; auto: xla, unless a measurement on
+    # this device says pallas_triton, whose matrix products contain the passes beside them
+    mlp: Literal["auto", "xla", "pallas_triton"] = "auto"
     # implementation of the sparse codes; auto: pallas_triton on an NVIDIA GPU
     code: Literal["auto", "xla", "pallas_triton"] = "auto"
 

@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -180,16 +180,22 @@ class Attention(nnx.Module):
         return q_BTHh, k_BTKh, v_BTKh
 
     def __call__(
+        self, x_BTD: jax.Array, positions: Positions, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The output [B, T, D], and the values; arguments are those of `heads`."""
+        y_BTE, v_BTKh = self.heads(x_BTD, positions, **options)
+        return linear(y_BTE, self.out[...]), v_BTKh
+
+    def heads(
         self,
         x_BTD: jax.Array,
         positions: Positions,
         *,
         copies: tuple[jax.Array, ...] = (),
-        gain_D: jax.Array | None = None,
         added_value: jax.Array | None = None,
         first_value: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The output [B, T, D], its channels times `gain_D`, and the values [B, T, K, h].
+        """The heads side by side [B, T, E], which `out` takes, and the values [B, T, K, h].
 
         A kernel that gives two `copies` of x, too, adds the gradients of the products that read
         them. `added_value` is added to the values; `first_value` are the first layer's values.
@@ -224,4 +230,4 @@ class Attention(nnx.Module):
             mask = positions.causal
             y_BTHh = xla.masked_attention(q_BTHh, k_BSKh, v_BSKh, mask, scale=self.scale)
             y_BTHh = finish(y_BTHh, v_BTKh if self.exclusive else None, gate)
-        return linear(y_BTHh.reshape(*x_BTD.shape[:2], -1), self.out[...], gain=gain_D), v_BTKh
+        return y_BTHh.reshape(*x_BTD.shape[:2], -1), v_BTKh

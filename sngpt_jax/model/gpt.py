@@ -90,13 +90,10 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             mixed = x.scaled(keep_D) + x0.scaled(mix_D)
             u, n_BTD, *copies = mixed.normed(self.norm_eps, scale=self.norm_scale, uses=3)
-            gain_D = self.attn_scale[...]
-            y_BTD, v_BTKh = self.attn(
-                n_BTD, positions, copies=tuple(copies), gain_D=gain_D, **values
-            )
-        with jax.named_scope("mlp"):
-            u, n_BTD = (u + y_BTD).normed(self.norm_eps, scale=self.norm_scale)
-            return u + self.mlp(n_BTD, self.mlp_scale[...]), v_BTKh
+            y_BTE, v_BTKh = self.attn.heads(n_BTD, positions, copies=tuple(copies), **values)
+        gains, norm = (self.attn_scale[...], self.mlp_scale[...]), (self.norm_eps, self.norm_scale)
+        out = self.attn.out[...]
+        return self.mlp.residual(u, y_BTE, out, gains, eps=norm[0], scale=norm[1]), v_BTKh
 
 
 class RecycledCore(nnx.Module):

@@ -51,10 +51,13 @@ def linear(
         if isinstance(matrix, Observed):
             matrix.seen.append(x_BTn)
             matrix = matrix.matrix
-        if gain is not None:
-            matrix = matrix * gain[None, :]
-        rounded.append(matrix.astype(x_BTn.dtype))
+        rounded.append(operand(matrix, x_BTn.dtype, gain))
     return _product(x_BTn, jnp.concatenate(rounded, axis=1) if len(rounded) > 1 else rounded[0])
+
+
+def operand(matrix_nm: jax.Array, dtype: jnp.dtype, gain: jax.Array | None = None) -> jax.Array:
+    """The matrix as a product takes it: its columns times `gain` [m], rounded to `dtype`."""
+    return (matrix_nm if gain is None else matrix_nm * gain[None, :]).astype(dtype)
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ from sngpt_jax.model.stream import Stream
 
 @dataclass(eq=False)
 class Shared:
-    """A sum that several kernels read. The first of them also writes it, for the others."""
+    """A sum that several kernels read. The first of them returns it, for the others."""
 
     arrays: tuple[jax.Array, ...]
     again: bool = True  # whether a kernel after the next one reads it too
@@ -30,6 +30,15 @@ class LazyStream:
 
     groups: tuple[tuple[jax.Array | None, tuple[jax.Array, ...] | Shared], ...]
     named: api.Implementation | None  # by the recipe
+
+    @property
+    def array(self) -> jax.Array:
+        """The stream [B, T, D], if it is one array."""
+        (((x_BTD,),),) = ((sums for _, sums in self.groups),)
+        return x_BTD
+
+    def replaced(self, x_BTD: jax.Array) -> "LazyStream":
+        return replace(self, groups=((None, (x_BTD,)),))
 
     def used_twice(self) -> "LazyStream":
         ((weight, arrays),) = self.groups
@@ -76,7 +85,7 @@ class LazyStream:
         )
         if write:
             first.arrays, first.again = (results.pop(),), False
-        return replace(self, groups=((None, (u_BTD,)),)), *results
+        return self.replaced(u_BTD), *results
 
 
 def start(x_BTD: jax.Array, config: ModelConfig) -> Any:

@@ -1,25 +1,18 @@
 """The MLP: the half of a block that maps each position by itself."""
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from sngpt_kernels.dispatch import current_device
+from sngpt_kernels.mlp import api
+from sngpt_kernels.mlp.xla import leaky_relu2, relu2
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import linear
-
-
-def relu2(h: jax.Array) -> jax.Array:
-    """relu(h)², elementwise. So et al. 2021, arXiv:2109.08668."""
-    return jnp.square(jax.nn.relu(h))
-
-
-def leaky_relu2(h: jax.Array) -> jax.Array:
-    """h² above zero, h²/4 below, elementwise. Source: parameter-golf submission 740."""
-    return jnp.square(jax.nn.leaky_relu(h, 0.5))
+from sngpt_jax.model.layers import Observed, chosen_by, linear, operand
+from sngpt_jax.model.stream import Stream
 
 
 def gelu(h: jax.Array) -> jax.Array:
@@ -37,9 +30,48 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[config.mlp_activation]
+        self.name = config.mlp_activation
+        self.implementation = None if config.mlp == "auto" else config.mlp
         self.up = nnx.Param(init.matrix(config, rngs.params(), (config.d_model, config.mlp_dim)))
         self.down = nnx.Param(init.residual_output(config, rngs, (config.mlp_dim, config.d_model)))
 
     def __call__(self, x_BTD: jax.Array, gain_D: jax.Array | None = None) -> jax.Array:
         """The output [B, T, D], its channels times `gain_D`."""
         return linear(self.activation(linear(x_BTD, self.up[...])), self.down[...], gain=gain_D)
+
+    def residual(
+        self,
+        x: Stream,
+        y_BTE: jax.Array,
+        out: jax.Array | Observed,
+        gains: tuple[jax.Array, jax.Array],
+        *,
+        eps: float,
+        scale: float,
+    ) -> Any:
+        """u plus this MLP of norm(u), where u is the stream x plus the attention's output product.
+
+        y [B, T, E] are the heads, `out` [E, D] is the product's matrix. `gains` [D] multiply the
+        columns of `out` and of this MLP's output. `scale` is the norm's.
+        """
+        up, down, dtype = self.up[...], self.down[...], y_BTE.dtype
+        if not any(isinstance(matrix, Observed) for matrix in (out, up, down)):
+            widths = *out.shape, up.shape[1]
+            with chosen_by("mlp"):
+                chosen = api.choose(dtype, *widths, self.name, self.implementation)
+            if chosen != "xla":
+                with jax.named_scope("mlp"):
+                    x_BTD = api.residual_mlp(
+                        *(x.array, y_BTE, operand(out, dtype, gains[0])),
+                        *(operand(up, dtype), operand(down, dtype, gains[1])),
+                        activation=self.name,
+                        eps=eps,
+                        scale=scale,
+                        implementation=self.implementation,
+                    )
+                return x.replaced(x_BTD)
+        with jax.named_scope("attention"):
+            y_BTD = linear(y_BTE, out, gain=gains[0])
+        with jax.named_scope("mlp"):
+            u, n_BTD = (x + y_BTD).normed(eps, scale=scale)
+            return u + self(n_BTD, gains[1])

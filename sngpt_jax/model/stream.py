@@ -35,6 +35,10 @@ class Stream:
         """The same stream, if two sums read it."""
         return self
 
+    def replaced(self, x_BTD: jax.Array) -> Any:
+        """The stream x."""
+        return Stream(x_BTD)
+
     def normed(
         self, eps: float, *, scale: float = 1.0, gain_D: jax.Array | None = None, uses: int = 1
     ) -> tuple[Any, ...]:

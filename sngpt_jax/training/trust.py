@@ -26,6 +26,7 @@ from sngpt_kernels.case import Case
 from sngpt_kernels.cayley import specs as cayley
 from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.epilogue import specs as epilogue
+from sngpt_kernels.mlp import specs as mlp
 from sngpt_kernels.rotary import specs as rotary
 from sngpt_kernels.stream import specs as stream
 from sngpt_kernels.xsa import specs as xsa
@@ -104,6 +105,15 @@ def _epilogue(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     return found
 
 
+def _mlp(config: ModelConfig, sequences: int, length: int) -> list[Case]:
+    activation = config.mlp_activation
+    if config.family != "compact" or activation == "gelu":
+        return []
+    dtype, widths = compute_dtype(config), (config.d_model, config.mlp_dim)
+    name = f"{dtype} {[*widths]} {activation}"
+    return [mlp.case(name, sequences * length, *widths, activation=activation, dtype=dtype)]
+
+
 def _code(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     if not config.levels:
         return []
@@ -120,6 +130,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "epilogue": Operation(_epilogue, lambda config: "xla" if config.attention == "xla" else "auto"),
     "rotary": Operation(_rotary, lambda config: config.rotary),
     "stream": Operation(_stream, lambda config: config.stream),
+    "mlp": Operation(_mlp, lambda config: config.mlp),
     "cayley": Operation(_code, lambda config: config.code),
 }
 

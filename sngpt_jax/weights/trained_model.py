@@ -71,7 +71,8 @@ class TrainedModel:
 
 def on_any_device(config: Config) -> Config:
     """`config` without the implementations that the run named, which other devices may lack."""
-    return changed(config, model=dict.fromkeys(("attention", "rotary", "stream", "code"), "auto"))
+    fields = "attention", "rotary", "stream", "mlp", "code"
+    return changed(config, model=dict.fromkeys(fields, "auto"))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[64,32]{1,0
   %put = f32[8,100]{1,0} fusion(%rows, %one_row, %i), kind=kLoop, calls=%update_computation
   %attended = (bf16[2,4,64,8]{3,2,1,0}, u8[0]{0}) custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "64", "64"]}, "mask_type": "CAUSAL"}}
   %mine = f32[64]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_x = 1 : i32, name = "cayley_forward", num_warps = 4 : i32}
+  %product = (bf16[64,16]{1,0}, f32[64,1]{1,0}) custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_x = 1 : i32, name = "mlp_out", num_warps = 8 : i32}
   ROOT %next = (s32[], bf16[64,32]{1,0}, bf16[32,16]{1,0}, f32[8,100]{1,0}) tuple(%i, %x, %w, %put)
 }
 
@@ -121,7 +122,8 @@ def test_counts_of_a_program_counted_by_hand() -> None:
     program = hlo.analyse(PROGRAM)
     kernels = {kernel.name: kernel for kernel in program.kernels}
     assert {name: k.times for name, k in kernels.items()} == {
-        **dict.fromkeys(["matmul", "one_row", "put", "cudnn$fmhaSoftmax", "cayley_forward"], 6),
+        **dict.fromkeys(["matmul", "one_row", "put", "cudnn$fmhaSoftmax"], 6),
+        **dict.fromkeys(["cayley_forward", "mlp_out"], 6),
         "sorted": 1,
     }
     assert kernels["matmul"].flops == 2 * 64 * 16 * 32
@@ -132,10 +134,14 @@ def test_counts_of_a_program_counted_by_hand() -> None:
     assert kernels["cudnn$fmhaSoftmax"].flops == 2 * 2 * (2 * 4 * 64 * 64) * 32 // 2
     assert kernels["cayley_forward"].bytes == 2 * 64 * 32 + 4 * 64
     assert kernels["sorted"].bytes == 8000  # of a conditional's branches the one that does most
-    assert program.custom_kernels() == {"cudnn$fmhaSoftmax": 6, "cayley_forward": 6}
+    assert kernels["mlp_out"].flops == kernels["matmul"].flops
+    assert kernels["mlp_out"].bytes == kernels["matmul"].bytes + 4 * 64
+    names = "cudnn$fmhaSoftmax", "cayley_forward", "mlp_out"
+    assert program.custom_kernels() == dict.fromkeys(names, 6)
     assert program.collective_counts() == {"all-reduce": (1, 4000)}
     assert program.collectives[0].group == 2
-    assert program.flops == 6 * (kernels["matmul"].flops + kernels["cudnn$fmhaSoftmax"].flops)
+    products = 2 * kernels["matmul"].flops
+    assert program.flops == 6 * (products + kernels["cudnn$fmhaSoftmax"].flops)
     assert program.seconds(1e30, 1e3) == pytest.approx(program.bytes / 1e3)
     assert program.seconds(1e3, 1e30) == pytest.approx(program.flops / 1e3)
 

@@ -206,7 +206,7 @@ def test_a_cases_passes() -> None:
 
 
 def test_unknown_operations_and_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = "expected cayley or epilogue or rotary or stream or xsa"
+    expected = "expected cayley or epilogue or mlp or rotary or stream or xsa"
     with pytest.raises(UserError, match=f"no operation 'xas'; {expected}"):
         select(CaseArguments(("xas",)))
     specs = type("specs", (), {"CASES": (toy_case.CASE,)})

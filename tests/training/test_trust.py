@@ -16,6 +16,7 @@ from sngpt_kernels.cayley import pallas_triton as cayley_kernels
 from sngpt_kernels.cayley import xla as cayley_xla
 from sngpt_kernels.epilogue import pallas_triton as epilogue_kernels
 from sngpt_kernels.epilogue import xla as epilogue_xla
+from sngpt_kernels.mlp import pallas_triton as mlp_kernels
 from sngpt_kernels.rotary import pallas_triton as rotary_kernels
 from sngpt_kernels.stream import pallas_triton as stream_kernels
 from sngpt_kernels.xsa import api as xsa_api
@@ -39,6 +40,12 @@ SMALL = {  # a kernel's module and function, and the choices of a model that run
     "rotary": (rotary_kernels, "prepare", {"rotary": "auto", "attention": "xla"}),
     "stream": (stream_kernels, "sum_norm", {"stream": "auto", "attention": "xla"}),
     "epilogue": (epilogue_kernels, "finish", {"xsa_layers": 1, "attention_gate": True}),
+    "mlp": (
+        mlp_kernels,
+        "residual_mlp",
+        {"mlp": "pallas_triton", "attention": "xla", "d_model": 128, "mlp_dim": 128}
+        | {"compute_dtype": "bfloat16"},
+    ),
 }
 FINISH = epilogue_kernels.finish
 
@@ -201,7 +208,7 @@ def test_a_kernel_of_a_library(config, monkeypatch):
 
 @pytest.mark.parametrize(("factor", "problem"), [(1.0, ""), (1.25, "its value differs")])
 @pytest.mark.parametrize("name", SMALL)
-def test_element_wise_kernels(name, factor, problem, config, monkeypatch):
+def test_other_kernels(name, factor, problem, config, monkeypatch):
     module, function, choices = SMALL[name]
     right = partial(FINISH if name == "epilogue" else getattr(module, function), interpret=True)
 

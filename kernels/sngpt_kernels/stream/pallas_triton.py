@@ -45,6 +45,12 @@ class Config:
         return cls(rows=1 << rows.bit_length() - 1)
 
 
+def _config(dtype: jnp.dtype, width: int) -> Config:
+    """The entry of the device's table, or `heuristic` if it has none."""
+    entry = tuned_entry(dispatch.current_device(), dtype, width)
+    return Config(**entry["config"]) if "config" in entry else Config.heuristic(width)
+
+
 @dataclass(frozen=True)
 class Problem:
     """The static arguments of one call, for both kernels."""
@@ -59,6 +65,12 @@ class Problem:
     scale: float
     config: Config
     interpret: bool
+    divided: bool = False  # whether the cotangents of n are divided by the norm already
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether u is another array than the first one, so that it is written."""
+        return self.groups != ((1, False),)
 
     @property
     def spans(self) -> list[slice]:
@@ -128,18 +140,17 @@ class Problem:
 
 
 def _forward_kernel(*refs: Any, problem: Problem) -> None:
-    terms, gain, (u_ref, n_ref, *first_ref) = problem.terms(refs)
+    terms, gain, results = problem.terms(refs)
+    u_ref, (n_ref, *first_ref) = results[: problem.is_sum], results[problem.is_sum :]
     exist = problem.exist(pl.program_id(0) * problem.config.rows)
     inner = [problem.inner(arrays, slice(None), exist) for _, arrays in terms]
-    u = problem.total(inner, [weight for weight, _ in terms], u_ref.dtype)
+    u = problem.total(inner, [weight for weight, _ in terms], n_ref.dtype)
     factor = problem.scale * problem.inverse_norm(u)
     n = problem.times([part * factor for part in u], gain)
-    for columns, sums, normed in zip(problem.spans, u, n, strict=True):
-        store(u_ref.at[:, columns], sums, exist)
-        store(n_ref.at[:, columns], normed, exist)
-    for ref in first_ref:
-        for columns, part in zip(problem.spans, inner[0], strict=True):
-            store(ref.at[:, columns], part, exist)
+    for refs, parts in ((u_ref, u), ([n_ref], n), (first_ref, inner[0])):
+        for ref in refs:
+            for columns, part in zip(problem.spans, parts, strict=True):
+                store(ref.at[:, columns], part, exist)
 
 
 def _backward_kernel(*refs: Any, problem: Problem) -> None:
@@ -161,7 +172,8 @@ def _backward_kernel(*refs: Any, problem: Problem) -> None:
         dn = [part * problem.scale for part in problem.inner(dns, at, exist)]
         dunit = problem.times(dn, gain)
         along = dot(dunit, u) * inverse * inverse / problem.width
-        g = [inverse * (a - b * along) for a, b in zip(dunit, u, strict=True)]
+        g = [a - b * along for a, b in zip(dunit, u, strict=True)]
+        g = g if problem.divided else [inverse * part for part in g]
         if dus:
             g = [a + b for a, b in zip(g, problem.inner(dus, at, exist), strict=True)]
         outputs = iter(results)
@@ -198,12 +210,14 @@ def _flat(groups: Groups, weights: Weights, gain: Array | None) -> tuple[Array, 
 def _forward(
     problem: Problem, groups: Groups, weights: Weights, gain: Array | None
 ) -> tuple[Array, ...]:
-    x = groups[0][0]
-    results = (ShapeDtypeStruct(x.shape, x.dtype),) * (2 + problem.first)
+    x, *others = groups[0]
+    written = problem.first and bool(others)  # a sum of one array is there already
+    results = (ShapeDtypeStruct(x.shape, x.dtype),) * (1 + problem.is_sum + written)
     inputs = _flat(groups, weights, gain)
-    return tuple(
-        problem.launch("stream_forward", _forward_kernel, problem.config.rows, inputs, results)
-    )
+    rows = problem.config.rows
+    computed = problem.launch("stream_forward", _forward_kernel, rows, inputs, results)
+    there = (x,) * (not problem.is_sum), (x,) * (problem.first and not written)
+    return *there[0], *computed, *there[1]
 
 
 def _backward(
@@ -226,6 +240,18 @@ def _backward(
 
 def _repeated(problem: Problem, u: Array, n: Array, *first: Array) -> tuple[Array, ...]:
     return u, *(n,) * problem.cotangents[1], *first
+
+
+def norm_gradient(u: Array, du: Array, dn: Array, eps: float, interpret: bool) -> Array:
+    """The gradient of u [N, D] from its cotangent and that of its norm, over the norm: `dn`."""
+    length, width = u.shape
+    config = _config(u.dtype, width)
+    problem = Problem(
+        *(length, width, ((1, False),), False, False, (True, 1), eps, 1.0, config, interpret),
+        divided=True,
+    )
+    (gradient,), _ = _backward(problem, (((u,),), (None,), None), [dn, du])
+    return gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -282,9 +308,7 @@ def sum_norm(
 ) -> tuple[Array, ...]:
     """`api.sum_norm` of valid arguments. `interpret` serves any device."""
     shape, dtype = groups[0][0].shape, groups[0][0].dtype
-    if config is None:
-        entry = tuned_entry(dispatch.current_device(), dtype, shape[-1])
-        config = Config(**entry["config"]) if "config" in entry else Config.heuristic(shape[-1])
+    config = config or _config(dtype, shape[-1])
     flat = tuple(tuple(x.reshape(-1, shape[-1]) for x in group) for group in groups)
     kinds = tuple((len(group), w is not None) for group, w in zip(groups, weights, strict=True))
     length, results = math.prod(shape[:-1]), (True, uses)
