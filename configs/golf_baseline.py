@@ -16,6 +16,6 @@ from sngpt_jax.config import Config, DataConfig, OptimConfig, TrainConfig
 # The defaults of the model, the optimizer and the data are the baseline's.
 config = Config(
     optim=OptimConfig(warmdown_steps=1200, warmdown_clock="wall_clock"),
-    data=DataConfig(source="golf"),
+    data=DataConfig(source="golf", val_docs=50_000),
     train=TrainConfig(max_seconds=600.0),
 )

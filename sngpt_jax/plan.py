@@ -6,13 +6,14 @@ the training step for those GPUs (`ahead.step`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from sngpt_jax.ahead.cases import InspectArguments
 from sngpt_jax.base import cli
 from sngpt_jax.config.options import Json, Quiet
-from sngpt_jax.config.recipe import Overrides, parse_command
+from sngpt_jax.config.recipe import Overrides, named_fields, parse_command
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ def main(argv: Sequence[str]) -> int:
     # jax takes seconds to import, and --help does not need it
     from sngpt_jax.ahead import step
     from sngpt_jax.cluster.mesh import make_mesh
+    from sngpt_jax.data.prepared import from_folder
     from sngpt_jax.training.cost import format_plan, make_plan
     from sngpt_jax.training.state import Shapes
 
+    if Path(config.data.dir).is_dir():
+        config = from_folder(config, named_fields(argv))
     target = step.parse(arguments.topology, config) if arguments.topology else None
     shapes = Shapes.of(config, make_mesh())
     plan = make_plan(shapes)

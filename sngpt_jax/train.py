@@ -13,7 +13,7 @@ import tyro
 from sngpt_jax.base import cli
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.config.options import KernelsOption, Quiet
-from sngpt_jax.config.recipe import Overrides, parse_command, recipe_name
+from sngpt_jax.config.recipe import Overrides, named_fields, parse_command, recipe_name
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ def main(argv: Sequence[str]) -> int:
     directory = Path(arguments.run_dir or Path("runs") / recipe_name(arguments.config))
     again = cli.command("sngpt_jax.train", *argv)
     cli.log_to_stderr(arguments.quiet)
-    from sngpt_jax.training import trainer  # jax takes seconds to import; --help needs none
+    # jax takes seconds to import; --help needs none
+    from sngpt_jax.data.prepared import from_folder
+    from sngpt_jax.training import trainer
 
     return trainer.run(
-        arguments.overrides,
+        from_folder(arguments.overrides, named_fields(argv)),
         directory,
         arguments.processes,
         quiet=arguments.quiet,

@@ -22,8 +22,9 @@ from sngpt_jax.ahead import programs
 from sngpt_jax.bench import harness, step
 from sngpt_jax.bench.arguments import StepArguments
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
+from sngpt_jax.data.prepared import prepared_data
 from sngpt_jax.model.layers import compute_dtype
 from sngpt_jax.run import checkpoint, environment
 from sngpt_jax.run.meter import peak_flops
@@ -223,6 +224,11 @@ def final_state(directory: Path) -> list[Any]:
 def train_twice(folder: Path, options: dict[str, Any], keep: Keep) -> Result:
     """Trains in two processes, takes the second run's end away and resumes it."""
     shutil.rmtree(folder, ignore_errors=True)
+    sections: dict[str, dict[str, Any]] = {}
+    for option, value in options.items():
+        section, _, name = option.partition(".")
+        sections.setdefault(section, {})[name] = value
+    prepared_data(changed(load("quickstart"), **sections))
 
     def train(name: str, **more: str) -> Path:
         command = [sys.executable, "-m", "sngpt_jax.train", "--config", "quickstart", "--quiet"]

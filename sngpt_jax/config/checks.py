@@ -31,7 +31,8 @@ _BOUNDS = {
     "optim.adam_final_lr_fraction": (0, 1),
     "optim.swa_below": (0, 1),
     "optim.qat_below": (0, 1),
-    "data.val_docs": (1, 2**53),
+    "data.val_fraction": (0, 0.999),
+    "data.split_seed": (0, 2**32 - 1),
     "data.batch_tokens": (1, 2**28),
     "data.seq_len": (1, 2**20),
     "data.slices": (1, 2**28),
@@ -112,6 +113,8 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     for name in ("data.dir", "data.source", "data.val_source", "data.tokenizer"):
         where = f"{of(name)} begins with ~, which only a command line expands; give the whole path"
         yield str(values[name]).startswith("~"), where
+    both = f"{of('data.val_docs')} and {of('data.val_fraction')} exclude each other; set one to 0"
+    yield d.val_docs and d.val_fraction, both
     unit = d.slices * d.seq_len
     yield (
         m.attention == "fa4_jax" and t.deterministic,

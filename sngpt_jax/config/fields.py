@@ -173,8 +173,11 @@ class DataConfig:
     dir: str = "data/fineweb_sp1024"  # folder with shards and tokenizer, made by `prepare`
     # text to prepare if dir is empty: stdlib, a file, a folder, golf:…, or hub:DATASET
     source: str = ""
-    val_source: str = ""  # text for validation; empty: the first val_docs documents of source
-    val_docs: int = 50_000  # documents held out for validation without a val_source
+    val_source: str = ""  # text for validation, instead of documents of source
+    val_docs: int = 0  # documents to hold out from the start of source, instead of a fraction
+    # share of the documents to hold out, drawn by split_seed, or of a single document's end; 0: 0.1
+    val_fraction: float = 0.0
+    split_seed: int = 0  # seed that draws the held-out documents
     max_tokens: int = 0  # training tokens to prepare at most; 0: the whole source
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the source
     tokenizer: str = "train"

@@ -97,6 +97,12 @@ def peek(argv: Sequence[str], option: str) -> str:
     return str(parser.parse_known_args(argv)[0].value)
 
 
+def named_fields(argv: Sequence[str]) -> frozenset[str]:
+    """The fields that options of `argv` set, as `section.field`."""
+    options = (word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    return frozenset(option.replace("-", "_") for option in options if "." in option)
+
+
 def parse_command(kind: type[T], argv: Sequence[str], *, program: str, description: str) -> T:
     """Parses `argv` into the dataclass `kind` with `config: str` and `overrides: Overrides`.
 

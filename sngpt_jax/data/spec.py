@@ -108,9 +108,10 @@ def split_of(spec: PrepareSpec, origin: Origin) -> Split:
     return choose(spec.source, spec.val_source, *rule)
 
 
-def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """How a finished folder differs from what `spec` would make: phrases about its settings, and
-    about texts and tokenizers on this machine: missing, edited, or of another Python's library.
+def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[dict[str, str], list[str]]:
+    """How a finished folder differs from what `spec` would make: phrases about its settings by
+    field, and about texts and tokenizers on this machine: missing, edited, or of another Python's
+    library.
     """
     asked: dict[str, Any] = {}
     machine = []
@@ -125,4 +126,4 @@ def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[list[str], list[st
         kinds = {text.partition(" ")[0] for text in found}
         if name in lines and len(kinds) == 1 and (name == "source" or kinds == {"stdlib"}):
             machine.append(lines.pop(name))
-    return list(lines.values()), machine
+    return lines, machine

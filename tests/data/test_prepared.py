@@ -15,8 +15,9 @@ import pytest
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.config import Config, DataConfig, ModelConfig
+from sngpt_jax.config.recipe import load
 from sngpt_jax.data.preparation import prepare
-from sngpt_jax.data.prepared import prepared_data, spec_of
+from sngpt_jax.data.prepared import from_folder, prepared_data, spec_of
 from sngpt_jax.data.shards import write_shard
 from sngpt_jax.data.spec import COMMAND
 
@@ -162,6 +163,101 @@ def test_the_library_of_another_python_is_only_told(prepared, tmp_path, warned):
     prepared_data(changed(prepared, source="stdlib", val_source="stdlib"))
     (line,) = warned()
     assert source in line and val_source in line
+
+
+# ---------------------------------------- a folder that the user named
+
+
+def named(config, folder, *fields, **data):
+    """`config` as `--data.dir folder` and options of the other fields make it."""
+    return from_folder(changed(config, dir=str(folder), **data), {"data.dir", *fields})
+
+
+def test_a_named_folder_says_what_the_recipe_need_not(prepared):
+    recipe, folder = load("quickstart"), prepared.data.dir
+    assert "prepared with other settings" in refusal(changed(recipe, dir=folder))
+    config = named(recipe, folder)
+    changes = {"source": "", "dir": folder, "val_docs": 5}
+    assert config == with_data(recipe, VOCAB, **changes)
+    assert len(prepared_data(config).val) > 0
+    agreeing = with_data(recipe, VOCAB, dir=folder, source=prepared.data.source, val_docs=5)
+    assert named(agreeing, folder) == agreeing  # where nothing differs, nothing changes
+    elsewhere = changed(recipe, dir=folder)
+    assert from_folder(elsewhere, {"data.source"}) is elsewhere
+
+
+def with_data(config, vocab_size, **data):
+    model = replace(config.model, vocab_size=vocab_size)
+    return changed(replace(config, model=model), **data)
+
+
+def test_the_split_of_a_named_folder_is_taken(config, tmp_path):
+    given = {"val_docs": 0, "val_fraction": 0.25, "split_seed": 3, "max_tokens": 500}
+    folder = tmp_path / "data"
+    prepare(spec_of(changed(config, **given)))
+    recipe = load("quickstart")
+    assert named(recipe, folder) == with_data(recipe, VOCAB, source="", dir=str(folder), **given)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"val_docs": 6}, "val_docs: 5 there, 6 asked for"),
+        ({"val_docs": 0, "val_fraction": 0.5}, "val_docs: 5 there, 0 asked for; val_fraction: 0.0"),
+        ({"normalization": "nmt_nfkc"}, "normalization: 'identity' there"),
+        ({"max_tokens": 7}, "max_tokens: 0 there, 7 asked for"),
+        ({"source": "stdlib"}, "source: 'files, 1 files"),
+        ({"tokenizer": "data/tokenizer.model"}, "tokenizer: 'train' there"),
+        ({"vocab_size": 300}, "vocab_size: 280 there, 300 asked for"),
+    ],
+)
+def test_options_that_contradict_the_named_folder_are_refused(
+    prepared, tmp_path, monkeypatch, data, line
+):
+    monkeypatch.chdir(tmp_path)
+    fields = [f"model.{name}" if name == "vocab_size" else f"data.{name}" for name in data]
+    recipe = with_data(load("quickstart"), data.pop("vocab_size", 1024), **data)
+    with pytest.raises(UserError, match="prepared otherwise .*; leave these options out") as caught:
+        named(recipe, "data", *fields)
+    assert line in str(caught.value)
+
+
+def test_options_that_agree_with_the_named_folder_are_taken(prepared):
+    recipe, folder = load("quickstart"), prepared.data.dir
+    fields = ("data.val_docs", "data.source", "data.normalization", "model.vocab_size")
+    agreeing = with_data(recipe, VOCAB, val_docs=5, source=prepared.data.source)
+    assert prepared_data(named(agreeing, folder, *fields)).manifest
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_table_may_be_a_little_larger_than_a_given_tokenizer(prepared, tmp_path, manifest):
+    given = given_tokenizer(prepared, tmp_path)
+    folder = tmp_path / "given"
+    prepare(spec_of(given))
+    if not manifest:
+        (folder / "manifest.json").unlink()
+        for split in ("train", "val"):
+            (folder / f"{split}_000000.bin").rename(folder / f"a_{split}_0.bin")
+    recipe = load("quickstart")
+    for rows, expected in ((270, VOCAB), (VOCAB, VOCAB), (407, 407), (408, VOCAB), (1024, VOCAB)):
+        config = named(with_vocab(recipe, rows), folder)
+        assert config.model.vocab_size == expected and config.data.source == ""
+        assert prepared_data(config).tokenizer.vocab_size == VOCAB
+    assert named(with_vocab(recipe, 999), folder, "model.vocab_size").model.vocab_size == 999
+    small = named(with_vocab(recipe, 270), folder, "model.vocab_size")
+    assert "expected at most model.vocab_size = 270" in refusal(small)
+    golf = named(load("golf_baseline"), folder)
+    assert golf.data.source == ("" if manifest else "golf")
+
+
+def test_a_named_folder_without_whole_data_is_refused(config, tmp_path):
+    for message in ("no such folder", "found none", "has not finished"):
+        with pytest.raises(UserError, match=message):
+            named(config, tmp_path / "data")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        if message == "found none":
+            (tmp_path / "data" / "progress.json").touch()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["progress.json"]
 
 
 # ---------------------------------------- stopped on the way
