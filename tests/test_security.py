@@ -46,7 +46,7 @@ LATE = "importlib.import_module"
 EXCEPTIONS = {
     "sngpt_jax/config/recipe.py": ("import runpy", "recipes are code, of the user's own"),
     "sngpt_jax/weights/state_dict_files.py": ("import pickle", "names the error of torch.load"),
-    "sngpt_jax/data/corpus.py": (LATE, "optional packages that the source names"),
+    "sngpt_jax/data/corpus/hub.py": (LATE, "optional packages that the source names"),
     "sngpt_jax/artifact/bundle.py": ("code in a string", "the exported program runs its own file"),
     "kernels/sngpt_kernels/dispatch.py": (LATE, "a backend that the source names"),
     "sngpt_jax/ahead/cases.py": (LATE, "operations that are folders of the source"),

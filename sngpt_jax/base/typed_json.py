@@ -23,12 +23,12 @@ T = TypeVar("T")
 Check = Callable[[str, Any, str], None]
 
 
-def loads(text: bytes) -> Any:
+def loads(text: bytes, lone_surrogates: bool = False) -> Any:
     """The value of JSON in UTF-8.
 
     Raises `ValueError` for what is no JSON, and for JSON that readers understand differently: a
-    repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair, more than
-    `MAX_DEPTH` levels.
+    repeated key, NaN, infinities, numbers beyond 64 bits, half of a surrogate pair (unless
+    `lone_surrogates` lets it pass), more than `MAX_DEPTH` levels.
     """
     try:
         value = json.loads(
@@ -40,7 +40,7 @@ def loads(text: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError(f"more than {MAX_DEPTH} levels deep") from None
-    _check_text(value, MAX_DEPTH)
+    _check_text(value, MAX_DEPTH, lone_surrogates)
     return value
 
 
@@ -66,9 +66,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _check_text(value: Any, levels: int) -> None:
+def _check_text(value: Any, levels: int, lone_surrogates: bool) -> None:
     """Raises `ValueError` if `value` has more levels, or text that UTF-8 cannot hold."""
-    if isinstance(value, str) and not value.isascii():
+    if isinstance(value, str):
+        if lone_surrogates or value.isascii():
+            return
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
@@ -77,7 +79,7 @@ def _check_text(value: Any, levels: int) -> None:
         if not levels:
             raise ValueError(f"more than {MAX_DEPTH} levels deep")
         for inner in (*value, *value.values()) if isinstance(value, dict) else value:
-            _check_text(inner, levels - 1)
+            _check_text(inner, levels - 1, lone_surrogates)
 
 
 def read(path: Path, error: type[UserError]) -> Any:

@@ -16,6 +16,10 @@ from sngpt_jax.base.errors import UserError
 
 MAX_NAME = 1000  # characters of a path in a folder
 
+# What a clone without the large files has in their place: a text of less than 1024 bytes.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+
 
 def shown(value: object) -> str:
     """`value`, whatever a file has put there, as a line can quote it."""
@@ -33,7 +37,7 @@ def _reading(path: Path, error: type[UserError]) -> Iterator[None]:
 
 
 def plain_size(path: Path, error: type[UserError]) -> int:
-    """The size in bytes of a plain file."""
+    """The size in bytes of a plain file. Refuses a pointer of Git LFS."""
     try:
         with _reading(path, error):
             found = path.stat()
@@ -41,6 +45,11 @@ def plain_size(path: Path, error: type[UserError]) -> int:
         raise error(f"{shown(str(path))}: cannot be read: {problem}") from None
     if not stat.S_ISREG(found.st_mode):  # a pipe and some devices would never end
         raise error(f"{path}: cannot be read: not a plain file")
+    if found.st_size < _POINTER_BYTES:
+        with _reading(path, error), open(path, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                pull = "fetch the file: git lfs pull"
+                raise error(f"{path}: a pointer of Git LFS in place of the file; {pull}")
     return found.st_size
 
 

@@ -173,6 +173,11 @@ class DataConfig:
     dir: str = "data/fineweb_sp1024"  # folder with shards and tokenizer, made by `prepare`
     # text to prepare if dir is empty: stdlib, a file, a folder, golf:…, or hub:DATASET
     source: str = ""
+    # key or column with the text, in .jsonl, .json, .csv and .parquet files and in hub data sets
+    text_key: str = "text"
+    # text files (.txt, .md, .py) are cut into documents at this text; empty: at lines that hold
+    # only <|endoftext|>
+    split_on: str = ""
     val_source: str = ""  # text for validation, instead of documents of source
     val_docs: int = 0  # documents to hold out from the start of source, instead of a fraction
     # share of the documents to hold out, drawn by split_seed, or of a single document's end; 0: 0.1

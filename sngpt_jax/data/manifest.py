@@ -60,6 +60,8 @@ class Origin:
     split_seed: int = 0  # of the documents that val_fraction holds out
     # training documents stay that validation has, too; None: of an earlier version, which kept them
     allow_overlap: bool | None = None
+    text_key: str = "text"  # key or column with the text
+    split_on: str = ""  # text that ends a document of a text file; empty: the usual line
 
     def differences(self, asked: Mapping[str, Any]) -> dict[str, str]:
         """A phrase for each field in which `asked` differs."""

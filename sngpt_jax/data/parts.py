@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.base.untrusted import inside
-from sngpt_jax.data.corpus import documents
+from sngpt_jax.data.corpus import Reading, documents
 from sngpt_jax.data.encode import Encoded, cut_chunks, encoder
 from sngpt_jax.data.manifest import (
     CHANGED,
@@ -109,7 +109,8 @@ class Parts:
             table = load_tokenizer(self.tokenizer).token_bytes()
             writer = SplitWriter(folder, "train", _SHARD_TOKENS, table, journal.train, on_shard)
             name = f"{self.source}, part {part + 1} of {self.count}"
-            texts = enumerate(documents(self.source, part, self.count))
+            reading = Reading(self.origin.text_key, self.origin.split_on)
+            texts = enumerate(documents(self.source, part, self.count, reading))
             left = islice(texts, writer.documents, None)
             with encoder(self.tokenizer, workers=1) as encode:
                 for chunk in encode(name, cut_chunks(left)):

@@ -23,7 +23,7 @@ import numpy as np
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.terminal import progress_reporter
 from sngpt_jax.data import overlap
-from sngpt_jax.data.corpus import count_parts, imported, text_bytes
+from sngpt_jax.data.corpus import count_parts, imported, say_left_out, text_bytes
 from sngpt_jax.data.encode import Encoded, Encoder, cut_chunks, encoder
 from sngpt_jax.data.manifest import (
     CHANGED,
@@ -67,6 +67,8 @@ class _Preparation:
         self.entry = self.journal.tokenizer
         self.tokenizer = self.out / self.entry.file
         check_sha256(self.tokenizer, self.entry.sha256, CHANGED)
+        for text in filter(None, (spec.source, spec.val_source)):
+            say_left_out(text)
 
     def _advance(self, **changes: Any) -> None:
         """Records changed fields of the journal."""

@@ -39,6 +39,8 @@ def spec_of(config: Config) -> PrepareSpec:
         max_tokens=d.max_tokens,
         vocab_size=config.model.vocab_size,
         normalization=d.normalization,
+        text_key=d.text_key,
+        split_on=d.split_on,
     )
 
 
@@ -68,7 +70,7 @@ def from_folder(config: Config, named: Collection[str]) -> Config:
             remedy = "leave these options out, or choose another --data.dir"
             raise UserError(f"{directory}: prepared otherwise ({'; '.join(refused)}); {remedy}")
         if other or machine:
-            names = ("val_docs", "val_fraction", "split_seed", "max_tokens")
+            names = ("val_docs", "val_fraction", "split_seed", "max_tokens", "text_key", "split_on")
             changes = {"source": "", "val_source": ""} | {x: getattr(origin, x) for x in names}
             changes["tokenizer"] = "train" if learnt else str(directory / manifest.tokenizer.file)
             if origin.normalization in get_args(DataConfig.__annotations__["normalization"]):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.corpus import fingerprint
+from sngpt_jax.data.corpus import Reading, check_reading, fingerprint
 from sngpt_jax.data.manifest import Manifest, Origin
 from sngpt_jax.data.split import DEFAULT_FRACTION, HUB_DOCUMENTS, Split, choose
 from sngpt_jax.data.tokenizer import load_tokenizer
@@ -20,8 +20,8 @@ DEFAULT_VOCAB_SIZE = 1024  # of a tokenizer to learn, or of golf
 class PrepareSpec:
     """What to prepare, and where to."""
 
-    # stdlib; a .txt, .jsonl[.gz|.zst] or .parquet file; a folder; hub:NAME[:CONFIG][@SPLIT];
-    # golf[:spV]
+    # stdlib; a file (.txt, .md, .py, .jsonl, .json, .csv, each also .gz or .zst, or .parquet); a
+    # folder of such files; hub:NAME[:CONFIG][@SPLIT]; golf[:spV]
     source: str
     out: str  # folder for the shards, the tokenizer and manifest.json
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
@@ -38,6 +38,16 @@ class PrepareSpec:
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
     shard_tokens: int = 100_000_000  # tokens per shard
     max_tokens: int = 0  # stop after this many training tokens; 0: no limit
+    # key or column with the text, in .jsonl, .json, .csv and .parquet files and in hub data sets
+    text_key: str = "text"
+    # text files (.txt, .md, .py) are cut into documents at this text; empty: at lines that hold
+    # only <|endoftext|>
+    split_on: str = ""
+
+    @property
+    def reading(self) -> Reading:
+        """How documents are taken from files. Raises `UserError`."""
+        return Reading(self.text_key, self.split_on)
 
 
 def option(field: str) -> str:
@@ -49,8 +59,12 @@ def command_line(spec: PrepareSpec) -> list[str]:
     """The arguments of `COMMAND` that prepare `spec`."""
     words = []
     for field in dataclasses.fields(spec):
-        if (value := getattr(spec, field.name)) != field.default:
-            words += [option(field.name)] if value is True else [option(field.name), str(value)]
+        name, value = option(field.name), getattr(spec, field.name)
+        if value is True:
+            words.append(name)
+        elif value != field.default:  # after a space the parser takes a leading - for an option
+            dashed = str(value).startswith("-")
+            words += [f"{name}={value}"] if dashed else [name, str(value)]
     return words
 
 
@@ -80,6 +94,10 @@ def _tokenizer_fields(spec: PrepareSpec) -> dict[str, Any]:
     return {"tokenizer": name, "vocab_size": size, "normalization": rule}
 
 
+def _reading_fields(spec: PrepareSpec) -> dict[str, Any]:
+    return dataclasses.asdict(spec.reading)
+
+
 def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
     """Raises `UserError` if `what` has more tokens than `spec` allows."""
     if 0 < spec.vocab_size < vocab_size:
@@ -89,7 +107,9 @@ def check_size(spec: PrepareSpec, what: str, vocab_size: int) -> None:
 
 def origin_of(spec: PrepareSpec) -> Origin:
     """The settings and hashes that decide the bytes of the files. Raises `UserError`."""
+    check_reading(spec.reading, [text for text in (spec.source, spec.val_source) if text])
     fields = _source_fields(spec) | _val_fields(spec) | _tokenizer_fields(spec)
+    fields |= _reading_fields(spec)
     check_size(spec, f"--tokenizer {spec.tokenizer}", fields["vocab_size"])
     if fields["source"] == fields["val_source"]:
         same = f"--val-source {spec.val_source} is the same text as --source {spec.source}"
@@ -105,7 +125,7 @@ def origin_of(spec: PrepareSpec) -> Origin:
 def split_of(spec: PrepareSpec, origin: Origin) -> Split:
     """Which documents of the source are for training. Raises `UserError` if none are."""
     rule = origin.val_docs, origin.val_fraction, origin.split_seed
-    return choose(spec.source, spec.val_source, *rule)
+    return choose(spec.source, spec.val_source, *rule, spec.reading)
 
 
 def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[dict[str, str], list[str]]:
@@ -115,7 +135,7 @@ def differing(spec: PrepareSpec, manifest: Manifest) -> tuple[dict[str, str], li
     """
     asked: dict[str, Any] = {}
     machine = []
-    for fields in (_source_fields, _val_fields, _tokenizer_fields):
+    for fields in (_source_fields, _val_fields, _tokenizer_fields, _reading_fields):
         try:
             asked |= fields(spec)
         except UserError as error:

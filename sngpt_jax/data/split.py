@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import count, islice
 from typing import Literal
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.corpus import documents
+from sngpt_jax.data.corpus import USUAL, Reading, documents
 
 Name = Literal["train", "val"]
 
@@ -41,6 +42,7 @@ class Split:
     below: float = 0.0  # or those whose `draw` is below this,
     seed: int = 0  # with this seed,
     cut: int = 0  # or the only document from this character on
+    reading: Reading = USUAL
 
     def takes(self, name: Name, number: int) -> bool:
         """Whether document `number` belongs to the split `name`."""
@@ -61,7 +63,7 @@ class Split:
     def texts(self, name: Name, start: int = 0) -> Iterator[tuple[int, str]]:
         """Yields (number, text) of the split's documents from number `start` on."""
         own = self.val_source if name == "val" else ""
-        texts = enumerate(documents(own or self.source))
+        texts = enumerate(documents(own or self.source, reading=self.reading))
         if self.cut:
             part = slice(self.cut) if name == "train" else slice(self.cut, None)
             texts = ((number, text[part]) for number, text in texts)
@@ -72,7 +74,12 @@ class Split:
 
 
 def choose(
-    source: str, val_source: str, val_docs: int, val_fraction: float, split_seed: int
+    source: str,
+    val_source: str,
+    val_docs: int,
+    val_fraction: float,
+    split_seed: int,
+    reading: Reading = USUAL,
 ) -> Split:
     """The rule for a source. Reads as many documents as it needs to know that both splits have one.
     Raises `UserError` if one has none.
@@ -80,13 +87,13 @@ def choose(
     A `val_fraction` is the chance of each document. Of a single document it is the share at the
     end. At least one document is held out, and at least one is not.
     """
-    texts = documents(source)
-    if val_source and next(documents(val_source), None) is None:
+    texts, split = documents(source, reading=reading), partial(Split, source, reading=reading)
+    if val_source and next(documents(val_source, reading=reading), None) is None:
         raise UserError(f"--val-source {val_source} holds no documents")
     if val_source or not val_fraction:
         held_out = sum(1 for _ in islice(texts, val_docs))
         if next(texts, None) is not None:
-            return Split(source, val_source, val_docs)
+            return split(val_source, val_docs)
         if val_source or not held_out:
             raise UserError(f"--source {source} holds no documents")
         raise UserError(
@@ -99,11 +106,11 @@ def choose(
         drawn = draw(split_seed, number)
         lowest, highest = sorted((*lowest, drawn))[:2], max(highest, drawn)
         if lowest[0] < val_fraction <= highest:
-            return Split(source, below=val_fraction, seed=split_seed)
+            return split(below=val_fraction, seed=split_seed)
         only = text
     if len(lowest) > 1:  # all but the highest are held out, or the lowest alone
         below = highest if highest < val_fraction else lowest[1]
-        return Split(source, below=below, seed=split_seed)
+        return split(below=below, seed=split_seed)
     if len(only) < 2:
         raise UserError(f"--source {source} holds no documents to hold one out; give more text")
-    return Split(source, cut=place_of_cut(only, val_fraction))
+    return split(cut=place_of_cut(only, val_fraction))

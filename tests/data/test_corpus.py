@@ -19,8 +19,7 @@ import zstandard
 from pyarrow import parquet
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data import corpus
-from sngpt_jax.data.corpus import count_parts, documents, fingerprint
+from sngpt_jax.data.corpus import count_parts, documents, fingerprint, formats, reading, sources
 from sngpt_jax.data.manifest import DataError
 from tests.data.conftest import refuses
 
@@ -125,7 +124,7 @@ def test_zstd_with_a_long_window_says_its_memory(tmp_path, caplog):
     assert caplog.messages == [f"{path}: its zstd window takes 1.00 GiB of memory"]
     path.write_bytes(with_window(b"some text", 32))
     fails(
-        path, f"{path}:0: cannot be read.*too much memory.*; compress it again with zstd --long=31"
+        path, f"{path}:1: cannot be read.*too much memory.*; compress it again with zstd --long=31"
     )
 
 
@@ -139,8 +138,8 @@ def test_damaged_compression(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"text": ', "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b'{"text": ', "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON: more than 64 levels"),
         (b"[1]", "expected a string under the key 'text', found list in place of"),
         (b'{"txt": "a", "id": 1}', "found the keys 'txt', 'id'"),
         (b'{"text": null}', "found NoneType there"),
@@ -173,7 +172,10 @@ def test_parquet(tmp_path):
     for columns, message in (
         ({"text": ["a", None]}, ": row 2.*found NoneType"),
         ({"text": [1, 2]}, ": row 1.*found int"),
-        ({"content": ["a"], "id": [1]}, ": no column 'text'; columns: content, id"),
+        (
+            {"content": ["a"], "id": [1]},
+            ": no column 'text'; columns: 'content', 'id'; name one with",
+        ),
         ({"text": raw}, ": row 2.*codec can't decode byte 0xff"),
     ):
         parquet.write_table(pyarrow.table(columns), path)
@@ -184,7 +186,7 @@ def test_parquet(tmp_path):
 
 
 def test_folder_in_sorted_order(tmp_path):
-    files = {"b.txt": "b", "a/z.jsonl": '{"text": "az"}', "a.txt": "a", "note.md": "no"}
+    files = {"b.txt": "b", "a/z.jsonl": '{"text": "az"}', "a.txt": "a", "note.rst": "no"}
     for name, text in (files | {"a/deep/c.txt": "adc"}).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -195,9 +197,13 @@ def test_sources_that_are_not_there(tmp_path):
     for source in ("nonsense", str(tmp_path / "absent.txt"), ""):
         with pytest.raises(UserError, match="no such file or folder; a source is stdlib, hub:NAME"):
             documents(source)  # at the call, before anything is read
-    (tmp_path / "a.md").write_text("x")
-    fails(tmp_path, r"no text; expected files ending in .*\.jsonl\.zst", kind=UserError)
-    fails(tmp_path / "a.md", "expected files ending in .txt", kind=UserError)
+    (tmp_path / "a.rst").write_text("x")
+    fails(
+        tmp_path,
+        r"no text; expected files ending in \.txt.*; found 1 file of other kinds: \.rst",
+        kind=UserError,
+    )
+    fails(tmp_path / "a.rst", "expected a file ending in .txt", kind=UserError)
 
 
 def test_fingerprint_follows_content_not_place_or_time(tmp_path):
@@ -206,7 +212,7 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     for folder in (one, two):
         folder.mkdir()
         (folder / "a.txt").write_text("abc")
-        (folder / "note.md").write_text(folder.name)
+        (folder / "note.rst").write_text(folder.name)
     first = fingerprint(str(one))
     os.utime(one / "a.txt", (1, 1))
     assert first == fingerprint(str(one)) == fingerprint(str(two))
@@ -217,11 +223,11 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
 
 
 def test_fingerprint_of_a_large_text_follows_names_sizes_and_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_HASHED_BYTES", 6)
+    monkeypatch.setattr(sources, "_HASHED_BYTES", 6)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("abc")
         os.utime(tmp_path / name, (1, 1))
-    monkeypatch.setattr(corpus, "file_sha256", lambda path, error: pytest.fail("read the text"))
+    monkeypatch.setattr(sources, "file_sha256", lambda path, error: pytest.fail("read the text"))
     first = fingerprint(str(tmp_path))
     assert fingerprint(str(tmp_path)) == first
     os.utime(tmp_path / "b.txt", ns=(1, 2))
@@ -248,8 +254,8 @@ def test_parts_one_after_the_other_are_the_source(tmp_path, parts):
 
 def test_the_library_has_as_many_parts_as_a_cluster_takes_tasks(monkeypatch):
     count = count_parts("stdlib")
-    assert 100 < count <= corpus.MAX_PARTS
-    monkeypatch.setattr(corpus, "MAX_PARTS", 50)
+    assert 100 < count <= sources.MAX_PARTS
+    monkeypatch.setattr(sources, "MAX_PARTS", 50)
     assert count_parts("stdlib") == 50
 
 
@@ -323,10 +329,11 @@ def test_hub_failures_are_one_line(monkeypatch):
     [("a.txt", ".zst", "x" * 1001), ("a.jsonl", ".gz", "x" * 1001), ("a.txt", "", "xyz\n" * 251)],
 )
 def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, name, ending, text):
-    monkeypatch.setattr(corpus, "MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(formats, "MAX_ROW", 1000)
     path = tmp_path / f"{name}{ending}"
     path.write_bytes(WRAP[ending](text.encode()))
-    fails(path, rf"{path}:\d+: a document of more than")
+    fails(path, rf"{path}:1: a (document|line) of more than")
     if not ending:
         path.write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
         assert len(list(documents(str(path)))) == 3

@@ -12,7 +12,7 @@ from tests.data.conftest import refuses
 @pytest.fixture
 def source(monkeypatch):
     """A function that makes `texts` the documents of every source."""
-    return lambda texts: monkeypatch.setattr(module, "documents", lambda _: iter(texts))
+    return lambda texts: monkeypatch.setattr(module, "documents", lambda _, **reading: iter(texts))
 
 
 def drawn(seed, number):

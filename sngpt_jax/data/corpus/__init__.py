@@ -1,0 +1,24 @@
+"""Sources of text: the interpreter's own library, files, and Hugging Face."""
+
+from sngpt_jax.data.corpus.hub import imported
+from sngpt_jax.data.corpus.reading import USUAL, Reading
+from sngpt_jax.data.corpus.sources import (
+    check_reading,
+    count_parts,
+    documents,
+    fingerprint,
+    say_left_out,
+    text_bytes,
+)
+
+__all__ = [
+    "USUAL",
+    "Reading",
+    "check_reading",
+    "count_parts",
+    "documents",
+    "fingerprint",
+    "imported",
+    "say_left_out",
+    "text_bytes",
+]
