@@ -17,7 +17,14 @@ from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import EXIT_OVER_LIMIT, UserError
 from sngpt_jax.base.files import check_writable
 from sngpt_jax.config import ExportConfig
-from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet, WeightsOption
+from sngpt_jax.config.options import (
+    EvalTokensOption,
+    Json,
+    OptionalInt,
+    OptionalPath,
+    Quiet,
+    WeightsOption,
+)
 from sngpt_jax.config.recipe import peek
 
 logger = logging.getLogger("sngpt_jax")
@@ -41,6 +48,7 @@ class ExportArguments:
     export: Annotated[ExportConfig, tyro.conf.FlagConversionOff] = field(
         default_factory=ExportConfig
     )  # the policy; default: the run's
+    device_batch_tokens: EvalTokensOption = None
     json: Json = ""
     quiet: Quiet = False
 
@@ -126,6 +134,7 @@ def main(argv: Sequence[str]) -> int:
         limit=arguments.limit,
         tune_to_fit=arguments.tune_to_fit,
         tokens=arguments.tokens if arguments.score else None,
+        device_batch_tokens=arguments.device_batch_tokens,
     )
     limit = arguments.limit
     if arguments.json != "-":

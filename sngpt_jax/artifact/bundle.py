@@ -33,10 +33,11 @@ logger = logging.getLogger("sngpt_jax")
 
 PROJECT = ("sngpt_jax", "sngpt_kernels")
 ENTRY = "sngpt_jax.score_artifact"
-# Sources that replace modules: the program draws no progress bars, which need rich, and has no
-# kernels of ours to choose.
+# Sources that replace modules: the program draws no progress bars, which need rich, measures no
+# memory, and has no kernels of ours to choose.
 STAND_INS = {
     "sngpt_jax.base.terminal": "def clear(): pass",
+    "sngpt_jax.base.memory": "def of_devices(): return ''",
     "sngpt_kernels.cayley.api": """from sngpt_kernels.cayley import xla
 from sngpt_kernels.cayley.dictionary import Scheme
 def encode_decode(*arrays, forward_standardized, generators, implementation):

@@ -4,6 +4,8 @@ import errno
 import os
 import re
 
+from sngpt_jax.base import memory
+
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
 EXIT_OVER_LIMIT = 4
@@ -39,9 +41,9 @@ def one_line(error: BaseException) -> str | None:
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # jax's, which base cannot name
             asked = str(error).partition("RESOURCE_EXHAUSTED: ")[2].split("\n")[0][:200]
             return (
-                f"the device has too little memory: {asked.rstrip('. ')}; lower"
-                " --train.device-batch-tokens (training) or --eval.device-batch-tokens (scoring),"
-                " or take a device with more memory"
+                f"the device has too little memory: {asked.rstrip('. ')}{memory.of_devices()};"
+                " lower --train.device-batch-tokens (training) or --eval.device-batch-tokens"
+                " (scoring), or take a device with more memory"
             )
         case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE):
             return f"{error.strerror}; raise the limit of open files with ulimit -n"

@@ -111,13 +111,17 @@ def score_validation(
     max_tokens: int = 0,
     progress: OnProgress | None = None,
     stride: int = 0,
+    eval_step: Callable[[Variables, Batch], dict[str, jax.Array]] | None = None,
 ) -> Score:
-    """The score of the validation tokens, in sliding windows of `stride` or (0) standard ones."""
+    """The score of the validation tokens, in sliding windows of `stride` or (0) standard ones.
+    `eval_step` replaces that of `make_eval_step`.
+    """
     size = len(dataset.val), config.data.seq_len
     windows = standard_windows(*size, max_tokens)
     if stride:
         windows = sliding_windows(*size, stride, max_tokens)
-    step, token_bytes = make_eval_step(config.model, mesh), dataset.tokenizer.token_bytes()
+    step = eval_step or make_eval_step(config.model, mesh)
+    token_bytes = dataset.tokenizer.token_bytes()
     most = config.eval.device_batch_tokens
     scoring = Pass(variables, step, dataset.val, token_bytes, mesh, windows, most, progress)
     return scoring.score()

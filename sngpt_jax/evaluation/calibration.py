@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax.artifact.policy import MATRICES, policy_of
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, path_name
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset, TokenStream
@@ -114,7 +115,8 @@ def second_moments(
         )
     windows = Windows(tokens // seq_len * seq_len, seq_len, seq_len)
     rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
-    step, place = make_moments_step(config, mesh), batch_placer(mesh)
+    step = Fitted(make_moments_step(config, mesh), mesh, "calibrating")
+    place = batch_placer(mesh)
 
     def dispatch(batch: WindowBatch) -> Moments:
         return step(variables, place({"inputs": batch.arrays["inputs"], "counted": batch.counted}))

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import Config, ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
@@ -57,11 +58,11 @@ def _rows(pair: int, tokens: np.ndarray, first: int, seq_len: int) -> Iterator[_
 
 
 @functools.cache  # so that one program serves all calls
-def _eval_step(config: ModelConfig, mesh: Mesh, seq_len: int) -> jax.stages.Wrapped:
+def _eval_step(config: ModelConfig, mesh: Mesh, seq_len: int) -> Fitted:
     # NTK scaling derives the rotary base from the length; shorter rows take the base of training
     base = ntk_base(config.rope_base, config.rotary_dims, seq_len, config.rope_ntk_len)
     fixed = dataclasses.replace(config, rope_base=base, rope_ntk_len=0)
-    return make_eval_step(fixed, mesh, ("nll", "greedy"))
+    return Fitted(make_eval_step(fixed, mesh, ("nll", "greedy")), mesh, "scoring")
 
 
 def cut_at(text: str, until: Sequence[str]) -> str:

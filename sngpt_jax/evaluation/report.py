@@ -11,11 +11,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import Config
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
-from sngpt_jax.evaluation.memory import compile_for
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes
 from sngpt_jax.evaluation.options import StreamOptions
@@ -59,8 +59,8 @@ def score(
     first = next(window_batches(stream, windows, rows)).arrays
     if cache and cache.hints:
         first["hints"] = first["targets"].astype("int32")
-    eval_step = make_eval_step(config.model, mesh, readings)
-    compiled = compile_for(eval_step, variables, batch_placer(mesh)(first), mesh)
+    eval_step = Fitted(make_eval_step(config.model, mesh, readings), mesh, "scoring")
+    compiled = eval_step.compiled(variables, batch_placer(mesh)(first))
     token_bytes, progress = dataset.tokenizer.token_bytes(), progress_reporter("evaluate")
     scoring = Pass(variables, compiled, stream, token_bytes, mesh, windows, most, progress)
     start = time.perf_counter()

@@ -10,13 +10,12 @@ from sngpt_kernels.cayley.dictionary import level_range
 
 from sngpt_jax.base import webpage
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster.mesh import batch_placer
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass
-from sngpt_jax.evaluation.memory import compile_for
 from sngpt_jax.evaluation.step import make_eval_step
-from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows, window_batches
+from sngpt_jax.evaluation.windows import Windows, rows_at_a_time, standard_windows
 from sngpt_jax.features.study import Slice, study_slice
 from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter
@@ -46,13 +45,11 @@ def losses_by_level(
     """
     losses: list[dict[str, Any]] = []
     count, most = len(model.config.model.levels), model.config.eval.device_batch_tokens
-    rows = rows_at_a_time(windows, most, mesh.devices.size)
-    first = batch_placer(mesh)(next(window_batches(dataset.val, windows, rows)).arrays)
     for num_levels in range(1, count + 1):
         cut, variables = truncated(model.config.model, model.variables, num_levels)
         score = Pass(
             variables,
-            compile_for(make_eval_step(cut, mesh), variables, first, mesh),
+            Fitted(make_eval_step(cut, mesh), mesh, "scoring"),
             dataset.val,
             dataset.tokenizer.token_bytes(),
             mesh,

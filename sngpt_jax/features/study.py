@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from sngpt_kernels.cayley import dictionary
 
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.shards import TokenStream
@@ -63,9 +64,9 @@ class Slice:
     variables: Variables
 
     @cached_property
-    def select(self) -> jax.stages.Wrapped:
+    def select(self) -> Fitted:
         """That of `make_selections`."""
-        return make_selections(self.config, self.mesh, self.layers)
+        return Fitted(make_selections(self.config, self.mesh, self.layers), self.mesh, "studying")
 
     def selections(self, progress: OnProgress) -> Iterator[Selection]:
         """Layer index, ids [N, A], activations [N, A], tokens [N], positions [N] of each batch."""

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer, gather, partition_specs
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.data.tokenizer import Tokenizer
@@ -79,9 +80,9 @@ class _Draws(NamedTuple):
 
 @functools.cache
 def _program(
-    config: ModelConfig, mesh: Mesh, size: int, top_k: int, vocab_size: int
-) -> jax.stages.Wrapped:
-    """The jitted function (variables, batch, tables, draws) → the prompts and their continuations,
+    config: ModelConfig, mesh: Mesh, size: int, top_k: int, vocab_size: int, seq_len: int
+) -> Fitted:
+    """The function (variables, batch, tables, draws) → the prompts and their continuations,
     int32 [B, size], replicated over all processes.
 
     The batch holds "tokens" [B, T], the padded prompts; "length" [B]; "row" [B], the number of each
@@ -150,9 +151,10 @@ def _program(
 
     # check_vma cannot express that each device runs its own number of iterations
     specs = (layout, rows, P(), P())
-    return jax.jit(
+    step = jax.jit(
         jax.shard_map(continued, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     )
+    return Fitted(step, mesh, "generating", seq_len)
 
 
 # ------------------------------------------------------------------------------ on the host
@@ -241,7 +243,7 @@ def generate_tokens(
     draws = _Draws(
         jax.random.key(seed), np.float32(temperature), np.int32(max_tokens), np.int32(end_id)
     )
-    program = _program(config, mesh, size, min(top_k, vocab_size), vocab_size)
+    program = _program(config, mesh, size, min(top_k, vocab_size), vocab_size, seq_len)
     texts = program(variables, batch_placer(mesh)(batch), tables, draws)
     added = [text[n : n + max_tokens] for text, n in zip(np.asarray(texts), lengths, strict=False)]
     return [new[: np.argmax(new == end_id)] if end_id in new else new for new in added]

@@ -37,7 +37,12 @@ logger = logging.getLogger("sngpt_jax")
 
 _SEEN_WITHIN = 15.0  # seconds until a network file system shows a file to other nodes
 # differences that fit any checkpoint
-_LAYOUT = ("train.fsdp:", "train.shard_optimizer:", "train.device_batch_tokens:")
+_LAYOUT = (
+    "train.fsdp:",
+    "train.shard_optimizer:",
+    "train.device_batch_tokens:",
+    "eval.device_batch_tokens:",
+)
 
 
 def _config_path(run_dir: Path) -> Path:
@@ -81,7 +86,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[Config]:
     Gives `config`, where an automatic `train.device_batch_tokens` becomes the run's own.
 
     Raises `UserError` if another training holds it, or if its run has another configuration.
-    `train.fsdp`, `train.shard_optimizer`, `train.device_batch_tokens` and
+    `train.fsdp`, `train.shard_optimizer`, `device_batch_tokens` of `train` and `eval`, and
     `train.compilation_cache` may differ. A finished run is only read, so it may lie where nobody
     can write.
     """

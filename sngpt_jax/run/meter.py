@@ -1,7 +1,5 @@
 """The speed of a run's steps, and what the device could do."""
 
-import os
-import re
 import resource
 import statistics
 import sys
@@ -9,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 
@@ -34,33 +31,6 @@ def peak_memory(device: jax.Device) -> int:
         return int(stats["peak_bytes_in_use"])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def device_memory(device: jax.Device) -> int:
-    """The bytes that arrays may take on the device: jax's share of a GPU; on a CPU, the device's
-    share of what the machine has left.
-    """
-    if stats := device.memory_stats():
-        return int(stats["bytes_limit"])
-    return _host_memory() // len(device.client.local_devices())
-
-
-def _host_memory() -> int:
-    """The bytes that the machine, and the control groups (v2) of this process, have left."""
-    left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo, own = Path("/proc/meminfo"), Path("/proc/self/cgroup")
-    if not meminfo.is_file():  # not Linux
-        return left
-    found = dict(re.findall(r"(\w+):\s+(\d+) kB", meminfo.read_text()))
-    left = 1024 * (int(found["MemAvailable"]) + int(found["SwapFree"]))
-    group = Path("/sys/fs/cgroup", own.read_text().rpartition("0::/")[2].strip())
-    for folder in (group, *group.parents):
-        limit, used = folder / "memory.max", folder / "memory.stat"
-        if limit.is_file() and (text := limit.read_text().strip()) != "max":
-            # the group's other pages are caches, which it gives back
-            anonymous = dict(map(str.split, used.read_text().splitlines()))["anon"]
-            left = min(left, int(text) - int(anonymous))
-    return left
 
 
 def peak_flops(device_kind: str) -> float | None:

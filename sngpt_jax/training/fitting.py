@@ -1,20 +1,23 @@
 """Whether a training step fits the device's memory, by the compiled program's own analysis."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.cluster import processes
-from sngpt_jax.cluster.mesh import BATCH_AXES
+from sngpt_jax.base.memory import shown
+from sngpt_jax.cluster.memory import Fitted, limit_of
+from sngpt_jax.cluster.mesh import BATCH_AXES, batch_placer
 from sngpt_jax.config import changed, microbatches
+from sngpt_jax.data.shards import TokenStream
+from sngpt_jax.evaluation.windows import rows_at_a_time, standard_windows, window_batches
 from sngpt_jax.optim.schedules import step_controls
-from sngpt_jax.run import meter
 from sngpt_jax.training import compiler, trust
 from sngpt_jax.training.state import Shapes
 from sngpt_jax.training.step import make_train_step
@@ -61,24 +64,42 @@ def resolved(shapes: Shapes, kernels: trust.Mode) -> Shapes:
         return shapes
     logger.info("train.device_batch_tokens: compiling the step for the microbatch that fits")
     trust.settle(shapes.config, _tokens(shapes), kernels)
-    limit = _limit(shapes.mesh)
+    limit = limit_of(shapes.mesh)
     tokens, need = _largest(shapes, need_of(shapes), limit)
     logger.info(
-        f"train.device_batch_tokens = {tokens}: the step needs {_shown(need.total)} of"
-        f" {_shown(limit)}"
+        f"train.device_batch_tokens = {tokens}: the step needs {shown(need.total)} of"
+        f" {shown(limit)}"
     )
     return _with_tokens(shapes, tokens)
 
 
 def check(shapes: Shapes, compiled: Any) -> None:
     """Raises `UserError` if the compiled step does not fit; it names the microbatch that does."""
-    need, limit = _need(shapes, compiled), _limit(shapes.mesh)
+    need, limit = _need(shapes, compiled), limit_of(shapes.mesh)
     if need.total > limit:
         tokens, less = _largest(shapes, need, limit)
         raise UserError(
-            f"the step needs {_shown(need.total)} and the device has {_shown(limit)};"
-            f" --train.device-batch-tokens {tokens} needs {_shown(less.total)} and fits"
+            f"the step needs {shown(need.total)} and the device has {shown(limit)};"
+            f" --train.device-batch-tokens {tokens} needs {shown(less.total)} and fits"
         )
+
+
+def check_validation(shapes: Shapes, compiled: Any, scoring: Fitted, stream: TokenStream) -> None:
+    """Raises `UserError` if `scoring` the run's validation text does not fit beside the state of
+    the `compiled` step and the averages of the weights.
+    """
+    config, mesh = shapes.config, shapes.mesh
+    windows = standard_windows(len(stream), config.data.seq_len, config.eval.tokens)
+    rows = rows_at_a_time(windows, config.eval.device_batch_tokens, mesh.devices.size)
+    batch = batch_placer(mesh)(next(window_batches(stream, windows, rows)).arrays)
+    copies = (shapes.state.swa is not None) + (shapes.state.ema is not None)
+    variables = shapes.state.variables()
+    averages = copies * sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(variables)
+    )
+    state = compiled.memory_analysis().argument_size_in_bytes
+    scoring.compiled(variables, batch, left=limit_of(mesh) - state - averages)
 
 
 def _largest(shapes: Shapes, need: Need, limit: int) -> tuple[int, Need]:
@@ -89,18 +110,13 @@ def _largest(shapes: Shapes, need: Need, limit: int) -> tuple[int, Need]:
         sequences = fewer(need, room, _tokens(shapes) // seq_len)
         if not sequences:
             raise UserError(
-                f"the step needs {_shown(first.total)} and the device has {_shown(limit)}; not even"
+                f"the step needs {shown(first.total)} and the device has {shown(limit)}; not even"
                 " one sequence per microbatch fits; set --train.fsdp, add devices, or choose a"
                 " smaller model or data.seq_len"
             )
         shapes = _with_tokens(shapes, sequences * seq_len)
         need = need_of(shapes)
     return _tokens(shapes), need
-
-
-def _limit(mesh: Mesh) -> int:
-    """Process 0's bytes per device: all processes decide alike."""
-    return processes.broadcast(lambda: meter.device_memory(mesh.local_devices[0]))
 
 
 def _need(shapes: Shapes, compiled: Any) -> Need:
@@ -132,7 +148,3 @@ def need_of(shapes: Shapes) -> Need:
     controls = step_controls(config.optim, config.train, 0, 0.0)
     lowered = make_train_step(shapes).lower(shapes.state, batch, controls)
     return _need(shapes, compiler.compile_step(lowered))
-
-
-def _shown(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"

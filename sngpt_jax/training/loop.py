@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from sngpt_jax.base import typed_json
 from sngpt_jax.cluster import processes
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.config import Config, Weights
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass, Score
 from sngpt_jax.evaluation.health import make_health_step, score_health
-from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import standard_windows
 from sngpt_jax.model.forward import Batch, Variables
 from sngpt_jax.optim.averaging import averaged_weights
@@ -97,6 +97,7 @@ class Run:
     done: int  # steps sent so far
     position: Position
     train_step: Callable[[TrainState, Batch, StepControls], tuple[TrainState, Metrics]]
+    eval_step: Fitted
     loader: Loader
     writer: MetricsWriter
     checkpoints: checkpoint.Checkpointer
@@ -106,9 +107,11 @@ class Run:
     sent: tuple[int, StepControls, Metrics] | None = None  # the step whose metrics are unread
 
     def __post_init__(self) -> None:
-        self.eval_step = make_eval_step(self.config.model, self.mesh)
         measured = self.config.model.levels and self.config.eval.health_tokens
-        self.health_step = make_health_step(self.config.model, self.mesh) if measured else None
+        self.health_step = None
+        if measured:
+            step = make_health_step(self.config.model, self.mesh)
+            self.health_step = Fitted(step, self.mesh, "the health of the codes")
         self.token_bytes = self.data.tokenizer.token_bytes()
         self.stopwatch = Stopwatch(self.position.elapsed_seconds)
 
@@ -275,7 +278,7 @@ class Run:
         if self.health_step:
             self.log_health(self.health_step)
 
-    def log_health(self, health_step: jax.stages.Wrapped) -> None:
+    def log_health(self, health_step: Fitted) -> None:
         """Logs the health of the sparse codes on the start of the validation stream."""
         start = time.perf_counter()
         health = score_health(

@@ -17,11 +17,13 @@ from sngpt_jax.base import cli
 from sngpt_jax.base.errors import EXIT_NON_FINITE, UserError
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.layout import ProcessArguments
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import Config, flat, profile_window
 from sngpt_jax.data.loader import batches_of, make_loader
 from sngpt_jax.data.prepared import prepared_data
 from sngpt_jax.data.shards import Dataset
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.model.generation import generate
 from sngpt_jax.optim import qat
 from sngpt_jax.optim.groups import describe, format_table
@@ -98,6 +100,8 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
     lowered = make_train_step(shapes).lower(shapes.state, place(batches[0]), controls)
     train_step = compiler.compile_step(lowered)
     fitting.check(shapes, train_step)
+    validation = Fitted(make_eval_step(config.model, mesh), mesh, "validation")
+    fitting.check_validation(shapes, train_step, validation, data.val)
     console.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     # 5. State: the last checkpoint that verifies, or a new one.
@@ -147,6 +151,7 @@ def train(config: Config, directory: Path, console: Console, kernels: trust.Mode
                 done=done,
                 position=position,
                 train_step=train_step,
+                eval_step=validation,
                 loader=loader,
                 writer=writer,
                 checkpoints=checkpoints,

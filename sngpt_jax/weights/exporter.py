@@ -16,10 +16,12 @@ from sngpt_jax.artifact.pipeline import quantize_tensors
 from sngpt_jax.artifact.quantize import Stored, dequantize
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import locked, write_bytes_atomic
+from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import make_mesh
-from sngpt_jax.config import Config, ExportConfig, Weights
+from sngpt_jax.config import Config, ExportConfig, Weights, changed
 from sngpt_jax.config.checks import validate
 from sngpt_jax.evaluation.bpb import score_validation
+from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.run.console import progress_reporter
 from sngpt_jax.weights.quantized_model import calibrate, host_tensors
 from sngpt_jax.weights.source import load_model
@@ -39,23 +41,30 @@ def export_run(
     limit: int = 0,
     tune_to_fit: bool = False,
     tokens: int | None = 0,
+    device_batch_tokens: int | None = None,
 ) -> tuple[list[Path], str, dict[str, Any]]:
     """Exports the run in `run` by the policy `export`, or with `tune_to_fit` by the policy of least
     error that fits into `limit` bytes. Writes the artifact `out`, and the other files beside it.
     Returns the files, a table of the groups of tensors, and the figures as plain values.
 
     `tokens`: number of validation tokens to score before and after the export; 0: all; None: no
-    score. `step`, `weights` as in `load_model`; `data` as in `TrainedModel.open_data`. Raises
+    score. `device_batch_tokens` replaces `eval.device_batch_tokens`, which the artifact keeps.
+    `step`, `weights` as in `load_model`; `data` as in `TrainedModel.open_data`. Raises
     `UserError`. An artifact over the limit is no error.
     """
     mesh = make_mesh()
     model = load_model(run, mesh, step, weights)
-    variables, config = model.variables, validate(replace(model.config, export=export))
+    own = {} if device_batch_tokens is None else {"device_batch_tokens": device_batch_tokens}
+    config = validate(changed(replace(model.config, export=export), eval=own))
+    variables = model.variables
     dataset = model.open_data(data) if tokens is not None or export.gptq else None
     before = moments = unpacked = None
     if dataset and tokens is not None:
-        progress = progress_reporter("score")
-        before = score_validation(config, variables, dataset, mesh, tokens, progress)
+        scoring = Fitted(make_eval_step(config.model, mesh), mesh, "scoring")
+        before = score_validation(
+            *(config, variables, dataset, mesh, tokens, progress_reporter("score")),
+            eval_step=scoring,
+        )
         if not math.isfinite(before.loss):
             raise UserError(
                 f"{run}: the loss of step {model.step} is {before.loss}; take an earlier --step"

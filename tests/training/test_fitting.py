@@ -7,12 +7,13 @@ import pytest
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import step as bench
+from sngpt_jax.cluster import memory
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.cluster.mesh import make_mesh
 from sngpt_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, changed
 from sngpt_jax.config import file as config_file
 from sngpt_jax.config.recipe import load
-from sngpt_jax.run import checkpoint, meter
+from sngpt_jax.run import checkpoint
 from sngpt_jax.training import compiler, fitting, trainer
 from sngpt_jax.training.fitting import Need
 from sngpt_jax.training.state import Shapes
@@ -37,7 +38,7 @@ def mesh():
 def device(monkeypatch):
     """A function that gives every device so many bytes, and a sixteenth that stays free."""
     return lambda size: monkeypatch.setattr(
-        meter, "device_memory", lambda device: 1 + size * 16 // 15
+        memory, "device_memory", lambda device: 1 + size * 16 // 15
     )
 
 
@@ -111,6 +112,22 @@ def train(tiny_recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_validation_that_does_not_fit_is_refused_before_the_run_begins(
+    train, device, tmp_path, monkeypatch
+):
+    """Rows of validation of which all are scored at once, beside a small microbatch."""
+    shapes, make = [], make_train_step
+    monkeypatch.setattr(trainer, "make_train_step", lambda s: shapes.append(s) or make(s))
+    device(10)
+    with pytest.raises(UserError, match="the step needs"):
+        train(64)
+    device(fitting.need_of(shapes[0]).total)
+    with pytest.raises(UserError, match="validation needs .*batch-tokens 256 needs") as caught:
+        train(64)
+    assert not (tmp_path / "run" / "config.json").exists(), caught
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_leaves_nothing_and_an_automatic_one_resumes(
     train, device, tmp_path, monkeypatch
 ):
@@ -136,14 +153,3 @@ def test_a_run_that_does_not_fit_leaves_nothing_and_an_automatic_one_resumes(
     device(2**40)
     assert train(0) == 0 and used.pop() == 4
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
-
-
-def test_memory_of_devices():
-    class Device:
-        platform = "gpu"
-
-        def memory_stats(self):
-            return {"bytes_limit": 7, "bytes_in_use": 1}
-
-    assert meter.device_memory(Device()) == 7
-    assert 2**20 < 8 * meter.device_memory(jax.devices()[0]) < 2**50

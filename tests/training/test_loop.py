@@ -52,6 +52,7 @@ def run(tiny_recipe):
         done=0,
         position=Position(),
         train_step=None,
+        eval_step=None,
         loader=SimpleNamespace(get_state=lambda: {"next_index": 0}),
         writer=Recorder(),
         checkpoints=Recorder(),
