@@ -16,10 +16,10 @@ fail() {
   exit 2
 }
 
-usage="usage: ./launch.sh prepare|train|evaluate|export|sample|plan|features|report|bench|interop|docs|test [arguments]"
+usage="usage: ./launch.sh prepare|train|evaluate|audit|export|sample|plan|features|report|bench|interop|docs|test [arguments]"
 command=${1:-}
 case "$command" in
-prepare | train | evaluate | export | sample | plan | features | report | bench | interop) module=sngpt_jax.$command ;;
+prepare | train | evaluate | audit | export | sample | plan | features | report | bench | interop) module=sngpt_jax.$command ;;
 test) module=pytest ;;
 docs) module=mkdocs ;; # build, serve
 -h | --help | help)
