@@ -43,8 +43,8 @@ from sngpt_jax.data.prepared import spec_of
 from sngpt_jax.data.shards import Shard, TokenStream
 from sngpt_jax.data.tokenizer import NO_CORRECTIONS
 from sngpt_jax.evaluation import health
+from sngpt_jax.model.attention import make_positions
 from sngpt_jax.model.forward import abstract_parts, init_variables, join, losses
-from sngpt_jax.model.generation import generate
 from sngpt_jax.optim.groups import groups, make_optimizer
 from sngpt_jax.optim.schedules import StepControls, step_controls
 from sngpt_jax.training import loop
@@ -121,10 +121,9 @@ def shallow_program(config: Config, *, coded: bool) -> str:
     return model_program(small, config.train.device_batch_tokens // T, T)
 
 
-def longest_sample(config: Config) -> None:
-    """Raises what says how long a text can be."""
-    tokenizer = SimpleNamespace(encode=lambda text: [1], bos_id=1, vocab_size=2)
-    generate(config.model, {}, None, tokenizer, "", seq_len=config.data.seq_len, max_tokens=10**9)
+def longest_sequence(config: Config) -> None:
+    """Raises what says how long a sequence can be."""
+    make_positions(config.model, 10**9)
 
 
 def shapes(sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -287,7 +286,7 @@ OBSERVERS: dict[str, list[Callable[[Config], object]]] = {
     "model": [
         functools.partial(shallow_program, coded=False),
         functools.partial(shallow_program, coded=True),
-        longest_sample,
+        longest_sequence,
     ],
     "optim": [
         lambda config: groups(config.optim),

@@ -36,8 +36,9 @@ def _left(mesh: Mesh) -> int:
 
 
 class Fitted:
-    """A jitted function of (variables, batch, …), which scores or continues rows of text. For each
-    new shape of its batch it is compiled, and compared with the device's memory, before it runs.
+    """A jitted function of (variables, batch, …), which scores or continues rows of text. The batch
+    is a tree of arrays [rows, …]. For each new shape of its batch the function is compiled, and
+    compared with the device's memory, before it runs.
     """
 
     def __init__(
@@ -49,12 +50,10 @@ class Fitted:
         self._step, self._mesh, self._doing, self._row_tokens = step, mesh, doing, row_tokens
         self._programs: dict[Any, Any] = {}
 
-    def __call__(self, variables: Any, batch: dict[str, jax.Array], *rest: Any) -> Any:
+    def __call__(self, variables: Any, batch: Any, *rest: Any) -> Any:
         return self.compiled(variables, batch, *rest)(variables, batch, *rest)
 
-    def compiled(
-        self, variables: Any, batch: dict[str, jax.Array], *rest: Any, left: int | None = None
-    ) -> Any:
+    def compiled(self, variables: Any, batch: Any, *rest: Any, left: int | None = None) -> Any:
         """The program for arguments like these; the variables may be abstract.
 
         Raises `UserError` if it needs more than the device has left, or more than `left` bytes; the
@@ -67,21 +66,20 @@ class Fitted:
             self._programs[key] = self._compile(variables, batch, rest, left)
         return self._programs[key]
 
-    def _compile(
-        self, variables: Any, batch: dict[str, jax.Array], rest: Any, left: int | None
-    ) -> Any:
+    def _compile(self, variables: Any, batch: Any, rest: Any, left: int | None) -> Any:
         devices = self._mesh.devices.size
-        rows = len(next(iter(batch.values())))
+        rows = len(jax.tree.leaves(batch)[0])
 
         def compiled_for(rows: int) -> tuple[Any, int]:
             """The program for so many rows, and the bytes that it takes beside its arguments."""
-            like = {
-                name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding)
-                for name, x in batch.items()
-            }
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=x.sharding),
+                batch,
+            )
             compiled: Any = self._step.lower(variables, like, *rest).compile()
             memory = compiled.memory_analysis()
-            return compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes
+            new = memory.output_size_in_bytes - memory.alias_size_in_bytes  # of the outputs
+            return compiled, memory.temp_size_in_bytes + new
 
         left = _left(self._mesh) if left is None else left
         compiled, need = compiled_for(rows)

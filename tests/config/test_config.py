@@ -136,10 +136,7 @@ IMPOSSIBLE = {
         ({"xla_options": ("xla_gpu_target_config_filename=x",)}, "names files"),
         ({"xla_options": ("xla_backend_extra_options=x",)}, "names files"),
     ],
-    "eval": [
-        ({"tokens": 5}, "eval.tokens = 5"),
-        ({"sample_tokens": 1024}, "eval.sample_tokens = 1024|model.max_seq_len = 1024"),
-    ],
+    "eval": [({"tokens": 5}, "eval.tokens = 5")],
     "export": [({"gptq": True, "gptq_tokens": 9}, "export.gptq_tokens = 9|data.seq_len = 1024")],
 }
 

@@ -1,19 +1,23 @@
-"""Generation against whole sequences in float64; draws, ends, and what is refused."""
+"""Generation against whole sequences and windows in float64; ends, and what is refused."""
 
 import dataclasses
 import functools
+from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh, state_shardings
 from sngpt_jax.config import parse_levels
 from sngpt_jax.model import generation
 from sngpt_jax.model.forward import forward
-from sngpt_jax.model.generation import draw, generate_tokens
+from sngpt_jax.model.generation import draw, generate_tokens, grow
 from tests import oracles
 from tests.model import test_pre_norm as pre_norm
 from tests.model.test_techniques import BIGRAM, STACKS, changed, double, random_params
@@ -51,11 +55,13 @@ def variables(config):
     return (random_params if config.family == "compact" else pre_norm.random_variables)(config)
 
 
-def generate(config, prompts, devices=1, fsdp=1, **options):
+def generate(config, prompts, devices=1, fsdp=1, steps=False, **options):
     defaults = {"seq_len": SEQ_LEN, "max_tokens": 7, "vocab_size": config.vocab_size, "end_id": -1}
     options = {**defaults, **options}
     mesh = make_mesh(jax.devices()[:devices], fsdp)
     placed = jax.device_put(variables(config), state_shardings(mesh, variables(config)))
+    if steps:
+        return grow(config, placed, mesh, prompts, **options)
     return [ids.tolist() for ids in generate_tokens(config, placed, mesh, prompts, **options)]
 
 
@@ -68,22 +74,23 @@ def oracle(config, tokens, length):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What every draw is made of: {(row, position): logits}, of up to eight rows."""
-    found = {}
+    """What every draw is made of: `logits` by (row, position) of up to eight rows, and `draws`."""
+    found = SimpleNamespace(logits={}, draws=0)
     row_keys = [generation.row_key(jax.random.key(0), jnp.int32(row)) for row in range(8)]
     keys = [jax.random.key_data(key).tolist() for key in row_keys]
 
     def note(key, position, logits):
-        found[keys.index(key.tolist()), int(position)] = np.asarray(logits)
+        found.logits[keys.index(key.tolist()), int(position)] = np.asarray(logits)
+        found.draws += 1
 
     def observed(logits, key, position, temperature, **options):
         jax.debug.callback(note, jax.random.key_data(key), position, logits)
         return draw(logits, key, position, temperature, **options)
 
     monkeypatch.setattr(generation, "draw", observed)
-    generation._program.cache_clear()
+    generation._programs.cache_clear()
     yield found
-    generation._program.cache_clear()
+    generation._programs.cache_clear()
 
 
 QUICK = "masked, recycled"
@@ -99,11 +106,11 @@ def test_logits_equal_those_of_the_whole_text(name, seen):
     prompts = [prompt for prompt in (*PROMPTS, LONG) if len(prompt) + 7 <= config.max_seq_len]
     new = generate(config, prompts)
     jax.effects_barrier()
-    assert len(seen) == 7 * len(prompts) >= 7 * len(PROMPTS)
+    assert len(seen.logits) == 7 * len(prompts) >= 7 * len(PROMPTS)
     for row, (prompt, added) in enumerate(zip(prompts, new, strict=True)):
         text = np.array([*prompt, *added])
         wanted = oracle(config, text, max(len(text), SEQ_LEN))
-        got = np.stack([seen[row, position] for position in range(len(prompt), len(text))])
+        got = np.stack([seen.logits[row, position] for position in range(len(prompt), len(text))])
         np.testing.assert_allclose(got, wanted[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
         assert added == np.argmax(got, axis=1).tolist()
 
@@ -135,10 +142,11 @@ def test_a_text_ends_before_its_end_and_the_program_with_the_last(seen):
     whole = generate(TINY, prompts)
     assert [text.index(end) for text in whole] == [1, 2, 0]
     assert all(text.count(end) == 1 for text in whole)
-    seen.clear()
+    jax.effects_barrier()
+    seen.draws = 0
     assert generate(TINY, prompts, end_id=end) == [text[: text.index(end)] for text in whole]
     jax.effects_barrier()
-    assert len(seen) == 3 * len(prompts)  # steps, of seven
+    assert seen.draws == 3 * 4  # steps, of seven, and rows, of which the last repeats the first
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
@@ -156,49 +164,65 @@ def test_half_precision_stays_near_its_own_recomputation(seen):
     jax.effects_barrier()
     text = jnp.asarray([[*PROMPTS[3], *new]])
     wanted = np.asarray(jax.jit(forward(config))(variables(config), text)[0, 5:-1])
-    got = np.stack([seen[0, position] for position in range(6, 13)])
+    got = np.stack([seen.logits[0, position] for position in range(6, 13)])
     assert got.dtype == np.float32
     assert np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
-# ------------------------------------------------------------------------------ draws
-
-LOGITS = jnp.asarray([0.0, 1.0, 2.0, 3.0, -1.0])
+# ------------------------------------------------------------------------------ windows
 
 
-def frequencies(temperature, top_k, vocab_size=5, count=4000):
-    of_one = functools.partial(draw, top_k=top_k, vocab_size=vocab_size)
-    tokens = jax.vmap(of_one, in_axes=(None, None, 0, None))(
-        LOGITS, jax.random.key(0), jnp.arange(count), jnp.float32(temperature)
-    )
-    return np.bincount(np.asarray(tokens), minlength=5) / count
+@given(st.integers(2, 40), st.integers(0, 200))
+def test_windows_hold_what_a_model_takes_and_at_least_half_of_it(most, number):
+    """By walking: the first window fills up, and then each begins with the last most // 2."""
+    start = fills_up = 0
+    for n in range(number + 1):
+        if n == (most if not start else fills_up):
+            start = n - most // 2
+            fills_up = n + most // 2
+    found, upto = generation.window(number, most)
+    assert found == start and number < upto
+    assert upto - found <= most and (not found or number - found >= most // 2)
+    assert generation.window(upto - 1, most)[0] == found != generation.window(upto, most)[0]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [0, 2, 5])
-def test_frequencies_follow_the_distribution(temperature, top_k):
-    logits = np.asarray(LOGITS, np.float64) / temperature
-    kept = np.argsort(logits)[-top_k:] if top_k else np.arange(5)
-    want = np.zeros(5)
-    want[kept] = np.exp(logits[kept]) / np.exp(logits[kept]).sum()
-    got = frequencies(temperature, top_k)
-    np.testing.assert_allclose(got, want, atol=0.03)
-    assert np.all(got[want == 0] == 0)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked, recycled", "learned positions"])
+def test_a_text_beyond_the_context_goes_on_in_windows(name):
+    """Each greedy token is the likeliest of a float64 pass over its window alone. One prompt
+    outgrows the context at once, one later, and one is short enough for a single window.
+    """
+    config = dataclasses.replace(MODELS[name], max_seq_len=13)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, config.vocab_size, n) for n in (3, 30, 13, 1)]
+    new = generate(config, prompts, max_tokens=25)
+    for prompt, added in zip(prompts, new, strict=True):
+        assert len(added) == 25
+        text = np.array([*prompt, *added])
+        for n in range(len(prompt), len(text)):
+            start, _ = generation.window(n, 13)
+            logits = oracle(config, text[start:n], 13)[-1]
+            best = logits.max()
+            assert logits[text[n]] > best - 1e-4 * max(1, abs(best))
 
 
-def test_temperature_0_takes_the_likeliest():
-    np.testing.assert_array_equal(frequencies(0.0, 0), [0, 0, 0, 1, 0])
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 2), (1.0, 3)])
-def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_k):
-    """Of the five rows the tokenizer has three; the likeliest of all is not among them."""
-    logits = np.float64(LOGITS[:3]) if temperature else np.array([-np.inf, -np.inf, 0.0])
-    logits = np.where(logits < np.sort(logits)[-top_k or 0], -np.inf, logits)
-    want = np.exp(logits) / np.exp(logits).sum()
-    got = frequencies(temperature, top_k, vocab_size=3)
-    np.testing.assert_allclose(got[:3], want, atol=0.03)
-    assert np.all(got[3:] == 0)
+def test_windows_and_pieces_change_no_draw():
+    """Tokens one by one, three by three and all at once; another first number shifts the rows."""
+    config = dataclasses.replace(TINY, max_seq_len=9)
+    options = {"temperature": 0.9, "max_tokens": 14, "seed": 2, "top_p": 0.9, "end_id": 3}
+    whole = generate(config, PROMPTS, **options)
+    assert len({len(text) for text in whole}) > 1  # some end early
+    for at_a_time in (1, 3):
+        seen = list(generate(config, PROMPTS, steps=True, at_a_time=at_a_time, **options))
+        assert [text.tolist() for text in seen[-1].added] == whole
+        assert all(seen[-1].complete) and not all(seen[0].complete)
+        for before, after in pairwise(seen):
+            for i, text in enumerate(whole):
+                assert before.added[i].tolist() == text[: len(before.added[i])]
+                assert 0 <= len(after.added[i]) - len(before.added[i]) <= at_a_time + 1
+                assert before.complete[i] <= after.complete[i]
+                assert not before.complete[i] or len(before.added[i]) == len(text)
+    assert generate(config, PROMPTS[2:], first=2, **options) == whole[2:]
 
 
 # ------------------------------------------------------------------------------ what is refused
@@ -213,7 +237,8 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_drawn(temperature, top_
         ([[1]], {"temperature": float("nan")}, "temperature = nan must be"),
         ([[1]], {"temperature": float("inf")}, "temperature = inf must be"),
         ([[1]], {"top_k": -1}, "top_k = -1 must be"),
-        ([[1], [2] * 10], {}, "a prompt of 10 tokens and 7 new ones exceed model.max_seq_len = 16"),
+        ([[1]], {"top_p": 0.0}, "top_p = 0.0 must be"),
+        ([[1]], {"top_p": 1.5}, "top_p = 1.5 must be"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(prompts, options, message):

@@ -3,6 +3,7 @@
 from sngpt_jax.data.corpus.hub import imported
 from sngpt_jax.data.corpus.reading import USUAL, Reading
 from sngpt_jax.data.corpus.sources import (
+    as_path,
     check_reading,
     count_parts,
     documents,
@@ -14,6 +15,7 @@ from sngpt_jax.data.corpus.sources import (
 __all__ = [
     "USUAL",
     "Reading",
+    "as_path",
     "check_reading",
     "count_parts",
     "documents",

@@ -4,12 +4,16 @@ Its documents have a fixed order, so that the first n can be held out and an int
 can resume.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
 import re
+import shutil
+import sys
 import sysconfig
+import tempfile
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +58,21 @@ def documents(
         else:
             texts = (text for path in paths for text in file_texts(path, reading))
     return (replace_surrogates(text) for text in texts if text)
+
+
+@contextlib.contextmanager
+def as_path(source: str) -> Iterator[str]:
+    """`source`, or for - a temporary file with the text of standard input."""
+    if source != "-":
+        yield source
+        return
+    if sys.stdin is None:  # closed before Python began
+        raise UserError("-: standard input is closed; give a file")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "standard_input.txt")
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield str(path)
 
 
 def count_parts(source: str) -> int:
