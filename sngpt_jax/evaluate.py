@@ -39,6 +39,7 @@ class EvaluateArguments:
     run: OptionalPath = None  # run directory of a trained model
     artifact: OptionalPath = None  # exported model, *.sngpt, instead of a run
     data: OptionalPath = None  # folder with prepared validation shards; default: the run's data
+    allow_overlap: bool = False  # score --data, though the model was trained on a part of it
     step: OptionalInt = None  # checkpoint to score; default: the latest checkpoint
     weights: WeightsOption = None
     fake_quantize: bool = False  # score the weights that `export` would write, without writing them
@@ -70,6 +71,7 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
         "--fake-quantize is for a --run; an artifact is already quantized": arguments.fake_quantize
         and arguments.artifact is not None,
         "--export options change nothing without --fake-quantize": exported,
+        "--allow-overlap is for --data": arguments.allow_overlap and not arguments.data,
         "--mode none scores no stream; name --tasks, or remove --mode none": unscored,
         "--task-limit and --task-definitions are for --tasks": of_tasks and not arguments.tasks,
     }
@@ -132,6 +134,7 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax import __version__
     from sngpt_jax.cluster import processes
     from sngpt_jax.cluster.mesh import make_mesh
+    from sngpt_jax.data.overlap import refuse_trained_data
     from sngpt_jax.evaluation import report
     from sngpt_jax.run.console import progress_reporter
     from sngpt_jax.weights.quantized_model import quantize_variables
@@ -162,6 +165,8 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     dataset = None
     if stream.mode != "none" or arguments.fake_quantize:
         dataset = model.open_data(arguments.data)
+        if not arguments.allow_overlap:
+            refuse_trained_data(dataset, Path(config.data.dir))
         digest = dataset.tokenizer.sha256
         processes.check_alike({"validation tokens": len(dataset.val), "tokenizer": digest})
     if arguments.fake_quantize:

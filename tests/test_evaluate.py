@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import types
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ import sngpt_jax.evaluation
 from sngpt_jax import evaluate
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import make_mesh
+from sngpt_jax.data.preparation import prepare
 from sngpt_jax.data.shards import open_dataset
+from sngpt_jax.data.spec import PrepareSpec
 from sngpt_jax.evaluation.bpb import score_validation
 from sngpt_jax.model.forward import forward
 from sngpt_jax.weights.source import load_model
@@ -207,6 +210,30 @@ def test_what_cannot_be_is_one_line(tiny_trained, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         evaluate.main(["--run", str(tiny_trained), *arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_text_that_the_run_trained_on_is_refused(
+    tiny_trained, tiny_recipe, tmp_path, capsys, published
+):
+    """The recipe's text, of which 20 documents are held out; as a folder of `prepare`, or bare."""
+    home = tiny_recipe.parent
+    text = (home / "text.txt").read_text()
+    (tmp_path / "other.txt").write_text("other text")
+    tokenizer = str(home / "data" / "tokenizer.model")
+    spec = PrepareSpec(str(tmp_path / "other.txt"), str(tmp_path / "out"), tokenizer=tokenizer)
+    prepare(replace(spec, val_source=str(home / "text.txt")))
+    folder = tmp_path / "out"
+    if published:
+        tokens = open_dataset(folder, 320).val
+        folder = data_folder(tmp_path, tiny_recipe, tokens.take(0, len(tokens)))
+    options = ["--run", str(tiny_trained), "--data", str(folder), "--tokens", "320"]
+    documents = text.count("<|endoftext|>") + 1
+    message = f"the model was trained on {documents - 20} of its {documents} documents"
+    with pytest.raises(UserError, match=message):
+        evaluate.main(options)
+    assert evaluate.main([*options, "--allow-overlap"]) == 0
+    assert "bits/byte" in capsys.readouterr().out
 
 
 def test_streams_that_cannot_be_scored(tiny_trained, tiny_recipe, tmp_path):

@@ -17,6 +17,7 @@ from sngpt_jax.base.untrusted import inside
 from sngpt_jax.data.manifest import DataError, HashesEntry, check_sha256
 from sngpt_jax.data.shards import TOKEN, Dataset, TokenStream, open_dataset, open_npy, write_hashed
 from sngpt_jax.data.split import Name
+from sngpt_jax.data.tokenizer import MAX_VOCAB
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -88,23 +89,34 @@ def split_hashes(data: Dataset, split: Name) -> np.ndarray:
 
 
 def refuse_trained_text(
-    hashes: np.ndarray, what: str, trained_in: Path, vocab_size: int, tokenizer_sha256: str
+    hashes: np.ndarray, what: str, trained_in: Path, tokenizer_sha256: str
 ) -> None:
     """Raises `UserError` with the number of documents if `what`, whose documents have these
     `hashes`, has some in common with the training text of the folder `trained_in`.
 
-    The documents must be the tokens of the given tokenizer. Logs a line where the training text is
-    not there, or is another tokenizer's.
+    The documents must be the tokens of the given tokenizer. Logs a line where the training text
+    cannot be opened, or is another tokenizer's.
     """
-    unchecked = f"{what}: not compared with the training text"
-    if not trained_in.is_dir():
-        logger.warning(f"{unchecked}, because {trained_in} is not there")
+    unchecked = f"{what}: not compared with the training text of the model, because"
+    logger.info(f"{what}: comparing its documents with the training text in {trained_in}")
+    try:
+        trained = open_dataset(trained_in, MAX_VOCAB)
+    except DataError as error:
+        logger.warning(f"{unchecked} {error if trained_in.is_dir() else f'{trained_in} is gone'}")
         return
-    trained = open_dataset(trained_in, vocab_size)
     if trained.tokenizer.sha256 != tokenizer_sha256:
-        logger.warning(f"{unchecked}, because {trained_in} has another tokenizer's tokens")
+        logger.warning(f"{unchecked} {trained_in} has tokens of another tokenizer")
     elif found := common(hashes, split_hashes(trained, "train")):
         raise UserError(
             f"{what}: the model was trained on {found:,} of its {len(hashes):,} documents"
             f" ({trained_in}); score other text, or add --allow-overlap"
         )
+
+
+def refuse_trained_data(data: Dataset, trained_in: Path) -> None:
+    """`refuse_trained_text` for the validation split of a folder. The splits of the folder that the
+    model was trained on were kept apart by its preparation.
+    """
+    if not (trained_in.is_dir() and trained_in.samefile(data.directory)):
+        hashes, what = split_hashes(data, "val"), str(data.directory)
+        refuse_trained_text(hashes, what, trained_in, data.tokenizer.sha256)

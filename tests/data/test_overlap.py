@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import logging
+import shutil
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from itertools import groupby
@@ -11,7 +13,14 @@ import pytest
 
 from sngpt_jax.data import overlap
 from sngpt_jax.data.manifest import load_manifest
-from sngpt_jax.data.overlap import common, document_hash, document_hashes, split_hashes
+from sngpt_jax.data.overlap import (
+    common,
+    document_hash,
+    document_hashes,
+    refuse_trained_data,
+    refuse_trained_text,
+    split_hashes,
+)
 from sngpt_jax.data.preparation import prepare
 from sngpt_jax.data.shards import open_dataset, write_shard
 from sngpt_jax.data.spec import PrepareSpec
@@ -177,6 +186,27 @@ def test_a_folder_of_an_earlier_version_is_found(prepared, texts, tmp_path):
     assert found == splits and again.separation is None
     assert asdict(again) == asdict(load_manifest(tmp_path / "out"))
     refuses("val_docs: 30 there, 0 asked for", prepared, texts)
+
+
+def test_what_cannot_be_compared_is_said(prepared, texts, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sngpt_jax"), "propagate", True)
+    prepared(texts)
+    data, other = open_dataset(tmp_path / "out", 90), tmp_path / "other"
+    prepared(texts, "other")
+    refuse_trained_data(data, tmp_path / "out")
+    assert not caplog.records
+    for change, message in (
+        (lambda: (other / "train_000000.bin").unlink(), "train_000000.bin: missing"),
+        (lambda: shutil.rmtree(other), f"{other} is gone"),
+    ):
+        change()
+        refuse_trained_data(data, other)
+        assert message in caplog.records[-1].getMessage()
+    hashes = split_hashes(data, "train")
+    refuse_trained_text(hashes, "x", tmp_path / "out", "0" * 64)
+    assert "tokens of another tokenizer" in caplog.records[-1].getMessage()
+    message = rf"^x: the model was trained on {len(hashes)} of its {len(hashes)} documents"
+    refuses(message, refuse_trained_text, hashes, "x", tmp_path / "out", data.tokenizer.sha256)
 
 
 def test_a_shard_of_both_splits_is_refused(tmp_path, tokenizer_file):
