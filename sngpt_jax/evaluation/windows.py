@@ -107,7 +107,7 @@ def sliding_windows(
     if num_tokens <= seq_len:
         raise UserError(
             f"the validation stream has {num_tokens} tokens; one window needs data.seq_len + 1 ="
-            f" {seq_len + 1}: hold out more documents (prepare --val-docs)"
+            f" {seq_len + 1}: hold out more text (prepare --val-fraction)"
         )
     targets = min(num_tokens - 1, max_tokens or num_tokens)
     if tail == "published":
