@@ -27,7 +27,7 @@ _BLOCK = 2**22  # tokens that are looked through at a time
 
 def document_hash(tokens: np.ndarray) -> np.uint64:
     """The hash of a document's tokens, uint16 [n] without BOS."""
-    digest = blake2b(np.ascontiguousarray(tokens, TOKEN), digest_size=HASH.itemsize).digest()
+    digest = blake2b(np.ascontiguousarray(tokens, TOKEN).data, digest_size=HASH.itemsize).digest()
     return np.frombuffer(digest, HASH)[0]
 
 
@@ -37,7 +37,7 @@ def document_hashes(stream: TokenStream, bos_id: int) -> np.ndarray:
     for shard in stream.shards:
         for start in range(0, len(shard.tokens), _BLOCK):
             tokens = np.ascontiguousarray(shard.tokens[start : start + _BLOCK], TOKEN)
-            content, begin = memoryview(tokens), 0
+            content, begin = tokens.data, 0
             for end in (*np.flatnonzero(tokens == bos_id).tolist(), len(tokens)):
                 document.update(content[begin:end])
                 size += end - begin

@@ -63,7 +63,9 @@ class Split:
     def texts(self, name: Name, start: int = 0) -> Iterator[tuple[int, str]]:
         """Yields (number, text) of the split's documents from number `start` on."""
         own = self.val_source if name == "val" else ""
-        texts = enumerate(documents(own or self.source, reading=self.reading))
+        texts: Iterator[tuple[int, str]] = enumerate(
+            documents(own or self.source, reading=self.reading)
+        )
         if self.cut:
             part = slice(self.cut) if name == "train" else slice(self.cut, None)
             texts = ((number, text[part]) for number, text in texts)
