@@ -125,6 +125,10 @@ class _Preparation:
         (self.out / PROGRESS).unlink()
         return manifest
 
+    def _source(self, name: Name) -> str:
+        """The source of a split's documents."""
+        return (name == "val" and self.spec.val_source) or self.spec.source
+
     def _hashes(self, name: Name) -> np.ndarray:
         """The hashes of a finished split's documents."""
         shards = open_entries(self.out, getattr(self.journal, name).shards)
@@ -141,7 +145,7 @@ class _Preparation:
     ) -> Iterator[Encoded]:
         """The split's documents from number `start` on, in chunks."""
         if not parts:
-            yield from encode(self.split.val_source or self.spec.source, cut_chunks(texts))
+            yield from encode(self._source(name), cut_chunks(texts))
             return
         for chunk in parts.read(start):
             yield [x for n, x in enumerate(chunk, start) if self.split.takes(name, n)]
@@ -152,7 +156,7 @@ class _Preparation:
         spec, split, done = self.spec, self.split, getattr(self.journal, name)
         if done.finished:
             return
-        source = (name == "val" and spec.val_source) or spec.source
+        source = self._source(name)
         limit = spec.max_tokens or None if name == "train" else None
         size: float = text_bytes(source)
         if name == "train" and not spec.val_source:
@@ -232,6 +236,10 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
     if spec.shard_tokens > MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
     out = Path(spec.out)
+    for text in map(Path, filter(None, (spec.source, spec.val_source))):
+        if text.is_dir() and out.resolve().is_relative_to(text.resolve()):
+            problem = f"it lies in {text}, so its files would count as text"
+            raise UserError(f"--out {out}: {problem}; give a folder elsewhere")
     # datatrove writes paths into a job's script as they are.
     strange = re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute()))
     if executor == "slurm" and strange:

@@ -160,22 +160,24 @@ def test_processes_take_parts_that_are_all_there(source, plain, tmp_path, monkey
 )
 def test_parts_too_leave_out_what_validation_has(source, tmp_path, monkeypatch, changes, left_out):
     """Where the limit needs more documents than were encoded, the last step encodes them."""
+    twice = tmp_path / "twice"
+    twice.mkdir()
     for number, file in enumerate((0, 0, 0, 1)):
         text = (source / f"{file}.jsonl").read_text()
-        (tmp_path / f"{number}.jsonl").write_text(text)
+        (twice / f"{number}.jsonl").write_text(text)
     changes = {"val_docs": 100, "tokenizer": str(tmp_path / "t.model")} | changes
     train_sentencepiece(
         documents(str(source)), tmp_path / "t.model", vocab_size=300, normalization="identity"
     )
-    one = prepare(spec_for(tmp_path, tmp_path / "one", **changes))
+    one = prepare(spec_for(twice, tmp_path / "one", **changes))
     assert one.separation.dropped >= left_out
     monkeypatch.setattr(parts_module, "_SHARD_TOKENS", 1000)
     monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
-    parts = begun(tmp_path, tmp_path / "two", 4, **changes)
+    parts = begun(twice, tmp_path / "two", 4, **changes)
     while left := parts.left():
         parts.encode(left[0])
     assert parts.reached(3).finished == (not one.origin.max_tokens)
-    assert prepare(spec_for(tmp_path, tmp_path / "two", **changes)) == one
+    assert prepare(spec_for(twice, tmp_path / "two", **changes)) == one
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
