@@ -13,11 +13,17 @@ from sngpt_jax.bench.arguments import CompiledArguments
 def test_ratios_are_now_over_before(monkeypatch):
     before = json.loads(compiled.BASELINE.read_text())["recipes"]["golf_baseline"]
     now = {"bytes": before["bytes"] / 2, "bound_seconds": before["bound_seconds"], "launches": 559}
-    monkeypatch.setattr(compiled, "figures", lambda name, topology: now)
+    less = now | {"bytes": before["bytes"] / 4}
+    ways = {"xla": now, "pallas_triton": less}
+    monkeypatch.setattr(compiled, "figures", lambda config, topology: ways[config.model.mlp])
     said: list[str] = []
     result = compiled.measure(CompiledArguments(recipes=("golf_baseline",)), said.append)
-    assert result["recipes"]["golf_baseline"] == {"now": now, "before": before}
-    assert said[-1] == "| `golf_baseline` | 33.5 | 21.5 | 559 | 0.500 | 1.000 | 0.500 |"
+    expected = {"now": now, "with_products": less, "before": before}
+    assert result["recipes"]["golf_baseline"] == expected
+    assert said[-2:] == [
+        "| `golf_baseline` | `xla` | 33.5 | 21.5 | 559 | 0.500 | 1.000 | 0.500 |",
+        "| `golf_baseline` | `pallas_triton` | 16.8 | 21.5 | 559 | 0.250 | 1.000 | 0.500 |",
+    ]
 
 
 def test_a_recipe_without_older_figures_is_refused():
@@ -29,7 +35,7 @@ def test_instructions_of_the_sparse_codes_kernels_stand_beside_the_older_ones(mo
     older = json.loads(compiled.BASELINE.read_text())
     before = older["recipes"]["cayley_small_3l"]
     now = {"cayley_forward": (32_931.0, 59.0), "cayley_backward": (27_265.0, 1.0)}
-    monkeypatch.setattr(compiled, "figures", lambda name, topology: before)
+    monkeypatch.setattr(compiled, "figures", lambda config, topology: before)
     monkeypatch.setattr(compiled, "instructions", lambda case, target: now)
     said: list[str] = []
     result = compiled.measure(CompiledArguments(recipes=("cayley_small_3l",)), said.append)
