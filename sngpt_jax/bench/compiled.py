@@ -2,8 +2,8 @@
 
 No GPU is needed and no time is measured. `compiled_442cc0a.json` has the older figures, per device
 and step: bytes that the kernels move, the roofline's bound, and kernels launched. For the sparse
-codes' kernels it has warp instructions and barriers per token. Compact recipes have a second row with
-`model.mlp = pallas_triton`, whose matrix products have epilogues.
+codes' kernels it has warp instructions and barriers per token. Compact recipes have a second row
+with `model.mlp = pallas_triton`, whose matrix products have epilogues.
 """
 
 import json

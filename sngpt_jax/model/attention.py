@@ -23,7 +23,7 @@ from sngpt_kernels.xsa import xla
 
 from sngpt_jax.config import ModelConfig
 from sngpt_jax.model import init
-from sngpt_jax.model.layers import chosen_by, linear, rms_norm, weighted
+from sngpt_jax.model.layers import Observed, chosen_by, linear, rms_norm, weighted
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -140,14 +140,17 @@ class Attention(nnx.Module):
 
     def project(
         self, inputs: tuple[jax.Array, ...], positions: Positions
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, h] and keys [B, T, K, h] as attention takes them, and raw values.
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries [B, T, H, h] and keys [B, T, K, h] as attention takes them, raw values, and the
+        gate's logits [B, T, H].
 
-        One product computes all three if a norm follows. A kernel writes them apart on its way.
-        Without one, splitting the product is an extra pass where XSA uses the values twice.
+        One product computes queries, keys and values if a norm follows. A kernel writes them apart
+        on its way, and the gate's logits, which are a head more of the product. Without the kernel,
+        splitting the product is an extra pass where XSA uses the values twice.
         """
         matrices = [self.query[...], self.key[...], self.value[...]]
-        x_BTD = inputs[0]
+        x_BTD, H, h = inputs[0], self.num_heads, self.head_dim
+        gate = self.gate_weight[...] if self.gated else None
 
         def heads(x_BTD: jax.Array, *matrices: jax.Array) -> jax.Array:
             return linear(x_BTD, *matrices).reshape(*x_BTD.shape[:2], -1, self.head_dim)
@@ -156,19 +159,25 @@ class Attention(nnx.Module):
             with chosen_by("rotary"):
                 chosen = rotary.choose(x_BTD.dtype, self.head_dim, self.rotary)
             if chosen != "xla":
-                prepared = rotary.prepare(
+                joined = gate is not None and not isinstance(gate, Observed) and H <= h
+                if joined:
+                    matrices.append(jnp.pad(gate, ((0, 0), (0, h - H))))
+                q_BTHh, k_BTKh, v_BTKh, *rest = rotary.prepare(
                     heads(x_BTD, *matrices),
                     self.q_gain[...],
                     *positions.rotary,
                     eps=self.norm_eps,
-                    values=self.num_kv_heads,
+                    values=(self.num_kv_heads, *(1,) * joined),
                     implementation=self.rotary,
                 )
-                return prepared[0], prepared[1], prepared[2]
+                if rest:
+                    return q_BTHh, k_BTKh, v_BTKh, rest[0][:, :, 0, :H]
+                logits_BTH = None if gate is None else linear(inputs[2], gate)
+                return q_BTHh, k_BTKh, v_BTKh, logits_BTH
         if self.exclusive or not self.qk_norm:
             q_BTHh, k_BTKh, v_BTKh = map(heads, inputs, matrices)
         else:
-            ends = (self.num_heads, self.num_heads + self.num_kv_heads)
+            ends = (H, H + self.num_kv_heads)
             q_BTHh, k_BTKh, v_BTKh = jnp.split(heads(x_BTD, *matrices), ends, axis=2)
         if self.qk_norm:
             q_BTHh, k_BTKh = rms_norm(q_BTHh, self.norm_eps), rms_norm(k_BTKh, self.norm_eps)
@@ -177,7 +186,7 @@ class Attention(nnx.Module):
             k_BTKh = apply_rotary(k_BTKh, positions.rotary)
         if self.qk_norm:
             q_BTHh = weighted(self.q_gain[...][None, None, :, None], q_BTHh)
-        return q_BTHh, k_BTKh, v_BTKh
+        return q_BTHh, k_BTKh, v_BTKh, None if gate is None else linear(inputs[2], gate)
 
     def __call__(
         self, x_BTD: jax.Array, positions: Positions, **options: Any
@@ -201,7 +210,7 @@ class Attention(nnx.Module):
         them. `added_value` is added to the values; `first_value` are the first layer's values.
         """
         inputs = (x_BTD, *copies) if copies else (x_BTD,) * 3
-        q_BTHh, k_BTKh, v_BTKh = self.project(inputs, positions)
+        q_BTHh, k_BTKh, v_BTKh, logits_BTH = self.project(inputs, positions)
         if added_value is not None:
             v_BTKh += added_value
         if self.mixes_values and first_value is not None:
@@ -211,9 +220,7 @@ class Attention(nnx.Module):
         if positions.memory:
             k_BSKh, v_BSKh = positions.memory.extend(k_BTKh, v_BTKh)
         chex.assert_shape(positions.causal, (None, x_BTD.shape[1], k_BSKh.shape[1]))
-        gate = None
-        if self.gated:
-            gate = linear(inputs[2], self.gate_weight[...]), self.gate_bias[...]
+        gate = None if logits_BTH is None else (logits_BTH, self.gate_bias[...])
         if k_BSKh is k_BTKh:
             with chosen_by("attention"):
                 y_BTHh = xsa.attention(

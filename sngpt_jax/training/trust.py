@@ -73,8 +73,10 @@ def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:
         return []
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     dtype, turned = compute_dtype(config), config.rotary_dims
-    name = f"{dtype} {[length, *heads, turned]}"
-    return [rotary.case(name, sequences, length, *heads, rotary=turned, dtype=dtype)]
+    gated = config.attention_gate
+    name = f"{dtype} {[length, *heads, turned]}{' gated' * gated}"
+    parts = {"rotary": turned, "gated": gated}
+    return [rotary.case(name, sequences, length, *heads, **parts, dtype=dtype)]
 
 
 def _stream(config: ModelConfig, sequences: int, length: int) -> list[Case]:

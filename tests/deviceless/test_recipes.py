@@ -101,6 +101,22 @@ def test_recipe_fits_and_does_what_the_counts_say(recipe: str, topology: str) ->
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("recipe", ["golf_baseline", "golf_12l_recycled"])
+def test_products_with_an_epilogue_reach_the_aims(recipe: str) -> None:
+    found = planned(recipe, "h100x8", "--model.mlp", "pallas_triton")["topology"]
+    model = load(recipe).model
+    blocks = model.num_layers + len(model.recycle_layers)
+    for name in ("mlp_out", "mlp_up", "mlp_down", "mlp_gradient"):
+        assert found["kernels"][name] == blocks
+    assert found["kernels"]["stream_forward"] == blocks + 1  # before attentions and the head
+    assert found["kernels"]["stream_backward"] == 2 * blocks + 1
+    then = json.loads(compiled.BASELINE.read_text())["recipes"][recipe]
+    assert found["bytes"] <= compiled.AIM_WITH_PRODUCTS * then["bytes"]
+    aim = compiled.AIMS["bound_seconds"]
+    assert found["roofline"]["step_seconds"] <= aim * then["bound_seconds"]
+
+
+@pytest.mark.full
 def test_optimizer_shared_out_over_all_devices() -> None:
     plan = planned("golf_12l_recycled", "h100x8", "--train.shard-optimizer", "True")
     found, parts = plan["topology"], plan["bytes"]

@@ -95,26 +95,31 @@ class TestImplementation:
                 np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("values", [(1,), (2, 1)])
 @pytest.mark.parametrize("interpreted", [False, True])
-def test_values_are_copied(interpreted):
+def test_values_are_copied(interpreted, values):
     """And so are their cotangents, beside the gradients of queries and keys."""
-    x, gain, cos, sin, dy = draw(*SHAPES[0])
-    end = x.shape[2] - 1
+    B, T, H, *others = SHAPES[0]
+    x, gain, cos, sin, dy = draw(B, T, H, 1 + sum(values), *others[1:])
+    end = H + 1
 
     def function(x, gain, cos, sin):
         run = partial(INTERPRETED, config=pallas_triton.Config(rows=16))
         prepare = run if interpreted else partial(api.prepare, implementation="xla")
-        q, k, v = prepare(x, gain, cos, sin, eps=EPS, values=1)
-        return q, jnp.concatenate([k, v], axis=2)
+        q, *others = prepare(x, gain, cos, sin, eps=EPS, values=values)
+        assert [part.shape[2] for part in others] == [1, *values]
+        return q, jnp.concatenate(others, axis=2)
 
     out, dx, dgain = value_and_gradients(function, x, gain, cos, sin, dy)
     want, want_dx, want_dgain = expected(x[:, :, :end], gain, cos, sin, dy[:, :, :end])
     check((out[:, :, :end], dx[:, :, :end], dgain), (want, want_dx, want_dgain), 1e-6)
     assert np.array_equal(out[:, :, end:], x[:, :, end:])
     assert np.array_equal(dx[:, :, end:], dy[:, :, end:])
-    np.testing.assert_allclose(out, reference.prepare(x, gain, cos, sin, eps=EPS, values=1), 1e-4)
-    with pytest.raises(ValueError, match="values is 2; expected 0 to 1, and a head of keys"):
-        api.prepare(x, gain, cos, sin, eps=EPS, values=2)
+    check([out], [reference.prepare(x, gain, cos, sin, eps=EPS, values=sum(values))], 1e-6)
+    for wrong in ((*values, 1), (0,)):
+        message = f"counts above 0 of at most {sum(values)} heads in all"
+        with pytest.raises(ValueError, match=message):
+            api.prepare(x, gain, cos, sin, eps=EPS, values=wrong)
 
 
 def test_the_written_gradients_are_those_of_the_definition():

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sngpt_kernels import dispatch
+from sngpt_kernels.rotary import pallas_triton as rotary_kernels
 
 from sngpt_jax.model.attention import Attention, make_positions
 from tests import oracles
@@ -47,6 +49,22 @@ def test_layer_equals_the_formula(fields, layer, given):
 
     values = {name: {"added": ADDED, "first": FIRST}[name] for name in given}
     oracles.check(ours, oracle, params, X, values, tol=5e-5)
+
+
+def test_logits_of_the_gate_are_a_head_of_the_one_product(monkeypatch):
+    """The kernel of queries and keys writes them apart. Their gradients join those of the heads."""
+    counts = []
+
+    def prepare(*arguments):
+        counts.append((arguments[0].shape[2], arguments[-1]))
+        return rotary_kernels.prepare(*arguments, interpret=True)
+
+    kernels = type("kernels", (), {"prepare": staticmethod(prepare)})
+    monkeypatch.setattr(dispatch, "check_heads", lambda *_: None)
+    monkeypatch.setattr(dispatch, "pallas_triton", lambda *_: kernels)
+    test_layer_equals_the_formula({**GATED, "rotary": "pallas_triton", "attention": "xla"}, 1, [])
+    H, K = TINY.num_heads, TINY.num_kv_heads
+    assert set(counts) == {(H + 2 * K + 1, (K, 1))}
 
 
 def with_attention(params, layers=range(4), **leaves):

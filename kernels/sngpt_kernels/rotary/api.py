@@ -28,7 +28,7 @@ def prepare(
     sin: Array,
     *,
     eps: float,
-    values: int = 0,
+    values: tuple[int, ...] = (),
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """Queries and keys for attention: RMSNorm, rotary positions, and a gain of each query head.
@@ -44,11 +44,11 @@ def prepare(
       gain: [H], float32.
       cos, sin: [1 or B, T, r/2], float32, constants without a gradient.
       eps: added to the mean square, above 0. Static.
-      values: V, the last heads, which stay as they are. Static.
+      values: the counts V of the last heads, which stay as they are; an array for each. Static.
       implementation: None chooses by the device that the code is traced for.
 
     Returns:
-      Queries [B, T, H, h], keys [B, T, K, h] and, if V > 0, values [B, T, V, h] in x's dtype.
+      Queries [B, T, H, h], keys [B, T, K, h] and values [B, T, V, h] in x's dtype.
 
     Raises:
       ValueError: an argument is not as described.
@@ -63,7 +63,7 @@ def prepare(
 
 
 def _check_arguments(
-    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: int
+    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: tuple[int, ...]
 ) -> None:
     if x.ndim != 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {describe(x)}; expected bfloat16 or float32 [B, T, H + K, h]")
@@ -75,9 +75,10 @@ def _check_arguments(
         raise ValueError(f"cos is {describe(cos)}; expected [1 or {B}, {T}, at most {h // 2}]")
     if sin.shape != cos.shape:
         raise ValueError(f"sin is {describe(sin)}; expected {describe(cos)}, as cos")
-    if not 0 <= values < N - gain.shape[0]:
-        most = N - gain.shape[0] - 1  # one head of keys is left
-        raise ValueError(f"values is {values}; expected 0 to {most}, and a head of keys beside it")
+    most = N - gain.shape[0] - 1  # one head of keys is left
+    if sum(values) > most or min(values, default=1) < 1:
+        heads = f"counts above 0 of at most {most} heads in all, and a head of keys beside them"
+        raise ValueError(f"values is {values}; expected {heads}")
     if not eps > 0:
         raise ValueError(f"eps is {eps!r}; expected a number above 0")
 

@@ -4,6 +4,7 @@ A program takes some positions of all heads. It loads the positions' cosines and
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Problem:
     length: int  # T
     heads: int  # H, of queries
     keys: int  # K, the heads of keys
-    values: int  # the heads of values, which are copied
+    values: tuple[int, ...]  # counts of the other heads, which are copied
     head_size: int
     half: int  # r/2
     tables: int  # the tables' first axis: 1 or B
@@ -59,12 +60,19 @@ class Problem:
         tiles = (tuple(r.at[:, part] for r in (cos_ref, sin_ref)) for part in spans(0, self.half))
         return [(load(cos, existing), load(sin, existing)) for cos, sin in tiles]
 
+    def copied(self, refs: list[Any]) -> Iterator[tuple[int, int, Any]]:
+        """Of each array of values: its number of heads, and the first among all heads."""
+        first = self.heads + self.keys
+        for count, ref in zip(self.values, refs, strict=True):
+            yield count, first, ref
+            first += count
+
     def inverse_norm(self, parts: list[Array]) -> Array:
         """[rows, 1]."""
         return lax.rsqrt(dot(parts, parts) / self.head_size + self.eps)
 
     def specs(self) -> tuple[pl.BlockSpec, ...]:
-        """The specs of queries, keys, values, all heads side by side, a table, and the gain."""
+        """The specs of queries, keys, values …, all heads side by side, a table, and the gain."""
         rows, per_row = self.config.rows, self.tables > 1
 
         def heads(count: int) -> pl.BlockSpec:
@@ -72,8 +80,8 @@ class Problem:
 
         table = pl.BlockSpec((None, rows, self.half), lambda i, b: (b if per_row else 0, i, 0))
         gain = pl.BlockSpec((self.heads,), lambda i, b: (0,))
-        counts = (self.heads, self.keys, self.values, self.heads + self.keys + self.values)
-        return (*map(heads, counts), table, gain)
+        counts = self.heads, self.keys, *self.values
+        return (*map(heads, (*counts, sum(counts))), table, gain)
 
     def launch(self, name: str, kernel: Any, inputs: Any, results: Any, **specs: Any) -> Any:
         size = self.batch * self.length * (self.heads + self.keys)
@@ -92,11 +100,17 @@ class Problem:
 
 
 def copy(
-    problem: Problem, first: int, source: Any, to: int, target: Any, existing: Array | None
+    problem: Problem,
+    count: int,
+    source: Any,
+    first: int,
+    target: Any,
+    to: int,
+    existing: Array | None,
 ) -> None:
-    """Copies the values' heads, which begin at `first` and at `to`."""
+    """Copies heads, which begin at `first` and at `to`."""
 
-    @pl.loop(0, problem.values)
+    @pl.loop(0, count)
     def _value(head: Array) -> None:
         parts = problem.head(source, first + head, existing)
         for columns, values in zip(problem.columns(), parts, strict=True):
@@ -104,7 +118,7 @@ def copy(
 
 
 def _forward_kernel(*refs: Any, problem: Problem) -> None:
-    x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref, *v_ref = refs
+    x_ref, gain_ref, cos_ref, sin_ref, q_ref, k_ref, *v_refs = refs
     existing = exist(problem.length, problem.config.rows)
     tables = problem.angles(cos_ref, sin_ref, existing)
 
@@ -123,12 +137,12 @@ def _forward_kernel(*refs: Any, problem: Problem) -> None:
     def _key(head: Array) -> None:
         one(problem.heads + head, k_ref, head, 1.0)
 
-    if v_ref:
-        copy(problem, problem.heads + problem.keys, x_ref, 0, v_ref[0], existing)
+    for count, first, ref in problem.copied(v_refs):
+        copy(problem, count, x_ref, first, ref, 0, existing)
 
 
 def _backward_kernel(*refs: Any, problem: Problem) -> None:
-    x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, *dv_ref, dx_ref, dgain_ref = refs
+    x_ref, gain_ref, cos_ref, sin_ref, dq_ref, dk_ref, *dv_refs, dx_ref, dgain_ref = refs
     existing = exist(problem.length, problem.config.rows)
     tables = problem.angles(cos_ref, sin_ref, existing)
 
@@ -150,23 +164,21 @@ def _backward_kernel(*refs: Any, problem: Problem) -> None:
     def _key(head: Array) -> None:
         one(problem.heads + head, dk_ref, head, 1.0)
 
-    if dv_ref:
-        copy(problem, 0, dv_ref[0], problem.heads + problem.keys, dx_ref, existing)
+    for count, first, ref in problem.copied(dv_refs):
+        copy(problem, count, ref, 0, dx_ref, first, existing)
 
 
 def _forward(problem: Problem, x: Array, gain: Array, cos: Array, sin: Array) -> Any:
     *parts, both, table, gains = problem.specs()
-    counts = (problem.heads, problem.keys, problem.values)
-    results = tuple(
-        ShapeDtypeStruct((*x.shape[:2], count, x.shape[3]), x.dtype) for count in counts if count
-    )
+    counts = problem.heads, problem.keys, *problem.values
+    results = tuple(ShapeDtypeStruct((*x.shape[:2], n, x.shape[3]), x.dtype) for n in counts)
     return problem.launch(
         "rotary_forward",
         _forward_kernel,
         (x, gain, cos, sin),
         results,
         in_specs=[both, gains, table, table],
-        out_specs=tuple(parts[: len(results)]),
+        out_specs=tuple(parts),
     )
 
 
@@ -184,7 +196,7 @@ def _backward(problem: Problem, saved: tuple[Array, ...], cotangents: tuple[Arra
             ShapeDtypeStruct(x.shape, x.dtype),
             ShapeDtypeStruct((problem.batch, programs, problem.heads), jnp.float32),
         ),
-        in_specs=[both, gains, table, table, *parts[: len(cotangents)]],
+        in_specs=[both, gains, table, table, *parts],
         out_specs=(both, sums),
     )
     return dx, jnp.sum(dgain, axis=(0, 1))
@@ -215,7 +227,7 @@ def prepare(
     cos: Array,
     sin: Array,
     eps: float,
-    values: int = 0,
+    values: tuple[int, ...] = (),
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
@@ -225,6 +237,6 @@ def prepare(
         entry = tuned_entry(dispatch.current_device(), x.dtype, h)
         config = Config(**entry["config"]) if "config" in entry else Config.heuristic()
     H = gain.shape[0]
-    heads, tables = (H, N - H - values, values, h), (cos.shape[2], cos.shape[0])
+    heads, tables = (H, N - H - sum(values), values, h), (cos.shape[2], cos.shape[0])
     problem = Problem(B, T, *heads, *tables, eps, config, interpret)
     return _prepare(x, gain, cos, sin, problem)

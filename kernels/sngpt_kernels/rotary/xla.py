@@ -28,13 +28,13 @@ def _normalized(x: Array, eps: float) -> Array:
 
 
 def prepare(
-    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: int = 0
+    x: Array, gain: Array, cos: Array, sin: Array, eps: float, values: tuple[int, ...] = ()
 ) -> tuple[Array, ...]:
     """`api.prepare` of valid arguments. Each of the three steps rounds to x's dtype."""
-    first, end = gain.shape[0], x.shape[2] - values
+    first, end = gain.shape[0], x.shape[2] - sum(values)
     q, k = (
         apply_rotary(_normalized(part, eps), (cos, sin))
         for part in (x[:, :, :first], x[:, :, first:end])
     )
-    v = (x[:, :, end:],) if values else ()
+    v = [x[:, :, (last := end + sum(values[:i])) : last + n] for i, n in enumerate(values)]
     return q * gain.astype(x.dtype)[None, None, :, None], k, *v
