@@ -20,6 +20,13 @@ def at_home(path: str) -> str:
     return found
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The paths in `folder` that match, by name. Names that begin with a dot are left out: they are
+    of other programs, such as `._x` of an archive from a Mac.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Writes `path`. A reader sees the whole old file or the whole new one, even after a kill. An
     `OSError` names a file.

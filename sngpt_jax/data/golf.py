@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import visible
 from sngpt_jax.base.untrusted import problem_of_name, shown
 from sngpt_jax.data.corpus import imported
 from sngpt_jax.data.manifest import DataError, explained
@@ -65,7 +66,7 @@ def download(out_dir: Path, *, vocab_size: int, train_shards: int) -> None:
         found = f"{dataset} has {shards['train']} training shards"
         raise UserError(f"{REPO}: {found}; asked for {train_shards}")
     model = out_dir / PurePosixPath(model_path).name
-    if other := sorted(path.name for path in out_dir.glob("*.model") if path != model):
+    if other := [path.name for path in visible(out_dir, "*.model") if path != model]:
         raise UserError(f"{out_dir}: holds {other[0]}; {model.name} goes into another folder")
     staging = out_dir / DOWNLOAD  # until its removal the folder counts as unfinished
     staging.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import EXIT_SIGTERM, UserError
+from sngpt_jax.base.files import visible
 from sngpt_jax.config import Config, DataConfig, changed
 from sngpt_jax.config.checks import validate
 from sngpt_jax.data.encode import usable_cpus
@@ -124,5 +125,5 @@ def prepared_data(config: Config) -> Dataset:
 def _ready(directory: Path) -> bool:
     """Whether a folder holds a finished preparation, or shards that are not being downloaded."""
     return (directory / MANIFEST).is_file() or (
-        any(directory.glob("*.bin")) and not unfinished(directory)
+        bool(visible(directory, "*.bin")) and not unfinished(directory)
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.base import cli
-from sngpt_jax.base.files import write_bytes_atomic
+from sngpt_jax.base.files import visible, write_bytes_atomic
 from sngpt_jax.base.untrusted import inside, plain_size
 from sngpt_jax.data.manifest import (
     MANIFEST,
@@ -98,6 +98,7 @@ def open_headerless(path: Path) -> np.memmap:
 
 def open_npy(path: Path) -> np.ndarray:
     """Reads the array in an npy file. Raises `DataError`."""
+    plain_size(path, DataError)
     with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
             # Later versions may state a header of 4 GB, which numpy allocates.
@@ -247,7 +248,7 @@ def unfinished(directory: Path) -> bool:
 
 def _tokenizer_file(directory: Path) -> Path:
     """The one tokenizer of a folder without a manifest."""
-    found = sorted([*directory.glob("*.model"), *directory.glob("tokenizer.json")])
+    found = [*visible(directory, "*.model"), *visible(directory, "tokenizer.json")]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         expected = "expected one tokenizer (a .model or tokenizer.json) beside the shards"
@@ -266,7 +267,7 @@ def _open_shards(directory: Path, manifest: Manifest | None) -> tuple[list[Shard
         again = "its preparation has not finished; run the same prepare command again"
         raise DataError(f"{directory}: {again}")
     for pattern, read in (("*_{}_*.bin", open_shard), ("{}.bin", open_headerless)):
-        found = {split: sorted(directory.glob(pattern.format(split))) for split in ("train", "val")}
+        found = {split: visible(directory, pattern.format(split)) for split in ("train", "val")}
         if both := sorted({*found["train"]} & {*found["val"]}):
             names = "its name is that of a training and of a validation shard; rename it"
             raise DataError(f"{both[0]}: {names}")

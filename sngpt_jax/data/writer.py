@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.base.files import locked, remove_leftovers
+from sngpt_jax.base.files import locked, remove_leftovers, visible
 from sngpt_jax.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -70,7 +70,7 @@ def begin_or_resume(out: Path, origin: Origin) -> Journal:
             return journal
         if journal.train.shards or journal.val.shards or (out / PARTS).is_dir():
             refuse_other(out, journal.origin, origin)
-    elif any(out.glob("*.bin")):
+    elif visible(out, "*.bin"):
         raise UserError(f"{out}: holds .bin files of no preparation; give an empty --out")
     journal = Journal(FORMAT, origin)
     save(journal, out)
