@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sngpt_jax.base.errors import UserError
 
+LOCK = ".lock"  # file in a folder that a process holds, or has held
+
 
 def at_home(path: str) -> str:
     """`path` with a leading ~ replaced by the home folder. Raises `UserError` if there is none."""
@@ -98,7 +100,7 @@ def locked(folder: Path, held: str) -> Iterator[None]:
     another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:  # a link's target keeps its bytes
+    with (folder / LOCK).open("a") as file:  # a link's target keeps its bytes
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -21,7 +21,7 @@ class Reader(io.RawIOBase):
 
     def __init__(self, path: Path):
         self._file, self._path = io.FileIO(path), path
-        self._chunks, self._rest = self._unpacked(self._file), b""
+        self._chunks, self._rest = self._unpacked(self._file), memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -35,7 +35,7 @@ class Reader(io.RawIOBase):
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
-            self._rest = chunk
+            self._rest = memoryview(chunk)  # 128 MiB at most, of which a read takes a little
         size = min(len(buffer), len(self._rest))
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size

@@ -1,7 +1,8 @@
 """Which files of a source are text.
 
 In a folder these are all files below it whose names have one of `ENDINGS`. Names that begin with a
-dot are skipped. Links are followed. Each folder is entered once, so that loops of links end.
+dot are skipped, and so are folders that `prepare` wrote. Links are followed. Each folder is entered
+once, so that loops of links end.
 """
 
 import os
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import LOCK
 from sngpt_jax.base.untrusted import plain_size
-from sngpt_jax.data.manifest import DataError
+from sngpt_jax.data.manifest import MANIFEST, PROGRESS, DataError
 
 TEXT = (".txt", ".md", ".py")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
@@ -58,7 +60,10 @@ def find(path: Path) -> Found:
         if real in entered:
             continue
         entered.add(real)
-        for name in _names(folder):
+        names = _names(folder)
+        if not {MANIFEST, PROGRESS}.isdisjoint(names) and (folder / LOCK).exists():
+            continue
+        for name in names:
             below = folder / name
             linked = below.is_symlink()
             if linked and not os.path.exists(below):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sngpt_jax.base import typed_json
 from sngpt_jax.data import zstd
@@ -15,8 +15,8 @@ from sngpt_jax.data.corpus.files import TEXT, format_of
 from sngpt_jax.data.corpus.reading import MAX_ROW, SEPARATOR, Reading, check_size, listed, text_of
 from sngpt_jax.data.manifest import DataError, explained
 
-# A compressed file may unpack to this many bytes, and beyond them to this multiple of its size.
-# Text is seldom 20 times as large.
+# A compressed file may unpack to this many bytes and this multiple of its size together. Text is
+# seldom 20 times as large.
 FREE = 64 * 2**20
 MAX_RATIO = 100
 
@@ -37,12 +37,22 @@ def file_texts(path: Path, reading: Reading) -> Iterator[str]:
 # ---------------------------------------- bytes
 
 
+def _most(size: int) -> int:
+    """How many bytes the `size` bytes of a compressed file may unpack to."""
+    return FREE + MAX_RATIO * size
+
+
+def _refuse_ratio(path: Path, size: int) -> NoReturn:
+    most = f"its {size:,} compressed bytes unpack to more than {_most(size):,}"
+    raise DataError(f"{path}: {most}; if that is right, store it without compression")
+
+
 class _Bounded(io.RawIOBase):
-    """The bytes of a stream. Raises `DataError` beyond what a compressed file may unpack to."""
+    """The bytes that a file's stream unpacks. Raises `DataError` if they are too many."""
 
     def __init__(self, stream: Any, path: Path):
         self._stream, self._path, self._size = stream, path, path.stat().st_size
-        self._left = FREE + MAX_RATIO * self._size
+        self._left = _most(self._size)
 
     def readable(self) -> bool:
         return True
@@ -55,14 +65,8 @@ class _Bounded(io.RawIOBase):
         count = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:
-            refuse_ratio(self._path, self._size)
+            _refuse_ratio(self._path, self._size)
         return count
-
-
-def refuse_ratio(path: Path, size: int) -> None:
-    """Raises `DataError` for a file whose `size` bytes unpack to too many."""
-    most = f"unpacks to more than {MAX_RATIO} times its {size:,} bytes"
-    raise DataError(f"{path}: {most}; if that is right, unpack it and give the unpacked file")
 
 
 def _opened(path: Path) -> io.BufferedReader:
@@ -197,9 +201,12 @@ def _csv(path: Path, key: str) -> Iterator[str]:
                 raise DataError(
                     f"{path}:{number}: a row of more than {MAX_ROW:,} bytes; {unclosed}"
                 )
-            yield line.decode()
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as problem:
+                raise DataError(f"{path}:{number}: cannot be read: {problem}") from None
 
-    csv.field_size_limit(MAX_ROW)
+    csv.field_size_limit(MAX_ROW)  # of the process; only this function reads such files
     rows = csv.reader(lines(), strict=True)
     with explained(lambda: f"{path}:{rows.line_num}: cannot be read"):
         columns = next(rows, [])
@@ -246,5 +253,5 @@ def _check_pages(path: Path, metadata: Any, key: str) -> None:
             column = group.column(place)
             packed = column.total_compressed_size
             ours = column.path_in_schema.partition(".")[0] == key
-            if ours and column.total_uncompressed_size > FREE + MAX_RATIO * packed:
-                refuse_ratio(path, packed)
+            if ours and column.total_uncompressed_size > _most(packed):
+                _refuse_ratio(path, packed)
