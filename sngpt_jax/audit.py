@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import tyro
-
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import PathText
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import Json, OptionalInt, OptionalPath, Quiet
 from sngpt_jax.evaluation.audit.check import Check, exit_status, unmade
 from sngpt_jax.evaluation.audit.published import KNOWN, REPORTED, Count, Mistake
@@ -33,8 +33,8 @@ class AuditArguments:
     tokens: OptionalInt = None  # number of tokens that the claim scored
     # tokenizer of the claim: a file, or the challenge's sp1024, sp8192 or sp8192-caseops, whose
     # byte counts are known
-    tokenizer: str = ""
-    text: str = ""  # text that the claim scored: a file or a folder, with --tokenizer FILE
+    tokenizer: PathText = ""
+    text: PathText = ""  # text that the claim scored: a file or a folder, with --tokenizer FILE
     data: OptionalPath = None  # folder with the validation shards that the claim scored
     seq_len: int = 2048  # number of inputs of a window of the claim
     stride: int = 64  # number of targets by which the claim's sliding windows advance
@@ -64,10 +64,10 @@ def check_arguments(arguments: AuditArguments) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(
+    arguments = parse(
         AuditArguments,
-        args=cli.expand_json(argv),
-        prog="python -m sngpt_jax.audit",
+        cli.expand_json(argv),
+        program="python -m sngpt_jax.audit",
         description=(
             "Audits a score. Exit status: 0 if no check failed, 1 if a check failed, 2 for a"
             " mistake in the options or files."

@@ -16,6 +16,7 @@ from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.config import ExportConfig, changed
 from sngpt_jax.config.checks import validate
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import (
     EvalTokensOption,
     Json,
@@ -101,11 +102,11 @@ def main(argv: Sequence[str]) -> int:
         from sngpt_jax.run.directory import read_config
 
         default = EvaluateArguments(export=read_config(Path(run)).export)
-    arguments = tyro.cli(
+    arguments = parse(
         EvaluateArguments,
-        args=cli.expand_json(argv),
+        cli.expand_json(argv),
         default=default,
-        prog="python -m sngpt_jax.evaluate",
+        program="python -m sngpt_jax.evaluate",
         description="Scores a trained model: nats per token, bits per byte and downstream tasks.",
     )
     check(arguments, default)

@@ -17,6 +17,7 @@ from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import EXIT_OVER_LIMIT, UserError
 from sngpt_jax.base.files import check_writable
 from sngpt_jax.config import ExportConfig
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import (
     EvalTokensOption,
     Json,
@@ -113,11 +114,11 @@ def main(argv: Sequence[str]) -> int:
         from sngpt_jax.run.directory import read_config  # imports jax
 
         export = read_config(Path(run)).export
-    arguments = tyro.cli(
+    arguments = parse(
         ExportArguments,
-        args=cli.expand_json(argv),
+        cli.expand_json(argv),
         default=ExportArguments(Path(run) if run else missing, missing, export=export),
-        prog="python -m sngpt_jax.export",
+        program="python -m sngpt_jax.export",
         description="Quantizes and compresses a model into one file, and accounts for every byte.",
     )
     check(arguments)

@@ -14,6 +14,8 @@ import tyro
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import check_writable
+from sngpt_jax.config import PathText
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import OptionalInt, OptionalPath, Quiet, WeightsOption
 from sngpt_jax.config.recipe import Overrides, parse_command
 
@@ -23,13 +25,13 @@ PROGRAM = "python -m sngpt_jax.interop"
 @dataclass(frozen=True)
 class ImportArguments:
     # recipe of the checkpoint's model: a file, the name of one in configs/, or a run's config.json
-    config: str
+    config: PathText
     overrides: Overrides
     # the checkpoint: .safetensors, .npz, .pt, .pth or .bin
     file: tyro.conf.Positional[Path] = tyro.MISSING
     run_dir: Path = tyro.MISSING  # run directory to make; training in it continues from the weights
     # a SentencePiece .model or tokenizer.json to keep with the run; default: the recipe data's
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     quiet: Quiet = False
 
 
@@ -63,10 +65,10 @@ class ExportArguments:
 
 def export_command(argv: Sequence[str]) -> int:
     """`interop export`; the exit status."""
-    arguments = tyro.cli(
+    arguments = parse(
         ExportArguments,
-        args=list(argv),
-        prog=f"{PROGRAM} export",
+        argv,
+        program=f"{PROGRAM} export",
         description="Writes a model's weights under the names of the original PyTorch scripts.",
     )
     out = arguments.out

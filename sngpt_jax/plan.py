@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from sngpt_jax.ahead.cases import InspectArguments
 from sngpt_jax.base import cli
+from sngpt_jax.config import PathText
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import Json, Quiet
 from sngpt_jax.config.recipe import Overrides, named_fields, parse_command
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
+    config: PathText  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     # GPUs to compile the training step for, which this machine need not have, such as h100x1,
     # h100x8, h200x2, a100x8 or b200x8
@@ -68,10 +68,10 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_kernels(argv: Sequence[str]) -> int:
     """`plan --kernels`, which has options of its own."""
-    arguments = tyro.cli(
+    arguments = parse(
         InspectArguments,
-        args=argv,
-        prog="python -m sngpt_jax.plan --kernels",
+        argv,
+        program="python -m sngpt_jax.plan --kernels",
         description=(
             "Compiles the kernels for GPUs that this machine need not have, and prints the"
             " registers, memory and instructions of each."

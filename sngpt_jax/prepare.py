@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import PathText
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import Json, Quiet
 from sngpt_jax.data.encode import usable_cpus
 from sngpt_jax.data.golf import fetch_golf
@@ -37,7 +37,7 @@ class Arguments(PrepareSpec):
 class VerifyArguments:
     """Compares every checksum of a finished folder."""
 
-    verify: str  # the folder
+    verify: PathText  # the folder
     json: Json = ""
     quiet: Quiet = False
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
     argv = cli.expand_json(argv)
     kind: Any = VerifyArguments if any(a.split("=")[0] == "--verify" for a in argv) else Arguments
-    arguments = tyro.cli(kind, args=argv, prog=f"python -m {COMMAND}")
+    arguments = parse(kind, argv, program=f"python -m {COMMAND}")
     cli.log_to_stderr(arguments.quiet)
     if isinstance(arguments, VerifyArguments):
         logger.info(f"{arguments.verify}: comparing the checksum of every file")

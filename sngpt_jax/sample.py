@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import PathText
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import (
     Json,
     KernelsOption,
@@ -36,7 +37,7 @@ class SampleArguments:
     artifact: OptionalPath = None  # exported model, *.sngpt, instead of --run
     prompt: str = ""  # text to continue; empty: begin a new document
     # file or folder of prompts instead of --prompt, a prompt per document; -: standard input
-    prompts: str = ""
+    prompts: PathText = ""
     samples: int = 1  # number of texts for each prompt
     max_tokens: int = 128  # number of tokens to generate at most
     temperature: float = 0.8  # divides the logits; 0: always take the most probable token
@@ -195,10 +196,10 @@ def sample(
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(
+    arguments = parse(
         SampleArguments,
-        args=cli.expand_json(argv),
-        prog="python -m sngpt_jax.sample",
+        cli.expand_json(argv),
+        program="python -m sngpt_jax.sample",
         description="Generates text.",
     )
     check(arguments)

@@ -12,15 +12,16 @@ from typing import Any
 
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import at_home
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description="Decodes an artifact and scores it in bits per byte."
     )
-    parser.add_argument("artifact", type=Path, help="exported model, *.sngpt")
+    parser.add_argument("artifact", type=_path, help="exported model, *.sngpt")
     data_help = "folder with validation shards and their tokenizer; default: score nothing"
-    parser.add_argument("--data", type=Path, help=data_help)
+    parser.add_argument("--data", type=_path, help=data_help)
     for option, help_text in (
         ("--tokens", "number of tokens to score, from the start of the stream; 0 scores all"),
         ("--stride", "tokens by which sliding windows advance; 0 scores in standard windows"),
@@ -36,6 +37,10 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(", ".join(f"{name} {value}" for name, value in result.items()))
     return 0
+
+
+def _path(text: str) -> Path:
+    return Path(at_home(text))
 
 
 def _result(artifact: Path, data: Path | None, tokens: int, stride: int) -> dict[str, Any]:

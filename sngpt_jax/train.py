@@ -12,15 +12,16 @@ import tyro
 
 from sngpt_jax.base import cli
 from sngpt_jax.cluster.layout import ProcessArguments
+from sngpt_jax.config import PathText
 from sngpt_jax.config.options import KernelsOption, Quiet
 from sngpt_jax.config.recipe import Overrides, named_fields, parse_command, recipe_name
 
 
 @dataclass(frozen=True)
 class TrainArguments:
-    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
+    config: PathText  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
-    run_dir: str = ""  # folder in which the run is kept and resumed; default: runs/NAME
+    run_dir: PathText = ""  # folder in which the run is kept and resumed; default: runs/NAME
     kernels: KernelsOption = "check"
     quiet: Quiet = False
     processes: Annotated[ProcessArguments, tyro.conf.arg(name="")] = field(

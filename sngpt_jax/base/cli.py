@@ -20,10 +20,10 @@ from typing import Any
 
 from sngpt_jax.base import terminal
 from sngpt_jax.base.errors import EXIT_SIGINT, EXIT_USER_ERROR, FULL, one_line
-from sngpt_jax.base.files import at_home, check_writable, write_text_atomic
+from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.base.interrupts import end_quietly, heed_interrupts
 
-# jax reads these, and they change what a command computes or whether it can
+# jax reads these, and they change what a command computes, or forbid what it does
 _IGNORED = (
     "JAX_DEFAULT_DTYPE_BITS",
     "JAX_DEFAULT_MATMUL_PRECISION",
@@ -32,6 +32,10 @@ _IGNORED = (
     "JAX_NUMPY_DTYPE_PROMOTION",
     "JAX_NUMPY_RANK_PROMOTION",
     "JAX_THREEFRY_PARTITIONABLE",
+    "JAX_TRANSFER_GUARD",
+    "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE",
+    "JAX_TRANSFER_GUARD_DEVICE_TO_HOST",
+    "JAX_TRANSFER_GUARD_HOST_TO_DEVICE",
 )
 _PLAIN = dict(zip("│┃─━╸╺╭╮╰╯┌┐└┘×≤µ–", "||----++++++++x<u-", strict=True)) | {"…": "...", "▁": "_"}
 
@@ -51,9 +55,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main` on the command line's arguments and exits with its status.
 
     An error that `one_line` knows is one line on stderr. Any other is a bug and shows its
-    traceback. Characters that the terminal's encoding lacks are replaced. An argument that begins
-    with ~/ names a path in the home folder, behind an option's = too. Environment variables that
-    would change jax's numbers are ignored.
+    traceback. Characters that the terminal's encoding lacks are replaced. Environment variables
+    that would change jax's numbers, or forbid its work, are ignored.
     """
     codecs.register_error("plain", _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
@@ -67,8 +70,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             os.getcwd()  # a deleted working folder ends the command now, not after its work
             for name in _IGNORED:
                 if os.environ.pop(name, None) is not None:
-                    print(f"{name} is ignored: it changes how jax computes", file=sys.stderr)
-            status = main([_at_home(argument) for argument in sys.argv[1:]])
+                    print(
+                        f"{name} is ignored: it changes what jax computes or allows",
+                        file=sys.stderr,
+                    )
+            status = main(sys.argv[1:])
         finally:
             with contextlib.suppress(OSError):
                 terminal.clear()
@@ -93,12 +99,6 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
                 _flush()
             os._exit(status)
     sys.exit(status)
-
-
-def _at_home(argument: str) -> str:
-    option = argument[: argument.find("=") + 1] if argument.startswith("--") else ""
-    value = argument.removeprefix(option)
-    return option + (at_home(value) if value.startswith("~/") else value)
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:

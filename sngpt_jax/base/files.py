@@ -13,11 +13,17 @@ LOCK = ".lock"  # file in a folder that a process holds, or has held
 
 
 def at_home(path: str) -> str:
-    """`path` with a leading ~ replaced by the home folder. Raises `UserError` if there is none."""
-    if path != "~" and not path.startswith("~/"):
-        return path
+    """`path` with a leading ~ or ~user replaced by that home folder. Raises `UserError` if there
+    is none.
+    """
     found = os.path.expanduser(path)
-    if found == path:  # neither HOME nor an entry in the list of users
+    if found == path and path.startswith("~"):
+        user = path.partition("/")[0][1:]
+        if user:
+            raise UserError(
+                f"{path}: there is no user {user} with a home folder; give the whole path, or"
+                f" ./{path} for a file of this name"
+            )
         raise UserError(f"{path}: there is no home folder; set HOME, or give the whole path")
     return found
 

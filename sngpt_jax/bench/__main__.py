@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
 from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench import arguments as options
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.recipe import parse_command
 
 NAMES: dict[str, type] = {
@@ -30,12 +29,12 @@ NAMES: dict[str, type] = {
 }
 
 
-def parse(name: str, argv: Sequence[str]) -> Any:
+def arguments_of(name: str, argv: Sequence[str]) -> Any:
     """The options of benchmark `name`."""
     kind, program = NAMES[name], "python -m sngpt_jax.bench" + f" {name}" * (name != "step")
     if issubclass(kind, options.RecipeArguments):
         return parse_command(kind, argv, program=program, description=inspect.getdoc(kind) or "")
-    return tyro.cli(kind, args=argv, prog=program)
+    return parse(kind, argv, program=program)
 
 
 def measure(name: str, arguments: Any, say: Callable[[str], None]) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def measure_all(arguments: options.AllArguments, say: Callable[[str], None]) -> 
 
 def main(argv: Sequence[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in NAMES else ("step", argv)
-    arguments = parse(name, cli.expand_json(rest))
+    arguments = arguments_of(name, cli.expand_json(rest))
     for option in ("batches", "repeats", "rounds", "steps"):
         if getattr(arguments, option, 1) < 1:
             raise UserError(f"--{option} must be 1 or more")

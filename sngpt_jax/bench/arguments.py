@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sngpt_jax.ahead.cases import CaseArguments
+from sngpt_jax.config import PathText
 from sngpt_jax.config.options import (
     Json,
     KernelsOption,
@@ -25,7 +26,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True)
 class RecipeArguments:
-    config: str  # recipe: a file, the name of one in configs/, or a run's config.json
+    config: PathText  # recipe: a file, the name of one in configs/, or a run's config.json
     overrides: Overrides
     json: Json = ""
     quiet: Quiet = False
@@ -103,7 +104,7 @@ class KernelsArguments(CaseArguments):
     quick: Flag = False  # measure fewer rounds
     tune: Flag = False  # first try block sizes, and write tuned/<device>.json
     # also write the table for a document to this path
-    markdown: Annotated[str, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ""
+    markdown: Annotated[PathText, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ""
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,11 @@ class FirstLightArguments:
     """Shows in a few minutes what works on this GPU and how fast; see docs/first_light.md."""
 
     minutes: float = 8.0  # time for all parts, whose limits scale with it
-    out: str = "first_light"  # folder for the results
+    out: PathText = "first_light"  # folder for the results
     # cpu: tries the parts themselves, with tiny shapes
     device: Literal["gpu", "cpu"] = "gpu"
-    data: str = ""  # prepared folder of a pack for the training run; default: prepared here
+    data: PathText = ""  # prepared folder of a pack for the training run; default: prepared here
     # makes this folder with what a machine without a network needs, and measures nothing
-    pack: str = ""
+    pack: PathText = ""
     python: str = "3.12"  # version of Python on that machine
     json: Json = ""

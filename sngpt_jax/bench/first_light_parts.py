@@ -36,6 +36,7 @@ from sngpt_jax.bench.first_light_steps import (
     training_overrides,
 )
 from sngpt_jax.config import Config
+from sngpt_jax.config.command import parse
 
 RECIPES = {
     "gpu": (
@@ -146,7 +147,7 @@ def tune_kernels(chosen: Sequence[tuple[str, Case]], folder: Path, keep: Keep) -
 
 
 def main(argv: Sequence[str]) -> int:
-    a = tyro.cli(PartArguments, args=argv)
+    a = parse(PartArguments, argv, program="python -m sngpt_jax.bench.first_light_parts")
     cli.log_to_stderr()
 
     def keep(result: Result) -> None:

@@ -6,7 +6,7 @@ The comment beside or above a field is its `--help` text.
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from sngpt_jax.base.errors import UserError
 
@@ -14,6 +14,9 @@ FORMAT = 1  # of config.json; `config.file` says when it is raised
 
 Weights = Literal["final", "swa", "ema"]  # last step, mean of snapshots, moving average
 Clip = Literal["row_max", "percentile", "search", "sd"]  # how a row's range is chosen
+
+PATH = "path"  # marks a text that may name a file or a folder
+PathText = Annotated[str, PATH]
 
 
 class ConfigError(UserError):
@@ -170,22 +173,22 @@ class OptimConfig:
 class DataConfig:
     """Where the tokens come from, and how a step takes them."""
 
-    dir: str = "data/fineweb_sp1024"  # folder with shards and tokenizer, made by `prepare`
+    dir: PathText = "data/fineweb_sp1024"  # folder with shards and tokenizer, made by `prepare`
     # text to prepare if dir is empty: stdlib, a file, a folder, golf:…, or hub:DATASET
-    source: str = ""
+    source: PathText = ""
     # key or column with the text, in .jsonl, .json, .csv and .parquet files and in hub data sets
     text_key: str = "text"
     # text files (.txt, .md, .py) are cut into documents at this text; empty: at lines that hold
     # only <|endoftext|>
     split_on: str = ""
-    val_source: str = ""  # text for validation, instead of documents of source
+    val_source: PathText = ""  # text for validation, instead of documents of source
     val_docs: int = 0  # documents to hold out from the start of source, instead of a fraction
     # share of the documents to hold out, drawn by split_seed, or of a single document's end; 0: 0.1
     val_fraction: float = 0.0
     split_seed: int = 0  # seed that draws the held-out documents
     max_tokens: int = 0  # training tokens to prepare at most; 0: the whole source
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the source
-    tokenizer: str = "train"
+    tokenizer: PathText = "train"
     # normalization of a learned tokenizer; identity keeps all whitespace
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
     batch_tokens: int = 524_288  # tokens of one optimizer step, over all devices

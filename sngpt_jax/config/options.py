@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sngpt_jax.config import Weights
+from sngpt_jax.config import PathText, Weights
 
 _arg = partial(tyro.conf.arg, help_behavior_hint="")
 
-Json = Annotated[str, _arg(metavar="[PATH]", help="print one JSON object, or write it to PATH")]
+Json = Annotated[
+    PathText, _arg(metavar="[PATH]", help="print one JSON object, or write it to PATH")
+]
 Quiet = Annotated[
     bool, tyro.conf.FlagCreatePairsOff, _arg(help="show only warnings, errors and the result")
 ]

@@ -14,9 +14,11 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from sngpt_jax.base.files import at_home
 from sngpt_jax.config import Config, ConfigError, Level, format_levels, parse_levels
 from sngpt_jax.config import file as config_file
 from sngpt_jax.config.checks import validate
+from sngpt_jax.config.command import parse
 
 T = TypeVar("T")
 
@@ -94,7 +96,7 @@ def peek(argv: Sequence[str], option: str) -> str:
     """The value of `option` in `argv`, or "". Other options' defaults depend on it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(option, dest="value", default="")
-    return str(parser.parse_known_args(argv)[0].value)
+    return at_home(parser.parse_known_args(argv)[0].value)
 
 
 def named_fields(argv: Sequence[str]) -> frozenset[str]:
@@ -111,10 +113,10 @@ def parse_command(kind: type[T], argv: Sequence[str], *, program: str, descripti
     """
     name = peek(argv, "--config")
     make: Any = kind
-    arguments: Any = tyro.cli(
+    arguments: Any = parse(
         kind,
-        args=_AUTO.sub(r"\g<1>0", "\0".join(argv)).split("\0") if argv else [],
-        prog=program,
+        _AUTO.sub(r"\g<1>0", "\0".join(argv)).split("\0") if argv else [],
+        program=program,
         description=description,
         config=(tyro.conf.OmitSubcommandPrefixes,),
         default=make(config=name or tyro.MISSING, overrides=load(name) if name else Config()),

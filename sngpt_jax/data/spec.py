@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.config import PathText
 from sngpt_jax.data.corpus import Reading, check_reading, fingerprint
 from sngpt_jax.data.manifest import Manifest, Origin
 from sngpt_jax.data.split import DEFAULT_FRACTION, HUB_DOCUMENTS, Split, choose
@@ -22,11 +23,11 @@ class PrepareSpec:
 
     # stdlib; a file (.txt, .md, .py, .jsonl, .json, .csv, each also .gz or .zst, or .parquet); a
     # folder of such files; hub:NAME[:CONFIG][@SPLIT]; golf[:spV]
-    source: str
-    out: str  # folder for the shards, the tokenizer and manifest.json
+    source: PathText
+    out: PathText  # folder for the shards, the tokenizer and manifest.json
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the training documents
-    tokenizer: str = "train"
-    val_source: str = ""  # separate validation text, instead of documents of the source
+    tokenizer: PathText = "train"
+    val_source: PathText = ""  # separate validation text, instead of documents of the source
     val_docs: int = 0  # documents to hold out from the start of the source, instead of a fraction
     # share of the documents to hold out, drawn by split_seed, or of a single document's end; 0: 0.1
     val_fraction: float = 0.0

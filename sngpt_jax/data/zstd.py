@@ -22,6 +22,7 @@ class Reader(io.RawIOBase):
     def __init__(self, path: Path):
         self._file, self._path = io.FileIO(path), path
         self._chunks, self._rest = self._unpacked(self._file), memoryview(b"")
+        self._window_takes = "its zstd window takes too much"
 
     def readable(self) -> bool:
         return True
@@ -51,6 +52,8 @@ class Reader(io.RawIOBase):
                 try:
                     yield frame.decompress(data)
                 except zstandard.ZstdError as problem:
+                    if "Allocation" in str(problem):
+                        raise MemoryError(f"{self._path}: {self._window_takes}") from None
                     too_large = "memory" in str(problem)  # the library's word for a window
                     remedy = "; compress it again with zstd --long=31 or less" * too_large
                     raise OSError(f"{problem}{remedy}") from None
@@ -65,5 +68,6 @@ class Reader(io.RawIOBase):
             window = zstandard.get_frame_parameters(data).window_size
         except zstandard.ZstdError:
             return  # reading tells what is wrong with the frame, or its header is cut by the end
+        self._window_takes = f"its zstd window takes {window / 2**30:.2f} GiB of memory"
         if window > _ANNOUNCED:
-            logger.info(f"{self._path}: its zstd window takes {window / 2**30:.2f} GiB of memory")
+            logger.info(f"{self._path}: {self._window_takes}")

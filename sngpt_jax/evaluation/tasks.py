@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from sngpt_jax.base import errors
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import at_home
 from sngpt_jax.base.untrusted import file_sha256
 from sngpt_jax.cluster import processes
 from sngpt_jax.evaluation import task_files
@@ -60,7 +61,7 @@ def parse_tasks(text: str, include: Path | None = None) -> dict[str, Path | None
                 "--tasks squad: lm-eval has no task of this name; give the published file,"
                 " squad=PATH"
             )
-        spec[name] = Path(path) if given else None
+        spec[name] = Path(at_home(path)) if given else None
     foreign = [name for name, path in spec.items() if path is None]
     if include and not foreign:
         needless = f"--tasks {text} names no task of lm-eval; remove the option"

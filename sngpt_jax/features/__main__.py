@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.config import changed
 from sngpt_jax.config.checks import validate
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import (
     EvalTokensOption,
     Json,
@@ -53,10 +52,10 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(
+    arguments = parse(
         FeaturesArguments,
-        args=cli.expand_json(argv),
-        prog="python -m sngpt_jax.features",
+        cli.expand_json(argv),
+        program="python -m sngpt_jax.features",
         description="Studies the features of a run's sparse codes; writes a page to browse them.",
     )
     if arguments.features < 1 or arguments.contexts < 1 or arguments.tokens < 0:

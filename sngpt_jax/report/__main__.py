@@ -14,6 +14,7 @@ from sngpt_jax.base import cli
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import check_writable
 from sngpt_jax.base.terminal import progress_reporter
+from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import OptionalPath, Quiet
 
 
@@ -34,10 +35,10 @@ class ReportArguments:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status. Raises `UserError`."""
-    arguments = tyro.cli(
+    arguments = parse(
         ReportArguments,
-        args=list(argv),
-        prog="python -m sngpt_jax.report",
+        argv,
+        program="python -m sngpt_jax.report",
         description=(
             "Compares runs: one HTML page with curves and tables, or with --live a page that"
             " follows them."

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -126,6 +127,20 @@ def test_zstd_with_a_long_window_says_its_memory(tmp_path, caplog):
     fails(
         path, f"{path}:1: cannot be read.*too much memory.*; compress it again with zstd --long=31"
     )
+
+
+def test_a_zstd_window_beyond_the_memory_says_so(tmp_path, monkeypatch):
+    def refuse(data):
+        raise zstandard.ZstdError("zstd decompressor error: Allocation error : not enough memory")
+
+    frame = SimpleNamespace(decompress=refuse)
+    decompressor = SimpleNamespace(decompressobj=lambda: frame)
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda max_window_size: decompressor)
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(with_window(b"some text", 30))
+    said = f"{path}: its zstd window takes 1.00 GiB of memory"
+    with pytest.raises(MemoryError, match=said):
+        list(documents(str(path)))
 
 
 def test_damaged_compression(tmp_path):
