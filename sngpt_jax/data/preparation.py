@@ -237,9 +237,10 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
         raise UserError(f"--shard-tokens {spec.shard_tokens}: expected at most {MAX_SHARD_TOKENS}")
     out = Path(spec.out)
     for text in map(Path, filter(None, (spec.source, spec.val_source))):
-        if text.is_dir() and out.resolve().is_relative_to(text.resolve()):
-            problem = f"it lies in {text}, so its files would count as text"
-            raise UserError(f"--out {out}: {problem}; give a folder elsewhere")
+        if text.is_dir() and out.resolve() == text.resolve():  # below it, it is no text
+            raise UserError(
+                f"--out {out}: it is the folder of the text; give another, or one in it"
+            )
     # datatrove writes paths into a job's script as they are.
     strange = re.search(r"""[\s"'`$&|;<>()*?\[\]{}!\\]""", str(out.absolute()))
     if executor == "slurm" and strange:

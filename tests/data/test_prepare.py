@@ -296,12 +296,14 @@ def test_the_same_text_for_training_and_validation_is_refused(spec_in, texts, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_inside_the_text_is_refused(spec_in, tmp_path):
+def test_a_folder_inside_the_text_is_no_text_itself(spec_in, tmp_path):
     (tmp_path / "text").mkdir()
     write_jsonl(tmp_path / "text" / "a.jsonl", 20)
-    for out in ("text", "text/out", "text/../text/out"):
-        refuses("its files would count as text", prepare, spec_in(out, "text"))
+    refuses("it is the folder of the text", prepare, spec_in("text/../text", "text"))
     assert [path.name for path in (tmp_path / "text").iterdir()] == ["a.jsonl"]
+    elsewhere = prepare(spec_in("out", "text"))
+    for _ in range(2):
+        assert prepare(spec_in("text/deep/out", "text")) == elsewhere
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(spec_in, texts, tmp_path):
