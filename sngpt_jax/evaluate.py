@@ -1,5 +1,5 @@
 """Scores a trained model: `python -m sngpt_jax.evaluate --run runs/quickstart`, or `--artifact F`,
-in bits per byte of validation text, and on downstream tasks.
+in bits per byte of validation text or of any text, and on downstream tasks.
 """
 
 import logging
@@ -13,6 +13,7 @@ import tyro
 
 from sngpt_jax.base import cli, terminal
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.files import check_writable, write_text_atomic
 from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.config import ExportConfig, changed
 from sngpt_jax.config.checks import validate
@@ -27,6 +28,7 @@ from sngpt_jax.config.options import (
     WeightsOption,
 )
 from sngpt_jax.config.recipe import peek
+from sngpt_jax.data.corpus.reading import USUAL, Reading
 from sngpt_jax.evaluation.options import StreamOptions
 
 logger = logging.getLogger("sngpt_jax")
@@ -40,7 +42,13 @@ class EvaluateArguments:
     run: OptionalPath = None  # run directory of a trained model
     artifact: OptionalPath = None  # exported model, *.sngpt, instead of a run
     data: OptionalPath = None  # folder with prepared validation shards; default: the run's data
-    allow_overlap: bool = False  # score --data, though the model was trained on a part of it
+    # file or folder of text to score instead, each document by itself; -: standard input
+    text: str = ""
+    # key or column with the text, in .jsonl, .json, .csv and .parquet files of --text
+    text_key: str = USUAL.text_key
+    split_on: str = USUAL.split_on  # cut text files of --text at this text; empty: as `prepare`
+    per_document: OptionalPath = None  # file for the score of each document of --text, JSON lines
+    allow_overlap: bool = False  # score --data or --text, though the model was trained on a part
     step: OptionalInt = None  # checkpoint to score; default: the latest checkpoint
     weights: WeightsOption = None
     fake_quantize: bool = False  # score the weights that `export` would write, without writing them
@@ -61,18 +69,32 @@ class EvaluateArguments:
         default_factory=ProcessArguments
     )
 
+    @property
+    def reading(self) -> Reading:
+        """How --text is read. Raises `UserError`."""
+        return Reading(self.text_key, self.split_on)
+
 
 def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
     """Raises `UserError` for options that are wrong or change nothing."""
     exported = arguments.export != default.export and not arguments.fake_quantize
     unscored = arguments.stream.mode == "none" and not arguments.tasks
+    text = arguments.text
     of_tasks = bool(arguments.task_limit or arguments.task_definitions)
     problems = arguments.stream.problems() | {
         "--task-limit cannot be negative; 0 takes all samples": arguments.task_limit < 0,
         "--fake-quantize is for a --run; an artifact is already quantized": arguments.fake_quantize
         and arguments.artifact is not None,
         "--export options change nothing without --fake-quantize": exported,
-        "--allow-overlap is for --data": arguments.allow_overlap and not arguments.data,
+        "--allow-overlap is for --data and --text": arguments.allow_overlap
+        and not (arguments.data or text),
+        "--text and --data both name what to score; remove one of them": bool(
+            text and arguments.data
+        ),
+        "--per-document, --text-key and --split-on are for --text": not text
+        and (arguments.per_document is not None or arguments.reading != USUAL),
+        "--text scores every document whole, in windows of its own; remove --mode none, --tokens,"
+        " --tail and --ngram": bool(text) and not arguments.stream.is_plain,
         "--mode none scores no stream; name --tasks, or remove --mode none": unscored,
         "--task-limit and --task-definitions are for --tasks": of_tasks and not arguments.tasks,
     }
@@ -80,6 +102,8 @@ def check(arguments: EvaluateArguments, default: EvaluateArguments) -> None:
         if wrong:
             raise UserError(message)
     cli.check_json(arguments.json)
+    if arguments.per_document:
+        check_writable(arguments.per_document, "--per-document")
 
 
 def parse_tasks(arguments: EvaluateArguments) -> Spec:
@@ -136,7 +160,7 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     from sngpt_jax.cluster import processes
     from sngpt_jax.cluster.mesh import make_mesh
     from sngpt_jax.data.overlap import refuse_trained_data
-    from sngpt_jax.evaluation import report
+    from sngpt_jax.evaluation import documents, report
     from sngpt_jax.run.console import progress_reporter
     from sngpt_jax.weights.quantized_model import quantize_variables
     from sngpt_jax.weights.source import open_model
@@ -163,8 +187,15 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
         config = validate(
             changed(config, eval={"device_batch_tokens": arguments.device_batch_tokens})
         )
-    dataset = None
-    if stream.mode != "none" or arguments.fake_quantize:
+    dataset = text = None
+    if arguments.text:
+        given = arguments.text, arguments.reading, model.tokenizer()
+        if arguments.allow_overlap:
+            text = documents.encode(*given, cut=0)
+        else:
+            text = documents.encode_untrained(*given, Path(config.data.dir))
+        processes.check_alike({"text": str(text.name)})
+    if (stream.mode != "none" and not text) or arguments.fake_quantize:
         dataset = model.open_data(arguments.data)
         if not arguments.allow_overlap:
             refuse_trained_data(dataset, Path(config.data.dir))
@@ -180,12 +211,19 @@ def evaluate(arguments: EvaluateArguments, spec: Spec) -> int:
     kept = " as export would keep them" if arguments.fake_quantize else ""
     rows = [("model", f"{model.source}, step {model.step}, {model.weights} weights{kept}")]
     if stream.mode != "none":
-        assert dataset
-        result = report.score(stream, config, variables, dataset, mesh) | result
+        if text:
+            scored, each = documents.score(stream, config, variables, text, mesh)
+        else:
+            assert dataset
+            scored, each = report.score(stream, config, variables, dataset, mesh), []
+        result = scored | result
         if not math.isfinite(loss := result["loss"]):
             remedy = "export other weights" if arguments.artifact else "take an earlier --step"
             raise UserError(f"{model.source}: the loss of step {model.step} is {loss}; {remedy}")
         rows += report.describe(result)
+        if arguments.per_document and processes.index() == 0:
+            write_text_atomic(arguments.per_document, documents.as_lines(each))
+            rows.append(("each", f"{len(each):,} documents: {arguments.per_document}"))
         if spec and processes.index() == 0:
             logger.info("%s; the tasks follow", rows[1][1])
     failed = []

@@ -20,9 +20,9 @@ from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.step import make_eval_step
 from sngpt_jax.evaluation.windows import (
+    AnyWindows,
     OnProgress,
     WindowBatch,
-    Windows,
     read_windows,
     rows_at_a_time,
     sliding_windows,
@@ -57,7 +57,7 @@ class Pass:
     stream: TokenStream
     token_bytes: TokenBytes
     mesh: Mesh
-    windows: Windows
+    windows: AnyWindows
     device_batch_tokens: int
     progress: OnProgress | None = None
 

@@ -50,9 +50,21 @@ class StreamOptions:
             f" {MOST_MEMORY:,}": not 0 < memory <= MOST_MEMORY,
         }
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether only the mode and the stride are chosen: what scores documents."""
+        of_windows = StreamOptions(self.mode, self.stride)
+        return self == of_windows and self.mode != "none"
+
     def windows(self, num_tokens: int, seq_len: int) -> Windows:
         """The windows of these options over a stream of `num_tokens`."""
         if self.mode == "standard":
             return standard_windows(num_tokens, seq_len, self.tokens)
-        stride = min(STRIDE, seq_len) if self.stride is None else self.stride
+        stride = self.stride_within(seq_len)
         return sliding_windows(num_tokens, seq_len, stride, self.tokens, self.tail)
+
+    def stride_within(self, seq_len: int) -> int:
+        """The stride of windows of `seq_len`."""
+        if self.mode == "standard":
+            return seq_len
+        return min(STRIDE, seq_len) if self.stride is None else self.stride

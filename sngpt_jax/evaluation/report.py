@@ -14,15 +14,18 @@ from jax.sharding import Mesh
 from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import batch_placer
 from sngpt_jax.config import Config
+from sngpt_jax.data.identity import DataName, validation_name
 from sngpt_jax.data.shards import Dataset
-from sngpt_jax.evaluation.bpb import Pass
+from sngpt_jax.evaluation.bpb import Pass, Score
 from sngpt_jax.evaluation.ngram import score as ngram_score
 from sngpt_jax.evaluation.ngram.cache import Cache, in_bytes
 from sngpt_jax.evaluation.options import StreamOptions
 from sngpt_jax.evaluation.step import make_eval_step
-from sngpt_jax.evaluation.windows import rows_at_a_time, window_batches
+from sngpt_jax.evaluation.windows import AnyWindows, rows_at_a_time, window_batches
 from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter
+
+LARGEST_LOSS = 700.0  # nats; the perplexity of a larger one is beyond float64
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -67,16 +70,8 @@ def score(
     cached = ngram_score.score_with_cache(scoring, cache) if cache else None
     found = cached.model if cached else scoring.score()
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = {
-        **asdict(found),
-        "bytes_per_token": found.bytes / found.tokens,
-        "mode": options.mode,
-        "stride": windows.stride,
-        "windows": windows.count,
-        "seconds": seconds,
-        "tok_per_s": found.tokens / seconds,
-        "forward_tok_per_s": windows.num_rows * windows.seq_len / seconds,
-    }
+    result = figures(found, windows, options.mode, seconds)
+    result["data"] = vars(validation_name(dataset))
     if cached:
         del cache  # frees its tables before the next cache takes as much
         fresh = new_cache()
@@ -94,15 +89,36 @@ def score(
     return result
 
 
+def figures(found: Score, windows: AnyWindows, mode: str, seconds: float) -> dict[str, Any]:
+    """What a result says of a score over `windows`."""
+    return {
+        **asdict(found),
+        "perplexity": math.exp(found.loss) if found.loss < LARGEST_LOSS else None,
+        "bytes_per_token": found.bytes / found.tokens,
+        "mode": mode,
+        "stride": windows.stride,
+        "windows": windows.count,
+        "seconds": seconds,
+        "tok_per_s": found.tokens / seconds,
+        "forward_tok_per_s": windows.num_rows * windows.seq_len / seconds,
+    }
+
+
 def describe(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows of a result of `score` for a person."""
     which = f"{result['windows']:,} windows"
     if result["mode"] == "sliding":
         which += f", stride {result['stride']}"
     size = f"{result['tokens']:,} tokens = {result['bytes']:,} bytes"
+    if "documents" in result:
+        size += f" of {result['documents']:,} documents"
+    loss = f"loss {result['loss']:.4f} nats/token"
+    if result["perplexity"] is not None:
+        loss += f" (perplexity {result['perplexity']:,.2f})"
     rows = [
-        ("score", f"loss {result['loss']:.4f} nats/token, {result['bpb']:.4f} bits/byte"),
+        ("score", f"{loss}, {result['bpb']:.4f} bits/byte"),
         ("over", f"{size} in {which}; {result['seconds']:.1f} s"),
+        ("data", str(DataName(**result["data"]))),
     ]
     if cached := result.get("ngram"):
         verdict = "" if cached["is_distribution"] else ": not a probability distribution"

@@ -121,7 +121,59 @@ def standard_windows(num_tokens: int, seq_len: int, max_tokens: int) -> Windows:
     return replace(windows, targets=windows.whole * seq_len)
 
 
-def rows_at_a_time(windows: Windows, device_batch_tokens: int, num_devices: int) -> int:
+@dataclass(frozen=True)
+class DocumentWindows:
+    """Windows over documents that lie one after the other in a stream. No target of one sees
+    another. A row may run on into the next document, behind its scored positions.
+    """
+
+    starts: np.ndarray  # int64 [D], index of each document's first token in the stream, rising
+    targets: np.ndarray  # int64 [D], of each document
+    seq_len: int  # T
+    stride: int  # S
+    count: int  # of windows
+    parts: np.ndarray  # int64 [3, rows]: what `rows` gives
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows for the devices."""
+        return self.parts.shape[1]
+
+    def rows(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Windows.rows`."""
+        start, begin, upto = self.parts[:, first:stop]
+        return start, begin, upto
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Ranges of scored targets (start, stop) of the stream."""
+        ends = (self.starts + self.targets).tolist()
+        return [(a, b) for a, b in zip(self.starts.tolist(), ends, strict=True) if a < b]
+
+
+def document_windows(
+    starts: np.ndarray, targets: np.ndarray, seq_len: int, stride: int
+) -> DocumentWindows:
+    """Windows that score each target of each document once. A document of at most `seq_len` targets
+    is one window. In a longer one they advance by `stride`, and the last one ends with it.
+    """
+    count, parts = 0, [np.zeros((3, 0), np.int64)]
+    for start, number in zip(starts.tolist(), targets.tolist(), strict=True):
+        if number > seq_len:
+            own = Windows(number, seq_len, stride)
+            count += own.count
+            first, begin, upto = own.rows(0, own.num_rows)
+        else:
+            count += number > 0
+            begin = np.arange(0, number, stride, dtype=np.int64)
+            first, upto = np.zeros_like(begin), np.minimum(begin + stride, number)
+        parts.append(np.stack([first + start, begin, upto]))
+    return DocumentWindows(starts, targets, seq_len, stride, count, np.concatenate(parts, axis=1))
+
+
+AnyWindows = Windows | DocumentWindows
+
+
+def rows_at_a_time(windows: AnyWindows, device_batch_tokens: int, num_devices: int) -> int:
     """Rows of a batch over all devices: as many as fit, at most as many as there are."""
     most = max(1, device_batch_tokens // windows.seq_len)
     return min(most, math.ceil(windows.num_rows / num_devices)) * num_devices
@@ -139,7 +191,7 @@ class WindowBatch:
     scored: tuple[np.ndarray, np.ndarray]
 
 
-def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterator[WindowBatch]:
+def window_batches(stream: "TokenStream", windows: AnyWindows, rows: int) -> Iterator[WindowBatch]:
     """Batches of `rows`. The last one is padded with its first row."""
     T, S = windows.seq_len, windows.stride
     view = np.lib.stride_tricks.sliding_window_view
@@ -160,7 +212,7 @@ def window_batches(stream: "TokenStream", windows: Windows, rows: int) -> Iterat
 
 def read_windows(
     stream: "TokenStream",
-    windows: Windows,
+    windows: AnyWindows,
     rows: int,
     dispatch: Callable[[WindowBatch], Item],
     progress: OnProgress | None = None,

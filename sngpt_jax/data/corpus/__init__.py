@@ -8,6 +8,7 @@ from sngpt_jax.data.corpus.sources import (
     count_parts,
     documents,
     fingerprint,
+    named_documents,
     say_left_out,
     text_bytes,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "documents",
     "fingerprint",
     "imported",
+    "named_documents",
     "say_left_out",
     "text_bytes",
 ]

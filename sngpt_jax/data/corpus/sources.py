@@ -15,7 +15,8 @@ import sys
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from sngpt_jax.base.errors import UserError
@@ -48,16 +49,30 @@ def documents(
     … together are all documents in order. The call raises `UserError` for a source that does not
     exist; the iterator raises `DataError` for damaged text.
     """
+    return (text for _, _, text in named_documents(source, part, parts, reading))
+
+
+def named_documents(
+    source: str, part: int = 0, parts: int = 1, reading: Reading = USUAL
+) -> Iterator[tuple[str, int, str]]:
+    """The `documents`, each with the name of its file below a folder, and its number in this file
+    from 1. The empty ones have numbers, too.
+    """
+    found: Iterable[tuple[str, Iterable[str]]]
     if source.startswith("hub:"):
-        texts = hub_texts(source, hub_parts(source), part, parts, reading.text_key)
+        found = [(source, hub_texts(source, hub_parts(source), part, parts, reading.text_key))]
     else:
         paths = _files(source)
         paths = paths[len(paths) * part // parts : len(paths) * (part + 1) // parts]
-        if source == "stdlib":
-            texts = (text for path in paths for text in _stdlib_texts(path))
-        else:
-            texts = (text for path in paths for text in file_texts(path, reading))
-    return (replace_surrogates(text) for text in texts if text)
+        root = _root(source)
+        read = _stdlib_texts if source == "stdlib" else partial(file_texts, reading=reading)
+        found = ((path.relative_to(root).as_posix(), read(path)) for path in paths)
+    return (
+        (name, number, replace_surrogates(text))
+        for name, texts in found
+        for number, text in enumerate(texts, 1)
+        if text
+    )
 
 
 @contextlib.contextmanager
@@ -125,11 +140,9 @@ def fingerprint(source: str) -> str:
     if source.startswith("hub:"):
         name, config, split = hub_parts(source)
         return f"hub:{name}:{config or 'default'}@{split}"
-    kind, root, paths = "files", Path(source), _files(source)
+    kind, root, paths = "files", _root(source), _files(source)
     if source == "stdlib":
-        kind, root = f"stdlib {platform.python_version()}", _stdlib_root()
-    elif root.is_file():
-        root = root.parent
+        kind = f"stdlib {platform.python_version()}"
     stats = [path.stat() for path in paths]
     by_content = sum(stat.st_size for stat in stats) < _HASHED_BYTES
     digest = hashlib.sha256()
@@ -143,6 +156,14 @@ def fingerprint(source: str) -> str:
 
 def _files(source: str) -> list[Path]:
     return _stdlib_files() if source == "stdlib" else _find(source).texts
+
+
+def _root(source: str) -> Path:
+    """The folder that the names of a source's files begin in."""
+    if source == "stdlib":
+        return _stdlib_root()
+    path = Path(source)
+    return path if path.is_dir() else path.parent
 
 
 def _find(source: str) -> files.Found:
