@@ -42,7 +42,7 @@ esac
 wanted=(base)
 case "$(nvidia-smi -L 2>/dev/null || true)" in *GPU*) wanted+=(cuda13) ;; esac
 case "$command" in test | docs) wanted+=("$command") ;; esac
-if [ "$command" = evaluate ]; then # every cache's name begins with another letter than none's
+if [ "$command" = evaluate ] || [ "$command" = audit ]; then # every cache's name begins with another letter than none's
   case " $* " in *" --tasks"[=\ ]* | *" --ngram"[=\ ][!n]*) wanted+=(eval) ;; esac
 fi
 if [[ "$command $* " == plan*" --topology"* || "$command $* " == plan*" --kernels"* || "$command $* " == "bench compiled "* ]]; then

@@ -96,6 +96,8 @@ def test_extras_are_installed_when_a_command_needs_them(checkout):
         ("evaluate --run x --ngram exact", "eval"),
         ("evaluate --run x --ngram=tilt", "eval"),
         ("evaluate --run x --ngram none", ""),
+        ("audit --run x", ""),
+        ("audit --run x --ngram exact", "eval"),
         ("evaluate --run x --ngram-memory 2", ""),
         ("evaluate --run x --tasks lambada=ab.txt,hellaswag=c=d.jsonl", "eval"),
         ("evaluate --run x --tasks=squad=dev-v2.0.json --task-limit 5", "eval"),

@@ -25,6 +25,7 @@ TOKENS = ("--tokens", "2048")
 COMMANDS = {
     "train": (["--config", "{recipe}", "--run-dir", "{run}"], "finished\n  run "),
     "evaluate": (["--run", "{run}", *TOKENS], "evaluated\n  model "),
+    "audit": (["--run", "{run}"], "audited\n  run "),
     "export": (["--run", "{run}", "--out", "{out}/m.sngpt", *TOKENS], "exported\n  artifact "),
     "sample": (["--run", "{run}", "--prompt", "ab", "--max-tokens", "4"], "ab"),
     "plan": (["--config", "{recipe}"], "parameters"),

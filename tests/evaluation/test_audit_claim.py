@@ -277,6 +277,14 @@ def test_characters_of_several_tokens_count_three_bytes_each_if_decoded_alone(tm
         ("--loss 1.9 --bpb 1.1 --tokenizer no.model --text a.txt", "no.model"),
         ("--loss 1.9 --bpb 1.1 --text a.txt", "--text needs --tokenizer"),
         ("--loss 1.9 --bpb 1.1 --data no/folder", "no/folder: no such folder"),
+        ("--loss 1.9 --bpb 1.1 --tokenizer sp1024 --ngram exact", "--ngram and --limit are for a"),
+        ("--loss 1.9 --bpb 1.1 --run a", "give either a claim"),
+        ("--run a --artifact b.sngpt", "give either --run or --artifact"),
+        ("--run a --text b.txt", "--tokenizer, --text and --seq-len are for a claim"),
+        ("--run a --tokens 9", "--tokens is for a claim, or for --ngram"),
+        ("--run a --limit 9", "--limit is for --artifact"),
+        ("--run no/run", "no/run: not a run directory"),
+        ("--artifact no.sngpt", "no.sngpt: cannot be read"),
     ],
 )
 def test_refuses_in_one_line(arguments, said):
