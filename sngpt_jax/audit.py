@@ -126,11 +126,11 @@ def audit_claim(arguments: AuditArguments) -> Audit:
     claim = claims.Claim(
         claims.Printed.parse(a.loss, "--loss"), claims.Printed.parse(a.bpb, "--bpb"), a.tokens
     )
+    reported: Sequence[Mistake] = ()
     if count := KNOWN.get(a.tokenizer):
         right, recomputed, reported = [count], claims.float32_sums(count, a.stride), REPORTED
     else:
         right, recomputed = recount_text(a)
-        reported = ()
     checks = [
         claims.judge_bytes(claim, right, recomputed, reported),
         claims.judge_tokens(claim, right[0], a.seq_len, a.stride),
@@ -175,7 +175,7 @@ def audit_models(arguments: AuditArguments) -> Audit:
     from sngpt_jax.run.directory import read_config, read_summary
 
     a, mesh, checks = arguments, make_mesh(), []
-    paths = a.run or (a.artifact,)
+    paths = (a.artifact,) if a.artifact else a.run
     for path in paths:
         found = audit_model(arguments, path, mesh)
         named = len(paths) > 1
@@ -208,7 +208,7 @@ def audit_model(arguments: AuditArguments, path: Path, mesh: "Mesh") -> list[Che
     from sngpt_jax.weights.source import open_model
 
     a = arguments
-    model = open_model(*((None, path) if a.artifact else (path, None)), mesh)
+    model = open_model(None, path, mesh) if a.artifact else open_model(path, None, mesh)
     dataset = model.open_data(a.data)
     has_text = knows_text(dataset)
     checks = [] if a.artifact else [audit_summary(path, dataset, a)]

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-UNMADE = "could not be made"
+Outcome = Literal["passed", "failed", "could not be made"]
+UNMADE: Outcome = "could not be made"
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Check:
     """One check. `text` says what was found, or why the check could not be made."""
 
     name: str
-    outcome: Literal["passed", "failed", "could not be made"]
+    outcome: Outcome
     text: str
     figures: dict[str, Any] = field(default_factory=dict)  # for --json
 

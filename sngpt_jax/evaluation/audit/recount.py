@@ -92,7 +92,7 @@ def encoded(source: str, tokenizer: Tokenizer) -> TokenStream:
 def knows_text(dataset: Dataset) -> bool:
     """Whether the preparation counted the bytes of the text itself."""
     manifest = dataset.manifest
-    return bool(manifest) and all(shard.text_bytes is not None for shard in manifest.val)
+    return manifest is not None and all(shard.text_bytes is not None for shard in manifest.val)
 
 
 def without_corrections(stream: TokenStream) -> TokenStream:
@@ -135,7 +135,8 @@ def recount(
     for name, table in mistaken.items():
         total = bare.count_bytes(table, 1, targets + 1).golf
         if total not in (count.bytes for count in counts):
-            found.append(Mistake(name, *[total / first.bytes] * 2, "recomputed"))
+            ratio = total / first.bytes
+            found.append(Mistake(name, ratio, ratio, "recomputed"))
     if targets >= seq_len > stride:
         spans = Windows(targets // seq_len * seq_len, seq_len, stride, "published").spans()
         again = [stream.count_bytes(right, start + 1, stop + 1) for start, stop in spans]
