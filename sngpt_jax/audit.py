@@ -3,7 +3,6 @@ which byte count the numbers of a claim imply, and which known mistake explains 
 `--artifact` check a model: its bytes, leaks, probabilities, seeds and size.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +23,6 @@ if TYPE_CHECKING:  # import jax, which --help and a claim need not
     from jax.sharding import Mesh
 
     from sngpt_jax.data.shards import Dataset
-
-logger = logging.getLogger("sngpt_jax")
 
 
 class Audit(NamedTuple):
