@@ -6,6 +6,7 @@ All products are of ±1 and bfloat16, on the tensor cores. A float32 is split in
 that add up to it exactly, so that only sums round. One warp encodes a token.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels, Scheme, hadamard
 from sngpt_kernels.cayley.folding import Fold, fold
 from sngpt_kernels.cayley.pallas_decode import words
+from sngpt_kernels.cayley.pallas_lookup import parts
 from sngpt_kernels.cayley.pallas_select import (
     LOWEST,
     NEVER,
@@ -70,6 +72,12 @@ def passes_of(levels: Levels, generators: Generators, level: int) -> int:
     return len(_parent_blocks(levels, level)) * chunks
 
 
+def most_parents(levels: Levels) -> int:
+    """The most parents of a level, in whole blocks."""
+    blocks = [len(_parent_blocks(levels, level)) for level in range(1, len(levels))]
+    return PARENTS * max(blocks, default=1)
+
+
 def list_size(levels: Levels, generators: Generators) -> int:
     """The most candidates that the passes of a level sift out."""
     passes = [1, *(passes_of(levels, generators, level) for level in range(1, len(levels)))]
@@ -120,8 +128,9 @@ def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
 def tables(mean: Array, std: Array, bias: Array, scheme: Scheme) -> tuple[Array, ...]:
     """The `table_refs` of `encode_token`, float32: scale and offset of y = scale · sum + offset.
 
-    They are [d] at level 0, then [groups, classes, members], so that the children of a parent lie
-    together. Without `forward_standardized` the deviations and biases [F] follow.
+    They are [d] at level 0, then [groups, members, classes], so that the children of a parent lie
+    together and a thread loads several classes at a time. Without `forward_standardized` the
+    deviations and biases [F] follow.
     """
     deviation = jnp.maximum(std, STD_FLOOR)
     scale = 1 / deviation / np.float32(np.sqrt(scheme.width))
@@ -131,7 +140,7 @@ def tables(mean: Array, std: Array, bias: Array, scheme: Scheme) -> tuple[Array,
     result = [scale[: scheme.width], offset[: scheme.width]]
     for level in range(1, len(scheme.levels)):
         folded = fold(scheme.levels, scheme.generators, level)
-        steps = np.array(folded.class_steps, np.int32)[:, None] ^ folded.member_steps
+        steps = folded.member_steps[:, None] ^ np.array(folded.class_steps, np.int32)
         ids = scheme.children(level).representatives[:, None, None] ^ steps
         result += [scale[ids].reshape(-1), offset[ids].reshape(-1)]
     return tuple(result) if scheme.forward_standardized else (*result, deviation, bias)
@@ -150,10 +159,21 @@ def _pieces(x: Array) -> list[Array]:
     return [piece.astype(jnp.bfloat16) for piece in (*pieces, x)]
 
 
-def _halves(y: Array) -> tuple[Array, Array]:
-    """The even and the odd elements."""
-    even, odd = jnp.unstack(y.reshape(-1, 2), axis=-1)
-    return even, odd
+def _joined(arrays: Sequence[Array]) -> Array:
+    """[..., n] of n arrays [...], a power of two."""
+    if len(arrays) == 1:
+        return arrays[0][..., None]
+    even, odd = _joined(arrays[::2]), _joined(arrays[1::2])
+    return jnp.stack([even, odd], axis=-1).reshape(*arrays[0].shape, len(arrays))
+
+
+def _by_four(count: int) -> Array:
+    """0, 1, … below a power of two ≥ 4, int32 [count / 4, 4]: a thread loads 16 bytes.
+
+    Triton gives all accesses of one shape the same layout. That of a list is another one, so the
+    shape must not be that of a list.
+    """
+    return 4 * lax.iota(jnp.int32, count // 4)[:, None] + lax.iota(jnp.int32, 4)[None, :]
 
 
 def _roots(
@@ -171,32 +191,44 @@ def _roots(
     left, right = left_ref[...], right_ref[...]
     half = add_up([plgpu.dot(piece, right) for piece in _pieces(x)])
     sums = add_up([plgpu.dot(left, piece) for piece in _pieces(half)])
-    slots = lax.iota(jnp.int32, shape[0] * shape[1])
+    # A thread has four neighbours, whose ids differ in the two lowest bits.
+    slots = _by_four(shape[0] * shape[1])
     ids, inside = points(slots // shape[1], slots % shape[1])
     scale, offset = (
         plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref)
     )
     kept = jnp.where(inside, jnp.inf, NEVER)
-    y = finite_or_infinite(sums.reshape(-1) * scale + offset, kept)
-    # The ids of four neighbours differ in the two lowest bits.
-    scores = [half for pair in _halves(y) for half in _halves(pair)]
+    y = finite_or_infinite(sums.reshape(-1, 4) * scale + offset, kept)
     slots = 4 * lax.iota(jnp.int32, shape[0] * shape[1] // 4)
     ids, _ = points(slots // shape[1], slots % shape[1])
-    return [Tile(y, ids, step) for y, step in zip(scores, (0, 2, 1, 3), strict=True)]
+    return [Tile(y, ids, step) for step, y in enumerate(parts(y))]
 
 
-def _parents(out: Output, start: int, k: int, block: Array, group_ref: Any) -> tuple[Array, Array]:
-    """The groups of a block of the k parents, and which parents are the first of their group."""
+def _write_parents(out: Output, start: int, k: int, level: _Level, work: Work) -> None:
+    """Writes the groups of the k parents, and the words of their signs.
+
+    The group of a parent that is not the first of its group is -1.
+    """
+    columns = level.words.shape[-1]
 
     def load(slots: Array) -> Array:
         ids = plgpu.load(out.saved_ref.at[out.row, start + slots], mask=slots < k, other=0)
-        return plgpu.load(group_ref.at[ids], mask=slots < k, other=0)
+        return plgpu.load(level.group_of_parent.at[ids], mask=slots < k, other=0)
 
-    slots = block * PARENTS + lax.iota(jnp.int32, PARENTS)
     others = lax.iota(jnp.int32, 2 ** (k - 1).bit_length())
-    groups = load(slots)
-    repeated = (groups[:, None] == load(others)[None, :]) & (others[None, :] < slots[:, None])
-    return groups, (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
+    of_others = load(others)
+    for first in range(0, k, PARENTS):
+        slots = first + lax.iota(jnp.int32, PARENTS)
+        groups = load(slots)
+        repeated = (groups[:, None] == of_others[None, :]) & (others[None, :] < slots[:, None])
+        is_first = (jnp.sum(repeated.astype(jnp.int32), axis=1) == 0) & (slots < k)
+        plgpu.store(work.groups_ref.at[work.row, slots], jnp.where(is_first, groups, -1))
+        shape = (PARENTS, columns)
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        ids = jnp.broadcast_to(level.representatives[groups][:, None], shape)
+        of_parents = words(level.words, ids, column)
+        place = (first + lax.broadcasted_iota(jnp.int32, shape, 0)) * columns + column
+        plgpu.store(work.words_ref.at[work.row, place], of_parents)
 
 
 def _signed(of_parents: Array, pairs: Array) -> Array:
@@ -215,7 +247,7 @@ def _signed(of_parents: Array, pairs: Array) -> Array:
 def _write_pairs(row: Array, x_ref: Any, level: _Level, work: Work) -> None:
     """Writes x in the order of the level's products, two points per int32."""
     half = x_ref.shape[-1] // 2
-    q = lax.iota(jnp.int32, half)
+    q = _by_four(half)
     sides = []
     for side in range(2):
         x = plgpu.load(x_ref.at[row, level.points[side, q]])
@@ -225,19 +257,8 @@ def _write_pairs(row: Array, x_ref: Any, level: _Level, work: Work) -> None:
         plgpu.store(work.pairs_ref.at[work.row, number * half + q], pair)
 
 
-def _write_words(representatives: Array, level: _Level, work: Work) -> None:
-    """Writes the words of the signs of a block of parents."""
-    columns = level.words.shape[-1]
-    shape = (PARENTS, columns)
-    column = lax.broadcasted_iota(jnp.int32, shape, 1)
-    of_parents = words(level.words, jnp.broadcast_to(representatives[:, None], shape), column)
-    place = lax.broadcasted_iota(jnp.int32, shape, 0) * columns + column
-    plgpu.store(work.words_ref.at[work.row, place], of_parents)
-
-
 def _children(
-    groups: Array,
-    first: Array,
+    block: Array,
     chunk: Array,
     pieces: int,
     level: _Level,
@@ -248,9 +269,6 @@ def _children(
 ) -> list[Tile]:
     """The children of a block of parents' groups, of one chunk of members: a tile per class."""
     count = len(folded.class_steps)
-    representatives = level.representatives[groups]
-    _write_words(representatives, level, work)
-    barrier(work.interpret)
     columns = level.words.shape[-1]
     shape = (PARENTS, MEMBERS)
     members = chunk * MEMBERS + lax.iota(jnp.int32, MEMBERS)
@@ -259,7 +277,7 @@ def _children(
         """Adds 32 points."""
         matrix = level.matrix[column, members[:, None], lax.iota(jnp.int32, 32)[None, :]]
         matrix = matrix.reshape(MEMBERS, 4, 2, 4).transpose(0, 2, 1, 3).reshape(MEMBERS, 32).T
-        place = lax.iota(jnp.int32, PARENTS) * columns + column
+        place = (block * PARENTS + lax.iota(jnp.int32, PARENTS)) * columns + column
         of_parents = work.words_ref[work.row, place]
         for piece in range(pieces):
             place = (piece * columns + column) * 16 + lax.iota(jnp.int32, 16)
@@ -282,27 +300,30 @@ def _children(
                 sums[i], sums[i + step] = a + b, a - b
         step *= 2
 
-    def spread(values: Array) -> Array:
-        return jnp.broadcast_to(values[:, None], shape).reshape(-1)
-
-    # Declared as not contiguous, slots lie in the threads as the stores of `sift` need them.
-    slots = plgpu.max_contiguous(lax.iota(jnp.int32, PARENTS * MEMBERS), 1)
+    slots = lax.iota(jnp.int32, PARENTS * MEMBERS)
     member = chunk * MEMBERS + (slots & (MEMBERS - 1))
+    groups = work.groups_ref[work.row, block * PARENTS + slots // MEMBERS]
     is_member = (member & (2**folded.new_bits - 1) != 0) & (member < folded.members)
-    kept = jnp.where(is_member, spread(jnp.where(first, jnp.inf, NEVER)), NEVER)
-    first_child = spread(groups) * (count * folded.member_steps.size) + member
-    child = spread(representatives) ^ level.member_steps[member]
-    tiles = []
-    for i, total in enumerate(sums):
-        place = first_child + i * folded.member_steps.size
-        y = total.reshape(-1) * scale_ref[place] + offset_ref[place]
-        tiles.append(Tile(finite_or_infinite(y, kept), child, folded.class_steps[i]))
+    kept = jnp.where(is_member & (groups >= 0), jnp.inf, NEVER)
+    groups = jnp.maximum(groups, 0)
+    first = (groups * folded.member_steps.size + member) * count
+    child = level.representatives[groups] ^ level.member_steps[member]
+    tiles: list[Tile] = []
+    size = min(4, count)  # A thread loads 16 bytes.
+    for start in range(0, count, size):
+        place = first[:, None] + (start + lax.iota(jnp.int32, size))[None, :]
+        of_classes = _joined([total.reshape(-1) for total in sums[start : start + size]])
+        y = of_classes * scale_ref[place] + offset_ref[place]
+        tiles += [
+            Tile(finite_or_infinite(scores, kept), child, folded.class_steps[start + i])
+            for i, scores in enumerate(parts(y))
+        ]
     return tiles
 
 
 def _finish(out: Output, active: int, unstandardize: tuple[Any, ...]) -> None:
     """Turns y into c, and sets the bit of c > 0 in the ids."""
-    slots = lax.iota(jnp.int32, 2 ** (active - 1).bit_length())
+    slots = _by_four(max(4, 2 ** (active - 1).bit_length()))
     used = slots < active
     ids, c = (
         plgpu.load(ref.at[out.row, slots], mask=used, other=0) for ref in (out.saved_ref, out.c_ref)
@@ -336,12 +357,13 @@ def _encode_level(
     pieces = 1 if x_ref.dtype == jnp.bfloat16 else 3
     scale_ref, offset_ref = tables
     _write_pairs(out.row, x_ref, level, work)
+    _write_parents(out, start - parents, parents, level, work)
+    barrier(out.interpret)
 
     def take(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         stop, bound = state
         block, chunk = number >> (chunks.bit_length() - 1), number & (chunks - 1)
-        groups, first = _parents(out, start - parents, parents, block, level.group_of_parent)
-        tiles = _children(groups, first, chunk, pieces, level, scale_ref, offset_ref, folded, work)
+        tiles = _children(block, chunk, pieces, level, scale_ref, offset_ref, folded, work)
         return sift(tiles, k, bound, stop, work)
 
     passes = passes_of(scheme.levels, scheme.generators, index)

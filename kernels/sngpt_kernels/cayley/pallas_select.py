@@ -44,7 +44,8 @@ class Work(NamedTuple):
     ids_ref: Any  # [programs, L] int32: the candidates that the passes sifted out
     scores_ref: Any  # [programs, L] float32: their scores
     pairs_ref: Any  # [programs, pieces · d / 2] int32: x, as `pallas_encode` multiplies it
-    words_ref: Any  # [programs, 16 · d / 32] int32: the signs of a block of parents
+    groups_ref: Any  # [programs, K] int32: the groups of a level's parents
+    words_ref: Any  # [programs, K · d / 32] int32: the signs of a level's parents
     interpret: bool
 
 
@@ -228,7 +229,8 @@ def sift(
 
 def load(work: Work, size: int, stop: Array) -> Tile:
     """The first `stop` candidates of `work`, at most `size`."""
-    place = lax.iota(jnp.int32, 2 ** (size - 1).bit_length())
+    # Declared as not contiguous, places lie in the threads as the stores of `select` need them.
+    place = plgpu.max_contiguous(lax.iota(jnp.int32, 2 ** (size - 1).bit_length()), 1)
     ids, y = (
         plgpu.load(ref.at[work.row, place], mask=place < stop, other=other)
         for ref, other in ((work.ids_ref, 0), (work.scores_ref, NEVER))

@@ -59,16 +59,12 @@ def _forward_kernel(
     x_hat_ref: Any,
     saved_ref: Any,
     c_ref: Any,
-    ids_ref: Any,
-    scores_ref: Any,
-    pairs_ref: Any,
-    sign_words_ref: Any,
-    *,
+    *work_refs: Any,
     static: _Static,
 ) -> None:
     (rows, d), tokens = x_ref.shape, static.config.forward_tokens
     first_row = pl.program_id(0) * tokens
-    work = Work(pl.program_id(0), ids_ref, scores_ref, pairs_ref, sign_words_ref, static.interpret)
+    work = Work(pl.program_id(0), *work_refs, static.interpret)
 
     def code(token: Array, _: None) -> None:
         row = first_row + token
@@ -100,6 +96,7 @@ def _forward(
     )
     programs = pl.cdiv(rows, static.config.forward_tokens)
     pieces = 1 if x.dtype == jnp.bfloat16 else 3
+    parents = pallas_encode.most_parents(levels)
     found = programs, pallas_encode.list_size(levels, scheme.generators)
     x_hat, saved, *_ = launch(
         "cayley_forward",
@@ -113,7 +110,8 @@ def _forward(
             ShapeDtypeStruct(found, jnp.int32),
             ShapeDtypeStruct(found, jnp.float32),
             ShapeDtypeStruct((programs, pieces * d // 2), jnp.int32),
-            ShapeDtypeStruct((programs, pallas_encode.PARENTS * d // 32), jnp.int32),
+            ShapeDtypeStruct((programs, parents), jnp.int32),
+            ShapeDtypeStruct((programs, parents * d // 32), jnp.int32),
         ),
         flops=2 * rows * (active + scored) * d,
         num_warps=1,
