@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
-from sngpt_kernels.cayley import dictionary, folding, pallas_backward, pallas_lookup
+from sngpt_kernels.cayley import dictionary, folding, pallas_backward, pallas_lookup, pallas_triton
 from sngpt_kernels.cayley.pallas_decode import Config
 from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
@@ -33,10 +33,10 @@ def test_words_hold_the_parities(n, count, seed):
     )
 
 
-def combine(saved, c, d, features):
+def combine(saved, c, d, features, trip):
     def kernel(saved_ref, c_ref, table_ref, out_ref):
         row = pl.program_id(0)
-        sums = pallas_lookup.combine(row, c_ref, saved_ref, table_ref, True)
+        sums = pallas_lookup.combine(row, c_ref, saved_ref, table_ref, trip, True)
         pallas_lookup.store(out_ref, row, tuple(a * np.float32(d**-0.5) for a in sums))
 
     out = jax.ShapeDtypeStruct((len(saved), d), jnp.float32)
@@ -66,9 +66,10 @@ def test_decodes(d, features, rows):
     """Σ c v."""
     ids, c, saved = make_code(d, features, rows, 13)
     expected = np.einsum("na,nad->nd", c, dictionary.atoms(ids, d))
-    difference = np.abs(combine(saved, c, d, features) - expected)
-    print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
-    assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
+    for trip in (pallas_backward.TRIP, pallas_triton.TRIP):
+        difference = np.abs(combine(saved, c, d, features, trip) - expected)
+        print(f"d {d}: |difference| max {difference.max():.1e}, mean {difference.mean():.1e}")
+        assert difference.max() <= 13 * EPS * c.sum(1).max() / np.sqrt(d)
 
 
 def backward(dx_hat, saved, inverse_std):

@@ -26,6 +26,8 @@ from sngpt_kernels.cayley.pallas_lookup import DIGIT_BITS, LANES, POINTS, parts,
 from sngpt_kernels.cayley.xla import ACTIVE_BIT, ID_MASK
 from sngpt_kernels.launch import launch
 
+TRIP = 8  # see `pallas_lookup.combine`; 16 would take 118 instead of 80 registers
+
 
 def _float32(x: Array) -> Array:
     """x in float32. Triton's conversion of a bfloat16 takes two instructions for every other."""
@@ -80,7 +82,7 @@ def _backward_kernel(*refs: Any, interpret: bool) -> None:
     barrier(interpret)
 
     # dx: the lanes have the columns
-    sums = pallas_lookup.combine(row, g_ref, saved_ref, by_lane_ref, interpret)
+    sums = pallas_lookup.combine(row, g_ref, saved_ref, by_lane_ref, TRIP, interpret)
     barrier(interpret)
     plgpu.store(g_ref.at[row_of_a, a], g, mask=exists)
     pallas_lookup.store(dx_ref, row, sums)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels, Scheme, hadamard
@@ -36,6 +37,7 @@ from sngpt_kernels.dispatch import CannotServe
 
 PARENTS = 16  # per block: the rows of a tensor core's tile
 MEMBERS = 16  # per pass
+ROOT_ROWS = 32  # of level 0 at a time, so that they fit into registers
 MOST_CANDIDATES = 2**13  # per token and level; more would take more than 16 passes
 
 
@@ -181,27 +183,37 @@ def _roots(
 ) -> list[Tile]:
     """The candidates of level 0: four tiles."""
     rows, columns = _grid(x_ref.shape[-1])
-    shape = (left_ref.shape[0], right_ref.shape[0])
+    shape = left_ref.shape[0], right_ref.shape[0]
+    height = min(shape[0], ROOT_ROWS)
 
-    def points(i: Array, j: Array) -> tuple[Array, Array]:
+    def points(slots: Array) -> tuple[Array, Array | None]:
+        """The points of some of the matrix's places, and which ones exist; None means all."""
+        if shape == (rows, columns):
+            return slots, None
+        i, j = slots // shape[1], slots % shape[1]
         return i * columns + j, (i < rows) & (j < columns)
 
-    ids, inside = points(*(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)))
-    x = plgpu.load(x_ref.at[row, ids], mask=inside, other=0)
-    left, right = left_ref[...], right_ref[...]
-    half = add_up([plgpu.dot(piece, right) for piece in _pieces(x)])
-    sums = add_up([plgpu.dot(left, piece) for piece in _pieces(half)])
-    # A thread has four neighbours, whose ids differ in the two lowest bits.
+    def load(ref: Any, slots: Array, *before: Array) -> Array:
+        ids, exist = points(slots)
+        other = None if exist is None else 0
+        return plgpu.load(ref.at[(*before, ids)], mask=exist, other=other)
+
+    sums = jnp.zeros(shape, jnp.float32)
+    i, j = (lax.broadcasted_iota(jnp.int32, (height, shape[1]), axis) for axis in (0, 1))
+    for top in range(0, shape[0], height):
+        x = load(x_ref, (top + i) * shape[1] + j, row)
+        left, right = left_ref[:, pl.ds(top, height)], right_ref[...]
+        half = add_up([plgpu.dot(piece, right) for piece in _pieces(x)])
+        for piece in _pieces(half):
+            sums += plgpu.dot(left, piece)
     slots = _by_four(shape[0] * shape[1])
-    ids, inside = points(slots // shape[1], slots % shape[1])
-    scale, offset = (
-        plgpu.load(ref.at[ids], mask=inside, other=0) for ref in (scale_ref, offset_ref)
-    )
-    kept = jnp.where(inside, jnp.inf, NEVER)
-    y = finite_or_infinite(sums.reshape(-1, 4) * scale + offset, kept)
-    slots = 4 * lax.iota(jnp.int32, shape[0] * shape[1] // 4)
-    ids, _ = points(slots // shape[1], slots % shape[1])
-    return [Tile(y, ids, step) for step, y in enumerate(parts(y))]
+    _, exist = points(slots)
+    kept = jnp.inf if exist is None else jnp.where(exist, jnp.inf, NEVER)
+    y = sums.reshape(-1, 4) * load(scale_ref, slots) + load(offset_ref, slots)
+    base, _ = points(4 * lax.iota(jnp.int32, shape[0] * shape[1] // 4))
+    # The ids of four neighbours differ in the two lowest bits.
+    scores = parts(finite_or_infinite(y, kept))
+    return [Tile(of_step, base, step) for step, of_step in enumerate(scores)]
 
 
 def _write_parents(out: Output, start: int, k: int, level: _Level, work: Work) -> None:

@@ -24,7 +24,6 @@ from sngpt_kernels.cayley.xla import ID_MASK
 LANES = 32  # threads of the warp of a token
 POINTS = 5  # per look-up, at most: a pattern per lane
 FEATURES = 4  # per look-up; five would need more instructions to collect their signs
-TRIP = 8  # features per trip of the loop of `combine`, which has a block barrier per trip
 DIGIT_BITS = 6  # The two tables of signs take 8 to 96 kB together and stay in a GPU's L1 cache.
 
 
@@ -113,46 +112,48 @@ def _places(columns: int) -> tuple[Array, Array]:
 
 
 def combine(
-    row: Array, c_ref: Any, saved_ref: Any, table_ref: Any, interpret: bool
+    row: Array, c_ref: Any, saved_ref: Any, table_ref: Any, trip: int, interpret: bool
 ) -> tuple[Array, ...]:
     """√d Σ_a c_a v_(f_a) of a row of c [N, A] and of saved ids [N, A], for `store`.
 
-    The program has one warp, whose lanes have the columns of 32 points.
+    The program has one warp, whose lanes have the columns of 32 points. A trip of the loop takes
+    `trip` features, a multiple of 4, and has one barrier.
     """
     active, (count, _, columns) = saved_ref.shape[1], table_ref.shape
     block = min(4, columns)
-    shape = columns // block, TRIP, block
+    shape = columns // block, trip, block
     first, feature, second = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
     column = first * block + second
-    of_trip = lax.broadcasted_iota(jnp.int32, (columns, TRIP), 1)
+    four = lax.broadcasted_iota(jnp.int32, (columns, FEATURES), 1)
     shift, _ = _places(columns)
 
     def add_features(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        at, mine = i * TRIP + of_trip, i * TRIP + feature
-        if active % TRIP:
-            missing, at = at >= active, jnp.minimum(at, active - 1)
-            coefficients = jnp.where(missing, np.float32(0), c_ref[row, at])
+        mine = i * trip + feature
+        if active % trip:
             mine = jnp.minimum(mine, active - 1)
-        else:
-            coefficients = c_ref[row, at]
-        values = [value[None] for value in parts(coefficients)]
         # A lane loads four words of one feature. Then the words move to the lanes of their columns.
         ids = saved_ref[row, plgpu.max_contiguous(mine, (1, 1, 1))] & ID_MASK
         loaded = xor(table_ref[c, entry, column] for c, entry in enumerate(digits(ids, count)))
-        words = parts(loaded.transpose(0, 2, 1).reshape(columns, TRIP))
-        for start in range(0, TRIP, FEATURES):
-            chosen = slice(start, start + FEATURES)
+        words = parts(loaded.transpose(0, 2, 1).reshape(columns, trip))
+        for start in range(0, trip, FEATURES):
+            at = i * trip + start + four  # all lanes load the same coefficients
+            if active % trip:
+                coefficients = c_ref[row, jnp.minimum(at, active - 1)]
+                coefficients = jnp.where(at < active, coefficients, np.float32(0))
+            else:
+                coefficients = c_ref[row, at]
+            values = [value[None] for value in parts(coefficients)]
             sums = tuple(
                 p_sums
-                + signed_sums(
-                    values[chosen], jnp.broadcast_to(word, shift.shape) >> shift, interpret
+                + signed_sums(values, jnp.broadcast_to(word, shift.shape) >> shift, interpret)
+                for p_sums, word in zip(
+                    sums, transposed(words[start : start + FEATURES]), strict=True
                 )
-                for p_sums, word in zip(sums, transposed(words[chosen]), strict=True)
             )
         return sums
 
     zeros = (jnp.zeros(shift.shape, jnp.float32),) * FEATURES
-    return lax.fori_loop(0, pl.cdiv(active, TRIP), add_features, zeros)
+    return lax.fori_loop(0, pl.cdiv(active, trip), add_features, zeros)
 
 
 def store(ref: Any, row: Array, sums: tuple[Array, ...]) -> None:

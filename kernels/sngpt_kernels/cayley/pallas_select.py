@@ -54,7 +54,7 @@ def add_up(terms: Sequence[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
-def finite_or_infinite(y: Array, kept: Array) -> Array:
+def finite_or_infinite(y: Array, kept: Array | float) -> Array:
     """Scores: y, or +inf where y is not finite. `kept` is +inf, or NEVER to get NEVER."""
     return jnp.where(jnp.abs(y) < kept, y, kept)
 

@@ -26,6 +26,8 @@ from sngpt_kernels.launch import launch
 
 check = pallas_encode.check
 
+TRIP = 16  # see `pallas_lookup.combine`
+
 
 @dataclass(frozen=True)
 class _Static:
@@ -72,7 +74,7 @@ def _forward_kernel(
         pallas_encode.encode_token(out, work, x_ref, constant_refs, table_refs, static.scheme)
         # Threads read ids and coefficients that other threads stored.
         pallas_encode.barrier(static.interpret)
-        sums = pallas_lookup.combine(row, c_ref, saved_ref, words_ref, static.interpret)
+        sums = pallas_lookup.combine(row, c_ref, saved_ref, words_ref, TRIP, static.interpret)
         root = np.float32(d**-0.5)
         pallas_lookup.store(x_hat_ref, row, tuple(p_sums * root for p_sums in sums))
 
