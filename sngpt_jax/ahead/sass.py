@@ -189,6 +189,8 @@ def loops(text: str) -> Loop:
         inner = {h: b for h, b in bodies.items() if h != head and b <= body}
         outermost = sorted(h for h, b in inner.items() if not any(b < o for o in inner.values()))
         ends = [b for b in body if not after[b] or head in after[b]]
+        if not ends:  # the code ends inside a loop, whose way out is an EXIT with a predicate
+            ends = [b for b in body if any(code[i].name == "EXIT" for i in blocks[b])]
         always = set.intersection(*(dominators[b] for b in ends))  # in every trip
         own = body.difference(*(inner[h] for h in outermost))
         children = []

@@ -61,6 +61,21 @@ def test_loops_nest_and_what_is_never_reached_does_not_count() -> None:
     assert rare == sass.Loop(None, sass.Part(2, 0, 0), (sass.Part(2, 0, 0),), ())
 
 
+def test_a_kernel_may_end_inside_its_loop() -> None:
+    """Its way out is an EXIT with a predicate, and all instructions count."""
+    code = sass.loops("""
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R4, R4, R5 ;
+        /*0020*/              @!P0 EXIT ;
+        /*0030*/                   FADD R4, R4, R5 ;
+        /*0040*/                   BRA `(.L_x_0) ;
+""")
+    (loop,) = code.inside
+    assert code.parts == (sass.Part(1, 0, 0), sass.Part(0, 0, 0))
+    assert loop.parts == (sass.Part(4, 0, 0),)
+
+
 def counted(trips_of_outer: int) -> trips.Loop:
     """Ten programs, in which one of 20 trips takes the rare side, for 3 trips there."""
     search = trips.Loop("search", False, [], 10 * trips_of_outer, 65 * trips_of_outer)
