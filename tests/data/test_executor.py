@@ -103,7 +103,7 @@ def children_of(group):
 @needs_datatrove
 def test_with_a_limit_and_validation_text_of_its_own(source, tmp_path):
     write_jsonl(tmp_path / "val.jsonl", 2)
-    changes = {"val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
+    changes = {"val_docs": 0, "val_source": str(tmp_path / "val.jsonl"), "max_tokens": 5001}
     one = prepare(spec_for(source, tmp_path / "one", **changes))
     assert prepare_on(spec_for(source, tmp_path / "two", **changes), 2, "local") == one
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
