@@ -7,16 +7,16 @@ that add up to it exactly, so that only sums round. One warp encodes a token.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from sngpt_kernels.cayley.dictionary import STD_FLOOR, Generators, Levels, Scheme, hadamard
+from sngpt_kernels.cayley.dictionary import Scheme
 from sngpt_kernels.cayley.folding import Fold, fold
+from sngpt_kernels.cayley.pallas_constants import MEMBERS, PARENTS, Level, grid, passes_of
 from sngpt_kernels.cayley.pallas_decode import words
 from sngpt_kernels.cayley.pallas_lookup import parts
 from sngpt_kernels.cayley.pallas_select import (
@@ -32,120 +32,15 @@ from sngpt_kernels.cayley.pallas_select import (
     select,
     sift,
 )
-from sngpt_kernels.cayley.xla import ACTIVE_BIT, all_scores
-from sngpt_kernels.dispatch import CannotServe
+from sngpt_kernels.cayley.xla import ACTIVE_BIT
 
-PARENTS = 16  # per block: the rows of a tensor core's tile
-MEMBERS = 16  # per pass
 ROOT_ROWS = 32  # of level 0 at a time, so that they fit into registers
-MOST_CANDIDATES = 2**13  # per token and level; more would take more than 16 passes
-
-
-class _Level(NamedTuple):
-    """The constants of a level ≥ 1, or refs to them; see `Fold` and `dictionary.Children`."""
-
-    group_of_parent: Any
-    representatives: Any
-    member_steps: Any
-    points: Any
-    matrix: Any
-    words: Any
 
 
 def barrier(interpret: bool) -> None:
     """Loads after it see the stores that other threads of this program made before it."""
     if not interpret:
         plgpu.debug_barrier()
-
-
-def _grid(d: int) -> tuple[int, int]:
-    """(rows, columns) of the matrix of d points that is transformed."""
-    t = d.bit_length() - 1
-    return 2 ** (t - t // 2), 2 ** (t // 2)
-
-
-def _parent_blocks(levels: Levels, level: int) -> range:
-    return range(-(-levels[level - 1][1] // PARENTS))
-
-
-def passes_of(levels: Levels, generators: Generators, level: int) -> int:
-    """Blocks of parents times chunks of members, of level ≥ 1."""
-    chunks = fold(levels, generators, level).member_steps.size // MEMBERS
-    return len(_parent_blocks(levels, level)) * chunks
-
-
-def most_parents(levels: Levels) -> int:
-    """The most parents of a level, in whole blocks."""
-    blocks = [len(_parent_blocks(levels, level)) for level in range(1, len(levels))]
-    return PARENTS * max(blocks, default=1)
-
-
-def list_size(levels: Levels, generators: Generators) -> int:
-    """The most candidates that the passes of a level sift out."""
-    passes = [1, *(passes_of(levels, generators, level) for level in range(1, len(levels)))]
-    return max(n * capacity(k) for n, (_, k, _) in zip(passes, levels, strict=True))
-
-
-def check(levels: Levels, generators: Generators) -> None:
-    """Raises CannotServe, with the reason, if the kernel is not made for such levels."""
-    d = 2 ** levels[0][0]
-    if not 64 <= d <= 2048:
-        raise CannotServe(f"pallas_triton serves widths from 64 to 2048; x has {d}")
-    for level in range(1, len(levels)):
-        folded = fold(levels, generators, level)
-        classes = len(folded.class_steps)
-        held = passes_of(levels, generators, level) * PARENTS * MEMBERS * classes
-        if held > MOST_CANDIDATES:
-            has = f"level {level} has {levels[level - 1][1]} x {levels[level][2]}"
-            raise CannotServe(f"pallas_triton keeps candidates in registers; {has}, too many")
-
-
-def _in_order(folded: Fold) -> tuple[np.ndarray, ...]:
-    """points [2, d / 2], matrix [d / 32, M, 32] and words [digits, 32, d / 32], by column.
-
-    A column of a part has 32 points. Point j of its first 16 and point j + 16 are neighbours.
-    """
-    parts, members, size = folded.matrix.shape
-    columns = size // 32
-    pairs = folded.points.reshape(parts, 2, 16, columns).transpose(1, 0, 3, 2)
-    matrix = folded.matrix.reshape(parts, members, 2, 16, columns).transpose(0, 4, 1, 3, 2)
-    # Thread t of four has the points 4t to 4t + 3 of 16 in a product, and loads 8 neighbours.
-    matrix = matrix.reshape(parts * columns, members, 2, 4, 4).swapaxes(2, 3)
-    matrix = matrix.reshape(parts * columns, members, 32)
-    return pairs.reshape(2, -1), matrix.astype(jnp.bfloat16), folded.words
-
-
-def constants(scheme: Scheme) -> tuple[np.ndarray, ...]:
-    """The `constant_refs` of `encode_token`: kernel inputs that no token or layer changes."""
-    padded = [np.pad(hadamard(n), (0, max(16 - n, 0))) for n in _grid(scheme.width)]
-    result = [matrix.astype(jnp.bfloat16) for matrix in padded]
-    for level in range(1, len(scheme.levels)):
-        table, folded = scheme.children(level), fold(scheme.levels, scheme.generators, level)
-        result += _Level(
-            table.group_of_parent, table.representatives, folded.member_steps, *_in_order(folded)
-        )
-    return tuple(result)
-
-
-def tables(mean: Array, std: Array, bias: Array, scheme: Scheme) -> tuple[Array, ...]:
-    """The `table_refs` of `encode_token`, float32: scale and offset of y = scale · sum + offset.
-
-    They are [d] at level 0, then [groups, members, classes], so that the children of a parent lie
-    together and a thread loads several classes at a time. Without `forward_standardized` the
-    deviations and biases [F] follow.
-    """
-    deviation = jnp.maximum(std, STD_FLOOR)
-    scale = 1 / deviation / np.float32(np.sqrt(scheme.width))
-    offset = bias - all_scores(mean, scheme.levels[-1][0]) / deviation
-    # The keys of -0 and 0 differ. Without a -0 in the offsets no sum makes one.
-    offset = jnp.where(offset == 0, 0, offset)
-    result = [scale[: scheme.width], offset[: scheme.width]]
-    for level in range(1, len(scheme.levels)):
-        folded = fold(scheme.levels, scheme.generators, level)
-        steps = folded.member_steps[:, None] ^ np.array(folded.class_steps, np.int32)
-        ids = scheme.children(level).representatives[:, None, None] ^ steps
-        result += [scale[ids].reshape(-1), offset[ids].reshape(-1)]
-    return tuple(result) if scheme.forward_standardized else (*result, deviation, bias)
 
 
 def _pieces(x: Array) -> list[Array]:
@@ -182,7 +77,7 @@ def _roots(
     row: Array, x_ref: Any, left_ref: Any, right_ref: Any, scale_ref: Any, offset_ref: Any
 ) -> list[Tile]:
     """The candidates of level 0: four tiles."""
-    rows, columns = _grid(x_ref.shape[-1])
+    rows, columns = grid(x_ref.shape[-1])
     shape = left_ref.shape[0], right_ref.shape[0]
     height = min(shape[0], ROOT_ROWS)
 
@@ -216,7 +111,7 @@ def _roots(
     return [Tile(of_step, base, step) for step, of_step in enumerate(scores)]
 
 
-def _write_parents(out: Output, start: int, k: int, level: _Level, work: Work) -> None:
+def _write_parents(out: Output, start: int, k: int, level: Level, work: Work) -> None:
     """Writes the groups of the k parents, and the words of their signs.
 
     The group of a parent that is not the first of its group is -1.
@@ -256,7 +151,7 @@ def _signed(of_parents: Array, pairs: Array) -> Array:
     return lax.bitcast_convert_type(points.reshape(PARENTS, 32), jnp.bfloat16)
 
 
-def _write_pairs(row: Array, x_ref: Any, level: _Level, work: Work) -> None:
+def _write_pairs(row: Array, x_ref: Any, level: Level, work: Work) -> None:
     """Writes x in the order of the level's products, two points per int32."""
     half = x_ref.shape[-1] // 2
     q = _by_four(half)
@@ -273,7 +168,7 @@ def _children(
     block: Array,
     chunk: Array,
     pieces: int,
-    level: _Level,
+    level: Level,
     scale_ref: Any,
     offset_ref: Any,
     folded: Fold,
@@ -356,7 +251,7 @@ def _encode_level(
     out: Output,
     work: Work,
     x_ref: Any,
-    level: _Level,
+    level: Level,
     tables: tuple[Any, ...],
     scheme: Scheme,
     index: int,
@@ -397,7 +292,7 @@ def encode_token(
 
     c is +inf if a score is not finite. A barrier must follow.
     """
-    levels, fields = scheme.levels, len(_Level._fields)
+    levels, fields = scheme.levels, len(Level._fields)
     roots = _roots(out.row, x_ref, *constant_refs[:2], *table_refs[:2])
     k = levels[0][1]
     stop, bound = sift(roots, k, LOWEST, jnp.int32(0), work)
@@ -406,7 +301,7 @@ def encode_token(
     start = k
     for index in range(1, len(levels)):
         barrier(out.interpret)
-        level = _Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
+        level = Level(*constant_refs[2 + fields * (index - 1) : 2 + fields * index])
         tables = table_refs[2 * index : 2 * index + 2]
         _encode_level(out, work, x_ref, level, tables, scheme, index, start)
         start += levels[index][1]

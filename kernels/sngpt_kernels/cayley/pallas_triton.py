@@ -16,7 +16,7 @@ from jax import Array, ShapeDtypeStruct, lax
 from jax.experimental import pallas as pl
 
 from sngpt_kernels import dispatch
-from sngpt_kernels.cayley import pallas_backward, pallas_encode, pallas_lookup
+from sngpt_kernels.cayley import pallas_backward, pallas_constants, pallas_encode, pallas_lookup
 from sngpt_kernels.cayley.dictionary import STD_FLOOR, Scheme
 from sngpt_kernels.cayley.folding import fold
 from sngpt_kernels.cayley.pallas_decode import Config
@@ -24,7 +24,7 @@ from sngpt_kernels.cayley.pallas_select import Output, Work
 from sngpt_kernels.cayley.xla import ID_MASK, Code, Saved
 from sngpt_kernels.launch import launch
 
-check = pallas_encode.check
+check = pallas_constants.check
 
 TRIP = 16  # see `pallas_lookup.combine`
 
@@ -89,8 +89,8 @@ def _forward(
     levels, d, active, rows = scheme.levels, scheme.width, scheme.active, x.size // scheme.width
     if rows == 0:
         return x, jnp.zeros((*x.shape[:-1], active), jnp.int32)
-    constants = pallas_encode.constants(scheme)
-    tables = pallas_encode.tables(mean, std, bias, scheme)
+    constants = pallas_constants.constants(scheme)
+    tables = pallas_constants.tables(mean, std, bias, scheme)
     words = pallas_lookup.table(d, bias.shape[0])
     scored = sum(
         levels[level - 1][1] * fold(levels, scheme.generators, level).member_steps.size
@@ -98,8 +98,8 @@ def _forward(
     )
     programs = pl.cdiv(rows, static.config.forward_tokens)
     pieces = 1 if x.dtype == jnp.bfloat16 else 3
-    parents = pallas_encode.most_parents(levels)
-    found = programs, pallas_encode.list_size(levels, scheme.generators)
+    parents = pallas_constants.most_parents(levels)
+    found = programs, pallas_constants.list_size(levels, scheme.generators)
     x_hat, saved, *_ = launch(
         "cayley_forward",
         partial(_forward_kernel, static=static),
