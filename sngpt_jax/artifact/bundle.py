@@ -46,7 +46,7 @@ def encode_decode(*arrays, forward_standardized, generators, implementation):
 def finish(*arrays, implementation): return xla.finish(*arrays)""",
     "sngpt_kernels.mlp.api": "def choose(*_): return 'xla'",
     "sngpt_kernels.rotary.api": "def choose(*_): return 'xla'",
-    "sngpt_kernels.stream.xla": "",  # for the other implementations of `mlp` alone
+    "sngpt_kernels.stream.xla": "pass",  # for the other implementations of `mlp` alone
     "sngpt_jax.model.lazy_stream": """from sngpt_jax.model.stream import Stream
 def start(x, _): return Stream(x)""",
 }

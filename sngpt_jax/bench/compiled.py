@@ -9,7 +9,6 @@ with `model.mlp = pallas_triton`, whose matrix products have epilogues.
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sngpt_jax.ahead import by_loop, step
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.bench.arguments import CompiledArguments
 from sngpt_jax.bench.harness import Say, table_head, table_row
-from sngpt_jax.config import Config
+from sngpt_jax.config import Config, changed
 from sngpt_jax.config.recipe import load
 
 BASELINE = Path(__file__).with_name("compiled_442cc0a.json")
@@ -86,9 +85,8 @@ def measure(arguments: CompiledArguments, say: Say) -> dict[str, Any]:
             del ways["pallas_triton"]
         result[name] = {"before": baseline[name]}
         for products, way in ways.items():
-            chosen = replace(config, model=replace(config.model, mlp=products))
-            now = result[name][way] = figures(chosen, topology)
-            say(row(name, products, now, baseline[name]))
+            result[name][way] = figures(changed(config, model={"mlp": products}), topology)
+            say(row(name, products, result[name][way], baseline[name]))
     found: dict[str, Any] = {"topology": topology, "recipes": result}
     then = older["instructions"]
     if then["case"] in names:

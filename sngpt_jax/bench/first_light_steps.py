@@ -84,9 +84,8 @@ def in_plain_xla(config: Config) -> Config:
     rows = config.data.batch_tokens // config.data.seq_len
     most = max(1, rows // XLA_SHARE)
     tokens = next(n for n in range(most, 0, -1) if rows % n == 0) * config.data.seq_len
-    fields = "attention", "rotary", "stream", "mlp", "code"
-    model = replace(config.model, **dict.fromkeys(fields, "xla"))
-    return replace(config, model=model, train=replace(config.train, device_batch_tokens=tokens))
+    fields = dict.fromkeys(("attention", "rotary", "stream", "mlp", "code"), "xla")
+    return changed(config, model=fields, train={"device_batch_tokens": tokens})
 
 
 def kernel_seconds(folder: Path) -> dict[str, float]:
@@ -142,7 +141,7 @@ def compare_steps(name: str, config: Config, out: Path, keep: Keep) -> Result:
     }
     if config.model.family == "compact" and dispatch.current_device().platform == "cuda":
         # the choice without a measurement leaves them out
-        products = replace(config, model=replace(config.model, mlp="pallas_triton"))
+        products = changed(config, model={"mlp": "pallas_triton"})
         paths["model.mlp = pallas_triton"] = products, None
     cells = []
     for path, (chosen, trace) in paths.items():

@@ -159,15 +159,16 @@ class Attention(nnx.Module):
             with chosen_by("rotary"):
                 chosen = rotary.choose(x_BTD.dtype, self.head_dim, self.rotary)
             if chosen != "xla":
-                joined = gate is not None and not isinstance(gate, Observed) and H <= h
-                if joined:
+                values: tuple[int, ...] = (self.num_kv_heads,)
+                if gate is not None and not isinstance(gate, Observed) and H <= h:
                     matrices.append(jnp.pad(gate, ((0, 0), (0, h - H))))
+                    values += (1,)
                 q_BTHh, k_BTKh, v_BTKh, *rest = rotary.prepare(
                     heads(x_BTD, *matrices),
                     self.q_gain[...],
                     *positions.rotary,
                     eps=self.norm_eps,
-                    values=(self.num_kv_heads, *(1,) * joined),
+                    values=values,
                     implementation=self.rotary,
                 )
                 if rest:

@@ -34,7 +34,9 @@ class LazyStream:
     @property
     def array(self) -> jax.Array:
         """The stream [B, T, D], if it is one array."""
-        (((x_BTD,),),) = ((sums for _, sums in self.groups),)
+        ((_, arrays),) = self.groups
+        assert isinstance(arrays, tuple)
+        (x_BTD,) = arrays
         return x_BTD
 
     def replaced(self, x_BTD: jax.Array) -> "LazyStream":

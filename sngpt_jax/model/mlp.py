@@ -1,7 +1,7 @@
 """The MLP: the half of a block that maps each position by itself."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -54,17 +54,19 @@ class MLP(nnx.Module):
         y [B, T, E] are the heads, `out` [E, D] is the product's matrix. `gains` [D] multiply the
         columns of `out` and of this MLP's output. `scale` is the norm's.
         """
-        up, down, dtype = self.up[...], self.down[...], y_BTE.dtype
-        if not any(isinstance(matrix, Observed) for matrix in (out, up, down)):
+        matrices, dtype = [self.up[...], self.down[...]], y_BTE.dtype
+        # calibration sees the inputs of the matrices that it observes
+        if not isinstance(out, Observed) and not any(isinstance(m, Observed) for m in matrices):
+            up, down = matrices
             widths = *out.shape, up.shape[1]
             with chosen_by("mlp"):
-                chosen = api.choose(dtype, *widths, self.name, self.implementation)
+                chosen = api.choose(dtype, widths, self.name, self.implementation)
             if chosen != "xla":
                 with jax.named_scope("mlp"):
                     x_BTD = api.residual_mlp(
                         *(x.array, y_BTE, operand(out, dtype, gains[0])),
                         *(operand(up, dtype), operand(down, dtype, gains[1])),
-                        activation=self.name,
+                        activation=cast(api.Activation, self.name),  # served, so no gelu
                         eps=eps,
                         scale=scale,
                         implementation=self.implementation,

@@ -72,11 +72,10 @@ def _rotary(config: ModelConfig, sequences: int, length: int) -> list[Case]:
     if not config.qk_norm or config.positions != "rotary":
         return []
     heads = config.num_heads, config.num_kv_heads, config.head_dim
-    dtype, turned = compute_dtype(config), config.rotary_dims
-    gated = config.attention_gate
+    dtype, turned, gated = compute_dtype(config), config.rotary_dims, config.attention_gate
     name = f"{dtype} {[length, *heads, turned]}{' gated' * gated}"
-    parts = {"rotary": turned, "gated": gated}
-    return [rotary.case(name, sequences, length, *heads, **parts, dtype=dtype)]
+    case = functools.partial(rotary.case, name, sequences, length, *heads)
+    return [case(rotary=turned, gated=gated, dtype=dtype)]
 
 
 def _stream(config: ModelConfig, sequences: int, length: int) -> list[Case]:

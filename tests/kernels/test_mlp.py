@@ -133,7 +133,7 @@ def test_choice(device, dtype, widths, activation, reason, monkeypatch):
     """The kernels run only if they can and a measurement or the recipe says so."""
     table: dict[str, dict[str, str]] = {}
     monkeypatch.setattr(dispatch, "tuned", lambda package, kind: table)
-    arguments = dtype, *widths, activation
+    arguments = dtype, widths, activation
     with dispatch.targeting(device):
         assert api.choose(*arguments, None) == "xla"
         table[f"{dtype}_d{widths[1]}_f{widths[2]}"] = {"implementation": "pallas_triton"}

@@ -57,7 +57,7 @@ def residual_mlp(
     """
     _check_arguments(x, y, out, up, down, activation, eps)
     arguments = x, y, out, up, down, activation, eps, scale
-    if choose(x.dtype, *out.shape, up.shape[1], activation, implementation) == "xla":
+    if choose(x.dtype, (*out.shape, up.shape[1]), activation, implementation) == "xla":
         return xla.residual_mlp(*arguments)
     kernels = dispatch.pallas_triton("mlp", dispatch.current_device())
     result: Array = kernels.residual_mlp(*arguments)
@@ -82,21 +82,19 @@ def _check_arguments(
 
 def choose(
     dtype: jnp.dtype,
-    heads: int,
-    width: int,
-    hidden: int,
+    widths: tuple[int, ...],
     activation: str,
     implementation: Implementation | None,
 ) -> str:
-    """The implementation for widths E, D and F, here and now; logs it with its reason.
+    """The implementation for the `widths` E, D and F, here and now; logs it with its reason.
 
     Raises CannotServe, with the reason, if the named implementation cannot serve.
     """
-    device = dispatch.current_device()
+    device, (_, width, hidden) = dispatch.current_device(), widths
     return dispatch.kernel_or_xla(
         OPERATION,
         implementation,
-        functools.partial(check, device, dtype, (heads, width, hidden), activation),
+        functools.partial(check, device, dtype, widths, activation),
         tuned_entry(device, dtype, width, hidden),
         f"{dtype}, widths {width} and {hidden}",
         unmeasured="its products may be slower than cuBLAS's, and no measurement says otherwise",

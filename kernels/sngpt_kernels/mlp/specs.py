@@ -1,6 +1,7 @@
 """Real shapes of the operation: a block of a golf recipe for one GPU's microbatch."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def case(
         drawn = ((of_out, D, D), (of_up, D, F), (of_down, F, D))
         return x, y, *(jax.random.normal(k, (n, m), dtype) * n**-0.5 for k, n, m in drawn)
 
-    options = {"activation": activation, "eps": EPS, "scale": SCALE}
+    options: dict[str, Any] = {"activation": activation, "eps": EPS, "scale": SCALE}
     products = 2 * tokens * (D * D + 2 * D * F)
     row, matrices = tokens * D * dtype.itemsize, (D * D + 2 * D * F) * dtype.itemsize
     return Case(

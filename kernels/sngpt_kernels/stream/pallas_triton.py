@@ -147,8 +147,8 @@ def _forward_kernel(*refs: Any, problem: Problem) -> None:
     u = problem.total(inner, [weight for weight, _ in terms], n_ref.dtype)
     factor = problem.scale * problem.inverse_norm(u)
     n = problem.times([part * factor for part in u], gain)
-    for refs, parts in ((u_ref, u), ([n_ref], n), (first_ref, inner[0])):
-        for ref in refs:
+    for targets, parts in ((u_ref, u), ([n_ref], n), (first_ref, inner[0])):
+        for ref in targets:
             for columns, part in zip(problem.spans, parts, strict=True):
                 store(ref.at[:, columns], part, exist)
 
