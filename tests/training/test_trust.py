@@ -257,6 +257,7 @@ def start(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Run, "step", first_step)
     monkeypatch.setattr(compiler, "compile_step", lambda lowered: None)
     monkeypatch.setattr(trainer.fitting, "check", lambda shapes, compiled: None)
+    monkeypatch.setattr(trainer.fitting, "check_validation", lambda *_: None)
     for change_of_the_process in ("keep_working_memory", "use_compilation_cache"):
         monkeypatch.setattr(compiler, change_of_the_process, lambda *args: None)
     monkeypatch.setattr(trainer, "make_mesh", lambda fsdp: make_mesh(jax.devices()[:1], fsdp))
