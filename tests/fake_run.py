@@ -48,6 +48,7 @@ def make(
     levels: int = 0,
     finished: bool = True,
     model: ModelConfig | None = None,
+    data: str | None = "0123456789ab",
 ) -> Path:
     """A run directory of that many steps; returns it."""
     directory.mkdir(parents=True)
@@ -60,6 +61,7 @@ def make(
         value = loss(steps, seed)
         summary = {"steps": steps, "tokens": steps * 2048, "parameters": 1000, "swa_val_bpb": None}
         summary |= {"val_loss": value, "val_bpb": value / 2, "best_val_loss": value}
+        summary |= {"val_tokens": 4096, "val_data": "text", "val_hash": data}
         summary |= {"train_seconds": steps / 10, "tok_per_s": 20480.0}
         (directory / "summary.json").write_text(json.dumps(summary))
     start = {"step": 0, "time": "2026-01-01T00:00:00+00:00", "jax": "0.10.2"}

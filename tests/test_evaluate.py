@@ -1,5 +1,6 @@
 """The evaluate command: every mode on a trained run, what it prints, and what it refuses."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -55,6 +56,21 @@ def test_sliding_windows(capsys, tiny_trained):
     sliding = ["--mode", "sliding", "--stride", 8, "--tokens", TOKENS, "--tail", "published"]
     again = run(capsys, tiny_trained, *sliding)
     assert again["tokens"] == 992 + 3 * 8  # 31 windows' targets, and three windows overrun the end
+
+
+def test_a_score_names_its_data_as_the_training_did(capsys, tiny_trained, tiny_recipe):
+    """By the SHA-256 in the manifest; the same tokens in files of their own have another name."""
+    found = run(capsys, tiny_trained, "--tokens", 64)["data"]
+    manifest = json.loads((tiny_recipe.parent / "data" / "manifest.json").read_text())
+    shards = "\n".join(shard["sha256"] for shard in manifest["val"])
+    digest = hashlib.sha256(shards.encode()).hexdigest()[:12]
+    assert found == {"name": "data", "hash": digest}
+    summary = json.loads((tiny_trained / "summary.json").read_text())
+    assert found == {"name": summary["val_data"], "hash": summary["val_hash"]}
+    assert summary["val_tokens"] == 2048
+    options = ["--run", str(tiny_trained), "--tokens", "64"]
+    assert evaluate.main(options) == 0
+    assert f"data ({digest})" in capsys.readouterr().out
 
 
 def data_folder(folder, tiny_recipe, tokens):

@@ -176,7 +176,10 @@ def report(runs: Sequence[RunData], written: str, live: str = "") -> dict[str, A
         "title": f"Report of {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
         "written": written,
         "live": live,
-        "notes": [note for run in runs for note in notes(run)],
+        "notes": [
+            *tables.not_compared(runs, groups),
+            *(note for run in runs for note in notes(run)),
+        ],
         "runs": shown_runs,
         "groups": shown_groups,
         "metrics": [

@@ -93,6 +93,70 @@ def score(run: RunData, column: Score) -> float:
     return float(column.so_far(known)) if len(known) else nan
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What a run's BPB is of. Only scores on an equal basis compare."""
+
+    tokens: int
+    data: str
+    hash: str
+    byte_count: str
+
+    @classmethod
+    def of(cls, run: RunData) -> "Basis | None":
+        """The basis of a finished run; None if its version did not state it."""
+        found = [run.summary.get(f"val_{name}") for name in ("tokens", "data", "hash")]
+        match found:
+            case [int(tokens), str(data), str(key)]:
+                return cls(tokens, data, key, text(run.summary.get("val_byte_count")))
+        return None
+
+    @property
+    def compared(self) -> tuple[int, str, str]:
+        """What must be equal."""
+        return self.tokens, self.hash, self.byte_count
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens of {self.data} ({self.hash})"
+
+
+def _common_basis(runs: Sequence[RunData]) -> Basis | None:
+    """The basis of all the runs, if it is one."""
+    found = [Basis.of(run) for run in runs] or [None]
+    alike = len({basis.compared if basis else None for basis in found}) == 1
+    return found[0] if alike else None
+
+
+def _basis_cell(runs: Sequence[RunData]) -> Cell:
+    return [str(_common_basis(runs) or ABSENT), "soft"]
+
+
+def not_compared(runs: Sequence[RunData], groups: Sequence[Group]) -> list[str]:
+    """Why BPB of finished runs do not compare, as lines for a person."""
+    on: dict[tuple[int, str, str] | None, list[str]] = {}
+    names: dict[tuple[int, str, str], str] = {}
+    for name, members in groups:
+        finished = [
+            runs[i] for i in members if np.isfinite(score(runs[i], BPB)) and runs[i].summary
+        ]
+        if finished:
+            basis = _common_basis(finished)
+            on.setdefault(basis.compared if basis else None, []).append(name)
+            if basis:
+                counted = "" if basis.byte_count == ABSENT else f", {basis.byte_count} bytes"
+                names[basis.compared] = f"{basis}{counted}"
+    unknown = on.pop(None, [])
+    found = []
+    if unknown and (on or len(unknown) > 1):
+        listed = ", ".join(unknown)
+        reason = "because their data are not stated or not equal"
+        found.append(f"BPB of {listed}: compared with no other, {reason}")
+    if len(on) > 1:
+        listed = "; ".join(f"{', '.join(of)} on {names[key]}" for key, of in on.items())
+        found.append(f"BPB compares only on the same data, counted alike: {listed}")
+    return found
+
+
 def _mean(values: Sequence[float], form: str) -> Cell:
     known = [value for value in values if np.isfinite(value)]
     if not known:
@@ -105,12 +169,15 @@ def _mean(values: Sequence[float], form: str) -> Cell:
 def runs_table(runs: Sequence[RunData], groups: Sequence[Group]) -> Table:
     """One row per run, and a row of means before each group of several runs.
 
-    The best BPB of a finished run or of a mean is marked.
+    The best BPB of finished runs or means on the same basis is marked.
     """
     shown = [column for column in SCORES if any(np.isfinite(score(run, column)) for run in runs)]
-    columns = ["run", "seed", "state", *(column.title for column in [*shown, *ALWAYS_SHOWN])]
+    stated = ["scored on"] if any(map(Basis.of, runs)) else []
+    titles = (column.title for column in [*shown, *ALWAYS_SHOWN])
+    columns = ["run", "seed", "state", *titles, *stated]
     rows: list[dict[str, Any]] = []
-    competing: list[tuple[float, list[Cell]]] = []  # BPB of a group or single run, and its row
+    # by basis, the BPB of groups and single runs, and their rows
+    competing: dict[tuple[int, str, str], list[tuple[float, list[Cell]]]] = {}
     for g, (name, members) in enumerate(groups):
         finished = one_per_seed([runs[i] for i in members if runs[i].summary])
         first = len(rows)
@@ -120,18 +187,23 @@ def runs_table(runs: Sequence[RunData], groups: Sequence[Group]) -> Table:
             row = _words(name, f"{len(members)} runs{again}", f"mean ± sd, n = {len(finished)}")
             for column in shown:
                 row.append(_mean([score(run, column) for run in finished], column.form))
-            rows.append({"group": g, "cells": [*row, *[NO_NUMBER] * len(ALWAYS_SHOWN)]})
+            row += [NO_NUMBER] * len(ALWAYS_SHOWN) + [_basis_cell(finished)] * len(stated)
+            rows.append({"group": g, "cells": row})
         for i in members:
             run = runs[i]
             row = _words(run.name, text(run.config[SEED]), state(run))
             for column in [*shown, *ALWAYS_SHOWN]:
                 row.append(figure(score(run, column), column.form))
+            row += [_basis_cell([run])] * len(stated)
             rows.append({"group": g, "run": i, "cells": row})
-        if scores := [found for run in finished if np.isfinite(found := score(run, BPB))]:
-            competing.append((float(np.mean(scores)), rows[first]["cells"]))
-    if len(competing) > 1:
-        _, best_row = min(competing, key=lambda found: found[0])
-        best_row[columns.index(BPB.title)][1] += " best"
+        scored = [run for run in finished if np.isfinite(score(run, BPB))]
+        if scored and (basis := _common_basis(scored)):
+            mean = float(np.mean([score(run, BPB) for run in scored]))
+            competing.setdefault(basis.compared, []).append((mean, rows[first]["cells"]))
+    for compared in competing.values():
+        if len(compared) > 1:
+            _, best_row = min(compared, key=lambda found: found[0])
+            best_row[columns.index(BPB.title)][1] += " best"
     return {"columns": columns, "rows": rows}
 
 
@@ -235,10 +307,19 @@ def _evaluations(value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], s
             note = f"mass {figure(_object(ngram.get('mass')).get('mean'), '.6g')[0]}"
             if ngram.get("is_distribution") is not True:
                 note += ": not a distribution"
-            yield f"{what}, {text(cache)} cache", ngram | {"tokens": value.get("tokens")}, note
+            scored = {key: value.get(key) for key in ("tokens", "data")}
+            yield f"{what}, {text(cache)} cache", ngram | scored, note
     for task, metrics in _object(value.get("tasks")).items():
         if isinstance(metrics, dict):
             yield task, {}, ", ".join(f"{key} {text(of)}" for key, of in metrics.items())
+
+
+def _data(scores: Mapping[str, Any]) -> str:
+    """The name and the hash of what a result scored."""
+    match scores.get("data"):
+        case {"name": str(name), "hash": str(key)}:
+            return f"{name} ({key})"
+    return ABSENT
 
 
 def evaluation_table(runs: Sequence[RunData]) -> Table:
@@ -251,7 +332,7 @@ def evaluation_table(runs: Sequence[RunData]) -> Table:
             head = [[run.name, ""], [file, "soft"], figure(value.get("step"), ",.0f"), [kept, ""]]
             for what, scores, note in _evaluations(value):
                 figures = [figure(scores.get(key), ".4f") for key in ("loss", "bpb")]
-                tokens = figure(scores.get("tokens"), ",.0f")
-                rows.append({"cells": [*head, [what, ""], tokens, *figures, [note, ""]]})
-    columns = ["run", "file", "step", "weights", "what", "tokens", "loss", "BPB", ""]
+                tokens = [figure(scores.get("tokens"), ",.0f"), [_data(scores), "soft"]]
+                rows.append({"cells": [*head, [what, ""], *tokens, *figures, [note, ""]]})
+    columns = ["run", "file", "step", "weights", "what", "tokens", "of", "loss", "BPB", ""]
     return {"columns": columns, "rows": rows}

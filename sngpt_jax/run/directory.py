@@ -219,6 +219,8 @@ class Summary:
     checkpoint: str
     swa_val_bpb: float | None  # of the averaged weights, if the recipe keeps them
     ema_val_bpb: float | None
+    val_data: str | None = None  # name of the scored data; None in runs of an earlier version
+    val_hash: str | None = None  # their hash (`sngpt_jax.data.identity`)
 
 
 def read_summary(run_dir: Path) -> Summary | None:

@@ -19,6 +19,7 @@ from sngpt_jax.base import typed_json
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.config import Config, Weights
+from sngpt_jax.data.identity import validation_name
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.evaluation.bpb import Pass, Score
@@ -334,6 +335,7 @@ class Run:
         position, folder = self.position, run_directory.checkpoint_dir(directory)
         latest, bpb = position.latest, position.averages or {}
         assert latest is not None and position.best_val_loss is not None
+        data = validation_name(self.data)
         tokens, seconds = self.done * self.config.data.batch_tokens, position.elapsed_seconds
         return Summary(
             steps=self.done,
@@ -349,4 +351,6 @@ class Run:
             tok_per_s=tokens / seconds,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
             checkpoint=str(checkpoint.step_folder(folder, self.done)),
+            val_data=data.name,
+            val_hash=data.hash,
         )

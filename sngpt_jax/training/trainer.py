@@ -20,6 +20,7 @@ from sngpt_jax.cluster.layout import ProcessArguments
 from sngpt_jax.cluster.memory import Fitted
 from sngpt_jax.cluster.mesh import batch_placer, make_mesh
 from sngpt_jax.config import Config, flat, profile_window
+from sngpt_jax.data.identity import DataName
 from sngpt_jax.data.loader import batches_of, make_loader
 from sngpt_jax.data.prepared import prepared_data
 from sngpt_jax.data.shards import Dataset
@@ -205,6 +206,7 @@ def print_summary(console: Console, directory: Path, summary: Summary) -> None:
     s, run, ratio = summary, str(directory), ""
     if untrained := s.untrained_val_bpb:
         ratio = f" = {s.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
+    scored_on = f" of {DataName(s.val_data, s.val_hash)}" if s.val_data and s.val_hash else ""
     averages = [("SWA weights", s.swa_val_bpb), ("EMA weights", s.ema_val_bpb)]
     console.result(
         "finished",
@@ -213,6 +215,7 @@ def print_summary(console: Console, directory: Path, summary: Summary) -> None:
             ("training", f"{s.steps:,} steps, {s.tokens:,} tokens in {s.train_seconds:,.1f} s"),
             ("speed", f"{s.tok_per_s:,.0f} tok/s"),
             ("validation", f"loss {s.val_loss:.4f} nats/token, {s.val_bpb:.4f} bits/byte{ratio}"),
+            ("scored", f"{s.val_tokens:,} validation tokens" + scored_on),
             *((name, f"{bpb:.4f} bits/byte") for name, bpb in averages if bpb is not None),
             ("checkpoint", s.checkpoint),
         ],

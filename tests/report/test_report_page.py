@@ -50,6 +50,31 @@ def test_a_group_has_a_row_of_its_statistics(tmp_path):
     assert "SWA BPB" not in table["columns"]  # no run has one
 
 
+def test_only_scores_of_the_same_data_counted_alike_compete(tmp_path):
+    """Two runs on each of two texts, one of an earlier version, and one that counts otherwise."""
+
+    def widths():
+        for number, key in enumerate(["a" * 12] * 2 + ["b" * 12] * 2 + [None, "a" * 12]):
+            model = fake_run.with_model(d_model=64 * (number + 1))
+            yield fake_run.make(tmp_path / f"r{number}", model=model, seed=number + 1, data=key)
+
+    *_, last = directories = list(widths())
+    summary = json.loads((last / "summary.json").read_text()) | {"val_byte_count": "golf"}
+    (last / "summary.json").write_text(json.dumps(summary | {"val_bpb": 0.1}))
+    runs = [read_run(directory) for directory in directories]
+    data = report(runs, "now")
+    bpb = [fake_run.loss(40, seed) / 2 for seed in (1, 2, 3, 4)]
+    best = {f"{min(bpb[:2]):.4f}", f"{min(bpb[2:]):.4f}"}
+    assert {mark for row in data["scores"]["rows"] for mark in marks(row, "best")} == best
+    a, b = (f"4,096 tokens of text ({letter * 12})" for letter in "ab")
+    unknown, compared = data["notes"]
+    assert unknown.startswith("BPB of r4: compared with no other")
+    assert compared.endswith(f": r0, r1 on {a}; r2, r3 on {b}; r5 on {a}, golf bytes")
+    column = data["scores"]["columns"].index("scored on")
+    assert [cells(row)[column] for row in data["scores"]["rows"]] == [a, a, b, b, "–", a]
+    assert report(runs[:2], "now")["notes"] == report(runs[4:5], "now")["notes"] == []
+
+
 def test_statistics_are_of_finished_runs_only(tmp_path):
     runs = [
         made(tmp_path / name, seed=seed, finished=finished)
@@ -118,6 +143,7 @@ def test_exports_and_evaluations_are_tables(tmp_path):
     ngram = {"cache": "hashed5", "loss": 2.0, "bpb": 1.25, "mass": {"mean": 1.2}}
     score = {"loss": 3.0, "bpb": 1.5, "mode": "sliding", "stride": 64, "tokens": 2048}
     score |= {"weights": "ema", "step": 40, "ngram": ngram | {"is_distribution": False}}
+    score["data"] = {"name": "text", "hash": "0123456789ab"}
     score["tasks"] = {"lambada": {"acc": 0.5}, "odd": 3}
     (directory / "export.json").write_text(json.dumps(export))
     (directory / "evaluate.json").write_text(json.dumps(score))
@@ -130,10 +156,11 @@ def test_exports_and_evaluations_are_tables(tmp_path):
     found = [row[name] for name in ("group", "kept as", "bytes", "entropy, bits")]
     assert found == ["mlp", "int8", "990", "–"]
     found = [cells(row) for row in data["evaluations"]["rows"]]
-    assert found[0][3:] == ["ema", "sliding, stride 64", "2,048", "3.0000", "1.5000", ""]
+    data = "text (0123456789ab)"
+    assert found[0][3:] == ["ema", "sliding, stride 64", "2,048", data, "3.0000", "1.5000", ""]
     note = "mass 1.2: not a distribution"
     what = "sliding, stride 64, hashed5 cache"
-    assert found[1][4:] == [what, "2,048", "2.0000", "1.2500", note]
+    assert found[1][4:] == [what, "2,048", data, "2.0000", "1.2500", note]
     assert found[2][4] == "lambada" and found[2][-1] == "acc 0.5"
     assert len(found) == 3
 
