@@ -352,6 +352,8 @@ def test_a_document_that_a_file_unpacks_to_has_a_limit(tmp_path, monkeypatch, na
     if not ending:
         path.write_text(f"{'xyz' * 300}\n<|endoftext|>\n" * 3)
         assert len(list(documents(str(path)))) == 3
+        path.write_text(f"{'x' * 1001}<|endoftext|>\n<|endoftext|>\nnext")
+        fails(path, rf"{path}:1: a document of more than")
 
 
 def test_the_hubs_retries_are_not_shown():
