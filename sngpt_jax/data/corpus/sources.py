@@ -149,8 +149,8 @@ def fingerprint(source: str) -> str:
     for path, stat in zip(paths, stats, strict=True):
         times = f"{stat.st_size} {stat.st_mtime_ns}"
         content = file_sha256(path, DataError) if by_content else times
-        name = os.fsencode(path.relative_to(root).as_posix())
-        digest.update(name + f"\0{content}\0".encode())
+        digest.update(os.fsencode(path.relative_to(root).as_posix()))
+        digest.update(f"\0{content}\0".encode())
     return f"{kind}, {len(paths)} files, {digest.hexdigest()[:16]}"
 
 
