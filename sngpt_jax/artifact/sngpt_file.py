@@ -43,6 +43,7 @@ from sngpt_jax.artifact.parallel import Progress, in_threads
 from sngpt_jax.artifact.policy import largest_code
 from sngpt_jax.artifact.quantize import Quantized, Stored
 from sngpt_jax.base import untrusted
+from sngpt_jax.base.memory import host_memory, shown
 
 MAGIC = b"\x89SNG\r\n\x1a\n"
 VERSION = 2
@@ -151,9 +152,13 @@ def _encode(
 
 def read(path: Path) -> Artifact:
     """The artifact in the file `path`. Raises `ArtifactError` that names the path."""
-    data = untrusted.read_bytes(path, FILE_LIMIT, ArtifactError)
+    head, size = untrusted.read_start(path, HEAD.size, ArtifactError)
     try:
-        return decode(data)
+        _check_head(head, size)  # before anything else is read
+        if (need := FILE_COST * size) > (left := host_memory()):
+            has = f"the machine has {shown(left)} left"
+            raise ArtifactError(f"needs {shown(need)} of memory to read, and {has}")
+        return decode(untrusted.read_bytes(path, FILE_LIMIT, ArtifactError))
     except ArtifactError as problem:
         raise ArtifactError(f"{path}: {problem}") from None
 
@@ -194,20 +199,28 @@ def default_limit(size: int) -> int:
     return max(MEMORY_LIMIT, MEMORY_RATIO * size)
 
 
-def _open(data: bytes) -> tuple[memoryview, memoryview]:
-    """The compressed header and the payload, after magic, version, lengths and checksum."""
-    if not data.startswith(MAGIC):
-        raise ArtifactError(f"not an artifact: begins with {data[: len(MAGIC)]!r}")
+def _check_head(head: bytes, size: int) -> int:
+    """The length of the header, by the `head` of a file of `size` bytes, whose magic, version and
+    lengths are right.
+    """
+    if not head.startswith(MAGIC):
+        raise ArtifactError(f"not an artifact: begins with {head[: len(MAGIC)]!r}")
     least = HEAD.size + DIGEST
-    if len(data) < least:
-        raise ArtifactError(f"truncated: {len(data)} bytes, an artifact has at least {least}")
-    _, version, header, payload = HEAD.unpack_from(data)
+    if size < least:
+        raise ArtifactError(f"truncated: {size} bytes, an artifact has at least {least}")
+    _, version, header, payload = HEAD.unpack_from(head)
     if version not in READABLE:
         raise ArtifactError(f"an artifact of version {version}, expected version 1 or 2")
     expected = least + header + payload
-    if len(data) != expected:
-        what = "truncated" if len(data) < expected else "continues after its end"
-        raise ArtifactError(f"{what}: {len(data):,} bytes, expected {expected:,}")
+    if size != expected:
+        what = "truncated" if size < expected else "continues after its end"
+        raise ArtifactError(f"{what}: {size:,} bytes, expected {expected:,}")
+    return int(header)
+
+
+def _open(data: bytes) -> tuple[memoryview, memoryview]:
+    """The compressed header and the payload, after magic, version, lengths and checksum."""
+    header = _check_head(data, len(data))
     if hashlib.sha256(memoryview(data)[:-DIGEST]).digest() != data[-DIGEST:]:
         raise ArtifactError("damaged: its SHA-256 does not match its bytes; copy the file again")
     body = memoryview(data)[HEAD.size : -DIGEST]

@@ -65,6 +65,13 @@ def read_bytes(path: Path, limit: int, error: type[UserError]) -> bytes:
     return content
 
 
+def read_start(path: Path, count: int, error: type[UserError]) -> tuple[bytes, int]:
+    """The first `count` bytes of a plain file, or all of a shorter one, and its size."""
+    size = plain_size(path, error)
+    with _reading(path, error), open(path, "rb") as file:
+        return file.read(count), size
+
+
 def file_sha256(path: Path, error: type[UserError]) -> str:
     """The SHA-256 of a plain file in hexadecimal."""
     plain_size(path, error)

@@ -98,6 +98,11 @@ def _out_of_bounds(config: Config) -> Iterator[str]:
             yield f"{name} = {value} exceeds {highest}"
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether `text` is text, and no bytes of a file's name that Python could not decode."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _relations(config: Config) -> Iterator[tuple[object, str]]:
     """Pairs of whether a combination is impossible, and the reason that its message gives."""
     m, o, d, t = config.model, config.optim, config.data, config.train
@@ -113,6 +118,8 @@ def _relations(config: Config) -> Iterator[tuple[object, str]]:
     for name in ("data.dir", "data.source", "data.val_source", "data.tokenizer"):
         where = f"{of(name)} begins with ~, which only a command line expands; give the whole path"
         yield str(values[name]).startswith("~"), where
+        # config.json could not hold it
+        yield not _is_utf8(str(values[name])), f"{of(name)} is not UTF-8; rename the file or folder"
     both = f"{of('data.val_docs')} and {of('data.val_fraction')} exclude each other; set one to 0"
     yield d.val_docs and d.val_fraction, both
     unit = d.slices * d.seq_len

@@ -82,10 +82,7 @@ def split_hashes(data: Dataset, split: Name) -> np.ndarray:
     entry: HashesEntry = getattr(separation, split)
     path = inside(data.directory, entry.name, DataError)
     check_sha256(path, entry.sha256, "prepare the data again")
-    hashes = open_npy(path)
-    if hashes.dtype != HASH or hashes.ndim != 1:
-        raise DataError(f"{path}: expected uint64 [n], found {hashes.dtype} {list(hashes.shape)}")
-    return hashes
+    return open_npy(path, HASH, "[n]")
 
 
 def refuse_trained_text(

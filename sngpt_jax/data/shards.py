@@ -96,8 +96,10 @@ def open_headerless(path: Path) -> np.memmap:
     return tokens
 
 
-def open_npy(path: Path) -> np.ndarray:
-    """Reads the array in an npy file. Raises `DataError`."""
+def open_npy(path: Path, dtype: type, axes: str, most: int | None = None) -> np.ndarray:
+    """Reads an array of `dtype` from an npy file: [n] or [n, 2] by its `axes`, with n ≤ `most`.
+    Raises `DataError`.
+    """
     plain_size(path, DataError)
     with explained(lambda: f"{path}: cannot be read"):  # numpy raises many kinds of errors
         with open(path, "rb") as file:
@@ -105,21 +107,25 @@ def open_npy(path: Path) -> np.ndarray:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("expected version 1.0 of npy")
         # A mapped file must be as long as its header says. `np.load` would also take archives.
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    found = str(list(mapped.shape)).replace(f"[{len(mapped) if mapped.ndim else ''}", "[n", 1)
+    if mapped.dtype != dtype or found != axes:
+        wanted = f"{np.dtype(dtype)} {axes}"
+        raise DataError(f"{path}: expected {wanted}, found {mapped.dtype} {list(mapped.shape)}")
+    if most is not None and len(mapped) > most:
+        raise DataError(f"{path}: expected at most {most:,} rows, found {len(mapped):,}")
+    return np.array(mapped)
 
 
 def open_extra(path: Path, tokens: int, columns: int) -> np.ndarray:
     """Reads the corrections of a shard of `tokens` tokens, int64 [n, columns]. Raises
     `DataError`.
     """
-    rows = open_npy(path)
-    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != columns:
-        problem = f"int64 [n, {columns}], found {rows.dtype} {list(rows.shape)}"
-    elif ((ends := np.concatenate([[-1], rows[:, 0], [tokens]]))[1:] <= ends[:-1]).any():
-        problem = f"ascending token positions below {tokens}, found others"
-    else:
-        return rows
-    raise DataError(f"{path}: expected {problem}")
+    rows = open_npy(path, np.int64, f"[n, {columns}]", most=tokens)
+    ends = np.concatenate([[-1], rows[:, 0], [tokens]])
+    if (ends[1:] <= ends[:-1]).any():
+        raise DataError(f"{path}: expected ascending token positions below {tokens}, found others")
+    return rows
 
 
 # ---------------------------------------- a split as a stream

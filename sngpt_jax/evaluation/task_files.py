@@ -4,7 +4,6 @@ The prompts and metrics follow lm-eval's tasks `hellaswag`, `lambada_standard` a
 """
 
 import codecs
-import json
 import re
 import reprlib
 import string
@@ -18,9 +17,11 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks.hellaswag.utils import preprocess
 
+from sngpt_jax.base import typed_json, untrusted
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.tokenizer import replace_surrogates
 from sngpt_jax.evaluation.lm_eval_model import Answer
+
+MOST_BYTES = 2**28  # of a file; the largest published one has 48 MB
 
 Row = dict[str, Any]
 
@@ -28,7 +29,8 @@ Row = dict[str, Any]
 def _lines(path: Path, row_of: Callable[[str], Row], published: str) -> list[Row]:
     """`row_of` of each line; a `UserError` names the line of its ValueError."""
     rows = []
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
+    content = untrusted.read_bytes(path, MOST_BYTES, UserError)
+    lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             if not (text := line.decode("utf-8").strip()):
@@ -59,7 +61,7 @@ def _check(value: Any, form: Any, where: str = "") -> None:
 
 
 def _hellaswag_row(line: str) -> Row:
-    row = json.loads(line)
+    row = typed_json.loads(line.encode())
     _check(row, {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str]})
     choices = [preprocess(ending) for ending in row["endings"]]
     if not all(choice.strip() for choice in choices):
@@ -88,7 +90,7 @@ def _read_lambada(path: Path) -> list[Row]:
 
     def row_of(line: str) -> Row:
         if is_json:
-            row = json.loads(line)
+            row = typed_json.loads(line.encode())
             _check(row, {"text": str})
             line = row["text"].rstrip()
         elif re.match(r'\{\s*"', line):
@@ -122,7 +124,7 @@ def _squad_rows(whole: Any) -> Iterator[Row]:
 
 def _read_squad(path: Path) -> list[Row]:
     try:
-        whole = json.loads(path.read_bytes())
+        whole = typed_json.loads(untrusted.read_bytes(path, MOST_BYTES, UserError))
         _check(whole, _SQUAD)
         if not (rows := list(_squad_rows(whole))):
             raise ValueError("holds no questions")
@@ -201,8 +203,7 @@ FILE_TASKS: dict[str, _Task] = {
 def load(name: str, path: Path) -> ConfigurableTask:
     """The task `name` of `FILE_TASKS` over the file `path`. A `UserError` names what is wrong."""
     read, kind, metrics, settings = FILE_TASKS[name]
-    # the tokenizers read half of a surrogate pair as U+FFFD too
-    rows = json.loads(replace_surrogates(json.dumps(read(path), ensure_ascii=False)))
+    rows = read(path)
     listed = [
         {"metric": metric, "aggregation": by, "higher_is_better": metric != "perplexity"}
         for metric, by in metrics.items()

@@ -24,6 +24,7 @@ from sngpt_jax.run.records import CheckpointError as CheckpointError
 from sngpt_jax.run.records import (
     SaveRecord,
     best,
+    check_path,
     finished,
     hash_files,
     is_read,
@@ -159,6 +160,7 @@ def restore(
     Raises `CheckpointError` if `step` is missing or damaged, if every finished save is damaged, or
     if leaves differ in path, shape or dtype.
     """
+    check_path(directory)
     while True:
         chosen = processes.broadcast(lambda: _choose(directory, step))
         if chosen is None:

@@ -32,6 +32,7 @@ from sngpt_jax.config import Config, changed, differences, to_json
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sngpt_jax.run.records import check_path
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -90,6 +91,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[Config]:
     `train.compilation_cache` may differ. A finished run is only read, so it may lie where nobody
     can write.
     """
+    check_path(run_dir)
     held = f"{run_dir}: another process is training in it; wait for it or choose another --run-dir"
     writes = processes.index() == 0 and not summary_path(run_dir).exists()
     with locked(run_dir, held) if writes else contextlib.nullcontext():

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,18 @@ from sngpt_jax.base.untrusted import file_sha256, inside
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, is damaged or missing, or does not fit the state."""
+
+
+def check_path(directory: Path) -> None:
+    """Raises `UserError` for a path under which orbax cannot write or read checkpoints."""
+    path = f"{directory.absolute()}/"
+    wrong = re.search(r"[\[\]\\\ud800-\udfff]|:/", path)
+    if wrong:
+        what = "a name that is not UTF-8" if "\ud800" <= wrong[0] <= "\udfff" else repr(wrong[0])
+        raise UserError(
+            f"{path}: checkpoints cannot lie under a path with {what}; choose another --run-dir, or"
+            " rename the folder"
+        )
 
 
 @dataclass(frozen=True)

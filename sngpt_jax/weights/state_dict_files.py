@@ -12,6 +12,8 @@ import safetensors.numpy
 
 from sngpt_jax.base import cli, untrusted
 from sngpt_jax.base.errors import UserError
+from sngpt_jax.base.memory import host_memory
+from sngpt_jax.base.memory import shown as shown_size
 from sngpt_jax.base.untrusted import shown
 
 MOST_EXPANSION = 64  # an archive may unpack to this many times its own size
@@ -115,11 +117,18 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """
     if not (reader := _READERS.get(path.suffix)):
         raise InteropError(f"{path}: expected a file named *{', *'.join(_READERS)}")
-    untrusted.plain_size(path, InteropError)
+    size = untrusted.plain_size(path, InteropError)
     with path.open("rb"):  # an error of the system passes here, before the libraries' errors
         pass
+    if size > (left := host_memory()):
+        raise InteropError(
+            f"{path}: {shown_size(size)}, and the machine has {shown_size(left)} of memory left;"
+            " read it on a larger machine"
+        )
     try:
         return without_wrappers(reader(path))
+    except MemoryError:
+        raise MemoryError(f"{path} has {shown_size(size)}") from None
     except InteropError as error:
         raise InteropError(f"{path}: {error}") from None
     except Exception as error:  # the libraries raise a dozen types for damaged bytes

@@ -371,7 +371,8 @@ def test_the_memory_of_headers_and_of_many_small_tensors_is_bounded_too():
 
 def test_a_file_above_the_limit_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "large"
-    path.write_bytes(bytes(2000))
+    head = sngpt_file.HEAD.pack(MAGIC, 2, 0, 2000 - sngpt_file.HEAD.size - sngpt_file.DIGEST)
+    path.write_bytes(head.ljust(2000, b"\0"))
     monkeypatch.setattr(sngpt_file, "FILE_LIMIT", 1999)
     with pytest.raises(ArtifactError, match=f"{path}: 2,000 bytes; .* more than 1,999"):
         read(path)

@@ -356,3 +356,8 @@ def test_every_field_says_what_it_is():
     bare = {name for above, name, beside in fields if not (above or beside)}
     assert len(fields) > 80
     assert bare == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_a_name_that_config_json_cannot_hold_is_refused():
+    with pytest.raises(ConfigError, match="data.dir = a.* is not UTF-8; rename the"):
+        validate(changed(GOOD, data={"dir": "a\udcff"}))

@@ -54,6 +54,11 @@ def test_byte_corrections_are_what_their_header_says(tmp_path):
     with open(path, "wb") as file:
         np.savez(file, x=np.zeros((1, 2), np.int64))
     damaged("extra", open_extra, path, 10, 2)
+    np.save(path, np.zeros((11, 2), np.int64))
+    damaged("expected at most 10 rows, found 11", open_extra, path, 10, 2)
+    for other in (np.zeros((3, 2), np.int32), np.zeros((3, 3), np.int64), np.zeros(2, np.int64)):
+        np.save(path, other)
+        damaged(rf"expected int64 \[n, 2\], found {other.dtype} \[", open_extra, path, 10, 2)
     # each difference wraps to above 0
     np.save(path, np.array([[0, 1], [2**63 - 1, 1], [-(2**63), 1], [-1, 1], [5, 1]]))
     damaged("expected ascending token positions below 10", open_extra, path, 10, 2)

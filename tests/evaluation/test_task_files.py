@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sngpt_jax.base.errors import UserError
 from sngpt_jax.evaluation.likelihood import Continuation
-from sngpt_jax.evaluation.task_files import answer_words, words_f1
+from sngpt_jax.evaluation.task_files import answer_words, load, words_f1
 from sngpt_jax.evaluation.tasks import run_tasks
 
 ACTIVITY = {  # a row of the published file's form, from ActivityNet
@@ -127,12 +128,19 @@ def test_acc_norm_is_by_the_characters_of_the_ending_alone(tmp_path):
     assert got == shares(0.0, 1.0, 1.0, 0.0)
 
 
-def test_what_utf8_cannot_encode_is_read_as_the_tokenizers_read_it(tmp_path):
-    row = {**ACTIVITY, "ctx_b": "\udfff", "endings": ["\ud800 x", "y"], "label": 0}
-    model = answers((-1.0, 1), (-1.0, 1))
-    assert only(model, "hellaswag", write(tmp_path / "h.jsonl", row))["acc"] == 1.0
-    context = "Roof shingle removal: A man is sitting on a roof. \ufffd"
-    assert model.asked == [(context, " \ufffd x"), (context, " y")]
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a b", "text": "c d"}', "the key 'text' is given twice"),
+        ('{"text": "a b", "x": NaN}', "'NaN' is no finite number"),
+        ('{"text": "a \\ud800 b"}', "holds half of a surrogate pair"),
+    ],
+)
+def test_json_that_readers_understand_differently_is_refused(tmp_path, line, said):
+    path = tmp_path / "l.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"l.jsonl, line 1: .*{said}"):
+        load("lambada", path)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +214,7 @@ def test_lambada(tmp_path, suffix, start):
         (
             "l.jsonl",
             b'{"text": "one two"}\n' + b"[" * 100_000,
-            "l.jsonl, line 2: maximum recursion depth",
+            "l.jsonl, line 2: more than 64 levels deep",
         ),
     ],
 )

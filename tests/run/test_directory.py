@@ -139,3 +139,14 @@ def test_a_mark_that_cannot_be_left_for_the_other_processes_is_one_line(tmp_path
         pass
     said = f"{tmp_path}/.shared: Is a directory; check the path and its permissions"
     assert one_line(error.value) == said
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a\\b", "c:", "d\udcff"])
+def test_a_path_that_cannot_hold_checkpoints_is_refused_before_the_run(tmp_path, name):
+    path = tmp_path / name
+    with (
+        pytest.raises(UserError, match="checkpoints cannot lie under a path with .*; choose"),
+        run_directory.claim(path, Config()),
+    ):
+        raise AssertionError("claimed")
+    assert not list(tmp_path.iterdir())
