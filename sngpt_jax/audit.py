@@ -140,9 +140,10 @@ def audit_claim(arguments: AuditArguments) -> Audit:
 
 def recount_text(arguments: AuditArguments) -> tuple[list[Count], list[Mistake]]:
     """The right counts of the text that `--text` or `--data` names, and the mistakes with it."""
+    from sngpt_jax.data.corpus import Reading
     from sngpt_jax.data.shards import open_dataset
     from sngpt_jax.data.tokenizer import MAX_VOCAB, load_tokenizer
-    from sngpt_jax.evaluation.audit.recount import encoded, knows_text, recount
+    from sngpt_jax.evaluation.audit.recount import knows_text, recount
 
     has_text = True
     if arguments.data:
@@ -151,8 +152,10 @@ def recount_text(arguments: AuditArguments) -> tuple[list[Count], list[Mistake]]
         what = f"the validation text in {arguments.data}"
         has_text = knows_text(dataset)
     else:
+        from sngpt_jax.evaluation.documents import encode  # imports jax, which takes seconds
+
         tokenizer = load_tokenizer(arguments.tokenizer)
-        stream, what = encoded(arguments.text, tokenizer), arguments.text
+        stream, what = encode(arguments.text, Reading(), tokenizer, 0).stream, arguments.text
     targets = len(stream) - 1
     if arguments.tokens is not None:
         targets = min(targets, arguments.tokens)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from sngpt_jax import audit
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.corpus import documents
-from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.corpus import Reading, documents
+from sngpt_jax.data.shards import Shard, TokenStream
+from sngpt_jax.data.tokenizer import NO_CORRECTIONS, load_tokenizer
 from sngpt_jax.evaluation.audit import claim, published, recount
+from sngpt_jax.evaluation.documents import encode
 from tests.fuzz import byte_level
 
 SPACE, MARKS = "▁", "\ue001\ue002"
@@ -172,6 +174,10 @@ def tokenizer(request, text):
     return load_tokenizer(path)
 
 
+def stream_of(text, tokenizer):
+    return encode(str(text), Reading(), tokenizer, 0).stream
+
+
 def bytes_of(sp, x, y, mistake, keeps_spaces):
     """Bytes of token y after token x, as a script counts them that makes the mistake."""
     piece = sp.id_to_piece(y)
@@ -196,7 +202,7 @@ def bytes_of(sp, x, y, mistake, keeps_spaces):
 
 def test_recounted_mistakes_are_those_of_scripts(text, tokenizer):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    stream = recount.encoded(str(text), tokenizer)
+    stream = stream_of(text, tokenizer)
     tokens = stream.take(0, len(stream)).tolist()
     keeps = "identity" in tokenizer.path.name
     kinds = sp.is_byte(tokens), [set(sp.id_to_piece(i)) <= set(MARKS) for i in tokens]
@@ -227,7 +233,7 @@ def test_recounted_mistakes_are_those_of_scripts(text, tokenizer):
 @given(st.data())
 def test_a_claim_made_by_a_mistake_is_explained_by_it(text, tokenizer, data):
     """Random losses of the targets; the claim prints the loss and the score by a wrong count."""
-    stream = recount.encoded(str(text), tokenizer)
+    stream = stream_of(text, tokenizer)
     counts, mistakes = recount.recount(stream, tokenizer, "", len(stream) - 1, **WINDOWS)
     mistake = data.draw(st.sampled_from(mistakes))
     loss = data.draw(st.floats(0.5, 6))
@@ -259,6 +265,20 @@ def test_characters_of_several_tokens_count_three_bytes_each_if_decoded_alone(tm
 
 
 # ---------------------------------------- mistakes of the user
+
+
+def test_text_without_tokens_is_refused(tmp_path):
+    path, source = tmp_path / "tokenizer.json", tmp_path / "text.txt"
+    byte_level([], 257).save(str(path))
+    source.write_text("\n")
+    given = ["--loss", "1", "--bpb", "1", "--tokenizer", str(path), "--text", str(source)]
+    assert audit.main(given) == 1  # one byte is text
+    given[-1] = str(tmp_path / "none.txt")
+    with pytest.raises(UserError, match="none.txt"):
+        audit.main(given)
+    stream = TokenStream((Shard(source, np.zeros(1, np.uint16), NO_CORRECTIONS),), 257)
+    with pytest.raises(UserError, match="its 0 targets stand for no text"):
+        recount.recount(stream, load_tokenizer(path), "text.txt", 0, **WINDOWS)
 
 
 @pytest.mark.parametrize(

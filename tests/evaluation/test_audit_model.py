@@ -65,15 +65,16 @@ def test_bytes_are_those_of_the_source(dataset, tiny_recipe):
     assert decoded.outcome == "passed" and decoded.figures["decoded"] == size
 
 
-def test_wrong_bytes_fail(dataset, monkeypatch):
+@pytest.mark.parametrize("change", [1, -1])
+def test_wrong_bytes_fail(dataset, monkeypatch, change):
     (first, *others) = dataset.manifest.val
     stated = replace(dataset.manifest, val=(replace(first, golf_bytes=1), *others))
     assert text.judge_table(replace(dataset, manifest=stated)).outcome == "failed"
     assert text.judge_table(replace(dataset, manifest=None)).outcome == "could not be made"
 
     tokenizer, table = dataset.tokenizer, dataset.tokenizer.token_bytes()
-    twice = replace(table, base=table.base + 1)
-    monkeypatch.setattr(tokenizer, "token_bytes", lambda: twice, raising=True)
+    wrong = replace(table, base=table.base + change)
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda: wrong)
     assert text.judge_table(dataset).outcome == "failed"
     for has_text in (True, False):
         check = text.judge_decoded(dataset.val, tokenizer, has_text)

@@ -5,14 +5,12 @@ and the same function counts with each of them.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.corpus import documents
-from sngpt_jax.data.shards import Dataset, Shard, TokenStream, moved
+from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import NO_CORRECTIONS, TokenBytes, Tokenizer
 from sngpt_jax.evaluation.audit.claim import float32_sums
 from sngpt_jax.evaluation.audit.published import Count, Mistake
@@ -75,20 +73,6 @@ def _sentencepiece_tables(tokenizer: Tokenizer, right: TokenBytes) -> tuple[Toke
     return right, found
 
 
-def encoded(source: str, tokenizer: Tokenizer) -> TokenStream:
-    """The documents of `source` as one stream. Raises `UserError` if there is no text."""
-    tokens, corrections, length = [], [], 0
-    for text in documents(source):
-        document = tokenizer.encode_document(text)
-        tokens.append(document.tokens)
-        corrections.append(moved(document.corrections, length))
-        length += len(document.tokens)
-    if length < 2:
-        raise UserError(f"{source}: no text; give a file with text")
-    shard = Shard(Path(source), np.concatenate(tokens), np.concatenate(corrections))
-    return TokenStream((shard,), tokenizer.vocab_size)
-
-
 def knows_text(dataset: Dataset) -> bool:
     """Whether the preparation counted the bytes of the text itself."""
     manifest = dataset.manifest
@@ -106,15 +90,18 @@ def right_counts(
 ) -> list[Count]:
     """The counts of the first `targets` targets that are right by some rule, each number once: of
     the text, if `has_text` says that it is known; of the normalized text; and by the table alone.
+    Raises `UserError` if there is no text.
     """
     found = stream.count_bytes(table, 1, targets + 1)
     alone = without_corrections(stream).count_bytes(table, 1, targets + 1)
+    first = found.text if has_text else found.golf
+    if not first:
+        raise UserError(f"{what}: its {targets:,} targets stand for no text; give other text")
     counts = {alone.golf: f"{what}, by the table of tokens alone, as the challenge's scripts count"}
     counts[found.golf] = f"{what}, as the challenge counts"
     if has_text:
         counts[found.text] = what
     made = [Count(name, targets, size, len(stream)) for size, name in counts.items()]
-    first = found.text if has_text else found.golf
     return sorted(made, key=lambda count: count.bytes != first)
 
 
