@@ -103,6 +103,16 @@ def test_number_of_tokens(capsys, tokens, outcome, said):
     assert checks["tokens"]["outcome"] == outcome and said in checks["tokens"]["text"]
 
 
+@pytest.mark.parametrize(
+    ("bpb", "outcome"),
+    [("1.2", "could not be made"), ("1.16", "passed"), ("0.9", "failed"), ("1.08", "failed")],
+)
+def test_a_fit_of_few_digits_says_nothing(capsys, bpb, outcome):
+    """The loss 1.951 is 1.1555 bits per byte; 1.2 is that up to half a tenth, which is 4 %."""
+    _, checks, _ = run(capsys, "--loss", "1.951", "--bpb", bpb, "--tokenizer", "sp1024")
+    assert checks["bytes"]["outcome"] == outcome
+
+
 # ---------------------------------------- arithmetic
 
 
@@ -272,7 +282,7 @@ def test_text_without_tokens_is_refused(tmp_path):
     byte_level([], 257).save(str(path))
     source.write_text("\n")
     given = ["--loss", "1", "--bpb", "1", "--tokenizer", str(path), "--text", str(source)]
-    assert audit.main(given) == 1  # one byte is text
+    assert audit.main(given) == 0  # one byte is text
     given[-1] = str(tmp_path / "none.txt")
     with pytest.raises(UserError, match="none.txt"):
         audit.main(given)

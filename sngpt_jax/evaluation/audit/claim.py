@@ -17,6 +17,7 @@ from sngpt_jax.evaluation.audit.check import Check, unmade, verdict
 from sngpt_jax.evaluation.audit.published import REPORTED_TO, Count, Mistake
 
 EXACT = 1e-7  # relative error of counts that are known or recomputed
+COARSE = 0.01  # relative error from which a fit to the right count says little
 ENDS = 1e-5  # relative error if nobody says how many tokens were scored at the end of the stream
 # Relative to the mean, a token stands for between none and four times as many bytes. Each token
 # more or less therefore changes the mean by at most three times its share.
@@ -109,6 +110,8 @@ def judge_bytes(
     found = [m for m, within in wider.items() if meets(ratio, within, m.low, m.high)]
     same = [count for count in right if meets(claim.per_token / count.per_token, error)]
     names = "; ".join(f"{mistake.name} ({mistake.origin})" for mistake in found)
+    if same and error > COARSE:
+        return unmade("bytes", f"the numbers have too few digits: ± {100 * error:.2g} %")
     if same:
         text = f"the implied count is that of {same[0].what}"
         text += f"; so many digits do not rule this out: {names}" if found else ""
