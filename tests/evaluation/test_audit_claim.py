@@ -132,9 +132,9 @@ def test_rounding_encloses_the_numbers_before_they_were_printed(loss, bpb, loss_
 def test_float32_sums_stay_in_their_range_and_fill_it():
     """Simulated: numpy adds up integers in float32, for eight processes, many times."""
     rng = np.random.default_rng(0)
-    stride, windows = 64, 8 * 130_000
+    stride, windows = 64, 8 * 320_000  # above 2^25 in each process, where the unit is 4
     deviations = []
-    for _ in range(12):
+    for _ in range(20):
         size = rng.integers(100, 212, (8, windows // 8))
         sums = np.cumsum(size, axis=1, dtype=np.float32)[:, -1]
         deviations.append(sums.astype(np.float64).sum() / size.sum() - 1)
@@ -142,7 +142,7 @@ def test_float32_sums_stay_in_their_range_and_fill_it():
     (mistake,) = claim.float32_sums(count, stride)
     deviation = (mistake.high - 1) / 4
     assert np.abs(deviations).max() < 4 * deviation
-    assert 0.5 < np.std(deviations) / deviation < 1.7
+    assert 0.6 < np.std(deviations) / deviation < 1.5
     assert claim.float32_sums(published.Count("", 10**6, 2 * 10**6), stride) == []
     # #465 printed 2.435919 instead of 2.435924 bytes per token
     (mistake,) = claim.float32_sums(published.KNOWN["sp1024"], stride)
