@@ -66,7 +66,7 @@ def _forward_kernel(
 ) -> None:
     (rows, d), tokens = x_ref.shape, static.config.forward_tokens
     first_row = pl.program_id(0) * tokens
-    work = Work(pl.program_id(0), *work_refs, static.interpret)
+    work = Work._make((pl.program_id(0), *work_refs, static.interpret))
 
     def code(token: Array, _: None) -> None:
         row = first_row + token
