@@ -1,10 +1,10 @@
 """The score of any text, document by document, each from its own BOS."""
 
+import contextlib
 import json
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from sngpt_jax.data.identity import DataName, name_of
 from sngpt_jax.data.manifest import MANIFEST, DataError, load_manifest
 from sngpt_jax.data.overlap import HASH, document_hash, document_hashes, refuse_trained_text
 from sngpt_jax.data.shards import TOKEN, Shard, TokenStream, moved
-from sngpt_jax.data.tokenizer import ByteCounts, Tokenizer
+from sngpt_jax.data.tokenizer import Tokenizer
 from sngpt_jax.evaluation.bpb import Pass, add_in_order
 from sngpt_jax.evaluation.options import StreamOptions
 from sngpt_jax.evaluation.report import figures
@@ -37,7 +37,6 @@ class Scored(NamedTuple):
     name: str  # its file below the source
     number: int  # in this file, from 1
     tokens: int  # with BOS
-    bytes: ByteCounts
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def encode(source: str, reading: Reading, tokenizer: Tokenizer, cut: int) -> Tex
             corrections.append(moved(document.corrections, filled))
             count = len(document.tokens)
             name = source if source == "-" else name
-            documents.append(Scored(name, number, count, document.bytes))
+            documents.append(Scored(name, number, count))
             filled += count
             if cut and len(text) > cut:
                 heads.append(document_hash(tokenizer.encode_document(text[:cut]).tokens[1:]))
@@ -81,9 +80,9 @@ def encode(source: str, reading: Reading, tokenizer: Tokenizer, cut: int) -> Tex
     whole = np.concatenate(tokens)
     shard = Shard(Path(source), whole, np.concatenate(corrections))
     digest = sha256(np.ascontiguousarray(whole, TOKEN).data).hexdigest()
-    name = name_of(source if source == "-" else Path(source).absolute().name, [digest])
+    title = name_of(source if source == "-" else Path(source).absolute().name, [digest])
     stream = TokenStream((shard,), tokenizer.vocab_size)
-    return Text(name, documents, stream, tokenizer, np.array(heads, HASH))
+    return Text(title, documents, stream, tokenizer, np.array(heads, HASH))
 
 
 def encode_untrained(source: str, reading: Reading, tokenizer: Tokenizer, trained_in: Path) -> Text:
@@ -128,21 +127,17 @@ def score(
     seconds = time.perf_counter() - start
     found = scoring.score_of(add_in_order(0.0, nll))
     own = []
-    for index, (document, part) in enumerate(
-        zip(text.documents, np.split(nll, np.cumsum(targets)[:-1]), strict=True)
-    ):
-        nats, size = add_in_order(0.0, part), document.bytes.golf
-        own.append(
-            {
-                "index": index,
-                "name": document.name,
-                "number": document.number,
-                "tokens": len(part),
-                "bytes": size,
-                "nats": nats,
-                "bpb": nats / math.log(2) / size if size else None,
-            }
-        )
+    parts = np.split(nll, np.cumsum(targets)[:-1])
+    for index, (document, part) in enumerate(zip(text.documents, parts, strict=True)):
+        nats, only = add_in_order(0.0, part), slice(index, index + 1)
+        alone = document_windows(starts[only], targets[only], config.data.seq_len, stride)
+        size, bpb = 0, None
+        if len(part):
+            with contextlib.suppress(UserError):  # its tokens stand for no text
+                its = replace(scoring, windows=alone).score_of(nats)
+                size, bpb = its.bytes, its.bpb
+        about = {"index": index, "name": document.name, "number": document.number}
+        own.append(about | {"tokens": len(part), "bytes": size, "nats": nats, "bpb": bpb})
     result = figures(found, windows, options.mode, seconds)
     return result | {"documents": len(own), "data": vars(text.name)}, own
 

@@ -146,13 +146,14 @@ def not_compared(runs: Sequence[RunData], groups: Sequence[Group]) -> list[str]:
                 counted = "" if basis.byte_count == ABSENT else f", {basis.byte_count} bytes"
                 names[basis.compared] = f"{basis}{counted}"
     unknown = on.pop(None, [])
+    known = {key: of for key, of in on.items() if key}
     found = []
-    if unknown and (on or len(unknown) > 1):
+    if unknown and (known or len(unknown) > 1):
         listed = ", ".join(unknown)
         reason = "because their data are not stated or not equal"
         found.append(f"BPB of {listed}: compared with no other, {reason}")
-    if len(on) > 1:
-        listed = "; ".join(f"{', '.join(of)} on {names[key]}" for key, of in on.items())
+    if len(known) > 1:
+        listed = "; ".join(f"{', '.join(of)} on {names[key]}" for key, of in known.items())
         found.append(f"BPB compares only on the same data, counted alike: {listed}")
     return found
 
