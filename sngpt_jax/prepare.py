@@ -1,7 +1,7 @@
 """Text to token shards: `python -m sngpt_jax.prepare --source … --tokenizer … --out DIR`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sngpt_jax.config.command import parse
 from sngpt_jax.config.options import Json, Quiet
 from sngpt_jax.data.encode import usable_cpus
 from sngpt_jax.data.golf import fetch_golf
-from sngpt_jax.data.manifest import Manifest, ShardEntry, TokenizerEntry, verify
+from sngpt_jax.data.manifest import Manifest, ShardEntry, TokenizerEntry, lost_share, verify
 from sngpt_jax.data.preparation import Executor, prepare_on
 from sngpt_jax.data.spec import COMMAND, PrepareSpec
 
@@ -42,9 +42,15 @@ class VerifyArguments:
     quiet: Quiet = False
 
 
-def _counts(entries: Sequence[ShardEntry]) -> dict[str, int]:
-    units = {"tokens": "tokens", "documents": "documents", "bytes": "golf_bytes"}
-    sums = {unit: sum(getattr(entry, name) for entry in entries) for unit, name in units.items()}
+def _counts(entries: Sequence[ShardEntry]) -> dict[str, float]:
+    units = ("tokens", "documents", "text_bytes", "golf_bytes", "source_bytes", "lossy_documents")
+    sums: dict[str, float] = {}
+    for unit in units:
+        values = [getattr(entry, unit) for entry in entries]
+        if None not in values:  # as in a folder of format 1
+            sums[unit] = sum(values)
+    if "source_bytes" in sums:
+        sums["lost"] = lost_share(entries)
     return {"shards": len(entries), **sums}
 
 
@@ -66,8 +72,8 @@ def _show(
     title: str,
     out: str,
     tokenizer: TokenizerEntry,
-    train: dict[str, int],
-    val: dict[str, int],
+    train: Mapping[str, float],
+    val: Mapping[str, float],
     json: str,
     manifest: Manifest | None = None,
 ) -> int:
@@ -79,11 +85,16 @@ def _show(
         return 0
     rows = [("data", out)]
     for name, split in (("training", train), ("validation", val)):
-        counts = ", ".join(f"{split[unit]:,} {unit}" for unit in split if unit != "shards")
+        counts = [f"{split[unit]:,} {unit}" for unit in ("tokens", "documents") if unit in split]
         shards = f"{split['shards']:,} shard{'s' * (split['shards'] != 1)}"
-        if "bytes" in split:
-            shards += f", {split['bytes'] / split['tokens']:.3f} bytes/token"
-        rows.append((name, f"{counts} in {shards}"))
+        size = split.get("text_bytes", split.get("golf_bytes"))
+        if size is not None:
+            counts.append(f"{size:,} bytes")
+            shards += f", {size / split['tokens']:.3f} bytes/token"
+        rows.append((name, f"{', '.join(counts)} in {shards}"))
+        if split.get("lossy_documents"):
+            changed = f"{split['lossy_documents']:,} documents are not kept exactly"
+            rows.append(("", f"{changed}; {split['lost']:.2%} of the text's bytes are lost"))
     rows.append(("tokenizer", f"{tokenizer.file}, {tokenizer.vocab_size:,} tokens"))
     if manifest:
         rows.append(("split", _rule(manifest)))

@@ -57,6 +57,7 @@ DEFAULTS = Config()
 
 # Read where this file does not look
 SEEN_ELSEWHERE = {
+    "eval.byte_count": "tests/data/test_counts.py scores by each count",
     "eval.weights": "tests/run/test_directory.py loads the weights that it names",
     "eval.sample_prompt": "printed at the end of a run; .ci/quickstart looks for it",
     "eval.sample_tokens": "the same",

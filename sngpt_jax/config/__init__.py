@@ -2,6 +2,7 @@
 
 from sngpt_jax.config.fields import (
     FORMAT,
+    ByteCount,
     Clip,
     Config,
     ConfigError,
@@ -26,6 +27,7 @@ from sngpt_jax.config.fields import (
 
 __all__ = [
     "FORMAT",
+    "ByteCount",
     "Clip",
     "Config",
     "ConfigError",

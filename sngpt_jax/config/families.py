@@ -72,7 +72,14 @@ def golf(**sections: Fields) -> Config:
             "grad_clip": 0.3,
             "warmdown_clock": "wall_clock",
         },
-        data={"source": "golf", "val_docs": 50_000, "batch_tokens": 786_432, "seq_len": 2048},
+        data={
+            "source": "golf",
+            "val_docs": 50_000,
+            "normalization": "nmt_nfkc",
+            "batch_tokens": 786_432,
+            "seq_len": 2048,
+        },
+        eval={"byte_count": "golf"},
         train={"max_seconds": 600.0, "device_batch_tokens": 98_304},
     )
     return changed(base, **sections)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from sngpt_jax.base.errors import UserError
 
+ByteCount = Literal["text", "golf"]
 FORMAT = 1  # of config.json; `config.file` says when it is raised
 
 Weights = Literal["final", "swa", "ema"]  # last step, mean of snapshots, moving average
@@ -189,8 +190,9 @@ class DataConfig:
     max_tokens: int = 0  # training tokens to prepare at most; 0: the whole source
     # a SentencePiece .model, a tokenizer.json, or train: learn one on the source
     tokenizer: PathText = "train"
-    # normalization of a learned tokenizer; identity keeps all whitespace
-    normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
+    # normalization of a learned tokenizer: identity keeps every character; nmt_nfkc, the
+    # challenge's, folds whitespace and compatibility characters
+    normalization: Literal["identity", "nmt_nfkc"] = "identity"
     batch_tokens: int = 524_288  # tokens of one optimizer step, over all devices
     seq_len: int = 1024  # T, tokens of one training sequence
     slices: int = 8  # runs of consecutive tokens in a batch, whatever the devices
@@ -229,6 +231,9 @@ class EvalConfig:
 
     every: int = 1000  # steps between validations; 0: only at the end
     tokens: int = 0  # first validation tokens to score while training; 0: all
+    # bytes that bits per byte divides by: of the text as it was read, or golf: of the text as the
+    # tokenizer normalized it, as the challenge counts
+    byte_count: ByteCount = "text"
     device_batch_tokens: int = 65_536  # most tokens that one device scores at a time
     health_tokens: int = 65_536  # tokens that measure the health of the sparse codes; 0: none
     weights: Weights = "final"  # weights that other commands take: of the last step, or averaged

@@ -51,6 +51,8 @@ def parse(values: Any, where: str, error: type[UserError]) -> Config:
             model = values.get("model")
             if isinstance(model, dict) and isinstance(text := model.get("levels"), str):
                 values["model"] = model | {"levels": parse_levels(text)}  # from an earlier version
+            if isinstance(scoring := values.get("eval"), dict):  # earlier versions had one count
+                values["eval"] = {"byte_count": "golf"} | scoring
         config = typed_json.parse(Config, values, where, ConfigError, defaulted=defaulted)
         names = [name.removeprefix(f"{where}.") for name in defaulted]
         if missing := [name for name in names if name.removeprefix("model.") in _SIZES]:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,6 +120,13 @@ class ShardEntry:
         return [self, self.extra] if self.extra else [self]
 
 
+def lost_share(shards: Iterable[ShardEntry]) -> float:
+    """The share of the source's bytes that the tokens of `shards` do not keep."""
+    sums = [(shard.source_bytes or 0, shard.text_bytes or 0) for shard in shards]
+    source, kept = (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0)
+    return 1 - kept / source if source else 0.0
+
+
 @dataclass(frozen=True)
 class Separation:
     """How the splits were kept apart."""
@@ -158,6 +165,7 @@ class SplitJournal:
     offset: int = 0  # tokens of the next document in those shards
     finished: bool = False  # after the last shard
     dropped: int = 0  # documents before the next one which the split leaves out
+    example: str = ""  # of a place in a document that its tokens do not keep, escaped
 
     @property
     def tokens(self) -> int:

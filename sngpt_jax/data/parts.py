@@ -161,6 +161,8 @@ class Parts:
         table = load_tokenizer(self.tokenizer).token_bytes()
         while chunk := list(islice(spans, _CHUNK_DOCUMENTS)):
             yield [
-                counted(table, stream.take(a, b - a), moved(stream.extra(a, b), -a))
+                counted(
+                    table, stream.take(a, b - a), moved(stream.extra(a, b), -a), reached.example
+                )
                 for a, b in chunk
             ]

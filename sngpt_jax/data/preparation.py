@@ -32,7 +32,9 @@ from sngpt_jax.data.manifest import (
     Manifest,
     Origin,
     Separation,
+    SplitJournal,
     check_sha256,
+    lost_share,
     save,
 )
 from sngpt_jax.data.parts import Parts, Submitted
@@ -160,7 +162,7 @@ class _Preparation:
         limit = spec.max_tokens or None if name == "train" else None
         size: float = text_bytes(source)
         if name == "train" and not spec.val_source:
-            size -= sum(entry.golf_bytes for entry in self.journal.val.shards)
+            size -= sum(entry.source_bytes or 0 for entry in self.journal.val.shards)
         elif split.below or split.cut:
             size *= self.origin.val_fraction
         table = load_tokenizer(self.tokenizer).token_bytes()
@@ -174,9 +176,11 @@ class _Preparation:
                 yield number, text
 
         start = split.number(name, done.documents + done.dropped)
+        holds_text = any(entry.text_bytes for entry in done.shards)
         report = progress_reporter(f"{self.out}: {name}")
         for chunk in self._encoded(name, encode, parts, start, counted()):
             for document in chunk:
+                holds_text |= document.bytes.text > 0
                 if writer.full:
                     break
                 if name == "train" and overlap.is_among(document.tokens[1:], self._held_out):
@@ -197,8 +201,23 @@ class _Preparation:
                 f"--source {spec.source}: the validation text has all its training documents, too;"
                 " give other text, or another --out and --allow-overlap"
             )
+        if not holds_text:
+            problem = f"the {name} documents of {source} encode to no text"
+            raise UserError(f"{self.tokenizer}: {problem}; give another tokenizer or text")
         writer.finish()
         report(1, 1, f"{writer.tokens:,} tokens")
+        if about := lossiness(writer.reached):
+            logger.warning(f"{self.out}: {name}: {about}")
+
+
+def lossiness(split: SplitJournal) -> str:
+    """How much of a split's text its tokens do not keep, with an example; empty: they keep all."""
+    lossy = sum(entry.lossy_documents or 0 for entry in split.shards)
+    if not lossy:
+        return ""
+    example = f", such as: {split.example}" if split.example else ""
+    documents = f"{lossy:,} of {split.documents:,} documents are not kept exactly"
+    return f"{documents}; {lost_share(split.shards):.2%} of the text's bytes are lost{example}"
 
 
 def prepare(spec: PrepareSpec, workers: int = 1) -> Manifest:

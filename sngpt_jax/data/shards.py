@@ -151,6 +151,7 @@ class TokenStream:
 
     shards: tuple[Shard, ...]
     vocab_size: int
+    text_known: bool = True  # whether corrections hold the counts of the source text
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -318,5 +319,6 @@ def open_dataset(directory: str | Path, vocab_size: int) -> Dataset:
     if manifest and sum(shard.tokens.nbytes for shard in (*train, *val)) < _VERIFIED_BYTES:
         verify(directory)
     size = tokenizer.vocab_size
-    train_stream, val_stream = TokenStream(tuple(train), size), TokenStream(tuple(val), size)
+    known = manifest is not None and all(entry.text_bytes is not None for entry in manifest.val)
+    train_stream, val_stream = (TokenStream(tuple(x), size, known) for x in (train, val))
     return Dataset(directory, train_stream, val_stream, tokenizer, manifest)

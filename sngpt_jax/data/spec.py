@@ -35,8 +35,9 @@ class PrepareSpec:
     allow_overlap: bool = False  # keep training documents that are in the validation text, too
     # vocabulary size of a tokenizer to learn or of golf (0: 1024); limit for a given one (0: none)
     vocab_size: int = 0
-    # how the learned tokenizer changes text; identity keeps all whitespace
-    normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
+    # how the learned tokenizer changes text: identity keeps every character; nmt_nfkc, the
+    # challenge's, folds whitespace and compatibility characters
+    normalization: Literal["identity", "nmt_nfkc"] = "identity"
     shard_tokens: int = 100_000_000  # tokens per shard
     max_tokens: int = 0  # stop after this many training tokens; 0: no limit
     # key or column with the text, in .jsonl, .json, .csv and .parquet files and in hub data sets

@@ -98,7 +98,7 @@ class SplitWriter:
     ) -> None:
         self.reached = reached
         self.documents, self.tokens = reached.documents, reached.tokens  # appended
-        self._dropped = reached.dropped
+        self._dropped, self._example = reached.dropped, reached.example
         self._directory, self._split, self._token_bytes = directory, split, token_bytes
         self._on_shard, self._limit, self._offset = on_shard, limit, reached.offset
         written = open_entries(directory, reached.shards)
@@ -123,6 +123,7 @@ class SplitWriter:
         if self.full:
             return
         tokens, extra = document.tokens, document.corrections
+        self._example = self._example or document.example
         while self._offset < len(tokens) and not self.full:
             piece = tokens[self._offset : self._offset + self._capacity - self._filled]
             stop = self._offset + len(piece)
@@ -148,7 +149,7 @@ class SplitWriter:
         if self._filled:
             self._end_shard(self.documents, self._offset)
         reached = (self.reached.shards, self.documents, self._offset, ended, self._dropped)
-        self._reach(SplitJournal(*reached))
+        self._reach(SplitJournal(*reached, self._example))
 
     def _reach(self, state: SplitJournal) -> None:
         self.reached = state
@@ -172,5 +173,6 @@ class SplitWriter:
         entry = ShardEntry(name, len(tokens), self._begun, *counts, digest, sidecar)
         self._previous = int(tokens[-1])
         shards = (*self.reached.shards, entry)
-        self._reach(SplitJournal(shards, documents, offset, dropped=self._dropped))
+        which = shards, documents, offset, False, self._dropped, self._example
+        self._reach(SplitJournal(*which))
         self._begin_shard()

@@ -2,7 +2,8 @@
 
     bpb = (Σ nll / ln 2) / Σ bytes(target)
 
-The bytes are UTF-8 bytes of the text, so models with different tokenizers compare.
+The bytes are UTF-8 bytes of the text, so models with different tokenizers compare. There are two
+counts (`data.tokenizer.ByteCounts`): "text" and "golf".
 """
 
 import math
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.cluster.mesh import batch_placer
-from sngpt_jax.config import Config
+from sngpt_jax.config import ByteCount, Config
 from sngpt_jax.data.shards import Dataset, TokenStream
 from sngpt_jax.data.tokenizer import TokenBytes
 from sngpt_jax.evaluation.step import make_eval_step
@@ -38,7 +39,17 @@ class Score:
     loss: float  # nats per token
     bpb: float  # bits per byte
     tokens: int  # number of scored targets
-    bytes: int  # of the text that they stand for
+    bytes: int  # of the text that they stand for, by `byte_count`
+    byte_count: ByteCount
+    text_bytes: int | None  # by each count; None if the data hold no such count
+    golf_bytes: int
+    lost: float | None  # share of the source's bytes that the tokens do not keep
+    lossy_documents: int | None  # that end in the scored text and are not kept exactly
+
+    def bpb_by(self, byte_count: ByteCount) -> float | None:
+        """The bits per byte of one count; None if the data do not hold it."""
+        size = self.text_bytes if byte_count == "text" else self.golf_bytes
+        return self.bpb * self.bytes / size if size else None
 
 
 def add_in_order(total: float, values: np.ndarray) -> float:
@@ -60,6 +71,7 @@ class Pass:
     windows: AnyWindows
     device_batch_tokens: int
     progress: OnProgress | None = None
+    byte_count: ByteCount = "text"
 
     def readings(
         self, hints: Callable[[np.ndarray], np.ndarray] | None = None
@@ -84,17 +96,25 @@ class Pass:
             yield found | on_host
 
     def score_of(self, nll: float) -> Score:
-        """The score of losses that sum to `nll`. Raises `UserError` if there is no text."""
+        """The score of losses that sum to `nll`. Data without the text's count have the golf count
+        alone. Raises `UserError` if there is no text.
+        """
         spans = self.windows.spans()
         tokens = sum(stop - start for start, stop in spans)
-        count_bytes = self.stream.count_bytes
-        size = sum(count_bytes(self.token_bytes, first + 1, end + 1).golf for first, end in spans)
+        count, known = self.stream.count_bytes, self.stream.text_known
+        counts = [count(self.token_bytes, first + 1, end + 1) for first, end in spans]
+        golf, text, source, lossy = (sum(column) for column in zip(*counts, strict=True))
+        by: ByteCount = self.byte_count if known else "golf"
+        size = text if by == "text" else golf
         if not size:
             raise UserError(
                 f"the {tokens:,} scored tokens stand for no text, only for marks such as BOS; score"
                 " other data"
             )
-        return Score(nll / tokens, nll / math.log(2) / size, tokens, size)
+        about_text = (text, golf, 1 - text / source if source else 0.0, lossy)
+        if not known:
+            about_text = (None, golf, None, None)
+        return Score(nll / tokens, nll / math.log(2) / size, tokens, size, by, *about_text)
 
     def score(self) -> Score:
         nll = 0.0
@@ -123,5 +143,5 @@ def score_validation(
     step = eval_step or make_eval_step(config.model, mesh)
     token_bytes = dataset.tokenizer.token_bytes()
     most = config.eval.device_batch_tokens
-    scoring = Pass(variables, step, dataset.val, token_bytes, mesh, windows, most, progress)
-    return scoring.score()
+    which = dataset.val, token_bytes, mesh, windows, most, progress, config.eval.byte_count
+    return Pass(variables, step, *which).score()

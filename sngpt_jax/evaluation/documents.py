@@ -121,7 +121,8 @@ def score(
     first = next(window_batches(text.stream, windows, rows)).arrays
     compiled = step.compiled(variables, batch_placer(mesh)(first))
     table, progress = text.tokenizer.token_bytes(), progress_reporter("evaluate")
-    scoring = Pass(variables, compiled, text.stream, table, mesh, windows, most, progress)
+    by = config.eval.byte_count
+    scoring = Pass(variables, compiled, text.stream, table, mesh, windows, most, progress, by)
     start = time.perf_counter()
     nll = np.concatenate([found["nll"] for found in scoring.readings()])
     seconds = time.perf_counter() - start

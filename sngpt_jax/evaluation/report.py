@@ -26,6 +26,7 @@ from sngpt_jax.model.forward import Variables
 from sngpt_jax.run.console import progress_reporter
 
 LARGEST_LOSS = 700.0  # nats; the perplexity of a larger one is beyond float64
+DIFFERING = 1e-3  # share by which the two counts differ before both scores are printed
 
 logger = logging.getLogger("sngpt_jax")
 
@@ -65,7 +66,8 @@ def score(
     eval_step = Fitted(make_eval_step(config.model, mesh, readings), mesh, "scoring")
     compiled = eval_step.compiled(variables, batch_placer(mesh)(first))
     token_bytes, progress = dataset.tokenizer.token_bytes(), progress_reporter("evaluate")
-    scoring = Pass(variables, compiled, stream, token_bytes, mesh, windows, most, progress)
+    which = stream, token_bytes, mesh, windows, most, progress, config.eval.byte_count
+    scoring = Pass(variables, compiled, *which)
     start = time.perf_counter()
     cached = ngram_score.score_with_cache(scoring, cache) if cache else None
     found = cached.model if cached else scoring.score()
@@ -81,6 +83,7 @@ def score(
             "cache": options.ngram,
             "loss": loss,
             "bpb": bpb,
+            "byte_count": found.byte_count,
             "normalized_bpb": bpb + mass.mean_log * found.tokens / math.log(2) / found.bytes,
             "mass": mass._asdict(),
             "is_distribution": fresh.is_distribution,
@@ -93,6 +96,8 @@ def figures(found: Score, windows: AnyWindows, mode: str, seconds: float) -> dic
     """What a result says of a score over `windows`."""
     return {
         **asdict(found),
+        "text_bpb": found.bpb_by("text"),
+        "golf_bpb": found.bpb_by("golf"),
         "perplexity": math.exp(found.loss) if found.loss < LARGEST_LOSS else None,
         "bytes_per_token": found.bytes / found.tokens,
         "mode": mode,
@@ -109,21 +114,32 @@ def describe(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     which = f"{result['windows']:,} windows"
     if result["mode"] == "sliding":
         which += f", stride {result['stride']}"
-    size = f"{result['tokens']:,} tokens = {result['bytes']:,} bytes"
+    by = result["byte_count"]
+    size = f"{result['tokens']:,} tokens = {result['bytes']:,} bytes ({by})"
     if "documents" in result:
         size += f" of {result['documents']:,} documents"
     loss = f"loss {result['loss']:.4f} nats/token"
     if result["perplexity"] is not None:
         loss += f" (perplexity {result['perplexity']:,.2f})"
     rows = [
-        ("score", f"{loss}, {result['bpb']:.4f} bits/byte"),
+        ("score", f"{loss}, {result['bpb']:.4f} bits/byte ({by})"),
         ("over", f"{size} in {which}; {result['seconds']:.1f} s"),
         ("data", str(DataName(**result["data"]))),
     ]
+    counts = {name: result[f"{name}_bytes"] for name in ("text", "golf")}
+    if counts["text"] is None:
+        rows.append(("bytes", "the data hold the golf count alone, without the source text's"))
+    elif abs(counts["golf"] - counts["text"]) > DIFFERING * counts["text"]:
+        other = "golf" if by == "text" else "text"
+        bpb = f"{bpb:.4f} bits/byte" if (bpb := result[f"{other}_bpb"]) else "no bits/byte"
+        rows.append((f"by {other}", f"{bpb} ({counts[other]:,} bytes)"))
+    if result["lossy_documents"]:
+        documents = f"{result['lossy_documents']:,} documents are not kept exactly"
+        rows.append(("lossy", f"{documents}; {result['lost']:.2%} of the source's bytes are lost"))
     if cached := result.get("ngram"):
         verdict = "" if cached["is_distribution"] else ": not a probability distribution"
         text = (
-            "loss {loss:.4f} nats/token, {bpb:.4f} bits/byte; mass of the vocabulary"
+            "loss {loss:.4f} nats/token, {bpb:.4f} bits/byte ({byte_count}); mass of the vocabulary"
             " {mass[mean]:.6g}, from {mass[min]:.6g} to {mass[max]:.6g}, at {mass[positions]:,}"
             " positions{verdict}; {normalized_bpb:.4f} bits/byte if divided by it"
         )

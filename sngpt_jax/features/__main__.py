@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
         for row in found["losses"]:
             kept = "level 0" if row["levels"] == 1 else f"levels 0-{row['levels'] - 1}"
             scores = f"loss {row['loss']:.4f} nats/token, {row['bpb']:.4f} bits/byte"
+            scores += f" ({row['byte_count']})"
             rows.append((f"{kept} kept", scores))
         count, names = len(found["features"]), ",".join(map(str, layers))
         rows.append(("features", f"{count:,} of layers {names} over {found['tokens']:,} tokens"))

@@ -56,6 +56,7 @@ def losses_by_level(
             windows,
             most,
             progress_reporter(f"loss with {num_levels} of {count} levels"),
+            model.config.eval.byte_count,
         ).score()
         if not math.isfinite(score.loss):
             raise UserError(
@@ -63,7 +64,7 @@ def losses_by_level(
                 " earlier --step"
             )
         kept = {"levels": num_levels, "active_features": sum(level.k for level in cut.levels)}
-        losses.append(kept | {"loss": score.loss, "bpb": score.bpb})
+        losses.append(kept | {"loss": score.loss, "bpb": score.bpb, "byte_count": score.byte_count})
     return losses
 
 

@@ -117,7 +117,8 @@ class Basis:
         return self.tokens, self.hash, self.byte_count
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens of {self.data} ({self.hash})"
+        counted = "" if self.byte_count == ABSENT else f", {self.byte_count} bytes"
+        return f"{self.tokens:,} tokens of {self.data} ({self.hash}){counted}"
 
 
 def _common_basis(runs: Sequence[RunData]) -> Basis | None:
@@ -143,8 +144,7 @@ def not_compared(runs: Sequence[RunData], groups: Sequence[Group]) -> list[str]:
             basis = _common_basis(finished)
             on.setdefault(basis.compared if basis else None, []).append(name)
             if basis:
-                counted = "" if basis.byte_count == ABSENT else f", {basis.byte_count} bytes"
-                names[basis.compared] = f"{basis}{counted}"
+                names[basis.compared] = str(basis)
     unknown = on.pop(None, [])
     known = {key: of for key, of in on.items() if key}
     found = []
@@ -285,7 +285,8 @@ def export_tables(run: RunData) -> list[Table]:
         before, after = (figure(scores.get(key), ".5f")[0] for key in ("bpb_before", "bpb_after"))
         if after != ABSENT:
             gap = figure(scores.get("gap"), "+.5f")[0]
-            line += f" · BPB {before} before, {after} after, gap {gap}"
+            by = f" ({scores['byte_count']} bytes)" if "byte_count" in scores else ""
+            line += f" · BPB{by} {before} before, {after} after, gap {gap}"
         rows = []
         for group, entry in _object(value["bits_per_weight"]).items():
             of = _object(entry)

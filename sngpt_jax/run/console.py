@@ -22,10 +22,11 @@ logger = logging.getLogger("sngpt_jax")
 WIDTH = 120  # columns of the longest line where there is no terminal
 BAR_FROM = 130  # columns of a terminal that has room for a bar beside the longest line
 
-_COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
+_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("train_loss", lambda x: f"loss {x:.4f}"),
     ("val_loss", lambda x: f"loss {x:.4f}"),
     ("val_bpb", lambda x: f"bpb {x:.4f}"),
+    ("val_byte_count", lambda x: f"{x} bytes"),
     ("val_seconds", lambda x: f"{x:.1f} s"),
     ("lr", lambda x: f"lr {x:.3g}"),
     ("grad_norm", lambda x: f"grad {x:.3g}"),

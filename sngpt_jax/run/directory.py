@@ -28,7 +28,7 @@ from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.files import locked, remove_leftovers, write_bytes_atomic, write_text_atomic
 from sngpt_jax.cluster import processes
-from sngpt_jax.config import Config, changed, differences, to_json
+from sngpt_jax.config import ByteCount, Config, changed, differences, to_json
 from sngpt_jax.config import file as config_file
 from sngpt_jax.data.shards import Dataset
 from sngpt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -223,6 +223,7 @@ class Summary:
     ema_val_bpb: float | None
     val_data: str | None = None  # name of the scored data; None in runs of an earlier version
     val_hash: str | None = None  # their hash (`sngpt_jax.data.identity`)
+    val_byte_count: ByteCount = "golf"  # runs without the field were scored with this count
 
 
 def read_summary(run_dir: Path) -> Summary | None:

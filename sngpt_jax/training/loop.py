@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from sngpt_jax.base import typed_json
 from sngpt_jax.cluster import processes
 from sngpt_jax.cluster.memory import Fitted
-from sngpt_jax.config import Config, Weights
+from sngpt_jax.config import ByteCount, Config, Weights
 from sngpt_jax.data.identity import validation_name
 from sngpt_jax.data.loader import Loader
 from sngpt_jax.data.shards import Dataset
@@ -65,6 +65,7 @@ class Validation:
     loss: float
     bpb: float
     tokens: int
+    byte_count: ByteCount = "golf"  # checkpoints without the field were made with this count
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ class Run:
             standard_windows(len(self.data.val), config.data.seq_len, config.eval.tokens),
             config.eval.device_batch_tokens,
             self.stoppable("validation"),
+            config.eval.byte_count,
         ).score()
 
     def stoppable(self, what: str) -> Callable[[int, int], None]:
@@ -267,11 +269,17 @@ class Run:
             raise NonFinite(
                 f"the validation loss after step {self.done:,} is {score.loss}", good=self.done - 1
             )
-        record = {"step": self.done, "val_loss": score.loss, "val_bpb": score.bpb}
-        record["val_seconds"] = time.perf_counter() - start
+        record = {
+            "step": self.done,
+            "val_loss": score.loss,
+            "val_bpb": score.bpb,
+            "val_byte_count": score.byte_count,
+            "val_seconds": time.perf_counter() - start,
+        }
         self.writer.write(record)
         self.console.validation(record)
-        latest, before = Validation(self.done, score.loss, score.bpb, score.tokens), self.position
+        about = score.loss, score.bpb, score.tokens, score.byte_count
+        latest, before = Validation(self.done, *about), self.position
         best = min(score.loss, math.inf if before.best_val_loss is None else before.best_val_loss)
         self.position = replace(before, latest=latest, best_val_loss=best)
         if self.done == 0 and not before.imported:
@@ -343,6 +351,7 @@ class Run:
             val_loss=latest.loss,
             val_bpb=latest.bpb,
             val_tokens=latest.tokens,
+            val_byte_count=latest.byte_count,
             best_val_loss=position.best_val_loss,
             untrained_val_bpb=position.first.bpb if position.first else None,
             swa_val_bpb=bpb.get("swa"),

@@ -204,6 +204,7 @@ def derived(
 def print_summary(console: Console, directory: Path, summary: Summary) -> None:
     """Prints the result of a finished run and the commands that can follow."""
     s, run, ratio = summary, str(directory), ""
+    unit = f"bits/byte ({s.val_byte_count})"
     if untrained := s.untrained_val_bpb:
         ratio = f" = {s.val_bpb / untrained:.3f} x the untrained model's {untrained:.4f}"
     scored_on = f" of {DataName(s.val_data, s.val_hash)}" if s.val_data and s.val_hash else ""
@@ -214,9 +215,9 @@ def print_summary(console: Console, directory: Path, summary: Summary) -> None:
             ("run", run),
             ("training", f"{s.steps:,} steps, {s.tokens:,} tokens in {s.train_seconds:,.1f} s"),
             ("speed", f"{s.tok_per_s:,.0f} tok/s"),
-            ("validation", f"loss {s.val_loss:.4f} nats/token, {s.val_bpb:.4f} bits/byte{ratio}"),
+            ("validation", f"loss {s.val_loss:.4f} nats/token, {s.val_bpb:.4f} {unit}{ratio}"),
             ("scored", f"{s.val_tokens:,} validation tokens" + scored_on),
-            *((name, f"{bpb:.4f} bits/byte") for name, bpb in averages if bpb is not None),
+            *((name, f"{bpb:.4f} {unit}") for name, bpb in averages if bpb is not None),
             ("checkpoint", s.checkpoint),
         ],
         [

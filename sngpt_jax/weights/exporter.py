@@ -114,6 +114,7 @@ def export_run(
     if before:
         result["score"] = {
             "tokens": before.tokens,
+            "byte_count": before.byte_count,
             "bpb_before": before.bpb,
             "bpb_after": after["bpb"],
             "gap": after["bpb"] - before.bpb,

@@ -24,6 +24,8 @@ class Stream:
     def __init__(self, length, vocab_size):
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
 
+    text_known = True
+
     def __len__(self):
         return len(self.tokens)
 

@@ -139,7 +139,7 @@ def test_exports_and_evaluations_are_tables(tmp_path):
     group = {"group": "mlp", "width": "int8", "bytes": 990.0, "entropy": None}
     export = {"artifact_bytes": 1000, "code_bytes": 234, "total_bytes": 1234, "limit": 1200}
     export |= {"fits": False, "bits_per_weight": {"mlp": group}}
-    export["score"] = {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1}
+    export["score"] = {"bpb_before": 1.5, "bpb_after": 1.6, "gap": 0.1, "byte_count": "text"}
     ngram = {"cache": "hashed5", "loss": 2.0, "bpb": 1.25, "mass": {"mean": 1.2}}
     score = {"loss": 3.0, "bpb": 1.5, "mode": "sliding", "stride": 64, "tokens": 2048}
     score |= {"weights": "ema", "step": 40, "ngram": ngram | {"is_distribution": False}}
@@ -150,7 +150,7 @@ def test_exports_and_evaluations_are_tables(tmp_path):
     data = report([read_run(directory)], "now")
     (exported,) = data["exports"]
     said = ["run · export.json", "1,234 bytes", "does not fit the limit of 1,200"]
-    for part in (*said, "1.60000 after", "gap +0.10000"):
+    for part in (*said, "BPB (text bytes) 1.50000", "1.60000 after", "gap +0.10000"):
         assert part in exported["title"]
     row = dict(zip(exported["columns"], cells(exported["rows"][0]), strict=True))
     found = [row[name] for name in ("group", "kept as", "bytes", "entropy, bits")]

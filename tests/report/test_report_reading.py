@@ -93,7 +93,9 @@ def test_what_is_no_run_is_one_line(tmp_path):
 def test_results_are_known_by_their_keys(tmp_path):
     directory = fake_run.make(tmp_path / "run")
     export = {"artifact_bytes": 1, "bits_per_weight": as_json([GROUP])}
-    score = {**vars(Score(loss=3.0, bpb=1.5, bytes=5, tokens=2)), "mode": "standard"}
+    counts = {"byte_count": "text", "text_bytes": 5, "golf_bytes": 5}
+    known = Score(loss=3.0, bpb=1.5, bytes=5, tokens=2, lost=0.0, lossy_documents=0, **counts)
+    score = {**vars(known), "mode": "standard"}
     tasks = {"step": 1, "weights": "final", "tasks": {"lambada": {"acc": 0.5}}}
     files = {"b": export, "score": score, "tasks": tasks, "plan": {"bpb": 1}, "list": [1]}
     for name, value in files.items():

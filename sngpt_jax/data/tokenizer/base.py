@@ -83,9 +83,12 @@ class Document:
 def counted(
     table: TokenBytes, tokens: np.ndarray, corrections: np.ndarray, example: str = ""
 ) -> Document:
-    """The document of these tokens, whose bytes are the table's with the corrections."""
+    """The document of these tokens, whose bytes are the table's with the corrections. It keeps
+    `example` if it is lossy.
+    """
     spelled = int(table.count(tokens[:-1], tokens[1:]).sum())
-    return Document(tokens, corrections, corrected(spelled, corrections), example)
+    counts = corrected(spelled, corrections)
+    return Document(tokens, corrections, counts, example if counts.lossy else "")
 
 
 class Tokenizer(abc.ABC):
