@@ -59,19 +59,22 @@ def test_only_scores_of_the_same_data_counted_alike_compete(tmp_path):
             yield fake_run.make(tmp_path / f"r{number}", model=model, seed=number + 1, data=key)
 
     *_, last = directories = list(widths())
-    summary = json.loads((last / "summary.json").read_text()) | {"val_byte_count": "golf"}
+    summary = json.loads((last / "summary.json").read_text()) | {"val_byte_count": "text"}
     (last / "summary.json").write_text(json.dumps(summary | {"val_bpb": 0.1}))
     runs = [read_run(directory) for directory in directories]
     data = report(runs, "now")
     bpb = [fake_run.loss(40, seed) / 2 for seed in (1, 2, 3, 4)]
     best = {f"{min(bpb[:2]):.4f}", f"{min(bpb[2:]):.4f}"}
     assert {mark for row in data["scores"]["rows"] for mark in marks(row, "best")} == best
-    a, b = (f"4,096 tokens of text ({letter * 12})" for letter in "ab")
+    a, b, other = (
+        f"4,096 tokens of text ({letter * 12}), {count} bytes"
+        for letter, count in (("a", "golf"), ("b", "golf"), ("a", "text"))
+    )
     unknown, compared = data["notes"]
     assert unknown.startswith("BPB of r4: compared with no other")
-    assert compared.endswith(f": r0, r1 on {a}; r2, r3 on {b}; r5 on {a}, golf bytes")
+    assert compared.endswith(f": r0, r1 on {a}; r2, r3 on {b}; r5 on {other}")
     column = data["scores"]["columns"].index("scored on")
-    assert [cells(row)[column] for row in data["scores"]["rows"]] == [a, a, b, b, "–", a]
+    assert [cells(row)[column] for row in data["scores"]["rows"]] == [a, a, b, b, "–", other]
     assert report(runs[:2], "now")["notes"] == report(runs[4:5], "now")["notes"] == []
 
 
