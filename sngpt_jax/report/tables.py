@@ -108,7 +108,9 @@ class Basis:
         found = [run.summary.get(f"val_{name}") for name in ("tokens", "data", "hash")]
         match found:
             case [int(tokens), str(data), str(key)]:
-                return cls(tokens, data, key, text(run.summary.get("val_byte_count")))
+                return cls(
+                    tokens, data, key, text(run.summary.get("val_byte_count", "golf"))
+                )  # as before the field
         return None
 
     @property
@@ -117,8 +119,7 @@ class Basis:
         return self.tokens, self.hash, self.byte_count
 
     def __str__(self) -> str:
-        counted = "" if self.byte_count == ABSENT else f", {self.byte_count} bytes"
-        return f"{self.tokens:,} tokens of {self.data} ({self.hash}){counted}"
+        return f"{self.tokens:,} tokens of {self.data} ({self.hash}), {self.byte_count} bytes"
 
 
 def _common_basis(runs: Sequence[RunData]) -> Basis | None:
