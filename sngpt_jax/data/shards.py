@@ -96,7 +96,9 @@ def open_headerless(path: Path) -> np.memmap:
     return tokens
 
 
-def open_npy(path: Path, dtype: type, axes: str, most: int | None = None) -> np.ndarray:
+def open_npy(
+    path: Path, dtype: np.typing.DTypeLike, axes: str, most: int | None = None
+) -> np.ndarray:
     """Reads an array of `dtype` from an npy file: [n] or [n, 2] by its `axes`, with n ≤ `most`.
     Raises `DataError`.
     """
@@ -109,7 +111,7 @@ def open_npy(path: Path, dtype: type, axes: str, most: int | None = None) -> np.
         # A mapped file must be as long as its header says. `np.load` would also take archives.
         mapped = np.lib.format.open_memmap(path, mode="r")
     found = str(list(mapped.shape)).replace(f"[{len(mapped) if mapped.ndim else ''}", "[n", 1)
-    if mapped.dtype != dtype or found != axes:
+    if mapped.dtype != np.dtype(dtype) or found != axes:
         wanted = f"{np.dtype(dtype)} {axes}"
         raise DataError(f"{path}: expected {wanted}, found {mapped.dtype} {list(mapped.shape)}")
     if most is not None and len(mapped) > most:
