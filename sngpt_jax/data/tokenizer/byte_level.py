@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sngpt_jax.base import typed_json
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.data.manifest import explained
-from sngpt_jax.data.tokenizer.base import TokenBytes, Tokenizer, check_vocab, replace_surrogates
+from sngpt_jax.data.tokenizer import tokenizer_json
+from sngpt_jax.data.tokenizer.base import TokenBytes, Tokenizer, replace_surrogates
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,17 +34,14 @@ class ByteLevelTokenizer(Tokenizer):
     def __init__(self, path: Path, data: bytes):
         import tokenizers  # a large library that only this kind needs
 
+        handed = tokenizer_json.checked(path, data)
         with explained(lambda: f"{path}: not a tokenizer.json, or a damaged one"):
-            # The package makes a list of this length.
-            check_vocab(path, _largest_id(typed_json.loads(data)) + 1)
-            tok = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            tok = tokenizers.Tokenizer.from_str(handed)
         tok.encode_special_tokens = True
-        tok.no_truncation()
-        tok.no_padding()
         spec = json.loads(tok.to_str())
         special = {x["content"]: x["id"] for x in spec["added_tokens"] if x["special"]}
         bos = next((special[name] for name in _BOS_NAMES if name in special), None)
-        problem = _byte_level_problem(tok, spec)
+        problem = _byte_level_problem(tok, spec, json.loads(handed))
         if bos is None and not problem:
             problem = f"it has no token to begin a document; looked for {', '.join(_BOS_NAMES)}"
         if problem or bos is None:
@@ -86,36 +83,16 @@ def _added(spec: dict[str, Any]) -> set[str]:
     return {token["content"] for token in spec["added_tokens"]}
 
 
-def _largest_id(spec: Any) -> int:
-    """The largest token id in an unchecked `tokenizer.json`; -1 if it has none."""
-    ids: list[Any] = []
-    match spec:
-        case {"model": {"vocab": dict(vocab)}}:
-            ids += vocab.values()
-    match spec:
-        case {"added_tokens": [*added]}:
-            ids += [token.get("id") for token in added if isinstance(token, dict)]
-    return max((i for i in ids if isinstance(i, int)), default=-1)
-
-
-def _byte_level_problem(tok: "tokenizers.Tokenizer", spec: dict[str, Any]) -> str | None:
-    """Why a `tokenizer.json` does not spell exactly the bytes of normalized text, or None."""
+def _byte_level_problem(
+    tok: "tokenizers.Tokenizer", spec: dict[str, Any], handed: dict[str, Any]
+) -> str | None:
+    """Why a checked `tokenizer.json` does not spell normalized text exactly, or None."""
     model, alphabet = spec["model"], _byte_alphabet()
-    if model["type"] != "BPE":
-        return f"its model is {model['type']}; expected BPE"
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            return f"its model sets {key}"
-    pre = spec["pre_tokenizer"] or {"type": "none"}
-    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        return "its last pre-tokenizer is not ByteLevel without add_prefix_space"
-    for step in steps[:-1]:
-        kind, known = step["type"], ("Split", "Digits", "Punctuation")
-        if kind not in known or step.get("behavior") == "Removed":
-            return f"its pre-tokenizer {kind} may change the text"
     if missing := [byte for char, byte in alphabet.items() if char not in model["vocab"]]:
         return f"it has no token for byte {min(missing):#04x}"
+    handed_ids = {token["content"]: token["id"] for token in handed["added_tokens"]}
+    if handed_ids != {token["content"]: token["id"] for token in spec["added_tokens"]}:
+        return "the ids of its added tokens do not follow those of its model"
     added = _added(spec)
     for piece in model["vocab"]:
         if piece not in added and not alphabet.keys() >= set(piece):
