@@ -197,9 +197,11 @@ def test_a_space_after_the_word_with_a_dummy_prefix_is_refused(tmp_path):
 
 def test_spaces_that_are_not_escaped_are_refused(tmp_path):
     path, whole = tmp_path / "t.model", piece_model(**KEPT)
-    flags = b"\x18\x00\x20\x00\x28"  # no dummy prefix, runs kept, and escape_whitespaces
-    assert whole.count(flags + b"\x01") == 1
-    path.write_bytes(whole.replace(flags + b"\x01", flags + b"\x00"))
+    start = whole.index(b"\n\x08identity")  # the normalizer's settings, after their length
+    end = start + whole[start - 1]
+    settings = whole[start:end] + b"\x28\x00"  # escape_whitespaces = false
+    path.write_bytes(whole[: start - 1] + bytes([len(settings)]) + settings + whole[end:])
+    assert sentencepiece.SentencePieceProcessor(model_file=str(path)).normalize("a b") == "a b"
     refuses(f"{path}.*does not write a space", load_tokenizer, path)
 
 
