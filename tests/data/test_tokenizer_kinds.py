@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
-from sngpt_jax.data.tokenizer import load_tokenizer
+from sngpt_jax.data.tokenizer import load_tokenizer, tokenizer_json
 from sngpt_jax.data.tokenizer.learn import train_sentencepiece
 from tests.data.conftest import refuses
 from tests.fuzz import byte_level
@@ -268,3 +268,26 @@ def test_a_tokenizer_that_drops_text_is_refused(tmp_path):
     path = tmp_path / "t.model"
     path.write_bytes(piece_model(normalization_rule_tsv=str(tmp_path / "rules.tsv")))
     refuses(f"{path}: the tokenizer drops text: ", load_tokenizer, path)
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "was ended by signal 15"),
+        ("raise SystemExit('no such\\npattern')", "failed: pattern"),
+        ("import time; time.sleep(9)", "takes longer than 0.5 s"),
+    ],
+)
+def test_a_trial_that_does_not_end_well_is_one_line(program, problem, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    seconds = 0.5 if "sleep" in program else 60
+    refuses(f"{path}.*{problem}", tokenizer_json.try_in_child, path, "{}", program, seconds)
+
+
+def test_a_damaged_regular_expression_is_one_line(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
+    level = parts()["pre_tokenizer"]
+    path = tmp_path / "tokenizer.json"
+    steps = {"type": "Sequence", "pretokenizers": [split, level]}
+    path.write_text(json.dumps(parts(pre_tokenizer=steps)), encoding="utf-8")
+    refuses(f"{path}: not usable: .*failed", load_tokenizer, path)

@@ -5,6 +5,8 @@ Only the parts that encoding needs are handed over, and only after the checks he
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,13 +90,19 @@ _PRE_TOKENIZERS = {
 }
 _DECODERS = {"ByteLevel": _ByteLevel}
 
+_PROGRAM = """
+import sys, tokenizers
+tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode()).encode("The 12 dogs'll  go.\\n")
+"""
+
 
 def checked(path: Path, data: bytes) -> str:
     """The JSON to hand to the library for the file `path` of content `data`: its model, normalizer,
     pre-tokenizer and added tokens. Post-processor, truncation and padding are left out, because a
     document gets nothing but its BOS. The decoder is checked and left out.
 
-    Raises `UserError` that names the part if the file is damaged or has another kind of part.
+    Raises `UserError` that names the part if the file is damaged or has another kind of part. The
+    library compiles regular expressions, which no check here covers: a child process tries them.
     """
     try:
         spec = typed_json.loads(data)
@@ -110,7 +118,7 @@ def checked(path: Path, data: bytes) -> str:
     }
     _steps(path, spec, "decoder", "decoders", _DECODERS)
     _check_pre_tokenizers(path, steps["pre_tokenizer"])
-    return json.dumps(
+    handed = json.dumps(
         {
             "version": "1.0",
             "truncation": None,
@@ -125,6 +133,9 @@ def checked(path: Path, data: bytes) -> str:
             "model": model,
         }
     )
+    if any("Regex" in step.get("pattern", ()) for step in steps["pre_tokenizer"]):
+        try_in_child(path, handed)
+    return handed
 
 
 def _steps(
@@ -207,3 +218,24 @@ def _model(path: Path, found: dict[str, Any], added: list[_AddedToken]) -> dict[
                 continue
         raise UserError(f"{path}: model.merges[{i}]: expected two pieces whose union is a piece")
     return asdict(model)
+
+
+def try_in_child(path: Path, handed: str, program: str = _PROGRAM, seconds: float = 60) -> None:
+    """Runs the Python `program` with `handed` as its input in a process of its own.
+
+    Raises `UserError` about the file `path` if the process fails, is ended by a signal, or takes
+    longer than `seconds`. A regular expression of a file can do this to the library that reads it.
+    """
+    command = [sys.executable, "-P", "-c", program]
+    try:
+        run = subprocess.run(command, input=handed.encode(), capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        problem = f"takes longer than {seconds:g} s"
+    else:
+        if not run.returncode:
+            return
+        said = run.stderr.decode(errors="replace").split("\n")
+        reason = next((line.strip()[:300] for line in reversed(said) if line.strip()), "no reason")
+        by_signal = f"was ended by signal {-run.returncode}"
+        problem = by_signal if run.returncode < 0 else f"failed: {reason}"
+    raise UserError(f"{path}: not usable: a trial of the tokenizers library on it {problem}")
