@@ -14,7 +14,7 @@ import numpy as np
 
 from sngpt_jax.base.errors import UserError
 from sngpt_jax.base.untrusted import inside
-from sngpt_jax.data.manifest import DataError, HashesEntry, check_sha256
+from sngpt_jax.data.manifest import MANIFEST, DataError, HashesEntry, check_sha256, load_manifest
 from sngpt_jax.data.shards import TOKEN, Dataset, TokenStream, open_dataset, open_npy, write_hashed
 from sngpt_jax.data.split import Name
 from sngpt_jax.data.tokenizer import MAX_VOCAB
@@ -110,10 +110,31 @@ def refuse_trained_text(
         )
 
 
+def _trained_on_a_part(data: Dataset, trained_in: Path) -> bool:
+    """Whether the two folders divide the only document of one source, so that no hashes agree, and
+    the validation text begins before the training text ends.
+    """
+    if not data.manifest or not (trained_in / MANIFEST).is_file():
+        return False
+    try:
+        origin, trained = data.manifest.origin, load_manifest(trained_in)
+    except DataError:  # the comparison of hashes says so
+        return False
+    ours, theirs = (x.separation.cut if x.separation else 0 for x in (data.manifest, trained))
+    begin = 0 if origin.val_source else ours
+    same = trained.origin.source == (origin.val_source or origin.source)
+    return same and bool(begin or theirs) and not 0 < theirs <= begin
+
+
 def refuse_trained_data(data: Dataset, trained_in: Path) -> None:
     """`refuse_trained_text` for the validation split of a folder. The splits of the folder that the
     model was trained on were kept apart by its preparation.
     """
     if not (trained_in.is_dir() and trained_in.samefile(data.directory)):
         hashes, what = split_hashes(data, "val"), str(data.directory)
+        if _trained_on_a_part(data, trained_in):
+            raise UserError(
+                f"{what}: the model was trained on a part of the same document ({trained_in});"
+                " score other text, or add --allow-overlap"
+            )
         refuse_trained_text(hashes, what, trained_in, data.tokenizer.sha256)

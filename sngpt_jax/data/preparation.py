@@ -248,7 +248,7 @@ def prepare_on(spec: PrepareSpec, workers: int, executor: Executor) -> Manifest 
     rules = {name: getattr(spec, name) for name in ("val_source", "val_docs", "val_fraction")}
     if len(given := [option(name) for name, value in rules.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; give one")
-    if spec.val_fraction >= 1:
+    if not spec.val_fraction < 1:  # NaN is not
         raise UserError(f"--val-fraction {spec.val_fraction}: expected less than 1")
     if spec.split_seed and (spec.val_source or spec.val_docs):
         raise UserError(f"--split-seed draws documents, which {given[0]} does not; leave one out")

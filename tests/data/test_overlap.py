@@ -193,6 +193,7 @@ def test_what_cannot_be_compared_is_said(prepared, texts, tmp_path, caplog, monk
     prepared(texts)
     data, other = open_dataset(tmp_path / "out", 90), tmp_path / "other"
     prepared(texts, "other")
+    caplog.clear()  # what the preparations say
     refuse_trained_data(data, tmp_path / "out")
     assert not caplog.records
     for change, message in (
@@ -207,6 +208,25 @@ def test_what_cannot_be_compared_is_said(prepared, texts, tmp_path, caplog, monk
     assert "tokens of another tokenizer" in caplog.records[-1].getMessage()
     message = rf"^x: the model was trained on {len(hashes)} of its {len(hashes)} documents"
     refuses(message, refuse_trained_text, hashes, "x", tmp_path / "out", data.tokenizer.sha256)
+
+
+def test_parts_of_one_document_are_the_same_text(tmp_path, tokenizer_file):
+    text, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    text.write_text("".join(f"line {i} of it\n" for i in range(200)))
+    other.write_text("another line\n" * 50)
+
+    def folder(name, source=text, **changes):
+        where = tmp_path / name
+        prepare(PrepareSpec(str(source), str(where), tokenizer=str(tokenizer_file), **changes))
+        return where
+
+    most, half = folder("most"), folder("half", val_fraction=0.5)
+    whole, scored = folder("whole", val_source=str(other)), folder("s", other, val_source=str(text))
+    for data, trained in ((half, most), (most, whole), (scored, most), (scored, half)):
+        message = "the model was trained on a part of the same document"
+        refuses(message, refuse_trained_data, open_dataset(data, 90), trained)
+    for data, trained in ((most, half), (whole, most)):
+        refuse_trained_data(open_dataset(data, 90), trained)
 
 
 def test_a_shard_of_both_splits_is_refused(tmp_path, tokenizer_file):

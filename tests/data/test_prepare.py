@@ -330,6 +330,7 @@ def test_a_document_that_cannot_be_tokenized_is_named(tokenizer_file, workers):
         ({"val_docs": -1}, "--val-docs -1: expected at least 0"),
         ({"val_fraction": 0.1}, "--val-docs and --val-fraction exclude each other"),
         ({"val_docs": 0, "val_fraction": 1.0}, "--val-fraction 1.0: expected less than 1"),
+        ({"val_docs": 0, "val_fraction": float("nan")}, "--val-fraction nan: expected less than 1"),
         ({"split_seed": 7}, "--split-seed draws documents, which --val-docs does not"),
         ({"max_tokens": -1}, "--max-tokens -1: expected at least 0"),
         ({"vocab_size": 89}, "expected at most --vocab-size 89 tokens, found 90"),
