@@ -155,7 +155,7 @@ def test_what_a_person_is_told_of_a_cache(capsys, tiny_trained, repeating, cache
     assert evaluate.main(["--run", str(tiny_trained), *options]) == 0
     out, err = capsys.readouterr()
     assert ("not a probability distribution" in out) == (not DISTRIBUTIONS[cache])
-    assert "bits/byte; mass of the vocabulary" in out
+    assert "bits/byte (golf); mass of the vocabulary" in out
     [said] = [line for line in err.splitlines() if line.startswith(f"n-gram cache {cache}: ")]
     assert "iB" in said and said.endswith("readings for the mass")  # before it starts
 

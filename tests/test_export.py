@@ -107,7 +107,8 @@ def test_evaluate_gives_the_scores_of_the_export(exported, tiny_trained, capsys)
 def test_sample_and_interop_read_it(exported, tmp_path, capsys):
     out, _ = exported
     arguments = ["--artifact", out, "--prompt", "ab", "--max-tokens", "8"]
-    assert json_of(sample.main, capsys, *arguments)["text"].startswith("ab")
+    (drawn,) = json_of(sample.main, capsys, *arguments)["samples"]
+    assert drawn["text"].startswith("ab")
     theirs = tmp_path / "model.safetensors"
     assert interop.main(["export", "--artifact", str(out), "--out", str(theirs)]) == 0
     found = safetensors.numpy.load_file(theirs)["blocks.1.mlp.fc.weight"]

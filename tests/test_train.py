@@ -232,9 +232,8 @@ def test_the_clock_goes_on_in_a_resumed_run_and_leaves_out_validation(tiny_recip
     elapsed = [record["elapsed_seconds"] for record in records if "elapsed_seconds" in record]
     assert elapsed == sorted(elapsed)
     timed = sum(record["step_ms"] for record in records if "step_ms" in record) / 1e3
-    assert elapsed[-1] == pytest.approx(timed, rel=0.1, abs=0.1)
     validating = sum(record["val_seconds"] for record in records if "val_seconds" in record)
-    assert validating > 0.1 * elapsed[-1]
+    assert elapsed[-1] == pytest.approx(timed, abs=validating / 2)
     scores = [record["val_loss"] for record in records if "val_loss" in record]
     assert len(scores) == 9
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -26,7 +26,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("train_loss", lambda x: f"loss {x:.4f}"),
     ("val_loss", lambda x: f"loss {x:.4f}"),
     ("val_bpb", lambda x: f"bpb {x:.4f}"),
-    ("val_byte_count", lambda x: f"{x} bytes"),
     ("val_seconds", lambda x: f"{x:.1f} s"),
     ("lr", lambda x: f"lr {x:.3g}"),
     ("grad_norm", lambda x: f"grad {x:.3g}"),
@@ -58,6 +57,8 @@ def format_step(
     place = f"{head} {step:0{digits}d}/{total_steps:0{digits}d}"
     percent = f" ({step / total_steps if share is None else share:5.1%})"
     shown = {name: show(record[name]) for name, show in _COLUMNS if record.get(name) is not None}
+    if count := record.get("val_byte_count"):
+        shown["val_bpb"] += f" ({count})"
     for name in ("", *_DISPENSABLE):  # whole first
         if name == "percent":
             percent = ""

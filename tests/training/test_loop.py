@@ -65,7 +65,8 @@ def run(tiny_recipe):
 def validate(run, monkeypatch, *values):
     """Validates after steps 0, 1, 2 … with these losses."""
     for step, loss in enumerate(values):
-        monkeypatch.setattr(loop.Pass, "score", lambda _, loss=loss: Score(loss, loss / 2, 10, 20))
+        score = Score(loss, loss / 2, 10, 20, "text", 20, 20, 0.0, 0)
+        monkeypatch.setattr(loop.Pass, "score", lambda _, score=score: score)
         run.done = step
         run.validate()
 
