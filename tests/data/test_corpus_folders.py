@@ -58,7 +58,7 @@ def test_files_of_other_kinds_are_counted_and_said(folder, caplog, monkeypatch):
     root = folder({"a.txt": "text"} | dict.fromkeys(others, ""))
     say_left_out(str(root))
     kinds = r"7 files of other kinds: .png, .pdf, no ending, .gz"
-    assert caplog.messages == [f"{root}: left out {kinds}"]
+    assert set(caplog.messages) == {f"{root}: left out {kinds}"}
     caplog.clear()
     for source in (str(root / "a.txt"), "stdlib", "hub:a/b"):
         say_left_out(source)
