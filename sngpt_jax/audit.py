@@ -143,14 +143,12 @@ def recount_text(arguments: AuditArguments) -> tuple[list[Count], list[Mistake]]
     from sngpt_jax.data.corpus import Reading
     from sngpt_jax.data.shards import open_dataset
     from sngpt_jax.data.tokenizer import MAX_VOCAB, load_tokenizer
-    from sngpt_jax.evaluation.audit.recount import knows_text, recount
+    from sngpt_jax.evaluation.audit.recount import recount
 
-    has_text = True
     if arguments.data:
         dataset = open_dataset(arguments.data, MAX_VOCAB)
         tokenizer, stream = dataset.tokenizer, dataset.val
         what = f"the validation text in {arguments.data}"
-        has_text = knows_text(dataset)
     else:
         from sngpt_jax.evaluation.documents import encode  # imports jax, which takes seconds
 
@@ -160,7 +158,7 @@ def recount_text(arguments: AuditArguments) -> tuple[list[Count], list[Mistake]]
     if arguments.tokens is not None:
         targets = min(targets, arguments.tokens)
     windows = {"seq_len": arguments.seq_len, "stride": arguments.stride}
-    return recount(stream, tokenizer, what, targets, **windows, has_text=has_text)
+    return recount(stream, tokenizer, what, targets, **windows)
 
 
 # ---------------------------------------- a model
@@ -202,7 +200,6 @@ def audit_model(arguments: AuditArguments, path: Path, mesh: "Mesh") -> list[Che
     from sngpt_jax.data.shards import open_dataset
     from sngpt_jax.data.tokenizer import MAX_VOCAB
     from sngpt_jax.evaluation.audit import probabilities, text
-    from sngpt_jax.evaluation.audit.recount import knows_text
     from sngpt_jax.evaluation.report import score
     from sngpt_jax.run.console import progress_reporter
     from sngpt_jax.weights.source import open_model
@@ -210,11 +207,10 @@ def audit_model(arguments: AuditArguments, path: Path, mesh: "Mesh") -> list[Che
     a = arguments
     model = open_model(None, path, mesh) if a.artifact else open_model(path, None, mesh)
     dataset = model.open_data(a.data)
-    has_text = knows_text(dataset)
     checks = [] if a.artifact else [audit_summary(path, dataset, a)]
     checks.append(text.judge_table(dataset))
     progress = progress_reporter("decode")
-    checks.append(text.judge_decoded(dataset.val, dataset.tokenizer, has_text, progress))
+    checks.append(text.judge_decoded(dataset.val, dataset.tokenizer, progress))
     trained_in = Path(model.config.data.dir)
     if trained_in.is_dir():
         checks.append(text.judge_leak(dataset, open_dataset(trained_in, MAX_VOCAB)))
@@ -232,7 +228,7 @@ def audit_model(arguments: AuditArguments, path: Path, mesh: "Mesh") -> list[Che
 
 def audit_summary(run: Path, dataset: "Dataset", arguments: AuditArguments) -> Check:
     """Whether the scores that the run keeps imply the right byte count."""
-    from sngpt_jax.evaluation.audit.recount import knows_text, recount
+    from sngpt_jax.evaluation.audit.recount import recount
     from sngpt_jax.evaluation.audit.result import judge_summary
     from sngpt_jax.run.directory import read_config, read_summary
 
@@ -251,7 +247,6 @@ def audit_summary(run: Path, dataset: "Dataset", arguments: AuditArguments) -> C
         summary.val_tokens,
         seq_len=seq_len,
         stride=min(arguments.stride, seq_len),
-        has_text=knows_text(dataset),
     )
     return judge_summary(summary.val_loss, summary.val_bpb, summary.val_tokens, counts, mistakes)
 

@@ -61,7 +61,7 @@ def test_bytes_are_those_of_the_source(dataset, tiny_recipe):
     assert sum(len(document.encode()) for document in documents) == size
     table = text.judge_table(dataset)
     assert table.outcome == "passed" and table.figures["counted"]["text"] == size
-    decoded = text.judge_decoded(dataset.val, dataset.tokenizer, True)
+    decoded = text.judge_decoded(dataset.val, dataset.tokenizer)
     assert decoded.outcome == "passed" and decoded.figures["decoded"] == size
 
 
@@ -76,8 +76,8 @@ def test_wrong_bytes_fail(dataset, monkeypatch, change):
     wrong = replace(table, base=table.base + change)
     monkeypatch.setattr(tokenizer, "token_bytes", lambda: wrong)
     assert text.judge_table(dataset).outcome == "failed"
-    for has_text in (True, False):
-        check = text.judge_decoded(dataset.val, tokenizer, has_text)
+    for known in (True, False):
+        check = text.judge_decoded(replace(dataset.val, text_known=known), tokenizer)
         assert check.outcome == "failed"
         assert check.figures["wrong"] == len(documents_of(dataset.val, tokenizer.bos_id))
 
@@ -85,10 +85,10 @@ def test_wrong_bytes_fail(dataset, monkeypatch, change):
 def test_published_shards_are_counted_by_the_table_alone(dataset):
     """Without corrections, as the challenge's, and with a stream that has no BOS at all."""
     shards = [replace(shard, extra=NO_CORRECTIONS) for shard in dataset.val.shards]
-    bare = replace(dataset.val, shards=tuple(shards))
-    assert text.judge_decoded(bare, dataset.tokenizer, False).outcome == "passed"
+    bare = replace(dataset.val, shards=tuple(shards), text_known=False)
+    assert text.judge_decoded(bare, dataset.tokenizer).outcome == "passed"
     cut = [replace(shard, tokens=shard.tokens[1:9]) for shard in shards[:1]]
-    check = text.judge_decoded(replace(bare, shards=tuple(cut)), dataset.tokenizer, False)
+    check = text.judge_decoded(replace(bare, shards=tuple(cut)), dataset.tokenizer)
     assert check.row()[1] == "could not be made, because no document begins with the token 1, BOS"
 
 

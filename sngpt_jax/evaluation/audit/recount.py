@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 
 from sngpt_jax.base.errors import UserError
-from sngpt_jax.data.shards import Dataset, TokenStream
+from sngpt_jax.data.shards import TokenStream
 from sngpt_jax.data.tokenizer import NO_CORRECTIONS, TokenBytes, Tokenizer
 from sngpt_jax.evaluation.audit.claim import float32_sums
 from sngpt_jax.evaluation.audit.published import Count, Mistake
@@ -73,51 +73,36 @@ def _sentencepiece_tables(tokenizer: Tokenizer, right: TokenBytes) -> tuple[Toke
     return right, found
 
 
-def knows_text(dataset: Dataset) -> bool:
-    """Whether the preparation counted the bytes of the text itself."""
-    manifest = dataset.manifest
-    return manifest is not None and all(shard.text_bytes is not None for shard in manifest.val)
-
-
 def without_corrections(stream: TokenStream) -> TokenStream:
     """The stream as a script sees it that has the tokens and a table alone."""
     bare = (replace(shard, extra=NO_CORRECTIONS) for shard in stream.shards)
     return replace(stream, shards=tuple(bare))
 
 
-def right_counts(
-    stream: TokenStream, table: TokenBytes, what: str, targets: int, has_text: bool
-) -> list[Count]:
+def right_counts(stream: TokenStream, table: TokenBytes, what: str, targets: int) -> list[Count]:
     """The counts of the first `targets` targets that are right by some rule, each number once: of
-    the text, if `has_text` says that it is known; of the normalized text; and by the table alone.
+    the text, if the stream knows it; of the normalized text; and by the table alone.
     Raises `UserError` if there is no text.
     """
     found = stream.count_bytes(table, 1, targets + 1)
     alone = without_corrections(stream).count_bytes(table, 1, targets + 1)
-    first = found.text if has_text else found.golf
+    first = found.text if stream.text_known else found.golf
     if not first:
         raise UserError(f"{what}: its {targets:,} targets stand for no text; give other text")
     counts = {alone.golf: f"{what}, by the table of tokens alone, as the challenge's scripts count"}
     counts[found.golf] = f"{what}, as the challenge counts"
-    if has_text:
+    if stream.text_known:
         counts[found.text] = what
     made = [Count(name, targets, size, len(stream)) for size, name in counts.items()]
     return sorted(made, key=lambda count: count.bytes != first)
 
 
 def recount(
-    stream: TokenStream,
-    tokenizer: Tokenizer,
-    what: str,
-    targets: int,
-    *,
-    seq_len: int,
-    stride: int,
-    has_text: bool = True,
+    stream: TokenStream, tokenizer: Tokenizer, what: str, targets: int, *, seq_len: int, stride: int
 ) -> tuple[list[Count], list[Mistake]]:
     """`right_counts`, and the mistakes that change the count; their ratios are to the first one."""
     right, mistaken = tables(tokenizer)
-    counts = right_counts(stream, right, what, targets, has_text)
+    counts = right_counts(stream, right, what, targets)
     first, bare, found = counts[0], without_corrections(stream), []
     for name, table in mistaken.items():
         total = bare.count_bytes(table, 1, targets + 1).golf
@@ -127,7 +112,7 @@ def recount(
     if targets >= seq_len > stride:
         spans = Windows(targets // seq_len * seq_len, seq_len, stride, "published").spans()
         again = [stream.count_bytes(right, start + 1, stop + 1) for start, stop in spans]
-        size = sum(count.text if has_text else count.golf for count in again)
+        size = sum(count.text if stream.text_known else count.golf for count in again)
         ratio = size / sum(stop - start for start, stop in spans) / first.per_token
         found.append(Mistake("the last targets are scored again", ratio, ratio, "recomputed"))
     return counts, [*found, *float32_sums(first, stride)]

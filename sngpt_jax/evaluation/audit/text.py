@@ -39,13 +39,13 @@ def judge_table(dataset: Dataset) -> Check:
 
 
 def judge_decoded(
-    stream: TokenStream, tokenizer: Tokenizer, has_text: bool, progress: OnProgress | None = None
+    stream: TokenStream, tokenizer: Tokenizer, progress: OnProgress | None = None
 ) -> Check:
     """Decodes every document of the stream, and compares the bytes of its text with its count.
 
     The count of a document that its tokens keep exactly is that of the decoded text. The count of
-    another document is at most that. Without counts of the text (`has_text` is false) the table
-    may miss one space after BOS and after each unknown token.
+    another document is at most that. If the stream does not know the text, the table may
+    miss one space after BOS and after each unknown token.
     """
     table, tokens = tokenizer.token_bytes(), stream.take(0, len(stream))
     spans = list(document_spans(tokens, tokenizer.bos_id))
@@ -57,7 +57,7 @@ def judge_decoded(
         decoded = len(tokenizer.decode(spelling).encode())
         found = stream.count_bytes(table, first, end)
         count, slack = found.golf, 1 + end - first - len(spelling)
-        if has_text:
+        if stream.text_known:
             count, slack = found.text, decoded if found.lossy else 0
         wrong += not 0 <= decoded - count <= slack
         size, counted, lossy = size + decoded, counted + count, lossy + found.lossy
